@@ -1,0 +1,373 @@
+//! The nouns of the contract.
+
+use crate::{
+    module::{InputRecord, Provenance, TemplateMachine},
+    plan::{Bus, Firmware, PlannedNetwork, PlannedNic, PlannedSource},
+};
+use serde::{Deserialize, Serialize};
+use std::{fmt, path::PathBuf, sync::Arc};
+
+/// The id of a lab: unique, and safe as a file name and a label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LabId(String);
+
+impl LabId {
+    /// A new id: the name of the build, and 48 random bits.
+    #[must_use]
+    pub fn new(build: &str) -> Self {
+        let name: String =
+            build.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(40).collect();
+        Self(format!("{name}-{:012x}", rand::random::<u64>() & 0xffff_ffff_ffff))
+    }
+
+    /// As text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for LabId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a lab is opened for.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct LabSpec {
+    /// Its id.
+    pub id: LabId,
+    /// The name of the build or clone.
+    pub name: String,
+    /// Its networks.
+    pub network: PlannedNetwork,
+    /// Whether its machines may have to outlive their owner.
+    pub retention: Retention,
+}
+
+/// Whether the machines of a lab may have to outlive the process that made them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Retention {
+    /// No: when the owner dies, however it dies, the backend ends them as soon as it can.
+    #[default]
+    EndWithOwner,
+    /// The owner may call [`Lab::keep`](super::Lab::keep), and its machines then stay.
+    MayBeKept,
+}
+
+impl LabSpec {
+    /// A lab for a build or clone of this name, on these networks.
+    pub fn new(name: impl Into<String>, network: PlannedNetwork) -> Self {
+        let name = name.into();
+        Self { id: LabId::new(&name), name, network, retention: Retention::default() }
+    }
+}
+
+/// What [`Lab::import`](super::Lab::import) is asked for.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ImportRequest {
+    /// The machine it is for, for file names and labels.
+    pub machine: String,
+    /// The disk it becomes.
+    pub disk: String,
+    /// Where it comes from.
+    pub source: PlannedSource,
+    /// Of a `buildRef`, which disk of the parent's VM; `None`: its boot disk.
+    pub parent_disk: Option<String>,
+    /// How large it shall be, in bytes; `None`: as large as the source.
+    pub size: Option<u64>,
+}
+
+impl ImportRequest {
+    /// Disk `disk` of machine `machine` from this source.
+    pub fn new(
+        machine: impl Into<String>,
+        disk: impl Into<String>,
+        source: PlannedSource,
+        size: Option<u64>,
+    ) -> Self {
+        Self { machine: machine.into(), disk: disk.into(), source, parent_disk: None, size }
+    }
+}
+
+/// A volume that a machine may write to. The id means something to its backend only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// The backend's name for it: a path, an object name.
+    pub id: String,
+    /// What the guest sees, in bytes.
+    pub virtual_size: u64,
+}
+
+/// An imported source.
+#[derive(Debug, Clone)]
+pub struct Imported {
+    /// The volume.
+    pub volume: Volume,
+    /// What it was made of, for the provenance; `None` for a blank disk.
+    pub input: Option<InputRecord>,
+}
+
+/// A fetched file.
+#[derive(Debug, Clone)]
+pub struct Fetched {
+    /// Where it is; read it, and do not change it.
+    pub path: PathBuf,
+    /// What it is, for the provenance.
+    pub input: InputRecord,
+}
+
+/// A disk of a machine.
+#[derive(Debug, Clone)]
+pub struct MachineDisk {
+    /// Its name, unique in the machine.
+    pub name: String,
+    /// How it is attached.
+    pub bus: Bus,
+    /// Its content.
+    pub volume: Volume,
+}
+
+/// A NoCloud seed (cloud-init documentation, datasource NoCloud): what stands in its files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Seed {
+    /// `meta-data`.
+    pub meta_data: String,
+    /// `user-data`.
+    pub user_data: Vec<u8>,
+    /// `network-config`.
+    pub network_config: Option<String>,
+    /// The same as a medium: a file system labelled `cidata`, for backends that attach media.
+    pub image: Arc<[u8]>,
+}
+
+impl Seed {
+    /// A seed of these files, and a medium that holds them.
+    pub fn new(
+        meta_data: String,
+        user_data: Vec<u8>,
+        network_config: Option<String>,
+        image: Arc<[u8]>,
+    ) -> Self {
+        Self { meta_data, user_data, network_config, image }
+    }
+}
+
+/// What a machine is made of.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct MachineSpec {
+    /// Its name, a Name, unique in the lab.
+    pub name: String,
+    /// Cores.
+    pub cpus: u32,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// Firmware.
+    pub firmware: Firmware,
+    /// Whether it has a TPM 2.0.
+    pub tpm: bool,
+    /// Its disks; the first boots.
+    pub disks: Vec<MachineDisk>,
+    /// Its cards.
+    pub nics: Vec<PlannedNic>,
+    /// The ports that [`Machine::dial`](super::Machine::dial) must reach.
+    pub ports: Vec<u16>,
+    /// A NoCloud seed.
+    pub seed: Option<Seed>,
+}
+
+impl MachineSpec {
+    /// A machine with BIOS and nothing attached.
+    pub fn new(name: impl Into<String>, cpus: u32, memory: u64) -> Self {
+        Self {
+            name: name.into(),
+            cpus,
+            memory,
+            firmware: Firmware::Bios,
+            tpm: false,
+            disks: Vec::new(),
+            nics: Vec::new(),
+            ports: Vec::new(),
+            seed: None,
+        }
+    }
+}
+
+/// Why a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "exit", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Exit {
+    /// The guest switched it off.
+    PoweredOff,
+    /// [`Machine::stop`](super::Machine::stop) killed it, for this reason ("did not power off within 60 s", "was told to").
+    Killed {
+        /// Why.
+        why: String,
+    },
+    /// It died.
+    Died {
+        /// How.
+        cause: Death,
+        /// What the hypervisor said of it: signal, last lines of its output.
+        detail: String,
+    },
+}
+
+/// How a machine died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Death {
+    /// The hypervisor's process ended or was killed by somebody else.
+    Hypervisor,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// A disk could not be read or written on the host.
+    IoError,
+    /// The host has no space left for a disk.
+    HostDiskFull,
+}
+
+/// What is to be published.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ModuleDraft {
+    /// The name of the module.
+    pub name: String,
+    /// Its VMs, with what [`Machine::capture`](super::Machine::capture) returned.
+    pub machines: Vec<TemplateMachine>,
+    /// The networks that clones get.
+    pub network: PlannedNetwork,
+    /// How to make it again.
+    pub provenance: Provenance,
+}
+
+impl ModuleDraft {
+    /// A module of these VMs.
+    pub fn new(
+        name: impl Into<String>,
+        machines: Vec<TemplateMachine>,
+        network: PlannedNetwork,
+        provenance: Provenance,
+    ) -> Self {
+        Self { name: name.into(), machines, network, provenance }
+    }
+}
+
+/// A lab that was kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptLab {
+    /// How to get into each machine, a line each.
+    pub access: Vec<String>,
+    /// How to remove it.
+    pub remove: String,
+}
+
+/// What is here, what is missing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct HostReport {
+    /// Each thing that was looked at.
+    pub findings: Vec<HostFinding>,
+}
+
+impl HostReport {
+    /// Whether everything that is required is here.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.findings.iter().all(|finding| finding.present || !finding.required)
+    }
+}
+
+/// One thing that a backend needs or can use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFinding {
+    /// What: `qemu-system-x86_64`, `accelerator`…
+    pub what: String,
+    /// Whether it is here.
+    pub present: bool,
+    /// Whether nothing goes without it.
+    pub required: bool,
+    /// Its version, or what is wrong with it.
+    pub detail: String,
+    /// How to mend it.
+    pub help: Option<String>,
+}
+
+/// What was removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ReapReport {
+    /// Each thing: "process 1234 of lab x", "lab x", "download y".
+    pub removed: Vec<String>,
+    /// Bytes of disk freed.
+    pub freed: u64,
+    /// What should have been removed and could not be, and why.
+    pub failed: Vec<String>,
+}
+
+impl ReapReport {
+    /// Adds what another found.
+    pub fn merge(&mut self, other: Self) {
+        self.removed.extend(other.removed);
+        self.freed += other.freed;
+        self.failed.extend(other.failed);
+    }
+}
+
+/// Where an operation tells how far it is, and what the user should know. Cheap to call often: readers thin out.
+#[derive(Clone)]
+pub struct Progress(Arc<dyn Fn(ProgressEvent) + Send + Sync>);
+
+/// What a [`Progress`] hears.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ProgressEvent {
+    /// So many bytes of so many are done.
+    Bytes {
+        /// What: `download URL`, `convert DISK`.
+        task: String,
+        /// Bytes done.
+        done: u64,
+        /// Bytes in all, where known.
+        total: Option<u64>,
+    },
+    /// Something the user should know.
+    Notice(String),
+}
+
+impl Progress {
+    /// Progress that calls this.
+    pub fn new(listener: impl Fn(ProgressEvent) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(listener))
+    }
+
+    /// Progress that nobody hears.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::new(|_| {})
+    }
+
+    /// So many bytes of so many are done.
+    pub fn bytes(&self, task: &str, done: u64, total: Option<u64>) {
+        (self.0)(ProgressEvent::Bytes { task: task.to_owned(), done, total });
+    }
+
+    /// Something the user should know.
+    pub fn notice(&self, message: impl Into<String>) {
+        (self.0)(ProgressEvent::Notice(message.into()));
+    }
+}
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Progress")
+    }
+}

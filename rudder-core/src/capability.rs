@@ -1,0 +1,116 @@
+//! What a backend, or this version of the engine, can do; a plan that asks for more is refused before anything starts.
+
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeSet, fmt};
+
+/// One thing that a manifest may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Capability {
+    /// `source.url`.
+    SourceUrl,
+    /// `source.blank`.
+    SourceBlank,
+    /// `source.buildRef`.
+    SourceBuildRef,
+    /// `source.containerDisk`.
+    SourceContainerDisk,
+    /// `source.sourcePvc`.
+    SourcePvc,
+    /// Disks on virtio.
+    DiskVirtio,
+    /// Disks on SCSI.
+    DiskScsi,
+    /// Disks on SATA.
+    DiskSata,
+    /// Disks on USB.
+    DiskUsb,
+    /// Disks on IDE.
+    DiskIde,
+    /// All NIC models of the manifest.
+    NicModels,
+    /// NICs pinned to PCI slots.
+    NicSlots,
+    /// A NoCloud seed (`cloudInit`).
+    CloudInit,
+    /// Declared VPCs and subnets, static addresses.
+    Networks,
+    /// `network.subnets[].unmanaged`.
+    UnmanagedSubnets,
+    /// `isos`.
+    Isos,
+    /// `floppy`.
+    Floppy,
+    /// `httpDirectory`.
+    HttpDirectory,
+    /// Keys typed on the display (`bootCommand`).
+    BootCommand,
+    /// UEFI (`efiFirmware`).
+    Uefi,
+    /// `efiFirmware.secureBoot`.
+    SecureBoot,
+    /// `tpm`.
+    Tpm,
+    /// `shell` steps.
+    ShellStep,
+    /// `file` steps.
+    FileStep,
+    /// `reboot` steps.
+    RebootStep,
+    /// `windows-update` steps.
+    WindowsUpdateStep,
+    /// `handbuild` steps.
+    HandbuildStep,
+    /// `communicator.shell: powershell`.
+    PowerShell,
+    /// The machine's display as an RFB stream ([`Machine::display`](crate::backend::Machine::display)).
+    Display,
+    /// The machine's serial console as a stream ([`Machine::serial`](crate::backend::Machine::serial)).
+    Serial,
+    /// Pictures of the screen ([`Machine::screenshot`](crate::backend::Machine::screenshot)).
+    Screenshot,
+    /// Running copies of modules.
+    Clone,
+}
+
+impl fmt::Display for Capability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+/// A set of capabilities, and whose they are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// Who has them: the name of a backend.
+    pub of: String,
+    set: BTreeSet<Capability>,
+}
+
+impl Capabilities {
+    /// These, and no others.
+    pub fn new(of: impl Into<String>, set: impl IntoIterator<Item = Capability>) -> Self {
+        Self { of: of.into(), set: set.into_iter().collect() }
+    }
+
+    /// What this version of the engine does itself, on every backend. What is missing here is refused whatever the
+    /// backend says.
+    #[must_use]
+    pub fn engine() -> Self {
+        use Capability as C;
+        Self::new("this version of rudder", [C::ShellStep, C::FileStep, C::RebootStep, C::CloudInit])
+    }
+
+    /// Whether this can be done.
+    #[must_use]
+    pub fn has(&self, capability: Capability) -> bool {
+        self.set.contains(&capability)
+    }
+
+    /// All of them, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Capability> {
+        self.set.iter().copied()
+    }
+}

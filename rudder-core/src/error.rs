@@ -1,0 +1,223 @@
+//! The one public error of the crate: its kind, what was being done, to what, and how to mend it.
+//!
+//! An error says its own layer only; the chain is in [`source`](std::error::Error::source) and is printed once, at
+//! the edge, by [`Error::report`]. No type of a dependency appears in it.
+
+use std::{borrow::Cow, error::Error as StdError, fmt};
+
+/// A result with Rudder's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+type BoxError = Box<dyn StdError + Send + Sync + 'static>;
+
+/// What went wrong, in one word that programs may match on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Input of the caller (manifest, argument, file name) is not what it must be.
+    InvalidInput,
+    /// The backend or this version of Rudder cannot do what was asked.
+    Unsupported,
+    /// A program, device or permission that the host must have is missing.
+    HostMissing,
+    /// A file system of the host is full.
+    HostDiskFull,
+    /// Something named (a URL, a module, a file) is not there.
+    NotFound,
+    /// Something is already there, or is in use by another process.
+    Conflict,
+    /// A download failed: connection, HTTP status, or a transfer that broke and could not be resumed.
+    Download,
+    /// Bytes do not have the digest that was promised.
+    ChecksumMismatch,
+    /// Bytes are not a disk image, or not one that can be used.
+    InvalidImage,
+    /// The hypervisor refused to start a machine.
+    LaunchFailed,
+    /// A machine died, panicked, or stopped when it should have been running.
+    MachineDied,
+    /// A guest did not answer within its time.
+    GuestUnreachable,
+    /// A guest answered and refused the credentials.
+    Authentication,
+    /// A provisioning step failed in the guest.
+    StepFailed,
+    /// A deadline passed.
+    TimedOut,
+    /// The caller cancelled.
+    Cancelled,
+    /// A peer (guest, hypervisor, server) said something its protocol does not allow, or hung up.
+    Protocol,
+    /// The operating system refused a file or process operation.
+    Io,
+    /// A promise inside Rudder was broken: a bug.
+    Internal,
+}
+
+impl ErrorKind {
+    /// Whether trying the same again could help, unless the error says otherwise.
+    #[must_use]
+    pub fn is_retryable(self) -> bool {
+        use ErrorKind::{
+            Download, GuestUnreachable, LaunchFailed, MachineDied, Protocol, StepFailed, TimedOut,
+        };
+        matches!(
+            self,
+            Download | GuestUnreachable | LaunchFailed | MachineDied | Protocol | StepFailed | TimedOut
+        )
+    }
+}
+
+/// Why an operation of Rudder failed.
+///
+/// `Display` gives one sentence of this layer; [`report`](Self::report) gives everything a person needs.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    message: Cow<'static, str>,
+    context: Vec<(&'static str, String)>,
+    help: Option<Cow<'static, str>>,
+    retryable: Option<bool>,
+    source: Option<BoxError>,
+}
+
+impl Error {
+    /// A new error. The message says what happened, with the values that matter: "expected X, but found Y".
+    pub fn new(kind: ErrorKind, message: impl Into<Cow<'static, str>>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            message: message.into(),
+            context: Vec::new(),
+            help: None,
+            retryable: None,
+            source: None,
+        }))
+    }
+
+    /// An error of the operating system while doing `what` ("read /a/b"); a full disk gets its own kind.
+    pub fn io(what: impl fmt::Display, source: std::io::Error) -> Self {
+        let kind = match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::HostDiskFull,
+            std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+            _ => ErrorKind::Io,
+        };
+        Self::new(kind, format!("cannot {what}")).with_source(source)
+    }
+
+    /// Adds where it happened: ("vm", "web"), ("step", "2 (install)"), ("url", …). The innermost is added first.
+    #[must_use]
+    pub fn with_context(mut self, key: &'static str, value: impl fmt::Display) -> Self {
+        if !self.0.context.iter().any(|(k, _)| *k == key) {
+            self.0.context.push((key, value.to_string()));
+        }
+        self
+    }
+
+    /// Says what the reader can do about it.
+    #[must_use]
+    pub fn with_help(mut self, help: impl Into<Cow<'static, str>>) -> Self {
+        self.0.help = Some(help.into());
+        self
+    }
+
+    /// Overrides whether trying again could help.
+    #[must_use]
+    pub fn with_retryable(mut self, retryable: bool) -> Self {
+        self.0.retryable = Some(retryable);
+        self
+    }
+
+    /// Keeps the error below this one.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<BoxError>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// What went wrong, for programs.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// What the reader can do about it.
+    #[must_use]
+    pub fn help(&self) -> Option<&str> {
+        self.0.help.as_deref()
+    }
+
+    /// Where it happened, innermost first.
+    pub fn context(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.0.context.iter().map(|(k, v)| (*k, v.as_str()))
+    }
+
+    /// Whether trying the same again could help.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        self.0.retryable.unwrap_or_else(|| self.0.kind.is_retryable())
+    }
+
+    /// The whole story for a person: context, message, causes, help; several lines, no trailing newline.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let mut out = String::new();
+        for (key, value) in self.0.context.iter().rev() {
+            out.push_str(&format!("{key} {value}: "));
+        }
+        out.push_str(&self.0.message);
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            out.push_str(&format!("\n  because: {error}"));
+            cause = error.source();
+        }
+        if let Some(help) = self.help() {
+            out.push_str(&format!("\n  help: {help}"));
+        }
+        out
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Error")
+            .field("kind", &self.0.kind)
+            .field("message", &self.0.message)
+            .field("context", &self.0.context)
+            .field("help", &self.0.help)
+            .field("source", &self.0.source)
+            .finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_tells_where_what_why_and_how_to_mend_it() {
+        let error = Error::io("write /x", std::io::Error::from(std::io::ErrorKind::StorageFull))
+            .with_context("disk", "rootdisk")
+            .with_context("vm", "web")
+            .with_help("free some space");
+        assert_eq!(error.kind(), ErrorKind::HostDiskFull);
+        assert_eq!(
+            error.report(),
+            "vm web: disk rootdisk: cannot write /x\n  because: no storage space\n  help: free some space"
+        );
+        assert_eq!(error.to_string(), "cannot write /x");
+    }
+}

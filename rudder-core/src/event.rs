@@ -1,0 +1,263 @@
+//! What a build says while it runs; serialisable as JSON lines.
+
+use crate::{error::ErrorKind, module::InputRecord};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// One thing that happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// Counts from 0 without gaps within a build; a gap in what a reader sees is what it was too slow for.
+    pub seq: u64,
+    /// When it happened (RFC 3339, UTC).
+    pub time: jiff::Timestamp,
+    /// The VM it is about; absent: the build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// What happened.
+    #[serde(flatten)]
+    pub kind: EventKind,
+}
+
+/// Phases of a build, with the names of the VirtualMachineBuild resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[non_exhaustive]
+#[allow(missing_docs)] // The names are the documentation: see docs/design.md.
+pub enum BuildPhase {
+    Pending,
+    Networking,
+    Building,
+    CapturingDisks,
+    TemplateProvisioning,
+    Succeeded,
+    Failed,
+}
+
+/// Phases of a VM, with the names of the VirtualMachineBuild resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[non_exhaustive]
+#[allow(missing_docs)]
+pub enum VmPhase {
+    Pending,
+    SourceImporting,
+    Booting,
+    BootCommand,
+    Provisioning,
+    ShuttingDown,
+    DiskCaptured,
+    Succeeded,
+    Failed,
+}
+
+/// Where a line of output came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// How a command in a guest ended.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitStatus {
+    /// It exited with this code.
+    Code(u32),
+    /// A signal ended it: `KILL`, `TERM`… (RFC 4254, 6.10).
+    Signal(String),
+}
+
+impl ExitStatus {
+    /// Whether it exited with code 0.
+    #[must_use]
+    pub fn success(&self) -> bool {
+        *self == Self::Code(0)
+    }
+}
+
+impl std::fmt::Display for ExitStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(name) => write!(f, "signal {name}"),
+        }
+    }
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum EventKind {
+    /// The build begins. First event of each attempt.
+    BuildStarted {
+        /// The name of the build.
+        build: String,
+        /// The digest of its plan.
+        plan: String,
+        /// The backend it runs on.
+        backend: String,
+        /// 1 for the first attempt.
+        attempt: u32,
+    },
+    /// The build entered a phase.
+    BuildPhase {
+        /// The phase.
+        phase: BuildPhase,
+    },
+    /// A VM entered a phase.
+    VmPhase {
+        /// The phase.
+        phase: VmPhase,
+    },
+    /// Something with a known or unknown size goes on.
+    Progress {
+        /// What: `download URL`, `convert DISK`…
+        task: String,
+        /// Bytes done.
+        done: u64,
+        /// Bytes in all, where known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        total: Option<u64>,
+    },
+    /// An input was read and verified.
+    Input(InputRecord),
+    /// Something that the reader should know, and that does not stop the build.
+    Notice {
+        /// What.
+        message: String,
+    },
+    /// Something is likely wrong, and does not stop the build.
+    Warning {
+        /// What.
+        message: String,
+    },
+    /// The guest answered and the login works.
+    GuestReady {
+        /// Milliseconds since power-on.
+        millis: u64,
+    },
+    /// A step begins.
+    StepStarted {
+        /// Its place in the manifest, from 0.
+        step: usize,
+        /// Its name, else its type.
+        name: String,
+    },
+    /// A step wrote a line.
+    StepOutput {
+        /// The step.
+        step: usize,
+        /// Where it wrote.
+        stream: OutputStream,
+        /// The line, without its end; bytes that are not UTF-8 are replaced; a line over the limit comes in pieces.
+        line: String,
+    },
+    /// A step ended.
+    StepFinished {
+        /// The step.
+        step: usize,
+        /// Its name, else its type.
+        name: String,
+        /// How long it took, in milliseconds.
+        millis: u64,
+        /// Whether it did what it should.
+        success: bool,
+        /// How its command ended, where it has one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        exit: Option<ExitStatus>,
+    },
+    /// An attempt failed, and another follows.
+    Retrying {
+        /// The number of the attempt that follows.
+        attempt: u32,
+        /// How many there may be.
+        of: u32,
+        /// Why the one before failed.
+        reason: String,
+    },
+    /// The build failed and its machines were kept for inspection.
+    Kept {
+        /// How to get in, a line each.
+        access: Vec<String>,
+        /// How to remove what was kept.
+        remove: String,
+    },
+    /// Events were left out because the reader was too slow.
+    Lagged {
+        /// How many.
+        missed: u64,
+    },
+    /// The last event of a build.
+    Finished {
+        /// How it ended.
+        outcome: Outcome,
+        /// How long each phase took.
+        timings: Vec<Timing>,
+    },
+}
+
+/// How a build ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Outcome {
+    /// A module stands.
+    Built {
+        /// Its name.
+        module: String,
+        /// Its `module.json`, for backends that have files.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        path: Option<PathBuf>,
+    },
+    /// It failed.
+    Failed(Box<FailureReport>),
+    /// The caller cancelled it.
+    Cancelled,
+}
+
+/// What a person needs at once to understand a failure.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct FailureReport {
+    /// What went wrong, for programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<ErrorKind>,
+    /// The whole story: [`Error::report`](crate::Error::report), masked.
+    pub message: String,
+    /// The VM it happened to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// The phase the VM was in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<VmPhase>,
+    /// The step, "2 (install)", counted from 1 as people do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<String>,
+    /// How its command ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<ExitStatus>,
+    /// The last lines it wrote.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub output_tail: Vec<String>,
+    /// The last lines of the serial console.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub serial_tail: Vec<String>,
+    /// A picture of the screen (PNG).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub screenshot: Option<PathBuf>,
+}
+
+/// How long something took.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// The VM; absent: the build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// The phase's name.
+    pub phase: String,
+    /// Milliseconds.
+    pub millis: u64,
+}

@@ -1,0 +1,19 @@
+//! The core of Rudder: what a build *is* (manifest, diagnostics, plan), what a hypervisor must give
+//! (the [`backend`] traits), and what a build *does* (engine, guest conversation, store).
+//!
+//! A backend gives streams and disks; the core does the talking. See `docs/design.md` for the floors of this
+//! crate and for the reasons behind its borders.
+
+pub mod backend;
+pub mod capability;
+pub mod diagnostic;
+pub mod digest;
+pub mod error;
+pub mod event;
+pub mod manifest;
+pub mod module;
+pub mod plan;
+pub mod secret;
+pub mod units;
+
+pub use error::{Error, ErrorKind, Result};

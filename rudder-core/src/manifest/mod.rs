@@ -1,0 +1,260 @@
+//! The manifest: what the author wrote, nothing filled in.
+//!
+//! These are schema types, apart from meaning: every scalar with a grammar of its own (names, quantities, addresses)
+//! is kept as written and is read by `crate::check` and [`crate::plan`]. Every field is optional here, so that one missing
+//! field never hides the next finding. Keys that Rudder does not know are kept in `unknown` and serialise back.
+//!
+//! Field names and meanings follow the RudderVirt `VirtualMachineBuild` resource (`ruddervirt.io/v1alpha1`); see
+//! `docs/manifest.md`.
+
+mod network;
+mod scalar;
+mod step;
+mod vm;
+
+pub use network::{BuildOverrides, Network, Subnet, SubnetOverride, VmOverride, Vpc, VpcOverride};
+pub use scalar::Scalar;
+pub use step::{
+    FileStep, HandbuildStep, KeyRef, Lines, Provisioner, RebootStep, ShellStep, ValueFrom, WindowsUpdateStep,
+};
+pub use vm::{
+    BuildRef, CloudInit, Communicator, Disk, EfiFirmware, FileNames, FileRef, Iso, Nic, Resources, Source,
+    SourcePvc, Vm,
+};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Keys that Rudder does not know, in the order they were written.
+pub type Unknown = serde_yaml::Mapping;
+
+/// The `apiVersion` of the resource form.
+pub const API_VERSION: &str = "ruddervirt.io/v1alpha1";
+
+/// One document of a manifest file, in the form it was written in.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+#[non_exhaustive]
+pub enum Manifest {
+    /// `apiVersion`, `kind: VirtualMachineBuild`, `metadata`, `spec`.
+    Resource(Box<Resource<BuildSpec>>),
+    /// The spec itself, with an optional name.
+    Bare(Box<BareBuild>),
+    /// `kind: VirtualMachineClone`.
+    Clone(Box<Resource<CloneSpec>>),
+}
+
+/// The Kubernetes resource form around a spec.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, bound(deserialize = "S: Default + Deserialize<'de>"))]
+#[schemars(bound = "S: Default + Serialize + JsonSchema")]
+pub struct Resource<S> {
+    /// `ruddervirt.io/v1alpha1`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_version: Option<String>,
+    /// `VirtualMachineBuild` or `VirtualMachineClone`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
+    /// Name, namespace, labels, annotations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Metadata>,
+    /// What is wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spec: Option<S>,
+    /// What a cluster said about it; read and ignored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<std::collections::BTreeMap<String, serde_json::Value>>")]
+    pub status: Option<serde_yaml::Value>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// The metadata of a resource.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Metadata {
+    /// The name of the build, and of the module it makes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Where a cluster backend puts things; carried along by others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Labels, carried along.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<std::collections::BTreeMap<String, String>>")]
+    pub labels: Option<serde_yaml::Mapping>,
+    /// Annotations, carried along.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<std::collections::BTreeMap<String, String>>")]
+    pub annotations: Option<serde_yaml::Mapping>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// The bare form: a [`BuildSpec`] with an optional name on top.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BareBuild {
+    /// The name of the build; left out, the file's stem.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The rest.
+    #[serde(flatten)]
+    pub spec: BuildSpec,
+}
+
+/// What a build is made of.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BuildSpec {
+    /// The VMs; at least one; they boot and provision side by side.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub vms: Vec<Vm>,
+    /// Files that VMs, floppies, the HTTP server and steps may name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<File>,
+    /// VPCs and subnets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
+    /// Files served over HTTP while the VMs boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http_directory: Option<FileNames>,
+    /// What is true during the build only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub build_overrides: Option<BuildOverrides>,
+    /// Limit of the whole build, a Go duration; default 30m.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<Scalar>,
+    /// How often the whole build is started again after a failure that a retry could help; default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retries: Option<i64>,
+    /// How long an ISO that nothing uses stays cached, a Go duration; default 24h.
+    #[serde(rename = "isoCacheTTL", skip_serializing_if = "Option::is_none")]
+    pub iso_cache_ttl: Option<Scalar>,
+    /// Where a cluster backend puts things.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Prefix of namespaces that a cluster backend makes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace_prefix: Option<String>,
+    /// Ignored, with a warning: every VM is captured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<serde_json::Value>")]
+    pub output: Option<serde_yaml::Value>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// A file of the build: its name, and exactly one of `inline` and `url`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct File {
+    /// Unique; also the name on the floppy and the path under the HTTP server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The content itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inline: Option<String>,
+    /// Where to fetch it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// sha256 of the bytes behind `url`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checksum: Option<String>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// A running copy of a module.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CloneSpec {
+    /// The module to clone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template_name: Option<String>,
+    /// Network in place of the template's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
+    /// What differs from the template, VM by VM.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub vm_overrides: Vec<VmOverride>,
+    /// Limit of making the clone; default 15m.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<Scalar>,
+    /// How long the clone lives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<Scalar>,
+    /// When the age begins (RFC 3339).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub age_anchor: Option<String>,
+    /// The clone that this one replaces.
+    #[serde(rename = "replacesCloneID", skip_serializing_if = "Option::is_none")]
+    pub replaces_clone_id: Option<String>,
+    /// The way out to the internet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress_gateway: Option<EgressGateway>,
+    /// Where a cluster backend puts things.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Prefix of namespaces that a cluster backend makes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace_prefix: Option<String>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// The way of a clone out to the internet.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EgressGateway {
+    /// Whether there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enabled: Option<bool>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+impl Manifest {
+    /// The name as written; a bare manifest without one is named after its file by the plan.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Resource(resource) => resource.metadata.as_ref()?.name.as_deref(),
+            Self::Clone(resource) => resource.metadata.as_ref()?.name.as_deref(),
+            Self::Bare(bare) => bare.name.as_deref(),
+        }
+    }
+
+    /// What is to be built; `None` for a clone, or a resource without `spec`.
+    #[must_use]
+    pub fn build_spec(&self) -> Option<&BuildSpec> {
+        match self {
+            Self::Resource(resource) => resource.spec.as_ref(),
+            Self::Bare(bare) => Some(&bare.spec),
+            Self::Clone(_) => None,
+        }
+    }
+
+    /// The manifest as YAML, in the form it came in.
+    ///
+    /// # Errors
+    /// Only for values YAML cannot hold; none that a parsed manifest can contain.
+    pub fn to_yaml(&self) -> crate::Result<String> {
+        serde_yaml::to_string(self).map_err(|error| {
+            crate::Error::new(crate::ErrorKind::Internal, "cannot write the manifest as YAML")
+                .with_source(error)
+        })
+    }
+}

@@ -1,0 +1,182 @@
+//! The provisioners of a VM.
+
+use super::{Scalar, Unknown};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A step of provisioning: `type`, and the block of that name.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Provisioner {
+    /// shell, file, reboot, windows-update or handbuild.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub r#type: Option<String>,
+    /// What the step is called in events and errors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// A Go duration; left out, the build's deadline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_timeout: Option<Scalar>,
+    /// A script run in the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shell: Option<ShellStep>,
+    /// A file put into the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<FileStep>,
+    /// A restart of the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reboot: Option<RebootStep>,
+    /// Windows updates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub windows_update: Option<WindowsUpdateStep>,
+    /// Work of a person.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handbuild: Option<HandbuildStep>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// A script: `inline`, or `scriptFrom`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ShellStep {
+    /// The script, or its lines.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inline: Option<Lines>,
+    /// The script from a named input.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub script_from: Option<ValueFrom>,
+    /// Environment of the script: names to text, numbers or booleans.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<std::collections::BTreeMap<String, Scalar>>")]
+    pub env: Option<serde_yaml::Mapping>,
+    /// How the script is run; `{{ .Command }}` is its path.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub execute_command: Option<String>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// A file put into the guest: exactly one of `fileRef` and `source`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FileStep {
+    /// The name of an entry of the top-level `files`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_ref: Option<String>,
+    /// A named input.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<ValueFrom>,
+    /// An absolute path in the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination: Option<String>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// A restart of the guest.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RebootStep {
+    /// Default `sudo reboot`; PowerShell: `shutdown /r /f /t 0`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// Windows updates: search, install, reboot, until nothing matches.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct WindowsUpdateStep {
+    /// The search of the Windows Update Agent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub search_criteria: Option<String>,
+    /// `include:` or `exclude:` and a PowerShell expression.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub filters: Vec<String>,
+    /// How many in one round; default 1000.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_limit: Option<i64>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// Work of a person.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HandbuildStep {
+    /// Required: every click, key and value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instructions: Option<String>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// A value from a ConfigMap or Secret: exactly one.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ValueFrom {
+    /// A key of a ConfigMap.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config_map_ref: Option<KeyRef>,
+    /// A key of a Secret.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<KeyRef>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// A key of a ConfigMap or Secret.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct KeyRef {
+    /// The object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The key in it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// Its namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Keys that Rudder does not know.
+    #[serde(flatten)]
+    #[schemars(skip)]
+    pub unknown: Unknown,
+}
+
+/// A text, or a list of lines that are joined with newlines.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Lines {
+    /// The text as it stands.
+    Text(String),
+    /// Its lines.
+    List(Vec<String>),
+}
+
+impl Lines {
+    /// The whole text.
+    #[must_use]
+    pub fn text(&self) -> std::borrow::Cow<'_, str> {
+        match self {
+            Self::Text(text) => text.into(),
+            Self::List(lines) => lines.join("\n").into(),
+        }
+    }
+}
