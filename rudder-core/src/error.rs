@@ -159,6 +159,33 @@ impl Error {
         self.0.retryable.unwrap_or_else(|| self.0.kind.is_retryable())
     }
 
+    /// The same error with every text of it changed by `map`: message, context, help and causes. What is changed is only
+    /// text; causes become opaque where one of them changed. This is how secrets are taken out of an error.
+    #[must_use]
+    pub fn map_text(mut self, map: impl Fn(&str) -> String) -> Self {
+        self.0.message = map(&self.0.message).into();
+        for (_, value) in &mut self.0.context {
+            *value = map(value);
+        }
+        self.0.help = self.0.help.map(|help| map(&help).into());
+        let mut texts = Vec::new();
+        let mut changed = false;
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let (shown, debugged) = (error.to_string(), format!("{error:?}"));
+            let text = map(&shown);
+            changed |= text != shown || map(&debugged) != debugged;
+            texts.push(text);
+            cause = error.source();
+        }
+        if changed {
+            let chain =
+                texts.into_iter().rev().fold(None, |source, text| Some(Box::new(Cause { text, source })));
+            self.0.source = chain.map(|cause| cause as BoxError);
+        }
+        self
+    }
+
     /// The whole story for a person: context, message, causes, help; several lines, no trailing newline.
     #[must_use]
     pub fn report(&self) -> String {
@@ -176,6 +203,25 @@ impl Error {
             out.push_str(&format!("\n  help: {help}"));
         }
         out
+    }
+}
+
+/// A cause of which only the text is left.
+#[derive(Debug)]
+struct Cause {
+    text: String,
+    source: Option<Box<Cause>>,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl StdError for Cause {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|source| source as _)
     }
 }
 
@@ -219,5 +265,20 @@ mod tests {
             "vm web: disk rootdisk: cannot write /x\n  because: no storage space\n  help: free some space"
         );
         assert_eq!(error.to_string(), "cannot write /x");
+    }
+
+    #[test]
+    fn a_secret_leaves_every_text_of_an_error() {
+        let inner = Error::new(ErrorKind::Protocol, "no s3cret here").with_context("url", "http://s3cret@x");
+        let error = Error::new(ErrorKind::Download, "s3cret: cannot download")
+            .with_context("url", "http://s3cret@x")
+            .with_help("do not write s3cret")
+            .with_source(inner);
+        let masked = error.map_text(|text| text.replace("s3cret", "***"));
+        assert_eq!(
+            masked.report(),
+            "url http://***@x: ***: cannot download\n  because: no *** here\n  help: do not write ***"
+        );
+        assert!(!format!("{masked:?}").contains("s3cret"));
     }
 }

@@ -90,6 +90,24 @@ pub struct Provenance {
     /// Why it cannot be repeated from its manifest alone; empty: it can.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_repeatable: Vec<String>,
+    /// What was likely wrong and did not stop the build: a machine that had to be killed at its end…
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+impl Provenance {
+    /// The record of a build of this manifest (secrets masked) and plan, with nothing else known yet.
+    pub fn new(manifest: impl Into<String>, plan: Digest) -> Self {
+        Self {
+            manifest: manifest.into(),
+            plan,
+            inputs: Vec::new(),
+            versions: std::collections::BTreeMap::new(),
+            timings: Vec::new(),
+            not_repeatable: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
 }
 
 /// An input of a build: what was asked for, and what came.
