@@ -182,8 +182,8 @@ pub enum EventKind {
     Kept {
         /// How to get in, a line each.
         access: Vec<String>,
-        /// How to remove what was kept.
-        remove: String,
+        /// The id of the lab, by which what was kept can be removed.
+        lab: String,
     },
     /// Events were left out because the reader was too slow.
     Lagged {

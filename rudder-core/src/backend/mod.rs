@@ -52,7 +52,14 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// Removes a module, all of it. Removing one that is not there is `NotFound`; one that a living lab builds on is `Conflict`.
     async fn remove_module(&self, name: &str) -> Result<()>;
 
-    /// Removes what dead owners left behind: processes, files, networks, objects. Never touches what a living owner has.
+    /// The labs that were [kept](Lab::keep) for inspection and not yet removed. May be repeated.
+    async fn kept_labs(&self) -> Result<Vec<KeptLab>>;
+
+    /// Removes a lab that was kept, all of it. One that is not there is `NotFound`; one that a living owner works in is
+    /// `Conflict`.
+    async fn remove_lab(&self, id: &LabId) -> Result<()>;
+
+    /// Removes what dead owners left behind, except labs that were kept: processes, files, networks, objects. Never touches what a living owner has.
     /// May be repeated, and run by several processes at once.
     async fn reap(&self) -> Result<ReapReport>;
 

@@ -21,6 +21,19 @@ impl LabId {
         Self(format!("{name}-{:012x}", rand::random::<u64>() & 0xffff_ffff_ffff))
     }
 
+    /// The id that somebody wrote down.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it cannot be an id: empty, or with characters other than letters, digits and `-`.
+    pub fn parse(text: &str) -> crate::Result<Self> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        if text.is_empty() || text.len() > 64 || !text.chars().all(allowed) {
+            let message = format!("expected the id of a lab such as web-0123456789ab, but found {text:?}");
+            return Err(crate::Error::new(crate::ErrorKind::InvalidInput, message));
+        }
+        Ok(Self(text.to_owned()))
+    }
+
     /// As text.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -264,10 +277,10 @@ impl ModuleDraft {
 /// A lab that was kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptLab {
+    /// Its id, for [`Backend::remove_lab`](super::Backend::remove_lab).
+    pub id: LabId,
     /// How to get into each machine, a line each.
     pub access: Vec<String>,
-    /// How to remove it.
-    pub remove: String,
 }
 
 /// What is here, what is missing.
