@@ -59,7 +59,8 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// `Conflict`.
     async fn remove_lab(&self, id: &LabId) -> Result<()>;
 
-    /// Removes what dead owners left behind, except labs that were kept: processes, files, networks, objects. Never touches what a living owner has.
+    /// Removes what dead owners left behind, except labs that were kept: processes, files, networks, objects. Never
+    /// touches what a living owner has.
     /// May be repeated, and run by several processes at once.
     async fn reap(&self) -> Result<ReapReport>;
 
@@ -141,6 +142,13 @@ pub trait Machine: Debug + Send + Sync {
 
     /// A picture of the screen, as PNG. Needs [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
     async fn screenshot(&self) -> Result<Vec<u8>>;
+
+    /// Where programs of the host reach a TCP port of the guest while it runs, also after its owner is gone; `None` where only
+    /// [`dial`](Self::dial) does. For telling a person how to log in.
+    fn reachable_at(&self, port: u16) -> Option<std::net::SocketAddr> {
+        let _ = port;
+        None
+    }
 
     /// How a person gets in while it runs: command lines and addresses, a line each.
     fn access(&self) -> Vec<String>;
