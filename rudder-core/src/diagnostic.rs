@@ -97,3 +97,16 @@ impl Diagnostic {
         self.severity == Severity::Error
     }
 }
+
+/// Puts findings into the order of the text, and leaves out what was said before.
+pub fn sort(diagnostics: &mut Vec<Diagnostic>) {
+    // Those without a place come first; the order of equal ones stays.
+    diagnostics.sort_by_key(|diagnostic| diagnostic.span.map(|span| (span.start, span.end)));
+    let mut seen = std::collections::HashSet::new();
+    diagnostics.retain(|diagnostic| {
+        let Diagnostic { code, path, span, message, .. } = diagnostic;
+        // A value behind an alias is found at each place that uses it, but stands at one.
+        let path = if span.is_some() { String::new() } else { path.clone() };
+        seen.insert((span.map(|span| (span.start, span.end)), code.clone(), message.clone(), path))
+    });
+}

@@ -7,13 +7,23 @@
 //! Field names and meanings follow the RudderVirt `VirtualMachineBuild` resource (`ruddervirt.io/v1alpha1`); see
 //! `docs/manifest.md`.
 
+mod document;
+mod keys;
 mod network;
+mod parse;
+mod path;
 mod scalar;
+mod schema;
 mod step;
 mod vm;
+mod yaml;
 
+pub use document::{Document, Parsed};
 pub use network::{BuildOverrides, Network, Subnet, SubnetOverride, VmOverride, Vpc, VpcOverride};
+pub use parse::{parse, parse_named};
+pub use path::{Path, PathSegment};
 pub use scalar::Scalar;
+pub use schema::json_schema;
 pub use step::{
     FileStep, HandbuildStep, KeyRef, Lines, Provisioner, RebootStep, ShellStep, ValueFrom, WindowsUpdateStep,
 };

@@ -2,7 +2,8 @@
 
 use super::{Scalar, Unknown};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
+use std::fmt;
 
 /// A step of provisioning: `type`, and the block of that name.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -161,7 +162,7 @@ pub struct KeyRef {
 }
 
 /// A text, or a list of lines that are joined with newlines.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Lines {
     /// The text as it stands.
@@ -178,5 +179,37 @@ impl Lines {
             Self::Text(text) => text.into(),
             Self::List(lines) => lines.join("\n").into(),
         }
+    }
+}
+
+/// By hand, because an untagged enum reads everything into a buffer first, and forgets where it stood.
+impl<'de> Deserialize<'de> for Lines {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_newtype_struct(LINES, LinesVisitor)
+    }
+}
+
+/// The name under which a deserializer that knows it may give a text or a list as it stands.
+pub(super) const LINES: &str = "$rudder::Lines";
+
+struct LinesVisitor;
+
+impl<'de> de::Visitor<'de> for LinesVisitor {
+    type Value = Lines;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("text or a list of lines")
+    }
+
+    fn visit_newtype_struct<D: Deserializer<'de>>(self, deserializer: D) -> Result<Lines, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<Lines, E> {
+        Ok(Lines::Text(value.to_owned()))
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Lines, A::Error> {
+        Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Lines::List)
     }
 }

@@ -1,0 +1,123 @@
+//! From bytes to documents: which form a document has, and everything that is wrong with its syntax, types and keys.
+
+use super::{
+    API_VERSION, BareBuild, BuildSpec, CloneSpec, Manifest, Resource,
+    document::{Document, Parsed},
+    keys,
+    yaml::{Kind, MAX_FINDINGS, NodeId, Tree, de, read},
+};
+use crate::diagnostic::{self, Diagnostic};
+use std::sync::Arc;
+
+/// The `kind` of a build.
+const BUILD_KIND: &str = "VirtualMachineBuild";
+/// The `kind` of a clone.
+const CLONE_KIND: &str = "VirtualMachineClone";
+
+/// Reads all documents of a manifest file. Never fails and never stops at the first mistake: see [`Parsed::diagnostics`].
+///
+/// Accepted is YAML 1.2 in UTF-8 with the core schema, anchors, aliases and merge keys (`<<`), up to 16 MiB, 64 levels and 1000
+/// documents. Whatever the input is, time and memory are bounded.
+///
+/// ```
+/// let parsed = rudder_core::manifest::parse(b"vms:\n- name: web\n  tmp: true\n");
+/// assert_eq!(parsed.documents.len(), 1);
+/// let finding = &parsed.diagnostics[0];
+/// assert_eq!((finding.code.as_str(), finding.path.as_str()), ("unknown-key", "vms[0].tmp"));
+/// assert_eq!(finding.help.as_deref(), Some("did you mean `tpm`?"));
+/// ```
+#[must_use]
+pub fn parse(bytes: &[u8]) -> Parsed {
+    parse_source(None, bytes)
+}
+
+/// [`parse`], with the name of the file, which names a build that has no name of its own.
+#[must_use]
+pub fn parse_named(source_name: &str, bytes: &[u8]) -> Parsed {
+    parse_source(Some(source_name.into()), bytes)
+}
+
+fn parse_source(source_name: Option<Arc<str>>, bytes: &[u8]) -> Parsed {
+    let read::Read { trees, mut diagnostics } = read::read(bytes);
+    let mut documents = Vec::new();
+    for mut tree in trees {
+        // `---` with nothing behind it.
+        if tree.is_null(tree.root) && !tree.is_pruned(tree.root) {
+            continue;
+        }
+        if let Some(manifest) = manifest(&mut tree, &mut diagnostics) {
+            keys::check(&tree, &manifest, &mut diagnostics);
+            documents.push(Document::new(manifest, source_name.clone(), tree));
+        }
+    }
+    if documents.is_empty() && diagnostics.is_empty() {
+        diagnostics.push(
+            Diagnostic::error("no-document", "", None, "expected a manifest, but found an empty file")
+                .with_help("a manifest begins with `vms:`, or with `apiVersion:`, `kind:` and `spec:`"),
+        );
+    }
+    diagnostic::sort(&mut diagnostics);
+    if diagnostics.len() >= MAX_FINDINGS {
+        diagnostics.truncate(MAX_FINDINGS);
+        diagnostics.push(Diagnostic::error("too-many", "", None, "there is more wrong than is shown here"));
+    }
+    Parsed { documents, diagnostics }
+}
+
+fn manifest(tree: &mut Tree, diagnostics: &mut Vec<Diagnostic>) -> Option<Manifest> {
+    let root = tree.root;
+    if !matches!(tree.node(tree.follow(root)).kind, Kind::Mapping(_)) {
+        if !tree.is_pruned(root) {
+            let found = if matches!(tree.node(root).kind, Kind::Sequence(_)) { "a list" } else { "text" };
+            let message = format!("expected a manifest, which is a mapping, but found {found}");
+            diagnostics.push(
+                Diagnostic::error("wrong-type", "", Some(tree.node(root).span), message)
+                    .with_help("a manifest begins with `vms:`, or with `apiVersion:`, `kind:` and `spec:`"),
+            );
+        }
+        return None;
+    }
+    let has = |name: &str| tree.entry(root, name).is_some();
+    // `spec` alone is a resource whose head was forgotten: in the bare form it would mean nothing.
+    if !(has("apiVersion") || has("kind") || has("spec") && !has("vms")) {
+        let name = tree.entry(root, "name").map(|(_, node)| node);
+        let name = name.and_then(|node| de::read(tree, &["name"], node, None, diagnostics));
+        let spec = de::read::<BuildSpec>(tree, &[], root, Some("name"), diagnostics);
+        return Some(Manifest::Bare(Box::new(BareBuild { name, spec })));
+    }
+    expect(tree, "apiVersion", &[API_VERSION], "unknown-api-version", diagnostics);
+    expect(tree, "kind", &[BUILD_KIND, CLONE_KIND], "unknown-kind", diagnostics);
+    let kind = tree.entry(root, "kind").and_then(|(_, node)| tree.scalar_text(node));
+    if kind == Some(CLONE_KIND) {
+        let resource = de::read::<Resource<CloneSpec>>(tree, &[], root, None, diagnostics);
+        return Some(Manifest::Clone(Box::new(resource)));
+    }
+    let resource = de::read::<Resource<BuildSpec>>(tree, &[], root, None, diagnostics);
+    Some(Manifest::Resource(Box::new(resource)))
+}
+
+/// Checks a field that says what the document is.
+fn expect(tree: &Tree, field: &str, known: &[&str], code: &str, diagnostics: &mut Vec<Diagnostic>) {
+    let names: Vec<_> = known.iter().map(|name| format!("`{name}`")).collect();
+    let names = names.join(" or ");
+    let node: NodeId = match tree.entry(tree.root, field) {
+        Some((_, node)) if !tree.is_null(node) => node,
+        _ => {
+            let span = tree
+                .entry(tree.root, field)
+                .map_or(tree.node(tree.root).span, |(key, _)| tree.node(key).span);
+            let message = format!("expected `{field}: {}`, but found none", known[0]);
+            diagnostics.push(Diagnostic::error("missing-field", field, Some(span), message));
+            return;
+        }
+    };
+    match tree.scalar_text(node) {
+        Some(text) if !known.contains(&text) => {
+            let found: String = text.chars().take(80).collect();
+            let message = format!("expected {names}, but found `{found}`");
+            diagnostics.push(Diagnostic::error(code, field, Some(tree.node(node).span), message));
+        }
+        // A list or mapping is a wrong type, which is found with the others.
+        _ => {}
+    }
+}

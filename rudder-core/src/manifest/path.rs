@@ -1,0 +1,131 @@
+//! The path of a value in a manifest: `spec.vms[0].disks[1].size`.
+
+use std::{fmt, ptr};
+
+/// A path from the root of a document to a value; extending it borrows the shorter one and costs nothing.
+///
+/// ```
+/// use rudder_core::manifest::Path;
+/// let vms = Path::root().key("vms");
+/// let vm = vms.index(0);
+/// assert_eq!(vm.key("name").to_string(), "vms[0].name");
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct Path<'a> {
+    parent: Option<&'a Path<'a>>,
+    segment: PathSegment<'a>,
+}
+
+/// One step of a [`Path`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PathSegment<'a> {
+    /// The value of this key in a mapping.
+    Key(&'a str),
+    /// The element of a list, from 0.
+    Index(usize),
+}
+
+static ROOT: Path<'static> = Path { parent: None, segment: PathSegment::Key("") };
+static SPEC: Path<'static> = Path { parent: Some(&ROOT), segment: PathSegment::Key("spec") };
+
+impl<'a> Path<'a> {
+    /// The document itself; written as nothing.
+    #[must_use]
+    pub fn root() -> &'static Path<'static> {
+        &ROOT
+    }
+
+    /// The `spec` of the resource form.
+    #[must_use]
+    pub fn spec() -> &'static Path<'static> {
+        &SPEC
+    }
+
+    /// The value of this key.
+    #[must_use]
+    pub fn key<'b>(&'b self, key: &'b str) -> Path<'b> {
+        Path { parent: Some(self), segment: PathSegment::Key(key) }
+    }
+
+    /// The element at this place, from 0.
+    #[must_use]
+    pub fn index(&self, index: usize) -> Path<'_> {
+        Path { parent: Some(self), segment: PathSegment::Index(index) }
+    }
+
+    /// Where it hangs, and by what; `None` for the root.
+    #[must_use]
+    pub fn split_last(&self) -> Option<(&'a Path<'a>, PathSegment<'a>)> {
+        self.parent.map(|parent| (parent, self.segment))
+    }
+
+    /// Whether this is the document itself.
+    #[must_use]
+    pub fn is_root(&self) -> bool {
+        self.parent.is_none()
+    }
+
+    /// The steps from the root.
+    #[must_use]
+    pub fn segments(&self) -> Vec<PathSegment<'a>> {
+        let mut segments = Vec::new();
+        let mut rest = self.split_last();
+        while let Some((parent, segment)) = rest {
+            segments.push(segment);
+            rest = parent.split_last();
+        }
+        segments.reverse();
+        segments
+    }
+}
+
+impl PartialEq for Path<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        ptr::eq(self, other) || self.segments() == other.segments()
+    }
+}
+
+impl Eq for Path<'_> {}
+
+impl fmt::Display for Path<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_segments(&self.segments(), f)
+    }
+}
+
+/// Writes steps the way people read them; a key that is more than a word goes in quotes and brackets.
+pub(super) fn write_segments(segments: &[PathSegment<'_>], f: &mut impl fmt::Write) -> fmt::Result {
+    for (place, segment) in segments.iter().enumerate() {
+        match segment {
+            PathSegment::Index(index) => write!(f, "[{index}]")?,
+            PathSegment::Key(key) if is_word(key) => {
+                write!(f, "{}{key}", if place == 0 { "" } else { "." })?;
+            }
+            PathSegment::Key(key) => {
+                let short: String = key.chars().take(64).collect();
+                write!(f, "[{short:?}{}]", if short.len() < key.len() { "…" } else { "" })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_word(key: &str) -> bool {
+    (1..=64).contains(&key.len()) && key.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_' || c == b'-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_reads_as_people_write_it() {
+        assert_eq!(Path::root().to_string(), "");
+        let vms = Path::spec().key("vms");
+        let vm = vms.index(0);
+        assert_eq!(vm.key("disks").index(1).key("size").to_string(), "spec.vms[0].disks[1].size");
+        assert_eq!(Path::root().key("labels").key("a.b/c").to_string(), "labels[\"a.b/c\"]");
+        assert_eq!(vm.split_last(), Some((&vms, PathSegment::Index(0))));
+        assert!(Path::root().is_root() && !vm.is_root());
+    }
+}

@@ -1,0 +1,611 @@
+//! Bytes to trees: encoding, syntax, anchors, tags, merge keys, duplicate keys, and the limits.
+
+use super::{
+    Kind, MAX_BYTES, MAX_DEPTH, MAX_DOCUMENTS, MAX_FINDINGS, MAX_NODES, MAX_WEIGHT, Node, NodeId, Text, Tree,
+    Value, scalar::resolve,
+};
+use crate::{
+    diagnostic::{Diagnostic, Span},
+    manifest::path::{PathSegment, write_segments},
+};
+use granit_parser::{Event, Parser, ScalarStyle, Tag};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+/// What a mapping weighs beside its entries: about the size of the largest struct of a manifest.
+const MAPPING_WEIGHT: u64 = 1024;
+const NODE_WEIGHT: u64 = 64;
+
+/// What was read.
+pub(in crate::manifest) struct Read {
+    pub(in crate::manifest) trees: Vec<Tree>,
+    pub(in crate::manifest) diagnostics: Vec<Diagnostic>,
+}
+
+/// Reads all documents of a file.
+pub(in crate::manifest) fn read(bytes: &[u8]) -> Read {
+    let mut diagnostics = Vec::new();
+    let trees = match decode(bytes) {
+        Ok(source) => {
+            let mut reader = Reader::new(Arc::from(source));
+            reader.run();
+            diagnostics = reader.diagnostics;
+            reader.trees
+        }
+        Err(diagnostic) => {
+            diagnostics.push(*diagnostic);
+            Vec::new()
+        }
+    };
+    Read { trees, diagnostics }
+}
+
+fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {
+    let refuse = |code: &str, at: Option<usize>, message: String, help: &str| {
+        let span = at.map(|at| place(bytes, at));
+        Err(Box::new(Diagnostic::error(code, "", span, message).with_help(help)))
+    };
+    if bytes.len() > MAX_BYTES {
+        return refuse(
+            "too-large",
+            None,
+            format!("expected a file of at most {MAX_BYTES} bytes, but found {} bytes", bytes.len()),
+            "give large files by `url` in `files`",
+        );
+    }
+    let other = match bytes {
+        [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => Some("UTF-32"),
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, _, 0, ..] | [_, 0, _, 0, ..] => Some("UTF-16"),
+        _ => None,
+    };
+    if let Some(other) = other {
+        let message = format!("expected text in UTF-8, but found {other}");
+        return refuse("encoding", Some(0), message, "save the file as UTF-8");
+    }
+    let text = match std::str::from_utf8(bytes) {
+        Ok(text) => text,
+        Err(error) => {
+            let at = error.valid_up_to();
+            let message = format!("expected text in UTF-8, but found the byte 0x{:02x}", bytes[at]);
+            return refuse("encoding", Some(at), message, "save the file as UTF-8");
+        }
+    };
+    if let Some(at) = bytes.iter().position(|byte| *byte == 0) {
+        let message = "expected text, but found a NUL character".to_owned();
+        return refuse("encoding", Some(at), message, "is this a binary file?");
+    }
+    Ok(text)
+}
+
+/// The place of one byte, before anything was parsed.
+fn place(bytes: &[u8], at: usize) -> Span {
+    let before = &bytes[..at];
+    let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);
+    let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+    let column =
+        String::from_utf8_lossy(&before[line_start..]).trim_start_matches('\u{feff}').chars().count() + 1;
+    Span { line: number(line), column: number(column), start: at, end: (at + 1).min(bytes.len()) }
+}
+
+fn number(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+/// A list or mapping that is still open.
+struct Frame {
+    span: Span,
+    anchor: usize,
+    pruned: bool,
+    open: Open,
+}
+
+enum Open {
+    Sequence(Vec<NodeId>),
+    Mapping { entries: Vec<(NodeId, NodeId)>, key: Option<NodeId> },
+}
+
+/// Why the rest of a document, or of the file, is not read.
+enum Stop {
+    Document,
+    File,
+}
+
+struct Reader {
+    source: Arc<str>,
+    /// Bytes of the byte order mark.
+    skip: usize,
+    trees: Vec<Tree>,
+    diagnostics: Vec<Diagnostic>,
+    nodes: Vec<Node>,
+    stack: Vec<Frame>,
+    root: Option<NodeId>,
+    anchors: HashMap<usize, NodeId>,
+    document_start: usize,
+    documents: usize,
+    /// Nodes and weight of the documents before.
+    nodes_before: usize,
+    weight_before: u64,
+}
+
+impl Reader {
+    fn new(source: Arc<str>) -> Self {
+        let skip = if source.starts_with('\u{feff}') { '\u{feff}'.len_utf8() } else { 0 };
+        Self {
+            source,
+            skip,
+            trees: Vec::new(),
+            diagnostics: Vec::new(),
+            nodes: Vec::new(),
+            stack: Vec::new(),
+            root: None,
+            anchors: HashMap::new(),
+            document_start: 0,
+            documents: 0,
+            nodes_before: 0,
+            weight_before: 0,
+        }
+    }
+
+    fn run(&mut self) {
+        let source = Arc::clone(&self.source);
+        // The scanner's own limits are only a second wall: ours come first, with a path and a help.
+        let options = granit_parser::options! {
+            emit_unresolved_aliases: true,
+            flow_nesting_limit: usize::from(MAX_DEPTH) * 4,
+            block_nesting_limit: usize::from(MAX_DEPTH) * 4,
+        };
+        let mut parser = Parser::new_from_str_with_options(&source[self.skip..], options);
+        while let Some(event) = parser.next_event() {
+            let stop = match event {
+                Ok((Event::StreamEnd, _)) => return,
+                Ok((event, span)) => self.event(event, &span),
+                Err(error) => {
+                    self.syntax(&error);
+                    Err(Stop::Document)
+                }
+            };
+            match stop {
+                Ok(()) => {}
+                Err(Stop::Document) if self.diagnostics.len() < MAX_FINDINGS => {
+                    self.abandon();
+                    if !matches!(parser.proceed_next_document(), Ok(true)) {
+                        return;
+                    }
+                }
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn event(&mut self, event: Event<'_>, span: &granit_parser::Span) -> Result<(), Stop> {
+        let span = self.span(span.start, span.end);
+        match event {
+            Event::DocumentStart(..) => {
+                self.documents += 1;
+                if self.documents > MAX_DOCUMENTS {
+                    let message = format!("expected at most {MAX_DOCUMENTS} documents in a file");
+                    self.report("too-large", span, message, Some("split the file"));
+                    return Err(Stop::File);
+                }
+                Ok(())
+            }
+            Event::DocumentEnd => {
+                self.finish(span.end);
+                Ok(())
+            }
+            Event::Alias(anchor) => match self.anchors.get(&anchor) {
+                Some(target) => {
+                    let target = match self.nodes[*target as usize].kind {
+                        Kind::Alias(further) => further,
+                        _ => *target,
+                    };
+                    let Node { weight, height, .. } = self.nodes[target as usize];
+                    self.add(span, Kind::Alias(target), weight, height, false, 0)
+                }
+                None => {
+                    let message =
+                        "expected a value, but found an alias inside the value that it names".to_owned();
+                    self.report("yaml-alias", span, message, None);
+                    self.add_absent(span)
+                }
+            },
+            Event::UnresolvedAlias(name) => {
+                let name: String = name.chars().take(80).collect();
+                let message = format!("expected an anchor `&{name}` before this alias, but found none");
+                self.report("yaml-alias", span, message, None);
+                self.add_absent(span)
+            }
+            Event::Scalar(text, style, anchor, tag) => {
+                let (value, known) = self.scalar_value(&text, style, tag.as_deref(), span);
+                let weight = NODE_WEIGHT + text.len() as u64;
+                let text = self.keep(text);
+                self.add(span, Kind::Scalar(text, value), weight, 0, !known, anchor)
+            }
+            Event::SequenceStart(_, anchor, tag) => {
+                self.open(span, anchor, tag.as_deref(), "seq", Open::Sequence(Vec::new()))
+            }
+            Event::MappingStart(_, anchor, tag) => self.open(
+                span,
+                anchor,
+                tag.as_deref(),
+                "map",
+                Open::Mapping { entries: Vec::new(), key: None },
+            ),
+            Event::SequenceEnd | Event::MappingEnd => self.close(span),
+            _ => Ok(()),
+        }
+    }
+
+    fn span(&self, start: granit_parser::Marker, end: granit_parser::Marker) -> Span {
+        let start_byte = start.byte_offset().unwrap_or_default() + self.skip;
+        let end_byte = end.byte_offset().unwrap_or_default() + self.skip;
+        Span {
+            line: number(start.line()),
+            column: number(start.col() + 1),
+            start: start_byte,
+            end: end_byte.max(start_byte),
+        }
+    }
+
+    fn syntax(&mut self, error: &granit_parser::ScanError) {
+        let span = self.span(*error.marker(), *error.marker());
+        let path = self.path(None);
+        let mut diagnostic =
+            Diagnostic::error("yaml-syntax", path, Some(span), format!("this is not YAML: {}", error.info()));
+        if self.source[..span.start].ends_with('\t') || self.source[span.start..].starts_with('\t') {
+            diagnostic = diagnostic.with_help("indent with blanks: YAML does not take tabs there");
+        }
+        self.diagnostics.push(diagnostic);
+    }
+
+    fn report(&mut self, code: &str, span: Span, message: String, help: Option<&str>) {
+        self.report_key(code, None, span, message, help);
+    }
+
+    fn report_key(
+        &mut self,
+        code: &str,
+        key: Option<NodeId>,
+        span: Span,
+        message: String,
+        help: Option<&str>,
+    ) {
+        if self.diagnostics.len() < MAX_FINDINGS {
+            let mut diagnostic = Diagnostic::error(code, self.path(key), Some(span), message);
+            diagnostic.help = help.map(str::to_owned);
+            self.diagnostics.push(diagnostic);
+        }
+    }
+
+    /// The path of the node that comes next, or of this key in the mapping that was just closed.
+    fn path(&self, key: Option<NodeId>) -> String {
+        let mut segments = Vec::new();
+        for frame in &self.stack {
+            match &frame.open {
+                Open::Sequence(items) => segments.push(PathSegment::Index(items.len())),
+                Open::Mapping { key: Some(key), .. } => {
+                    segments.push(PathSegment::Key(self.key_text(*key)));
+                }
+                Open::Mapping { key: None, .. } => {}
+            }
+        }
+        segments.extend(key.map(|key| PathSegment::Key(self.key_text(key))));
+        let mut path = String::new();
+        // Writing to a String does not fail.
+        let _ = write_segments(&segments, &mut path);
+        path
+    }
+
+    fn follow(&self, id: NodeId) -> &Node {
+        match &self.nodes[id as usize] {
+            Node { kind: Kind::Alias(target), .. } => &self.nodes[*target as usize],
+            node => node,
+        }
+    }
+
+    fn key_text(&self, key: NodeId) -> &str {
+        match &self.follow(key).kind {
+            Kind::Scalar(Text::Source(start, end), _) => &self.source[*start as usize..*end as usize],
+            Kind::Scalar(Text::Owned(text), _) => text,
+            _ => "?",
+        }
+    }
+
+    fn keep(&self, text: Cow<'_, str>) -> Text {
+        // Text that the scanner did not have to change still lies in the source.
+        if let Cow::Borrowed(text) = text {
+            let start = (text.as_ptr() as usize).wrapping_sub(self.source.as_ptr() as usize);
+            if self.source.get(start..start.wrapping_add(text.len())) == Some(text) {
+                return Text::Source(number(start), number(start + text.len()));
+            }
+            return Text::Owned(text.into());
+        }
+        Text::Owned(text.into_owned().into_boxed_str())
+    }
+
+    /// The value of a scalar, and whether its tag is one we know and can be followed.
+    fn scalar_value(
+        &mut self,
+        text: &str,
+        style: ScalarStyle,
+        tag: Option<&Tag>,
+        span: Span,
+    ) -> (Value, bool) {
+        let plain = style == ScalarStyle::Plain;
+        let Some(tag) = tag else {
+            return (if plain { resolve(text) } else { Value::Text }, true);
+        };
+        let wanted = tag.core_suffix();
+        let value = match (wanted, resolve(text)) {
+            (Some("str"), _) => Some(Value::Text),
+            (None, _) if tag.original() == "!" => Some(Value::Text),
+            (Some("null"), value @ Value::Null)
+            | (Some("bool"), value @ Value::Bool(_))
+            | (Some("int"), value @ (Value::Int(_) | Value::Unsigned(_)))
+            | (Some("float"), value @ Value::Float(_)) => Some(value),
+            #[allow(clippy::cast_precision_loss)]
+            (Some("float"), Value::Int(value)) => Some(Value::Float(value as f64)),
+            _ => None,
+        };
+        if value.is_none() {
+            self.unknown_tag(tag, span);
+        }
+        (value.unwrap_or(Value::Text), value.is_some())
+    }
+
+    fn unknown_tag(&mut self, tag: &Tag, span: Span) {
+        let name: String = tag.original().chars().take(80).collect();
+        let message = format!("expected a value that needs no tag, but found the tag `{name}`");
+        self.report(
+            "yaml-tag",
+            span,
+            message,
+            Some("leave the tag out; text that looks like a number goes in quotes"),
+        );
+    }
+
+    fn open(
+        &mut self,
+        span: Span,
+        anchor: usize,
+        tag: Option<&Tag>,
+        wanted: &str,
+        open: Open,
+    ) -> Result<(), Stop> {
+        let mut pruned = false;
+        if let Some(tag) = tag.filter(|tag| tag.core_suffix() != Some(wanted) && tag.original() != "!") {
+            self.unknown_tag(tag, span);
+            pruned = true;
+        }
+        if self.stack.len() >= usize::from(MAX_DEPTH) {
+            return self.too_deep(span);
+        }
+        self.stack.push(Frame { span, anchor, pruned, open });
+        Ok(())
+    }
+
+    fn too_deep(&mut self, span: Span) -> Result<(), Stop> {
+        let message =
+            format!("expected at most {MAX_DEPTH} lists and mappings inside each other, but found more");
+        self.report("too-deep", span, message, None);
+        Err(Stop::Document)
+    }
+
+    fn close(&mut self, end: Span) -> Result<(), Stop> {
+        let Some(Frame { mut span, anchor, pruned, open }) = self.stack.pop() else { return Ok(()) };
+        let is_flow = self.source[span.start..].starts_with(['[', '{']);
+        let mut weight = NODE_WEIGHT;
+        let mut height = 0;
+        let mut last_end = span.start;
+        let mut measure = |node: &Node| {
+            weight = weight.saturating_add(node.weight);
+            height = height.max(node.height);
+            last_end = last_end.max(node.span.end);
+        };
+        let kind = match open {
+            Open::Sequence(items) => {
+                items.iter().for_each(|item| measure(&self.nodes[*item as usize]));
+                Kind::Sequence(items.into())
+            }
+            Open::Mapping { entries, .. } => {
+                let entries = self.merged(entries)?;
+                let entries = self.unique(entries);
+                entries.iter().for_each(|(key, value)| {
+                    measure(&self.nodes[*key as usize]);
+                    measure(&self.nodes[*value as usize]);
+                });
+                weight = weight.saturating_add(MAPPING_WEIGHT);
+                Kind::Mapping(entries.into())
+            }
+        };
+        span.end = if is_flow { end.end } else { last_end };
+        self.add(span, kind, weight, height.saturating_add(1), pruned, anchor)
+    }
+
+    /// Puts the entries of `<<: *name` behind the mapping's own, which win (<https://yaml.org/type/merge.html>).
+    fn merged(&mut self, entries: Vec<(NodeId, NodeId)>) -> Result<Vec<(NodeId, NodeId)>, Stop> {
+        let is_merge = |reader: &Self, key: NodeId| {
+            matches!(reader.nodes[key as usize].kind, Kind::Scalar(_, Value::Merge))
+        };
+        if !entries.iter().any(|(key, _)| is_merge(self, *key)) {
+            return Ok(entries);
+        }
+        let (merges, mut own): (Vec<_>, Vec<_>) =
+            entries.into_iter().partition(|(key, _)| is_merge(self, *key));
+        let mut from = Vec::new();
+        for (key, value) in merges {
+            let sources = match &self.follow(value).kind {
+                Kind::Sequence(items) => items.to_vec(),
+                _ => vec![value],
+            };
+            for source in sources {
+                match &self.follow(source).kind {
+                    Kind::Mapping(entries) => from.extend_from_slice(entries),
+                    _ => {
+                        let span = self.nodes[key as usize].span;
+                        let message =
+                            "expected a mapping, or a list of them, behind the merge key `<<`".to_owned();
+                        self.report(
+                            "yaml-merge",
+                            span,
+                            message,
+                            Some("write `<<: *name`, or put the key in quotes"),
+                        );
+                    }
+                }
+            }
+            // Merged entries are entries as well: many small merges must not make a large manifest.
+            self.nodes_before += from.len();
+            self.check_size(self.nodes[key as usize].span)?;
+        }
+        let merged = {
+            let mut seen: HashSet<Key<'_>> = own.iter().map(|(key, _)| self.key(*key)).collect();
+            from.retain(|(key, _)| seen.insert(self.key(*key)));
+            from
+        };
+        own.extend(merged);
+        Ok(own)
+    }
+
+    /// Without the entries whose key was there before; each is an error.
+    fn unique(&mut self, entries: Vec<(NodeId, NodeId)>) -> Vec<(NodeId, NodeId)> {
+        let mut twice = Vec::new();
+        if entries.len() <= 16 {
+            for (place, (key, _)) in entries.iter().enumerate() {
+                let first = entries[..place].iter().find(|(other, _)| self.key(*other) == self.key(*key));
+                twice.extend(first.map(|(first, _)| (place, *first)));
+            }
+        } else {
+            let mut seen = HashMap::with_capacity(entries.len());
+            for (place, (key, _)) in entries.iter().enumerate() {
+                match seen.entry(self.key(*key)) {
+                    std::collections::hash_map::Entry::Occupied(first) => twice.push((place, *first.get())),
+                    std::collections::hash_map::Entry::Vacant(free) => {
+                        free.insert(*key);
+                    }
+                }
+            }
+        }
+        if twice.is_empty() {
+            return entries;
+        }
+        for (place, first) in &twice {
+            let key = entries[*place].0;
+            let name: String = self.key_text(key).chars().take(80).collect();
+            let span = self.nodes[key as usize].span;
+            let Span { line, column, .. } = self.nodes[*first as usize].span;
+            let message = format!("the key `{name}` is already there, at line {line}, column {column}");
+            self.report_key("duplicate-key", Some(key), span, message, Some("leave one of them out"));
+        }
+        let places: HashSet<usize> = twice.into_iter().map(|(place, _)| place).collect();
+        let keep = |(place, entry)| (!places.contains(&place)).then_some(entry);
+        entries.into_iter().enumerate().filter_map(keep).collect()
+    }
+
+    fn key(&self, id: NodeId) -> Key<'_> {
+        match &self.follow(id).kind {
+            Kind::Scalar(_, Value::Null) => Key::Null,
+            Kind::Scalar(_, Value::Bool(value)) => Key::Bool(*value),
+            Kind::Scalar(_, Value::Int(value)) => Key::Number(i128::from(*value)),
+            Kind::Scalar(_, Value::Unsigned(value)) => Key::Number(i128::from(*value)),
+            // The two zeros are one key.
+            Kind::Scalar(_, Value::Float(value)) => Key::Float((value + 0.0).to_bits()),
+            _ => Key::Text(self.key_text(id)),
+        }
+    }
+
+    /// A node in whose place something stood that was reported.
+    fn add_absent(&mut self, span: Span) -> Result<(), Stop> {
+        self.add(span, Kind::Scalar(Text::Owned("".into()), Value::Null), NODE_WEIGHT, 0, true, 0)
+    }
+
+    fn check_size(&mut self, span: Span) -> Result<(), Stop> {
+        let count = self.nodes_before + self.nodes.len();
+        let weight = self.nodes.last().map_or(0, |node| node.weight);
+        let message = if count > MAX_NODES {
+            format!("expected at most {MAX_NODES} values in a file, but found more")
+        } else if self.weight_before.saturating_add(weight) > MAX_WEIGHT {
+            format!(
+                "expected a manifest that takes at most {MAX_WEIGHT} bytes with its aliases followed, but found more"
+            )
+        } else {
+            return Ok(());
+        };
+        self.report("too-large", span, message, None);
+        Err(Stop::File)
+    }
+
+    fn add(
+        &mut self,
+        span: Span,
+        kind: Kind,
+        weight: u64,
+        height: u8,
+        pruned: bool,
+        anchor: usize,
+    ) -> Result<(), Stop> {
+        let id = number(self.nodes.len());
+        self.nodes.push(Node { span, kind, weight, height, pruned });
+        self.check_size(span)?;
+        if self.stack.len() + usize::from(height) > usize::from(MAX_DEPTH) {
+            return self.too_deep(span);
+        }
+        if anchor != 0 {
+            self.anchors.insert(anchor, id);
+        }
+        let is_scalar = matches!(self.follow(id).kind, Kind::Scalar(..));
+        match self.stack.last_mut().map(|frame| &mut frame.open) {
+            None => self.root = Some(id),
+            Some(Open::Sequence(items)) => items.push(id),
+            Some(Open::Mapping { entries, key }) => match key.take() {
+                Some(key) => {
+                    if matches!(self.nodes[key as usize].kind, Kind::Scalar(..) | Kind::Alias(_)) {
+                        entries.push((key, id));
+                    }
+                }
+                None => {
+                    *key = Some(id);
+                    if !is_scalar {
+                        let message = "expected a plain key, but found a list or mapping".to_owned();
+                        // Reported outside of the borrow of the frame.
+                        self.nodes[id as usize].kind = Kind::Sequence(Box::default());
+                        self.report("yaml-key", span, message, Some("keys are text"));
+                    }
+                }
+            },
+        }
+        Ok(())
+    }
+
+    /// Forgets what was read of a document that is not read to its end.
+    fn abandon(&mut self) {
+        self.root = None;
+        self.finish(self.document_start);
+    }
+
+    fn finish(&mut self, end: usize) {
+        let nodes = std::mem::take(&mut self.nodes);
+        self.nodes_before += nodes.len();
+        self.stack.clear();
+        self.anchors.clear();
+        if let Some(root) = self.root.take() {
+            self.weight_before = self.weight_before.saturating_add(nodes[root as usize].weight);
+            let range = (self.document_start, end);
+            self.trees.push(Tree { source: Arc::clone(&self.source), nodes, root, range });
+        }
+        self.document_start = end;
+    }
+}
+
+/// What makes two keys the same key.
+#[derive(PartialEq, Eq, Hash)]
+enum Key<'a> {
+    Null,
+    Bool(bool),
+    Number(i128),
+    Float(u64),
+    Text(&'a str),
+}
