@@ -1,5 +1,9 @@
 //! One finding about a manifest: what, where, how bad, and how to mend it. Returned, never printed.
 
+mod render;
+
+pub use render::{Colour, Renderer, render};
+
 use serde::{Deserialize, Serialize};
 use std::fmt;
 

@@ -1,0 +1,402 @@
+//! Findings for people: message, place, the line of the source with the value underlined, help.
+
+use super::{Diagnostic, Severity, Span, sort};
+use std::fmt::Write as _;
+use unicode_width::UnicodeWidthChar as _;
+
+/// Columns of source that are shown at most.
+const MAX_COLUMNS: usize = 120;
+/// Columns in front of the value that are kept when a line is cut.
+const COLUMNS_BEFORE: usize = 50;
+/// Columns of a tab: what stands in front of a caret must have the same width on every terminal.
+const TAB: usize = 4;
+
+/// Renders findings as plain text, in the order of the source, each once; see [`Renderer`].
+///
+/// ```
+/// let text = "vms:\n- name: web\n  tmp: true\n";
+/// let parsed = rudder_core::manifest::parse(text.as_bytes());
+/// let shown = rudder_core::diagnostic::render(&parsed.diagnostics, "web.yaml", text);
+/// assert_eq!(shown, "\
+/// warning[unknown-key]: no field is called `tmp` here; it is ignored
+///  --> web.yaml:3:3 (vms[0].tmp)
+///   |
+/// 3 |   tmp: true
+///   |   ^^^
+///   = help: did you mean `tpm`?
+/// ");
+/// ```
+#[must_use]
+pub fn render(diagnostics: &[Diagnostic], source_name: &str, source_text: &str) -> String {
+    Renderer::new().render(diagnostics, source_name, source_text)
+}
+
+/// Whether text carries ANSI colours (ECMA-48, SGR).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Colour {
+    /// Plain text.
+    #[default]
+    Never,
+    /// Colours, for a terminal.
+    Always,
+}
+
+/// How findings are rendered. Whatever stands in the source, nothing but printable characters comes out, in lines of bounded length,
+/// and values of keys that say `password` are not shown.
+#[derive(Debug, Clone, Default)]
+pub struct Renderer {
+    colour: Colour,
+}
+
+impl Renderer {
+    /// Plain text.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With or without colours.
+    #[must_use]
+    pub fn colour(mut self, colour: Colour) -> Self {
+        self.colour = colour;
+        self
+    }
+
+    /// All findings about one source, in its order, each once, with an empty line between them.
+    #[must_use]
+    pub fn render(&self, diagnostics: &[Diagnostic], source_name: &str, source_text: &str) -> String {
+        let mut diagnostics = diagnostics.to_vec();
+        sort(&mut diagnostics);
+        let shown = diagnostics.iter().map(|diagnostic| self.one(diagnostic, source_name, source_text));
+        shown.collect::<Vec<_>>().join("\n")
+    }
+
+    fn one(&self, diagnostic: &Diagnostic, source_name: &str, source_text: &str) -> String {
+        const BLUE: &str = "\x1b[1;34m";
+        let (name, colour) = match diagnostic.severity {
+            Severity::Error => ("error", "\x1b[1;31m"),
+            Severity::Warning => ("warning", "\x1b[1;33m"),
+        };
+        let title = self.paint(colour, &format!("{name}[{}]", diagnostic.code));
+        let mut out = format!("{title}: {}\n", clean(&diagnostic.message));
+        let path = match diagnostic.path.as_str() {
+            "" => String::new(),
+            path => format!(" ({})", clean(path)),
+        };
+        let name = clean(source_name);
+        // Writing to a String does not fail.
+        let mut line = |text: String| {
+            let _ = writeln!(out, "{}", text.trim_end());
+        };
+        let Some(span) = diagnostic.span else {
+            line(format!(" {} {name}{path}", self.paint(BLUE, "-->")));
+            if let Some(help) = &diagnostic.help {
+                line(format!("  {} help: {}", self.paint(BLUE, "="), clean(help)));
+            }
+            return out;
+        };
+        let number = span.line.to_string();
+        let indent = " ".repeat(number.len());
+        let bar = self.paint(BLUE, "|");
+        line(format!("{indent}{} {name}:{number}:{}{path}", self.paint(BLUE, "-->"), span.column));
+        if let Some(snippet) = Snippet::of(span, source_text) {
+            line(format!("{indent} {bar}"));
+            line(format!("{} {bar} {}", self.paint(BLUE, &number), snippet.text));
+            let carets = self.paint(colour, &"^".repeat(snippet.width));
+            line(format!("{indent} {bar} {}{carets}", " ".repeat(snippet.before)));
+        }
+        if let Some(help) = &diagnostic.help {
+            line(format!("{indent} {} help: {}", self.paint(BLUE, "="), clean(help)));
+        }
+        out
+    }
+
+    fn paint(&self, colour: &str, text: &str) -> String {
+        match self.colour {
+            Colour::Never => text.to_owned(),
+            Colour::Always => format!("{colour}{text}\x1b[0m"),
+        }
+    }
+}
+
+/// The shown part of the first line of a span.
+struct Snippet {
+    text: String,
+    /// Columns in front of the carets.
+    before: usize,
+    /// Columns underlined.
+    width: usize,
+}
+
+impl Snippet {
+    /// `None` when the text is not the one the span is about.
+    fn of(span: Span, source: &str) -> Option<Self> {
+        let start = floor(source, span.start);
+        if span.start > source.len() {
+            return None;
+        }
+        // A line may be as long as the file: nothing outside of this window is looked at.
+        let window = MAX_COLUMNS * 4;
+        let from = floor(source, start.saturating_sub(window));
+        let to = floor(source, start.saturating_add(window));
+        let is_break = ['\n', '\r'];
+        let (before, cut_before) = match source[from..start].rfind(is_break) {
+            Some(newline) => (&source[from + newline + 1..start], false),
+            None => (&source[from..start], from > 0),
+        };
+        let (after, cut_after) = match source[start..to].find(is_break) {
+            Some(newline) => (&source[start..start + newline], false),
+            None => (&source[start..to], to < source.len()),
+        };
+        let before = if cut_before { before } else { before.trim_start_matches('\u{feff}') };
+        let marked = floor(after, span.end.saturating_sub(start).min(after.len()));
+
+        let cells = cells(before, after);
+        let front = before.chars().count();
+        let marked = front + after[..marked].trim_end().chars().count();
+        let columns = |cells: &[String]| cells.iter().map(|cell| width(cell)).sum::<usize>();
+        let fits = columns(&cells) <= MAX_COLUMNS && !cut_before && !cut_after;
+        let (mut first, mut last) = (0, cells.len());
+        if !fits {
+            while columns(&cells[first..front]) > COLUMNS_BEFORE {
+                first += 1;
+            }
+            while last > front && columns(&cells[first..last]) > MAX_COLUMNS {
+                last -= 1;
+            }
+        }
+        let left = if first > 0 || cut_before { "…" } else { "" };
+        let right = if last < cells.len() || cut_after { "…" } else { "" };
+        let marked = marked.clamp(front, last);
+        Some(Self {
+            text: format!("{left}{}{right}", cells[first..last].concat()),
+            before: columns(&cells[first..front]) + left.chars().count(),
+            width: columns(&cells[front..marked]).max(1),
+        })
+    }
+}
+
+/// One printable cell per character of a line, with the value of a password as stars.
+fn cells(before: &str, after: &str) -> Vec<String> {
+    let line = [before, after].concat();
+    let hidden = secrets(&line);
+    let cell = |(at, c): (usize, char)| {
+        if hidden.iter().any(|range| range.contains(&at)) { "*".to_owned() } else { printable(c) }
+    };
+    line.char_indices().map(cell).collect()
+}
+
+/// Where the values of keys that end in `password` stand in a line.
+fn secrets(line: &str) -> Vec<std::ops::Range<usize>> {
+    let lower = line.to_ascii_lowercase();
+    let mut found = Vec::new();
+    for (at, word) in lower.match_indices("password") {
+        let rest = &line[at + word.len()..];
+        let Some(value) = rest.trim_start_matches(['"', '\'']).trim_start().strip_prefix(':') else {
+            continue;
+        };
+        let value = value.trim_start();
+        let start = line.len() - value.len();
+        let length = match value.chars().next() {
+            Some(quote @ ('"' | '\'')) => value[1..].find(quote).map_or(value.len(), |end| end + 2),
+            _ => value.find([',', '}']).unwrap_or(value.len()),
+        };
+        found.push(start..start + length);
+    }
+    found
+}
+
+/// The last place at or before this one that does not split a character.
+fn floor(text: &str, at: usize) -> usize {
+    let mut at = at.min(text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
+}
+
+fn width(cell: &str) -> usize {
+    cell.chars().map(|c| c.width().unwrap_or(1)).sum()
+}
+
+/// A character as a terminal may have it: nothing that moves the cursor, hides, or turns the direction of text.
+fn printable(c: char) -> String {
+    match c {
+        '\t' => " ".repeat(TAB),
+        '\0'..='\x1f' => char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}').to_string(),
+        '\x7f' => '\u{2421}'.to_string(),
+        '\u{80}'..='\u{9f}'
+        | '\u{200b}'..='\u{200f}'
+        | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}'
+        | '\u{feff}'
+        | '\u{fff9}'..='\u{fffb}' => '\u{fffd}'.to_string(),
+        c => c.to_string(),
+    }
+}
+
+/// A text of a finding in one line.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c == '\n' { " ".to_owned() } else { printable(c) }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mark(source: &str, value: &str) -> String {
+        let start = source.find(value).unwrap_or(source.len());
+        let before = &source[..start];
+        let line = u32::try_from(before.matches('\n').count() + 1).unwrap_or(1);
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        let column = u32::try_from(before[line_start..].chars().count() + 1).unwrap_or(1);
+        let span = Span { line, column, start, end: start + value.len() };
+        render(
+            &[Diagnostic::error("code", "a.b", Some(span), "wrong").with_help("mend it")],
+            "f.yaml",
+            source,
+        )
+    }
+
+    #[test]
+    fn carets_stand_under_the_value_whatever_is_in_front_of_it() {
+        insta::assert_snapshot!(mark("a:\n\tb: 漢字é\u{7}x: VALUE # c\n", "VALUE"), @r#"
+        error[code]: wrong
+         --> f.yaml:2:12 (a.b)
+          |
+        2 |     b: 漢字é␇x: VALUE # c
+          |                 ^^^^^
+          = help: mend it
+        "#);
+    }
+
+    #[test]
+    fn a_span_over_several_lines_is_underlined_on_its_first() {
+        insta::assert_snapshot!(mark("a: |  \n  text\n  text\r\nb: 1\r\n", "|  \n  text"), @r#"
+        error[code]: wrong
+         --> f.yaml:1:4 (a.b)
+          |
+        1 | a: |
+          |    ^
+          = help: mend it
+        "#);
+        insta::assert_snapshot!(mark("a: 1\r\nb: [1\r\n]\r\n", "[1\r\n]"), @r#"
+        error[code]: wrong
+         --> f.yaml:2:4 (a.b)
+          |
+        2 | b: [1
+          |    ^^
+          = help: mend it
+        "#);
+    }
+
+    #[test]
+    fn a_long_line_is_cut_around_the_value() {
+        let source = format!("{{a: {}, b: VALUE, c: {}}}", "x".repeat(5000), "y".repeat(5000));
+        insta::assert_snapshot!(mark(&source, "VALUE"), @r#"
+        error[code]: wrong
+         --> f.yaml:1:5010 (a.b)
+          |
+        1 | …xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx, b: VALUE, c: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy…
+          |                                                    ^^^^^
+          = help: mend it
+        "#);
+        insta::assert_snapshot!(mark(&source, &"x".repeat(5000)), @r#"
+        error[code]: wrong
+         --> f.yaml:1:5 (a.b)
+          |
+        1 | {a: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx…
+          |     ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+          = help: mend it
+        "#);
+    }
+
+    #[test]
+    fn a_place_at_or_behind_the_end_is_no_trouble() {
+        insta::assert_snapshot!(mark("a: 1\n", "nothing"), @r#"
+        error[code]: wrong
+         --> f.yaml:2:1 (a.b)
+          |
+        2 |
+          | ^
+          = help: mend it
+        "#);
+        let behind = Span { line: 9, column: 9, start: 900, end: 901 };
+        let finding = Diagnostic::warning("code", "", Some(behind), "elsewhere");
+        insta::assert_snapshot!(render(&[finding], "f.yaml", "é"), @r#"
+        warning[code]: elsewhere
+         --> f.yaml:9:9
+        "#);
+        let finding = Diagnostic::warning("code", "", None, "nowhere\nat all").with_help("none");
+        insta::assert_snapshot!(render(&[finding], "f\x1b[2J.yaml", "é"), @r#"
+        warning[code]: nowhere at all
+         --> f␛[2J.yaml
+          = help: none
+        "#);
+    }
+
+    #[test]
+    fn passwords_are_not_shown() {
+        insta::assert_snapshot!(mark("{usr: me, sshPassword: hunter2, x: 1}", "usr"), @r#"
+        error[code]: wrong
+         --> f.yaml:1:2 (a.b)
+          |
+        1 | {usr: me, sshPassword: *******, x: 1}
+          |  ^^^
+          = help: mend it
+        "#);
+        insta::assert_snapshot!(mark("'rootPassword' : \"hun, ter2\" # x", "hun"), @r#"
+        error[code]: wrong
+         --> f.yaml:1:19 (a.b)
+          |
+        1 | 'rootPassword' : *********** # x
+          |                   ^^^
+          = help: mend it
+        "#);
+    }
+
+    #[test]
+    fn colours_change_nothing_but_colours() {
+        let span = Span { line: 1, column: 4, start: 3, end: 4 };
+        let finding = Diagnostic::error("code", "a", Some(span), "wrong").with_help("mend it");
+        let coloured =
+            Renderer::new().colour(Colour::Always).render(std::slice::from_ref(&finding), "f", "a: 1");
+        let mut plain = coloured.clone();
+        for code in ["\x1b[0m", "\x1b[1;31m", "\x1b[1;34m"] {
+            assert!(plain.contains(code));
+            plain = plain.replace(code, "");
+        }
+        assert_eq!(plain, render(&[finding], "f", "a: 1"));
+    }
+
+    #[test]
+    fn findings_come_in_the_order_of_the_text_and_once() {
+        let at = |start| {
+            Some(Span { line: 1, column: 1 + u32::try_from(start).unwrap_or(0), start, end: start + 1 })
+        };
+        let later = Diagnostic::error("b", "b", at(3), "second");
+        let all = [later.clone(), Diagnostic::error("a", "a", at(0), "first"), later];
+        insta::assert_snapshot!(render(&all, "f", "a: b"), @r#"
+        error[a]: first
+         --> f:1:1 (a)
+          |
+        1 | a: b
+          | ^
+
+        error[b]: second
+         --> f:1:4 (b)
+          |
+        1 | a: b
+          |    ^
+        "#);
+    }
+
+    #[test]
+    fn json_has_the_same_fields() {
+        let span = Span { line: 1, column: 4, start: 3, end: 4 };
+        let finding = Diagnostic::error("code", "a", Some(span), "wrong");
+        let json = serde_json::to_string(&finding).unwrap_or_default();
+        insta::assert_snapshot!(json, @r#"{"code":"code","severity":"error","path":"a","line":1,"column":4,"start":3,"end":4,"message":"wrong"}"#);
+        assert_eq!(serde_json::from_str::<Diagnostic>(&json).ok(), Some(finding));
+    }
+}
