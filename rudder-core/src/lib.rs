@@ -10,6 +10,7 @@ pub mod diagnostic;
 pub mod digest;
 pub mod error;
 pub mod event;
+pub mod guest;
 pub mod manifest;
 pub mod module;
 pub mod plan;
