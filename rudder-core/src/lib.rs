@@ -15,6 +15,7 @@ pub mod manifest;
 pub mod module;
 pub mod plan;
 pub mod secret;
+pub mod store;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};
