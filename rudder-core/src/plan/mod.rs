@@ -1,5 +1,227 @@
 //! What will be done: defaults filled, overrides applied, references resolved, digest computed.
+//!
+//! Planning is pure: it reads a manifest and a [`PlanContext`], and nothing else.
+//!
+//! ```
+//! use rudder_core::{capability::{Capabilities, Capability}, plan::{PlanContext, prepare}};
+//!
+//! let manifest = b"
+//! vms:
+//! - name: web
+//!   source: {blank: true}
+//!   resources: {cpu: 2, memory: 1Gi}
+//! ";
+//! let capabilities = Capabilities::new("example", [Capability::SourceBlank, Capability::DiskVirtio]);
+//! let plans = prepare("site.yaml", manifest, &PlanContext::new(&capabilities)).into_plans()?;
+//! assert_eq!(plans[0].name, "site");
+//! assert_eq!(plans[0].machines[0].hardware.disks[0].name, "rootdisk");
+//! # Ok::<(), rudder_core::Error>(())
+//! ```
 
+mod context;
+mod limits;
+mod machine;
+mod network;
+mod prepare;
+mod reference;
+mod shape;
+mod support;
 mod types;
 
+pub use context::{Inputs, Limits, PlanContext};
+pub use prepare::{Prepared, prepare};
 pub use types::*;
+
+use crate::{
+    check::{self, Findings, checked_url, codes, duration},
+    diagnostic::Diagnostic,
+    digest::Digest,
+    manifest::{BuildSpec, Document, Manifest, Path},
+    units::is_name,
+};
+use std::time::Duration;
+use support::Support;
+use url::Url;
+
+/// The default of `timeout`.
+const TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
+/// The default of `isoCacheTTL`.
+const ISO_CACHE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A plan, or why there is none.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Planned {
+    /// The plan; `None` when a diagnostic is an error.
+    pub plan: Option<Plan>,
+    /// Everything that was found by checking and by planning, in the order of the text. What was found while parsing is not
+    /// repeated here.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// Checks a document and plans it. All findings come in one go: mistakes of the manifest, and what the backend, the limits, the
+/// inputs and the modules of the context say against it.
+///
+/// A document that was parsed with errors may be checked by this, but its plan lacks what could not be read: see
+/// [`Parsed::has_errors`](crate::manifest::Parsed::has_errors), or use [`prepare`].
+#[must_use]
+pub fn plan(document: &Document, context: &PlanContext) -> Planned {
+    let mut findings = Findings::new(document);
+    check::run(&mut findings);
+    let support = Support::new(context);
+    let spec = match document.manifest() {
+        Manifest::Clone(_) => {
+            support.clone_of_module(&mut findings);
+            None
+        }
+        manifest => manifest.build_spec(),
+    };
+    let mut plan = None;
+    if let Some(spec) = spec {
+        let at = document.spec_path();
+        let name = name(&mut findings, context);
+        support.build(&mut findings, spec, at);
+        limits::limits(&mut findings, spec, at, context);
+        reference::references(&mut findings, spec, at, context);
+        relative_urls(&mut findings, spec, at, context);
+        if !findings.has_errors() {
+            plan = name.and_then(|name| make(document, spec, &name, support, context));
+            if plan.is_none() {
+                findings
+                    .report(
+                        &codes::INTERNAL,
+                        at,
+                        "expected a plan of a manifest without mistakes, but could not make one",
+                    )
+                    .help = Some("this is a bug of Rudder: please report it with the manifest".to_owned());
+            }
+        }
+    }
+    Planned { plan, diagnostics: findings.finish() }
+}
+
+/// What is written, else what the context says, else the stem of the source's name.
+fn name(findings: &mut Findings<'_>, context: &PlanContext) -> Option<String> {
+    if let Some(name) = findings.manifest().name() {
+        return Some(name.to_owned());
+    }
+    let document = findings.document();
+    let in_metadata = !matches!(document.manifest(), Manifest::Bare(_));
+    let metadata = Path::root().key("metadata");
+    let field = if in_metadata { metadata.key("name") } else { Path::root().key("name") };
+    let stem = document.source_name().and_then(|name| std::path::Path::new(name).file_stem()?.to_str());
+    match context.default_name.as_deref().or(stem) {
+        Some(name) if is_name(name) => Some(name.to_owned()),
+        Some(other) => {
+            findings
+                .report(
+                    &codes::INVALID_NAME,
+                    &field,
+                    format!("expected the name of the file to be a name for the build, but found {other:?}"),
+                )
+                .help = Some(format!("write `{field}: …`, of lower-case letters, digits and inner hyphens"));
+            None
+        }
+        None if findings.written(false, &field) => None,
+        None => {
+            findings
+                .report(
+                    &codes::MISSING_FIELD,
+                    &field,
+                    format!("expected the field `{field}`, but it is missing"),
+                )
+                .help = Some("a manifest that is not a file has no name of its own".to_owned());
+            None
+        }
+    }
+}
+
+fn make(
+    document: &Document,
+    spec: &BuildSpec,
+    name: &str,
+    support: Support<'_>,
+    context: &PlanContext,
+) -> Option<Plan> {
+    let template_network = network::base(spec)?;
+    let network = network::overridden(spec, &template_network)?;
+    let mut maker = machine::Maker {
+        context,
+        support,
+        spec,
+        macs: network::Macs::new(name, spec),
+        secrets: Vec::new(),
+        not_repeatable: Vec::new(),
+        files: Vec::with_capacity(spec.files.len()),
+    };
+    maker.files()?;
+    let mut machines = Vec::with_capacity(spec.vms.len());
+    for vm in &spec.vms {
+        machines.push(maker.machine(vm, &template_network, &network)?);
+    }
+    let machine::Maker { secrets, not_repeatable, files, .. } = maker;
+    let manifest = match document.source() {
+        Some(text) => text.to_owned(),
+        None => document.manifest().to_yaml().ok()?,
+    };
+    let mut plan = Plan {
+        name: name.to_owned(),
+        digest: Digest::of(b""),
+        manifest,
+        machines,
+        network,
+        template_network,
+        http_files: spec.http_directory.as_ref().map_or(Some(Vec::new()), machine::file_names)?,
+        files,
+        timeout: spec.timeout.as_ref().map_or(Some(TIMEOUT), |timeout| duration(timeout).ok())?,
+        retries: u32::try_from(spec.retries.unwrap_or(0)).ok()?,
+        iso_cache_ttl: spec.iso_cache_ttl.as_ref().map_or(Some(ISO_CACHE_TTL), |ttl| duration(ttl).ok())?,
+        secrets,
+        not_repeatable,
+    };
+    plan.digest = shape::digest(&plan);
+    Some(plan)
+}
+
+/// Reads a URL; `file:` and a relative path start from the base directory.
+fn resolve_url(written: &str, context: &PlanContext) -> Result<Url, String> {
+    let Some(path) = relative_file(written) else { return checked_url(written) };
+    let Some(base) = &context.base_directory else {
+        return Err(format!("expected file:/// and an absolute path, but found {written:?}"));
+    };
+    Url::from_file_path(base.join(path))
+        .map_err(|()| format!("expected an absolute base directory, but found {}", base.display()))
+}
+
+/// The path of a `file:` URL that is relative.
+fn relative_file(written: &str) -> Option<&str> {
+    written.strip_prefix("file:").filter(|path| !path.is_empty() && !path.starts_with('/'))
+}
+
+/// Reports relative `file:` URLs where nothing says what they are relative to.
+fn relative_urls(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>, context: &PlanContext) {
+    let mut check = |url: Option<&str>, parent: &Path<'_>| {
+        if let Some(url) = url.filter(|url| relative_file(url).is_some())
+            && let Err(message) = resolve_url(url, context)
+        {
+            findings.report(&codes::INVALID_URL, &parent.key("url"), message).help = Some(
+                "relative paths need a base directory, which the program that reads the manifest gives"
+                    .to_owned(),
+            );
+        }
+    };
+    let files = at.key("files");
+    for (index, file) in spec.files.iter().enumerate() {
+        check(file.url.as_deref(), &files.index(index));
+    }
+    let vms = at.key("vms");
+    for (index, vm) in spec.vms.iter().enumerate() {
+        let at = vms.index(index);
+        check(vm.source.as_ref().and_then(|source| source.url.as_deref()), &at.key("source"));
+        let isos = at.key("isos");
+        for (index, iso) in vm.isos.iter().enumerate() {
+            check(iso.url.as_deref(), &isos.index(index));
+        }
+    }
+}

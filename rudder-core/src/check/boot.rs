@@ -1,0 +1,76 @@
+//! Boot commands: their mistakes, each at its place inside the string where the string stands as written.
+
+use super::{codes, findings::Findings};
+use crate::{
+    keys::{BOOT_VARIABLES, BootMistake, BootMistakeKind, nearest_token, parse_boot_command},
+    manifest::Path,
+};
+
+pub(super) fn command(findings: &mut Findings<'_>, command: &[String], at: &Path<'_>) {
+    if command.is_empty() {
+        return;
+    }
+    let (_, mistakes) = parse_boot_command(command.iter().map(String::as_str));
+    for mistake in mistakes {
+        report(findings, &command[mistake.element], &mistake, at);
+    }
+}
+
+fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &Path<'_>) {
+    let BootMistake { found, .. } = mistake;
+    let (code, message, help) = match mistake.kind {
+        BootMistakeKind::UnknownToken => (
+            &codes::BOOT_COMMAND_TOKEN,
+            format!("expected a token such as <enter> or <wait5s>, but found {found}"),
+            match nearest_token(found) {
+                Some(near) => format!("did you mean `{near}`?"),
+                None => "to type it as text, end the string behind the `<` and begin the next one there"
+                    .to_owned(),
+            },
+        ),
+        BootMistakeKind::UnknownVariable => {
+            let name = found.trim_matches(|c: char| "{} .".contains(c));
+            (
+                &codes::BOOT_COMMAND_VARIABLE,
+                format!("expected a variable of boot commands, but found {found}"),
+                match super::findings::nearest(name, BOOT_VARIABLES.iter().copied()) {
+                    Some(near) => format!("did you mean `{{{{ .{near} }}}}`?"),
+                    None => format!("there are: .{}", BOOT_VARIABLES.join(", .")),
+                },
+            )
+        }
+        BootMistakeKind::UnclosedHold => (
+            &codes::BOOT_COMMAND_HOLD,
+            format!("expected the key of {found} to be released, but nothing does"),
+            format!("add `{}`", found.replace("On>", "Off>").replace("on>", "off>").replace("ON>", "OFF>")),
+        ),
+        BootMistakeKind::NotHeld => (
+            &codes::BOOT_COMMAND_HOLD,
+            format!("expected a key that is held, but found {found} without an `On` before it"),
+            "hold it first, or remove this".to_owned(),
+        ),
+        BootMistakeKind::Untypable => (
+            &codes::BOOT_COMMAND_CHARACTER,
+            format!("expected characters of a US keyboard, but found {found:?}"),
+            "boot commands are typed on a US keyboard".to_owned(),
+        ),
+    };
+    let element = at.index(mistake.element);
+    let finding = findings.report(code, &element, message);
+    finding.help = Some(help);
+    if let Some(span) = &mut finding.span {
+        // Where the text stands in the source as it is, or between quotes, offsets in it are offsets in the source.
+        let written = span.end.saturating_sub(span.start);
+        let quote =
+            written.checked_sub(text.len()).filter(|extra| matches!(extra, 0 | 2)).map(|extra| extra / 2);
+        if let Some(quote) = quote
+            && !text.contains('\n')
+        {
+            let before = text.get(..mistake.range.start).unwrap_or_default();
+            let columns = u32::try_from(before.chars().count() + quote).unwrap_or(u32::MAX);
+            span.column = span.column.saturating_add(columns);
+            span.end = span.start + quote + mistake.range.end;
+            span.start += quote + mistake.range.start;
+        }
+    }
+}

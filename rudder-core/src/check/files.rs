@@ -1,0 +1,372 @@
+//! The files of a build and what names them; everything that is downloaded: URLs and checksums.
+
+use super::{
+    codes,
+    findings::{Findings, nearest},
+};
+use crate::{
+    digest::Digest,
+    manifest::{BuildSpec, File, FileNames, Iso, Path},
+};
+use std::{
+    cell::RefCell,
+    collections::{HashMap, HashSet},
+};
+use url::Url;
+
+/// The names in `files`, and which of them are used.
+#[derive(Debug)]
+pub(super) struct Names<'m> {
+    files: HashMap<&'m str, &'m File>,
+    used: RefCell<HashSet<&'m str>>,
+}
+
+impl<'m> Names<'m> {
+    pub(super) fn of(spec: &'m BuildSpec) -> Self {
+        let files = spec.files.iter().rev();
+        Self {
+            files: files.filter_map(|file| Some((file.name.as_deref()?, file))).collect(),
+            used: RefCell::default(),
+        }
+    }
+
+    /// Notes that something uses a file, which must be there.
+    pub(super) fn refer(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) -> Option<&'m File> {
+        match self.files.get_key_value(name) {
+            Some((name, file)) => {
+                self.used.borrow_mut().insert(name);
+                Some(file)
+            }
+            None => {
+                let mut names: Vec<&str> = self.files.keys().copied().collect();
+                names.sort_unstable();
+                findings.unknown_reference(&codes::UNKNOWN_FILE, at, "an entry of `files`", name, names);
+                None
+            }
+        }
+    }
+}
+
+/// The entries of `files`.
+pub(super) fn declared(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
+    let files = at.key("files");
+    findings.unique("file", &files, spec.files.iter().map(|file| file.name.as_deref()));
+    for (index, file) in spec.files.iter().enumerate() {
+        let at = files.index(index);
+        match file.name.as_deref() {
+            None => findings.missing(&at, "name", "steps, the floppy and the HTTP server use it"),
+            Some(name) => file_name(findings, name, &at.key("name")),
+        }
+        match (&file.inline, &file.url) {
+            (Some(_), Some(_)) => findings.exclusive(&at, "inline", "url"),
+            (None, None) if !findings.written(false, &at.key("url")) => {
+                findings.missing(&at, "inline", "the content of the file; or use `url`");
+            }
+            _ => {}
+        }
+        match file.url.as_deref() {
+            Some(url) => download(findings, "the file", url, file.checksum.as_deref(), &at),
+            None if file.checksum.is_some() => checksum_of_nothing(findings, &at),
+            None => {}
+        }
+    }
+}
+
+/// Warns of the entries of `files` that nothing has used.
+pub(super) fn unused(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>, names: &Names<'_>) {
+    let files = at.key("files");
+    for (index, file) in spec.files.iter().enumerate() {
+        if let Some(name) = file.name.as_deref()
+            && !names.used.borrow().contains(name)
+        {
+            findings
+                .report(
+                    &codes::UNUSED_FILE,
+                    &files.index(index).key("name"),
+                    format!("nothing uses the file {name:?}"),
+                )
+                .help = Some("name it in a file step, `floppy` or `httpDirectory`, or remove it".to_owned());
+        }
+    }
+}
+
+fn file_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
+    let bad = name.is_empty()
+        || name.len() > 255
+        || name == "."
+        || name.contains("..")
+        || name.contains('/')
+        || name.chars().any(char::is_control);
+    if bad {
+        let short: String = name.chars().take(80).collect();
+        findings
+            .report(
+                &codes::INVALID_FILE_NAME,
+                at,
+                format!("expected a file name without `/`, `..` and control characters, but found {short:?}"),
+            )
+            .help = Some("it is a plain name; a file step's `destination` says where it goes".to_owned());
+    }
+}
+
+/// `files[].name` of `httpDirectory` or `floppy`: each must be there.
+pub(super) fn references<'m>(
+    findings: &mut Findings<'_>,
+    list: &FileNames,
+    at: &Path<'_>,
+    names: &Names<'m>,
+) -> Vec<&'m File> {
+    let list_at = at.key("files");
+    let mut files = Vec::new();
+    for (index, reference) in list.files.iter().enumerate() {
+        let at = list_at.index(index);
+        match reference.name.as_deref() {
+            None => findings.missing(&at, "name", "the name of an entry of `files`"),
+            Some(name) => files.extend(names.refer(findings, name, &at.key("name"))),
+        }
+    }
+    files
+}
+
+/// What a 1.44 MB floppy holds (FAT12 as every `mkfs.fat` makes it): 2880 sectors of 512 bytes, less boot sector, two
+/// tables of 9 and 14 of root directory; and 224 directory entries, one of them the label.
+const FLOPPY_SECTORS: u64 = 2880 - 1 - 2 * 9 - 14;
+const FLOPPY_ENTRIES: u64 = 224 - 1;
+
+/// The files of a floppy, as far as their size is known before they are downloaded.
+pub(super) fn floppy(findings: &mut Findings<'_>, list: &FileNames, at: &Path<'_>, names: &Names<'_>) {
+    let list_at = at.key("files");
+    let mut seen = HashMap::new();
+    for (index, reference) in list.files.iter().enumerate() {
+        let Some(name) = reference.name.as_deref() else { continue };
+        let at = list_at.index(index);
+        if name.contains(['"', '*', ':', '<', '>', '?', '\\', '|']) {
+            findings.report(
+                &codes::INVALID_FILE_NAME,
+                &at.key("name"),
+                format!("expected a name that a FAT floppy can hold, but found {name:?}"),
+            );
+        }
+        if let Some(first) = seen.insert(name.to_lowercase(), name) {
+            findings
+                .report(
+                    &codes::DUPLICATE_NAME,
+                    &at.key("name"),
+                    format!(
+                        "expected a unique name of a file on the floppy, but found {name:?} beside {first:?}"
+                    ),
+                )
+                .help = Some("FAT does not tell upper from lower case".to_owned());
+        }
+    }
+    let files = references(findings, list, at, names);
+    let mut sectors = 0u64;
+    let mut entries = 0u64;
+    for file in files {
+        let size = file.inline.as_ref().map_or(0, |text| text.len() as u64);
+        sectors += size.div_ceil(512);
+        let name = file.name.as_deref().unwrap_or_default();
+        entries += 1 + (name.encode_utf16().count() as u64).div_ceil(13);
+    }
+    if sectors > FLOPPY_SECTORS {
+        let (size, limit) = (sectors * 512, FLOPPY_SECTORS * 512);
+        findings
+            .report(
+                &codes::FLOPPY_TOO_LARGE,
+                &list_at,
+                format!(
+                    "expected at most {limit} bytes on a 1.44 MB floppy, but found {size} bytes, {} too many",
+                    size - limit
+                ),
+            )
+            .help = Some("serve large files with `httpDirectory`".to_owned());
+    }
+    if entries > FLOPPY_ENTRIES {
+        findings.report(
+            &codes::FLOPPY_TOO_LARGE,
+            &list_at,
+            format!("expected at most {FLOPPY_ENTRIES} directory entries on a floppy, but found {entries}"),
+        );
+    }
+}
+
+/// CD-ROMs.
+pub(super) fn isos(findings: &mut Findings<'_>, isos: &[Iso], at: &Path<'_>) {
+    for (index, iso) in isos.iter().enumerate() {
+        let at = at.index(index);
+        match iso.url.as_deref() {
+            Some(url) => download(findings, "the ISO", url, iso.checksum.as_deref(), &at),
+            None => findings.missing(&at, "url", "where to fetch the ISO"),
+        }
+    }
+}
+
+/// A `url` and its `checksum`, fields of `parent`.
+pub(super) fn download(
+    findings: &mut Findings<'_>,
+    what: &str,
+    written: &str,
+    checksum: Option<&str>,
+    parent: &Path<'_>,
+) {
+    let at = parent.key("url");
+    match checked_url(written) {
+        Err(problem) => {
+            let help = "write http://, https:// or file:/// and where it is".to_owned();
+            let finding = findings.report(&codes::INVALID_URL, &at, problem);
+            finding.help = Some(help);
+        }
+        Ok(url) => {
+            if let Some(unpinned) = unpinned(&url) {
+                findings.report(&codes::UNPINNED_URL, &at, unpinned.to_string()).help =
+                    Some("use the address of a dated or numbered release".to_owned());
+            }
+        }
+    }
+    let field = parent.key("checksum");
+    match checksum {
+        None => {
+            if !findings.written(false, &field) {
+                findings
+                    .report(
+                        &codes::MISSING_CHECKSUM,
+                        &at,
+                        format!("{what} has no `checksum`: other bytes behind the URL would go unnoticed"),
+                    )
+                    .help = Some("add `checksum:` and the sha256 that its publisher gives".to_owned());
+            }
+        }
+        Some(checksum) => {
+            if let Err(error) = checksum.parse::<Digest>() {
+                let finding = findings.report(&codes::INVALID_CHECKSUM, &field, error.to_string());
+                finding.help = match checksum.len() {
+                    32 => Some("this looks like an md5".to_owned()),
+                    40 => Some("this looks like a sha1".to_owned()),
+                    128 => Some("this looks like a sha512".to_owned()),
+                    _ => None,
+                };
+            }
+        }
+    }
+}
+
+/// A `checksum` without a `url` beside it.
+pub(super) fn checksum_of_nothing(findings: &mut Findings<'_>, parent: &Path<'_>) {
+    if !findings.written(false, &parent.key("url")) {
+        findings
+            .report(
+                &codes::INVALID_CHECKSUM,
+                &parent.key("checksum"),
+                "expected a `url` that the checksum is of, but there is none",
+            )
+            .help = Some("remove it".to_owned());
+    }
+}
+
+/// Reads a URL that can be fetched; else says why not. Never shows a password in it.
+pub(crate) fn checked_url(written: &str) -> Result<Url, String> {
+    let shown = || {
+        let text: String = written.chars().take(120).collect();
+        // Between `//` and `@` there may be a password.
+        match (text.find("//"), text.rfind('@')) {
+            (Some(start), Some(end)) if start + 2 < end => {
+                format!("{:?}", format!("{}***{}", &text[..start + 2], &text[end..]))
+            }
+            _ => format!("{text:?}"),
+        }
+    };
+    let url = Url::parse(written)
+        .map_err(|_| format!("expected an http, https or file URL, but found {}", shown()))?;
+    match url.scheme() {
+        "http" | "https" => Ok(url),
+        "file" if url.host_str().is_some_and(|host| !host.is_empty()) => {
+            Err(format!("expected file:/// and an absolute path, but found {}", shown()))
+        }
+        "file" => Ok(url),
+        other => {
+            let near = nearest(other, ["http", "https", "file"]);
+            let near = near.map(|near| format!(" (did you mean {near}?)")).unwrap_or_default();
+            Err(format!("expected an http, https or file URL, but found {}{near}", shown()))
+        }
+    }
+}
+
+/// Why a URL or an image does not stay the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unpinned<'u> {
+    /// A piece of the path is a word for "the newest".
+    Moving(&'u str),
+    /// An image without a tag.
+    Untagged,
+}
+
+impl std::fmt::Display for Unpinned<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Moving(word) => {
+                write!(f, "names `{word}`, which changes in time: the build cannot be repeated")
+            }
+            Self::Untagged => f.write_str("has no tag, which means `latest`: the build cannot be repeated"),
+        }
+    }
+}
+
+/// Words in a path that say that what is behind it changes.
+const MOVING: &[&str] = &["latest", "current", "nightly", "daily", "rolling", "head", "main", "master"];
+
+/// Whether a URL names something that changes in time: a directory `latest`, `current`…, or a file name with `latest` in it.
+pub(crate) fn unpinned(url: &Url) -> Option<Unpinned<'_>> {
+    url.path().split('/').find_map(|segment| {
+        let lower = segment.to_ascii_lowercase();
+        let moving = MOVING.contains(&lower.as_str())
+            || lower.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == "latest");
+        moving.then_some(Unpinned::Moving(segment))
+    })
+}
+
+/// Whether an OCI reference names something that changes in time.
+pub(crate) fn unpinned_image(image: &str) -> Option<Unpinned<'_>> {
+    if image.contains("@sha256:") {
+        return None;
+    }
+    let name = image.rsplit('/').next().unwrap_or(image);
+    match name.split_once(':') {
+        None => Some(Unpinned::Untagged),
+        Some((_, tag)) => {
+            MOVING.contains(&tag.to_ascii_lowercase().as_str()).then_some(Unpinned::Moving(tag))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn moving_urls_are_told_from_pinned_ones() {
+        let moving = |url: &str| unpinned(&url.parse().unwrap()).is_some();
+        assert!(moving("https://cloud.debian.org/images/cloud/bookworm/latest/debian-12.qcow2"));
+        assert!(moving("https://cloud-images.ubuntu.com/noble/current/noble.img"));
+        assert!(moving("https://example.org/Fedora-Cloud-Latest.x86_64.qcow2"));
+        assert!(!moving("https://cloud.debian.org/images/cloud/bookworm/20250214-2056/debian-12.qcow2"));
+        assert!(!moving("https://example.org/currents/mainland.img"));
+    }
+
+    #[test]
+    fn images_are_pinned_by_digest_or_tag() {
+        assert_eq!(unpinned_image("quay.io/x/debian"), Some(Unpinned::Untagged));
+        assert_eq!(unpinned_image("localhost:5000/x:latest"), Some(Unpinned::Moving("latest")));
+        assert_eq!(unpinned_image("localhost:5000/x:12"), None);
+        assert_eq!(unpinned_image("x@sha256:00"), None);
+    }
+
+    #[test]
+    fn a_password_in_a_bad_url_is_not_shown() {
+        let problem = checked_url("ftp://user:hunter2@example.org/x").unwrap_err();
+        assert_eq!(problem, "expected an http, https or file URL, but found \"ftp://***@example.org/x\"");
+        assert!(checked_url("file://server/share").is_err());
+        assert!(checked_url("file:///srv/image.qcow2").is_ok());
+        assert!(checked_url("htps://x").unwrap_err().ends_with("(did you mean https?)"));
+    }
+}

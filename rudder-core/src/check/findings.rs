@@ -1,0 +1,267 @@
+//! Where findings are gathered, and the scalars that every subject reads.
+
+use super::codes::{self, Code};
+use crate::{
+    diagnostic::{self, Diagnostic},
+    manifest::{Document, Manifest, Path, Scalar},
+    units::{ParseError, Quantity, is_name, parse_duration},
+};
+use std::{collections::HashMap, time::Duration};
+
+/// Gathers findings about one document.
+#[derive(Debug)]
+pub(crate) struct Findings<'d> {
+    document: &'d Document,
+    found: Vec<Diagnostic>,
+}
+
+impl<'d> Findings<'d> {
+    pub(crate) fn new(document: &'d Document) -> Self {
+        Self { document, found: Vec::new() }
+    }
+
+    pub(crate) fn document(&self) -> &'d Document {
+        self.document
+    }
+
+    pub(crate) fn manifest(&self) -> &'d Manifest {
+        self.document.manifest()
+    }
+
+    pub(crate) fn has_errors(&self) -> bool {
+        self.found.iter().any(Diagnostic::is_error)
+    }
+
+    /// All findings in the order of the text, each once.
+    pub(crate) fn finish(mut self) -> Vec<Diagnostic> {
+        diagnostic::sort(&mut self.found);
+        self.found
+    }
+
+    /// Notes a finding at a value; where the value itself has no place, at the nearest parent that has one.
+    pub(crate) fn report(
+        &mut self,
+        code: &Code,
+        at: &Path<'_>,
+        message: impl Into<String>,
+    ) -> &mut Diagnostic {
+        let span = self.document.locate_nearest(at);
+        let make = match code.severity {
+            diagnostic::Severity::Error => Diagnostic::error,
+            diagnostic::Severity::Warning => Diagnostic::warning,
+        };
+        let index = self.found.len();
+        self.found.push(make(code.name, at, span, message.into()));
+        &mut self.found[index]
+    }
+
+    /// Whether the author wrote something there: also when it had the wrong type and was already reported.
+    pub(crate) fn written(&self, value: bool, at: &Path<'_>) -> bool {
+        value || self.document.is_pruned(at)
+    }
+
+    /// Notes that a required field of `parent` is not there, unless something was there and had the wrong type.
+    pub(crate) fn missing(&mut self, parent: &Path<'_>, field: &str, why: &str) {
+        let at = parent.key(field);
+        if !self.document.is_pruned(&at) && !self.document.is_pruned(parent) {
+            self.report(
+                &codes::MISSING_FIELD,
+                parent,
+                format!("expected the field `{field}`, but it is missing"),
+            )
+            .help = Some(why.to_owned());
+        }
+    }
+
+    /// Notes that a text does not follow its grammar.
+    pub(crate) fn invalid(&mut self, code: &Code, at: &Path<'_>, error: &ParseError) -> &mut Diagnostic {
+        self.report(code, at, error.to_string())
+    }
+
+    /// Checks the form of a name that may be left out.
+    pub(crate) fn optional_name(&mut self, name: Option<&str>, at: &Path<'_>) {
+        if let Some(name) = name
+            && !is_name(name)
+        {
+            let message = format!(
+                "expected a name of at most 63 lower-case letters, digits and inner hyphens, but found {name:?}"
+            );
+            let suggestion = name_like(name);
+            let finding = self.report(&codes::INVALID_NAME, at, message);
+            finding.help = suggestion.map(|name| format!("for example `{name}`"));
+        }
+    }
+
+    /// Checks a name that must be there.
+    pub(crate) fn required_name(&mut self, name: Option<&str>, parent: &Path<'_>, why: &str) {
+        match name {
+            Some(_) => self.optional_name(name, &parent.key("name")),
+            None => self.missing(parent, "name", why),
+        }
+    }
+
+    /// Checks that the names of a list are unique; `what` is "VM", "disk"….
+    pub(crate) fn unique<'n>(
+        &mut self,
+        what: &str,
+        list: &Path<'_>,
+        names: impl IntoIterator<Item = Option<&'n str>>,
+    ) {
+        let mut seen = HashMap::new();
+        for (index, name) in names.into_iter().enumerate() {
+            let Some(name) = name.filter(|name| !name.is_empty()) else { continue };
+            if let Some(first) = seen.get(name) {
+                let element = list.index(index);
+                let first = format!("the first is {}", list.index(*first));
+                self.report(
+                    &codes::DUPLICATE_NAME,
+                    &element.key("name"),
+                    format!("expected a unique name of a {what}, but found {name:?} again"),
+                )
+                .help = Some(first);
+            } else {
+                seen.insert(name, index);
+            }
+        }
+    }
+
+    /// Notes that a name refers to nothing; suggests the nearest of those that exist.
+    pub(crate) fn unknown_reference<'n>(
+        &mut self,
+        code: &Code,
+        at: &Path<'_>,
+        what: &str,
+        found: &str,
+        known: impl IntoIterator<Item = &'n str>,
+    ) {
+        let known: Vec<&str> = known.into_iter().filter(|name| !name.is_empty()).collect();
+        let help = match nearest(found, known.iter().copied()) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None if known.is_empty() => "there is none".to_owned(),
+            None if known.len() <= 8 => format!("there are: {}", known.join(", ")),
+            None => format!("there are {}, none of a similar name", known.len()),
+        };
+        self.report(code, at, format!("expected the name of {what}, but found {found:?}")).help = Some(help);
+    }
+
+    /// Notes that a value is none of those that are possible.
+    pub(crate) fn unknown_value(&mut self, at: &Path<'_>, found: &str, possible: &[&str]) {
+        let expected = match possible {
+            [one] => (*one).to_owned(),
+            [first @ .., last] => format!("{} or {last}", first.join(", ")),
+            [] => "nothing".to_owned(),
+        };
+        let help = nearest(found, possible.iter().copied()).map(|near| format!("did you mean `{near}`?"));
+        self.report(&codes::INVALID_VALUE, at, format!("expected {expected}, but found {found:?}")).help =
+            help;
+    }
+
+    /// Notes that two fields stand side by side of which only one may.
+    pub(crate) fn exclusive(&mut self, parent: &Path<'_>, first: &str, second: &str) {
+        self.report(
+            &codes::EXCLUSIVE_FIELDS,
+            &parent.key(second),
+            format!("expected one of `{first}` and `{second}`, but found both"),
+        )
+        .help = Some("keep one of them".to_owned());
+    }
+
+    /// Checks a duration.
+    pub(crate) fn duration(&mut self, scalar: Option<&Scalar>, at: &Path<'_>, zero: Zero) {
+        let Some(scalar) = scalar else { return };
+        match duration(scalar) {
+            Err(error) => {
+                let help = match scalar {
+                    Scalar::Int(number) => format!("a duration has a unit: `{number}s` or `{number}m`"),
+                    _ => "units are h, m, s and ms".to_owned(),
+                };
+                self.invalid(&codes::INVALID_DURATION, at, &error).help = Some(help);
+            }
+            Ok(Duration::ZERO) if matches!(zero, Zero::Refused) => {
+                self.report(
+                    &codes::INVALID_DURATION,
+                    at,
+                    format!("expected a duration of more than 0, but found {scalar}"),
+                );
+            }
+            Ok(_) => {}
+        }
+    }
+}
+
+/// Whether a duration may be zero.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Zero {
+    Allowed,
+    Refused,
+}
+
+/// Reads a scalar as a quantity.
+pub(crate) fn quantity(scalar: &Scalar) -> Result<Quantity, ParseError> {
+    match scalar {
+        Scalar::Text(text) => text.parse(),
+        number => number.to_string().parse(),
+    }
+}
+
+/// Reads a scalar as a duration.
+pub(crate) fn duration(scalar: &Scalar) -> Result<Duration, ParseError> {
+    match scalar {
+        Scalar::Text(text) => parse_duration(text),
+        number => parse_duration(&number.to_string()),
+    }
+}
+
+/// The known word that is nearest to what was found, if one is near.
+pub(crate) fn nearest<'k>(found: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+    // Longer words than this are not names, and the distance is quadratic.
+    if found.len() > 128 {
+        return None;
+    }
+    let found = found.to_lowercase();
+    known
+        .into_iter()
+        .filter(|word| word.len().abs_diff(found.len()) <= 8)
+        .map(|word| {
+            let lower = word.to_lowercase();
+            let mut distance = strsim::damerau_levenshtein(&found, &lower);
+            // `motd` for `motd.txt`: a beginning counts as near.
+            if found.len() >= 3 && lower.starts_with(&found) {
+                distance = distance.min(1);
+            }
+            (distance, word)
+        })
+        .filter(|(distance, word)| *distance * 3 <= word.chars().count().max(3))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, word)| word)
+}
+
+/// A Name that is like this text.
+fn name_like(text: &str) -> Option<String> {
+    let mut name = String::new();
+    for character in text.chars().take(63) {
+        let character = character.to_ascii_lowercase();
+        if character.is_ascii_lowercase() || character.is_ascii_digit() {
+            name.push(character);
+        } else if !name.is_empty() && !name.ends_with('-') {
+            name.push('-');
+        }
+    }
+    let name = name.trim_end_matches('-').to_owned();
+    is_name(&name).then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_words_are_found_and_far_ones_are_not() {
+        assert_eq!(nearest("motd", ["other", "motd.txt"]), Some("motd.txt"));
+        assert_eq!(nearest("wbe", ["web", "db"]), Some("web"));
+        assert_eq!(nearest("Shell", ["shell", "file"]), Some("shell"));
+        assert_eq!(nearest("database", ["web"]), None);
+        assert_eq!(name_like("My Web_01!"), Some("my-web-01".to_owned()));
+        assert_eq!(name_like("…"), None);
+    }
+}

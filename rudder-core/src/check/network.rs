@@ -1,0 +1,427 @@
+//! Networks: VPCs, subnets, cards, addresses, and what is overridden of them during the build.
+
+use super::{
+    codes,
+    findings::Findings,
+    vm::{self, MAX_NICS},
+};
+use crate::{
+    manifest::{BuildSpec, Network, Nic, Path},
+    plan::NicModel,
+    units::{Cidr, MacAddress},
+};
+use std::{
+    collections::{HashMap, HashSet},
+    net::Ipv4Addr,
+};
+
+/// The subnet of a build that declares none: its name and its addresses, those of QEMU's user network.
+pub(crate) const DEFAULT_SUBNET: (&str, &str) = ("default", "10.0.2.0/24");
+
+/// The names that a network declares.
+#[derive(Debug)]
+pub(super) struct Declared<'m> {
+    vpcs: Vec<&'m str>,
+    subnets: Vec<&'m str>,
+    known_subnets: HashSet<&'m str>,
+}
+
+impl<'m> Declared<'m> {
+    pub(super) fn new(network: Option<&'m Network>) -> Self {
+        let mut vpcs = Vec::new();
+        let mut subnets = Vec::new();
+        if let Some(network) = network {
+            vpcs.extend(network.vpcs.iter().filter_map(|vpc| vpc.name.as_deref()));
+            subnets.extend(network.subnets.iter().filter_map(|subnet| subnet.name.as_deref()));
+        }
+        let known_subnets = subnets.iter().copied().collect();
+        Self { vpcs, subnets, known_subnets }
+    }
+
+    fn subnet(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
+        let automatic = self.subnets.is_empty() && name == DEFAULT_SUBNET.0;
+        if !automatic && !self.known_subnets.contains(name) {
+            let known = self.subnets.iter().copied();
+            findings.unknown_reference(
+                &codes::UNKNOWN_SUBNET,
+                at,
+                "an entry of `network.subnets`",
+                name,
+                known,
+            );
+        }
+    }
+
+    fn vpc(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
+        if !self.vpcs.contains(&name) {
+            let known = self.vpcs.iter().copied();
+            findings.unknown_reference(&codes::UNKNOWN_VPC, at, "an entry of `network.vpcs`", name, known);
+        }
+    }
+}
+
+/// `vpcs` and `subnets`.
+pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<'_>) {
+    let declared = Declared::new(Some(network));
+    let vpcs = at.key("vpcs");
+    findings.unique("VPC", &vpcs, network.vpcs.iter().map(|vpc| vpc.name.as_deref()));
+    for (index, vpc) in network.vpcs.iter().enumerate() {
+        findings.required_name(vpc.name.as_deref(), &vpcs.index(index), "subnets refer to it");
+    }
+    let subnets = at.key("subnets");
+    findings.unique("subnet", &subnets, network.subnets.iter().map(|subnet| subnet.name.as_deref()));
+    // Per VPC, the networks seen so far.
+    let mut seen: HashMap<Option<&str>, Vec<(Cidr, usize)>> = HashMap::new();
+    for (index, subnet) in network.subnets.iter().enumerate() {
+        let at = subnets.index(index);
+        findings.required_name(subnet.name.as_deref(), &at, "cards refer to it");
+        if let Some(vpc) = subnet.vpc.as_deref() {
+            declared.vpc(findings, vpc, &at.key("vpc"));
+        }
+        let unmanaged = subnet.unmanaged == Some(true);
+        match subnet.cidr.as_deref() {
+            None => findings.missing(&at, "cidr", "an IPv4 network such as `10.1.0.0/24`"),
+            Some(text) => {
+                let cidr_at = at.key("cidr");
+                match text.parse::<Cidr>() {
+                    Err(error) => {
+                        let help =
+                            without_host_bits(text).map(|network| format!("did you mean `{network}`?"));
+                        findings.invalid(&codes::INVALID_CIDR, &cidr_at, &error).help = help;
+                    }
+                    Ok(cidr) => {
+                        narrow(findings, cidr, unmanaged, &cidr_at);
+                        let others = seen.entry(subnet.vpc.as_deref()).or_default();
+                        if let Some((other, first)) = others.iter().find(|(other, _)| other.overlaps(cidr)) {
+                            let first = network.subnets[*first].name.as_deref().unwrap_or("another");
+                            let message = format!(
+                                "expected a network apart from those of its VPC, but found {cidr}, \
+                                 which shares addresses with {other} of {first}"
+                            );
+                            findings.report(&codes::SUBNETS_OVERLAP, &cidr_at, message).help = Some(
+                                "subnets of one VPC route to each other; those of different VPCs may overlap"
+                                    .to_owned(),
+                            );
+                        }
+                        others.push((cidr, index));
+                    }
+                }
+            }
+        }
+        if let Some(dns) = subnet.dns.as_deref() {
+            for server in dns.split(',').map(str::trim).filter(|server| !server.is_empty()) {
+                if server.parse::<Ipv4Addr>().is_err() {
+                    findings.report(
+                        &codes::INVALID_IP,
+                        &at.key("dns"),
+                        format!("expected IPv4 addresses between commas, but found {server:?}"),
+                    );
+                }
+            }
+        }
+        if unmanaged {
+            for (written, field) in [(subnet.dns.is_some(), "dns"), (subnet.dhcp.is_some(), "dhcp")] {
+                if written {
+                    findings.report(
+                        &codes::INEFFECTIVE_FIELD,
+                        &at.key(field),
+                        format!("`{field}` has no effect on an unmanaged subnet: a guest serves it"),
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A subnet must have room: a gateway and a guest; /29 when a guest serves it.
+fn narrow(findings: &mut Findings<'_>, cidr: Cidr, unmanaged: bool, at: &Path<'_>) {
+    let (most, what) = if unmanaged { (29, "an unmanaged subnet of") } else { (30, "a subnet of") };
+    if cidr.prefix() > most {
+        findings.report(
+            &codes::SUBNET_TOO_NARROW,
+            at,
+            format!("expected {what} /{most} or wider, but found /{}", cidr.prefix()),
+        );
+    }
+}
+
+/// `10.1.0.5/24` as `10.1.0.0/24`.
+fn without_host_bits(text: &str) -> Option<String> {
+    let (address, prefix) = text.split_once('/')?;
+    let address = u32::from(address.parse::<Ipv4Addr>().ok()?);
+    let length: u32 = prefix.parse().ok().filter(|length| *length <= 32)?;
+    let mask = u32::MAX.checked_shl(32 - length).unwrap_or(0);
+    Some(format!("{}/{length}", Ipv4Addr::from(address & mask)))
+}
+
+const MODELS: &[&str] = &["e1000", "virtio", "e1000e", "rtl8139", "pcnet", "ne2k_pci"];
+
+/// The model of this name.
+pub(crate) fn model(name: &str) -> Option<NicModel> {
+    Some(match name {
+        "e1000" => NicModel::E1000,
+        "virtio" => NicModel::Virtio,
+        "e1000e" => NicModel::E1000e,
+        "rtl8139" => NicModel::Rtl8139,
+        "pcnet" => NicModel::Pcnet,
+        "ne2k_pci" => NicModel::Ne2kPci,
+        _ => return None,
+    })
+}
+
+/// The `nics` of `parent`, each on its own; without `network`, what they refer to is not known.
+pub(super) fn nics(
+    findings: &mut Findings<'_>,
+    nics: &[Nic],
+    parent: &Path<'_>,
+    network: Option<&Declared<'_>>,
+) {
+    if nics.is_empty() {
+        return;
+    }
+    let at = parent.key("nics");
+    findings.unique("card", &at, nics.iter().map(|nic| nic.name.as_deref()));
+    if nics.len() > MAX_NICS {
+        findings.report(
+            &codes::TOO_MANY_NICS,
+            &at,
+            format!("expected at most {MAX_NICS} cards, but found {}", nics.len()),
+        );
+    }
+    let mut slots = HashMap::new();
+    for (index, nic) in nics.iter().enumerate() {
+        let at = at.index(index);
+        findings.optional_name(nic.name.as_deref(), &at.key("name"));
+        if let (Some(subnet), Some(network)) = (nic.subnet.as_deref(), network) {
+            network.subnet(findings, subnet, &at.key("subnet"));
+        }
+        if let Some(slot) = nic.slot {
+            let at = at.key("slot");
+            if !(1..=9).contains(&slot) {
+                findings.report(
+                    &codes::INVALID_SLOT,
+                    &at,
+                    format!("expected a slot of 1 to 9, but found {slot}"),
+                );
+            } else if let Some(first) = slots.insert(slot, index) {
+                let other = nics[first].name.clone().unwrap_or_else(|| format!("nics[{first}]"));
+                findings.report(
+                    &codes::SLOT_TAKEN,
+                    &at,
+                    format!("expected a slot of its own, but found {slot}, which {other} has"),
+                );
+            }
+        }
+        if let Some(ip) = nic.ip.as_deref()
+            && ip.parse::<Ipv4Addr>().is_err()
+        {
+            let help = ip.contains('/').then(|| "write the address alone, without a prefix".to_owned());
+            findings
+                .report(
+                    &codes::INVALID_IP,
+                    &at.key("ip"),
+                    format!("expected an IPv4 address, but found {ip:?}"),
+                )
+                .help = help;
+        }
+        if let Some(mac) = nic.mac.as_deref()
+            && let Err(error) = mac.parse::<MacAddress>()
+        {
+            let multicast =
+                mac.as_bytes().get(1).is_some_and(|c| b"13579bBdDfF".contains(c)) && mac.len() == 17;
+            findings.invalid(&codes::INVALID_MAC, &at.key("mac"), &error).help =
+                multicast.then(|| "the second digit of a unicast address is even".to_owned());
+        }
+        if let Some(written) = nic.model.as_deref()
+            && model(written).is_none()
+        {
+            findings.unknown_value(&at.key("model"), written, MODELS);
+        }
+    }
+}
+
+/// `buildOverrides`: each names something that exists.
+pub(super) fn overrides(
+    findings: &mut Findings<'_>,
+    spec: &BuildSpec,
+    at: &Path<'_>,
+    network: &Declared<'_>,
+) {
+    let Some(overrides) = &spec.build_overrides else { return };
+    let at = at.key("buildOverrides");
+    let vpcs = at.key("vpcs");
+    findings.unique("VPC", &vpcs, overrides.vpcs.iter().map(|vpc| vpc.name.as_deref()));
+    for (index, one) in overrides.vpcs.iter().enumerate() {
+        let at = vpcs.index(index);
+        match one.name.as_deref() {
+            None => findings.missing(&at, "name", "an entry of `network.vpcs`"),
+            Some(name) => network.vpc(findings, name, &at.key("name")),
+        }
+    }
+    let subnets = at.key("subnets");
+    findings.unique("subnet", &subnets, overrides.subnets.iter().map(|subnet| subnet.name.as_deref()));
+    for (index, one) in overrides.subnets.iter().enumerate() {
+        let at = subnets.index(index);
+        let Some(name) = one.name.as_deref() else {
+            findings.missing(&at, "name", "an entry of `network.subnets`");
+            continue;
+        };
+        if !network.known_subnets.contains(name) {
+            let known = network.subnets.iter().copied();
+            let at = at.key("name");
+            findings.unknown_reference(
+                &codes::UNKNOWN_SUBNET,
+                &at,
+                "an entry of `network.subnets`",
+                name,
+                known,
+            );
+        }
+        let base = spec.network.iter().flat_map(|network| &network.subnets);
+        let base = base.into_iter().find(|subnet| subnet.name.as_deref() == Some(name));
+        if one.unmanaged == Some(true)
+            && let Some(base) = base.filter(|base| base.unmanaged != Some(true))
+            && let Some(cidr) = base.cidr.as_deref().and_then(|cidr| cidr.parse::<Cidr>().ok())
+            && cidr.prefix() <= 30
+        {
+            narrow(findings, cidr, true, &at.key("unmanaged"));
+        }
+    }
+    let vms = at.key("vms");
+    let names: HashSet<&str> = spec.vms.iter().filter_map(|vm| vm.name.as_deref()).collect();
+    findings.unique("VM", &vms, overrides.vms.iter().map(|vm| vm.name.as_deref()));
+    for (index, one) in overrides.vms.iter().enumerate() {
+        let at = vms.index(index);
+        match one.name.as_deref() {
+            None => findings.missing(&at, "name", "an entry of `vms`"),
+            Some(name) if !names.contains(name) => {
+                let known = spec.vms.iter().filter_map(|vm| vm.name.as_deref());
+                findings.unknown_reference(
+                    &codes::UNKNOWN_VM,
+                    &at.key("name"),
+                    "an entry of `vms`",
+                    name,
+                    known,
+                );
+            }
+            Some(_) => {}
+        }
+        if let Some(resources) = &one.resources {
+            vm::resources(findings, resources, &at.key("resources"), vm::Required::No);
+        }
+        nics(findings, &one.nics, &at, Some(network));
+    }
+}
+
+/// Fixed addresses, of all cards together: once as clones have them, and once as the build has them.
+pub(super) fn addresses(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
+    let fixed = |nics: &[Nic]| nics.iter().any(|nic| nic.ip.is_some() || nic.mac.is_some());
+    let overrides = spec.build_overrides.as_ref();
+    if !spec.vms.iter().any(|vm| fixed(&vm.nics))
+        && !overrides.is_some_and(|overrides| overrides.vms.iter().any(|vm| fixed(&vm.nics)))
+    {
+        return;
+    }
+    let vms = at.key("vms");
+    let mut base = Addresses::new(spec, false);
+    for (index, vm) in spec.vms.iter().enumerate() {
+        base.cards(findings, &vm.nics, &vms.index(index).key("nics"));
+    }
+    let Some(overrides) = overrides else { return };
+    let overrides_at = at.key("buildOverrides");
+    let overrides_at = overrides_at.key("vms");
+    let mut build = Addresses::new(spec, true);
+    // First those that stay as they are, so that a clash is reported at the override.
+    let overridden: HashMap<&str, usize> = overrides
+        .vms
+        .iter()
+        .enumerate()
+        .filter(|(_, one)| !one.nics.is_empty())
+        .filter_map(|(index, one)| Some((one.name.as_deref()?, index)))
+        .collect();
+    for (index, vm) in spec.vms.iter().enumerate() {
+        if !vm.name.as_deref().is_some_and(|name| overridden.contains_key(name)) {
+            build.cards(findings, &vm.nics, &vms.index(index).key("nics"));
+        }
+    }
+    for (index, one) in overrides.vms.iter().enumerate() {
+        build.cards(findings, &one.nics, &overrides_at.index(index).key("nics"));
+    }
+}
+
+/// The addresses given out so far, in one view of the networks.
+struct Addresses<'m> {
+    subnets: HashMap<&'m str, (Cidr, bool)>,
+    first: Option<&'m str>,
+    taken: HashMap<(&'m str, Ipv4Addr), String>,
+    macs: HashMap<MacAddress, String>,
+}
+
+impl<'m> Addresses<'m> {
+    fn new(spec: &'m BuildSpec, build: bool) -> Self {
+        let mut subnets = HashMap::new();
+        let mut first = None;
+        for subnet in spec.network.iter().flat_map(|network| &network.subnets) {
+            let Some(name) = subnet.name.as_deref() else { continue };
+            first = first.or(Some(name));
+            let mut unmanaged = subnet.unmanaged == Some(true);
+            if build {
+                let overrides = spec.build_overrides.iter().flat_map(|overrides| &overrides.subnets);
+                let mut named = overrides.filter(|one| one.name.as_deref() == Some(name));
+                unmanaged = named.find_map(|one| one.unmanaged).unwrap_or(unmanaged);
+            }
+            if let Some(cidr) = subnet.cidr.as_deref().and_then(|cidr| cidr.parse().ok()) {
+                subnets.insert(name, (cidr, unmanaged));
+            }
+        }
+        if first.is_none()
+            && let Ok(cidr) = DEFAULT_SUBNET.1.parse()
+        {
+            subnets.insert(DEFAULT_SUBNET.0, (cidr, false));
+            first = Some(DEFAULT_SUBNET.0);
+        }
+        Self { subnets, first, taken: HashMap::new(), macs: HashMap::new() }
+    }
+
+    fn cards(&mut self, findings: &mut Findings<'_>, nics: &'m [Nic], at: &Path<'_>) {
+        for (index, nic) in nics.iter().enumerate() {
+            let at = at.index(index);
+            if let Some(mac) = nic.mac.as_deref().and_then(|mac| mac.parse::<MacAddress>().ok()) {
+                if let Some(other) = self.macs.get(&mac) {
+                    let message =
+                        format!("expected a hardware address of its own, but found {mac}, which {other} has");
+                    findings.report(&codes::MAC_TAKEN, &at.key("mac"), message);
+                } else {
+                    self.macs.insert(mac, at.to_string());
+                }
+            }
+            let Some(ip) = nic.ip.as_deref().and_then(|ip| ip.parse::<Ipv4Addr>().ok()) else { continue };
+            let Some(subnet) = nic.subnet.as_deref().or(self.first) else { continue };
+            let Some((cidr, unmanaged)) = self.subnets.get(subnet) else { continue };
+            let ip_at = at.key("ip");
+            let reserved = if ip == cidr.network() {
+                Some("the network's own address")
+            } else if ip == cidr.broadcast() {
+                Some("the broadcast address")
+            } else if ip == cidr.gateway() && !unmanaged {
+                Some("the gateway's")
+            } else {
+                None
+            };
+            if !cidr.contains(ip) {
+                let message = format!("expected an address in {cidr} of the subnet {subnet}, but found {ip}");
+                findings.report(&codes::IP_OUTSIDE_SUBNET, &ip_at, message);
+            } else if let Some(whose) = reserved {
+                let message = format!(
+                    "expected a free address of the subnet {subnet}, but found {ip}, which is {whose}"
+                );
+                findings.report(&codes::IP_RESERVED, &ip_at, message);
+            } else if let Some(other) = self.taken.get(&(subnet, ip)) {
+                let message = format!("expected an address of its own, but found {ip}, which {other} has");
+                findings.report(&codes::IP_TAKEN, &ip_at, message);
+            } else {
+                self.taken.insert((subnet, ip), at.to_string());
+            }
+        }
+    }
+}

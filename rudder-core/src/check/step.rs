@@ -1,0 +1,304 @@
+//! Provisioners: a type, the block of that type, and nothing of another.
+
+use super::{
+    access, codes,
+    files::Names,
+    findings::{Findings, Zero},
+};
+use crate::{
+    manifest::{FileStep, Path, Provisioner, ShellStep},
+    plan::GuestShell,
+};
+
+/// What a provisioner is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StepKind {
+    Shell,
+    File,
+    Reboot,
+    WindowsUpdate,
+    Handbuild,
+}
+
+impl StepKind {
+    const ALL: [Self; 5] = [Self::Shell, Self::File, Self::Reboot, Self::WindowsUpdate, Self::Handbuild];
+    const TYPES: [&str; 5] = ["shell", "file", "reboot", "windows-update", "handbuild"];
+
+    /// The `type` that says it.
+    pub(crate) fn name(self) -> &'static str {
+        Self::TYPES[self as usize]
+    }
+
+    /// The field of its block.
+    fn block(self) -> &'static str {
+        match self {
+            Self::WindowsUpdate => "windowsUpdate",
+            other => other.name(),
+        }
+    }
+
+    fn is_in(self, step: &Provisioner) -> bool {
+        match self {
+            Self::Shell => step.shell.is_some(),
+            Self::File => step.file.is_some(),
+            Self::Reboot => step.reboot.is_some(),
+            Self::WindowsUpdate => step.windows_update.is_some(),
+            Self::Handbuild => step.handbuild.is_some(),
+        }
+    }
+}
+
+/// What the `type` of a provisioner says.
+pub(crate) fn step_kind(step: &Provisioner) -> Option<StepKind> {
+    let name = step.r#type.as_deref()?;
+    StepKind::ALL.into_iter().find(|kind| kind.name() == name)
+}
+
+pub(super) fn step(
+    findings: &mut Findings<'_>,
+    step: &Provisioner,
+    at: &Path<'_>,
+    names: &Names<'_>,
+    guest: Option<GuestShell>,
+) {
+    let kind = step_kind(step);
+    match (step.r#type.as_deref(), kind) {
+        (None, _) => {
+            findings.missing(at, "type", "it is shell, file, reboot, windows-update or handbuild");
+        }
+        (Some(other), None) => findings.unknown_value(&at.key("type"), other, &StepKind::TYPES),
+        (Some(_), Some(kind)) => blocks(findings, step, kind, at),
+    }
+    findings.duration(step.step_timeout.as_ref(), &at.key("stepTimeout"), Zero::Refused);
+    if let Some(block) = &step.shell {
+        shell(findings, block, &at.key("shell"));
+    }
+    if let Some(block) = &step.file {
+        file(findings, block, &at.key("file"), names, guest);
+    }
+    if let Some(block) = &step.reboot
+        && block.command.as_deref().is_some_and(|command| command.trim().is_empty())
+    {
+        let at = at.key("reboot");
+        findings
+            .report(&codes::INVALID_VALUE, &at.key("command"), "expected a command, but found an empty text")
+            .help = Some("leave it out for the usual command of the guest".to_owned());
+    }
+    if let Some(block) = &step.windows_update {
+        let at = at.key("windowsUpdate");
+        if let Some(limit) = block.update_limit
+            && !(1..=100_000).contains(&limit)
+        {
+            findings.report(
+                &codes::INVALID_VALUE,
+                &at.key("updateLimit"),
+                format!("expected 1 to 100000 updates, but found {limit}"),
+            );
+        }
+        let filters = at.key("filters");
+        for (index, filter) in block.filters.iter().enumerate() {
+            if !filter.starts_with("include:") && !filter.starts_with("exclude:") {
+                findings.report(
+                    &codes::INVALID_VALUE,
+                    &filters.index(index),
+                    format!("expected `include:` or `exclude:` and an expression, but found {filter:?}"),
+                );
+            }
+        }
+    }
+    if let Some(block) = &step.handbuild {
+        let at = at.key("handbuild");
+        if block.instructions.as_deref().is_none_or(|text| text.trim().is_empty()) {
+            findings.missing(
+                &at,
+                "instructions",
+                "every click, key and value, so that the next person can repeat it",
+            );
+        }
+    }
+    if kind == Some(StepKind::Handbuild) {
+        findings
+            .report(
+                &codes::NOT_REPEATABLE,
+                &at.key("type"),
+                "a handbuild step waits for a person: the build cannot be repeated from its manifest alone",
+            )
+            .help = Some("script it where you can".to_owned());
+    }
+}
+
+/// The block of the type must be there where it says something needed; no other may.
+fn blocks(findings: &mut Findings<'_>, step: &Provisioner, kind: StepKind, at: &Path<'_>) {
+    let others: Vec<StepKind> =
+        StepKind::ALL.into_iter().filter(|other| *other != kind && other.is_in(step)).collect();
+    for other in &others {
+        findings
+            .report(
+                &codes::STEP_MISMATCH,
+                &at.key(other.block()),
+                format!(
+                    "expected the block `{}` of a step of type {}, but found `{}`",
+                    kind.block(),
+                    kind.name(),
+                    other.block()
+                ),
+            )
+            .help = Some(format!("write `type: {}`, or remove the block", other.name()));
+    }
+    let needed = matches!(kind, StepKind::Shell | StepKind::File | StepKind::Handbuild);
+    if needed && !kind.is_in(step) && others.is_empty() {
+        findings.missing(
+            at,
+            kind.block(),
+            &format!("a step of type {} is told by it what to do", kind.name()),
+        );
+    }
+}
+
+fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &Path<'_>) {
+    match (&step.inline, &step.script_from) {
+        (Some(_), Some(_)) => findings.exclusive(at, "inline", "scriptFrom"),
+        (None, None) if !findings.written(false, &at.key("scriptFrom")) => {
+            findings.missing(at, "inline", "the script, or the list of its lines; or use `scriptFrom`");
+        }
+        _ => {}
+    }
+    if let Some(from) = &step.script_from {
+        access::value_from(findings, from, &at.key("scriptFrom"));
+    }
+    if let Some(command) = step.execute_command.as_deref() {
+        execute_command(findings, command, &at.key("executeCommand"));
+    }
+    for (name, value) in step.env.iter().flatten() {
+        let env = at.key("env");
+        let Some(name) = name.as_str() else {
+            findings.report(
+                &codes::INVALID_VALUE,
+                &env,
+                "expected names of variables as text, but found another key",
+            );
+            continue;
+        };
+        let at = env.key(name);
+        if name.is_empty() || name.contains(['=', '\0', '\n']) {
+            findings.report(
+                &codes::INVALID_VALUE,
+                &at,
+                format!("expected the name of an environment variable, but found {name:?}"),
+            );
+        }
+        match value {
+            serde_yaml::Value::String(text) if text.contains('\0') => {
+                findings.report(&codes::INVALID_VALUE, &at, "expected text without NUL, but found one");
+            }
+            serde_yaml::Value::String(_) | serde_yaml::Value::Number(_) | serde_yaml::Value::Bool(_) => {}
+            other => {
+                let found = match other {
+                    serde_yaml::Value::Null => "nothing",
+                    serde_yaml::Value::Sequence(_) => "a list",
+                    _ => "a mapping",
+                };
+                findings
+                    .report(
+                        &codes::INVALID_VALUE,
+                        &at,
+                        format!(
+                            "expected text, a number or a boolean for the variable {name}, but found {found}"
+                        ),
+                    )
+                    .help = Some("an empty value is written as `\"\"`".to_owned());
+            }
+        }
+    }
+}
+
+/// `executeCommand` must say where the script goes, and knows no other variable.
+fn execute_command(findings: &mut Findings<'_>, command: &str, at: &Path<'_>) {
+    let mut rest = command;
+    let mut names_script = false;
+    while let Some(start) = rest.find("{{") {
+        let Some(length) = rest[start..].find("}}") else { break };
+        let found = &rest[start..start + length + 2];
+        rest = &rest[start + length + 2..];
+        if found[2..found.len() - 2].trim() == ".Command" {
+            names_script = true;
+        } else {
+            findings
+                .report(
+                    &codes::INVALID_VALUE,
+                    at,
+                    format!("expected no variable but {{{{ .Command }}}}, but found {found}"),
+                )
+                .help = Some("variables of the environment go into `env`".to_owned());
+            return;
+        }
+    }
+    if !names_script {
+        findings
+            .report(
+                &codes::INVALID_VALUE,
+                at,
+                "expected {{ .Command }}, the path of the uploaded script, but found none",
+            )
+            .help = Some("for example `sudo bash {{ .Command }}`".to_owned());
+    }
+}
+
+fn file(
+    findings: &mut Findings<'_>,
+    step: &FileStep,
+    at: &Path<'_>,
+    names: &Names<'_>,
+    guest: Option<GuestShell>,
+) {
+    match (step.file_ref.as_deref(), &step.source) {
+        (Some(_), Some(_)) => findings.exclusive(at, "fileRef", "source"),
+        (None, None) if !findings.written(false, &at.key("source")) => {
+            findings.missing(at, "fileRef", "the name of an entry of `files`; or use `source`");
+        }
+        _ => {}
+    }
+    if let Some(name) = step.file_ref.as_deref() {
+        names.refer(findings, name, &at.key("fileRef"));
+    }
+    if let Some(from) = &step.source {
+        access::value_from(findings, from, &at.key("source"));
+    }
+    let Some(destination) = step.destination.as_deref() else {
+        findings.missing(at, "destination", "an absolute path in the guest");
+        return;
+    };
+    let at = at.key("destination");
+    let example = match guest {
+        Some(GuestShell::Powershell) => r"C:\setup\app.msi",
+        _ => "/etc/motd",
+    };
+    let drive = |text: &str| {
+        let mut characters = text.chars();
+        characters.next().is_some_and(|c| c.is_ascii_alphabetic())
+            && characters.next() == Some(':')
+            && matches!(characters.next(), Some('/' | '\\'))
+    };
+    let absolute = match guest {
+        Some(GuestShell::Bash) => destination.starts_with('/'),
+        Some(GuestShell::Powershell) => drive(destination),
+        None => true,
+    };
+    if !absolute {
+        findings
+            .report(
+                &codes::DESTINATION_NOT_ABSOLUTE,
+                &at,
+                format!("expected an absolute path in the guest, but found {destination:?}"),
+            )
+            .help = Some(format!("for example `{example}`"));
+    } else if destination.contains('\0') || destination.ends_with(['/', '\\']) {
+        findings
+            .report(
+                &codes::INVALID_VALUE,
+                &at,
+                format!("expected the path of a file, but found {destination:?}"),
+            )
+            .help = Some(format!("it ends with the name of the file, for example `{example}`"));
+    }
+}

@@ -1,0 +1,87 @@
+//! From the bytes of a manifest file to plans, in one call.
+
+use super::{Plan, PlanContext, plan};
+use crate::{
+    Error, ErrorKind, Result,
+    check::codes,
+    diagnostic::{self, Diagnostic, Severity},
+    manifest::{Path, parse_named},
+};
+use std::collections::HashSet;
+
+/// The plans of a manifest file, and everything that was found.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Prepared {
+    /// A plan for each document, in order; none when any diagnostic is an error.
+    pub plans: Vec<Plan>,
+    /// Everything that was found, in the order of the text.
+    pub diagnostics: Vec<Diagnostic>,
+    source_name: String,
+    text: String,
+}
+
+/// Parses, checks and plans every document of a manifest file. `source_name` is the name of the file: it names a build that has
+/// no name of its own, and it is shown in front of findings. The file itself is not read.
+#[must_use]
+pub fn prepare(source_name: &str, bytes: &[u8], context: &PlanContext) -> Prepared {
+    let parsed = parse_named(source_name, bytes);
+    let mut diagnostics = parsed.diagnostics;
+    let mut plans = Vec::with_capacity(parsed.documents.len());
+    let mut names = HashSet::new();
+    for document in &parsed.documents {
+        let planned = plan(document, context);
+        diagnostics.extend(planned.diagnostics);
+        let Some(plan) = planned.plan else { continue };
+        if !names.insert(plan.name.clone()) {
+            let code = codes::DUPLICATE_NAME;
+            let root = Path::root();
+            let message = format!(
+                "expected a name of its own for each build of a file, but found {:?} again",
+                plan.name
+            );
+            let finding = Diagnostic::error(code.name, root, document.locate(root), message);
+            diagnostics.push(finding.with_help("write `name:`, or `metadata.name` in the resource form"));
+        }
+        plans.push(plan);
+    }
+    diagnostic::sort(&mut diagnostics);
+    if diagnostics.iter().any(Diagnostic::is_error) {
+        plans.clear();
+    }
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    Prepared { plans, diagnostics, source_name: source_name.to_owned(), text }
+}
+
+impl Prepared {
+    /// Whether a finding refuses the manifest.
+    #[must_use]
+    pub fn has_errors(&self) -> bool {
+        self.diagnostics.iter().any(Diagnostic::is_error)
+    }
+
+    /// The findings that do not refuse the manifest.
+    pub fn warnings(&self) -> impl Iterator<Item = &Diagnostic> {
+        self.diagnostics.iter().filter(|diagnostic| diagnostic.severity == Severity::Warning)
+    }
+
+    /// All findings for a person, each with its piece of the source.
+    #[must_use]
+    pub fn render(&self) -> String {
+        diagnostic::render(&self.diagnostics, &self.source_name, &self.text)
+    }
+
+    /// The plans.
+    ///
+    /// # Errors
+    /// `InvalidInput`, with all findings rendered, when one of them refuses the manifest.
+    pub fn into_plans(self) -> Result<Vec<Plan>> {
+        if self.has_errors() {
+            let count = self.diagnostics.iter().filter(|diagnostic| diagnostic.is_error()).count();
+            let what = if count == 1 { "1 error" } else { &format!("{count} errors") };
+            let message = format!("{} is refused with {what}\n{}", self.source_name, self.render());
+            return Err(Error::new(ErrorKind::InvalidInput, message.trim_end().to_owned()));
+        }
+        Ok(self.plans)
+    }
+}

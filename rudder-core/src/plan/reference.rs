@@ -1,0 +1,186 @@
+//! What a manifest refers to outside of itself: modules that were built before, and named inputs.
+
+use super::{PlanContext, context::InputKind};
+use crate::{
+    check::{Findings, codes},
+    manifest::{BuildRef, BuildSpec, KeyRef, Path, ValueFrom, Vm},
+    module::{Module, TemplateMachine},
+};
+
+/// The module and VM that a `buildRef` names, when they exist.
+pub(super) fn parent<'c>(
+    reference: &BuildRef,
+    context: &'c PlanContext,
+) -> Option<(&'c Module, &'c TemplateMachine)> {
+    let module = context.modules.get(reference.name.as_deref()?)?;
+    let machine = match (reference.vm_name.as_deref(), module.machines.as_slice()) {
+        (None, [only]) => only,
+        (None, _) => return None,
+        (Some(name), machines) => machines.iter().find(|machine| machine.name == name)?,
+    };
+    Some((module, machine))
+}
+
+/// The kind of object, and the key in it, that a reference names.
+pub(super) fn input(from: &ValueFrom) -> Option<(InputKind, &KeyRef, &'static str)> {
+    match (&from.config_map_ref, &from.secret_ref) {
+        (Some(reference), None) => Some((InputKind::ConfigMap, reference, "configMapRef")),
+        (None, Some(reference)) => Some((InputKind::Secret, reference, "secretRef")),
+        _ => None,
+    }
+}
+
+/// Whether an input is used as text or as bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Text,
+    Bytes,
+}
+
+/// Reports every reference that leads nowhere.
+pub(super) fn references(
+    findings: &mut Findings<'_>,
+    spec: &BuildSpec,
+    at: &Path<'_>,
+    context: &PlanContext,
+) {
+    let vms = at.key("vms");
+    for (index, vm) in spec.vms.iter().enumerate() {
+        let at = vms.index(index);
+        if let Some(reference) = vm.source.as_ref().and_then(|source| source.build_ref.as_ref()) {
+            build_ref(findings, reference, &at.key("source").key("buildRef"), context);
+            inherited_disks(findings, vm, reference, &at, context);
+        }
+        if let Some(reference) = vm.communicator.as_ref().and_then(|c| c.ssh_private_key_secret.as_ref()) {
+            let at = at.key("communicator");
+            key_ref(
+                findings,
+                InputKind::Secret,
+                reference,
+                &at.key("sshPrivateKeySecret"),
+                Form::Text,
+                context,
+            );
+        }
+        if let Some(from) = vm.cloud_init.as_ref().and_then(|cloud_init| cloud_init.user_data_from.as_ref()) {
+            let at = at.key("cloudInit");
+            value_from(findings, from, &at.key("userDataFrom"), Form::Text, context);
+        }
+        let steps = at.key("provisioners");
+        for (index, step) in vm.provisioners.iter().enumerate() {
+            let at = steps.index(index);
+            if let Some(from) = step.shell.as_ref().and_then(|shell| shell.script_from.as_ref()) {
+                value_from(findings, from, &at.key("shell").key("scriptFrom"), Form::Text, context);
+            }
+            if let Some(from) = step.file.as_ref().and_then(|file| file.source.as_ref()) {
+                value_from(findings, from, &at.key("file").key("source"), Form::Bytes, context);
+            }
+        }
+    }
+}
+
+fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, context: &PlanContext) {
+    let Some(name) = reference.name.as_deref() else { return };
+    let Some(module) = context.modules.get(name) else {
+        let near = crate::check::nearest(name, context.modules.keys().map(String::as_str));
+        let near = near.map(|near| format!("did you mean `{near}`? Otherwise ")).unwrap_or_default();
+        findings
+            .report(
+                &codes::UNKNOWN_MODULE,
+                &at.key("name"),
+                format!("expected the name of a module that was built before, but found {name:?}"),
+            )
+            .help = Some(format!("{near}build the manifest named {name} first; it must succeed"));
+        return;
+    };
+    let names = || module.machines.iter().map(|machine| machine.name.as_str());
+    match reference.vm_name.as_deref() {
+        None if module.machines.len() > 1 => {
+            let message = format!(
+                "expected the field `vmName`, because the module {name} has {} VMs, but it is missing",
+                module.machines.len()
+            );
+            findings.report(&codes::MISSING_FIELD, at, message).help =
+                Some(format!("there are: {}", names().collect::<Vec<_>>().join(", ")));
+        }
+        Some(vm) if !names().any(|name| name == vm) => {
+            let what = format!("a VM of the module {name}");
+            findings.unknown_reference(&codes::UNKNOWN_VM, &at.key("vmName"), &what, vm, names());
+        }
+        _ => {}
+    }
+}
+
+/// A blank disk beside those of the parent must not have the name of one of them.
+fn inherited_disks(
+    findings: &mut Findings<'_>,
+    vm: &Vm,
+    reference: &BuildRef,
+    at: &Path<'_>,
+    context: &PlanContext,
+) {
+    let Some((module, machine)) = parent(reference, context) else { return };
+    let disks = at.key("disks");
+    for (index, disk) in vm.disks.iter().enumerate() {
+        let Some(name) = disk.name.as_deref() else { continue };
+        if machine.disks.iter().any(|inherited| inherited.name == name) {
+            findings
+                .report(
+                    &codes::DUPLICATE_NAME,
+                    &disks.index(index).key("name"),
+                    format!(
+                        "expected a unique name of a disk, but found {name:?}, which is inherited from {} of the module {}",
+                        machine.name, module.name
+                    ),
+                )
+                .help = Some("with `buildRef`, every disk listed is an extra blank one".to_owned());
+        }
+    }
+}
+
+fn value_from(
+    findings: &mut Findings<'_>,
+    from: &ValueFrom,
+    at: &Path<'_>,
+    form: Form,
+    context: &PlanContext,
+) {
+    if let Some((kind, reference, field)) = input(from) {
+        key_ref(findings, kind, reference, &at.key(field), form, context);
+    }
+}
+
+fn key_ref(
+    findings: &mut Findings<'_>,
+    kind: InputKind,
+    reference: &KeyRef,
+    at: &Path<'_>,
+    form: Form,
+    context: &PlanContext,
+) {
+    let (Some(name), Some(key)) = (reference.name.as_deref(), reference.key.as_deref()) else { return };
+    if name.is_empty() || key.is_empty() {
+        return;
+    }
+    let what = kind.name();
+    match context.inputs.get(kind, name, key) {
+        None => {
+            let known = context.inputs.known(kind);
+            findings.unknown_reference(
+                &codes::UNKNOWN_INPUT,
+                at,
+                &format!("a key of a {what} that was given to this build"),
+                &format!("{name}/{key}"),
+                known.iter().map(String::as_str),
+            );
+        }
+        Some(bytes) if form == Form::Text && std::str::from_utf8(bytes).is_err() => {
+            findings.report(
+                &codes::INVALID_VALUE,
+                at,
+                format!("expected text, but the {what} {name}/{key} is not UTF-8"),
+            );
+        }
+        Some(_) => {}
+    }
+}
