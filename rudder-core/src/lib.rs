@@ -11,11 +11,13 @@ pub mod diagnostic;
 pub mod digest;
 pub mod error;
 pub mod event;
+pub mod guest;
 pub mod keys;
 pub mod manifest;
 pub mod module;
 pub mod plan;
 pub mod secret;
+pub mod store;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};

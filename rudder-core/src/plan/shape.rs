@@ -125,8 +125,8 @@ impl Shape {
         self.word("shell", shell);
         self.text("username", username);
         self.number("port", (*port).into());
-        self.maybe("password", password.as_ref().map(super::super::secret::Secret::expose));
-        self.maybe("private-key", private_key.as_ref().map(super::super::secret::Secret::expose));
+        self.maybe("password", password.as_ref().map(crate::secret::Secret::expose));
+        self.maybe("private-key", private_key.as_ref().map(crate::secret::Secret::expose));
         self.list("boot-command", boot_command, Self::boot_action);
         self.list("step", steps, Self::step);
         self.flag("invisible", *invisible);

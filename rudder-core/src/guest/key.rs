@@ -1,0 +1,104 @@
+//! The key of a build: a fresh ed25519 pair, or one that the author gave.
+
+use crate::{Error, ErrorKind, Result, secret::Secret};
+use russh::keys::{
+    Algorithm, PrivateKey, decode_secret_key,
+    key::safe_rng,
+    ssh_key::{LineEnding, private::Ed25519Keypair},
+};
+use std::{fmt, path::Path, sync::Arc};
+
+/// The private key that a build logs in with.
+#[derive(Clone)]
+pub struct BuildKey {
+    key: Arc<PrivateKey>,
+}
+
+impl BuildKey {
+    /// A fresh ed25519 pair (RFC 8709), made from the operating system's randomness.
+    #[must_use]
+    pub fn generate() -> Self {
+        use rand::Rng as _;
+        let mut seed = [0u8; 32];
+        safe_rng().fill_bytes(&mut seed);
+        let mut key = PrivateKey::from(Ed25519Keypair::from_seed(&seed));
+        key.set_comment("rudder");
+        seed.fill(0);
+        Self { key: Arc::new(key) }
+    }
+
+    /// A key as OpenSSH or OpenSSL write it: `BEGIN OPENSSH PRIVATE KEY`, or PEM of PKCS#8, PKCS#1 (RSA) or SEC1.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the text is not a private key, or is one that a password protects.
+    pub fn import(text: &Secret) -> Result<Self> {
+        let invalid = |what: &'static str| Error::new(ErrorKind::InvalidInput, what);
+        let protected = || {
+            invalid("the SSH private key is protected by a password")
+                .with_help("give a key without one: `ssh-keygen -p -N '' -f COPY_OF_KEY` takes it off a copy")
+        };
+        let text = text.expose().replace("\r\n", "\n");
+        let text = text.trim_start();
+        if text.starts_with("ssh-") || text.starts_with("ecdsa-") {
+            return Err(invalid("expected an SSH private key, but found a public key"));
+        }
+        if text.contains("BEGIN ENCRYPTED PRIVATE KEY") || text.contains("Proc-Type: 4,ENCRYPTED") {
+            return Err(protected());
+        }
+        match decode_secret_key(text, None) {
+            Ok(key) if key.is_encrypted() => Err(protected()),
+            Ok(key) => Ok(Self { key: Arc::new(key) }),
+            Err(russh::keys::Error::KeyIsEncrypted) => Err(protected()),
+            // The cause may quote parts of the key: it is left out.
+            Err(_) => {
+                Err(invalid("expected an SSH private key in OpenSSH or PEM form, but could not read it")
+                    .with_help("check that the whole file was given, with its BEGIN and END lines"))
+            }
+        }
+    }
+
+    /// The public half as a line of `authorized_keys`: algorithm, base64, comment; no newline.
+    #[must_use]
+    pub fn authorized_key(&self) -> String {
+        let mut public = self.key.public_key().clone();
+        // A comment of the author's may hold anything; ours is a plain word that scripts can rely on.
+        public.set_comment("rudder");
+        public.to_openssh().unwrap_or_default()
+    }
+
+    /// Writes the private key in OpenSSH form, readable by its owner only (mode 0600), for `ssh -i`.
+    ///
+    /// # Errors
+    /// `Io` or `HostDiskFull` when the file cannot be written; `Conflict` when it is there already.
+    pub async fn write(&self, path: &Path) -> Result<()> {
+        use tokio::io::AsyncWriteExt as _;
+        let text = self.key.to_openssh(LineEnding::LF).map_err(|error| {
+            Error::new(ErrorKind::Internal, "cannot encode the build's key").with_source(error)
+        })?;
+        let failed = |error: std::io::Error| match error.kind() {
+            std::io::ErrorKind::AlreadyExists => {
+                Error::new(ErrorKind::Conflict, format!("{} is there already", path.display()))
+            }
+            _ => Error::io(format_args!("write the build's key to {}", path.display()), error),
+        };
+        let mut options = tokio::fs::OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let mut file = options.open(path).await.map_err(failed)?;
+        file.write_all(text.as_bytes()).await.map_err(failed)?;
+        file.sync_all().await.map_err(failed)
+    }
+
+    pub(super) fn private(&self) -> Arc<PrivateKey> {
+        Arc::clone(&self.key)
+    }
+
+    pub(super) fn is_rsa(&self) -> bool {
+        matches!(self.key.algorithm(), Algorithm::Rsa { .. })
+    }
+}
+
+impl fmt::Debug for BuildKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BuildKey({})", self.authorized_key())
+    }
+}

@@ -1,0 +1,132 @@
+//! The conversation with the operating system inside a machine: SSH and SFTP over [`Machine::dial`](crate::backend::Machine::dial).
+//!
+//! [`Login::connect`] waits for a guest that boots, [`Session`] keeps the connection over restarts, and a [`Guest`] runs
+//! scripts and commands, uploads files, and switches the guest off. Everything is cancel-safe: dropping a future that
+//! runs something in the guest ends it there too, and [`Guest::settle`] waits until that is done.
+
+mod exec;
+mod key;
+mod lines;
+mod login;
+mod power;
+mod script;
+mod session;
+mod upload;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub use exec::CommandOutput;
+pub use key::BuildKey;
+pub use lines::MAX_LINE;
+pub use login::{Endpoint, HostKeyPin, Login};
+pub use script::Script;
+pub use session::Session;
+pub use upload::Content;
+
+use crate::{Error, ErrorKind};
+use login::{Handler, Seen};
+use russh::client::Handle;
+use std::{
+    fmt,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+use tokio_util::task::TaskTracker;
+use wire::WireWatch;
+
+/// A logged-in connection to a guest. Clones share it; it ends when the last is dropped.
+#[derive(Clone)]
+pub struct Guest {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    handle: Handle<Handler>,
+    seen: Arc<Seen>,
+    user: String,
+    cleanups: TaskTracker,
+    // Cuts the stream when dropped: after the handle.
+    _watch: WireWatch,
+}
+
+impl Guest {
+    fn new(handle: Handle<Handler>, watch: WireWatch, seen: Arc<Seen>, user: String) -> Self {
+        Self { shared: Arc::new(Shared { handle, seen, user, cleanups: TaskTracker::new(), _watch: watch }) }
+    }
+
+    /// The user that is logged in.
+    #[must_use]
+    pub fn user(&self) -> &str {
+        &self.shared.user
+    }
+
+    /// Whether the connection is gone.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.shared.handle.is_closed()
+    }
+
+    /// Waits until the connection is gone, and looks every second whether the guest still answers: it is taken as gone
+    /// when it has not for `patience`.
+    pub async fn gone(&self, patience: Duration) {
+        loop {
+            let closed = async {
+                while !self.is_closed() {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            };
+            let ping = tokio::time::timeout(patience, self.shared.handle.send_ping());
+            tokio::select! {
+                () = closed => return,
+                answered = ping => if !matches!(answered, Ok(Ok(()))) {
+                    return;
+                }
+            }
+            tokio::select! {
+                () = async {
+                    while !self.is_closed() {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                } => return,
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+        }
+    }
+
+    /// Waits until what dropped operations left in the guest was removed, at most `limit`.
+    pub async fn settle(&self, limit: Duration) {
+        let cleanups = &self.shared.cleanups;
+        cleanups.close();
+        let _ = tokio::time::timeout(limit, cleanups.wait()).await;
+        cleanups.reopen();
+    }
+
+    /// Says goodbye and hangs up. What other clones are doing ends with an error.
+    pub async fn close(self) {
+        let bye = self.shared.handle.disconnect(russh::Disconnect::ByApplication, "", "");
+        let _ = tokio::time::timeout(Duration::from_secs(1), bye).await;
+    }
+
+    /// The connection broke while `what` went on.
+    fn broken(&self, what: &str, cause: Option<russh::Error>) -> Error {
+        let seen = self.shared.seen.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let why = seen
+            .or_else(|| cause.map(|cause| cause.to_string()))
+            .unwrap_or_else(|| "the connection was closed".to_owned());
+        Error::new(
+            ErrorKind::GuestUnreachable,
+            format!("the connection to the guest broke while {what}: {why}"),
+        )
+        .with_help(
+            "did the step restart the guest, its network or its SSH server? Use a `reboot` step for restarts",
+        )
+    }
+}
+
+impl fmt::Debug for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guest").field("user", &self.shared.user).field("closed", &self.is_closed()).finish()
+    }
+}

@@ -1,0 +1,67 @@
+//! Which boot of the guest this is, and the end of it.
+
+use super::{Guest, exec::CommandOutput};
+use crate::{Error, ErrorKind, Result};
+use std::time::Duration;
+
+/// Says something that changes with every boot. Linux has an identity (random(4)); the BSDs know when they started; others
+/// tell it to `who`.
+const BOOT_IDENTITY: &str = "cat /proc/sys/kernel/random/boot_id 2>/dev/null \
+    || sysctl -n kern.boottime 2>/dev/null || who -b 2>/dev/null || uptime -s";
+
+/// Whatever works as this user. `poweroff` and `shutdown` live where the path of a user does not lead.
+const POWER_OFF: &str = r#"
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin; export PATH
+if [ "$(id -u)" = 0 ]; then as=; elif command -v sudo >/dev/null 2>&1; then as='sudo -n'
+elif command -v doas >/dev/null 2>&1; then as='doas -n'; else as=; fi
+for how in poweroff 'shutdown -P now' 'shutdown -h now' 'shutdown -p now' 'halt -p' 'busybox poweroff'; do
+    $as $how && exit 0
+done
+exit 1
+"#;
+
+impl Guest {
+    /// Something that changes with every boot of the guest.
+    ///
+    /// # Errors
+    /// `GuestUnreachable` when the connection breaks; `Unsupported` when the guest knows nothing of the kind.
+    pub async fn boot_id(&self) -> Result<String> {
+        let output = self.command(BOOT_IDENTITY).await?;
+        let identity = output.stdout.trim();
+        if output.status.success() && !identity.is_empty() {
+            return Ok(identity.to_owned());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("expected the guest to say which boot this is, but it could not: {}", output.text()),
+        ))
+    }
+
+    /// Switches the guest off from within, as root or with sudo. Returns when the guest has begun to, or has hung up;
+    /// [`Machine::wait`](crate::backend::Machine::wait) says when it is off.
+    ///
+    /// # Errors
+    /// `StepFailed` when no way of doing it worked; says what the guest answered.
+    pub async fn power_off(&self) -> Result<()> {
+        // A guest on its way down may neither answer nor hang up.
+        let told = tokio::time::timeout(Duration::from_secs(10), self.command(POWER_OFF)).await;
+        match told {
+            Err(_) => Ok(()),
+            Ok(Ok(CommandOutput { status, .. })) if status.success() => Ok(()),
+            Ok(Ok(output)) => {
+                // A shell that the shutdown killed, or one that could not do it: only the latter stays.
+                let gone = self.gone(Duration::from_secs(2));
+                if tokio::time::timeout(Duration::from_secs(2), gone).await.is_ok() {
+                    return Ok(());
+                }
+                Err(Error::new(
+                    ErrorKind::StepFailed,
+                    format!("the guest cannot be switched off by user {:?}: {}", self.user(), output.text()),
+                )
+                .with_help("let the user run `sudo -n poweroff`, or log in as root"))
+            }
+            Ok(Err(error)) if error.kind() == ErrorKind::GuestUnreachable => Ok(()),
+            Ok(Err(error)) => Err(error),
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! A connection that is made again after a restart.
+
+use super::{Endpoint, Guest, Login};
+use crate::Result;
+use std::time::Duration;
+
+/// A login, where it goes, and the connection that stands now.
+#[derive(Debug)]
+pub struct Session {
+    endpoint: Endpoint,
+    login: Login,
+    guest: Guest,
+}
+
+impl Session {
+    /// Waits for a working login; errors are those of [`Login::connect`].
+    ///
+    /// # Errors
+    /// See [`Login::connect`].
+    pub async fn open(endpoint: Endpoint, login: Login, timeout: Duration) -> Result<Self> {
+        let guest = login.connect(&endpoint, timeout).await?;
+        Ok(Self { endpoint, login, guest })
+    }
+
+    /// The connection that stands now.
+    #[must_use]
+    pub fn guest(&self) -> &Guest {
+        &self.guest
+    }
+
+    /// Who logs in, and with what.
+    #[must_use]
+    pub fn login(&self) -> &Login {
+        &self.login
+    }
+
+    /// Makes a new connection and drops the old one.
+    ///
+    /// # Errors
+    /// See [`Login::connect`]; the old connection stays then.
+    pub async fn reconnect(&mut self, timeout: Duration) -> Result<()> {
+        self.guest = self.login.connect(&self.endpoint, timeout).await?;
+        Ok(())
+    }
+}

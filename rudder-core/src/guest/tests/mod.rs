@@ -1,0 +1,6 @@
+//! Against a real OpenSSH server, one `sshd -i` per dial, and against small servers that misbehave.
+
+#![allow(clippy::unwrap_used)]
+
+mod openssh;
+pub(crate) mod sshd;

@@ -1,0 +1,100 @@
+//! A real OpenSSH server without a port: every dial starts `sshd -i` on one end of a socket pair.
+
+use crate::{
+    backend::BoxedStream,
+    guest::{BuildKey, Endpoint, Guest, Login},
+};
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::Arc,
+    time::Duration,
+};
+
+pub(crate) struct Sshd {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) key: BuildKey,
+    config: PathBuf,
+}
+
+impl Sshd {
+    /// A server that lets this process's user in with its key. `extra` lines come first: the first value counts.
+    pub(crate) async fn new(extra: &str) -> Arc<Self> {
+        let program = Path::new("/usr/sbin/sshd");
+        assert!(program.exists(), "this test needs {}: apt-get install openssh-server", program.display());
+        // Where sshd confines its unprivileged half; the package's service makes it.
+        if rustix::process::getuid().is_root() {
+            std::fs::create_dir_all("/run/sshd").unwrap();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let key = BuildKey::generate();
+        BuildKey::generate().write(&dir.path().join("host")).await.unwrap();
+        std::fs::write(dir.path().join("authorized"), key.authorized_key() + "\n").unwrap();
+        let config = dir.path().join("sshd_config");
+        std::fs::write(
+            &config,
+            format!(
+                "{extra}\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\nStrictModes no\nUsePAM no\n\
+                 PidFile none\nPasswordAuthentication no\nSubsystem sftp internal-sftp\nPrintMotd no\n",
+                dir.path().display()
+            ),
+        )
+        .unwrap();
+        Arc::new(Self { dir, key, config })
+    }
+
+    pub(crate) fn user() -> String {
+        let output = std::process::Command::new("id").arg("-un").output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    pub(crate) fn dial(&self) -> BoxedStream {
+        self.dial_with("/usr/sbin/sshd", &[])
+    }
+
+    /// `before` are arguments that come before those of sshd: for a program that runs it.
+    pub(crate) fn dial_with(&self, program: &str, before: &[&str]) -> BoxedStream {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let input = std::os::fd::OwnedFd::from(theirs.try_clone().unwrap());
+        let mut child = tokio::process::Command::new(program)
+            .args(before)
+            .arg("-i")
+            .arg("-f")
+            .arg(&self.config)
+            .arg("-E")
+            .arg(self.dir.path().join("log"))
+            .stdin(Stdio::from(input))
+            .stdout(Stdio::from(std::os::fd::OwnedFd::from(theirs)))
+            .stderr(Stdio::null())
+            .env_clear()
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .spawn()
+            .unwrap();
+        // It ends when its connection does.
+        tokio::spawn(async move { child.wait().await });
+        ours.set_nonblocking(true).unwrap();
+        Box::new(tokio::net::UnixStream::from_std(ours).unwrap())
+    }
+
+    pub(crate) fn endpoint(self: &Arc<Self>) -> Endpoint {
+        let server = Arc::clone(self);
+        Endpoint::new(move || {
+            let server = Arc::clone(&server);
+            Box::pin(async move { Ok(server.dial()) })
+        })
+    }
+
+    pub(crate) fn login(&self) -> Login {
+        Login::new(Self::user(), self.key.clone())
+    }
+
+    pub(crate) async fn guest(self: &Arc<Self>) -> Guest {
+        match self.login().connect(&self.endpoint(), Duration::from_secs(60)).await {
+            Ok(guest) => guest,
+            Err(error) => {
+                let log = std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+                panic!("{}\n{log}", error.report());
+            }
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! A stream that can be cut from outside and that tells whether anything came. The SSH library moves the stream into a
+//! task of its own; cutting it is how that task ends at once when its connection is dropped.
+
+use crate::backend::BoxedStream;
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::watch,
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+/// What is seen of a wire from outside. Cuts it when dropped.
+#[derive(Debug)]
+pub(super) struct WireWatch {
+    cut: CancellationToken,
+    received: Arc<watch::Sender<u64>>,
+}
+
+impl WireWatch {
+    /// Bytes that came from the guest so far, and a way to hear of more.
+    pub(super) fn received(&self) -> watch::Receiver<u64> {
+        self.received.subscribe()
+    }
+}
+
+impl Drop for WireWatch {
+    fn drop(&mut self) {
+        self.cut.cancel();
+    }
+}
+
+/// The stream itself.
+pub(super) struct Wire {
+    inner: BoxedStream,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    received: Arc<watch::Sender<u64>>,
+    count: AtomicU64,
+}
+
+/// Splits a stream into what is given away and what watches it.
+pub(super) fn wire(inner: BoxedStream) -> (Wire, WireWatch) {
+    let cut = CancellationToken::new();
+    let received = Arc::new(watch::Sender::new(0));
+    let wire = Wire {
+        inner,
+        cut: Box::pin(cut.clone().cancelled_owned()),
+        received: Arc::clone(&received),
+        count: AtomicU64::new(0),
+    };
+    (wire, WireWatch { cut, received })
+}
+
+impl Wire {
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.cut.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::Error::from(io::ErrorKind::ConnectionAborted)),
+            Poll::Pending => Ok(()),
+        }
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.poll_cut(cx)?;
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
+        let came = buf.filled().len() - before;
+        if came > 0 {
+            let all = self.count.fetch_add(came as u64, Ordering::Relaxed) + came as u64;
+            self.received.send_replace(all);
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_cut(cx)?;
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_cut(cx)?;
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}

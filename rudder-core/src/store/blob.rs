@@ -1,0 +1,214 @@
+//! Blobs and what is known about them: which URL gave which bytes, and which image those bytes hold.
+
+use super::{
+    ImageFormat, Lease, Store, Use, durable,
+    durable::io_error,
+    format::{self, Recognised},
+    unpack::{self, Packing},
+};
+use crate::{Error, ErrorKind, Result, digest::Digest, plan::PlannedUrl};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, File},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+/// Which blob an image became.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ImageRecord {
+    /// The blob.
+    pub(super) stored: Digest,
+    /// How large the blob is.
+    pub(super) stored_size: u64,
+    /// What it is.
+    pub(super) format: ImageFormat,
+    /// What a guest sees.
+    pub(super) virtual_size: u64,
+    /// How many bytes were served.
+    pub(super) served_size: u64,
+}
+
+/// What a URL gave.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct UrlRecord {
+    /// The URL, masked: for people.
+    pub(super) url: String,
+    /// sha256 of the bytes as served.
+    pub(super) served: Digest,
+    /// How many there were.
+    pub(super) size: u64,
+    /// When; a later record is never mistaken for this one.
+    pub(super) fetched: jiff::Timestamp,
+    /// How to ask whether it still gives the same.
+    pub(super) validator: Validator,
+}
+
+/// How to ask a URL whether it still gives the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Validator {
+    /// There is no way to ask.
+    None,
+    /// The headers of a server.
+    Http {
+        /// `ETag` (RFC 9110, 8.8.3), as it was sent.
+        etag: Option<String>,
+        /// `Last-Modified`, as it was sent.
+        last_modified: Option<String>,
+    },
+    /// What the file system says of a file.
+    File(super::local::FileIdentity),
+}
+
+impl Store {
+    /// Where a blob is, or would be.
+    pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        let hex = digest.to_string();
+        self.root().join("blobs/sha256").join(&hex[..2]).join(hex)
+    }
+
+    fn image_record_path(&self, served: &Digest) -> PathBuf {
+        self.root().join("index/images").join(format!("{served}.json"))
+    }
+
+    /// The name of everything that is about a URL. What follows `#` never reaches a server.
+    pub(super) fn url_key(url: &url::Url) -> String {
+        let mut url = url.clone();
+        url.set_fragment(None);
+        Digest::of(url.as_str().as_bytes()).to_string()
+    }
+
+    fn url_record_path(&self, url: &url::Url) -> PathBuf {
+        self.root().join("index/urls").join(format!("{}.json", Self::url_key(url)))
+    }
+
+    pub(super) fn url_record(&self, url: &url::Url) -> Result<Option<UrlRecord>> {
+        durable::read_json(&self.url_record_path(url))
+    }
+
+    pub(super) fn write_url_record(&self, url: &url::Url, record: &UrlRecord) -> Result<()> {
+        durable::write_json(&self.url_record_path(url), record, 0o600)
+    }
+
+    pub(super) fn image_record(&self, served: &Digest) -> Result<Option<ImageRecord>> {
+        durable::read_json(&self.image_record_path(served))
+    }
+
+    /// Takes a lease of a blob of this size (any size: `None`), if it is here.
+    pub(super) fn lease_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<Lease>> {
+        let path = self.blob_path(digest);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let lease = Lease::take(self, Use::Blob(*digest))?;
+        // Looked at again under the lease: it may have been collected while we waited for it.
+        Ok(match fs::metadata(&path) {
+            Ok(meta) if size.is_none_or(|size| size == meta.len()) => Some(lease),
+            _ => None,
+        })
+    }
+
+    /// The image that these served bytes became, if it is here.
+    pub(super) fn known_image(&self, served: &Digest) -> Result<Option<(ImageRecord, Lease)>> {
+        let Some(record) = self.image_record(served)? else {
+            return Ok(None);
+        };
+        let lease = self.lease_blob(&record.stored, Some(record.stored_size))?;
+        Ok(lease.map(|lease| (record, lease)))
+    }
+
+    /// Makes a finished file of the store's file system a blob. Its digest was computed from what was written.
+    pub(super) fn insert_blob(&self, file: &Path, digest: &Digest) -> Result<Lease> {
+        let path = self.blob_path(digest);
+        let lease = Lease::take(self, Use::Blob(*digest))?;
+        let size = |path: &Path| fs::metadata(path).map(|meta| meta.len());
+        let new = size(file).map_err(|error| io_error("read", file, error))?;
+        if size(&path).is_ok_and(|there| there == new) {
+            durable::remove_file(file)?;
+            return Ok(lease);
+        }
+        let dir = durable::parent(&path);
+        durable::make_dir(dir, 0o755)?;
+        let enter = || -> std::io::Result<()> {
+            let handle = File::open(file)?;
+            handle.set_permissions(fs::Permissions::from_mode(0o444))?;
+            handle.sync_all()?;
+            fs::rename(file, &path)
+        };
+        enter().map_err(|error| io_error("store", &path, error))?;
+        durable::sync_dir(dir)?;
+        Ok(lease)
+    }
+
+    /// Recognises the image in a blob, unpacks it where it is packed, and notes what it became.
+    pub(super) fn image_of_blob(&self, served: &Digest, lease: Lease) -> Result<(ImageRecord, Lease)> {
+        let path = self.blob_path(served);
+        let size = fs::metadata(&path).map_err(|error| io_error("read", &path, error))?.len();
+        match Packing::of_file(&path)? {
+            None => {
+                let image = format::recognise_file(&path)?;
+                Ok((self.note_image(served, size, *served, size, &image)?, lease))
+            }
+            Some(packing) => {
+                let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
+                let unpacked = unpack::unpack(self, packing, file, &unpack::Stop::default())?;
+                self.enter_unpacked(served, size, unpacked)
+            }
+        }
+    }
+
+    /// Makes an unpacked image a blob, and notes which bytes it came from.
+    pub(super) fn enter_unpacked(
+        &self,
+        served: &Digest,
+        served_size: u64,
+        unpacked: unpack::Unpacked,
+    ) -> Result<(ImageRecord, Lease)> {
+        if let Some(inner) = Packing::of_file(unpacked.path())? {
+            return Err(Error::new(
+                ErrorKind::InvalidImage,
+                format!("expected a disk image, but found {inner} inside {}", unpacked.packing()),
+            )
+            .with_help("pack the image once"));
+        }
+        let image = format::recognise_file(unpacked.path())?;
+        let (digest, size) = (unpacked.digest(), unpacked.size());
+        let lease = self.insert_blob(unpacked.path(), &digest)?;
+        Ok((self.note_image(served, served_size, digest, size, &image)?, lease))
+    }
+
+    fn note_image(
+        &self,
+        served: &Digest,
+        served_size: u64,
+        stored: Digest,
+        stored_size: u64,
+        image: &Recognised,
+    ) -> Result<ImageRecord> {
+        let record = ImageRecord {
+            stored,
+            stored_size,
+            format: image.format,
+            virtual_size: image.virtual_size,
+            served_size,
+        };
+        durable::write_json(&self.image_record_path(served), &record, 0o644)?;
+        Ok(record)
+    }
+
+    /// Compares what was served with what the manifest promised.
+    pub(super) fn verify(url: &PlannedUrl, served: &Digest) -> Result<()> {
+        match url.sha256 {
+            Some(expected) if expected != *served => Err(Error::new(
+                ErrorKind::ChecksumMismatch,
+                format!("expected sha256 {expected}, but found {served}"),
+            )
+            .with_help(
+                "if the server is right, correct `checksum` in the manifest: the bytes are kept in the store and are not \
+                 downloaded again",
+            )),
+            _ => Ok(()),
+        }
+    }
+}

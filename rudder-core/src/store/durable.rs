@@ -1,0 +1,165 @@
+//! Files that are whole or not there: atomic writing, directories made durable, and what a full disk says.
+
+use crate::{Error, ErrorKind, Result};
+use serde::{Serialize, de::DeserializeOwned};
+use std::{
+    fs::{self, DirBuilder, File},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::Path,
+};
+
+/// Makes a directory and its parents; new ones get this mode.
+pub(super) fn make_dir(path: &Path, mode: u32) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .map_err(|error| io_error("create directory", path, error))
+}
+
+/// Makes renames and unlinks inside this directory survive a power failure.
+pub(super) fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|error| io_error("synchronise directory", path, error))
+}
+
+/// Writes a file so that a reader sees the old content or the new, whatever happens.
+pub(super) fn write_atomic(path: &Path, content: &[u8], mode: u32) -> Result<()> {
+    let dir = parent(path);
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new()
+            .prefix(".tmp-")
+            .permissions(fs::Permissions::from_mode(mode))
+            .tempfile_in(dir)?;
+        file.write_all(content)?;
+        // The umask may have taken bits away.
+        file.as_file().set_permissions(fs::Permissions::from_mode(mode))?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    };
+    write().map_err(|error| io_error("write", path, error))?;
+    sync_dir(dir)
+}
+
+/// [`write_atomic`] of a value as JSON.
+pub(super) fn write_json<T: Serialize>(path: &Path, value: &T, mode: u32) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|error| {
+        Error::new(ErrorKind::Internal, format!("cannot encode {}", path.display())).with_source(error)
+    })?;
+    text.push(b'\n');
+    write_atomic(path, &text, mode)
+}
+
+/// Reads a JSON file; `None` when it is not there, or is not what was written (the store then makes it anew).
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    match fs::read(path) {
+        Ok(bytes) => match serde_json::from_slice(&bytes) {
+            Ok(value) => Ok(Some(value)),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "ignoring a record that cannot be read");
+                Ok(None)
+            }
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io_error("read", path, error)),
+    }
+}
+
+/// Removes a file; one that is not there is fine.
+pub(super) fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a directory with all that is in it; one that is not there is fine.
+pub(super) fn remove_tree(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// What the files below a directory take on disk, in bytes; what cannot be read counts as nothing.
+pub(super) fn disk_usage(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(meta) = fs::symlink_metadata(path) else { return 0 };
+    let own = meta.blocks() * 512;
+    if !meta.is_dir() {
+        return own;
+    }
+    let children = fs::read_dir(path).into_iter().flatten().flatten();
+    own + children.map(|entry| disk_usage(&entry.path())).sum::<u64>()
+}
+
+/// The directory that a file of the store is in.
+pub(super) fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("."))
+}
+
+/// An error of the operating system about this path. A full disk says how much is free, and what would free some.
+pub(super) fn io_error(what: &str, path: &Path, source: io::Error) -> Error {
+    let error = Error::io(format_args!("{what} {}", path.display()), source);
+    if error.kind() != ErrorKind::HostDiskFull {
+        return error;
+    }
+    let free = rustix::fs::statvfs(parent(path)).map(|stat| stat.f_bavail * stat.f_frsize);
+    let free = free.map_or_else(|_| String::new(), |bytes| format!(" ({} free)", human(bytes)));
+    error.with_help(format!(
+        "the file system of {} is full{free}: free some space there, remove modules that are not needed, collect \
+         cached inputs, or set RUDDER_STORE to a larger place",
+        parent(path).display()
+    ))
+}
+
+/// A number of bytes for people.
+pub(super) fn human(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if bytes < 1024 {
+        return format!("{bytes} bytes");
+    }
+    let mut unit = 0;
+    let mut tenths = bytes.saturating_mul(10) / 1024;
+    while tenths >= 10240 && unit + 1 < UNITS.len() {
+        tenths /= 1024;
+        unit += 1;
+    }
+    format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_written_file_replaces_the_old_one_and_leaves_nothing_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record.json");
+        write_json(&path, &1, 0o644).unwrap();
+        write_json(&path, &2, 0o644).unwrap();
+        assert_eq!(read_json::<i32>(&path).unwrap(), Some(2));
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        fs::write(&path, "{").unwrap();
+        assert_eq!(read_json::<i32>(&path).unwrap(), None);
+    }
+
+    #[test]
+    fn a_full_disk_says_where_and_what_to_do() {
+        let error = io_error("write", Path::new("/tmp/x"), io::ErrorKind::StorageFull.into());
+        assert_eq!(error.kind(), ErrorKind::HostDiskFull);
+        assert!(error.report().contains("the file system of /tmp is full ("), "{}", error.report());
+    }
+
+    #[test]
+    fn sizes_for_people() {
+        assert_eq!(human(1023), "1023 bytes");
+        assert_eq!(human(1536), "1.5 KiB");
+        assert_eq!(human(1 << 40), "1.0 TiB");
+    }
+}

@@ -1,0 +1,216 @@
+//! `file` URLs: copied into the store, because a file outside may change, and what a module was made from must not.
+
+use super::{
+    Lease, Store,
+    blob::{ImageRecord, UrlRecord, Validator},
+    durable::io_error,
+    masked,
+    unpack::{self, CHUNK, Packing, SparseWriter, Stop},
+};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::Progress,
+    digest::{Digest, Hasher},
+    plan::PlannedUrl,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, File},
+    io::Read,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// What the file system says of a file; another content has another identity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct FileIdentity {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    size: u64,
+    /// Nanoseconds since 1970.
+    modified: i128,
+    changed: i128,
+}
+
+/// The clock of a file system ticks every 10 ms at worst: a change this soon after a look may leave the time as it was.
+const CLOCK_TICK_NANOS: i128 = 100_000_000;
+
+impl FileIdentity {
+    fn of(path: &Path) -> Result<Self> {
+        let read = |error| io_error("read", path, error);
+        let path = fs::canonicalize(path).map_err(read)?;
+        let meta = fs::metadata(&path).map_err(read)?;
+        if !meta.is_file() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("expected a file, but found something else at {}", path.display()),
+            ));
+        }
+        let nanos = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+        Ok(Self {
+            path,
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.len(),
+            modified: nanos(meta.mtime(), meta.mtime_nsec()),
+            changed: nanos(meta.ctime(), meta.ctime_nsec()),
+        })
+    }
+
+    /// Whether a change after this moment is sure to show.
+    fn settled_by(&self, moment: jiff::Timestamp) -> bool {
+        moment.as_nanosecond() - self.modified.max(self.changed) > CLOCK_TICK_NANOS
+    }
+}
+
+/// What a local file gave.
+enum Copied {
+    /// Its bytes are a blob.
+    Blob(Lease),
+    /// Its bytes are packed, and were not copied.
+    Packed(Packing),
+}
+
+impl Store {
+    pub(super) fn local_image(
+        &self,
+        url: &PlannedUrl,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<(ImageRecord, Digest, Lease)> {
+        let path = local_path(url)?;
+        if let Some(record) = self.unchanged(url, &path)? {
+            Self::verify(url, &record.served)?;
+            if let Some((image, lease)) = self.known_image(&record.served)? {
+                return Ok((image, record.served, lease));
+            }
+        }
+        let (record, copied) = self.take_in(url, &path, true, progress, stop)?;
+        let served = record.served;
+        let (image, lease) = match copied {
+            Copied::Blob(lease) => {
+                Self::verify(url, &served)?;
+                self.image_of_blob(&served, lease)?
+            }
+            Copied::Packed(packing) => {
+                Self::verify(url, &served)?;
+                match self.known_image(&served)? {
+                    Some(known) => known,
+                    None => {
+                        let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
+                        let unpacked = unpack::unpack(self, packing, file, stop)?;
+                        self.check_unchanged(&record, &path)?;
+                        self.enter_unpacked(&served, record.size, unpacked)?
+                    }
+                }
+            }
+        };
+        Ok((image, served, lease))
+    }
+
+    pub(super) fn local_file(
+        &self,
+        url: &PlannedUrl,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<(Digest, u64, Lease)> {
+        let path = local_path(url)?;
+        if let Some(record) = self.unchanged(url, &path)? {
+            Self::verify(url, &record.served)?;
+            if let Some(lease) = self.lease_blob(&record.served, Some(record.size))? {
+                return Ok((record.served, record.size, lease));
+            }
+        }
+        let (record, copied) = self.take_in(url, &path, false, progress, stop)?;
+        Self::verify(url, &record.served)?;
+        match copied {
+            Copied::Blob(lease) => Ok((record.served, record.size, lease)),
+            Copied::Packed(_) => Err(Error::new(ErrorKind::Internal, "a file was not copied")),
+        }
+    }
+
+    /// What is known of this file, if it is still the same.
+    fn unchanged(&self, url: &PlannedUrl, path: &Path) -> Result<Option<UrlRecord>> {
+        let now = FileIdentity::of(path)?;
+        Ok(self.url_record(&url.url)?.filter(|record| {
+            matches!(&record.validator, Validator::File(then) if *then == now && then.settled_by(record.fetched))
+        }))
+    }
+
+    /// Reads a file once: into a blob, or, when it is packed and only its image is wanted, for its digest alone.
+    fn take_in(
+        &self,
+        url: &PlannedUrl,
+        path: &Path,
+        only_image: bool,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<(UrlRecord, Copied)> {
+        let fetched = jiff::Timestamp::now();
+        let identity = FileIdentity::of(path)?;
+        let task = format!("copy {}", masked(&url.url));
+        let read = |error| io_error("read", path, error);
+        let packing = if only_image { Packing::of_file(path)? } else { None };
+        let mut source = File::open(path).map_err(read)?;
+        let temp = if packing.is_none() { Some(self.temp_file()?) } else { None };
+        let mut out = temp.as_ref().map(|temp| SparseWriter::new(temp.as_file()));
+        let mut hasher = Hasher::default();
+        let mut chunk = vec![0; CHUNK];
+        let mut done = 0;
+        loop {
+            stop.check()?;
+            let count = source.read(&mut chunk).map_err(read)?;
+            if count == 0 {
+                break;
+            }
+            hasher.update(&chunk[..count]);
+            if let (Some(out), Some(temp)) = (&mut out, &temp) {
+                out.write(&chunk[..count]).map_err(|error| io_error("write", temp.path(), error))?;
+            }
+            done += count as u64;
+            progress.bytes(&task, done, Some(identity.size));
+        }
+        let served = hasher.finish();
+        let record = UrlRecord {
+            url: masked(&url.url),
+            served,
+            size: done,
+            fetched,
+            validator: Validator::File(identity),
+        };
+        self.check_unchanged(&record, path)?;
+        let copied = match (packing, &temp, out) {
+            (None, Some(temp), Some(out)) => {
+                out.finish().map_err(|error| io_error("write", temp.path(), error))?;
+                Copied::Blob(self.insert_blob(temp.path(), &served)?)
+            }
+            (Some(packing), ..) => Copied::Packed(packing),
+            _ => return Err(Error::new(ErrorKind::Internal, "a file was neither copied nor unpacked")),
+        };
+        self.write_url_record(&url.url, &record)?;
+        Ok((record, copied))
+    }
+
+    fn check_unchanged(&self, record: &UrlRecord, path: &Path) -> Result<()> {
+        let now = Validator::File(FileIdentity::of(path)?);
+        if now == record.validator {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Conflict, format!("{} changed while it was read", path.display()))
+            .with_retryable(true)
+            .with_help("wait until whoever writes it has finished"))
+    }
+}
+
+fn local_path(url: &PlannedUrl) -> Result<PathBuf> {
+    url.url.to_file_path().map_err(|()| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "expected a URL of a local file such as file:///srv/disk.qcow2, but found {}",
+                masked(&url.url)
+            ),
+        )
+    })
+}

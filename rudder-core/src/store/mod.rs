@@ -1,0 +1,335 @@
+//! The store: content-addressed local storage that local backends share. Inputs, modules, and the labs of running builds.
+//!
+//! ```text
+//! <store>/blobs/sha256/ab/abcd…       immutable inputs, named by the sha256 of what is stored; verified when they enter
+//!        /index/urls/…                what a URL gave, and how to ask whether it still does
+//!        /index/images/…              which blob an image became, named by the sha256 of the bytes as served
+//!        /downloads/…                 partial downloads, resumable; one writer each
+//!        /modules/<name>/<digest>/    see `modules`
+//!        /labs/<id>/                  see `lab`
+//!        /locks/…                     see `lock`
+//! ```
+//!
+//! # Promises
+//! - Nothing half-written is ever taken for good: files are written beside their place, made durable, and renamed into it.
+//! - Any number of processes may use a store at once; a download that several want is made once.
+//! - What a [`Lease`] or the ledger of a lab names is not removed. A lease passes to a ledger without a gap
+//!   ([`LabDir::hold`]), so that nothing is collected between finding a blob and building on it.
+
+mod blob;
+mod collect;
+mod durable;
+mod fetch;
+mod format;
+mod lab;
+mod local;
+mod lock;
+mod modules;
+mod process;
+mod unpack;
+
+pub use self::{
+    collect::CollectPolicy,
+    format::ImageFormat,
+    lab::{LAB_VARIABLE, LabDir, LabEntry, LabState, Ledger, RecordedProcess},
+    process::ProcessIdentity,
+};
+
+use self::lock::{FileLock, Mode};
+use crate::{
+    Error, ErrorKind, Result, backend::Progress, digest::Digest, module::InputRecord, plan::PlannedUrl,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+/// Local storage, shared by processes. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    options: StoreOptions,
+}
+
+/// How a store reads from elsewhere.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct StoreOptions {
+    /// How long a server may take to accept a connection. 30 s.
+    pub connect_timeout: Duration,
+    /// How long a transfer may go without a byte before it counts as broken. 60 s.
+    pub stall_timeout: Duration,
+    /// How often a download is tried, the first included; an attempt that brought bytes does not count. 5.
+    pub attempts: u32,
+    /// How long to wait before the second attempt; doubles with each one, up to 30 s. 500 ms.
+    pub backoff: Duration,
+    /// How large an image may become when it is unpacked, in bytes. 1 TiB.
+    pub unpacked_limit: u64,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(30),
+            stall_timeout: Duration::from_secs(60),
+            attempts: 5,
+            backoff: Duration::from_millis(500),
+            unpacked_limit: 1 << 40,
+        }
+    }
+}
+
+/// A disk image in the store that may serve as a backing file. Never write to it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct StoredImage {
+    /// The file.
+    pub path: PathBuf,
+    /// What it is, by its content.
+    pub format: ImageFormat,
+    /// What a guest sees, in bytes, as the image's own header says.
+    pub virtual_size: u64,
+    /// sha256 of the file: of the unpacked image, where it came packed.
+    pub digest: Digest,
+    /// What was asked for and what came, for the provenance. `role` is "image": the caller knows better.
+    pub input: InputRecord,
+    /// Keeps it from being collected until it is dropped; give it to [`LabDir::hold`].
+    pub lease: Lease,
+}
+
+/// A file in the store, as it was served. Never write to it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct StoredFile {
+    /// The file.
+    pub path: PathBuf,
+    /// What was asked for and what came, for the provenance. `role` is "file": the caller knows better.
+    pub input: InputRecord,
+    /// Keeps it from being collected until it is dropped; give it to [`LabDir::hold`].
+    pub lease: Lease,
+}
+
+/// Something in the store that can be needed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Use {
+    /// A blob.
+    Blob(Digest),
+    /// A version of a module.
+    Module {
+        /// Its name.
+        name: String,
+        /// Its digest.
+        digest: Digest,
+    },
+}
+
+/// Keeps something in the store from being removed, for as long as this or a clone of it lives.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    what: Use,
+    _lock: Arc<FileLock>,
+}
+
+impl Lease {
+    /// What is kept.
+    #[must_use]
+    pub fn what(&self) -> &Use {
+        &self.what
+    }
+
+    fn take(store: &Store, what: Use) -> Result<Self> {
+        let lock = FileLock::wait(&store.use_lock(&what), Mode::Shared)?;
+        lock.touch();
+        Ok(Self { what, _lock: Arc::new(lock) })
+    }
+}
+
+impl Store {
+    /// Opens the store in this directory, and makes it where it is not there yet.
+    ///
+    /// # Errors
+    /// File errors.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
+        Self::open_with(root, StoreOptions::default())
+    }
+
+    /// [`open`](Self::open) with other timeouts and limits.
+    ///
+    /// # Errors
+    /// File errors.
+    pub fn open_with(root: impl Into<PathBuf>, options: StoreOptions) -> Result<Self> {
+        let root = root.into();
+        let root = std::path::absolute(&root).map_err(|error| durable::io_error("open", &root, error))?;
+        for (dir, mode) in [
+            ("", 0o755),
+            ("blobs/sha256", 0o755),
+            ("modules", 0o755),
+            ("index/urls", 0o700),
+            ("index/images", 0o755),
+            ("downloads", 0o700),
+            ("labs", 0o755),
+            ("locks", 0o700),
+        ] {
+            durable::make_dir(&root.join(dir), mode)?;
+        }
+        Ok(Self(Arc::new(Inner { root, options })))
+    }
+
+    /// Where the store of this user is: `$RUDDER_STORE`, else `rudder` in `$XDG_DATA_HOME`, else `~/.local/share/rudder`
+    /// (XDG Base Directory Specification).
+    #[must_use]
+    pub fn default_root() -> PathBuf {
+        let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        set("RUDDER_STORE").unwrap_or_else(|| {
+            set("XDG_DATA_HOME")
+                .filter(|path| path.is_absolute())
+                .or_else(|| env::home_dir().map(|home| home.join(".local/share")))
+                .unwrap_or_else(env::temp_dir)
+                .join("rudder")
+        })
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.0.root
+    }
+
+    /// A disk image, unpacked and ready to be a backing file: from the cache, else from where the URL says.
+    ///
+    /// Recognised by its content, never by its name: qcow2, raw, vmdk, vdi, vhd, vhdx, and any of them in gz, xz, zst or
+    /// bz2. Dropping the future leaves a partial download that the next call resumes.
+    ///
+    /// # Errors
+    /// `NotFound`, `Download`, `ChecksumMismatch` (the bytes stay in the store, for a manifest with a corrected
+    /// checksum), `InvalidImage`, `HostDiskFull`, `InvalidInput` for another scheme.
+    pub async fn image(&self, url: &PlannedUrl, progress: &Progress) -> Result<StoredImage> {
+        let (record, served, lease) = self.obtain_image(url, progress).await.map_err(|e| about(url, e))?;
+        Ok(StoredImage {
+            path: self.blob_path(&record.stored),
+            format: record.format,
+            virtual_size: record.virtual_size,
+            digest: record.stored,
+            input: InputRecord {
+                role: "image".into(),
+                url: masked(&url.url),
+                size: record.served_size,
+                sha256: served,
+            },
+            lease,
+        })
+    }
+
+    /// The bytes behind a URL, as they are served: from the cache, else from where the URL says.
+    ///
+    /// # Errors
+    /// As [`image`](Self::image), without `InvalidImage`.
+    pub async fn file(&self, url: &PlannedUrl, progress: &Progress) -> Result<StoredFile> {
+        let (served, size, lease) = self.obtain_file(url, progress).await.map_err(|e| about(url, e))?;
+        Ok(StoredFile {
+            path: self.blob_path(&served),
+            input: InputRecord { role: "file".into(), url: masked(&url.url), size, sha256: served },
+            lease,
+        })
+    }
+
+    fn options(&self) -> &StoreOptions {
+        &self.0.options
+    }
+
+    fn modules_dir(&self) -> PathBuf {
+        self.root().join("modules")
+    }
+
+    fn labs_dir(&self) -> PathBuf {
+        self.root().join("labs")
+    }
+
+    fn downloads_dir(&self) -> PathBuf {
+        self.root().join("downloads")
+    }
+
+    fn lock_path(&self, name: &str) -> PathBuf {
+        self.root().join("locks").join(name)
+    }
+
+    fn use_lock(&self, what: &Use) -> PathBuf {
+        self.lock_path(&match what {
+            Use::Blob(digest) => format!("blob-{digest}"),
+            Use::Module { name, digest } => format!("module-{name}-{digest}"),
+        })
+    }
+
+    /// The lock that keeps everybody else from using this, if nobody does; else who does.
+    fn unused(&self, what: &Use) -> Result<Result<FileLock, String>> {
+        let Some(lock) = FileLock::attempt(&self.use_lock(what), Mode::Exclusive)? else {
+            return Ok(Err("a running process".into()));
+        };
+        // Looked at under the lock: whoever had a lease has written it into the ledger before giving the lease back.
+        let user = self.used_by_labs()?.into_iter().find(|(_, used)| used == what);
+        Ok(match user {
+            Some((lab, _)) => Err(format!("lab {lab}")),
+            None => Ok(lock),
+        })
+    }
+
+    /// The entries of a directory of the store whose names are wanted, in order; of one that is not there, none.
+    fn entries(&self, dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<(String, PathBuf)>> {
+        let listing = match std::fs::read_dir(dir) {
+            Ok(listing) => listing,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(durable::io_error("list", dir, error)),
+        };
+        let mut entries = Vec::new();
+        for entry in listing {
+            let entry = entry.map_err(|error| durable::io_error("list", dir, error))?;
+            if let Some(name) = entry.file_name().to_str().filter(|name| wanted(name)) {
+                entries.push((name.to_owned(), entry.path()));
+            }
+        }
+        entries.sort();
+        Ok(entries)
+    }
+}
+
+/// Runs file work that may take long where it does not hold up the async runtime.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(error) => Err(Error::new(ErrorKind::Cancelled, "the program is ending: file work was not begun")
+            .with_source(error)),
+    }
+}
+
+fn about(url: &PlannedUrl, error: Error) -> Error {
+    error.with_context("url", masked(&url.url))
+}
+
+/// A URL without what must not be shown: its password, and values of its query that sign or authorise.
+fn masked(url: &url::Url) -> String {
+    const PUBLIC: [&str; 8] = ["version", "v", "arch", "format", "name", "file", "path", "release"];
+    let mut url = url.clone();
+    if url.password().is_some() {
+        let _ = url.set_password(Some("***"));
+    }
+    if url.query().is_some() {
+        let pairs: Vec<(String, String)> = url.query_pairs().into_owned().collect();
+        let mut query = url.query_pairs_mut();
+        query.clear();
+        for (key, value) in &pairs {
+            let shown = value.is_empty() || PUBLIC.contains(&key.to_ascii_lowercase().as_str());
+            query.append_pair(key, if shown { value } else { "***" });
+        }
+    }
+    url.set_fragment(None);
+    url.to_string()
+}
