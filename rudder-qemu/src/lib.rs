@@ -1,1 +1,31 @@
-//! QEMU.
+//! The raw QEMU backend of Rudder: one process per machine, controlled over QMP; user networking; disks through
+//! qemu-img. Nothing here needs root, a daemon or a bridge.
+//!
+//! # Its rooms
+//! `backend` what is here, open a lab · `lab` a directory, volumes, machines · `machine` start, dial, capture ·
+//! `watch` how a machine fares and how it ended · and QEMU's own trade: `command_line`, `qmp`, `image`, `host`,
+//! `accelerator`, `process`.
+//!
+//! # Who ends what
+//! Every process is started so that the kernel kills it when its owner dies ([`PR_SET_PDEATHSIG`][prctl], through
+//! setpriv), is written into the ledger of its lab, and carries the lab's id in its environment and its name; so what
+//! a killed owner leaves is found and removed by the next start. Dropping a machine, a lab or a future kills what it
+//! started.
+//!
+//! [prctl]: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+
+mod accelerator;
+mod backend;
+mod command_line;
+mod host;
+mod image;
+mod lab;
+mod machine;
+mod process;
+mod qmp;
+mod watch;
+
+pub use self::{
+    accelerator::Accelerator,
+    backend::{QemuBackend, QemuBackendBuilder},
+};

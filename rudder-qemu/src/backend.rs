@@ -1,0 +1,190 @@
+//! The backend itself: what it can do, and its labs and modules.
+
+use crate::{
+    accelerator::Accelerator,
+    host::{self, Host, Programs},
+    lab::{QemuLab, blocking, kept_access},
+};
+use async_trait::async_trait;
+use rudder_core::{
+    Result,
+    backend::{Backend, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    capability::{Capabilities, Capability},
+    module::Module,
+    store::{CollectPolicy, LabState, Store},
+};
+use std::{path::PathBuf, sync::Arc};
+use tokio::sync::OnceCell;
+
+/// Machines on raw QEMU: one process per machine, user networking, a local [`Store`]. Needs no root.
+///
+/// ```no_run
+/// # fn main() -> rudder_core::Result<()> {
+/// use rudder_core::store::Store;
+/// use rudder_qemu::{Accelerator, QemuBackend};
+///
+/// let store = Store::open(Store::default_root())?;
+/// let backend = QemuBackend::builder(store).accelerator(Accelerator::Tcg).build();
+/// # drop(backend);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct QemuBackend {
+    store: Store,
+    programs: Programs,
+    accelerator: Accelerator,
+    capabilities: Capabilities,
+    /// What was found when the first lab was opened.
+    host: OnceCell<Arc<Host>>,
+}
+
+/// How a [`QemuBackend`] is made.
+#[derive(Debug, Clone)]
+pub struct QemuBackendBuilder {
+    store: Store,
+    programs: Programs,
+    accelerator: Accelerator,
+}
+
+impl QemuBackendBuilder {
+    /// Which accelerator machines run on. [`Accelerator::Auto`].
+    #[must_use]
+    pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
+        self.accelerator = accelerator;
+        self
+    }
+
+    /// The QEMU to use; `qemu-system-x86_64` in `PATH`. Version 7.2 or later.
+    #[must_use]
+    pub fn qemu(mut self, path: impl Into<PathBuf>) -> Self {
+        self.programs.qemu = Some(path.into());
+        self
+    }
+
+    /// The qemu-img to use, of the same version as QEMU; `qemu-img` in `PATH`.
+    #[must_use]
+    pub fn qemu_img(mut self, path: impl Into<PathBuf>) -> Self {
+        self.programs.qemu_img = Some(path.into());
+        self
+    }
+
+    /// The setpriv (util-linux) to use, by which processes end with their owner; `setpriv` in `PATH`, and it goes without.
+    #[must_use]
+    pub fn setpriv(mut self, path: impl Into<PathBuf>) -> Self {
+        self.programs.setpriv = Some(path.into());
+        self
+    }
+
+    /// The backend. Looks at nothing yet: that is done by [`Backend::diagnose`] and when a lab is opened.
+    #[must_use]
+    pub fn build(self) -> QemuBackend {
+        let Self { store, programs, accelerator } = self;
+        QemuBackend { store, programs, accelerator, capabilities: capabilities(), host: OnceCell::new() }
+    }
+}
+
+impl QemuBackend {
+    /// The name of this backend.
+    pub const NAME: &'static str = "qemu";
+
+    /// A backend on this store.
+    #[must_use]
+    pub fn builder(store: Store) -> QemuBackendBuilder {
+        QemuBackendBuilder { store, programs: Programs::default(), accelerator: Accelerator::default() }
+    }
+
+    /// The store that it works in.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    async fn host(&self) -> Result<Arc<Host>> {
+        let examine = async { Host::examine(&self.programs, self.accelerator).await.map(Arc::new) };
+        self.host.get_or_try_init(|| examine).await.cloned()
+    }
+}
+
+fn capabilities() -> Capabilities {
+    use Capability as C;
+    Capabilities::new(
+        QemuBackend::NAME,
+        [
+            C::SourceUrl,
+            C::SourceBlank,
+            C::SourceBuildRef,
+            C::DiskVirtio,
+            C::DiskScsi,
+            C::DiskSata,
+            C::DiskUsb,
+            C::DiskIde,
+            C::NicModels,
+            C::NicSlots,
+            C::CloudInit,
+            C::Display,
+            C::Serial,
+            C::Screenshot,
+        ],
+    )
+}
+
+#[async_trait]
+impl Backend for QemuBackend {
+    fn name(&self) -> &str {
+        Self::NAME
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    async fn diagnose(&self) -> Result<HostReport> {
+        Ok(host::diagnose(&self.programs, self.accelerator, self.store.root()).await)
+    }
+
+    async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
+        let host = self.host().await?;
+        // Looking costs little; what cannot be removed now is tried again by the next.
+        match self.reap().await {
+            Ok(report) => {
+                for what in report.failed {
+                    tracing::warn!(what, "cannot remove what a dead owner left");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "cannot look for what dead owners left"),
+        }
+        Ok(Arc::new(QemuLab::open(&self.store, host, spec).await?))
+    }
+
+    async fn modules(&self) -> Result<Vec<Module>> {
+        let store = self.store.clone();
+        blocking(move || store.modules()).await
+    }
+
+    async fn remove_module(&self, name: &str) -> Result<()> {
+        self.store.remove_module(name).await
+    }
+
+    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
+        let store = self.store.clone();
+        blocking(move || {
+            let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
+            kept.map(|lab| Ok(KeptLab { id: LabId::parse(&lab.id)?, access: kept_access(&lab.path) }))
+                .collect()
+        })
+        .await
+    }
+
+    async fn remove_lab(&self, id: &LabId) -> Result<()> {
+        self.store.remove_lab(id.as_str()).await
+    }
+
+    async fn reap(&self) -> Result<ReapReport> {
+        self.store.reap().await
+    }
+
+    async fn collect(&self) -> Result<ReapReport> {
+        self.store.collect(CollectPolicy::default()).await
+    }
+}

@@ -1,0 +1,232 @@
+//! Whole command lines, compared word by word.
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use rudder_core::{
+    backend::{MachineDisk, Seed, Volume},
+    plan::{PlannedSubnet, PlannedVpc},
+};
+
+fn network(internet: bool) -> PlannedNetwork {
+    let subnet = |name: &str, cidr: &str| PlannedSubnet {
+        name: name.to_owned(),
+        vpc: "vpc".to_owned(),
+        cidr: cidr.parse().unwrap(),
+        dhcp: true,
+        dns: Vec::new(),
+        unmanaged: false,
+    };
+    PlannedNetwork {
+        declared: false,
+        vpcs: vec![PlannedVpc { name: "vpc".to_owned(), internet }],
+        subnets: vec![subnet("default", "10.0.2.0/24"), subnet("other", "192.168.7.0/28")],
+    }
+}
+
+fn nic(slot: u8, subnet: &str, model: NicModel) -> PlannedNic {
+    PlannedNic {
+        name: format!("nic{slot}"),
+        subnet: subnet.to_owned(),
+        slot,
+        slot_pinned: true,
+        ip: None,
+        mac: format!("52:54:00:00:00:{slot:02x}").parse().unwrap(),
+        model,
+    }
+}
+
+fn disk(index: usize, bus: Bus) -> MachineDisk {
+    let volume = Volume { id: format!("v{index}.qcow2"), virtual_size: 1 << 30 };
+    MachineDisk { name: format!("d{index}"), bus, volume }
+}
+
+fn with_disks(buses: impl IntoIterator<Item = Bus>) -> MachineSpec {
+    let mut spec = MachineSpec::new("web", 2, 1 << 30);
+    spec.disks = buses.into_iter().enumerate().map(|(index, bus)| disk(index, bus)).collect();
+    spec
+}
+
+fn seed() -> Option<Seed> {
+    Some(Seed::new(String::new(), Vec::new(), None, std::sync::Arc::from([])))
+}
+
+fn line_of(mark: &str, spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
+    let files = Files::new(0);
+    let machine = Machine { mark, spec, network, files: &files, accelerator: Chosen::Tcg };
+    arguments(&machine, Extras { panic: true, random: true })
+}
+
+fn line(spec: &MachineSpec) -> Vec<String> {
+    line_of("rudder-lab", spec, &network(true)).unwrap()
+}
+
+/// The values of an option, those with this in them.
+fn values(line: &[String], option: &str, with: &str) -> Vec<String> {
+    let pairs = line.windows(2).filter(|pair| pair[0] == option && pair[1].contains(with));
+    pairs.map(|pair| pair[1].clone()).collect()
+}
+
+#[test]
+fn an_ordinary_machine() {
+    let mut spec = with_disks([Bus::Virtio]);
+    spec.nics = vec![nic(1, "default", NicModel::E1000)];
+    spec.ports = vec![22];
+    spec.seed = seed();
+    let expected = r#"
+-name guest=rudder-lab/web,process=rudder-vm
+-nodefaults
+-no-user-config
+-machine pc,usb=off,vmport=off,dump-guest-core=off,mem-merge=off
+-accel tcg,thread=multi
+-cpu max
+-smp cpus=2,sockets=1,cores=2,threads=1
+-m 1024M
+-rtc base=utc
+-boot strict=on,menu=off
+-action panic=pause,shutdown=poweroff,reboot=reset
+-msg timestamp=on
+-display none
+-vnc unix:m0.vnc,share=force-shared
+-device VGA,bus=pci.0,addr=02.0
+-chardev socket,id=qmp,path=m0.qmp,server=on,wait=off
+-mon chardev=qmp,mode=control
+-chardev socket,id=serial,path=m0.serial,server=on,wait=off,logfile=m0.serial.log,logappend=off
+-serial chardev:serial
+-device pvpanic
+-object rng-random,id=rng,filename=/dev/urandom
+-device virtio-rng-pci,bus=pci.0,addr=06.0,rng=rng
+-blockdev {"node-name":"disk0","driver":"qcow2","file":{"driver":"file","filename":"v0.qcow2"},"cache":{"no-flush":true},"discard":"unmap","detect-zeroes":"unmap"}
+-device virtio-blk-pci,bus=pci.0,addr=08.0,multifunction=on,id=disk0-device,drive=disk0,werror=stop,rerror=stop,bootindex=0
+-blockdev {"node-name":"seed","driver":"raw","read-only":true,"file":{"driver":"file","filename":"m0.seed.img","read-only":true}}
+-device virtio-blk-pci,bus=pci.0,addr=1a.0,id=seed-device,drive=seed
+-netdev user,id=net0,ipv6=off,net=10.0.2.0/24,restrict=off,hostfwd=tcp:127.0.0.1:0-:22
+-device e1000,bus=pci.0,addr=11.0,id=nic0,netdev=net0,mac=52:54:00:00:00:01,romfile=
+-S
+"#;
+    assert_eq!(line(&spec).join(" ").replace(" -", "\n-"), expected.trim());
+}
+
+#[test]
+fn text_of_a_manifest_stays_one_value() {
+    let mut spec = with_disks([]);
+    spec.name = "we b,\"process=x\" 'é\n".to_owned();
+    let line = line_of("rudder-a,b", &spec, &network(true)).unwrap();
+    assert_eq!(values(&line, "-name", ""), ["guest=rudder-a,,b/we b,,\"process=x\" 'é\n,process=rudder-vm"]);
+}
+
+#[test]
+fn every_bus_has_its_places() {
+    let all = line(&with_disks([Bus::Sata, Bus::Virtio, Bus::Scsi, Bus::Usb, Bus::Ide, Bus::Virtio]));
+    let expected = [
+        "virtio-scsi-pci,bus=pci.0,addr=03.0,id=scsi",
+        "ich9-ahci,bus=pci.0,addr=04.0,multifunction=on,id=sata0",
+        "ide-hd,bus=sata0.0,id=disk0-device,drive=disk0,werror=stop,rerror=stop,bootindex=0",
+        "virtio-blk-pci,bus=pci.0,addr=08.0,multifunction=on,id=disk1-device,drive=disk1,werror=stop,rerror=stop",
+        "scsi-hd,bus=scsi.0,scsi-id=0,id=disk2-device,drive=disk2,werror=stop,rerror=stop",
+        "qemu-xhci,bus=pci.0,addr=05.0,multifunction=on,id=usb0,p2=8,p3=8",
+        "usb-storage,bus=usb0.0,port=1,id=disk3-device,drive=disk3,werror=stop,rerror=stop",
+        "ide-hd,bus=ide.0,unit=0,id=disk4-device,drive=disk4,werror=stop,rerror=stop",
+        "virtio-blk-pci,bus=pci.0,addr=09.0,multifunction=on,id=disk5-device,drive=disk5,werror=stop,rerror=stop",
+    ];
+    let devices = values(&all, "-device", "");
+    assert_eq!(devices.iter().filter(|device| expected.contains(&device.as_str())).count(), expected.len());
+}
+
+#[test]
+fn no_two_devices_share_a_place() {
+    for bus in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
+        let mut spec = with_disks(std::iter::repeat_n(bus, limit(bus)));
+        spec.nics = (1..=9).map(|slot| nic(slot, "default", NicModel::Virtio)).collect();
+        spec.seed = seed();
+        let line = line(&spec);
+        let places = values(&line, "-device", "bus=").into_iter().map(|device| {
+            let parts = device.split(',').filter(|part| {
+                ["bus=", "addr=", "unit=", "port=", "scsi-id="].iter().any(|key| part.starts_with(key))
+            });
+            parts.collect::<Vec<_>>().join(",")
+        });
+        let mut places: Vec<String> = places.collect();
+        let all = places.len();
+        places.sort();
+        places.dedup();
+        assert_eq!(places.len(), all, "{bus:?}");
+        spec.disks.push(disk(99, bus));
+        let error = line_of("rudder-lab", &spec, &network(true)).unwrap_err();
+        assert_eq!(
+            error.report(),
+            format!(
+                "vm web: expected at most {} disks on {}, but found more\n  help: put the others on virtio or scsi",
+                limit(bus),
+                bus_name(bus)
+            )
+        );
+    }
+}
+
+#[test]
+fn the_seed_is_on_the_bus_of_the_boot_disk() {
+    for (bus, device) in [
+        (Bus::Virtio, "virtio-blk-pci,bus=pci.0,addr=1a.0,id=seed-device,drive=seed"),
+        (Bus::Scsi, "scsi-cd,bus=scsi.0,scsi-id=1,id=seed-device,drive=seed"),
+        (Bus::Sata, "ide-cd,bus=sata0.1,id=seed-device,drive=seed"),
+        (Bus::Ide, "ide-cd,bus=ide.0,unit=1,id=seed-device,drive=seed"),
+    ] {
+        let mut spec = with_disks([bus]);
+        spec.seed = seed();
+        assert_eq!(values(&line(&spec), "-device", "seed"), [device]);
+    }
+    // All four places of IDE are taken: it goes where there is room.
+    let mut spec = with_disks([Bus::Ide; 4]);
+    spec.seed = seed();
+    assert_eq!(values(&line(&spec), "-device", "seed").len(), 1);
+}
+
+#[test]
+fn cards_in_one_subnet_share_a_hub_and_others_do_not() {
+    let mut spec = with_disks([]);
+    spec.ports = vec![22, 80];
+    spec.nics = vec![
+        nic(3, "default", NicModel::Virtio),
+        nic(1, "other", NicModel::Pcnet),
+        nic(9, "default", NicModel::Ne2kPci),
+    ];
+    let line = line_of("rudder-lab", &spec, &network(false)).unwrap();
+    assert_eq!(
+        values(&line, "-netdev", ""),
+        [
+            "user,id=up0,ipv6=off,net=10.0.2.0/24,restrict=on,hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:80",
+            "hubport,id=up0hub,hubid=0,netdev=up0",
+            "hubport,id=net0,hubid=0",
+            "user,id=net1,ipv6=off,net=192.168.7.0/28,restrict=on",
+            "hubport,id=net2,hubid=0",
+        ]
+    );
+    assert_eq!(
+        values(&line, "-device", "netdev"),
+        [
+            "virtio-net-pci,bus=pci.0,addr=13.0,id=nic0,netdev=net0,mac=52:54:00:00:00:03,romfile=",
+            "pcnet,bus=pci.0,addr=11.0,id=nic1,netdev=net1,mac=52:54:00:00:00:01,romfile=",
+            "ne2k_pci,bus=pci.0,addr=19.0,id=nic2,netdev=net2,mac=52:54:00:00:00:09,romfile=",
+        ]
+    );
+}
+
+#[test]
+fn a_card_needs_a_subnet_and_a_slot() {
+    let mut spec = with_disks([]);
+    spec.nics = vec![nic(1, "nowhere", NicModel::Virtio)];
+    let error = line_of("rudder-lab", &spec, &network(true)).unwrap_err();
+    assert_eq!(error.report(), "vm web: nic nic1: expected a subnet of the lab, but found \"nowhere\"");
+    spec.nics = vec![nic(10, "default", NicModel::Virtio)];
+    let error = line_of("rudder-lab", &spec, &network(true)).unwrap_err();
+    assert_eq!(error.report(), "vm web: nic nic10: expected a slot from 1 to 9, but found 10");
+}
+
+#[test]
+fn memory_is_whole_mebibytes_and_never_none() {
+    let mut spec = MachineSpec::new("web", 0, 0);
+    assert_eq!(values(&line(&spec), "-m", ""), ["1M"]);
+    assert_eq!(values(&line(&spec), "-smp", ""), ["cpus=1,sockets=1,cores=1,threads=1"]);
+    spec.memory = (512 << 20) + 1;
+    assert_eq!(values(&line(&spec), "-m", ""), ["513M"]);
+}

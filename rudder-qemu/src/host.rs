@@ -1,0 +1,285 @@
+//! What the host has: programs, their versions, what QEMU can do (by asking it), and the accelerator.
+
+use crate::{
+    accelerator::{self, Accelerator, Chosen, Facts},
+    process::{Invocation, Lifetime, find},
+};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{HostFinding, HostReport},
+};
+use serde_json::{Value, json};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+/// How to install what is missing, on Debian and its children.
+pub(crate) const INSTALL: &str = "apt-get install --no-install-recommends qemu-system-x86 qemu-utils";
+
+/// Which programs to use; what is not given is looked for in `PATH`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Programs {
+    pub(crate) qemu: Option<PathBuf>,
+    pub(crate) qemu_img: Option<PathBuf>,
+    pub(crate) setpriv: Option<PathBuf>,
+}
+
+/// A host on which machines can run.
+#[derive(Debug, Clone)]
+pub(crate) struct Host {
+    pub(crate) qemu: PathBuf,
+    pub(crate) qemu_img: PathBuf,
+    pub(crate) setpriv: Option<PathBuf>,
+    pub(crate) accelerator: Chosen,
+    /// What the user should know about the accelerator.
+    pub(crate) notice: Option<String>,
+    versions: BTreeMap<String, String>,
+    devices: BTreeSet<String>,
+}
+
+impl Host {
+    /// Looks at everything that a machine needs.
+    ///
+    /// # Errors
+    /// `HostMissing`, with how to mend it.
+    pub(crate) async fn examine(programs: &Programs, wanted: Accelerator) -> Result<Self> {
+        let qemu = require(programs.qemu.as_deref(), "qemu-system-x86_64")?;
+        let qemu_img = require(programs.qemu_img.as_deref(), "qemu-img")?;
+        let setpriv = find(programs.setpriv.as_deref(), "setpriv");
+        let lifetime = Lifetime::WithOwner(setpriv.clone());
+        let (answers, img_version) =
+            tokio::try_join!(ask_qemu(&qemu, lifetime.clone()), ask_version(&qemu_img, lifetime))?;
+        let (accelerator, notice) = accelerator::decide(wanted, Facts::gather(answers.kvm))?;
+        let versions = BTreeMap::from([
+            ("qemu".to_owned(), answers.version),
+            ("qemu-img".to_owned(), img_version),
+            ("accelerator".to_owned(), accelerator.to_string()),
+        ]);
+        Ok(Self { qemu, qemu_img, setpriv, accelerator, notice, versions, devices: answers.devices })
+    }
+
+    /// Versions that belong into the provenance.
+    pub(crate) fn versions(&self) -> &BTreeMap<String, String> {
+        &self.versions
+    }
+
+    /// Refuses a device that this QEMU does not have.
+    pub(crate) fn require_device(&self, device: &str) -> Result<()> {
+        if self.devices.contains(device) {
+            return Ok(());
+        }
+        let version = self.versions.get("qemu").map_or("", String::as_str);
+        Err(Error::new(
+            ErrorKind::HostMissing,
+            format!("expected the device {device} in QEMU {version}, but found none"),
+        )
+        .with_help(format!("install a complete QEMU: {INSTALL}")))
+    }
+
+    /// Whether this QEMU has a device.
+    pub(crate) fn has_device(&self, device: &str) -> bool {
+        self.devices.contains(device)
+    }
+
+    /// qemu-img with these arguments, in this directory; it ends with its owner.
+    pub(crate) fn qemu_img(&self, directory: &Path) -> Invocation {
+        Invocation::new(&self.qemu_img, Lifetime::WithOwner(self.setpriv.clone())).directory(directory)
+    }
+}
+
+fn require(given: Option<&Path>, name: &str) -> Result<PathBuf> {
+    find(given, name).ok_or_else(|| {
+        let place = given.map_or_else(|| "in PATH".to_owned(), |path| format!("at {}", path.display()));
+        Error::new(ErrorKind::HostMissing, format!("expected the program {name} {place}, but found none"))
+            .with_help(format!("install it: {INSTALL}"))
+    })
+}
+
+#[derive(Debug)]
+struct Answers {
+    version: String,
+    kvm: bool,
+    devices: BTreeSet<String>,
+}
+
+/// Asks QEMU itself what it is and can do (QEMU QMP Reference Manual), on a machine without anything.
+async fn ask_qemu(qemu: &Path, lifetime: Lifetime) -> Result<Answers> {
+    let questions = [
+        json!({"execute": "qmp_capabilities"}),
+        json!({"execute": "query-version", "id": "version"}),
+        json!({"execute": "query-kvm", "id": "kvm"}),
+        json!({"execute": "qom-list-types", "id": "devices", "arguments": {"implements": "device", "abstract": false}}),
+        json!({"execute": "quit"}),
+    ];
+    let input: String = questions.iter().map(|question| format!("{question}\n")).collect();
+    let finished = Invocation::new(qemu, lifetime)
+        .args([
+            "-machine",
+            "none",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-S",
+            "-qmp",
+            "stdio",
+        ])
+        .run(Some(input.as_bytes()))
+        .await?;
+    read_answers(&finished.stdout).ok_or_else(|| {
+        Error::new(
+            ErrorKind::HostMissing,
+            format!(
+                "expected {} to answer over QMP, but it {}",
+                qemu.display(),
+                crate::process::describe(finished.status)
+            ),
+        )
+        .with_source(finished.failure("ask QEMU for its version"))
+        .with_help(format!("install a complete QEMU: {INSTALL}"))
+    })
+}
+
+fn read_answers(output: &[u8]) -> Option<Answers> {
+    let (mut version, mut kvm, mut devices) = (None, false, BTreeSet::new());
+    for line in output.split(|byte| *byte == b'\n') {
+        let Ok(answer) = serde_json::from_slice::<Value>(line) else { continue };
+        let value = &answer["return"];
+        match answer["id"].as_str() {
+            Some("version") => {
+                let number = |part| value["qemu"][part].as_u64();
+                version = Some(format!("{}.{}.{}", number("major")?, number("minor")?, number("micro")?));
+            }
+            Some("kvm") => kvm = value["present"].as_bool()?,
+            Some("devices") => {
+                let names = value.as_array()?.iter().filter_map(|one| one["name"].as_str());
+                devices.extend(names.map(str::to_owned));
+            }
+            _ => {}
+        }
+    }
+    Some(Answers { version: version?, kvm, devices })
+}
+
+/// The version in `NAME version 7.2.22 (…)`.
+async fn ask_version(program: &Path, lifetime: Lifetime) -> Result<String> {
+    let finished = Invocation::new(program, lifetime).args(["--version"]).run(None).await?;
+    let finished = finished.success("ask for its version")?;
+    Ok(read_version(&String::from_utf8_lossy(&finished.stdout)))
+}
+
+fn read_version(text: &str) -> String {
+    let mut words = text.split_whitespace().skip_while(|word| *word != "version").skip(1);
+    words.next().unwrap_or("unknown").to_owned()
+}
+
+/// What is here, what is missing, how to mend it. `store` is where labs are.
+pub(crate) async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) -> HostReport {
+    let mut report = HostReport::default();
+    let setpriv = find(programs.setpriv.as_deref(), "setpriv");
+    let lifetime = Lifetime::WithOwner(setpriv.clone());
+
+    let qemu = async {
+        let path = require(programs.qemu.as_deref(), "qemu-system-x86_64")?;
+        ask_qemu(&path, lifetime.clone()).await
+    }
+    .await;
+    let img = async {
+        let path = require(programs.qemu_img.as_deref(), "qemu-img")?;
+        ask_version(&path, lifetime.clone()).await
+    }
+    .await;
+    report.findings.push(finding(
+        "qemu-system-x86_64",
+        true,
+        qemu.as_ref().map(|answers| answers.version.clone()),
+    ));
+    report.findings.push(finding("qemu-img", true, img.as_ref().map(Clone::clone)));
+
+    if let Ok(answers) = &qemu {
+        let decided = accelerator::decide(wanted, Facts::gather(answers.kvm));
+        let detail = decided.as_ref().map(|(chosen, notice)| match notice {
+            Some(notice) => format!("{chosen}: {notice}"),
+            None => chosen.to_string(),
+        });
+        report.findings.push(finding("accelerator", true, detail));
+    }
+    report.findings.push(HostFinding {
+        what: "setpriv".to_owned(),
+        present: setpriv.is_some(),
+        required: false,
+        detail: match &setpriv {
+            Some(path) => path.display().to_string(),
+            None => {
+                "without it, machines of a killed builder run until the next start removes them".to_owned()
+            }
+        },
+        help: setpriv.is_none().then(|| "apt-get install util-linux".to_owned()),
+    });
+    report.findings.push(free_space(store));
+    report
+}
+
+fn finding(what: &str, required: bool, outcome: Result<String, &Error>) -> HostFinding {
+    let (present, detail, help) = match outcome {
+        Ok(detail) => (true, detail, None),
+        Err(error) => (false, error.to_string(), error.help().map(str::to_owned)),
+    };
+    HostFinding { what: what.to_owned(), present, required, detail, help }
+}
+
+/// Below this many free bytes even a small build is likely to fail.
+const LITTLE_SPACE: u64 = 2 << 30;
+
+fn free_space(store: &Path) -> HostFinding {
+    // The store may not be there yet: then what counts is where it will be.
+    let there = store.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let free = rustix::fs::statvfs(there).map(|stat| stat.f_bavail * stat.f_frsize);
+    let enough = free.as_ref().is_ok_and(|free| *free >= LITTLE_SPACE);
+    HostFinding {
+        what: "free disk".to_owned(),
+        present: enough,
+        required: false,
+        detail: match free {
+            Ok(free) => format!("{} MiB free at {}", free >> 20, there.display()),
+            Err(error) => format!("unknown at {}: {error}", there.display()),
+        },
+        help: (!enough).then(|| "free some space there, or use a store on a larger disk".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn answers_are_read_from_among_events() {
+        let answers = read_answers(
+            b"{\"QMP\": {}}\n{\"return\": {}}\n\
+              {\"return\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"x\"}, \"id\": \"version\"}\n\
+              {\"event\": \"SHUTDOWN\"}\n{\"id\": \"kvm\", \"return\": {\"enabled\": false, \"present\": true}}\n\
+              {\"id\": \"devices\", \"return\": [{\"name\": \"e1000\", \"parent\": \"pci-device\"}]}\n",
+        )
+        .unwrap();
+        assert_eq!((answers.version.as_str(), answers.kvm), ("10.0.2", true));
+        assert!(answers.devices.contains("e1000"));
+        assert!(read_answers(b"Segmentation fault\n").is_none());
+        assert_eq!(read_version("qemu-img version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), "7.2.22");
+    }
+
+    #[tokio::test]
+    async fn a_missing_qemu_comes_with_the_install_command() {
+        let programs = Programs { qemu: Some("/nonexistent/qemu".into()), ..Programs::default() };
+        let error = Host::examine(&programs, Accelerator::Auto).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostMissing);
+        assert_eq!(
+            error.report(),
+            "expected the program qemu-system-x86_64 at /nonexistent/qemu, but found none\n  help: install it: apt-get \
+             install --no-install-recommends qemu-system-x86 qemu-utils"
+        );
+        let report = diagnose(&programs, Accelerator::Auto, Path::new("/")).await;
+        assert!(!report.is_ready());
+    }
+}

@@ -1,0 +1,427 @@
+//! One VM in a lab: a QEMU process while it runs, disks in the lab when it does not.
+
+use crate::{
+    command_line::{self, Extras, Files},
+    image,
+    lab::Ground,
+    process::{Invocation, Lifetime, OwnedChild, describe},
+    qmp::{Note, Qmp},
+    watch::{Order, Phase, Watcher, last_words, tail},
+};
+use async_trait::async_trait;
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Retention, Stop},
+    module::CapturedDisk,
+    store::LAB_VARIABLE,
+};
+use std::{
+    fs::File,
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    process::Stdio,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    net::{TcpStream, UnixStream},
+    sync::{RwLock, mpsc, watch},
+};
+use tokio_util::task::AbortOnDropHandle;
+
+/// How long QEMU may take from its start until it answers.
+const LAUNCH_LIMIT: Duration = Duration::from_secs(60);
+/// How often is looked whether it answers.
+const LAUNCH_LOOK: Duration = Duration::from_millis(5);
+
+/// A VM on raw QEMU.
+#[derive(Debug)]
+pub(crate) struct QemuMachine {
+    ground: Arc<Ground>,
+    spec: MachineSpec,
+    files: Files,
+    arguments: Vec<String>,
+    number: usize,
+    phase: watch::Sender<Phase>,
+    running: Mutex<Option<Running>>,
+    /// Held for reading while a disk is captured, for writing while the machine is started.
+    disks: RwLock<()>,
+}
+
+/// What there is of a machine while it runs.
+#[derive(Debug)]
+struct Running {
+    qmp: Qmp,
+    orders: mpsc::UnboundedSender<Order>,
+    forwards: Vec<(u16, u16)>,
+    _watcher: AbortOnDropHandle<Exit>,
+}
+
+impl QemuMachine {
+    /// Defines a machine; `number` is its own in the lab.
+    pub(crate) async fn define(ground: Arc<Ground>, spec: &MachineSpec, number: usize) -> Result<Self> {
+        let files = Files::new(number);
+        for device in command_line::devices(spec) {
+            ground.host.require_device(device)?;
+        }
+        let extras = Extras {
+            panic: ground.host.has_device("pvpanic"),
+            random: ground.host.has_device("virtio-rng-pci"),
+        };
+        let mark = format!("rudder-{}", ground.id);
+        let machine = command_line::Machine {
+            mark: &mark,
+            spec,
+            network: &ground.network,
+            files: &files,
+            accelerator: ground.host.accelerator,
+        };
+        let arguments = command_line::arguments(&machine, extras)?;
+        if let Some(seed) = &spec.seed {
+            let path = ground.path(&files.seed);
+            let written = tokio::fs::write(&path, &seed.image).await;
+            written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
+        }
+        let phase = watch::Sender::new(Phase::Defined);
+        let spec = spec.clone();
+        let (running, disks) = (Mutex::new(None), RwLock::new(()));
+        Ok(Self { ground, spec, files, arguments, number, phase, running, disks })
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something of it while it runs.
+    fn with_running<T>(&self, what: impl FnOnce(&Running) -> T) -> Result<T> {
+        let running = self.running();
+        match (&*running, &*self.phase.borrow()) {
+            (Some(running), Phase::Running) => Ok(what(running)),
+            _ => {
+                Err(self
+                    .error(ErrorKind::Conflict, "expected a running machine, but found that it does not run"))
+            }
+        }
+    }
+
+    fn error(&self, kind: ErrorKind, message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+        Error::new(kind, message).with_context("vm", &self.spec.name)
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(running) = &*self.running() {
+            // Nobody hears it when it has just ended.
+            let _ = running.orders.send(order);
+        }
+    }
+
+    /// Lets its process outlive this one.
+    pub(crate) fn release(&self) {
+        self.order(Order::Release);
+    }
+
+    /// Drops its watcher, which kills its process unless that was released; for when nobody can wait.
+    pub(crate) fn abandon(&self) {
+        drop(self.running().take());
+    }
+
+    /// Ends it if it runs or starts.
+    pub(crate) async fn end(&self) {
+        if let Phase::Running = &*self.phase.borrow() {
+            self.order(Order::Stop(Stop::Kill));
+        }
+        let mut phase = self.phase.subscribe();
+        // It cannot fail as long as this holds the sender.
+        let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
+    }
+
+    async fn launch(&self) -> Result<Launched> {
+        for file in [&self.files.qmp, &self.files.display, &self.files.serial, &self.files.picture] {
+            match tokio::fs::remove_file(self.ground.path(file)).await {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io(format_args!("remove {file} of the last run"), error));
+                }
+                _ => {}
+            }
+        }
+        let log_path = self.ground.path(&self.files.log);
+        let failed = |error| Error::io(format_args!("write {}", log_path.display()), error);
+        let log = File::create(&log_path).map_err(failed)?;
+        let lifetime = match self.ground.retention {
+            Retention::EndWithOwner => Lifetime::WithOwner(self.ground.host.setpriv.clone()),
+            Retention::MayBeKept => Lifetime::Kept,
+        };
+        let mut child = Invocation::new(&self.ground.host.qemu, lifetime)
+            .args(&self.arguments)
+            .directory(self.ground.dir.path())
+            .variable(LAB_VARIABLE, self.ground.id.as_str())
+            .spawn(Stdio::null(), log.try_clone().map_err(failed)?.into(), log.into())
+            .await?;
+        let talk = async {
+            self.record(&child).await?;
+            let (qmp, notes) = self.connect(&mut child).await?;
+            let forwards = match self.spec.ports.is_empty() || self.spec.nics.is_empty() {
+                true => Vec::new(),
+                false => qmp.forwarded_ports().await?,
+            };
+            for port in &self.spec.ports {
+                if !self.spec.nics.is_empty() && !forwards.iter().any(|(_, guest)| guest == port) {
+                    return Err(Error::new(
+                        ErrorKind::LaunchFailed,
+                        format!(
+                            "expected QEMU to forward a port to port {port} of the guest, but found none"
+                        ),
+                    ));
+                }
+            }
+            qmp.cont().await?;
+            Ok((qmp, notes, forwards))
+        };
+        match tokio::time::timeout(LAUNCH_LIMIT, talk).await {
+            Ok(Ok((qmp, notes, forwards))) => Ok(Launched { child, qmp, notes, forwards }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::new(
+                ErrorKind::LaunchFailed,
+                format!("expected QEMU to answer within {} s, but it did not", LAUNCH_LIMIT.as_secs()),
+            )),
+        }
+    }
+
+    /// Writes the process down, so that it is found when this one is gone.
+    async fn record(&self, child: &OwnedChild) -> Result<()> {
+        let Some(pid) = child.pid() else { return Ok(()) };
+        let (ground, role) = (Arc::clone(&self.ground), format!("qemu of {}", self.spec.name));
+        let recorded = tokio::task::spawn_blocking(move || ground.dir.record_process(pid, role)).await;
+        match recorded
+            .map_err(|error| Error::new(ErrorKind::Internal, "cannot record a process").with_source(error))?
+        {
+            // It has ended already: then the conversation does not come about, and says why.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Waits until QEMU answers, or has ended.
+    async fn connect(&self, child: &mut OwnedChild) -> Result<(Qmp, mpsc::UnboundedReceiver<Note>)> {
+        let socket = self.ground.socket(&self.files.qmp);
+        loop {
+            let attempt = async {
+                match Qmp::connect(&socket).await {
+                    Ok(connected) => Some(connected),
+                    Err(_) => {
+                        tokio::time::sleep(LAUNCH_LOOK).await;
+                        None
+                    }
+                }
+            };
+            tokio::select! {
+                status = child.wait() => {
+                    let ended = status.map_or_else(|error| error.to_string(), describe);
+                    let said = last_words(&self.ground.path(&self.files.log)).await;
+                    let said = if said.is_empty() { ended } else { said };
+                    return Err(Error::new(ErrorKind::LaunchFailed, format!("QEMU refused to start: {said}")));
+                }
+                connected = attempt => if let Some(connected) = connected {
+                    return Ok(connected);
+                }
+            }
+        }
+    }
+
+    fn disk(&self, name: &str) -> Result<usize> {
+        self.spec.disks.iter().position(|disk| disk.name == name).ok_or_else(|| {
+            self.error(ErrorKind::NotFound, format!("expected a disk of the machine, but found {name:?}"))
+        })
+    }
+
+    async fn open_socket(&self, file: &str, what: &str) -> Result<BoxedStream> {
+        self.with_running(|_| ())?;
+        let stream = UnixStream::connect(self.ground.socket(file)).await;
+        let stream = stream.map_err(|error| {
+            self.error(ErrorKind::Protocol, format!("cannot connect to the {what}")).with_source(error)
+        })?;
+        Ok(Box::new(stream))
+    }
+}
+
+struct Launched {
+    child: OwnedChild,
+    qmp: Qmp,
+    notes: mpsc::UnboundedReceiver<Note>,
+    forwards: Vec<(u16, u16)>,
+}
+
+/// Puts a machine back where it was when starting it did not work out.
+struct Starting<'a> {
+    phase: &'a watch::Sender<Phase>,
+    before: Option<Phase>,
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        if let Some(before) = self.before.take() {
+            self.phase.send_replace(before);
+        }
+    }
+}
+
+#[async_trait]
+impl Machine for QemuMachine {
+    fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    async fn start(&self) -> Result<()> {
+        let busy =
+            || self.error(ErrorKind::Conflict, "expected a machine at rest, but found a disk being captured");
+        let _disks = self.disks.try_write().map_err(|_| busy())?;
+        let mut before = None;
+        self.phase.send_if_modified(|phase| {
+            let at_rest = matches!(phase, Phase::Defined | Phase::Ended(_));
+            if at_rest {
+                before = Some(std::mem::replace(phase, Phase::Starting));
+            }
+            at_rest
+        });
+        if before.is_none() {
+            return Err(self.error(
+                ErrorKind::Conflict,
+                "expected a machine that does not run, but found a running one",
+            ));
+        }
+        let mut starting = Starting { phase: &self.phase, before };
+        let launched = self.launch().await.map_err(|error| error.with_context("vm", &self.spec.name))?;
+        let Launched { child, qmp, notes, forwards } = launched;
+        let (orders, received) = mpsc::unbounded_channel();
+        starting.before = None;
+        self.phase.send_replace(Phase::Running);
+        let watcher = Watcher {
+            child,
+            qmp: qmp.clone(),
+            notes,
+            orders: received,
+            phase: self.phase.clone(),
+            log: self.ground.path(&self.files.log),
+            picture: self.files.picture.clone(),
+        };
+        let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
+        *self.running() = Some(Running { qmp, orders, forwards, _watcher: watcher });
+        Ok(())
+    }
+
+    async fn wait(&self) -> Result<Exit> {
+        let mut phase = self.phase.subscribe();
+        if *phase.borrow() == Phase::Defined {
+            return Err(self.error(
+                ErrorKind::Conflict,
+                "expected a machine that was started, but found one that was not",
+            ));
+        }
+        let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_) | Phase::Defined)).await;
+        match ended.as_deref() {
+            Ok(Phase::Ended(exit)) => Ok(exit.clone()),
+            _ => {
+                Err(self
+                    .error(ErrorKind::Conflict, "expected a machine that was started, but its start failed"))
+            }
+        }
+    }
+
+    async fn stop(&self, how: Stop) -> Result<Exit> {
+        let mut phase = self.phase.subscribe();
+        // One that is just being started is stopped when it runs.
+        let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
+        self.order(Order::Stop(how));
+        self.wait().await
+    }
+
+    async fn dial(&self, port: u16) -> Result<BoxedStream> {
+        self.with_running(|_| ())?;
+        let address = self.reachable_at(port).ok_or_else(|| {
+            self.error(
+                ErrorKind::InvalidInput,
+                format!("expected one of the machine's ports, but found {port}"),
+            )
+            .with_help("a port is reached when it is in MachineSpec::ports and the machine has a card")
+        })?;
+        let stream = TcpStream::connect(address).await.map_err(|error| {
+            self.error(ErrorKind::GuestUnreachable, format!("cannot connect to port {port} of the guest"))
+                .with_source(error)
+        })?;
+        // Keystrokes and packets of SSH are small, and each is waited for.
+        let _ = stream.set_nodelay(true);
+        Ok(Box::new(stream))
+    }
+
+    async fn display(&self) -> Result<BoxedStream> {
+        self.open_socket(&self.files.display, "display").await
+    }
+
+    async fn serial(&self) -> Result<BoxedStream> {
+        self.open_socket(&self.files.serial, "serial console").await
+    }
+
+    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
+        let path = self.ground.path(&self.files.serial_log);
+        let limit = u64::try_from(limit).unwrap_or(u64::MAX);
+        tail(&path, limit).await.map_err(|error| Error::io(format_args!("read {}", path.display()), error))
+    }
+
+    async fn screenshot(&self) -> Result<Vec<u8>> {
+        let qmp = self.with_running(|running| running.qmp.clone());
+        let path = self.ground.path(&self.files.picture);
+        match qmp {
+            Ok(qmp) => qmp.screendump(&self.files.picture).await?,
+            // A machine that died in sight left a last picture.
+            Err(error) if !path.exists() => return Err(error),
+            Err(_) => {}
+        }
+        let picture = tokio::fs::read(&path).await;
+        picture.map_err(|error| Error::io(format_args!("read {}", path.display()), error))
+    }
+
+    fn reachable_at(&self, port: u16) -> Option<SocketAddr> {
+        let forwards = self.with_running(|running| running.forwards.clone()).ok()?;
+        let (host, _) = forwards.into_iter().find(|(_, guest)| *guest == port)?;
+        Some(SocketAddr::from((Ipv4Addr::LOCALHOST, host)))
+    }
+
+    fn access(&self) -> Vec<String> {
+        let Ok(forwards) = self.with_running(|running| running.forwards.clone()) else { return Vec::new() };
+        let name = &self.spec.name;
+        let mut lines: Vec<String> = forwards
+            .iter()
+            .map(|(host, guest)| {
+                format!("{name}: port {guest} of the guest: 127.0.0.1:{host} (ssh -p {host} USER@127.0.0.1)")
+            })
+            .collect();
+        let path = |file: &str| self.ground.path(file).display().to_string();
+        lines.push(format!("{name}: display: vncviewer {}", path(&self.files.display)));
+        lines.push(format!("{name}: serial console: nc -U {}", path(&self.files.serial)));
+        lines
+    }
+
+    async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {
+        let index = self.disk(disk)?;
+        let running =
+            || self.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
+        let _disks = self.disks.try_read().map_err(|_| running())?;
+        if matches!(&*self.phase.borrow(), Phase::Starting | Phase::Running) {
+            return Err(running());
+        }
+        let disk = &self.spec.disks[index];
+        let file = format!("m{}.d{index}.captured.qcow2", self.number);
+        let captured = image::capture(&self.ground, &disk.volume.id, &file, &disk.name, progress).await;
+        let captured = captured
+            .map_err(|error| error.with_context("disk", &disk.name).with_context("vm", &self.spec.name))?;
+        Ok(CapturedDisk {
+            name: disk.name.clone(),
+            bus: disk.bus,
+            file,
+            format: "qcow2".to_owned(),
+            virtual_size: captured.virtual_size,
+            size: captured.size,
+            sha256: captured.sha256,
+        })
+    }
+}

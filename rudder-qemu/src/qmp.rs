@@ -1,0 +1,256 @@
+//! The conversation with a QEMU process: commands, answers, and the events that say how the guest fares.
+//!
+//! The protocol is the QEMU Machine Protocol, spoken through the `qapi` crate. That crate knows the events of one
+//! version of QEMU and hangs up at one it does not know; so what it does not know is taken out before it gets there.
+
+use qapi::{
+    ExecuteError,
+    futures::{QapiService, QapiStream, QmpStreamTokio},
+    qmp::{self, QmpCommand},
+};
+use rudder_core::{Error, ErrorKind, Result};
+use std::{io, path::Path, sync::Arc, time::Duration};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader, DuplexStream},
+    net::{UnixStream, unix::OwnedWriteHalf},
+    sync::mpsc,
+};
+use tokio_util::task::AbortOnDropHandle;
+
+/// How long QEMU may take to answer a command; it does so at once, unless something is badly wrong.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+
+/// What an event says, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Note {
+    /// The machine goes off: by its guest, or for a reason outside it ("host-signal", "host-qmp-quit"…).
+    Shutdown { by_guest: bool, reason: String },
+    /// The guest's kernel panicked.
+    Panicked,
+    /// A disk could not be read or written, and the machine was paused.
+    IoError { node: String, operation: String, reason: String, full: bool },
+}
+
+/// A connection to the control socket of a QEMU process.
+#[derive(Clone)]
+pub(crate) struct Qmp {
+    service: Arc<QapiService<QmpStreamTokio<OwnedWriteHalf>>>,
+    /// Reads as long as anybody holds the connection.
+    _reader: Arc<[AbortOnDropHandle<()>; 2]>,
+}
+
+impl std::fmt::Debug for Qmp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Qmp")
+    }
+}
+
+impl Qmp {
+    /// Connects, and says what is heard from then on. The notes end when QEMU hangs up.
+    pub(crate) async fn connect(socket: &Path) -> io::Result<(Self, mpsc::UnboundedReceiver<Note>)> {
+        let (read, write) = UnixStream::connect(socket).await?.into_split();
+        let (known, filtered) = tokio::io::duplex(64 << 10);
+        let filter = AbortOnDropHandle::new(tokio::spawn(async move {
+            // Both ends of its life are the end of the conversation, which the reader notices.
+            let _ = drop_unknown_events(read, known).await;
+        }));
+        let negotiation = QmpStreamTokio::open_split(filtered, write).await?;
+        let stream: QapiStream<_, _> = negotiation.negotiate().await?;
+        let (service, mut events) = stream.into_parts();
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let reader = AbortOnDropHandle::new(tokio::spawn(async move {
+            use futures::StreamExt;
+            while let Some(item) = events.next().await {
+                match item {
+                    // Nobody listening is fine: answers must be read all the same.
+                    Ok(event) => drop(note_of(event).map(|note| sender.send(note))),
+                    Err(error) => tracing::debug!(%error, "QMP: answer to nobody, or not understood"),
+                }
+            }
+        }));
+        Ok((Self { service: Arc::new(service), _reader: Arc::new([filter, reader]) }, receiver))
+    }
+
+    /// Sends a command and waits for its answer. A dropped future does not disturb the conversation.
+    async fn execute<C>(&self, what: &str, command: C) -> Result<C::Ok>
+    where
+        C: QmpCommand + Send + Sync + 'static,
+        C::Ok: Send + 'static,
+    {
+        let this = self.clone();
+        let answer = tokio::spawn(async move { this.service.execute(command).await });
+        let failed = |message: String| Error::new(ErrorKind::Protocol, message);
+        match tokio::time::timeout(ANSWER_LIMIT, answer).await {
+            Ok(Ok(Ok(answer))) => Ok(answer),
+            Ok(Ok(Err(ExecuteError::Qapi(error)))) => {
+                Err(failed(format!("QEMU refused to {what}: {}", error.desc)))
+            }
+            Ok(Ok(Err(ExecuteError::Io(error)))) => {
+                Err(failed(format!("QEMU hung up when asked to {what}")).with_source(error))
+            }
+            Ok(Err(error)) => Err(failed(format!("asking QEMU to {what} was cut short")).with_source(error)),
+            Err(_) => Err(failed(format!(
+                "expected QEMU to {what} at once, but it did not answer within {} s",
+                ANSWER_LIMIT.as_secs()
+            ))),
+        }
+    }
+
+    /// Lets the machine run.
+    pub(crate) async fn cont(&self) -> Result<()> {
+        self.execute("start the machine", qmp::cont {}).await.map(drop)
+    }
+
+    /// Presses the power button.
+    pub(crate) async fn press_power_button(&self) -> Result<()> {
+        self.execute("press the power button", qmp::system_powerdown {}).await.map(drop)
+    }
+
+    /// Ends QEMU, in order.
+    pub(crate) async fn quit(&self) -> Result<()> {
+        self.execute("end", qmp::quit {}).await.map(drop)
+    }
+
+    /// Writes a picture of the screen to a file, given relative to QEMU's directory.
+    pub(crate) async fn screendump(&self, file: &str) -> Result<()> {
+        let command = qmp::screendump {
+            filename: file.to_owned(),
+            format: Some(qmp::ImageFormat::png),
+            device: None,
+            head: None,
+        };
+        self.execute("write a picture of the screen as PNG", command).await.map(drop)
+    }
+
+    /// The forwarded ports as `(loopback port, guest port)`.
+    pub(crate) async fn forwarded_ports(&self) -> Result<Vec<(u16, u16)>> {
+        // There is no QMP command for it (QEMU 10.0); this is what libvirt's and lima's users read too.
+        let command = qmp::human_monitor_command { command_line: "info usernet".to_owned(), cpu_index: None };
+        let text = self.execute("list forwarded ports", command).await?;
+        Ok(read_forwards(&text))
+    }
+}
+
+/// Passes the lines of QMP on, but for events that the `qapi` crate does not know.
+async fn drop_unknown_events(read: impl AsyncRead + Unpin, mut known: DuplexStream) -> io::Result<()> {
+    let mut lines = BufReader::new(read).split(b'\n');
+    while let Some(mut line) = lines.next_segment().await? {
+        if is_unknown_event(&line) {
+            tracing::debug!(event = %String::from_utf8_lossy(&line), "QMP: unknown event");
+            continue;
+        }
+        line.push(b'\n');
+        known.write_all(&line).await?;
+    }
+    Ok(())
+}
+
+fn is_unknown_event(line: &[u8]) -> bool {
+    let is_event =
+        || serde_json::from_slice::<serde_json::Value>(line).is_ok_and(|value| value.get("event").is_some());
+    serde_json::from_slice::<qmp::Event>(line).is_err() && is_event()
+}
+
+fn note_of(event: qmp::Event) -> Option<Note> {
+    use qmp::Event;
+    match event {
+        Event::SHUTDOWN { data, .. } => {
+            let reason = serde_json::to_value(data.reason).ok();
+            let reason = reason.as_ref().and_then(|reason| reason.as_str()).unwrap_or("unknown");
+            Some(Note::Shutdown { by_guest: data.guest, reason: reason.to_owned() })
+        }
+        Event::GUEST_PANICKED { .. } => Some(Note::Panicked),
+        // Reported to the guest or ignored: then the machine goes on.
+        Event::BLOCK_IO_ERROR { data, .. } if data.action == qmp::BlockErrorAction::stop => {
+            Some(Note::IoError {
+                node: data.node_name.unwrap_or(data.device),
+                operation: match data.operation {
+                    qmp::IoOperationType::read => "read",
+                    qmp::IoOperationType::write => "write",
+                }
+                .to_owned(),
+                full: data.nospace.unwrap_or_else(|| data.reason.contains("No space left")),
+                reason: data.reason,
+            })
+        }
+        _ => None,
+    }
+}
+
+/// Reads `info usernet`: a table per network, in which a forwarded port is a line such as
+/// `  TCP[HOST_FORWARD]  12       127.0.0.1 40213       10.0.2.15    22     0     0`.
+fn read_forwards(text: &str) -> Vec<(u16, u16)> {
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            words.next().filter(|protocol| *protocol == "TCP[HOST_FORWARD]")?;
+            let mut words = words.skip(2);
+            let host = words.next()?.parse().ok()?;
+            let guest = words.nth(1)?.parse().ok()?;
+            Some((host, guest))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn forwarded_ports_are_read_from_the_table() {
+        let text = "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
+                    TCP[ESTABLISHED]   14       127.0.0.1 40213       10.0.2.15    22     0     0\r\n  \
+                    TCP[HOST_FORWARD]  12       127.0.0.1 40213       10.0.2.15    22     0     0\r\n  \
+                    UDP[236 sec]       15       10.0.2.15    68        10.0.2.2    67     0     0\r\n  \
+                    TCP[HOST_FORWARD]  13       127.0.0.1 33001       10.0.2.15  8080     0     0\r\n";
+        assert_eq!(read_forwards(text), [(40213, 22), (33001, 8080)]);
+        assert_eq!(read_forwards("TCP[HOST_FORWARD] 1 127.0.0.1 x 10.0.2.15 22"), []);
+    }
+
+    fn note(line: &str) -> Option<Note> {
+        note_of(serde_json::from_str(line).unwrap())
+    }
+
+    #[test]
+    fn events_become_notes() {
+        let time = r#""timestamp": {"seconds": 1, "microseconds": 2}"#;
+        assert_eq!(
+            note(&format!(
+                r#"{{{time}, "event": "SHUTDOWN", "data": {{"guest": true, "reason": "guest-shutdown"}}}}"#
+            )),
+            Some(Note::Shutdown { by_guest: true, reason: "guest-shutdown".to_owned() })
+        );
+        assert_eq!(
+            note(&format!(r#"{{{time}, "event": "GUEST_PANICKED", "data": {{"action": "pause"}}}}"#)),
+            Some(Note::Panicked)
+        );
+        let failed = |action: &str| {
+            note(&format!(
+                r#"{{{time}, "event": "BLOCK_IO_ERROR", "data": {{"device": "", "nospace": true, "node-name": "disk0",
+                 "reason": "No space left on device", "operation": "write", "action": "{action}", "qom-path": "/x"}}}}"#
+            ))
+        };
+        assert_eq!(
+            failed("stop"),
+            Some(Note::IoError {
+                node: "disk0".to_owned(),
+                operation: "write".to_owned(),
+                reason: "No space left on device".to_owned(),
+                full: true
+            })
+        );
+        assert_eq!(failed("report"), None);
+        assert_eq!(note(&format!(r#"{{{time}, "event": "RESUME"}}"#)), None);
+    }
+
+    #[test]
+    fn only_events_that_nobody_knows_are_dropped() {
+        assert!(is_unknown_event(
+            br#"{"event": "OF_A_LATER_QEMU", "timestamp": {"seconds": 1, "microseconds": 2}}"#
+        ));
+        assert!(!is_unknown_event(br#"{"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 2}}"#));
+        assert!(!is_unknown_event(br#"{"return": {}, "id": 1}"#));
+        assert!(!is_unknown_event(b"not JSON"));
+    }
+}

@@ -1,0 +1,331 @@
+//! Who watches a running machine: hears its events, ends it when told to, and says how it ended.
+//!
+//! ```text
+//! Defined ──start──▶ Starting ──▶ Running ──▶ Ended(exit) ──start──▶ Starting …
+//!                        │ failed, or dropped
+//!                        ▼
+//!                   as it was before
+//! ```
+//! One task per running machine owns the process; dropping the task kills it, unless it was released.
+
+use crate::{
+    process::{OwnedChild, describe},
+    qmp::{Note, Qmp},
+};
+use rudder_core::backend::{Death, Exit, Stop};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::Duration,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until, timeout},
+};
+
+/// How often the power button is pressed for a guest that does not react: it may not have been listening yet.
+const PRESS_AGAIN: Duration = Duration::from_secs(10);
+/// How long QEMU may take to end in order; then it is killed.
+const QUIT_LIMIT: Duration = Duration::from_secs(2);
+/// How long the last picture of a machine that failed may take.
+const PICTURE_LIMIT: Duration = Duration::from_millis(500);
+/// How long after the end of the process, or of the conversation, the other may take to end.
+const HANG_UP_LIMIT: Duration = Duration::from_secs(1);
+/// How much of what QEMU said is told, in bytes.
+const TOLD_OUTPUT: u64 = 4096;
+
+/// Where a machine is in its life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Defined,
+    Starting,
+    Running,
+    Ended(Exit),
+}
+
+/// What the watcher is told.
+#[derive(Debug)]
+pub(crate) enum Order {
+    /// Make the machine end.
+    Stop(Stop),
+    /// Let its process outlive this one.
+    Release,
+}
+
+/// What was seen of a machine, and what was done to it.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Seen {
+    shutdown: Option<(bool, String)>,
+    panicked: bool,
+    /// The first disk error: what happened, and whether the host's disk is full.
+    io_error: Option<(String, bool)>,
+    hung_up: bool,
+    /// Why we ended it.
+    killed: Option<String>,
+}
+
+/// The watcher of a running machine.
+#[derive(Debug)]
+pub(crate) struct Watcher {
+    pub(crate) child: OwnedChild,
+    pub(crate) qmp: Qmp,
+    pub(crate) notes: mpsc::UnboundedReceiver<Note>,
+    pub(crate) orders: mpsc::UnboundedReceiver<Order>,
+    pub(crate) phase: watch::Sender<Phase>,
+    /// Where QEMU's messages go.
+    pub(crate) log: PathBuf,
+    /// Where a last picture of the screen goes, relative to QEMU's directory.
+    pub(crate) picture: String,
+}
+
+/// A guest that was asked to end.
+struct Request {
+    limit: Duration,
+    deadline: Instant,
+    press: Instant,
+}
+
+impl Watcher {
+    /// Watches until the machine has ended, and publishes how.
+    pub(crate) async fn run(mut self) -> Exit {
+        let mut seen = Seen::default();
+        let mut request: Option<Request> = None;
+        let mut kill_at: Option<Instant> = None;
+        let status = loop {
+            let press = request.as_ref().map(|request| request.press);
+            let deadline = request.as_ref().map(|request| request.deadline);
+            tokio::select! {
+                status = self.child.wait() => break status,
+                note = self.notes.recv(), if !seen.hung_up => match note {
+                    Some(note) => if seen.hear(note) {
+                        let _ = timeout(PICTURE_LIMIT, self.qmp.screendump(&self.picture)).await;
+                        self.child.kill();
+                    },
+                    // It has just ended, or is out of control.
+                    None => {
+                        seen.hung_up = true;
+                        kill_at.get_or_insert(Instant::now() + HANG_UP_LIMIT);
+                    }
+                },
+                Some(order) = self.orders.recv() => match order {
+                    Order::Release => self.child.release(),
+                    Order::Stop(Stop::Graceful { limit }) => {
+                        let now = Instant::now();
+                        request.get_or_insert(Request { limit, deadline: now + limit, press: now });
+                    }
+                    Order::Stop(Stop::Kill) => {
+                        seen.killed.get_or_insert_with(|| "was told to end at once".to_owned());
+                        kill_at.get_or_insert(self.quit());
+                    }
+                },
+                () = sleep_until(press.unwrap_or_else(Instant::now)), if press.is_some() => {
+                    let qmp = self.qmp.clone();
+                    // Not waited for: the guest's end may come before QEMU's answer.
+                    tokio::spawn(async move { qmp.press_power_button().await });
+                    if let Some(request) = &mut request {
+                        request.press += PRESS_AGAIN;
+                    }
+                }
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    let limit = request.take().map_or(Duration::ZERO, |request| request.limit);
+                    seen.killed.get_or_insert_with(|| format!("did not power off within {limit:?}"));
+                    kill_at.get_or_insert(self.quit());
+                }
+                () = sleep_until(kill_at.unwrap_or_else(Instant::now)), if kill_at.is_some() => {
+                    kill_at = None;
+                    self.child.kill();
+                }
+            }
+        };
+        // The last words are still on their way.
+        while let Ok(Some(note)) = timeout(HANG_UP_LIMIT, self.notes.recv()).await {
+            seen.hear(note);
+        }
+        let ended = match status {
+            Ok(status) => Ended { told: describe(status), orderly: status == ExitStatus::default() },
+            Err(error) => Ended { told: format!("could not be waited for: {error}"), orderly: false },
+        };
+        let exit = verdict(&seen, &ended, &last_words(&self.log).await);
+        self.phase.send_replace(Phase::Ended(exit.clone()));
+        exit
+    }
+
+    /// Asks QEMU to end, which writes what it holds in memory; says when to kill it if it does not.
+    fn quit(&self) -> Instant {
+        let qmp = self.qmp.clone();
+        tokio::spawn(async move { qmp.quit().await });
+        Instant::now() + QUIT_LIMIT
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        // Dropped before its time: nobody waits for ever.
+        self.phase.send_if_modified(|phase| {
+            let running = *phase == Phase::Running;
+            if running {
+                *phase = Phase::Ended(Exit::Killed { why: "its lab was dropped".to_owned() });
+            }
+            running
+        });
+    }
+}
+
+impl Seen {
+    /// Takes a note; says whether the machine is beyond help.
+    fn hear(&mut self, note: Note) -> bool {
+        match note {
+            Note::Shutdown { by_guest, reason } => {
+                self.shutdown.get_or_insert((by_guest, reason));
+                false
+            }
+            Note::Panicked => {
+                self.panicked = true;
+                true
+            }
+            Note::IoError { node, operation, reason, full } => {
+                self.io_error.get_or_insert((format!("{operation} of {node} failed: {reason}"), full));
+                true
+            }
+        }
+    }
+}
+
+/// How the process ended.
+struct Ended {
+    told: String,
+    orderly: bool,
+}
+
+/// How a machine ended, from all that is known.
+fn verdict(seen: &Seen, ended: &Ended, last_words: &str) -> Exit {
+    let with_words = |what: String| match last_words {
+        "" => what,
+        words => format!("{what}; its last words: {words}"),
+    };
+    let died = |cause, detail: String| Exit::Died { cause, detail };
+    if let Some((what, full)) = &seen.io_error {
+        let (cause, why) = match full {
+            true => (Death::HostDiskFull, "the host has no space left for the machine's disks"),
+            false => (Death::IoError, "the host could not read or write a disk of the machine"),
+        };
+        return died(cause, format!("{why}: {what}"));
+    }
+    if seen.panicked {
+        return died(Death::GuestPanic, "the guest's kernel panicked".to_owned());
+    }
+    match (&seen.shutdown, &seen.killed) {
+        (Some((true, reason)), _) if reason == "guest-shutdown" && ended.orderly => Exit::PoweredOff,
+        (_, Some(why)) => Exit::Killed { why: why.clone() },
+        (Some((_, reason)), None) => {
+            died(Death::Hypervisor, with_words(format!("QEMU {} (it said: {reason})", ended.told)))
+        }
+        (None, None) if seen.hung_up => {
+            died(Death::Hypervisor, with_words(format!("QEMU {}, or did not talk any more", ended.told)))
+        }
+        (None, None) => died(Death::Hypervisor, with_words(format!("QEMU {}", ended.told))),
+    }
+}
+
+/// The end of what QEMU said, as one line.
+pub(crate) async fn last_words(log: &Path) -> String {
+    let bytes = tail(log, TOLD_OUTPUT).await.unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines[lines.len().saturating_sub(10)..].join(" | ")
+}
+
+/// The last bytes of a file; of one that is not there, none.
+pub(crate) async fn tail(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+    use tokio::io::{AsyncReadExt, AsyncSeekExt};
+    let mut file = match tokio::fs::File::open(path).await {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let length = file.metadata().await?.len();
+    file.seek(std::io::SeekFrom::Start(length.saturating_sub(limit))).await?;
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes).await?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn orderly() -> Ended {
+        Ended { told: "exited with code 0".to_owned(), orderly: true }
+    }
+
+    fn killed() -> Ended {
+        Ended { told: "was ended by signal 9".to_owned(), orderly: false }
+    }
+
+    fn seen(notes: impl IntoIterator<Item = Note>) -> Seen {
+        let mut seen = Seen::default();
+        for note in notes {
+            seen.hear(note);
+        }
+        seen
+    }
+
+    fn shutdown(by_guest: bool, reason: &str) -> Note {
+        Note::Shutdown { by_guest, reason: reason.to_owned() }
+    }
+
+    #[test]
+    fn only_the_guest_powers_off() {
+        let off = seen([shutdown(true, "guest-shutdown")]);
+        assert_eq!(verdict(&off, &orderly(), ""), Exit::PoweredOff);
+        // Also when it was about to be killed for being slow.
+        let late = Seen { killed: Some("did not power off within 60s".to_owned()), ..off };
+        assert_eq!(verdict(&late, &orderly(), ""), Exit::PoweredOff);
+        let told = Seen { killed: Some("why".to_owned()), ..seen([shutdown(false, "host-qmp-quit")]) };
+        assert_eq!(verdict(&told, &orderly(), ""), Exit::Killed { why: "why".to_owned() });
+        let quit = verdict(&seen([shutdown(false, "host-signal")]), &orderly(), "terminating on signal 15");
+        assert_eq!(
+            quit,
+            Exit::Died {
+                cause: Death::Hypervisor,
+                detail:
+                    "QEMU exited with code 0 (it said: host-signal); its last words: terminating on signal 15"
+                        .to_owned()
+            }
+        );
+    }
+
+    #[test]
+    fn a_death_is_told_by_what_came_first() {
+        let full = Note::IoError {
+            node: "disk0".to_owned(),
+            operation: "write".to_owned(),
+            reason: "No space left on device".to_owned(),
+            full: true,
+        };
+        let Exit::Died { cause, detail } = verdict(&seen([full, Note::Panicked]), &killed(), "") else {
+            panic!()
+        };
+        assert_eq!(cause, Death::HostDiskFull);
+        assert_eq!(
+            detail,
+            "the host has no space left for the machine's disks: write of disk0 failed: No space left on device"
+        );
+        let Exit::Died { cause, .. } = verdict(&seen([Note::Panicked]), &killed(), "") else { panic!() };
+        assert_eq!(cause, Death::GuestPanic);
+        let Exit::Died { cause, detail } = verdict(&Seen::default(), &killed(), "x | y") else { panic!() };
+        assert_eq!(
+            (cause, detail.as_str()),
+            (Death::Hypervisor, "QEMU was ended by signal 9; its last words: x | y")
+        );
+    }
+
+    #[tokio::test]
+    async fn a_tail_is_the_end_of_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "one\n\ntwo\nthree\n").unwrap();
+        assert_eq!(tail(file.path(), 6).await.unwrap(), b"three\n");
+        assert_eq!(tail(Path::new("/nonexistent"), 6).await.unwrap(), b"");
+        assert_eq!(last_words(file.path()).await, "one | two | three");
+    }
+}

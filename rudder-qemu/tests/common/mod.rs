@@ -1,0 +1,119 @@
+//! What tests with real QEMU processes share: a store of their own, and the proof that nothing is left behind.
+#![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
+
+use rudder_core::{
+    backend::{Backend, ImportRequest, Lab, LabSpec, MachineDisk, MachineSpec, Progress},
+    plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedVpc},
+    store::Store,
+};
+use rudder_qemu::{Accelerator, QemuBackend};
+use std::{fs, path::Path, sync::Arc, time::Duration};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// As many machines at a time as a small host has cores.
+static MACHINES: Semaphore = Semaphore::const_new(2);
+
+/// A store in a temporary directory, and a backend on it.
+pub struct Place {
+    pub backend: QemuBackend,
+    pub dir: tempfile::TempDir,
+    _permit: SemaphorePermit<'static>,
+}
+
+impl Place {
+    pub async fn new() -> Self {
+        Self::of(1, |builder| builder).await
+    }
+
+    pub async fn of(
+        machines: u32,
+        change: impl FnOnce(rudder_qemu::QemuBackendBuilder) -> rudder_qemu::QemuBackendBuilder,
+    ) -> Self {
+        let permit = MACHINES.acquire_many(machines).await.unwrap();
+        let dir = tempfile::Builder::new().prefix("rudder-test-").tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let backend = change(QemuBackend::builder(store).accelerator(Accelerator::Tcg)).build();
+        let report = backend.diagnose().await.unwrap();
+        assert!(report.is_ready(), "this test needs QEMU: {:#?}", report.findings);
+        Self { backend, dir, _permit: permit }
+    }
+
+    pub async fn lab(&self) -> Arc<dyn Lab> {
+        self.backend.open_lab(&LabSpec::new("test", network())).await.unwrap()
+    }
+
+    /// Proves that no process and no file of a lab is there any more.
+    pub async fn assert_clean(self) {
+        let labs = self.dir.path().join("labs");
+        eventually("the labs are gone", || fs::read_dir(&labs).unwrap().count() == 0).await;
+        eventually("the processes are gone", || processes_below(self.dir.path()).is_empty()).await;
+    }
+}
+
+/// Waits for something that comes about by itself.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        assert!(tokio::time::Instant::now() < deadline, "not within 30 s: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// The processes, but for zombies, whose working directory is below this one, or was before it was removed.
+pub fn processes_below(directory: &Path) -> Vec<i32> {
+    let directory = directory.canonicalize().unwrap();
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(&directory)))
+        .collect()
+}
+
+/// The QEMU of a lab.
+pub fn qemu_of(directory: &Path) -> i32 {
+    let pids = processes_below(directory);
+    assert_eq!(pids.len(), 1, "expected one QEMU");
+    pids[0]
+}
+
+/// The network of a manifest that declares none.
+pub fn network() -> PlannedNetwork {
+    PlannedNetwork {
+        declared: false,
+        vpcs: vec![PlannedVpc { name: "default".to_owned(), internet: true }],
+        subnets: vec![PlannedSubnet {
+            name: "default".to_owned(),
+            vpc: "default".to_owned(),
+            cidr: "10.0.2.0/24".parse().unwrap(),
+            dhcp: true,
+            dns: Vec::new(),
+            unmanaged: false,
+        }],
+    }
+}
+
+/// A card in that network.
+pub fn nic(slot: u8, model: NicModel) -> PlannedNic {
+    PlannedNic {
+        name: format!("nic{slot}"),
+        subnet: "default".to_owned(),
+        slot,
+        slot_pinned: false,
+        ip: None,
+        mac: format!("52:54:00:12:34:{slot:02x}").parse().unwrap(),
+        model,
+    }
+}
+
+/// A small machine with a blank disk: it stays at the firmware's "No bootable device".
+pub async fn blank_machine(lab: &dyn Lab, name: &str, buses: &[Bus]) -> MachineSpec {
+    let mut spec = MachineSpec::new(name, 1, 64 << 20);
+    for (index, bus) in buses.iter().enumerate() {
+        let disk = format!("disk{index}");
+        let request = ImportRequest::new(name, &disk, PlannedSource::Blank, Some(64 << 20));
+        let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
+        spec.disks.push(MachineDisk { name: disk, bus: *bus, volume });
+    }
+    spec.nics.push(nic(1, NicModel::E1000));
+    spec.ports = vec![22];
+    spec
+}

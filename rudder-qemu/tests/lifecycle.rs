@@ -1,0 +1,202 @@
+//! The life of machines on real QEMU: start, wait, stop in every order, death, capture. Nothing is left afterwards.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use common::{Place, blank_machine, eventually, qemu_of};
+use rudder_core::{
+    ErrorKind,
+    backend::{Backend, Death, Exit, ImportRequest, Progress, ProgressEvent, Stop},
+    module::{Provenance, TemplateMachine},
+    plan::{Bus, PlannedSource},
+};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+fn killed(exit: &Exit) -> bool {
+    matches!(exit, Exit::Killed { .. })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_starts_stops_and_starts_again() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
+    let machine = lab.create_machine(&spec).await.unwrap();
+    assert_eq!(machine.wait().await.unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(machine.stop(Stop::Kill).await.unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(machine.dial(22).await.map(drop).unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(machine.screenshot().await.unwrap_err().kind(), ErrorKind::Conflict);
+
+    for _ in 0..2 {
+        machine.start().await.unwrap();
+        assert_eq!(machine.start().await.unwrap_err().kind(), ErrorKind::Conflict);
+        let waiters: Vec<_> = (0..3)
+            .map(|_| {
+                tokio::spawn({
+                    let machine = Arc::clone(&machine);
+                    async move { machine.wait().await }
+                })
+            })
+            .collect();
+        assert!(killed(&machine.stop(Stop::Kill).await.unwrap()));
+        for waiter in waiters {
+            assert!(killed(&waiter.await.unwrap().unwrap()));
+        }
+        assert!(killed(&machine.wait().await.unwrap()));
+        assert!(killed(&machine.stop(Stop::Kill).await.unwrap()));
+    }
+
+    assert_eq!(lab.create_machine(&spec).await.map(drop).unwrap_err().kind(), ErrorKind::Conflict);
+    lab.destroy().await.unwrap();
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_does_not_power_off_is_killed_after_the_limit() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    let exit = machine.stop(Stop::Graceful { limit: Duration::from_millis(300) }).await.unwrap();
+    assert_eq!(exit, Exit::Killed { why: "did not power off within 300ms".to_owned() });
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_reach_port_display_and_serial_console() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    // Nobody listens in this guest: the connection is made, and ends.
+    let mut port = machine.dial(22).await.unwrap();
+    drop(port.write_all(b"hello").await);
+    assert!(machine.reachable_at(22).unwrap().ip().is_loopback());
+    assert_eq!(machine.dial(23).await.map(drop).unwrap_err().kind(), ErrorKind::InvalidInput);
+    let mut greeting = [0; 4];
+    machine.display().await.unwrap().read_exact(&mut greeting).await.unwrap();
+    assert_eq!(&greeting, b"RFB ");
+    machine.serial().await.unwrap().write_all(b"x").await.unwrap();
+    assert_eq!(machine.serial_tail(100).await.unwrap(), b"");
+    assert!(machine.screenshot().await.unwrap().starts_with(b"\x89PNG"));
+    assert_eq!(machine.access().len(), 3);
+    lab.destroy().await.unwrap();
+    drop((port, machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_qemu_is_seen_and_said_to_be_killed() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    let pid = rustix::process::Pid::from_raw(qemu_of(place.dir.path())).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let exit = tokio::time::timeout(Duration::from_secs(20), machine.wait()).await.unwrap().unwrap();
+    let Exit::Died { cause: Death::Hypervisor, detail } = exit else { panic!("{exit:?}") };
+    assert!(detail.starts_with("QEMU was ended by signal 9"), "{detail}");
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_is_captured_and_published() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let spec = blank_machine(&*lab, "web", &[Bus::Virtio, Bus::Scsi]).await;
+    let path = lab_file(&place, &spec.disks[1].volume.id);
+    let written = std::process::Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "write -P 7 1M 5M"])
+        .arg(&path)
+        .output();
+    assert!(written.unwrap().status.success());
+    let machine = lab.create_machine(&spec).await.unwrap();
+    machine.start().await.unwrap();
+    assert_eq!(machine.capture("disk0", &Progress::none()).await.unwrap_err().kind(), ErrorKind::Conflict);
+    machine.stop(Stop::Kill).await.unwrap();
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let progress = Progress::new({
+        let heard = Arc::clone(&heard);
+        move |event| heard.lock().unwrap().push(event)
+    });
+    let mut disks = Vec::new();
+    for disk in ["disk0", "disk1"] {
+        disks.push(machine.capture(disk, &progress).await.unwrap());
+    }
+    assert_eq!(machine.capture("disk9", &progress).await.unwrap_err().kind(), ErrorKind::NotFound);
+    let whole =
+        ProgressEvent::Bytes { task: "convert disk1".to_owned(), done: 64 << 20, total: Some(64 << 20) };
+    assert_eq!(heard.lock().unwrap().last(), Some(&whole));
+    assert!(disks.iter().all(|disk| disk.virtual_size == 64 << 20 && disk.size < 1 << 20));
+
+    let template: TemplateMachine = serde_json::from_value(serde_json::json!({
+        "name": "web", "cpus": 1, "memory": 64 << 20, "firmware": "bios", "tpm": false, "nics": [], "disks": disks,
+    }))
+    .unwrap();
+    let provenance = Provenance::new("name: web\n", rudder_core::digest::Digest::of(b""));
+    let draft = rudder_core::backend::ModuleDraft::new("base", vec![template], common::network(), provenance);
+    let module = lab.publish(draft).await.unwrap();
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+
+    // The next layer stands on it.
+    let lab = place.lab().await;
+    let parent = rudder_core::plan::PlannedBuildRef {
+        module: "base".to_owned(),
+        digest: module.digest,
+        vm: "web".to_owned(),
+    };
+    let mut request = ImportRequest::new("child", "disk1", PlannedSource::BuildRef(parent), None);
+    request.parent_disk = Some("disk1".to_owned());
+    let imported = lab.import(&request, &Progress::none()).await.unwrap();
+    assert_eq!(imported.volume.virtual_size, 64 << 20);
+    let read = std::process::Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "read -P 7 1M 5M", "-c", "read -P 0 6M 1M"])
+        .arg(lab_file(&place, &imported.volume.id))
+        .output()
+        .unwrap();
+    assert!(read.status.success(), "{}", String::from_utf8_lossy(&read.stdout));
+    request.size = Some(32 << 20);
+    let error = lab.import(&request, &Progress::none()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(place.backend.remove_module("base").await.unwrap_err().kind(), ErrorKind::Conflict);
+    lab.destroy().await.unwrap();
+    drop(lab);
+    place.backend.remove_module("base").await.unwrap();
+    place.assert_clean().await;
+}
+
+/// A file of the only lab.
+fn lab_file(place: &Place, file: &str) -> std::path::PathBuf {
+    let labs = std::fs::read_dir(place.dir.path().join("labs")).unwrap();
+    let lab = labs.flatten().find(|entry| !entry.file_name().to_string_lossy().starts_with('.')).unwrap();
+    lab.path().join(file)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_lab_and_a_dropped_start_leave_nothing() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    tokio::select! {
+        biased;
+        () = eventually("QEMU is there", || !common::processes_below(place.dir.path()).is_empty()) => {}
+        started = machine.start() => panic!("started before its process was seen: {started:?}"),
+    }
+    eventually("QEMU is gone", || common::processes_below(place.dir.path()).is_empty()).await;
+    machine.start().await.unwrap();
+    drop(lab);
+    assert!(killed(&machine.wait().await.unwrap()));
+    drop(machine);
+    place.assert_clean().await;
+}
