@@ -257,14 +257,21 @@ impl Manifest {
         }
     }
 
-    /// The manifest as YAML, in the form it came in.
+    /// The manifest as YAML, in the form it came in: unknown keys, the order of lists and the kind of every scalar are kept.
+    /// Comments, anchors and empty lists are not.
     ///
     /// # Errors
-    /// Only for values YAML cannot hold; none that a parsed manifest can contain.
+    /// For what a program put into the `unknown` fields and no parsed manifest contains: tags, and keys that are lists or mappings.
     pub fn to_yaml(&self) -> crate::Result<String> {
-        serde_yaml::to_string(self).map_err(|error| {
-            crate::Error::new(crate::ErrorKind::Internal, "cannot write the manifest as YAML")
+        let value = serde_yaml::to_value(self).map_err(|error| {
+            crate::Error::new(crate::ErrorKind::InvalidInput, "cannot write the manifest as YAML")
                 .with_source(error)
+        })?;
+        yaml::write::write(&value).ok_or_else(|| {
+            crate::Error::new(
+                crate::ErrorKind::InvalidInput,
+                "cannot write the manifest as YAML: expected scalars as keys and no tags, but found others",
+            )
         })
     }
 }

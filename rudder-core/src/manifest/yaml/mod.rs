@@ -4,8 +4,11 @@
 //! trees to serde. Everything here is bounded by the limits below, and nothing recurses deeper than [`MAX_DEPTH`].
 
 pub(super) mod de;
+mod decode;
+mod entries;
 pub(super) mod read;
 mod scalar;
+pub(super) mod write;
 
 pub(super) use scalar::Value;
 
@@ -148,4 +151,9 @@ impl Tree {
         }
         self.is_pruned(id)
     }
+}
+
+/// Lines, columns and places of nodes: the limits keep them far below this.
+fn number(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
 }

@@ -1,19 +1,15 @@
 //! Bytes to trees: encoding, syntax, anchors, tags, merge keys, duplicate keys, and the limits.
 
 use super::{
-    Kind, MAX_BYTES, MAX_DEPTH, MAX_DOCUMENTS, MAX_FINDINGS, MAX_NODES, MAX_WEIGHT, Node, NodeId, Text, Tree,
-    Value, scalar::resolve,
+    Kind, MAX_DEPTH, MAX_DOCUMENTS, MAX_FINDINGS, MAX_NODES, MAX_WEIGHT, Node, NodeId, Text, Tree, Value,
+    decode::decode, number, scalar::resolve,
 };
 use crate::{
     diagnostic::{Diagnostic, Span},
     manifest::path::{PathSegment, write_segments},
 };
-use granit_parser::{Event, Parser, ScalarStyle, Tag};
-use std::{
-    borrow::Cow,
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use granit_parser::{ErrorKind, Event, Parser, ScalarStyle, Tag};
+use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
 /// What a mapping weighs beside its entries: about the size of the largest struct of a manifest.
 const MAPPING_WEIGHT: u64 = 1024;
@@ -43,57 +39,6 @@ pub(in crate::manifest) fn read(bytes: &[u8]) -> Read {
     Read { trees, diagnostics }
 }
 
-fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {
-    let refuse = |code: &str, at: Option<usize>, message: String, help: &str| {
-        let span = at.map(|at| place(bytes, at));
-        Err(Box::new(Diagnostic::error(code, "", span, message).with_help(help)))
-    };
-    if bytes.len() > MAX_BYTES {
-        return refuse(
-            "too-large",
-            None,
-            format!("expected a file of at most {MAX_BYTES} bytes, but found {} bytes", bytes.len()),
-            "give large files by `url` in `files`",
-        );
-    }
-    let other = match bytes {
-        [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => Some("UTF-32"),
-        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, _, 0, ..] | [_, 0, _, 0, ..] => Some("UTF-16"),
-        _ => None,
-    };
-    if let Some(other) = other {
-        let message = format!("expected text in UTF-8, but found {other}");
-        return refuse("encoding", Some(0), message, "save the file as UTF-8");
-    }
-    let text = match std::str::from_utf8(bytes) {
-        Ok(text) => text,
-        Err(error) => {
-            let at = error.valid_up_to();
-            let message = format!("expected text in UTF-8, but found the byte 0x{:02x}", bytes[at]);
-            return refuse("encoding", Some(at), message, "save the file as UTF-8");
-        }
-    };
-    if let Some(at) = bytes.iter().position(|byte| *byte == 0) {
-        let message = "expected text, but found a NUL character".to_owned();
-        return refuse("encoding", Some(at), message, "is this a binary file?");
-    }
-    Ok(text)
-}
-
-/// The place of one byte, before anything was parsed.
-fn place(bytes: &[u8], at: usize) -> Span {
-    let before = &bytes[..at];
-    let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);
-    let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
-    let column =
-        String::from_utf8_lossy(&before[line_start..]).trim_start_matches('\u{feff}').chars().count() + 1;
-    Span { line: number(line), column: number(column), start: at, end: (at + 1).min(bytes.len()) }
-}
-
-fn number(value: usize) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
-}
-
 /// A list or mapping that is still open.
 struct Frame {
     span: Span,
@@ -108,25 +53,25 @@ enum Open {
 }
 
 /// Why the rest of a document, or of the file, is not read.
-enum Stop {
+pub(super) enum Stop {
     Document,
     File,
 }
 
-struct Reader {
+pub(super) struct Reader {
     source: Arc<str>,
     /// Bytes of the byte order mark.
     skip: usize,
     trees: Vec<Tree>,
     diagnostics: Vec<Diagnostic>,
-    nodes: Vec<Node>,
+    pub(super) nodes: Vec<Node>,
     stack: Vec<Frame>,
     root: Option<NodeId>,
     anchors: HashMap<usize, NodeId>,
     document_start: usize,
     documents: usize,
     /// Nodes and weight of the documents before.
-    nodes_before: usize,
+    pub(super) nodes_before: usize,
     weight_before: u64,
 }
 
@@ -151,11 +96,11 @@ impl Reader {
 
     fn run(&mut self) {
         let source = Arc::clone(&self.source);
-        // The scanner's own limits are only a second wall: ours come first, with a path and a help.
+        // The scanner counts lists and mappings apart, and looks ahead; we count both together.
         let options = granit_parser::options! {
             emit_unresolved_aliases: true,
-            flow_nesting_limit: usize::from(MAX_DEPTH) * 4,
-            block_nesting_limit: usize::from(MAX_DEPTH) * 4,
+            flow_nesting_limit: usize::from(MAX_DEPTH),
+            block_nesting_limit: usize::from(MAX_DEPTH),
         };
         let mut parser = Parser::new_from_str_with_options(&source[self.skip..], options);
         while let Some(event) = parser.next_event() {
@@ -181,7 +126,9 @@ impl Reader {
     }
 
     fn event(&mut self, event: Event<'_>, span: &granit_parser::Span) -> Result<(), Stop> {
+        let tag_span = span.tag_span().map(|tag| self.span(tag.start, tag.end));
         let span = self.span(span.start, span.end);
+        let tag_span = tag_span.unwrap_or(span);
         match event {
             Event::DocumentStart(..) => {
                 self.documents += 1;
@@ -219,21 +166,20 @@ impl Reader {
                 self.add_absent(span)
             }
             Event::Scalar(text, style, anchor, tag) => {
-                let (value, known) = self.scalar_value(&text, style, tag.as_deref(), span);
+                let (value, known) = self.scalar_value(&text, style, tag.as_deref(), tag_span);
                 let weight = NODE_WEIGHT + text.len() as u64;
                 let text = self.keep(text);
                 self.add(span, Kind::Scalar(text, value), weight, 0, !known, anchor)
             }
             Event::SequenceStart(_, anchor, tag) => {
-                self.open(span, anchor, tag.as_deref(), "seq", Open::Sequence(Vec::new()))
+                let pruned = !self.knows_tag(tag.as_deref(), "seq", tag_span);
+                self.open(Frame { span, anchor, pruned, open: Open::Sequence(Vec::new()) })
             }
-            Event::MappingStart(_, anchor, tag) => self.open(
-                span,
-                anchor,
-                tag.as_deref(),
-                "map",
-                Open::Mapping { entries: Vec::new(), key: None },
-            ),
+            Event::MappingStart(_, anchor, tag) => {
+                let pruned = !self.knows_tag(tag.as_deref(), "map", tag_span);
+                let open = Open::Mapping { entries: Vec::new(), key: None };
+                self.open(Frame { span, anchor, pruned, open })
+            }
             Event::SequenceEnd | Event::MappingEnd => self.close(span),
             _ => Ok(()),
         }
@@ -252,6 +198,11 @@ impl Reader {
 
     fn syntax(&mut self, error: &granit_parser::ScanError) {
         let span = self.span(*error.marker(), *error.marker());
+        if matches!(error.kind(), ErrorKind::RecursionLimitExceeded) {
+            // The document ends here in any case.
+            let _ = self.too_deep(span);
+            return;
+        }
         let path = self.path(None);
         let mut diagnostic =
             Diagnostic::error("yaml-syntax", path, Some(span), format!("this is not YAML: {}", error.info()));
@@ -261,11 +212,11 @@ impl Reader {
         self.diagnostics.push(diagnostic);
     }
 
-    fn report(&mut self, code: &str, span: Span, message: String, help: Option<&str>) {
+    pub(super) fn report(&mut self, code: &str, span: Span, message: String, help: Option<&str>) {
         self.report_key(code, None, span, message, help);
     }
 
-    fn report_key(
+    pub(super) fn report_key(
         &mut self,
         code: &str,
         key: Option<NodeId>,
@@ -299,14 +250,14 @@ impl Reader {
         path
     }
 
-    fn follow(&self, id: NodeId) -> &Node {
+    pub(super) fn follow(&self, id: NodeId) -> &Node {
         match &self.nodes[id as usize] {
             Node { kind: Kind::Alias(target), .. } => &self.nodes[*target as usize],
             node => node,
         }
     }
 
-    fn key_text(&self, key: NodeId) -> &str {
+    pub(super) fn key_text(&self, key: NodeId) -> &str {
         match &self.follow(key).kind {
             Kind::Scalar(Text::Source(start, end), _) => &self.source[*start as usize..*end as usize],
             Kind::Scalar(Text::Owned(text), _) => text,
@@ -367,23 +318,22 @@ impl Reader {
         );
     }
 
-    fn open(
-        &mut self,
-        span: Span,
-        anchor: usize,
-        tag: Option<&Tag>,
-        wanted: &str,
-        open: Open,
-    ) -> Result<(), Stop> {
-        let mut pruned = false;
-        if let Some(tag) = tag.filter(|tag| tag.core_suffix() != Some(wanted) && tag.original() != "!") {
-            self.unknown_tag(tag, span);
-            pruned = true;
+    /// Whether the tag of a list or mapping says no more than what it is.
+    fn knows_tag(&mut self, tag: Option<&Tag>, wanted: &str, span: Span) -> bool {
+        match tag {
+            Some(tag) if tag.core_suffix() != Some(wanted) && tag.original() != "!" => {
+                self.unknown_tag(tag, span);
+                false
+            }
+            _ => true,
         }
+    }
+
+    fn open(&mut self, frame: Frame) -> Result<(), Stop> {
         if self.stack.len() >= usize::from(MAX_DEPTH) {
-            return self.too_deep(span);
+            return self.too_deep(frame.span);
         }
-        self.stack.push(Frame { span, anchor, pruned, open });
+        self.stack.push(frame);
         Ok(())
     }
 
@@ -425,104 +375,12 @@ impl Reader {
         self.add(span, kind, weight, height.saturating_add(1), pruned, anchor)
     }
 
-    /// Puts the entries of `<<: *name` behind the mapping's own, which win (<https://yaml.org/type/merge.html>).
-    fn merged(&mut self, entries: Vec<(NodeId, NodeId)>) -> Result<Vec<(NodeId, NodeId)>, Stop> {
-        let is_merge = |reader: &Self, key: NodeId| {
-            matches!(reader.nodes[key as usize].kind, Kind::Scalar(_, Value::Merge))
-        };
-        if !entries.iter().any(|(key, _)| is_merge(self, *key)) {
-            return Ok(entries);
-        }
-        let (merges, mut own): (Vec<_>, Vec<_>) =
-            entries.into_iter().partition(|(key, _)| is_merge(self, *key));
-        let mut from = Vec::new();
-        for (key, value) in merges {
-            let sources = match &self.follow(value).kind {
-                Kind::Sequence(items) => items.to_vec(),
-                _ => vec![value],
-            };
-            for source in sources {
-                match &self.follow(source).kind {
-                    Kind::Mapping(entries) => from.extend_from_slice(entries),
-                    _ => {
-                        let span = self.nodes[key as usize].span;
-                        let message =
-                            "expected a mapping, or a list of them, behind the merge key `<<`".to_owned();
-                        self.report(
-                            "yaml-merge",
-                            span,
-                            message,
-                            Some("write `<<: *name`, or put the key in quotes"),
-                        );
-                    }
-                }
-            }
-            // Merged entries are entries as well: many small merges must not make a large manifest.
-            self.nodes_before += from.len();
-            self.check_size(self.nodes[key as usize].span)?;
-        }
-        let merged = {
-            let mut seen: HashSet<Key<'_>> = own.iter().map(|(key, _)| self.key(*key)).collect();
-            from.retain(|(key, _)| seen.insert(self.key(*key)));
-            from
-        };
-        own.extend(merged);
-        Ok(own)
-    }
-
-    /// Without the entries whose key was there before; each is an error.
-    fn unique(&mut self, entries: Vec<(NodeId, NodeId)>) -> Vec<(NodeId, NodeId)> {
-        let mut twice = Vec::new();
-        if entries.len() <= 16 {
-            for (place, (key, _)) in entries.iter().enumerate() {
-                let first = entries[..place].iter().find(|(other, _)| self.key(*other) == self.key(*key));
-                twice.extend(first.map(|(first, _)| (place, *first)));
-            }
-        } else {
-            let mut seen = HashMap::with_capacity(entries.len());
-            for (place, (key, _)) in entries.iter().enumerate() {
-                match seen.entry(self.key(*key)) {
-                    std::collections::hash_map::Entry::Occupied(first) => twice.push((place, *first.get())),
-                    std::collections::hash_map::Entry::Vacant(free) => {
-                        free.insert(*key);
-                    }
-                }
-            }
-        }
-        if twice.is_empty() {
-            return entries;
-        }
-        for (place, first) in &twice {
-            let key = entries[*place].0;
-            let name: String = self.key_text(key).chars().take(80).collect();
-            let span = self.nodes[key as usize].span;
-            let Span { line, column, .. } = self.nodes[*first as usize].span;
-            let message = format!("the key `{name}` is already there, at line {line}, column {column}");
-            self.report_key("duplicate-key", Some(key), span, message, Some("leave one of them out"));
-        }
-        let places: HashSet<usize> = twice.into_iter().map(|(place, _)| place).collect();
-        let keep = |(place, entry)| (!places.contains(&place)).then_some(entry);
-        entries.into_iter().enumerate().filter_map(keep).collect()
-    }
-
-    fn key(&self, id: NodeId) -> Key<'_> {
-        match &self.follow(id).kind {
-            Kind::Scalar(_, Value::Null) => Key::Null,
-            Kind::Scalar(_, Value::Bool(value)) => Key::Bool(*value),
-            Kind::Scalar(_, Value::Int(value)) => Key::Number(i128::from(*value)),
-            Kind::Scalar(_, Value::Unsigned(value)) => Key::Number(i128::from(*value)),
-            // The two zeros are one key.
-            Kind::Scalar(_, Value::Float(value)) => Key::Float((value + 0.0).to_bits()),
-            _ => Key::Text(self.key_text(id)),
-        }
-    }
-
     /// A node in whose place something stood that was reported.
     fn add_absent(&mut self, span: Span) -> Result<(), Stop> {
         self.add(span, Kind::Scalar(Text::Owned("".into()), Value::Null), NODE_WEIGHT, 0, true, 0)
     }
 
-    fn check_size(&mut self, span: Span) -> Result<(), Stop> {
+    pub(super) fn check_size(&mut self, span: Span) -> Result<(), Stop> {
         let count = self.nodes_before + self.nodes.len();
         let weight = self.nodes.last().map_or(0, |node| node.weight);
         let message = if count > MAX_NODES {
@@ -598,14 +456,4 @@ impl Reader {
         }
         self.document_start = end;
     }
-}
-
-/// What makes two keys the same key.
-#[derive(PartialEq, Eq, Hash)]
-enum Key<'a> {
-    Null,
-    Bool(bool),
-    Number(i128),
-    Float(u64),
-    Text(&'a str),
 }

@@ -68,7 +68,11 @@ fn float(text: &str) -> Option<Value> {
         unsigned.bytes().all(|c| c.is_ascii_digit() || matches!(c, b'.' | b'e' | b'E' | b'+' | b'-'));
     let has_point = unsigned.bytes().any(|c| !c.is_ascii_digit());
     let zeros = unsigned.len() > 1 && unsigned.starts_with('0') && unsigned.as_bytes()[1].is_ascii_digit();
-    if !is_number || !has_point || zeros && !unsigned.contains(['.', 'e', 'E']) {
+    if !is_number
+        || !has_point
+        || unsigned.starts_with(['+', '-'])
+        || zeros && !unsigned.contains(['.', 'e', 'E'])
+    {
         return None;
     }
     unsigned.parse::<f64>().ok().filter(|value| value.is_finite()).map(|value| Value::Float(sign * value))
@@ -134,7 +138,6 @@ mod tests {
             "1.e3",
             "1e",
             "e1",
-            "-",
             "+",
             ".",
             "..",

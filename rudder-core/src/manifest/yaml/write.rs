@@ -1,0 +1,239 @@
+//! Values to YAML, in block style.
+//!
+//! By hand, because what serde_yaml writes follows YAML 1.1, where NEL, LS and PS break lines: such text would come back changed.
+//! Text is plain only where every reader, also one of YAML 1.1, takes it for text.
+
+use super::{Value as Scalar, scalar::resolve};
+use serde_yaml::{Mapping, Value};
+use std::fmt::Write as _;
+
+/// A key longer than this needs the explicit form; the scanner looks 1024 characters ahead (YAML 1.2.2, 7.4.2).
+const MAX_SIMPLE_KEY: usize = 1000;
+
+/// Writes one document. `None` for what a manifest cannot hold: tags, and lists or mappings as keys.
+pub(in crate::manifest) fn write(value: &Value) -> Option<String> {
+    let mut out = String::new();
+    node(value, 0, Place::Line, &mut out)?;
+    Some(out)
+}
+
+/// Where a node begins.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    /// At the beginning of a line.
+    Line,
+    /// Behind `- `, on the same line.
+    Dash,
+    /// Behind `key:`.
+    Colon,
+}
+
+fn node(value: &Value, indent: usize, place: Place, out: &mut String) -> Option<()> {
+    match value {
+        Value::Mapping(entries) if !entries.is_empty() => mapping(entries, indent, place, out),
+        Value::Sequence(items) if !items.is_empty() => {
+            // Lists hang at the column of their key, as people write them.
+            let indent = if place == Place::Colon { indent - 2 } else { indent };
+            for (place_of_item, item) in items.iter().enumerate() {
+                begin(place_of_item == 0, place, indent, out);
+                out.push_str("- ");
+                node(item, indent + 2, Place::Dash, out)?;
+            }
+            Some(())
+        }
+        _ => {
+            if place == Place::Colon {
+                out.push(' ');
+            }
+            match value {
+                Value::String(text) if is_block(text) => block(text, indent.max(2), out),
+                value => {
+                    out.push_str(&scalar(value)?);
+                    out.push('\n');
+                }
+            }
+            Some(())
+        }
+    }
+}
+
+fn mapping(entries: &Mapping, indent: usize, place: Place, out: &mut String) -> Option<()> {
+    for (place_of_entry, (key, value)) in entries.iter().enumerate() {
+        begin(place_of_entry == 0, place, indent, out);
+        let key = match key {
+            Value::Mapping(_) | Value::Sequence(_) => return None,
+            key => scalar(key)?,
+        };
+        if key.len() > MAX_SIMPLE_KEY {
+            let _ = write!(out, "? {key}\n{:indent$}:", "");
+        } else {
+            let _ = write!(out, "{key}:");
+        }
+        node(value, indent + 2, Place::Colon, out)?;
+    }
+    Some(())
+}
+
+/// Goes to where an entry begins.
+fn begin(is_first: bool, place: Place, indent: usize, out: &mut String) {
+    if is_first && place == Place::Colon {
+        out.push('\n');
+    }
+    if !(is_first && place == Place::Dash) {
+        // Writing to a String does not fail.
+        let _ = write!(out, "{:indent$}", "");
+    }
+}
+
+fn scalar(value: &Value) -> Option<String> {
+    Some(match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(value) => value.to_string(),
+        Value::Number(value) => value.to_string(),
+        Value::String(text) if is_plain(text) => text.clone(),
+        Value::String(text) => quoted(text),
+        Value::Sequence(_) => "[]".to_owned(),
+        Value::Mapping(_) => "{}".to_owned(),
+        Value::Tagged(_) => return None,
+    })
+}
+
+/// Whether text may stand without quotes.
+fn is_plain(text: &str) -> bool {
+    let is_word = |c: char| c.is_ascii_graphic() || c == ' ' || c.is_alphanumeric();
+    let begins_safely =
+        text.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '/' | '.' | '_' | '(' | '$' | '<'));
+    // Numbers with `_`, times in base 60 and dates of YAML 1.1.
+    let is_old_number = text.starts_with(|c: char| c.is_ascii_digit() || c == '.')
+        && text.bytes().all(|c| {
+            c.is_ascii_digit() || matches!(c, b'_' | b':' | b'-' | b'.' | b' ' | b'T' | b'Z' | b'+')
+        })
+        && text.bytes().any(|c| matches!(c, b'_' | b':' | b'-'));
+    // Numbers too large for 64 bits are text to us, and perhaps not to others.
+    let is_number =
+        text.parse::<f64>().is_ok() || ["0x", "0o", "0b"].iter().any(|start| text.starts_with(start));
+    let is_old_bool = ["y", "n", "yes", "no", "on", "off", "true", "false", "null"]
+        .iter()
+        .any(|old| text.eq_ignore_ascii_case(old));
+    begins_safely
+        && !is_old_number
+        && !is_old_bool
+        && !is_number
+        && text.chars().all(is_word)
+        && !text.contains(": ")
+        && !text.contains(" #")
+        && !text.ends_with([':', ' '])
+        && !text.starts_with("...")
+        && resolve(text) == Scalar::Text
+}
+
+/// A double-quoted scalar with the escapes of JSON, which is YAML as well.
+fn quoted(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c if is_hidden(c) => {
+                let code = u32::from(c);
+                // Writing to a String does not fail.
+                let _ =
+                    if code > 0xffff { write!(out, "\\U{code:08x}") } else { write!(out, "\\u{code:04x}") };
+            }
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+/// Characters that YAML does not take as they stand, or that some readers take for a line break.
+fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{a0}' | '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}')
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}')
+        || u32::from(c) & 0xfffe == 0xfffe
+}
+
+/// Whether text of several lines may stand in a literal block: nothing that the block would lose.
+fn is_block(text: &str) -> bool {
+    let lines = text.strip_suffix('\n').unwrap_or(text);
+    lines.contains('\n')
+        && !lines.starts_with([' ', '\t', '\n'])
+        && !lines.ends_with([' ', '\t', '\n'])
+        && !text.chars().any(|c| is_hidden(c) && c != '\n' && c != '\t')
+}
+
+/// A literal block behind its key or dash.
+fn block(text: &str, indent: usize, out: &mut String) {
+    out.push_str(if text.ends_with('\n') { "|\n" } else { "|-\n" });
+    for line in text.lines() {
+        if line.is_empty() {
+            out.push('\n');
+        } else {
+            // Writing to a String does not fail.
+            let _ = writeln!(out, "{:indent$}{line}", "");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn it_looks_like_what_people_write() {
+        let text = "\
+vms:
+- name: web
+  disks:
+  - name: rootdisk
+    size: 20Gi
+  bootCommand:
+  - <wait5s><enter>
+  - \"\"
+  provisioners:
+  - type: shell
+    shell:
+      inline: |
+        #!/bin/sh
+        set -e
+
+        \techo hi
+  nested:
+  - - 1
+    - a: 1.5
+      b: []
+    - {}
+  quoted: \"yes\"
+  time: \"12:30\"
+  mac: \"52:54:00:12:34:56\"
+  cidr: 10.0.0.0/24
+  url: https://a.b/c?d=e#f
+  empty: null
+  separator: \"\\u2028\"
+1: \"1\"
+";
+        let value: Value = serde_yaml::from_str(text).unwrap();
+        assert_eq!(write(&value).unwrap(), text);
+        assert_eq!(write(&Value::Mapping(Mapping::new())).unwrap(), "{}\n");
+    }
+
+    #[test]
+    fn a_long_key_takes_the_explicit_form() {
+        let key = "k".repeat(2000);
+        let entries = [(Value::from(key.clone()), Value::from(vec![1]))];
+        let value = Value::Mapping(
+            [(Value::from("a"), Value::Mapping(entries.into_iter().collect()))].into_iter().collect(),
+        );
+        let text = write(&value).unwrap();
+        assert_eq!(text, format!("a:\n  ? {key}\n  :\n  - 1\n"));
+        assert_eq!(serde_yaml::from_str::<Value>(&text).unwrap(), value);
+    }
+}
