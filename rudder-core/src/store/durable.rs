@@ -96,6 +96,10 @@ pub(super) fn disk_usage(path: &Path) -> u64 {
     own + children.map(|entry| disk_usage(&entry.path())).sum::<u64>()
 }
 
+/// What helps against a full disk.
+pub(super) const FREE_SPACE: &str = "free some space there, remove modules that are not needed, collect cached inputs, \
+                                     or set RUDDER_STORE to a larger place";
+
 /// The directory that a file of the store is in.
 pub(super) fn parent(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("."))
@@ -109,11 +113,7 @@ pub(super) fn io_error(what: &str, path: &Path, source: io::Error) -> Error {
     }
     let free = rustix::fs::statvfs(parent(path)).map(|stat| stat.f_bavail * stat.f_frsize);
     let free = free.map_or_else(|_| String::new(), |bytes| format!(" ({} free)", human(bytes)));
-    error.with_help(format!(
-        "the file system of {} is full{free}: free some space there, remove modules that are not needed, collect \
-         cached inputs, or set RUDDER_STORE to a larger place",
-        parent(path).display()
-    ))
+    error.with_help(format!("the file system of {} is full{free}: {FREE_SPACE}", parent(path).display()))
 }
 
 /// A number of bytes for people.

@@ -1,78 +1,80 @@
 //! From a URL to a blob: the cache first, then a file or a server.
 
-use super::{Lease, Store, blob::ImageRecord, blocking, unpack::Stop};
+use super::{Lease, Store, blob::ImageRecord, blocking, download::Wanted, durable::io_error, unpack::Stop};
 use crate::{Error, ErrorKind, Result, backend::Progress, digest::Digest, plan::PlannedUrl};
-use std::path::PathBuf;
+use std::{fs, path::PathBuf};
+
+/// What was wanted, in the store.
+#[derive(Debug, Clone)]
+pub(super) struct Got {
+    /// sha256 of the bytes as served.
+    pub(super) served: Digest,
+    /// How many there were.
+    pub(super) size: u64,
+    /// Which blob the image became, if an image was wanted.
+    pub(super) image: Option<ImageRecord>,
+    /// Keeps the blob.
+    pub(super) lease: Lease,
+}
+
+impl Got {
+    pub(super) fn image(served: Digest, (image, lease): (ImageRecord, Lease)) -> Self {
+        Self { served, size: image.served_size, image: Some(image), lease }
+    }
+
+    pub(super) fn file(served: Digest, size: u64, lease: Lease) -> Self {
+        Self { served, size, image: None, lease }
+    }
+}
 
 impl Store {
-    pub(super) async fn obtain_image(
-        &self,
-        url: &PlannedUrl,
-        progress: &Progress,
-    ) -> Result<(ImageRecord, Digest, Lease)> {
-        if let Some(known) = self.promised_image(url).await? {
-            return Ok(known);
+    /// Brings what a URL gives into the store, unless it is there.
+    pub(super) async fn obtain(&self, url: &PlannedUrl, wanted: Wanted, progress: &Progress) -> Result<Got> {
+        // The promised bytes are here: then nobody is asked.
+        if let Some(promised) = url.sha256
+            && let Some(got) = self.held(&promised, wanted).await?
+        {
+            return Ok(got);
         }
-        if is_local(url)? {
-            let stop = Stop::default();
-            let _guard = stop.on_drop();
-            let (store, url, progress) = (self.clone(), url.clone(), progress.clone());
-            return blocking(move || store.local_image(&url, &progress, &stop)).await;
+        match url.url.scheme() {
+            "http" | "https" => self.download(url, wanted, progress).await,
+            "file" => {
+                let stop = Stop::default();
+                let _guard = stop.on_drop();
+                let (store, url, progress) = (self.clone(), url.clone(), progress.clone());
+                blocking(move || store.copy_in(&url, wanted, &progress, &stop)).await
+            }
+            other => Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("expected a URL with http, https or file, but found {other}"),
+            )),
         }
-        Err(Error::new(ErrorKind::Unsupported, "not yet"))
     }
 
-    pub(super) async fn obtain_file(
-        &self,
-        url: &PlannedUrl,
-        progress: &Progress,
-    ) -> Result<(Digest, u64, Lease)> {
-        if let Some(known) = self.promised_file(url)? {
-            return Ok(known);
-        }
-        if is_local(url)? {
-            let stop = Stop::default();
-            let _guard = stop.on_drop();
-            let (store, url, progress) = (self.clone(), url.clone(), progress.clone());
-            return blocking(move || store.local_file(&url, &progress, &stop)).await;
-        }
-        Err(Error::new(ErrorKind::Unsupported, "not yet"))
-    }
-
-    /// The image with the promised checksum, if its bytes are here: then nobody is asked.
-    async fn promised_image(&self, url: &PlannedUrl) -> Result<Option<(ImageRecord, Digest, Lease)>> {
-        let Some(served) = url.sha256 else { return Ok(None) };
-        if let Some((image, lease)) = self.known_image(&served)? {
-            return Ok(Some((image, served, lease)));
-        }
-        let Some(lease) = self.lease_blob(&served, None)? else { return Ok(None) };
-        let store = self.clone();
-        let (image, lease) = blocking(move || store.image_of_blob(&served, lease)).await?;
-        Ok(Some((image, served, lease)))
-    }
-
-    /// The same for a file.
-    fn promised_file(&self, url: &PlannedUrl) -> Result<Option<(Digest, u64, Lease)>> {
-        let Some(served) = url.sha256 else { return Ok(None) };
-        let Some(lease) = self.lease_blob(&served, None)? else { return Ok(None) };
-        let path = self.blob_path(&served);
-        let size =
-            std::fs::metadata(&path).map_err(|error| super::durable::io_error("read", &path, error))?.len();
-        Ok(Some((served, size, lease)))
+    /// What these served bytes are, if they are here.
+    pub(super) async fn held(&self, served: &Digest, wanted: Wanted) -> Result<Option<Got>> {
+        let (store, served) = (self.clone(), *served);
+        blocking(move || {
+            if wanted == Wanted::Image
+                && let Some(known) = store.known_image(&served)?
+            {
+                return Ok(Some(Got::image(served, known)));
+            }
+            let Some(lease) = store.lease_blob(&served, None)? else { return Ok(None) };
+            Ok(Some(match wanted {
+                // They came as a file, or with a checksum that was wrong then: now they become an image.
+                Wanted::Image => Got::image(served, store.image_of_blob(&served, lease)?),
+                Wanted::File => {
+                    let path = store.blob_path(&served);
+                    let size = fs::metadata(&path).map_err(|error| io_error("read", &path, error))?.len();
+                    Got::file(served, size, lease)
+                }
+            }))
+        })
+        .await
     }
 
     pub(super) fn download_lock(&self, key: &str) -> PathBuf {
         self.lock_path(&format!("download-{key}"))
-    }
-}
-
-fn is_local(url: &PlannedUrl) -> Result<bool> {
-    match url.url.scheme() {
-        "file" => Ok(true),
-        "http" | "https" => Ok(false),
-        other => Err(Error::new(
-            ErrorKind::InvalidInput,
-            format!("expected a URL with http, https or file, but found {other}"),
-        )),
     }
 }

@@ -2,17 +2,14 @@
 
 use super::{
     Lease, Store,
-    blob::{ImageRecord, UrlRecord, Validator},
+    blob::{UrlRecord, Validator},
+    download::Wanted,
     durable::io_error,
+    fetch::Got,
     masked,
     unpack::{self, CHUNK, Packing, SparseWriter, Stop},
 };
-use crate::{
-    Error, ErrorKind, Result,
-    backend::Progress,
-    digest::{Digest, Hasher},
-    plan::PlannedUrl,
-};
+use crate::{Error, ErrorKind, Result, backend::Progress, digest::Hasher, plan::PlannedUrl};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
@@ -73,60 +70,46 @@ enum Copied {
 }
 
 impl Store {
-    pub(super) fn local_image(
+    /// Brings a local file into the store, unless it is there and has not changed.
+    pub(super) fn copy_in(
         &self,
         url: &PlannedUrl,
+        wanted: Wanted,
         progress: &Progress,
         stop: &Stop,
-    ) -> Result<(ImageRecord, Digest, Lease)> {
+    ) -> Result<Got> {
         let path = local_path(url)?;
         if let Some(record) = self.unchanged(url, &path)? {
             Self::verify(url, &record.served)?;
-            if let Some((image, lease)) = self.known_image(&record.served)? {
-                return Ok((image, record.served, lease));
-            }
-        }
-        let (record, copied) = self.take_in(url, &path, true, progress, stop)?;
-        let served = record.served;
-        let (image, lease) = match copied {
-            Copied::Blob(lease) => {
-                Self::verify(url, &served)?;
-                self.image_of_blob(&served, lease)?
-            }
-            Copied::Packed(packing) => {
-                Self::verify(url, &served)?;
-                match self.known_image(&served)? {
-                    Some(known) => known,
-                    None => {
-                        let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
-                        let unpacked = unpack::unpack(self, packing, file, stop)?;
-                        self.check_unchanged(&record, &path)?;
-                        self.enter_unpacked(&served, record.size, unpacked)?
-                    }
+            let known = match wanted {
+                Wanted::Image => {
+                    self.known_image(&record.served)?.map(|known| Got::image(record.served, known))
                 }
-            }
-        };
-        Ok((image, served, lease))
-    }
-
-    pub(super) fn local_file(
-        &self,
-        url: &PlannedUrl,
-        progress: &Progress,
-        stop: &Stop,
-    ) -> Result<(Digest, u64, Lease)> {
-        let path = local_path(url)?;
-        if let Some(record) = self.unchanged(url, &path)? {
-            Self::verify(url, &record.served)?;
-            if let Some(lease) = self.lease_blob(&record.served, Some(record.size))? {
-                return Ok((record.served, record.size, lease));
+                Wanted::File => self
+                    .lease_blob(&record.served, Some(record.size))?
+                    .map(|lease| Got::file(record.served, record.size, lease)),
+            };
+            if let Some(known) = known {
+                return Ok(known);
             }
         }
-        let (record, copied) = self.take_in(url, &path, false, progress, stop)?;
-        Self::verify(url, &record.served)?;
-        match copied {
-            Copied::Blob(lease) => Ok((record.served, record.size, lease)),
-            Copied::Packed(_) => Err(Error::new(ErrorKind::Internal, "a file was not copied")),
+        let (record, copied) = self.take_in(url, &path, wanted, progress, stop)?;
+        let served = record.served;
+        Self::verify(url, &served)?;
+        match (wanted, copied) {
+            (Wanted::File, Copied::Blob(lease)) => Ok(Got::file(served, record.size, lease)),
+            (Wanted::Image, Copied::Blob(lease)) => {
+                Ok(Got::image(served, self.image_of_blob(&served, lease)?))
+            }
+            (_, Copied::Packed(packing)) => {
+                if let Some(known) = self.known_image(&served)? {
+                    return Ok(Got::image(served, known));
+                }
+                let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
+                let unpacked = unpack::unpack(self, packing, file, stop)?;
+                self.check_unchanged(&record, &path)?;
+                Ok(Got::image(served, self.enter_unpacked(&served, record.size, unpacked)?))
+            }
         }
     }
 
@@ -143,7 +126,7 @@ impl Store {
         &self,
         url: &PlannedUrl,
         path: &Path,
-        only_image: bool,
+        wanted: Wanted,
         progress: &Progress,
         stop: &Stop,
     ) -> Result<(UrlRecord, Copied)> {
@@ -151,7 +134,7 @@ impl Store {
         let identity = FileIdentity::of(path)?;
         let task = format!("copy {}", masked(&url.url));
         let read = |error| io_error("read", path, error);
-        let packing = if only_image { Packing::of_file(path)? } else { None };
+        let packing = if wanted == Wanted::Image { Packing::of_file(path)? } else { None };
         let mut source = File::open(path).map_err(read)?;
         let temp = if packing.is_none() { Some(self.temp_file()?) } else { None };
         let mut out = temp.as_ref().map(|temp| SparseWriter::new(temp.as_file()));

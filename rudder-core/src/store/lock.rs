@@ -18,6 +18,7 @@ use std::{
 pub(super) struct FileLock {
     file: File,
     path: PathBuf,
+    transient: bool,
 }
 
 /// How a lock is held.
@@ -40,7 +41,7 @@ impl FileLock {
             }
             .map_err(|error| io_error("lock", path, error))?;
             if is_current(&file, path)? {
-                return Ok(Self { file, path: path.to_owned() });
+                return Ok(Self { file, path: path.to_owned(), transient: false });
             }
         }
     }
@@ -54,12 +55,20 @@ impl FileLock {
                 Mode::Exclusive => file.try_lock(),
             };
             match outcome {
-                Ok(()) if is_current(&file, path)? => return Ok(Some(Self { file, path: path.to_owned() })),
+                Ok(()) if is_current(&file, path)? => {
+                    return Ok(Some(Self { file, path: path.to_owned(), transient: false }));
+                }
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(TryLockError::Error(error)) => return Err(io_error("lock", path, error)),
             }
         }
+    }
+
+    /// Removes the file of a lock that is held alone once it is dropped.
+    pub(super) fn transient(mut self) -> Self {
+        self.transient = true;
+        self
     }
 
     /// Notes that what the lock stands for is used now.
@@ -80,6 +89,9 @@ impl FileLock {
 
 impl Drop for FileLock {
     fn drop(&mut self) {
+        if self.transient {
+            let _ = fs::remove_file(&self.path);
+        }
         let _ = self.file.unlock();
     }
 }

@@ -18,13 +18,16 @@
 
 mod blob;
 mod collect;
+mod download;
 mod durable;
 mod fetch;
 mod format;
+mod http;
 mod lab;
 mod local;
 mod lock;
 mod modules;
+mod part;
 mod process;
 mod unpack;
 
@@ -35,7 +38,10 @@ pub use self::{
     process::ProcessIdentity,
 };
 
-use self::lock::{FileLock, Mode};
+use self::{
+    download::Wanted,
+    lock::{FileLock, Mode},
+};
 use crate::{
     Error, ErrorKind, Result, backend::Progress, digest::Digest, module::InputRecord, plan::PlannedUrl,
 };
@@ -43,7 +49,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     env,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -55,6 +61,7 @@ pub struct Store(Arc<Inner>);
 struct Inner {
     root: PathBuf,
     options: StoreOptions,
+    client: OnceLock<reqwest::Client>,
 }
 
 /// How a store reads from elsewhere.
@@ -180,7 +187,7 @@ impl Store {
         ] {
             durable::make_dir(&root.join(dir), mode)?;
         }
-        Ok(Self(Arc::new(Inner { root, options })))
+        Ok(Self(Arc::new(Inner { root, options, client: OnceLock::new() })))
     }
 
     /// Where the store of this user is: `$RUDDER_STORE`, else `rudder` in `$XDG_DATA_HOME`, else `~/.local/share/rudder`
@@ -212,19 +219,17 @@ impl Store {
     /// `NotFound`, `Download`, `ChecksumMismatch` (the bytes stay in the store, for a manifest with a corrected
     /// checksum), `InvalidImage`, `HostDiskFull`, `InvalidInput` for another scheme.
     pub async fn image(&self, url: &PlannedUrl, progress: &Progress) -> Result<StoredImage> {
-        let (record, served, lease) = self.obtain_image(url, progress).await.map_err(|e| about(url, e))?;
+        let got = self.obtain(url, Wanted::Image, progress).await.map_err(|error| about(url, error))?;
+        let Some(image) = got.image else {
+            return Err(about(url, Error::new(ErrorKind::Internal, "an image was wanted, and a file came")));
+        };
         Ok(StoredImage {
-            path: self.blob_path(&record.stored),
-            format: record.format,
-            virtual_size: record.virtual_size,
-            digest: record.stored,
-            input: InputRecord {
-                role: "image".into(),
-                url: masked(&url.url),
-                size: record.served_size,
-                sha256: served,
-            },
-            lease,
+            path: self.blob_path(&image.stored),
+            format: image.format,
+            virtual_size: image.virtual_size,
+            digest: image.stored,
+            input: input("image", url, got.size, got.served),
+            lease: got.lease,
         })
     }
 
@@ -233,12 +238,21 @@ impl Store {
     /// # Errors
     /// As [`image`](Self::image), without `InvalidImage`.
     pub async fn file(&self, url: &PlannedUrl, progress: &Progress) -> Result<StoredFile> {
-        let (served, size, lease) = self.obtain_file(url, progress).await.map_err(|e| about(url, e))?;
+        let got = self.obtain(url, Wanted::File, progress).await.map_err(|error| about(url, error))?;
         Ok(StoredFile {
-            path: self.blob_path(&served),
-            input: InputRecord { role: "file".into(), url: masked(&url.url), size, sha256: served },
-            lease,
+            path: self.blob_path(&got.served),
+            input: input("file", url, got.size, got.served),
+            lease: got.lease,
         })
+    }
+
+    /// The client for all downloads of this store.
+    fn client(&self) -> Result<&reqwest::Client> {
+        if let Some(client) = self.0.client.get() {
+            return Ok(client);
+        }
+        let client = http::client(self.options())?;
+        Ok(self.0.client.get_or_init(|| client))
     }
 
     fn options(&self) -> &StoreOptions {
@@ -308,6 +322,10 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
         Err(error) => Err(Error::new(ErrorKind::Cancelled, "the program is ending: file work was not begun")
             .with_source(error)),
     }
+}
+
+fn input(role: &str, url: &PlannedUrl, size: u64, sha256: Digest) -> InputRecord {
+    InputRecord { role: role.to_owned(), url: masked(&url.url), size, sha256 }
 }
 
 fn about(url: &PlannedUrl, error: Error) -> Error {

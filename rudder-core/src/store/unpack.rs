@@ -123,7 +123,7 @@ impl Unpacked {
     }
 }
 
-/// Unpacks a stream into a temporary file of the store. Blocks; call it where that is allowed, within a runtime.
+/// Unpacks a stream into a temporary file of the store. Blocks.
 pub(super) fn unpack(
     store: &Store,
     packing: Packing,
@@ -131,8 +131,8 @@ pub(super) fn unpack(
     stop: &Stop,
 ) -> Result<Unpacked> {
     let source = BufReader::with_capacity(CHUNK, Blocking(source));
-    // The decoders are asynchronous, their source is not: polling them here works on this thread alone.
-    tokio::runtime::Handle::current().block_on(async {
+    // The decoders are asynchronous, their source is not: polling them needs no runtime, only this thread.
+    futures::executor::block_on(async {
         match packing {
             Packing::Gzip => {
                 let mut decoder = GzipDecoder::new(source);
@@ -201,6 +201,14 @@ fn broken(packing: Packing, error: io::Error) -> Error {
     }
 }
 
+/// What a failed read of the packed file itself means.
+pub(super) fn read_error(error: io::Error) -> Error {
+    match error.downcast::<Error>() {
+        Ok(own) => own,
+        Err(error) => Error::io("read the packed file", error),
+    }
+}
+
 /// A blocking reader as an asynchronous one, for use on a thread that may block.
 struct Blocking<R>(R);
 
@@ -226,7 +234,18 @@ pub(super) struct SparseWriter<'a> {
 impl<'a> SparseWriter<'a> {
     /// Writes to an empty file.
     pub(super) fn new(file: &'a File) -> Self {
-        Self { file, len: 0 }
+        Self::resume(file, 0)
+    }
+
+    /// Goes on behind the first `len` bytes.
+    pub(super) fn resume(file: &'a File, len: u64) -> Self {
+        Self { file, len }
+    }
+
+    /// Makes the file as long as what was written so far.
+    pub(super) fn set_len(&self) -> io::Result<u64> {
+        self.file.set_len(self.len)?;
+        Ok(self.len)
     }
 
     /// How much was written, holes included.
@@ -264,8 +283,7 @@ impl<'a> SparseWriter<'a> {
 
     /// Makes the file as long as what was written, and says how long that is.
     pub(super) fn finish(self) -> io::Result<u64> {
-        self.file.set_len(self.len)?;
-        Ok(self.len)
+        self.set_len()
     }
 }
 
