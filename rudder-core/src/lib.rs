@@ -14,9 +14,11 @@ pub mod event;
 pub mod guest;
 pub mod keys;
 pub mod manifest;
+pub mod media;
 pub mod module;
 pub mod plan;
 pub mod secret;
+pub mod step;
 pub mod store;
 pub mod units;
 

@@ -69,6 +69,18 @@ impl Guest {
         Ok(CommandOutput { status, stdout, stderr })
     }
 
+    /// Runs a command line with `/bin/sh`, without input, and hands on its output while it runs.
+    ///
+    /// # Errors
+    /// As [`command`](Self::command).
+    pub async fn shell_line(
+        &self,
+        command: &str,
+        output: &mut (dyn FnMut(OutputStream, &str) + Send),
+    ) -> Result<ExitStatus> {
+        self.exec("a command ran", &format!("/bin/sh -c {}", quote(command)), Bytes::new(), output).await
+    }
+
     pub(super) async fn open_channel(&self, what: &str) -> Result<Channel<Msg>> {
         match self.shared.handle.channel_open_session().await {
             Ok(channel) => Ok(channel),

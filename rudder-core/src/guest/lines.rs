@@ -4,8 +4,8 @@ use crate::event::OutputStream;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A line that grows to this many bytes is delivered in pieces of at least this length; a line that is delivered
-/// whole is shorter. So a delivered text of this length or more is one that goes on.
+/// A line that grows to this many bytes is delivered in pieces of at least this length; the last piece, and a line that
+/// is delivered whole, is shorter, if need be empty. So a text of this length or more goes on in the next.
 pub const MAX_LINE: usize = 8 * 1024;
 
 /// Of a line that is drawn over and over with carriage returns, at most one state in this time is delivered.
@@ -77,7 +77,7 @@ impl Lines {
         if !std::mem::take(&mut self.partial).is_empty() {
             self.push_str("\u{fffd}", output);
         }
-        if !self.text.is_empty() {
+        if !self.text.is_empty() || self.pieces {
             output(self.stream, &self.text);
         }
         self.start_line();
@@ -89,9 +89,7 @@ impl Lines {
             let (head, tail) = rest.split_at(found);
             self.append(head, output);
             if tail.starts_with('\n') {
-                if !(self.text.is_empty() && self.pieces) {
-                    output(self.stream, &self.text);
-                }
+                output(self.stream, &self.text);
                 self.start_line();
             } else {
                 self.returned = true;
@@ -123,7 +121,7 @@ impl Lines {
 
     fn draw_over(&mut self, output: &mut dyn FnMut(OutputStream, &str)) {
         let due = self.last_progress.is_none_or(|last| last.elapsed() >= PROGRESS_PAUSE);
-        if due && !self.text.is_empty() {
+        if self.pieces || due && !self.text.is_empty() {
             output(self.stream, &self.text);
             self.last_progress = Some(Instant::now());
         }

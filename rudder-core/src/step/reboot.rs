@@ -1,0 +1,131 @@
+//! `reboot`: the guest is restarted, and is back when it has a new boot identity.
+//!
+//! While it goes down, its old server may answer for a while, on the old connection and on new ones: what counts is
+//! only the identity of the boot that answers.
+
+use super::StepOutcome;
+use crate::{
+    Error, ErrorKind, Result,
+    event::{ExitStatus, OutputStream},
+    guest::Session,
+};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+/// A guest that did not answer for so long on the old connection is taken as down. Trying new connections costs a guest
+/// that is still up little; a connection to a guest that lost its power never ends by itself.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// One wait for a login; they are repeated until the step's deadline.
+const WAIT: Duration = Duration::from_secs(600);
+/// Between two looks at a guest that still has its old identity.
+const PAUSE: Duration = Duration::from_millis(500);
+/// A command that failed, in a guest that still answers after this, has not restarted it.
+const DOWN: Duration = Duration::from_secs(2);
+
+/// What was last seen, for the error when the time is over.
+#[derive(Debug, Default)]
+pub(super) struct Seen(Mutex<Option<&'static str>>);
+
+impl Seen {
+    fn set(&self, words: &'static str) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(words);
+    }
+
+    pub(super) fn words(&self) -> Option<&'static str> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub(super) async fn run(
+    session: &mut Session,
+    command: &str,
+    output: &mut (dyn FnMut(OutputStream, &str) + Send),
+    seen: &Seen,
+) -> StepOutcome {
+    let mut exit = None;
+    let result = restart(session, command, output, seen, &mut exit).await;
+    StepOutcome { exit, result }
+}
+
+async fn restart(
+    session: &mut Session,
+    command: &str,
+    output: &mut (dyn FnMut(OutputStream, &str) + Send),
+    seen: &Seen,
+    exit: &mut Option<ExitStatus>,
+) -> Result<()> {
+    let old = session.guest().boot_id().await?;
+    let guest = session.guest().clone();
+    seen.set("the reboot command did not end, and the guest still runs");
+    let mut last = String::new();
+    let line = as_root(command);
+    let ended = {
+        let mut heard = |stream: OutputStream, line: &str| {
+            line.clone_into(&mut last);
+            output(stream, line);
+        };
+        // The command may leave a connection that nobody answers any more.
+        tokio::select! {
+            ended = guest.shell_line(&line, &mut heard) => ended,
+            () = guest.gone(PATIENCE) => Err(Error::new(ErrorKind::GuestUnreachable, "the guest went down")),
+        }
+    };
+    match ended {
+        // 126 and 127: the shell could not even start it.
+        Ok(status @ ExitStatus::Code(126 | 127)) => return Err(refused(command, exit.insert(status), &last)),
+        Ok(status @ ExitStatus::Code(1..)) => {
+            // Killed by the shutdown that it began, or unable to begin one.
+            let status = exit.insert(status).clone();
+            let down = tokio::time::timeout(DOWN, guest.gone(PATIENCE)).await.is_ok();
+            if !down && guest.boot_id().await.is_ok_and(|now| now == old) {
+                return Err(refused(command, &status, &last));
+            }
+        }
+        Ok(status) => *exit = Some(status),
+        Err(error) if matches!(error.kind(), ErrorKind::GuestUnreachable) => {}
+        Err(error) => return Err(error),
+    }
+    seen.set("the guest still answers with its old boot identity: the reboot command did not restart it");
+    guest.gone(PATIENCE).await;
+    loop {
+        seen.set("the guest went down, and nothing has answered since");
+        match session.reconnect(WAIT).await {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::GuestUnreachable => continue,
+            Err(error) => return Err(error),
+        }
+        match session.guest().boot_id().await {
+            Ok(now) if now != old => return Ok(()),
+            // The old server, on its way down or not.
+            Ok(_) => {
+                seen.set("the guest still answers with its old boot identity: the reboot command did not restart it");
+                let _ = tokio::time::timeout(PAUSE, session.guest().gone(PATIENCE)).await;
+            }
+            Err(error) if error.kind() == ErrorKind::GuestUnreachable => {}
+            // A server that is shutting down may let nobody run anything: it is not the new one.
+            Err(error) if error.kind() == ErrorKind::Protocol => tokio::time::sleep(PAUSE).await,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Many small guests have no sudo, and their user is root: there, `sudo` in front of a command means nothing.
+fn as_root(command: &str) -> String {
+    match command.strip_prefix("sudo ") {
+        Some(rest) => format!(
+            "if [ \"$(id -u)\" = 0 ] && ! command -v sudo >/dev/null 2>&1; then sudo() {{ \"$@\"; }}; fi\nsudo {rest}"
+        ),
+        None => command.to_owned(),
+    }
+}
+
+fn refused(command: &str, status: &ExitStatus, last: &str) -> Error {
+    let said = if last.is_empty() { "it said nothing".to_owned() } else { format!("it said: {last}") };
+    Error::new(
+        ErrorKind::StepFailed,
+        format!("`{command}` did not restart the guest: it ended with {status}; {said}"),
+    )
+    .with_help("give `reboot.command` a command that this user may run")
+}

@@ -1,0 +1,44 @@
+//! `shell`: a script in the guest.
+
+use super::StepOutcome;
+use crate::{
+    Error, ErrorKind,
+    event::{ExitStatus, OutputStream},
+    guest::{Guest, Script},
+};
+use std::{collections::BTreeMap, sync::Arc};
+
+pub(super) async fn run(
+    guest: &Guest,
+    script: &Arc<str>,
+    env: &BTreeMap<String, String>,
+    execute_command: Option<&str>,
+    output: &mut (dyn FnMut(OutputStream, &str) + Send),
+) -> StepOutcome {
+    let script = Script::new(Arc::clone(script))
+        .with_env(env.clone())
+        .with_execute_command(execute_command.map(str::to_owned));
+    match guest.run(&script, output).await {
+        Ok(status) => {
+            let result = if status.success() { Ok(()) } else { Err(failed(&status)) };
+            StepOutcome { exit: Some(status), result }
+        }
+        Err(error) => StepOutcome { exit: None, result: Err(error) },
+    }
+}
+
+fn failed(status: &ExitStatus) -> Error {
+    let error = Error::new(
+        ErrorKind::StepFailed,
+        format!("expected the script to end with exit code 0, but found {status}"),
+    );
+    match status {
+        ExitStatus::Code(126) => error.with_help("126 means: found, but not allowed to run"),
+        ExitStatus::Code(127) => {
+            error.with_help("127 means: a command or the interpreter of the script was not found")
+        }
+        ExitStatus::Code(137) => error.with_help("137 means: killed; was the guest out of memory?"),
+        ExitStatus::Signal(name) if name == "KILL" => error.with_help("was the guest out of memory?"),
+        _ => error,
+    }
+}
