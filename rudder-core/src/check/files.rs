@@ -218,7 +218,7 @@ pub(super) fn download(
         }
         Ok(url) => {
             if let Some(unpinned) = unpinned(&url) {
-                findings.report(&codes::UNPINNED_URL, &at, unpinned.to_string()).help =
+                findings.report(&codes::UNPINNED_URL, &at, format!("the URL {unpinned}")).help =
                     Some("use the address of a dated or numbered release".to_owned());
             }
         }

@@ -168,7 +168,9 @@ impl<'c> Support<'c> {
             Bus::Usb => (C::DiskUsb, "usb"),
             Bus::Ide => (C::DiskIde, "ide"),
         };
-        if vm.disks.is_empty() {
+        // With `buildRef` the disks are those of the parent, which this backend has.
+        let inherits = vm.source.as_ref().and_then(source_kind) == Some(SourceKind::BuildRef);
+        if vm.disks.is_empty() && !inherits {
             let (capability, name) = capability(Bus::Virtio);
             self.need(findings, capability, at, &format!("attach disks on {name}"));
         }

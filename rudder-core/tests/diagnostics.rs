@@ -1,0 +1,145 @@
+//! Every diagnostic that checking and planning give, as a person reads it.
+//!
+//! `diagnostics/CODE.yaml` is a manifest, `diagnostics/CODE.txt` the whole rendered text about it. A first line `# run: plan`
+//! plans it, too, on a backend that can do everything; `# run: plan on nothing`, on one that can do nothing. With
+//! `RUDDER_BLESS=1` the texts are written anew: read the difference before committing it.
+#![allow(clippy::unwrap_used)]
+
+use rudder_core::{
+    capability::{Capabilities, Capability},
+    check::{check, codes},
+    diagnostic,
+    manifest::parse_named,
+    module::Module,
+    plan::{Inputs, Limits, PlanContext, prepare},
+};
+use std::{collections::BTreeSet, fs, path::PathBuf};
+
+fn directory() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/diagnostics")
+}
+
+fn everything() -> Capabilities {
+    use Capability as C;
+    Capabilities::new(
+        "example",
+        [
+            C::SourceUrl,
+            C::SourceBlank,
+            C::SourceBuildRef,
+            C::SourceContainerDisk,
+            C::SourcePvc,
+            C::DiskVirtio,
+            C::DiskScsi,
+            C::DiskSata,
+            C::DiskUsb,
+            C::DiskIde,
+            C::NicModels,
+            C::NicSlots,
+            C::CloudInit,
+            C::Networks,
+            C::UnmanagedSubnets,
+            C::Isos,
+            C::Floppy,
+            C::HttpDirectory,
+            C::Uefi,
+            C::SecureBoot,
+            C::Tpm,
+            C::Display,
+            C::Serial,
+            C::Screenshot,
+            C::Clone,
+        ],
+    )
+}
+
+/// A module `base` of two VMs, `one` and `two`, each with a boot disk and a data disk.
+fn base_module() -> Module {
+    let digest = "0".repeat(64);
+    let disk = |name: &str| {
+        serde_json::json!({
+            "name": name, "bus": "virtio", "file": name, "format": "qcow2", "virtual_size": 1 << 30, "size": 1 << 20,
+            "sha256": digest
+        })
+    };
+    let machine = |name: &str| {
+        serde_json::json!({
+            "name": name, "cpus": 1, "memory": 1 << 30, "firmware": "bios", "tpm": false, "nics": [],
+            "disks": [disk("rootdisk"), disk("data")]
+        })
+    };
+    serde_json::from_value(serde_json::json!({
+        "format": 1, "name": "base", "digest": digest, "created": "2026-01-01T00:00:00Z",
+        "machines": [machine("one"), machine("two")],
+        "network": {"declared": false, "vpcs": [], "subnets": []},
+        "provenance": {"manifest": "", "plan": digest, "inputs": [], "versions": {}, "timings": []}
+    }))
+    .unwrap()
+}
+
+fn findings(name: &str, text: &str) -> String {
+    let run = text.lines().next().and_then(|line| line.strip_prefix("# run: ")).unwrap_or("check");
+    let name = format!("{name}.yaml");
+    if run == "check" {
+        let parsed = parse_named(&name, text.as_bytes());
+        let mut diagnostics = parsed.diagnostics;
+        for document in &parsed.documents {
+            diagnostics.extend(check(document));
+        }
+        diagnostic::sort(&mut diagnostics);
+        return diagnostic::render(&diagnostics, &name, text);
+    }
+    let capabilities = if run == "plan on nothing" { Capabilities::new("bare", []) } else { everything() };
+    let mut limits = Limits::default();
+    limits.max_cpu = Some(4);
+    limits.max_memory = Some(4 << 30);
+    limits.max_disks = Some(2);
+    limits.max_vms = Some(4);
+    let inputs =
+        Inputs::new().with_config_map("scripts", "setup", "true").with_secret("keys", "binary", [0xff]);
+    let context =
+        PlanContext::new(&capabilities).with_limits(limits).with_inputs(inputs).with_modules([base_module()]);
+    prepare(&name, text.as_bytes(), &context).render()
+}
+
+/// The names of the manifests in the directory, in order.
+fn cases() -> Vec<String> {
+    let files = fs::read_dir(directory()).unwrap().map(|entry| entry.unwrap().path());
+    let yaml = files.filter(|path| path.extension().is_some_and(|extension| extension == "yaml"));
+    let mut names: Vec<_> = yaml.map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn every_diagnostic_reads_as_it_should() {
+    let mut wrong = Vec::new();
+    for name in cases() {
+        let text = fs::read_to_string(directory().join(format!("{name}.yaml"))).unwrap();
+        let found = findings(&name, &text);
+        let file = directory().join(format!("{name}.txt"));
+        if std::env::var_os("RUDDER_BLESS").is_some() {
+            fs::write(&file, &found).unwrap();
+        }
+        let expected = fs::read_to_string(&file).unwrap_or_default();
+        if found != expected {
+            wrong.push(format!("== {name}: expected\n{expected}\nbut found\n{found}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_code_has_a_case_that_gives_it() {
+    // Only a bug gives this one.
+    let mut missing: BTreeSet<&str> =
+        codes::ALL.iter().map(|code| code.name).filter(|n| *n != "internal").collect();
+    for name in cases() {
+        let text = fs::read_to_string(directory().join(format!("{name}.yaml"))).unwrap();
+        let found = findings(&name, &text);
+        if found.contains(&format!("[{name}]")) {
+            missing.remove(name.as_str());
+        }
+    }
+    assert!(missing.is_empty(), "no case of its own: {missing:?}");
+}
