@@ -1,8 +1,8 @@
 //! What a build says while it runs; serialisable as JSON lines.
 
-use crate::{error::ErrorKind, module::InputRecord};
+use crate::{error::ErrorKind, module::InputRecord, units::human_bytes};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
 /// One thing that happened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -260,4 +260,99 @@ pub struct Timing {
     pub phase: String,
     /// Milliseconds.
     pub millis: u64,
+}
+
+/// Milliseconds for people: `250 ms`, `3.2 s`, `2m5s`.
+fn human_millis(millis: u64) -> String {
+    match millis {
+        0..1000 => format!("{millis} ms"),
+        1000..60_000 => format!("{}.{} s", millis / 1000, millis % 1000 / 100),
+        _ => crate::units::human_duration(std::time::Duration::from_secs(millis / 1000)),
+    }
+}
+
+/// One line for a person (a failure: several), without time and number.
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(vm) = &self.vm {
+            write!(f, "{vm}: ")?;
+        }
+        self.kind.fmt(f)
+    }
+}
+
+/// One line for a person (a failure: several).
+impl fmt::Display for EventKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BuildStarted { build, plan, backend, attempt } => {
+                write!(f, "building {build} on {backend} (plan {})", plan.get(..12).unwrap_or(plan))?;
+                if *attempt > 1 { write!(f, ", attempt {attempt}") } else { Ok(()) }
+            }
+            Self::BuildPhase { phase } => write!(f, "{phase:?}"),
+            Self::VmPhase { phase } => write!(f, "{phase:?}"),
+            Self::Progress { task, done, total } => match total {
+                Some(total) if *total > 0 => {
+                    let percent = u128::from(*done) * 100 / u128::from(*total);
+                    write!(f, "{task}: {} of {} ({percent} %)", human_bytes(*done), human_bytes(*total))
+                }
+                _ => write!(f, "{task}: {}", human_bytes(*done)),
+            },
+            Self::Input(input) => {
+                let digest = input.sha256.short();
+                write!(f, "{}: {} ({}, sha256 {digest}…)", input.role, input.url, human_bytes(input.size))
+            }
+            Self::Notice { message } => f.write_str(message),
+            Self::Warning { message } => write!(f, "warning: {message}"),
+            Self::GuestReady { millis } => write!(f, "logged in {} after power-on", human_millis(*millis)),
+            Self::StepStarted { step, name } => write!(f, "step {} ({name})", step + 1),
+            Self::StepOutput { line, .. } => write!(f, "| {line}"),
+            Self::StepFinished { step, name, millis, success, exit } => {
+                write!(f, "step {} ({name}) ", step + 1)?;
+                match exit {
+                    _ if *success => write!(f, "done in {}", human_millis(*millis)),
+                    Some(exit) => write!(f, "failed after {} with {exit}", human_millis(*millis)),
+                    None => write!(f, "failed after {}", human_millis(*millis)),
+                }
+            }
+            Self::Retrying { attempt, of, reason } => {
+                write!(f, "starting attempt {attempt} of {of}; the one before failed: {reason}")
+            }
+            Self::Kept { lab, access } => {
+                write!(f, "kept for inspection as lab {lab}")?;
+                access.iter().try_for_each(|line| write!(f, "\n  {line}"))
+            }
+            Self::Lagged { missed } => write!(f, "… {missed} events left out …"),
+            Self::Finished { outcome, .. } => match outcome {
+                Outcome::Built { module, path: Some(path) } => {
+                    write!(f, "built module {module}: {}", path.display())
+                }
+                Outcome::Built { module, path: None } => write!(f, "built module {module}"),
+                Outcome::Failed(report) => write!(f, "failed: {report}"),
+                Outcome::Cancelled => f.write_str("cancelled"),
+            },
+        }
+    }
+}
+
+/// The whole of it for a person, on several lines, without a trailing newline.
+impl fmt::Display for FailureReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if let Some(phase) = self.phase {
+            write!(f, "\n  phase: {phase:?}")?;
+        }
+        if let Some(exit) = &self.exit {
+            write!(f, "\n  the command ended with {exit}")?;
+        }
+        for (what, lines) in
+            [("output of the step", &self.output_tail), ("serial console", &self.serial_tail)]
+        {
+            if !lines.is_empty() {
+                write!(f, "\n  {what}, last lines:")?;
+                lines.iter().try_for_each(|line| write!(f, "\n    | {line}"))?;
+            }
+        }
+        self.screenshot.iter().try_for_each(|path| write!(f, "\n  screenshot: {}", path.display()))
+    }
 }

@@ -5,6 +5,7 @@
 //! crate and for the reasons behind its borders.
 
 pub mod backend;
+pub mod build;
 pub mod capability;
 pub mod check;
 pub mod diagnostic;

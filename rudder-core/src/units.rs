@@ -161,6 +161,19 @@ pub fn parse_duration(text: &str) -> Result<Duration, ParseError> {
     Ok(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
 }
 
+/// A duration for people, as [`parse_duration`] reads it: `1h30m`, `5m`, `90ms`; parts below a millisecond are left out.
+#[must_use]
+pub fn human_duration(duration: Duration) -> String {
+    let millis = duration.as_millis();
+    let parts = [(millis / 3_600_000, "h"), (millis / 60_000 % 60, "m"), (millis / 1000 % 60, "s")];
+    let mut text: String =
+        parts.iter().filter(|(n, _)| *n > 0).map(|(n, unit)| format!("{n}{unit}")).collect();
+    if !millis.is_multiple_of(1000) {
+        text.push_str(&format!("{}ms", millis % 1000));
+    }
+    if text.is_empty() { "0s".to_owned() } else { text }
+}
+
 /// Whether this is a Name: `^[a-z0-9]([a-z0-9-]*[a-z0-9])?$`, at most 63 characters (RFC 1123 label).
 #[must_use]
 pub fn is_name(text: &str) -> bool {
@@ -352,6 +365,13 @@ mod tests {
         assert_eq!(parse_duration("0"), Ok(Duration::ZERO));
         for bad in ["", "5", "5 m", "-1m", "1d", "m", "1h1", "9999999999h"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_for_people_read_back() {
+        for text in ["1h30m", "5m", "90ms", "1m30s", "1s500ms", "0s", "26h"] {
+            assert_eq!(parse_duration(text).map(human_duration).as_deref(), Ok(text));
         }
     }
 

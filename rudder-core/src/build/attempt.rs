@@ -1,0 +1,338 @@
+//! The phases of one attempt at a build, as types, and what its VMs share.
+//!
+//! ```text
+//! Pending ──open──▶ Opened ──build──▶ Built ──capture──▶ Captured ──publish──▶ Module
+//!          Networking        Building         CapturingDisks       TemplateProvisioning
+//! ```
+//!
+//! | failed in | what is left behind |
+//! |---|---|
+//! | open | nothing |
+//! | build, capture | the lab; no module |
+//! | publish | the lab; no module, or (when the failure came after the fact) the whole of it |
+//!
+//! Whoever runs the attempt keeps the lab, and removes or keeps it afterwards: see `engine`.
+
+use super::{
+    BuildOptions,
+    guard::Guard,
+    locked::Lock,
+    sink::Sink,
+    talk::Files,
+    vm::{Halted, Planned, Provisioned},
+};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{Backend, Lab, LabSpec, Machine, ModuleDraft, Retention},
+    event::{BuildPhase, EventKind, FailureReport, VmPhase},
+    guest::BuildKey,
+    module::{InputRecord, Module, Provenance, TemplateMachine},
+    plan::{GuestShell, Plan, PlannedContent, PlannedUrl, StepAction},
+};
+use futures::{StreamExt as _, stream::FuturesUnordered};
+use std::{
+    future::Future,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+/// How long a step that must not be torn (opening a lab, publishing) may go on after a cancellation.
+const UNTORN: Duration = Duration::from_secs(10);
+
+/// A failed attempt.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) error: Error,
+    pub(super) report: Box<FailureReport>,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error, report: Box::default() }
+    }
+}
+
+/// What the VMs of an attempt share.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    pub(super) plan: Arc<Plan>,
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) lab: Arc<dyn Lab>,
+    pub(super) options: Arc<BuildOptions>,
+    pub(super) sink: Sink,
+    pub(super) guard: Guard,
+    pub(super) key: BuildKey,
+    pub(super) files: Files,
+    /// The machines that were defined.
+    pub(super) machines: Mutex<Vec<Arc<dyn Machine>>>,
+    /// Whether one was powered on.
+    pub(super) started: AtomicBool,
+    inputs: Mutex<Vec<InputRecord>>,
+}
+
+impl Attempt {
+    /// Takes note of an input; of a locked build, refuses it when its bytes are not those of the record.
+    pub(super) fn input(&self, vm: Option<&str>, input: InputRecord) -> Result<()> {
+        let input = self.sink.masked_input(input);
+        self.options.locked.as_ref().map_or(Ok(()), |lock: &Lock| lock.check(&input))?;
+        let mut inputs = super::log::lock(&self.inputs);
+        if !inputs.contains(&input) {
+            inputs.push(input.clone());
+            drop(inputs);
+            self.sink.emit(vm, EventKind::Input(input));
+        }
+        Ok(())
+    }
+
+    /// Brings a file of the manifest to the host.
+    async fn fetch(&self, url: &PlannedUrl) -> Result<()> {
+        let fetched = self.guard.wait(self.lab.fetch(url, &self.sink.progress(None))).await?;
+        self.input(None, fetched.input)?;
+        self.files.put(url, fetched.path);
+        Ok(())
+    }
+}
+
+/// Nothing is there yet.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) plan: Arc<Plan>,
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) options: Arc<BuildOptions>,
+    pub(super) sink: Sink,
+    pub(super) guard: Guard,
+}
+
+/// The lab is open.
+#[derive(Debug)]
+pub(super) struct Opened(pub(super) Arc<Attempt>);
+
+/// All VMs were provisioned, and are off.
+#[derive(Debug)]
+pub(super) struct Built(Arc<Attempt>, Vec<Halted>);
+
+/// All disks are captured.
+#[derive(Debug)]
+pub(super) struct Captured(Arc<Attempt>, Vec<TemplateMachine>);
+
+impl Pending {
+    /// Opens the lab.
+    pub(super) async fn open(self) -> Result<Opened, Failure> {
+        supported(&self.plan)?;
+        for planned in &self.plan.machines {
+            self.sink.vm_phase(&planned.name, VmPhase::Pending);
+        }
+        self.sink.build_phase(BuildPhase::Networking);
+        let mut spec = LabSpec::new(&self.plan.name, self.plan.network.clone());
+        spec.retention = match self.options.on_failure {
+            super::FailurePolicy::Keep => Retention::MayBeKept,
+            super::FailurePolicy::Destroy => Retention::EndWithOwner,
+        };
+        // Torn in the middle, half a lab would be left that nobody holds.
+        let lab = untorn(&self.guard, self.backend.open_lab(&spec)).await?;
+        let Self { plan, backend, options, sink, guard } = self;
+        Ok(Opened(Arc::new(Attempt {
+            plan,
+            backend,
+            lab,
+            options,
+            sink,
+            guard,
+            key: BuildKey::generate(),
+            files: Files::default(),
+            machines: Mutex::default(),
+            started: AtomicBool::new(false),
+            inputs: Mutex::default(),
+        })))
+    }
+}
+
+impl Opened {
+    /// Imports, boots, provisions and shuts down all VMs, side by side.
+    ///
+    /// All VMs are defined before the first is powered on, and all are provisioned before the first is shut down: the
+    /// steps of one may need the others.
+    pub(super) async fn build(self) -> Result<Built, Failure> {
+        let Self(attempt) = self;
+        attempt.guard.halted()?;
+        attempt.sink.build_phase(BuildPhase::Building);
+        let halt = &attempt.guard.halt;
+
+        let fetching = side_by_side(
+            halt,
+            wanted(&attempt.plan).into_iter().map(|(name, url)| {
+                let attempt = &attempt;
+                async move {
+                    attempt.fetch(url).await.map_err(|error| Failure::from(error.with_context("file", name)))
+                }
+            }),
+        );
+        let importing = side_by_side(halt, Planned::all(&attempt).into_iter().map(Planned::import));
+        let (fetched, imported) = futures::join!(fetching, importing);
+        let defined = first_of(imported, fetched)?;
+
+        let (waiting, all_done) = (AtomicUsize::new(defined.len()), CancellationToken::new());
+        let provisioned = side_by_side(
+            halt,
+            defined.into_iter().map(|vm| async {
+                let provisioned = vm.boot().await?.provision().await?;
+                if waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    all_done.cancel();
+                }
+                provisioned.stand_by(&all_done).await
+            }),
+        )
+        .await?;
+        let halted = side_by_side(halt, provisioned.into_iter().map(Provisioned::shut_down)).await?;
+        Ok(Built(attempt, halted))
+    }
+}
+
+impl Built {
+    /// Captures all disks of all VMs, side by side.
+    pub(super) async fn capture(self) -> Result<Captured, Failure> {
+        let Self(attempt, halted) = self;
+        attempt.guard.halted()?;
+        attempt.sink.build_phase(BuildPhase::CapturingDisks);
+        let templates = side_by_side(&attempt.guard.halt, halted.into_iter().map(Halted::capture)).await?;
+        Ok(Captured(attempt, templates))
+    }
+}
+
+impl Captured {
+    /// Publishes the module. A cancellation that comes now comes too late, unless publishing hangs.
+    pub(super) async fn publish(self) -> Result<Module, Failure> {
+        let Self(attempt, templates) = self;
+        attempt.guard.halted()?;
+        attempt.sink.build_phase(BuildPhase::TemplateProvisioning);
+        let (plan, sink) = (&attempt.plan, &attempt.sink);
+        let mut provenance = Provenance::new(sink.mask(&plan.manifest), plan.digest);
+        provenance.inputs = super::log::lock(&attempt.inputs).clone();
+        provenance.inputs.sort_by(|a, b| (&a.role, &a.url).cmp(&(&b.role, &b.url)));
+        provenance.versions = attempt.lab.versions();
+        provenance.versions.insert("rudder".into(), env!("CARGO_PKG_VERSION").into());
+        provenance.versions.insert("backend".into(), attempt.backend.name().to_owned());
+        provenance.timings = sink.timings();
+        provenance.not_repeatable.clone_from(&plan.not_repeatable);
+        provenance.warnings = sink.warnings();
+        let draft = ModuleDraft::new(&plan.name, templates, plan.template_network.clone(), provenance);
+        let module = untorn(&attempt.guard, attempt.lab.publish(draft)).await?;
+        for planned in &plan.machines {
+            sink.vm_phase(&planned.name, VmPhase::Succeeded);
+        }
+        Ok(module)
+    }
+}
+
+/// Refuses what this engine does not do, for plans that were made without asking it. Nothing is ignored silently.
+fn supported(plan: &Plan) -> Result<()> {
+    let refuse = |what: &str, vm: Option<&str>| {
+        let message = format!("this version of rudder cannot do what the plan asks for: {what}");
+        let error = Error::new(ErrorKind::Unsupported, message);
+        Err(match vm {
+            Some(vm) => error.with_context("vm", vm),
+            None => error,
+        })
+    };
+    if !plan.http_files.is_empty() {
+        return refuse("files served over HTTP", None);
+    }
+    for machine in &plan.machines {
+        let vm = Some(machine.name.as_str());
+        if !machine.isos.is_empty() {
+            return refuse("CD-ROMs", vm);
+        }
+        if !machine.floppy.is_empty() {
+            return refuse("a floppy", vm);
+        }
+        if !machine.boot_command.is_empty() {
+            return refuse("a boot command", vm);
+        }
+        if machine.communicator.shell != GuestShell::Bash {
+            return refuse("a PowerShell guest", vm);
+        }
+        for step in &machine.steps {
+            match &step.action {
+                StepAction::Shell { .. } | StepAction::File { .. } | StepAction::Reboot { .. } => {}
+                StepAction::WindowsUpdate { .. } => return refuse("a windows-update step", vm),
+                StepAction::Handbuild { .. } => return refuse("a handbuild step", vm),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The files behind URLs that steps put into guests, each URL once, with what it is called.
+fn wanted(plan: &Plan) -> Vec<(&str, &PlannedUrl)> {
+    let mut wanted: Vec<(&str, &PlannedUrl)> = Vec::new();
+    for step in plan.machines.iter().flat_map(|machine| &machine.steps) {
+        if let StepAction::File { content: PlannedContent::Url(url), label, .. } = &step.action
+            && !wanted.iter().any(|(_, known)| *known == url)
+        {
+            wanted.push((label, url));
+        }
+    }
+    wanted
+}
+
+/// Runs the same phase of several VMs side by side. The first failure cancels the rest, and is what comes out when all
+/// have ended; otherwise the results come in the order of the VMs.
+async fn side_by_side<T, F>(
+    halt: &CancellationToken,
+    work: impl Iterator<Item = F>,
+) -> Result<Vec<T>, Failure>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    let mut running: FuturesUnordered<_> =
+        work.enumerate().map(|(place, work)| async move { (place, work.await) }).collect();
+    let mut done = Vec::new();
+    let mut first: Option<Failure> = None;
+    while let Some((place, result)) = running.next().await {
+        match result {
+            Ok(value) => done.push((place, value)),
+            Err(failure) => {
+                halt.cancel();
+                first = Some(match first {
+                    None => failure,
+                    Some(known) => worse(known, failure),
+                });
+            }
+        }
+    }
+    done.sort_by_key(|(place, _)| *place);
+    first.map_or_else(|| Ok(done.into_iter().map(|(_, value)| value).collect()), Err)
+}
+
+/// Of two failures the first; but one that was only cancelled explains nothing.
+fn worse(first: Failure, second: Failure) -> Failure {
+    if first.error.kind() == ErrorKind::Cancelled { second } else { first }
+}
+
+/// Both, or the failure that explains more.
+fn first_of<T, U>(one: Result<T, Failure>, other: Result<U, Failure>) -> Result<T, Failure> {
+    match (one, other) {
+        (Ok(value), Ok(_)) => Ok(value),
+        (Err(one), Err(other)) => Err(worse(one, other)),
+        (Err(one), Ok(_)) => Err(one),
+        (Ok(_), Err(other)) => Err(other),
+    }
+}
+
+/// Waits for something that is better not torn: after a cancellation or the deadline it may go on for a moment, and when
+/// it ends well then, it has.
+async fn untorn<T>(guard: &Guard, thing: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::pin!(thing);
+    match guard.wait(async { Ok(thing.as_mut().await) }).await {
+        Ok(result) => result,
+        Err(stopped) => match timeout(UNTORN, thing).await {
+            Ok(Ok(value)) => Ok(value),
+            _ => Err(stopped),
+        },
+    }
+}

@@ -1,0 +1,157 @@
+//! Driving a build from its first attempt to its outcome, and cleaning up behind every attempt.
+//!
+//! Everything that an attempt makes is in its lab, and the lab is held here: whatever happens inside (failure, cancellation,
+//! panic), it is destroyed, or kept when the caller asked for that, before the outcome is told.
+
+use super::{
+    Build, BuildFailure, BuildOptions, FailurePolicy,
+    attempt::{Attempt, Failure, Pending},
+    guard::{Guard, cancelled},
+    keep::keep,
+    limit::{Deadline, Verdict, after_failure},
+    sink::Sink,
+};
+use crate::{
+    Error, ErrorKind,
+    backend::{KeptLab, Lab},
+    event::{BuildPhase, EventKind, FailureReport, Outcome},
+    module::Module,
+};
+use futures::FutureExt as _;
+use std::{
+    panic::AssertUnwindSafe,
+    sync::{Arc, atomic::Ordering},
+};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+/// Runs a build to its end. Never fails to clean up, never panics with the engine's own work.
+pub(super) async fn run(
+    build: Build,
+    sink: Sink,
+    cancel: CancellationToken,
+) -> Result<Module, Box<BuildFailure>> {
+    let Build { plan, backend, options } = build;
+    let options = Arc::new(options);
+    let deadline = Deadline::new(Instant::now(), plan.timeout);
+    let mut attempt = 1;
+    let (failure, kept) = loop {
+        sink.started(&plan.name, &plan.digest.to_string(), backend.name(), attempt);
+        sink.build_phase(BuildPhase::Pending);
+        let pending = Pending {
+            plan: Arc::clone(&plan),
+            backend: Arc::clone(&backend),
+            options: Arc::clone(&options),
+            sink: sink.clone(),
+            // A failing VM stops the others of its attempt, not the attempts that follow.
+            guard: Guard { halt: cancel.child_token(), deadline },
+        };
+        let (result, opened) = one_attempt(pending).await;
+        match result {
+            Ok(module) => {
+                sink.build_phase(BuildPhase::Succeeded);
+                if let Some(opened) = opened {
+                    destroy(&opened.lab, &options, &sink).await;
+                }
+                sink.finished(Outcome::Built { module: module.name.clone(), path: module.path.clone() });
+                return Ok(module);
+            }
+            Err(failure) => {
+                sink.build_phase(BuildPhase::Failed);
+                // What failed while being cancelled failed of that.
+                let failure = if cancel.is_cancelled() { Failure::from(cancelled()) } else { failure };
+                let left = deadline.left(Instant::now());
+                match after_failure(attempt, plan.retries, &failure.error, left) {
+                    Verdict::GiveUp => {
+                        let is_failed = failure.error.kind() != ErrorKind::Cancelled;
+                        break (failure, clean_up(opened, &options, &sink, is_failed).await);
+                    }
+                    Verdict::Again(next) => {
+                        clean_up(opened, &options, &sink, false).await;
+                        if cancel.is_cancelled() {
+                            break (Failure::from(cancelled()), None);
+                        }
+                        attempt = next;
+                        let reason = failure.error.report();
+                        sink.emit(
+                            None,
+                            EventKind::Retrying { attempt, of: plan.retries.saturating_add(1), reason },
+                        );
+                    }
+                }
+            }
+        }
+    };
+    let error = failure.error.with_context("build", &plan.name).map_text(|text| sink.mask(text));
+    if error.kind() == ErrorKind::Cancelled {
+        sink.finished(Outcome::Cancelled);
+        return Err(Box::new(BuildFailure { error, report: FailureReport::default(), kept }));
+    }
+    let report = FailureReport { kind: Some(error.kind()), message: error.report(), ..*failure.report };
+    let report = sink.masked_report(report);
+    sink.finished(Outcome::Failed(Box::new(report.clone())));
+    Err(Box::new(BuildFailure { error, report, kept }))
+}
+
+/// One attempt, and what must be cleaned up behind it.
+async fn one_attempt(pending: Pending) -> (Result<Module, Failure>, Option<Arc<Attempt>>) {
+    let opened = match caught(pending.open()).await {
+        Ok(opened) => opened,
+        Err(failure) => return (Err(failure), None),
+    };
+    let attempt = Arc::clone(&opened.0);
+    let work = async move { opened.build().await?.capture().await?.publish().await };
+    (caught(work).await, Some(attempt))
+}
+
+/// A panic inside an attempt is a failure like others: what it left behind is cleaned up.
+async fn caught<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+        let error = Error::new(ErrorKind::Internal, format!("the engine panicked: {text}"));
+        Err(error.with_help("this is a bug of Rudder or of the backend: please report it").into())
+    })
+}
+
+/// Destroys the lab of a failed attempt, or keeps it.
+async fn clean_up(
+    attempt: Option<Arc<Attempt>>,
+    options: &BuildOptions,
+    sink: &Sink,
+    may_keep: bool,
+) -> Option<KeptLab> {
+    let attempt = attempt?;
+    let wanted = may_keep && options.on_failure == FailurePolicy::Keep;
+    // Without a machine there is nothing to look at.
+    if wanted && attempt.started.load(Ordering::Relaxed) {
+        match timeout(options.cleanup_limit, keep(&attempt)).await {
+            Ok(Ok(kept)) => {
+                let (access, lab) = (kept.access.clone(), kept.id.to_string());
+                sink.emit(None, EventKind::Kept { access, lab });
+                return Some(kept);
+            }
+            Ok(Err(error)) => sink.warn(None, format!("the machines cannot be kept: {}", error.report())),
+            Err(_) => sink.warn(None, "the machines cannot be kept: the backend did not answer"),
+        }
+    }
+    destroy(&attempt.lab, options, sink).await;
+    None
+}
+
+/// Destroys a lab; what cannot be removed is told, and hides neither a module nor a failure.
+async fn destroy(lab: &Arc<dyn Lab>, options: &BuildOptions, sink: &Sink) {
+    let left = match timeout(options.cleanup_limit, caught_destroy(lab)).await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.report(),
+        Err(_) => format!("it took longer than {}", crate::units::human_duration(options.cleanup_limit)),
+    };
+    sink.warn(
+        None,
+        format!("lab {} could not be removed and is left to the next clean-up: {left}", lab.id()),
+    );
+}
+
+async fn caught_destroy(lab: &Arc<dyn Lab>) -> crate::Result<()> {
+    caught(async { Ok(lab.destroy().await?) }).await.map_err(|failure| failure.error)
+}

@@ -1,0 +1,125 @@
+//! What is gathered about a failure before its machine is torn down: console, screen, last words.
+
+use super::sink::Sink;
+use crate::{backend::Machine, capability::Capability, event::FailureReport};
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::time::timeout;
+
+/// How long a dying machine may take to give each piece of evidence.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How much of the serial console is read, in bytes, and shown, in lines.
+const SERIAL_BYTES: usize = 16 * 1024;
+const SERIAL_LINES: usize = 40;
+
+/// Adds what the machine can still tell. Never fails: a piece that cannot be had is left out.
+pub(super) async fn gather(
+    report: &mut FailureReport,
+    machine: &Arc<dyn Machine>,
+    screenshots: Option<&Path>,
+    sink: &Sink,
+) {
+    if let Ok(Ok(bytes)) = timeout(PATIENCE, machine.serial_tail(SERIAL_BYTES)).await {
+        // Masked as one text first: a secret may run over lines.
+        let text = sink.mask(&plain_lines(&bytes).join("\n"));
+        let lines: Vec<&str> = text.lines().collect();
+        let shown = &lines[lines.len().saturating_sub(SERIAL_LINES)..];
+        report.serial_tail = shown.iter().map(|line| (*line).to_owned()).collect();
+    }
+    let Some(path) = screenshots else { return };
+    if let Ok(Ok(png)) = timeout(PATIENCE, machine.screenshot()).await {
+        match save(path, &png).await {
+            Ok(()) => report.screenshot = Some(path.to_owned()),
+            Err(error) => tracing::warn!(%error, path = %path.display(), "cannot save the screenshot"),
+        }
+    }
+}
+
+/// Where the screenshot of a VM goes; `None` where no directory was given or the backend has no screenshots.
+pub(super) fn screenshot_path(
+    dir: Option<&Path>,
+    capabilities: &crate::capability::Capabilities,
+    lab: &str,
+    vm: &str,
+) -> Option<PathBuf> {
+    let dir = dir.filter(|_| capabilities.has(Capability::Screenshot))?;
+    Some(dir.join(format!("{lab}-{vm}.png")))
+}
+
+/// Writes a file that only its owner may read, and the directory it is in.
+pub(super) async fn save(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let (path, bytes) = (path.to_owned(), bytes.to_vec());
+    let write = move || {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).create(true).truncate(true);
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        options.open(&path)?.write_all(&bytes)
+    };
+    tokio::task::spawn_blocking(write).await.map_err(std::io::Error::other)?
+}
+
+/// The lines of a terminal's output without its control sequences (ECMA-48), read with the states of a terminal. Carriage
+/// returns end a line too: progress bars overwrite themselves with them. Empty lines are left out.
+fn plain_lines(bytes: &[u8]) -> Vec<String> {
+    #[derive(Default)]
+    struct Screen {
+        lines: Vec<String>,
+        line: String,
+    }
+    impl Screen {
+        fn end_line(&mut self) {
+            let line = std::mem::take(&mut self.line);
+            if !line.trim().is_empty() {
+                self.lines.push(line.trim_end().to_owned());
+            }
+        }
+    }
+    impl vte::Perform for Screen {
+        fn print(&mut self, c: char) {
+            if !c.is_control() {
+                self.line.push(c);
+            }
+        }
+
+        fn execute(&mut self, byte: u8) {
+            match byte {
+                b'\n' | b'\r' => self.end_line(),
+                b'\t' => self.line.push(' '),
+                _ => {}
+            }
+        }
+    }
+    let mut screen = Screen::default();
+    vte::Parser::new().advance(&mut screen, bytes);
+    screen.end_line();
+    screen.lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_console_becomes_plain_lines() {
+        let console = b"\x1b[2J\x1b[1;1HLoading\x1b[0m...\r\n\r\n10%\r20%\r\n\x1b]0;title\x07login:\ttty\x07 \xff\x1b[K";
+        assert_eq!(plain_lines(console), ["Loading...", "10%", "20%", "login: tty \u{fffd}"]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_control_character_is_left(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
+            for line in plain_lines(&bytes) {
+                prop_assert!(!line.contains(|c: char| c.is_ascii_control()), "{:?}", line);
+                prop_assert!(!line.trim().is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Waiting: always for one of four, the thing itself, the end of the machine, a cancellation, a deadline.
+
+use super::limit::Deadline;
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{Death, Exit, Machine},
+};
+use std::{future::Future, sync::Arc, time::Duration};
+use tokio::time::{sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+/// How long a failed conversation waits for the hypervisor to explain it: a dead machine is reported within this.
+const EXPLANATION: Duration = Duration::from_secs(2);
+
+/// What every wait of a build watches beside the thing it waits for.
+#[derive(Debug, Clone)]
+pub(super) struct Guard {
+    pub(super) halt: CancellationToken,
+    pub(super) deadline: Deadline,
+}
+
+impl Guard {
+    /// Between two phases: whether to go on.
+    pub(super) fn halted(&self) -> Result<()> {
+        if self.halt.is_cancelled() { Err(cancelled()) } else { Ok(()) }
+    }
+
+    /// Waits for something that needs no machine. On cancellation or at the deadline its future is dropped.
+    pub(super) async fn wait<T>(&self, thing: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.halt.cancelled() => Err(cancelled()),
+            result = thing => result,
+            () = sleep_until(self.deadline.at) => Err(self.deadline.error()),
+        }
+    }
+
+    /// Waits for something that needs the machine to run; `doing` ends the sentence "… while".
+    pub(super) async fn watch<T>(
+        &self,
+        machine: &Arc<dyn Machine>,
+        doing: &str,
+        thing: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.halt.cancelled() => Err(cancelled()),
+            exit = machine.wait() => Err(ended(&exit?, doing)),
+            result = thing => match result {
+                Ok(value) => Ok(value),
+                Err(error) => Err(explain(machine, doing, error).await),
+            },
+            () = sleep_until(self.deadline.at) => Err(self.deadline.error()),
+        }
+    }
+}
+
+/// A conversation that broke because its machine ended is the machine's failure; the hypervisor may need a moment to see it.
+pub(super) async fn explain(machine: &Arc<dyn Machine>, doing: &str, error: Error) -> Error {
+    let broke = matches!(
+        error.kind(),
+        ErrorKind::Protocol | ErrorKind::GuestUnreachable | ErrorKind::Io | ErrorKind::MachineDied
+    );
+    // A step that failed on its own is told at once; the machine is asked all the same whether it has just ended.
+    let patience = if broke { EXPLANATION } else { Duration::from_millis(50) };
+    match timeout(patience, machine.wait()).await {
+        Ok(Ok(exit)) => ended(&exit, doing).with_source(error),
+        _ => error,
+    }
+}
+
+/// The caller cancelled, or another VM of the build failed first.
+pub(super) fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "the build was cancelled")
+}
+
+/// A machine ended that should have been running.
+pub(super) fn ended(exit: &Exit, doing: &str) -> Error {
+    let (kind, message) = match exit {
+        Exit::PoweredOff => (ErrorKind::MachineDied, format!("the guest switched itself off while {doing}")),
+        Exit::Killed { why } => {
+            (ErrorKind::MachineDied, format!("the machine was killed while {doing}: {why}"))
+        }
+        Exit::Died { cause, detail } => {
+            let what = match cause {
+                Death::Hypervisor => "the hypervisor's process ended",
+                Death::GuestPanic => "the guest's kernel panicked",
+                Death::IoError => "a disk of the machine could not be read or written on the host",
+                Death::HostDiskFull => "the host has no space left for a disk of the machine",
+            };
+            let kind = match cause {
+                Death::HostDiskFull => ErrorKind::HostDiskFull,
+                _ => ErrorKind::MachineDied,
+            };
+            let detail = if detail.is_empty() { String::new() } else { format!(": {detail}") };
+            (kind, format!("{what} while {doing}{detail}"))
+        }
+    };
+    let error = Error::new(kind, message);
+    match (exit, kind) {
+        (Exit::PoweredOff, _) => {
+            error.with_help("a guest must stay on until its last step has ended; Rudder switches it off")
+        }
+        (_, ErrorKind::HostDiskFull) => error.with_help("free some space, or build in another store"),
+        _ => error,
+    }
+}

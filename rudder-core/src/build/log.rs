@@ -1,0 +1,205 @@
+//! The log of a build's events: bounded, never in the way of the engine, read by any number of readers.
+//!
+//! Readers hold nothing but the number of the event they want next, so a slow one costs nothing and stalls nobody. Events
+//! that tell how the build goes (phases, steps, inputs, warnings, the outcome) stay for the life of the log: the plan
+//! bounds their number. Events that only pass by (progress, output, notices) share a ring; a reader that was too slow for
+//! some of them is told how many ([`EventKind::Lagged`]).
+
+use crate::event::{Event, EventKind};
+use futures::{Stream, stream::BoxStream};
+use std::{
+    collections::VecDeque,
+    fmt,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+};
+use tokio::sync::watch;
+
+/// The events so far, as far as they are kept.
+#[derive(Debug)]
+pub(super) struct Log {
+    next: u64,
+    lasting: Vec<Arc<Event>>,
+    passing: VecDeque<Arc<Event>>,
+    capacity: usize,
+}
+
+/// What a reader that wants event `n` gets.
+#[derive(Debug, PartialEq)]
+pub(super) enum Read {
+    /// The event; the reader wants the one behind it next.
+    Event(Arc<Event>),
+    /// Nothing yet.
+    Later,
+}
+
+impl Log {
+    /// An empty log that keeps this many passing events.
+    pub(super) fn new(capacity: usize) -> Self {
+        Self { next: 0, lasting: Vec::new(), passing: VecDeque::new(), capacity }
+    }
+
+    /// Adds an event, and drops the oldest passing one when there are too many.
+    pub(super) fn push(&mut self, time: jiff::Timestamp, vm: Option<String>, kind: EventKind) {
+        let lasting = is_lasting(&kind);
+        let event = Arc::new(Event { seq: self.next, time, vm, kind });
+        self.next += 1;
+        if lasting {
+            self.lasting.push(event);
+        } else {
+            self.passing.push_back(event);
+            if self.passing.len() > self.capacity {
+                self.passing.pop_front();
+            }
+        }
+    }
+
+    /// The first event that is kept from `seq` on; when some before it are gone, first a [`EventKind::Lagged`] in their place.
+    pub(super) fn read(&self, seq: u64) -> Read {
+        let lasting = self.lasting.get(self.lasting.partition_point(|event| event.seq < seq));
+        let passing = self.passing.get(self.passing.partition_point(|event| event.seq < seq));
+        let Some(event) = lasting.into_iter().chain(passing).min_by_key(|event| event.seq) else {
+            return Read::Later;
+        };
+        if event.seq == seq {
+            return Read::Event(Arc::clone(event));
+        }
+        let kind = EventKind::Lagged { missed: event.seq - seq };
+        Read::Event(Arc::new(Event { seq: event.seq - 1, time: event.time, vm: None, kind }))
+    }
+}
+
+/// Whether an event must reach every reader, however slow.
+fn is_lasting(kind: &EventKind) -> bool {
+    !matches!(kind, EventKind::Progress { .. } | EventKind::StepOutput { .. } | EventKind::Notice { .. })
+}
+
+/// The events of a build, from its first one on, as a stream that ends after [`EventKind::Finished`].
+///
+/// A reader that is too slow misses progress, output and notices, and is told how many by [`EventKind::Lagged`]; it never
+/// stalls the build. Dropping it changes nothing for the build.
+pub struct Events(BoxStream<'static, Event>);
+
+impl Events {
+    pub(super) fn new(log: Arc<Mutex<Log>>, pulse: watch::Receiver<()>) -> Self {
+        let start = (log, pulse, Some(0u64));
+        Self(Box::pin(futures::stream::unfold(start, |(log, mut pulse, seq)| async move {
+            let seq = seq?;
+            loop {
+                // Marked as seen before reading: what is pushed in between wakes us again.
+                pulse.mark_unchanged();
+                let read = lock(&log).read(seq);
+                if let Read::Event(event) = read {
+                    let last = matches!(event.kind, EventKind::Finished { .. });
+                    let next = (!last).then_some(event.seq + 1);
+                    return Some(((*event).clone(), (log, pulse, next)));
+                }
+                // The engine is gone without a last word: its runtime was shut down.
+                if pulse.changed().await.is_err() && lock(&log).read(seq) == Read::Later {
+                    return None;
+                }
+            }
+        })))
+    }
+
+    /// The next event; `None` after the last.
+    pub async fn next(&mut self) -> Option<Event> {
+        futures::StreamExt::next(&mut self.0).await
+    }
+}
+
+impl Stream for Events {
+    type Item = Event;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+        self.0.as_mut().poll_next(cx)
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Events")
+    }
+}
+
+/// Locks, also after a panic elsewhere: what is inside is never left half-changed.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::event::BuildPhase;
+    use proptest::prelude::*;
+
+    fn passing(n: u64) -> EventKind {
+        EventKind::Progress { task: "t".into(), done: n, total: None }
+    }
+
+    fn drain(log: &Log, mut seq: u64) -> Vec<Event> {
+        let mut seen = Vec::new();
+        while let Read::Event(event) = log.read(seq) {
+            seq = event.seq + 1;
+            seen.push((*event).clone());
+        }
+        seen
+    }
+
+    proptest! {
+        /// Whatever is pushed: every reader sees every lasting event, in order, and knows exactly how many others it missed.
+        #[test]
+        fn readers_see_what_lasts_and_count_what_passed(
+            lasting in prop::collection::vec(any::<bool>(), 0..200),
+            capacity in 1usize..20,
+            from in 0u64..50,
+        ) {
+            let mut log = Log::new(capacity);
+            for (n, lasting) in lasting.iter().enumerate() {
+                let kind = if *lasting { EventKind::BuildPhase { phase: BuildPhase::Building } } else { passing(n as u64) };
+                log.push(jiff::Timestamp::UNIX_EPOCH, None, kind);
+            }
+            prop_assert!(log.passing.len() <= capacity);
+            let seen = drain(&log, from);
+            let mut next = from;
+            for event in &seen {
+                match event.kind {
+                    EventKind::Lagged { missed } => {
+                        for seq in next..next + missed {
+                            prop_assert!(!lasting[usize::try_from(seq).unwrap()], "lost event {}", seq);
+                        }
+                        next += missed;
+                        prop_assert_eq!(event.seq, next - 1);
+                    }
+                    _ => {
+                        prop_assert_eq!(event.seq, next);
+                        next += 1;
+                    }
+                }
+            }
+            let wanted = lasting.iter().enumerate().filter(|(n, l)| **l && *n as u64 >= from).count();
+            prop_assert_eq!(seen.iter().filter(|e| matches!(e.kind, EventKind::BuildPhase { .. })).count(), wanted);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_ends_with_the_last_word_or_with_its_engine() {
+        let log = Arc::new(Mutex::new(Log::new(4)));
+        let (pulse, seen) = watch::channel(());
+        lock(&log).push(jiff::Timestamp::UNIX_EPOCH, None, passing(0));
+        let mut first = Events::new(Arc::clone(&log), seen.clone());
+        let mut second = Events::new(Arc::clone(&log), seen);
+        assert_eq!(first.next().await.unwrap().seq, 0);
+        let outcome = crate::event::Outcome::Cancelled;
+        lock(&log).push(jiff::Timestamp::UNIX_EPOCH, None, EventKind::Finished { outcome, timings: vec![] });
+        pulse.send_replace(());
+        assert_eq!(first.next().await.unwrap().seq, 1);
+        assert_eq!(first.next().await, None);
+        drop(pulse);
+        assert_eq!(second.next().await.unwrap().seq, 0);
+        assert_eq!(second.next().await.unwrap().seq, 1);
+        assert_eq!(second.next().await, None);
+    }
+}

@@ -1,0 +1,281 @@
+//! The one place through which a build speaks: every event passes here, loses its secrets, is thinned, numbered and timed.
+
+use super::log::{Log, lock};
+use crate::{
+    backend::{Progress, ProgressEvent},
+    event::{BuildPhase, EventKind, FailureReport, Outcome, OutputStream, Timing, VmPhase},
+    module::InputRecord,
+    secret::Masker,
+};
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::{sync::watch, time::Instant};
+
+/// How often progress of one task is told, at most; its last word always is.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// How many of a step's last lines a failure report shows.
+const OUTPUT_TAIL: usize = 30;
+
+/// Where the engine says what happens. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Sink(Arc<Inner>);
+
+struct Inner {
+    log: Arc<Mutex<Log>>,
+    pulse: watch::Sender<()>,
+    masker: Masker,
+    state: Mutex<State>,
+}
+
+/// What the sink remembers of what was said.
+#[derive(Default)]
+struct State {
+    /// The phase of the build (`None`) and of each VM, and since when.
+    phases: HashMap<Option<String>, (String, Instant)>,
+    vm_phases: HashMap<String, VmPhase>,
+    timings: Vec<Timing>,
+    warnings: Vec<String>,
+    tails: HashMap<String, VecDeque<String>>,
+    tasks: HashMap<(Option<String>, String), Task>,
+}
+
+/// How far a task's progress was told.
+struct Task {
+    told: Instant,
+    /// What was held back since.
+    held: Option<(u64, Option<u64>)>,
+    complete: bool,
+}
+
+impl Sink {
+    pub(super) fn new(masker: Masker, capacity: usize) -> (Self, Arc<Mutex<Log>>, watch::Receiver<()>) {
+        let log = Arc::new(Mutex::new(Log::new(capacity)));
+        let (pulse, seen) = watch::channel(());
+        let inner = Inner { log: Arc::clone(&log), pulse, masker, state: Mutex::default() };
+        (Self(Arc::new(inner)), log, seen)
+    }
+
+    /// Takes the secrets out of a text.
+    pub(super) fn mask(&self, text: &str) -> String {
+        self.0.masker.mask(text).into_owned()
+    }
+
+    /// What takes the secrets out.
+    pub(super) fn masker(&self) -> &Masker {
+        &self.0.masker
+    }
+
+    /// Tells that an attempt begins; what was remembered of the one before is forgotten, warnings too.
+    pub(super) fn started(&self, build: &str, plan: &str, backend: &str, attempt: u32) {
+        *lock(&self.0.state) = State::default();
+        let (build, plan, backend) = (build.to_owned(), plan.to_owned(), backend.to_owned());
+        self.emit(None, EventKind::BuildStarted { build, plan, backend, attempt });
+    }
+
+    /// Tells that the build entered a phase.
+    pub(super) fn build_phase(&self, phase: BuildPhase) {
+        tracing::debug!(?phase, "build phase");
+        let last = matches!(phase, BuildPhase::Succeeded | BuildPhase::Failed);
+        self.clock(None, (!last).then(|| format!("{phase:?}")));
+        self.emit(None, EventKind::BuildPhase { phase });
+    }
+
+    /// Tells that a VM entered a phase.
+    pub(super) fn vm_phase(&self, vm: &str, phase: VmPhase) {
+        tracing::debug!(vm, ?phase, "VM phase");
+        let last = matches!(phase, VmPhase::Succeeded | VmPhase::Failed);
+        self.clock(Some(vm), (!last).then(|| format!("{phase:?}")));
+        lock(&self.0.state).vm_phases.insert(vm.to_owned(), phase);
+        self.emit(Some(vm), EventKind::VmPhase { phase });
+    }
+
+    /// The phase that a VM is in.
+    pub(super) fn phase_of(&self, vm: &str) -> VmPhase {
+        lock(&self.0.state).vm_phases.get(vm).copied().unwrap_or(VmPhase::Pending)
+    }
+
+    /// Tells a warning, and keeps it for the provenance.
+    pub(super) fn warn(&self, vm: Option<&str>, message: impl Into<String>) {
+        let message = self.mask(&message.into());
+        let kept = vm.map_or_else(|| message.clone(), |vm| format!("vm {vm}: {message}"));
+        lock(&self.0.state).warnings.push(kept);
+        self.emit(vm, EventKind::Warning { message });
+    }
+
+    /// Tells a line of a step, and keeps the last ones for a failure report.
+    pub(super) fn output(&self, vm: &str, step: usize, stream: OutputStream, line: &str) {
+        let line = self.mask(line);
+        {
+            let mut state = lock(&self.0.state);
+            let tail = state.tails.entry(vm.to_owned()).or_default();
+            if tail.len() == OUTPUT_TAIL {
+                tail.pop_front();
+            }
+            tail.push_back(line.clone());
+        }
+        self.push(Some(vm), EventKind::StepOutput { step, stream, line });
+    }
+
+    /// Tells that a step begins; the lines of the one before are forgotten.
+    pub(super) fn step_started(&self, vm: &str, step: usize, name: &str) {
+        lock(&self.0.state).tails.remove(vm);
+        self.emit(Some(vm), EventKind::StepStarted { step, name: name.to_owned() });
+    }
+
+    /// The last lines that the step of a VM wrote.
+    pub(super) fn output_tail(&self, vm: &str) -> Vec<String> {
+        lock(&self.0.state).tails.get(vm).into_iter().flatten().cloned().collect()
+    }
+
+    /// The warnings of this attempt so far.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        lock(&self.0.state).warnings.clone()
+    }
+
+    /// How long each phase took so far; those that go on count until now.
+    pub(super) fn timings(&self) -> Vec<Timing> {
+        let state = lock(&self.0.state);
+        let mut open: Vec<_> = state.phases.iter().collect();
+        open.sort_by_key(|(vm, (_, since))| (*since, (*vm).clone()));
+        let open = open.into_iter().map(|(vm, (phase, since))| timing(vm.clone(), phase, *since));
+        state.timings.iter().cloned().chain(open).collect()
+    }
+
+    /// What a backend reports progress of a VM (or of the build) to.
+    pub(super) fn progress(&self, vm: Option<&str>) -> Progress {
+        let (sink, vm) = (self.clone(), vm.map(str::to_owned));
+        Progress::new(move |event| match event {
+            ProgressEvent::Bytes { task, done, total } => sink.bytes(vm.as_deref(), task, done, total),
+            ProgressEvent::Notice(message) => sink.emit(vm.as_deref(), EventKind::Notice { message }),
+        })
+    }
+
+    /// Says how the build ended. Nothing comes after it.
+    pub(super) fn finished(&self, outcome: Outcome) {
+        let timings = self.timings();
+        self.emit(None, EventKind::Finished { outcome, timings });
+    }
+
+    /// Says anything else. Progress that was held back is told before it.
+    pub(super) fn emit(&self, vm: Option<&str>, kind: EventKind) {
+        self.flush(vm);
+        self.push(vm, self.masked(kind));
+    }
+
+    /// Numbers an event, and wakes the readers.
+    fn push(&self, vm: Option<&str>, kind: EventKind) {
+        lock(&self.0.log).push(jiff::Timestamp::now(), vm.map(str::to_owned), kind);
+        self.0.pulse.send_replace(());
+    }
+
+    /// Progress of a task: told when the last word on it is old enough, or when it is complete.
+    fn bytes(&self, vm: Option<&str>, task: String, done: u64, total: Option<u64>) {
+        let complete = total.is_some_and(|total| done >= total);
+        let now = Instant::now();
+        {
+            let mut state = lock(&self.0.state);
+            let key = (vm.map(str::to_owned), task.clone());
+            match state.tasks.get_mut(&key) {
+                Some(known) if known.complete && complete => return,
+                Some(known) if !complete && now.duration_since(known.told) < PROGRESS_INTERVAL => {
+                    known.held = Some((done, total));
+                    return;
+                }
+                Some(known) => *known = Task { told: now, held: None, complete },
+                None => {
+                    state.tasks.insert(key, Task { told: now, held: None, complete });
+                }
+            }
+        }
+        self.push(vm, self.masked(EventKind::Progress { task, done, total }));
+    }
+
+    /// Tells the progress of a VM's tasks that was held back.
+    fn flush(&self, vm: Option<&str>) {
+        let mut held: Vec<(String, u64, Option<u64>)> = {
+            let mut state = lock(&self.0.state);
+            let tasks = state.tasks.iter_mut().filter(|((of, _), _)| of.as_deref() == vm);
+            tasks
+                .filter_map(|((_, task), known)| {
+                    known.held.take().map(|(done, total)| (task.clone(), done, total))
+                })
+                .collect()
+        };
+        held.sort();
+        for (task, done, total) in held {
+            self.push(vm, self.masked(EventKind::Progress { task, done, total }));
+        }
+    }
+
+    /// Ends the phase that was, and starts the next.
+    fn clock(&self, vm: Option<&str>, phase: Option<String>) {
+        let mut state = lock(&self.0.state);
+        let vm = vm.map(str::to_owned);
+        if let Some((phase, since)) = state.phases.remove(&vm) {
+            state.timings.push(timing(vm.clone(), &phase, since));
+        }
+        if let Some(phase) = phase {
+            state.phases.insert(vm, (phase, Instant::now()));
+        }
+    }
+
+    /// An event without secrets. Every text in it is named here: a new kind of event must say what it holds.
+    fn masked(&self, kind: EventKind) -> EventKind {
+        use EventKind as K;
+        let mask = |text: String| self.mask(&text);
+        match kind {
+            K::BuildStarted { .. } | K::BuildPhase { .. } | K::VmPhase { .. } => kind,
+            K::GuestReady { .. } | K::Lagged { .. } => kind,
+            K::Progress { task, done, total } => K::Progress { task: mask(task), done, total },
+            K::Input(input) => K::Input(self.masked_input(input)),
+            K::Notice { message } => K::Notice { message: mask(message) },
+            K::Warning { message } => K::Warning { message: mask(message) },
+            K::StepStarted { step, name } => K::StepStarted { step, name: mask(name) },
+            K::StepOutput { step, stream, line } => K::StepOutput { step, stream, line: mask(line) },
+            K::StepFinished { step, name, millis, success, exit } => {
+                K::StepFinished { step, name: mask(name), millis, success, exit }
+            }
+            K::Retrying { attempt, of, reason } => K::Retrying { attempt, of, reason: mask(reason) },
+            K::Kept { access, lab } => K::Kept { access: access.into_iter().map(mask).collect(), lab },
+            K::Finished { outcome, timings } => {
+                let outcome = match outcome {
+                    Outcome::Failed(report) => Outcome::Failed(Box::new(self.masked_report(*report))),
+                    other => other,
+                };
+                K::Finished { outcome, timings }
+            }
+        }
+    }
+
+    /// An input record without secrets.
+    pub(super) fn masked_input(&self, input: InputRecord) -> InputRecord {
+        InputRecord { role: self.mask(&input.role), url: self.mask(&input.url), ..input }
+    }
+
+    /// A failure report without secrets.
+    pub(super) fn masked_report(&self, report: FailureReport) -> FailureReport {
+        let lines = |lines: Vec<String>| lines.iter().map(|line| self.mask(line)).collect();
+        FailureReport {
+            message: self.mask(&report.message),
+            step: report.step.map(|step| self.mask(&step)),
+            output_tail: lines(report.output_tail),
+            serial_tail: lines(report.serial_tail),
+            ..report
+        }
+    }
+}
+
+fn timing(vm: Option<String>, phase: &str, since: Instant) -> Timing {
+    let millis = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+    Timing { vm, phase: phase.to_owned(), millis }
+}
+
+impl fmt::Debug for Sink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sink")
+    }
+}

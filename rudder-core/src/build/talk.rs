@@ -1,0 +1,123 @@
+//! What the engine says to a guest, and with what: seed, login, steps, switching off.
+
+use super::{attempt::Attempt, guard, log::lock, vm::Vm};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{Machine, Seed},
+    event::{EventKind, ExitStatus, OutputStream},
+    guest::{BuildKey, Endpoint, Login, Session},
+    media::cloud_init::{self, SeedLogin},
+    plan::{PlannedContent, PlannedMachine, PlannedUrl, StepAction},
+    step::{self, StepContext, StepOutcome},
+};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
+use tokio::time::Instant;
+
+/// The files of the build that were behind URLs, where they are now.
+#[derive(Debug, Default)]
+pub(super) struct Files(Mutex<HashMap<String, PathBuf>>);
+
+impl Files {
+    pub(super) fn put(&self, url: &PlannedUrl, path: PathBuf) {
+        lock(&self.0).insert(Self::key(url), path);
+    }
+
+    fn get(&self, url: &PlannedUrl) -> Option<PathBuf> {
+        lock(&self.0).get(&Self::key(url)).cloned()
+    }
+
+    /// The same URL with another promised digest is another file.
+    fn key(url: &PlannedUrl) -> String {
+        format!("{:?} {}", url.sha256, url.url)
+    }
+}
+
+/// The key that logs in to a VM: the author's, else the build's.
+fn key(attempt: &Attempt, planned: &PlannedMachine) -> Result<BuildKey> {
+    planned.communicator.private_key.as_ref().map_or_else(|| Ok(attempt.key.clone()), BuildKey::import)
+}
+
+/// The seed of a VM, new for every attempt: a guest whose disk was another's before takes itself for a new one.
+pub(super) fn seed(attempt: &Attempt, planned: &PlannedMachine) -> Result<Option<Seed>> {
+    let Some(config) = &planned.cloud_init else { return Ok(None) };
+    let login = SeedLogin::new(&planned.communicator.username, key(attempt, planned)?.authorized_key());
+    let instance = format!("{}-{}", attempt.lab.id(), planned.name);
+    cloud_init::seed(&instance, &planned.name, &login, config).map(Some)
+}
+
+/// Waits for a working login.
+pub(super) async fn log_in(vm: &Vm, machine: &Arc<dyn Machine>) -> Result<Session> {
+    let communicator = &vm.planned().communicator;
+    let key = key(&vm.attempt, vm.planned())?;
+    let login = Login::new(&communicator.username, key).with_password(communicator.password.clone());
+    let endpoint = Endpoint::of(Arc::clone(machine), communicator.port);
+    let opening = Session::open(endpoint, login, communicator.timeout);
+    vm.attempt.guard.watch(machine, "booting", opening).await
+}
+
+/// A step that failed.
+#[derive(Debug)]
+pub(super) struct StepFailure {
+    pub(super) error: Error,
+    pub(super) exit: Option<ExitStatus>,
+}
+
+/// Runs a step. However it ends, what it runs in the guest is ended too.
+pub(super) async fn run_step(
+    vm: &Vm,
+    machine: &Arc<dyn Machine>,
+    session: &mut Session,
+    index: usize,
+) -> Result<(), StepFailure> {
+    let (attempt, step) = (&vm.attempt, &vm.planned().steps[index]);
+    let (sink, name) = (&attempt.sink, vm.name());
+    sink.step_started(name, index, &step.name);
+    let start = Instant::now();
+    let fetched = match &step.action {
+        StepAction::File { content: PlannedContent::Url(url), .. } => attempt.files.get(url),
+        _ => None,
+    };
+    let mut output = |stream: OutputStream, line: &str| sink.output(name, index, stream, line);
+    let context = StepContext {
+        session,
+        output: &mut output,
+        masker: sink.masker(),
+        deadline: Some(attempt.guard.deadline.at),
+        cancel: attempt.guard.halt.clone(),
+        fetched,
+    };
+    let doing = format!("running step {} ({})", index + 1, step.name);
+    let StepOutcome { exit, result } = tokio::select! {
+        biased;
+        ended = machine.wait() => StepOutcome::from(ended.and_then(|exit| Err(guard::ended(&exit, &doing)))),
+        outcome = step::run(step, context) => outcome,
+    };
+    let result = match result {
+        // A step that the build's deadline ended is the build's failure, and says which field raises it.
+        Err(error) if error.kind() == ErrorKind::TimedOut && attempt.guard.deadline.has_passed() => {
+            Err(attempt.guard.deadline.error())
+        }
+        Err(error) if error.kind() != ErrorKind::Cancelled && error.kind() != ErrorKind::TimedOut => {
+            Err(guard::explain(machine, &doing, error).await)
+        }
+        other => other,
+    };
+    let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let (success, told) = (result.is_ok(), exit.clone());
+    let finished =
+        EventKind::StepFinished { step: index, name: step.name.clone(), millis, success, exit: told };
+    sink.emit(Some(name), finished);
+    result.map_err(|error| StepFailure { error, exit })
+}
+
+/// Asks the guest to switch itself off, from within; returns only when it cannot.
+pub(super) async fn power_off(session: &Session) -> Error {
+    match session.guest().power_off().await {
+        Ok(()) => std::future::pending().await,
+        Err(error) => error,
+    }
+}

@@ -1,0 +1,308 @@
+//! The phases of one VM, as types: each consumes the one before and holds exactly what the next needs.
+//!
+//! ```text
+//! Planned ──import──▶ Defined ──boot──▶ Booted ──provision──▶ Provisioned ──shut_down──▶ Halted ──capture──▶ template
+//!  SourceImporting     Booting           Provisioning          (stands by)  ShuttingDown   DiskCaptured
+//! ```
+//!
+//! Any failure ends in [`Failure`], with its evidence gathered while the machine was still there. What it leaves behind:
+//!
+//! | failed in | what the lab holds |
+//! |---|---|
+//! | import | volumes, no machine |
+//! | boot, provision | a machine that runs, or has died |
+//! | shut down | a machine that runs, or was killed |
+//! | capture | a halted machine, some captured disks |
+//!
+//! All of it is the lab's, and goes with it; a VM removes nothing itself.
+
+use super::{
+    attempt::{Attempt, Failure},
+    evidence,
+    guard::ended,
+    talk::{self, StepFailure},
+};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{Exit, ImportRequest, Machine, MachineDisk, MachineSpec, Stop, Volume},
+    event::{EventKind, FailureReport, VmPhase},
+    guest::Session,
+    module::TemplateMachine,
+    plan::{PlannedDisk, PlannedMachine, PlannedSource},
+    units::human_duration,
+};
+use std::sync::Arc;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+/// A VM of an attempt.
+#[derive(Debug, Clone)]
+pub(super) struct Vm {
+    pub(super) attempt: Arc<Attempt>,
+    index: usize,
+}
+
+/// Nothing is there yet.
+#[derive(Debug)]
+pub(super) struct Planned(Vm);
+
+/// Its disks are imported, and the machine is defined.
+#[derive(Debug)]
+pub(super) struct Defined(Vm, Arc<dyn Machine>);
+
+/// It runs, and the guest let us log in.
+#[derive(Debug)]
+pub(super) struct Booted(Vm, Arc<dyn Machine>, Session);
+
+/// Its steps have run. It stays on until those of the other VMs have, too.
+#[derive(Debug)]
+pub(super) struct Provisioned(Vm, Arc<dyn Machine>, Session);
+
+/// It is off.
+#[derive(Debug)]
+pub(super) struct Halted(Vm, Arc<dyn Machine>);
+
+impl Vm {
+    pub(super) fn planned(&self) -> &PlannedMachine {
+        &self.attempt.plan.machines[self.index]
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.planned().name
+    }
+
+    fn enter(&self, phase: VmPhase) {
+        self.attempt.sink.vm_phase(self.name(), phase);
+    }
+
+    /// What an error of this VM becomes: the evidence is gathered, and the phase is `Failed`.
+    async fn failed(&self, machine: Option<&Arc<dyn Machine>>, error: Error) -> Failure {
+        let error = error.with_context("vm", self.name());
+        let phase = Some(self.attempt.sink.phase_of(self.name()));
+        let report = FailureReport { vm: Some(self.name().to_owned()), phase, ..FailureReport::default() };
+        self.gathered(machine, Failure { error, report: Box::new(report) }).await
+    }
+
+    /// The same, of a step.
+    async fn step_failed(&self, machine: &Arc<dyn Machine>, index: usize, failure: StepFailure) -> Failure {
+        let StepFailure { error, exit } = failure;
+        let step = format!("{} ({})", index + 1, self.planned().steps[index].name);
+        let error = error.with_context("step", &step).with_context("vm", self.name());
+        let sink = &self.attempt.sink;
+        let report = FailureReport {
+            vm: Some(self.name().to_owned()),
+            phase: Some(sink.phase_of(self.name())),
+            step: Some(step),
+            exit,
+            output_tail: sink.output_tail(self.name()),
+            ..FailureReport::default()
+        };
+        self.gathered(Some(machine), Failure { error, report: Box::new(report) }).await
+    }
+
+    async fn gathered(&self, machine: Option<&Arc<dyn Machine>>, failure: Failure) -> Failure {
+        let Failure { error, mut report } = failure;
+        let sink = &self.attempt.sink;
+        if error.kind() != ErrorKind::Cancelled {
+            // The others stop at once; gathering takes its time.
+            self.attempt.guard.halt.cancel();
+            if let Some(machine) = machine {
+                let attempt = &self.attempt;
+                let dir = attempt.options.report_dir.as_deref();
+                let id = attempt.lab.id().as_str();
+                let screenshot =
+                    evidence::screenshot_path(dir, attempt.backend.capabilities(), id, self.name());
+                evidence::gather(&mut report, machine, screenshot.as_deref(), sink).await;
+            }
+        }
+        self.enter(VmPhase::Failed);
+        Failure { error, report }
+    }
+}
+
+impl Planned {
+    pub(super) fn all(attempt: &Arc<Attempt>) -> Vec<Self> {
+        let vms = 0..attempt.plan.machines.len();
+        vms.map(|index| Self(Vm { attempt: Arc::clone(attempt), index })).collect()
+    }
+
+    /// Brings its sources into the lab, and defines the machine.
+    pub(super) async fn import(self) -> Result<Defined, Failure> {
+        let Self(vm) = self;
+        vm.enter(VmPhase::SourceImporting);
+        match Self::define(&vm).await {
+            Ok(machine) => Ok(Defined(vm, machine)),
+            Err(error) => Err(vm.failed(None, error).await),
+        }
+    }
+
+    async fn define(vm: &Vm) -> Result<Arc<dyn Machine>> {
+        let (attempt, planned) = (&vm.attempt, vm.planned());
+        let hardware = &planned.hardware;
+        let mut spec = MachineSpec::new(&planned.name, hardware.cpus, hardware.memory);
+        spec.firmware = hardware.firmware;
+        spec.tpm = hardware.tpm;
+        spec.nics.clone_from(&hardware.nics);
+        spec.ports = vec![planned.communicator.port];
+        spec.seed = talk::seed(attempt, planned)?;
+        for (place, disk) in hardware.disks.iter().enumerate() {
+            let volume = Self::volume(vm, place, disk)
+                .await
+                .map_err(|error| error.with_context("disk", &disk.name))?;
+            spec.disks.push(MachineDisk { name: disk.name.clone(), bus: disk.bus, volume });
+        }
+        let machine = attempt.guard.wait(attempt.lab.create_machine(&spec)).await?;
+        super::log::lock(&attempt.machines).push(Arc::clone(&machine));
+        Ok(machine)
+    }
+
+    async fn volume(vm: &Vm, place: usize, disk: &PlannedDisk) -> Result<Volume> {
+        let (attempt, planned) = (&vm.attempt, vm.planned());
+        // The first disk receives the source; of the others, those of a parent module come from it, and the rest are new.
+        let source = if place == 0 || disk.inherited { planned.source.clone() } else { PlannedSource::Blank };
+        let mut request = ImportRequest::new(&planned.name, &disk.name, source, disk.size);
+        request.parent_disk = disk.inherited.then(|| disk.name.clone());
+        let progress = attempt.sink.progress(Some(&planned.name));
+        let imported = attempt.guard.wait(attempt.lab.import(&request, &progress)).await?;
+        if let Some(input) = imported.input {
+            attempt.input(Some(&planned.name), input)?;
+        }
+        Ok(imported.volume)
+    }
+}
+
+impl Defined {
+    /// Powers it on, and logs in.
+    pub(super) async fn boot(self) -> Result<Booted, Failure> {
+        let Self(vm, machine) = self;
+        vm.enter(VmPhase::Booting);
+        match Self::log_in(&vm, &machine).await {
+            Ok(session) => Ok(Booted(vm, machine, session)),
+            Err(error) => Err(vm.failed(Some(&machine), error).await),
+        }
+    }
+
+    async fn log_in(vm: &Vm, machine: &Arc<dyn Machine>) -> Result<Session> {
+        let guard = &vm.attempt.guard;
+        vm.attempt.started.store(true, std::sync::atomic::Ordering::Relaxed);
+        guard.wait(machine.start()).await?;
+        let powered_on = Instant::now();
+        let session = talk::log_in(vm, machine).await?;
+        let millis = u64::try_from(powered_on.elapsed().as_millis()).unwrap_or(u64::MAX);
+        vm.attempt.sink.emit(Some(vm.name()), EventKind::GuestReady { millis });
+        Ok(session)
+    }
+}
+
+impl Booted {
+    /// Runs its steps, in order.
+    pub(super) async fn provision(self) -> Result<Provisioned, Failure> {
+        let Self(vm, machine, mut session) = self;
+        vm.enter(VmPhase::Provisioning);
+        for step in 0..vm.planned().steps.len() {
+            if let Err(failure) = talk::run_step(&vm, &machine, &mut session, step).await {
+                return Err(vm.step_failed(&machine, step, failure).await);
+            }
+        }
+        Ok(Provisioned(vm, machine, session))
+    }
+}
+
+impl Provisioned {
+    /// Keeps an eye on the machine until all VMs are provisioned: the steps of the others may need it.
+    ///
+    /// A guest that has switched itself off by then did so after its last step, which is where it is going anyway.
+    pub(super) async fn stand_by(self, all: &CancellationToken) -> Result<Self, Failure> {
+        let Self(vm, machine, _) = &self;
+        let all = async {
+            tokio::select! {
+                biased;
+                () = all.cancelled() => Ok(()),
+                exit = machine.wait() => match exit? {
+                    Exit::PoweredOff => {
+                        all.cancelled().await;
+                        Ok(())
+                    }
+                    exit => Err(ended(&exit, "waiting for the other VMs")),
+                },
+            }
+        };
+        match vm.attempt.guard.wait(all).await {
+            Ok(()) => Ok(self),
+            Err(error) => Err(vm.failed(Some(machine), error).await),
+        }
+    }
+
+    /// Switches it off: from within the guest, else by its power button, else by pulling the plug, which is told.
+    pub(super) async fn shut_down(self) -> Result<Halted, Failure> {
+        let Self(vm, machine, session) = self;
+        vm.enter(VmPhase::ShuttingDown);
+        match Self::power_off(&vm, &machine, session).await {
+            Ok(()) => Ok(Halted(vm, machine)),
+            Err(error) => Err(vm.failed(Some(&machine), error).await),
+        }
+    }
+
+    async fn power_off(vm: &Vm, machine: &Arc<dyn Machine>, session: Session) -> Result<()> {
+        let limit = vm.attempt.options.shutdown_limit;
+        let stopping = async {
+            tokio::select! {
+                biased;
+                exit = machine.wait() => return exit,
+                error = talk::power_off(&session) => {
+                    tracing::debug!(vm = vm.name(), %error, "the guest cannot be switched off from within");
+                }
+                () = sleep(limit / 2) => {}
+            }
+            machine.stop(Stop::Graceful { limit: limit / 2 }).await
+        };
+        match vm.attempt.guard.wait(stopping).await? {
+            Exit::PoweredOff => {}
+            Exit::Killed { why } => vm.attempt.sink.warn(
+                Some(vm.name()),
+                format!(
+                    "the guest did not shut down within {} and was killed ({why}): files that it had not yet written \
+                     may be missing from its disks",
+                    human_duration(limit)
+                ),
+            ),
+            exit => return Err(ended(&exit, "shutting down")),
+        }
+        Ok(())
+    }
+}
+
+impl Halted {
+    /// Captures all its disks.
+    pub(super) async fn capture(self) -> Result<TemplateMachine, Failure> {
+        let Self(vm, machine) = self;
+        match Self::disks(&vm, &machine).await {
+            Ok(template) => {
+                vm.enter(VmPhase::DiskCaptured);
+                Ok(template)
+            }
+            Err(error) => Err(vm.failed(None, error).await),
+        }
+    }
+
+    async fn disks(vm: &Vm, machine: &Arc<dyn Machine>) -> Result<TemplateMachine> {
+        let (attempt, planned) = (&vm.attempt, vm.planned());
+        let template = &planned.template;
+        let progress = attempt.sink.progress(Some(&planned.name));
+        let mut disks = Vec::new();
+        for disk in &planned.hardware.disks {
+            let captured = attempt.guard.wait(machine.capture(&disk.name, &progress)).await;
+            disks.push(captured.map_err(|error| error.with_context("disk", &disk.name))?);
+        }
+        Ok(TemplateMachine {
+            name: planned.name.clone(),
+            cpus: template.cpus,
+            memory: template.memory,
+            firmware: template.firmware,
+            tpm: template.tpm,
+            nics: template.nics.clone(),
+            disks,
+            invisible: planned.invisible,
+        })
+    }
+}
