@@ -16,6 +16,7 @@ pub mod guest;
 pub mod keys;
 pub mod manifest;
 pub mod media;
+pub mod memory;
 pub mod module;
 pub mod plan;
 pub mod secret;

@@ -1,0 +1,380 @@
+//! A lab in memory: its volumes, files and machines, and what becomes of them when it ends or its owner forgets it.
+
+use super::{
+    Shared,
+    files::FileTree,
+    machine::{MachineCore, MemoryMachine},
+    script::{Operation, Source},
+    shelf::Kept,
+};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{
+        Exit, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
+        ModuleDraft, Progress, Volume,
+    },
+    digest::Digest,
+    module::{InputRecord, Module},
+    plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
+};
+use async_trait::async_trait;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// A disk that machines write to.
+#[derive(Debug, Default)]
+pub(super) struct MemoryVolume {
+    pub(super) files: FileTree,
+}
+
+/// The volumes of a lab, by id.
+pub(super) type Volumes = Arc<Mutex<HashMap<String, MemoryVolume>>>;
+
+/// What the handles of a lab share.
+#[derive(Debug)]
+pub(super) struct LabCore {
+    pub(super) id: LabId,
+    shared: Arc<Shared>,
+    volumes: Volumes,
+    state: Mutex<LabState>,
+}
+
+#[derive(Debug, Default)]
+struct LabState {
+    machines: Vec<Arc<MachineCore>>,
+    captured: HashMap<Digest, Arc<FileTree>>,
+    /// Modules that its disks were made of.
+    parents: BTreeSet<String>,
+    directory: Option<tempfile::TempDir>,
+    over: bool,
+    kept: bool,
+}
+
+impl LabCore {
+    pub(super) fn new(spec: &LabSpec, shared: Arc<Shared>) -> Self {
+        Self { id: spec.id.clone(), shared, volumes: Volumes::default(), state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, LabState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn machines(&self) -> Vec<Arc<MachineCore>> {
+        self.state().machines.clone()
+    }
+
+    pub(super) fn builds_on(&self, module: &str) -> bool {
+        self.state().parents.contains(module)
+    }
+
+    pub(super) fn captured(&self, digest: Digest, files: Arc<FileTree>) {
+        self.state().captured.insert(digest, files);
+    }
+
+    pub(super) fn check_alive(&self) -> Result<()> {
+        if self.state().over {
+            let message = format!("expected lab {} to be open, but it was destroyed", self.id);
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        Ok(())
+    }
+
+    /// Ends everything. May be repeated.
+    pub(super) fn end(&self, why: &str) {
+        let state = std::mem::take(&mut *self.state());
+        self.state().over = true;
+        for machine in &state.machines {
+            machine.end(Exit::Killed { why: why.to_owned() });
+        }
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn add_volume(&self, request: &ImportRequest, files: FileTree, virtual_size: u64) -> Volume {
+        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = format!("{}-{}-{}", request.machine, request.disk, volumes.len());
+        volumes.insert(id.clone(), MemoryVolume { files });
+        Volume { id, virtual_size }
+    }
+
+    /// What is said of it when it is kept.
+    pub(super) fn as_kept(&self) -> KeptLab {
+        let running = self.machines().into_iter().filter(|machine| machine.is_running());
+        let access = |machine: Arc<MachineCore>| {
+            format!("VM {} is in the memory of this process: Machine::dial reaches it", machine.spec.name)
+        };
+        KeptLab { id: self.id.clone(), access: running.map(access).collect() }
+    }
+
+    /// Where fetched files are.
+    fn directory(&self) -> Result<std::path::PathBuf> {
+        let mut state = self.state();
+        if let Some(directory) = &state.directory {
+            return Ok(directory.path().to_owned());
+        }
+        let directory = tempfile::Builder::new()
+            .prefix("rudder-memory-")
+            .tempdir()
+            .map_err(|error| Error::io("make a directory for fetched files", error))?;
+        let path = directory.path().to_owned();
+        state.directory = Some(directory);
+        Ok(path)
+    }
+
+    fn import_module(&self, request: &ImportRequest, parent: &PlannedBuildRef) -> Result<Imported> {
+        let PlannedBuildRef { module: name, digest, vm } = parent;
+        let missing = |message: String| Error::new(ErrorKind::NotFound, message).with_context("module", name);
+        let kept =
+            self.shared.module(name).filter(|kept| kept.module.digest == *digest).ok_or_else(|| {
+                missing(format!("expected module {name} ({}), but it is not here", digest.short()))
+            })?;
+        let machine = kept.module.machines.iter().find(|machine| machine.name == *vm);
+        let machine = machine
+            .ok_or_else(|| missing(format!("expected module {name} to have a VM {vm}, but it has none")))?;
+        let disk = match &request.parent_disk {
+            Some(wanted) => machine.disks.iter().find(|disk| disk.name == *wanted),
+            None => machine.disks.first(),
+        };
+        let disk =
+            disk.ok_or_else(|| missing(format!("expected VM {vm} to have the disk, but it has not")))?;
+        let files = kept.disks.get(&disk.sha256).map(|files| (**files).clone()).unwrap_or_default();
+        self.state().parents.insert(name.clone());
+        let virtual_size = large_enough(request, disk.virtual_size)?;
+        let input = InputRecord {
+            role: format!("source of VM {}", request.machine),
+            url: format!("module {name}/{vm}"),
+            size: disk.size,
+            sha256: disk.sha256,
+        };
+        Ok(Imported { volume: self.add_volume(request, files, virtual_size), input: Some(input) })
+    }
+
+    async fn import_url(
+        &self,
+        request: &ImportRequest,
+        url: &PlannedUrl,
+        progress: &Progress,
+    ) -> Result<Imported> {
+        let source = self.shared.source(url.url.as_str());
+        let sha256 = transfer(&source, url, progress).await?;
+        let virtual_size = large_enough(request, source.virtual_size)?;
+        let mut files = FileTree::of_a_system();
+        for (path, content) in &source.files {
+            files.put(path, content.clone(), 0o644);
+        }
+        let input = InputRecord {
+            role: format!("source of VM {}", request.machine),
+            url: shown(&url.url),
+            size: source.served,
+            sha256,
+        };
+        Ok(Imported { volume: self.add_volume(request, files, virtual_size), input: Some(input) })
+    }
+}
+
+/// How large the disk becomes: as large as asked for, and never smaller than what it is made of.
+fn large_enough(request: &ImportRequest, source: u64) -> Result<u64> {
+    match request.size {
+        Some(size) if size < source => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "expected disk {} to hold the image of {source} bytes, but its size is {size}",
+                request.disk
+            ),
+        )
+        .with_help(format!("give the disk a size of at least {source}"))),
+        size => Ok(size.unwrap_or(source)),
+    }
+}
+
+/// Pretends a transfer, and gives the digest of what came.
+async fn transfer(source: &Source, url: &PlannedUrl, progress: &Progress) -> Result<Digest> {
+    const PIECES: u32 = 10;
+    let task = format!("download {}", shown(&url.url));
+    for piece in 0..PIECES {
+        progress.bytes(&task, source.served * u64::from(piece) / u64::from(PIECES), Some(source.served));
+        if !source.takes.is_zero() {
+            tokio::time::sleep(source.takes / PIECES).await;
+        }
+    }
+    progress.bytes(&task, source.served, Some(source.served));
+    let found = match &source.contents {
+        Some(bytes) => Digest::of(bytes),
+        None => Digest::of(format!("{} {}", url.url, source.revision).as_bytes()),
+    };
+    match url.sha256 {
+        Some(promised) if source.contents.is_some() || source.verified => {
+            if promised == found {
+                return Ok(found);
+            }
+            let message = format!("expected sha256 {promised}, but found {found}");
+            Err(Error::new(ErrorKind::ChecksumMismatch, message).with_context("url", shown(&url.url)))
+        }
+        // Invented bytes have whatever checksum the manifest promises.
+        Some(promised) => Ok(promised),
+        None => Ok(found),
+    }
+}
+
+/// A URL without its password.
+fn shown(url: &url::Url) -> String {
+    let mut url = url.clone();
+    if url.password().is_some() {
+        // Fails for URLs that cannot have one, and these have none.
+        let _ = url.set_password(Some("***"));
+    }
+    url.into()
+}
+
+/// The handle of a lab that its owner holds: when the last is dropped, the owner is dead.
+#[derive(Debug)]
+pub(super) struct MemoryLab {
+    pub(super) core: Arc<LabCore>,
+}
+
+impl Drop for MemoryLab {
+    fn drop(&mut self) {
+        let (over, kept) = {
+            let state = self.core.state();
+            (state.over, state.kept)
+        };
+        if !over && !kept {
+            self.core.end("its owner is gone");
+            self.core.shared.orphan(&self.core.id);
+        }
+    }
+}
+
+#[async_trait]
+impl Lab for MemoryLab {
+    fn id(&self) -> &LabId {
+        &self.core.id
+    }
+
+    fn versions(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([("memory".to_owned(), env!("CARGO_PKG_VERSION").to_owned())])
+    }
+
+    async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
+        self.core.shared.check(Operation::Import)?;
+        self.core.check_alive()?;
+        let imported = match &request.source {
+            PlannedSource::Url(url) => self.core.import_url(request, url, progress).await,
+            PlannedSource::BuildRef(parent) => self.core.import_module(request, parent),
+            PlannedSource::Blank => {
+                let size = request.size.ok_or_else(|| {
+                    Error::new(ErrorKind::InvalidInput, "expected a size for a blank disk, but there is none")
+                })?;
+                let files = FileTree::of_a_system();
+                Ok(Imported { volume: self.core.add_volume(request, files, size), input: None })
+            }
+            _ => Err(Error::new(ErrorKind::Unsupported, "the backend memory has no such source")),
+        };
+        // It may have been destroyed while the transfer went on.
+        self.core.check_alive()?;
+        imported
+            .map_err(|error| error.with_context("disk", &request.disk).with_context("vm", &request.machine))
+    }
+
+    async fn fetch(&self, url: &PlannedUrl, progress: &Progress) -> Result<Fetched> {
+        self.core.shared.check(Operation::Fetch)?;
+        self.core.check_alive()?;
+        let mut source = self.core.shared.source(url.url.as_str());
+        if source.contents.is_none() && url.url.scheme() == "file" {
+            let path = url.url.to_file_path().map_err(|()| {
+                Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("expected a path of this host, but found {}", url.url),
+                )
+            })?;
+            let bytes = tokio::fs::read(&path).await;
+            source =
+                source.contents(bytes.map_err(|error| Error::io(format!("read {}", path.display()), error))?);
+        }
+        let sha256 = transfer(&source, url, progress).await?;
+        let bytes =
+            source.contents.unwrap_or_else(|| format!("invented for {}\n", shown(&url.url)).into_bytes());
+        let path = self.core.directory()?.join(Digest::of(url.url.as_str().as_bytes()).to_string());
+        let size = bytes.len() as u64;
+        tokio::fs::write(&path, bytes)
+            .await
+            .map_err(|error| Error::io(format!("write {}", path.display()), error))?;
+        let input = InputRecord { role: "file".into(), url: shown(&url.url), size, sha256 };
+        Ok(Fetched { path, input })
+    }
+
+    async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
+        self.core.shared.check(Operation::CreateMachine)?;
+        self.core.check_alive()?;
+        {
+            let volumes = self.core.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(disk) = spec.disks.iter().find(|disk| !volumes.contains_key(&disk.volume.id)) {
+                let message = format!(
+                    "expected disk {} to be on a volume of lab {}, but it is not",
+                    disk.name, self.core.id
+                );
+                return Err(Error::new(ErrorKind::InvalidInput, message).with_context("vm", &spec.name));
+            }
+        }
+        let mut state = self.core.state();
+        if state.machines.iter().any(|machine| machine.spec.name == spec.name) {
+            let message = format!("expected no VM {} in lab {}, but there is one", spec.name, self.core.id);
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        let machine = MachineCore::new(
+            spec.clone(),
+            self.core.shared.clone(),
+            self.core.volumes.clone(),
+            self.core.id.to_string(),
+        )?;
+        let machine = Arc::new(machine);
+        state.machines.push(machine.clone());
+        Ok(Arc::new(MemoryMachine { core: machine, lab: self.core.clone() }))
+    }
+
+    async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
+        self.core.shared.check(Operation::Publish)?;
+        self.core.check_alive()?;
+        let mut disks = HashMap::new();
+        for (machine, disk) in draft.machines.iter().flat_map(|m| m.disks.iter().map(move |disk| (m, disk))) {
+            let files = self.core.state().captured.get(&disk.sha256).cloned().ok_or_else(|| {
+                let message = format!(
+                    "expected disk {} of VM {} to have been captured, but it was not",
+                    disk.name, machine.name
+                );
+                Error::new(ErrorKind::InvalidInput, message)
+            })?;
+            disks.insert(disk.sha256, files);
+        }
+        let outputs = serde_json::to_vec(&(&draft.machines, &draft.network)).map_err(|error| {
+            Error::new(ErrorKind::Internal, "cannot write a module down").with_source(error)
+        })?;
+        let module = Module {
+            format: 1,
+            name: draft.name,
+            digest: Digest::of(&outputs),
+            created: jiff::Timestamp::now(),
+            machines: draft.machines,
+            network: draft.network,
+            provenance: draft.provenance,
+            path: None,
+        };
+        self.core.shared.keep_module(Kept { module, disks }).await
+    }
+
+    async fn keep(&self) -> Result<KeptLab> {
+        self.core.shared.check(Operation::Keep)?;
+        self.core.check_alive()?;
+        self.core.state().kept = true;
+        self.core.shared.hold(&self.core);
+        Ok(self.core.as_kept())
+    }
+
+    async fn destroy(&self) -> Result<()> {
+        self.core.shared.check(Operation::Destroy)?;
+        self.core.end("its lab was destroyed");
+        self.core.shared.forget(&self.core.id);
+        Ok(())
+    }
+}

@@ -1,0 +1,439 @@
+//! A machine in memory: its life from power-on to its end, and what connects to it.
+//!
+//! ```text
+//! NeverStarted ──start──▶ Running ──power off · death · kill──▶ Ended ──start──▶ Running …
+//!                          └ reboot: another boot of the same power-on ┘
+//! ```
+//! Every connection and task of a machine hangs on two tokens: `boot` ends with a reboot, `power` with the machine.
+
+use super::{
+    Shared,
+    files::FileTree,
+    lab::{LabCore, Volumes},
+    script::{Act, Guest, Operation, Silence},
+    ssh,
+};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, Stop},
+    capability::Capability,
+    digest::Digest,
+    module::CapturedDisk,
+};
+use async_trait::async_trait;
+use russh::keys::{Algorithm, PrivateKey};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncWriteExt, DuplexStream},
+    sync::watch,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+/// How much of the serial console is kept.
+const SERIAL_LIMIT: usize = 1 << 20;
+
+/// Where a machine is in its life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Life {
+    NeverStarted,
+    Running,
+    Ended(Exit),
+}
+
+/// One boot of a guest.
+#[derive(Debug, Clone)]
+pub(super) struct Boot {
+    /// What `/proc/sys/kernel/random/boot_id` says.
+    pub(super) id: String,
+    /// When its SSH server answers.
+    ready: Instant,
+    /// Ends with a reboot.
+    pub(super) token: CancellationToken,
+    /// Ends with the machine.
+    power: CancellationToken,
+    /// What it does, faults of this power-on included.
+    pub(super) guest: Arc<Guest>,
+    pub(super) host_key: Arc<PrivateKey>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    boot: Option<Boot>,
+    serial: Vec<u8>,
+}
+
+/// What the handles of a machine share.
+#[derive(Debug)]
+pub(super) struct MachineCore {
+    pub(super) spec: MachineSpec,
+    pub(super) shared: Arc<Shared>,
+    pub(super) volumes: Volumes,
+    pub(super) lab: String,
+    host_key: Arc<PrivateKey>,
+    life: watch::Sender<Life>,
+    serial_changed: watch::Sender<()>,
+    state: Mutex<State>,
+}
+
+impl MachineCore {
+    pub(super) fn new(spec: MachineSpec, shared: Arc<Shared>, volumes: Volumes, lab: String) -> Result<Self> {
+        Ok(Self {
+            spec,
+            shared,
+            volumes,
+            lab,
+            host_key: Arc::new(new_host_key()?),
+            life: watch::Sender::new(Life::NeverStarted),
+            serial_changed: watch::Sender::new(()),
+            state: Mutex::default(),
+        })
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        *self.life.borrow() == Life::Running
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The boot that is up, if one is.
+    pub(super) fn boot(&self) -> Option<Boot> {
+        self.state().boot.clone()
+    }
+
+    /// Does something with the files of the boot disk.
+    pub(super) fn with_files<T>(&self, what: impl FnOnce(&mut FileTree) -> T) -> Option<T> {
+        let disk = self.spec.disks.first()?;
+        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        volumes.get_mut(&disk.volume.id).map(|volume| what(&mut volume.files))
+    }
+
+    /// Ends it, if it runs. Who was first says why.
+    pub(super) fn end(&self, exit: Exit) {
+        let mut state = self.state();
+        let Some(boot) = state.boot.take() else { return };
+        if let Exit::Died { cause: Death::GuestPanic, .. } = exit {
+            write_serial(&mut state.serial, b"Kernel panic - not syncing\n");
+        }
+        boot.power.cancel();
+        self.life.send_replace(Life::Ended(exit));
+        self.serial_changed.send_replace(());
+    }
+
+    pub(super) fn die(&self, cause: Death) {
+        let detail = match cause {
+            Death::Hypervisor => "the hypervisor was killed by signal 9",
+            Death::GuestPanic => "the kernel of the guest panicked",
+            Death::IoError => "a disk could not be written",
+            Death::HostDiskFull => "no space left on device",
+        };
+        self.end(Exit::Died { cause, detail: detail.to_owned() });
+    }
+
+    fn new_boot(&self, guest: Arc<Guest>, power: &CancellationToken) -> Result<Boot> {
+        let random: u128 = rand::random();
+        let hex = format!("{random:032x}");
+        let host_key =
+            if guest.new_host_key_each_boot { Arc::new(new_host_key()?) } else { self.host_key.clone() };
+        Ok(Boot {
+            id: [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-"),
+            ready: Instant::now() + guest.boot_delay,
+            token: power.child_token(),
+            power: power.clone(),
+            guest,
+            host_key,
+        })
+    }
+
+    fn power_on(self: &Arc<Self>) -> Result<()> {
+        let guest = self.shared.guest_for_power_on(&self.spec.name);
+        let mut state = self.state();
+        if state.boot.is_some() {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("expected VM {} to be off, but found it running", self.spec.name),
+            ));
+        }
+        let power = CancellationToken::new();
+        let boot = self.new_boot(Arc::new(guest), &power)?;
+        state.serial.clear();
+        write_serial(&mut state.serial, &boot.guest.serial);
+        let dies = boot.guest.dies_in_boot;
+        let files = boot.guest.files.clone();
+        state.boot = Some(boot);
+        drop(state);
+        self.with_files(|tree| {
+            for (path, content) in files {
+                if tree.get(&path).is_none() {
+                    tree.put(&path, content, 0o644);
+                }
+            }
+        });
+        self.life.send_replace(Life::Running);
+        self.serial_changed.send_replace(());
+        if let Some((cause, delay)) = dies {
+            self.later(delay, power, move |machine| machine.die(cause));
+        }
+        Ok(())
+    }
+
+    /// Does something to the machine after a while, unless the token ends first.
+    fn later(
+        self: &Arc<Self>,
+        delay: Duration,
+        token: CancellationToken,
+        what: impl FnOnce(&Arc<Self>) + Send + 'static,
+    ) {
+        let machine = self.clone();
+        let task = self.shared.task();
+        tokio::spawn(async move {
+            let _task = task;
+            tokio::select! {
+                () = token.cancelled() => {}
+                () = tokio::time::sleep(delay) => what(&machine),
+            }
+        });
+    }
+
+    /// The guest was asked to power off.
+    pub(super) fn begin_power_off(self: &Arc<Self>) {
+        let Some(boot) = self.boot() else { return };
+        if boot.guest.ignores_shutdown {
+            return;
+        }
+        let cause = boot.guest.dies_in_shutdown;
+        self.later(boot.guest.shutdown_delay, boot.power, move |machine| match cause {
+            Some(cause) => machine.die(cause),
+            None => machine.end(Exit::PoweredOff),
+        });
+    }
+
+    /// The guest was asked to reboot: its SSH server goes on for a while, then all connections are cut.
+    pub(super) fn begin_reboot(self: &Arc<Self>) {
+        let Some(old) = self.boot() else { return };
+        self.later(old.guest.reboot_linger, old.token.clone(), move |machine| {
+            match machine.new_boot(old.guest.clone(), &old.power) {
+                Ok(new) => {
+                    let mut state = machine.state();
+                    if state.boot.as_ref().is_some_and(|boot| boot.id == old.id) {
+                        write_serial(&mut state.serial, &new.guest.serial);
+                        state.boot = Some(new);
+                    }
+                    drop(state);
+                    machine.serial_changed.send_replace(());
+                    old.token.cancel();
+                }
+                Err(error) => machine.end(Exit::Died { cause: Death::Hypervisor, detail: error.to_string() }),
+            }
+        });
+    }
+
+    /// Does to the machine what a command asked for.
+    pub(super) fn act(self: &Arc<Self>, act: &Act) {
+        match act {
+            Act::PowerOff => self.begin_power_off(),
+            Act::Reboot => self.begin_reboot(),
+            Act::Die(cause) => self.die(*cause),
+            _ => {}
+        }
+    }
+
+    async fn ended(&self) -> Result<Exit> {
+        let mut life = self.life.subscribe();
+        let ended = life.wait_for(|life| *life != Life::Running).await;
+        match ended.as_deref() {
+            Ok(Life::Ended(exit)) => Ok(exit.clone()),
+            _ => Err(Error::new(
+                ErrorKind::Conflict,
+                format!("expected VM {} to have been started, but it never was", self.spec.name),
+            )),
+        }
+    }
+}
+
+fn new_host_key() -> Result<PrivateKey> {
+    PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)
+        .map_err(|error| Error::new(ErrorKind::Internal, "cannot make a host key").with_source(error))
+}
+
+fn write_serial(serial: &mut Vec<u8>, bytes: &[u8]) {
+    serial.extend_from_slice(bytes);
+    let over = serial.len().saturating_sub(SERIAL_LIMIT);
+    serial.drain(..over);
+}
+
+/// A machine of a [`MemoryBackend`](super::MemoryBackend).
+#[derive(Debug, Clone)]
+pub(super) struct MemoryMachine {
+    pub(super) core: Arc<MachineCore>,
+    pub(super) lab: Arc<LabCore>,
+}
+
+#[async_trait]
+impl Machine for MemoryMachine {
+    fn name(&self) -> &str {
+        &self.core.spec.name
+    }
+
+    async fn start(&self) -> Result<()> {
+        self.core.shared.check(Operation::Start)?;
+        self.lab.check_alive()?;
+        self.core.power_on()
+    }
+
+    async fn wait(&self) -> Result<Exit> {
+        self.core.ended().await
+    }
+
+    async fn stop(&self, how: Stop) -> Result<Exit> {
+        match how {
+            Stop::Kill => self.core.end(Exit::Killed { why: "was told to".into() }),
+            Stop::Graceful { limit } => {
+                self.core.begin_power_off();
+                if tokio::time::timeout(limit, self.core.ended()).await.is_err() {
+                    self.core
+                        .end(Exit::Killed { why: format!("did not power off within {} s", limit.as_secs()) });
+                }
+            }
+        }
+        self.core.ended().await
+    }
+
+    async fn dial(&self, port: u16) -> Result<BoxedStream> {
+        let unreachable = |why: &str| {
+            Error::new(
+                ErrorKind::GuestUnreachable,
+                format!("expected VM {} to listen, but {why}", self.name()),
+            )
+            .with_context("port", port)
+        };
+        let boot = self.core.boot().ok_or_else(|| unreachable("it does not run"))?;
+        if !self.core.spec.ports.contains(&port) {
+            return Err(unreachable("this port is not forwarded"));
+        }
+        if Instant::now() < boot.ready || boot.guest.silence == Some(Silence::Refuses) {
+            return Err(unreachable("the connection was refused"));
+        }
+        let (near, far) = tokio::io::duplex(64 << 10);
+        if boot.guest.silence == Some(Silence::Accepts) {
+            hold(far, boot.token.clone(), self.core.shared.connection());
+        } else {
+            ssh::serve(self.core.clone(), boot, far);
+        }
+        Ok(Box::new(near))
+    }
+
+    async fn display(&self) -> Result<BoxedStream> {
+        Err(unsupported(Capability::Display))
+    }
+
+    async fn serial(&self) -> Result<BoxedStream> {
+        let boot = self.core.boot().ok_or_else(|| {
+            Error::new(ErrorKind::Conflict, format!("expected VM {} to run, but it is off", self.name()))
+        })?;
+        let (near, mut far) = tokio::io::duplex(64 << 10);
+        let core = self.core.clone();
+        let connection = core.shared.connection();
+        tokio::spawn(async move {
+            let _connection = connection;
+            let mut changed = core.serial_changed.subscribe();
+            let mut sent = 0;
+            loop {
+                let fresh = core.state().serial.get(sent..).unwrap_or_default().to_vec();
+                sent += fresh.len();
+                let gone = boot.power.is_cancelled();
+                let write = async { far.write_all(&fresh).await.is_err() || far.flush().await.is_err() };
+                if write.await || gone {
+                    break;
+                }
+                tokio::select! {
+                    () = boot.power.cancelled() => {}
+                    ok = changed.changed() => if ok.is_err() { break },
+                    // What is typed on the console is read and forgotten; its end is the end.
+                    end = swallow(&mut far) => if end { break },
+                }
+            }
+        });
+        Ok(Box::new(near))
+    }
+
+    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
+        let state = self.core.state();
+        let from = state.serial.len().saturating_sub(limit);
+        Ok(state.serial[from..].to_vec())
+    }
+
+    async fn screenshot(&self) -> Result<Vec<u8>> {
+        Err(unsupported(Capability::Screenshot))
+    }
+
+    fn access(&self) -> Vec<String> {
+        vec![format!("VM {} is in the memory of this process: Machine::dial reaches it", self.name())]
+    }
+
+    async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {
+        self.core.shared.check(Operation::Capture)?;
+        if self.core.is_running() {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("expected VM {} to have ended, but it runs", self.name()),
+            ));
+        }
+        let spec = self.core.spec.disks.iter().find(|spec| spec.name == disk).ok_or_else(|| {
+            Error::new(
+                ErrorKind::NotFound,
+                format!("expected VM {} to have a disk {disk}, but it has not", self.name()),
+            )
+        })?;
+        let files = {
+            let volumes = self.core.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+            volumes.get(&spec.volume.id).map(|volume| volume.files.clone()).unwrap_or_default()
+        };
+        let bytes = serde_json::to_vec(&files).map_err(|error| {
+            Error::new(ErrorKind::Internal, "cannot write a disk down").with_source(error)
+        })?;
+        let (sha256, size) = (Digest::of(&bytes), bytes.len() as u64);
+        let task = format!("convert {disk}");
+        progress.bytes(&task, 0, Some(size));
+        progress.bytes(&task, size, Some(size));
+        self.lab.captured(sha256, Arc::new(files));
+        Ok(CapturedDisk {
+            name: disk.to_owned(),
+            bus: spec.bus,
+            file: format!("{sha256}.json"),
+            format: "memory".into(),
+            virtual_size: spec.volume.virtual_size,
+            size,
+            sha256,
+        })
+    }
+}
+
+/// Reads and forgets; whether the other side is gone.
+async fn swallow(stream: &mut DuplexStream) -> bool {
+    use tokio::io::AsyncReadExt as _;
+    let mut buffer = [0; 256];
+    !matches!(stream.read(&mut buffer).await, Ok(1..))
+}
+
+/// Holds a connection open and says nothing.
+fn hold(mut far: DuplexStream, token: CancellationToken, connection: super::Counted) {
+    tokio::spawn(async move {
+        let _connection = connection;
+        loop {
+            tokio::select! {
+                () = token.cancelled() => break,
+                end = swallow(&mut far) => if end { break },
+            }
+        }
+    });
+}
+
+fn unsupported(capability: Capability) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("the backend memory has no {capability}"))
+}

@@ -1,0 +1,454 @@
+//! A backend in memory: machines that a test scripts, with a real SSH server on the other end of
+//! [`Machine::dial`](crate::backend::Machine::dial), so that whole builds run in milliseconds.
+//!
+//! A machine has a file system on its boot disk. It survives reboots, is captured, and is inherited by what is built on the
+//! module. Scripts that are uploaded and run are interpreted as far as they consist of simple commands (`echo`, `exit`,
+//! `mkdir`, redirection…); every other command succeeds, unless a rule says otherwise. All waiting is tokio's, so a test
+//! with a paused clock does not wait.
+//!
+//! Nothing here boots, nothing is downloaded, and a captured disk is a list of files: the backend proves what a program
+//! does with builds, not what a guest does.
+
+mod command;
+mod files;
+mod lab;
+mod machine;
+mod script;
+mod sftp;
+mod shelf;
+mod ssh;
+#[cfg(test)]
+mod tests;
+mod words;
+
+pub use script::{Fault, Guest, Operation, Response, Silence, Source};
+
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    capability::{Capabilities, Capability},
+    module::Module,
+};
+use async_trait::async_trait;
+use lab::{LabCore, MemoryLab};
+use shelf::Kept;
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+/// A backend in memory. Clones are handles of the same.
+#[derive(Debug, Clone)]
+pub struct MemoryBackend {
+    capabilities: Capabilities,
+    shared: Arc<Shared>,
+}
+
+/// What the handles of a backend, its labs and machines share.
+#[derive(Debug, Default)]
+struct Shared {
+    script: Mutex<Script>,
+    registry: Mutex<Registry>,
+    connections: Arc<AtomicUsize>,
+    tasks: Arc<AtomicUsize>,
+}
+
+#[derive(Debug, Default)]
+struct Script {
+    every: Guest,
+    machines: BTreeMap<String, Guest>,
+    sources: BTreeMap<String, Source>,
+    faults: Vec<(Operation, Fault)>,
+    power_ons: HashMap<String, u32>,
+    shelf: Option<PathBuf>,
+}
+
+#[derive(Debug, Default)]
+struct Registry {
+    labs: BTreeMap<LabId, LabRecord>,
+    modules: BTreeMap<String, Kept>,
+}
+
+#[derive(Debug)]
+enum LabRecord {
+    /// Its owner holds it.
+    Owned(Weak<LabCore>),
+    /// It was kept for inspection.
+    Kept(Arc<LabCore>),
+    /// Its owner dropped it without destroying it.
+    Orphaned,
+}
+
+impl LabRecord {
+    fn core(&self) -> Option<Arc<LabCore>> {
+        match self {
+            Self::Owned(core) => core.upgrade(),
+            Self::Kept(core) => Some(core.clone()),
+            Self::Orphaned => None,
+        }
+    }
+}
+
+/// Counts something for as long as it lives.
+#[derive(Debug)]
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(counter: &Arc<AtomicUsize>) -> Self {
+        counter.fetch_add(1, Ordering::SeqCst);
+        Self(counter.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// What there is in a [`MemoryBackend`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Inventory {
+    /// Labs that were not destroyed; one whose owner is gone says so.
+    pub labs: Vec<String>,
+    /// Machines that run, as `LAB/VM`.
+    pub running: Vec<String>,
+    /// Connections to guests that are open.
+    pub connections: usize,
+    /// Commands that run, and things that guests are about to do.
+    pub tasks: usize,
+    /// Modules.
+    pub modules: Vec<String>,
+}
+
+impl Inventory {
+    /// Everything but modules, a line each; empty when nothing was left behind.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<String> {
+        let mut all: Vec<String> = self.labs.iter().map(|lab| format!("lab {lab}")).collect();
+        all.extend(self.running.iter().map(|machine| format!("machine {machine}")));
+        for (count, what) in [(self.connections, "connections"), (self.tasks, "tasks")] {
+            if count > 0 {
+                all.push(format!("{count} {what}"));
+            }
+        }
+        all
+    }
+}
+
+impl Default for MemoryBackend {
+    fn default() -> Self {
+        use Capability as C;
+        let capabilities = Capabilities::new(
+            "memory",
+            [
+                C::SourceUrl,
+                C::SourceBlank,
+                C::SourceBuildRef,
+                C::DiskVirtio,
+                C::DiskScsi,
+                C::DiskSata,
+                C::DiskUsb,
+                C::DiskIde,
+                C::NicModels,
+                C::NicSlots,
+                C::CloudInit,
+                C::ShellStep,
+                C::FileStep,
+                C::RebootStep,
+                C::Serial,
+            ],
+        );
+        Self { capabilities, shared: Arc::default() }
+    }
+}
+
+impl MemoryBackend {
+    /// A backend without modules, whose guests all behave.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Scripts the machines of this name, in every lab.
+    #[must_use]
+    pub fn machine(self, name: impl Into<String>, script: impl FnOnce(Guest) -> Guest) -> Self {
+        let mut scripts = self.shared.script();
+        let name = name.into();
+        let guest = scripts.machines.get(&name).unwrap_or(&scripts.every).clone();
+        scripts.machines.insert(name, script(guest));
+        drop(scripts);
+        self
+    }
+
+    /// Scripts every machine that has no script of its own by name.
+    #[must_use]
+    pub fn every_machine(self, script: impl FnOnce(Guest) -> Guest) -> Self {
+        let mut scripts = self.shared.script();
+        scripts.every = script(scripts.every.clone());
+        drop(scripts);
+        self
+    }
+
+    /// Scripts what stands behind a URL.
+    #[must_use]
+    pub fn source(self, url: impl Into<String>, script: impl FnOnce(Source) -> Source) -> Self {
+        let mut scripts = self.shared.script();
+        let url = url.into();
+        let source = scripts.sources.get(&url).cloned().unwrap_or_default();
+        scripts.sources.insert(url, script(source));
+        drop(scripts);
+        self
+    }
+
+    /// Makes an operation fail.
+    #[must_use]
+    pub fn fails(self, operation: Operation, fault: Fault) -> Self {
+        self.shared.script().faults.push((operation, fault));
+        self
+    }
+
+    /// Claims these capabilities instead of what it has: to test what a program does when a plan is refused.
+    #[must_use]
+    pub fn with_capabilities(mut self, capabilities: impl IntoIterator<Item = Capability>) -> Self {
+        self.capabilities = Capabilities::new("memory", capabilities);
+        self
+    }
+
+    /// Also writes modules as files, at `DIR/memory/NAME/module.json`, and takes up those that are there.
+    ///
+    /// # Errors
+    /// When what is there cannot be read.
+    pub fn store(self, directory: impl Into<PathBuf>) -> Result<Self> {
+        let directory = directory.into();
+        let found = shelf::load(&directory)?;
+        self.shared.registry().modules.extend(found.into_iter().map(|kept| (kept.module.name.clone(), kept)));
+        self.shared.script().shelf = Some(directory);
+        Ok(self)
+    }
+
+    /// What there is.
+    #[must_use]
+    pub fn inventory(&self) -> Inventory {
+        let registry = self.shared.registry();
+        let mut inventory = Inventory {
+            connections: self.shared.connections.load(Ordering::SeqCst),
+            tasks: self.shared.tasks.load(Ordering::SeqCst),
+            modules: registry.modules.keys().cloned().collect(),
+            ..Inventory::default()
+        };
+        for (id, record) in &registry.labs {
+            inventory.labs.push(match record {
+                LabRecord::Owned(_) => id.to_string(),
+                LabRecord::Kept(_) => format!("{id} (kept)"),
+                LabRecord::Orphaned => format!("{id} (its owner is gone)"),
+            });
+            for machine in record.core().iter().flat_map(|core| core.machines()) {
+                if machine.is_running() {
+                    inventory.running.push(format!("{}/{}", machine.lab, machine.spec.name));
+                }
+            }
+        }
+        inventory
+    }
+
+    /// Everything that still exists and is not a module, a line each. Connections end a moment after their machine: this
+    /// gives their tasks the chance to, and returns at once when nothing is left.
+    pub async fn leftovers(&self) -> Vec<String> {
+        for _ in 0..1000 {
+            if self.inventory().leftovers().is_empty() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        self.inventory().leftovers()
+    }
+
+    /// The content of a file of a module's VM; `None` when there is no such module, VM or file.
+    #[must_use]
+    pub fn read_file(&self, module: &str, vm: &str, path: &str) -> Option<Vec<u8>> {
+        let kept = self.shared.module(module)?;
+        let machine = kept.module.machines.iter().find(|machine| machine.name == vm)?;
+        let files = kept.disks.get(&machine.disks.first()?.sha256)?;
+        files.read(path).map(<[u8]>::to_vec)
+    }
+}
+
+impl Shared {
+    fn script(&self) -> MutexGuard<'_, Script> {
+        self.script.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fails when a test wants this operation to fail now.
+    fn check(&self, operation: Operation) -> Result<()> {
+        let script = self.script();
+        let due = |(of, fault): &&(Operation, Fault)| *of == operation && fault.budget.take();
+        script.faults.iter().find(due).map_or(Ok(()), |(_, fault)| Err(fault.error()))
+    }
+
+    fn source(&self, url: &str) -> Source {
+        self.script().sources.get(url).cloned().unwrap_or_default()
+    }
+
+    /// What a machine of this name does from this power-on on.
+    fn guest_for_power_on(&self, name: &str) -> Guest {
+        let mut script = self.script();
+        let power_ons = script.power_ons.entry(name.to_owned()).or_default();
+        *power_ons += 1;
+        let count = *power_ons;
+        let guest = script.machines.get(name).unwrap_or(&script.every);
+        if count > guest.faulty_boots { guest.healthy() } else { guest.clone() }
+    }
+
+    fn connection(&self) -> Counted {
+        Counted::new(&self.connections)
+    }
+
+    fn task(&self) -> Counted {
+        Counted::new(&self.tasks)
+    }
+
+    fn module(&self, name: &str) -> Option<Kept> {
+        self.registry().modules.get(name).cloned()
+    }
+
+    async fn keep_module(&self, mut kept: Kept) -> Result<Module> {
+        let shelf = self.script().shelf.clone();
+        if let Some(shelf) = shelf {
+            let saved =
+                tokio::task::spawn_blocking(move || shelf::save(&shelf, &mut kept).map(|()| kept)).await;
+            kept = saved
+                .map_err(|error| Error::new(ErrorKind::Internal, "a task panicked").with_source(error))??;
+        }
+        let module = kept.module.clone();
+        self.registry().modules.insert(module.name.clone(), kept);
+        Ok(module)
+    }
+
+    fn orphan(&self, id: &LabId) {
+        if let Some(record) = self.registry().labs.get_mut(id) {
+            *record = LabRecord::Orphaned;
+        }
+    }
+
+    fn hold(&self, core: &Arc<LabCore>) {
+        self.registry().labs.insert(core.id.clone(), LabRecord::Kept(core.clone()));
+    }
+
+    fn forget(&self, id: &LabId) {
+        self.registry().labs.remove(id);
+    }
+}
+
+#[async_trait]
+impl Backend for MemoryBackend {
+    fn name(&self) -> &str {
+        "memory"
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    async fn diagnose(&self) -> Result<HostReport> {
+        let finding = HostFinding {
+            what: "memory".into(),
+            present: true,
+            required: true,
+            detail: "machines are scripted in this process; nothing boots".into(),
+            help: None,
+        };
+        Ok(HostReport { findings: vec![finding] })
+    }
+
+    async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
+        self.shared.check(Operation::OpenLab)?;
+        let core = Arc::new(LabCore::new(spec, self.shared.clone()));
+        let mut registry = self.shared.registry();
+        registry.labs.retain(|_, record| !matches!(record, LabRecord::Orphaned));
+        if registry.labs.contains_key(&spec.id) {
+            let message = format!("expected no lab {}, but there is one", spec.id);
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        registry.labs.insert(spec.id.clone(), LabRecord::Owned(Arc::downgrade(&core)));
+        Ok(Arc::new(MemoryLab { core }))
+    }
+
+    async fn modules(&self) -> Result<Vec<Module>> {
+        Ok(self.shared.registry().modules.values().map(|kept| kept.module.clone()).collect())
+    }
+
+    async fn remove_module(&self, name: &str) -> Result<()> {
+        let shelf = self.shared.script().shelf.clone();
+        let mut registry = self.shared.registry();
+        if !registry.modules.contains_key(name) {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("expected a module {name}, but there is none"),
+            ));
+        }
+        let user = registry.labs.iter().find(|(_, lab)| lab.core().is_some_and(|core| core.builds_on(name)));
+        if let Some((id, _)) = user {
+            let message = format!("expected nobody to use module {name}, but lab {id} builds on it");
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        if let Some(shelf) = shelf {
+            shelf::remove(&shelf, name)?;
+        }
+        registry.modules.remove(name);
+        Ok(())
+    }
+
+    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
+        let registry = self.shared.registry();
+        let kept = registry.labs.values().filter_map(|record| match record {
+            LabRecord::Kept(core) => Some(core.as_kept()),
+            _ => None,
+        });
+        Ok(kept.collect())
+    }
+
+    async fn remove_lab(&self, id: &LabId) -> Result<()> {
+        let mut registry = self.shared.registry();
+        let core = match registry.labs.get(id) {
+            Some(LabRecord::Kept(core)) => core.clone(),
+            Some(LabRecord::Owned(_)) => {
+                let message = format!("expected nobody to work in lab {id}, but its owner lives");
+                return Err(Error::new(ErrorKind::Conflict, message));
+            }
+            Some(LabRecord::Orphaned) | None => {
+                let message = format!("expected a lab {id} that was kept, but there is none");
+                return Err(Error::new(ErrorKind::NotFound, message));
+            }
+        };
+        registry.labs.remove(id);
+        drop(registry);
+        core.end("its lab was removed");
+        Ok(())
+    }
+
+    async fn reap(&self) -> Result<ReapReport> {
+        let mut report = ReapReport::default();
+        self.shared.registry().labs.retain(|id, record| {
+            let orphaned = matches!(record, LabRecord::Orphaned);
+            if orphaned {
+                report.removed.push(format!("lab {id}"));
+            }
+            !orphaned
+        });
+        Ok(report)
+    }
+
+    async fn collect(&self) -> Result<ReapReport> {
+        Ok(ReapReport::default())
+    }
+}
