@@ -6,7 +6,7 @@ use crate::{
     lab::Ground,
     process::{Invocation, Lifetime, OwnedChild, describe},
     qmp::{Note, Qmp},
-    watch::{Order, Phase, Watcher, last_words, tail},
+    watch::{Phase, Watcher, last_words, tail},
 };
 use async_trait::async_trait;
 use rudder_core::{
@@ -20,7 +20,10 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
     process::Stdio,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
@@ -52,7 +55,8 @@ pub(crate) struct QemuMachine {
 #[derive(Debug)]
 struct Running {
     qmp: Qmp,
-    orders: mpsc::UnboundedSender<Order>,
+    orders: mpsc::UnboundedSender<Stop>,
+    released: Arc<AtomicBool>,
     forwards: Vec<(u16, u16)>,
     _watcher: AbortOnDropHandle<Exit>,
 }
@@ -108,7 +112,7 @@ impl QemuMachine {
         Error::new(kind, message).with_context("vm", &self.spec.name)
     }
 
-    fn order(&self, order: Order) {
+    fn order(&self, order: Stop) {
         if let Some(running) = &*self.running() {
             // Nobody hears it when it has just ended.
             let _ = running.orders.send(order);
@@ -117,7 +121,9 @@ impl QemuMachine {
 
     /// Lets its process outlive this one.
     pub(crate) fn release(&self) {
-        self.order(Order::Release);
+        if let Some(running) = &*self.running() {
+            running.released.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Drops its watcher, which kills its process unless that was released; for when nobody can wait.
@@ -128,7 +134,7 @@ impl QemuMachine {
     /// Ends it if it runs or starts.
     pub(crate) async fn end(&self) {
         if let Phase::Running = &*self.phase.borrow() {
-            self.order(Order::Stop(Stop::Kill));
+            self.order(Stop::Kill);
         }
         let mut phase = self.phase.subscribe();
         // It cannot fail as long as this holds the sender.
@@ -293,6 +299,7 @@ impl Machine for QemuMachine {
         let launched = self.launch().await.map_err(|error| error.with_context("vm", &self.spec.name))?;
         let Launched { child, qmp, notes, forwards } = launched;
         let (orders, received) = mpsc::unbounded_channel();
+        let released = child.release_switch();
         starting.before = None;
         self.phase.send_replace(Phase::Running);
         let watcher = Watcher {
@@ -305,7 +312,7 @@ impl Machine for QemuMachine {
             picture: self.files.picture.clone(),
         };
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
-        *self.running() = Some(Running { qmp, orders, forwards, _watcher: watcher });
+        *self.running() = Some(Running { qmp, orders, released, forwards, _watcher: watcher });
         Ok(())
     }
 
@@ -331,7 +338,7 @@ impl Machine for QemuMachine {
         let mut phase = self.phase.subscribe();
         // One that is just being started is stopped when it runs.
         let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
-        self.order(Order::Stop(how));
+        self.order(how);
         self.wait().await
     }
 

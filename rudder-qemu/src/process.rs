@@ -11,7 +11,11 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
-    sync::{LazyLock, mpsc},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
@@ -211,7 +215,7 @@ pub(crate) fn describe(status: ExitStatus) -> String {
 #[derive(Debug)]
 pub(crate) struct OwnedChild {
     child: Child,
-    released: bool,
+    released: Arc<AtomicBool>,
 }
 
 impl OwnedChild {
@@ -231,15 +235,15 @@ impl OwnedChild {
         let _ = self.child.start_kill();
     }
 
-    /// Lets it outlive this.
-    pub(crate) fn release(&mut self) {
-        self.released = true;
+    /// A switch that, once set, lets it outlive this.
+    pub(crate) fn release_switch(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.released)
     }
 }
 
 impl Drop for OwnedChild {
     fn drop(&mut self) {
-        if !self.released {
+        if !self.released.load(Ordering::Relaxed) {
             self.kill();
         }
     }
@@ -259,7 +263,7 @@ static STARTER: LazyLock<Result<mpsc::Sender<Job>, io::ErrorKind>> = LazyLock::n
         .spawn(move || {
             for Job { mut command, runtime, reply } in receiver {
                 let _context = runtime.enter();
-                let child = command.spawn().map(|child| OwnedChild { child, released: false });
+                let child = command.spawn().map(|child| OwnedChild { child, released: Arc::default() });
                 // Nobody there to take it: dropping it kills it.
                 let _ = reply.send(child);
             }

@@ -43,15 +43,6 @@ pub(crate) enum Phase {
     Ended(Exit),
 }
 
-/// What the watcher is told.
-#[derive(Debug)]
-pub(crate) enum Order {
-    /// Make the machine end.
-    Stop(Stop),
-    /// Let its process outlive this one.
-    Release,
-}
-
 /// What was seen of a machine, and what was done to it.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Seen {
@@ -70,7 +61,7 @@ pub(crate) struct Watcher {
     pub(crate) child: OwnedChild,
     pub(crate) qmp: Qmp,
     pub(crate) notes: mpsc::UnboundedReceiver<Note>,
-    pub(crate) orders: mpsc::UnboundedReceiver<Order>,
+    pub(crate) orders: mpsc::UnboundedReceiver<Stop>,
     pub(crate) phase: watch::Sender<Phase>,
     /// Where QEMU's messages go.
     pub(crate) log: PathBuf,
@@ -108,12 +99,11 @@ impl Watcher {
                     }
                 },
                 Some(order) = self.orders.recv() => match order {
-                    Order::Release => self.child.release(),
-                    Order::Stop(Stop::Graceful { limit }) => {
+                    Stop::Graceful { limit } => {
                         let now = Instant::now();
                         request.get_or_insert(Request { limit, deadline: now + limit, press: now });
                     }
-                    Order::Stop(Stop::Kill) => {
+                    Stop::Kill => {
                         seen.killed.get_or_insert_with(|| "was told to end at once".to_owned());
                         kill_at.get_or_insert(self.quit());
                     }

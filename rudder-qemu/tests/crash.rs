@@ -1,0 +1,132 @@
+//! What becomes of machines when their owner is gone: nothing is left, unless it was kept.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use common::{Place, blank_machine, eventually, network, processes_below};
+use rudder_core::{
+    ErrorKind,
+    backend::{Backend, LabSpec, Retention},
+    plan::Bus,
+    store::Store,
+};
+use rudder_qemu::{Accelerator, QemuBackend};
+use std::{
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// Set for the process that plays the builder: the directory of its store.
+const BUILDER: &str = "RUDDER_TEST_BUILDER";
+/// How long the machines of a killed builder may run.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Runs one machine until it is killed.
+async fn play_builder(store: &Path, retention: Retention) {
+    let backend = QemuBackend::builder(Store::open(store).unwrap()).accelerator(Accelerator::Tcg).build();
+    let mut spec = LabSpec::new("killed", network());
+    spec.retention = retention;
+    let lab = backend.open_lab(&spec).await.unwrap();
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    std::fs::write(store.join("ready"), "").unwrap();
+    machine.wait().await.unwrap();
+}
+
+/// Starts this test again as the builder, and kills it when its machine runs.
+async fn kill_a_builder(test: &str, store: &Path) {
+    let mut builder = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test])
+        .env(BUILDER, store)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = builder.stdout.take().unwrap();
+    let reader =
+        std::thread::spawn(move || BufReader::new(output).lines().map_while(Result::ok).for_each(drop));
+    eventually("the builder's machine runs", || store.join("ready").exists()).await;
+    assert_eq!(processes_below(store).len(), 1);
+    builder.kill().unwrap();
+    builder.wait().unwrap();
+    reader.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kernel_ends_the_machines_of_a_killed_builder() {
+    if let Some(store) = std::env::var_os(BUILDER) {
+        return play_builder(Path::new(&store), Retention::EndWithOwner).await;
+    }
+    let place = Place::new().await;
+    kill_a_builder("the_kernel_ends_the_machines_of_a_killed_builder", place.dir.path()).await;
+    let killed = Instant::now();
+    eventually("QEMU is gone", || processes_below(place.dir.path()).is_empty()).await;
+    assert!(killed.elapsed() < LIMIT, "{:?}", killed.elapsed());
+    let report = place.backend.reap().await.unwrap();
+    assert!(report.removed.iter().any(|what| what.starts_with("lab killed-")), "{report:?}");
+    assert_eq!(report.failed, Vec::<String>::new());
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_might_have_been_kept_and_was_not_is_reaped_by_the_next_start() {
+    if let Some(store) = std::env::var_os(BUILDER) {
+        return play_builder(Path::new(&store), Retention::MayBeKept).await;
+    }
+    let place = Place::new().await;
+    kill_a_builder("what_might_have_been_kept_and_was_not_is_reaped_by_the_next_start", place.dir.path())
+        .await;
+    let lab = place.lab().await;
+    eventually("QEMU is gone", || processes_below(place.dir.path()).is_empty()).await;
+    lab.destroy().await.unwrap();
+    drop(lab);
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lab_of_a_living_owner_is_never_reaped() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    let other = QemuBackend::builder(Store::open(place.dir.path()).unwrap()).build();
+    assert_eq!(other.reap().await.unwrap().removed, Vec::<String>::new());
+    assert_eq!(other.remove_lab(lab.id()).await.unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(other.kept_labs().await.unwrap(), []);
+    assert_eq!(processes_below(place.dir.path()).len(), 1);
+    assert!(machine.screenshot().await.is_ok());
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_lab_outlives_its_owner_until_it_is_removed() {
+    let place = Place::new().await;
+    let mut spec = LabSpec::new("kept", network());
+    spec.retention = Retention::MayBeKept;
+    let lab = place.backend.open_lab(&spec).await.unwrap();
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    let address = machine.reachable_at(22).unwrap();
+    let kept = lab.keep().await.unwrap();
+    drop((machine, lab));
+    assert_eq!(place.backend.reap().await.unwrap().removed, Vec::<String>::new());
+    assert_eq!(processes_below(place.dir.path()).len(), 1);
+    tokio::net::TcpStream::connect(address).await.unwrap();
+    assert_eq!(place.backend.kept_labs().await.unwrap(), std::slice::from_ref(&kept));
+    assert!(kept.access[0].contains(&address.to_string()), "{kept:?}");
+    place.backend.remove_lab(&kept.id).await.unwrap();
+    assert_eq!(place.backend.remove_lab(&kept.id).await.unwrap_err().kind(), ErrorKind::NotFound);
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lab_that_ends_with_its_owner_cannot_be_kept() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    assert_eq!(lab.keep().await.unwrap_err().kind(), ErrorKind::InvalidInput);
+    drop(lab);
+    place.assert_clean().await;
+}

@@ -1,0 +1,204 @@
+//! What guests do, seen from outside: they boot from every bus, power off, panic, fill the host's disk.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use common::{Place, eventually, sector, sector_machine};
+use rudder_core::{
+    ErrorKind,
+    backend::{Backend, Death, Exit, ImportRequest, Machine, Progress, Stop},
+    plan::{Bus, NicModel, PlannedSource, PlannedUrl},
+    store::Store,
+};
+use rudder_qemu::{Accelerator, QemuBackend};
+use std::{path::Path, process::Command, time::Duration};
+
+const DISK: u64 = 64 << 20;
+
+async fn wait(machine: &dyn Machine) -> Exit {
+    tokio::time::timeout(Duration::from_secs(120), machine.wait()).await.unwrap().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_boots_from_every_bus_that_boots_and_powers_off() {
+    let place = Place::new().await;
+    for bus in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Ide] {
+        let lab = place.lab().await;
+        let mut spec = sector_machine(&*lab, &sector::power_off("hello, \"world\""), bus, DISK).await;
+        // All the company that it may have changes nothing.
+        let request = ImportRequest::new("guest", "extra", PlannedSource::Blank, Some(DISK));
+        for other in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
+            let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
+            let name = format!("extra-{other:?}").to_lowercase();
+            spec.disks.push(rudder_core::backend::MachineDisk { name, bus: other, volume });
+        }
+        let models = [
+            NicModel::E1000,
+            NicModel::Virtio,
+            NicModel::E1000e,
+            NicModel::Rtl8139,
+            NicModel::Pcnet,
+            NicModel::Ne2kPci,
+        ];
+        spec.nics = (1..).zip(models).map(|(slot, model)| common::nic(slot, model)).collect();
+        let machine = lab.create_machine(&spec).await.unwrap();
+        machine.start().await.unwrap();
+        assert_eq!(wait(&*machine).await, Exit::PoweredOff, "{bus:?}");
+        assert_eq!(machine.serial_tail(1000).await.unwrap(), b"hello, \"world\"", "{bus:?}");
+        assert_eq!(machine.serial_tail(2).await.unwrap(), b"d\"");
+        lab.destroy().await.unwrap();
+    }
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_is_asked_to_power_off_by_its_button() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let spec = sector_machine(&*lab, &sector::power_off_on_button(), Bus::Virtio, DISK).await;
+    let machine = lab.create_machine(&spec).await.unwrap();
+    machine.start().await.unwrap();
+    while machine.serial_tail(100).await.unwrap() != b"ready" {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let exit = machine.stop(Stop::Graceful { limit: Duration::from_secs(120) }).await.unwrap();
+    assert_eq!(exit, Exit::PoweredOff);
+    assert_eq!(machine.stop(Stop::Kill).await.unwrap(), Exit::PoweredOff);
+    // A second run has a console of its own.
+    machine.start().await.unwrap();
+    assert!(matches!(machine.stop(Stop::Kill).await.unwrap(), Exit::Killed { .. }));
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_is_seen_and_leaves_a_picture() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let machine =
+        lab.create_machine(&sector_machine(&*lab, &sector::panic(), Bus::Virtio, DISK).await).await.unwrap();
+    machine.start().await.unwrap();
+    let Exit::Died { cause: Death::GuestPanic, detail } = wait(&*machine).await else { panic!() };
+    assert_eq!(detail, "the guest's kernel panicked");
+    assert!(machine.screenshot().await.unwrap().starts_with(b"\x89PNG"));
+    assert_eq!(machine.serial_tail(100).await.unwrap(), b"Kernel panic");
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+    place.assert_clean().await;
+}
+
+/// A small file system in memory; gone when this is dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount(megabytes: u32) -> Self {
+        let dir = tempfile::Builder::new().prefix("rudder-full-").tempdir().unwrap();
+        let options = format!("size={megabytes}m");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+            .arg(dir.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&mounted.stderr);
+        assert!(mounted.status.success(), "this test mounts a small file system, which needs root: {said}");
+        Self(dir)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.path()).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_of_the_host_is_said_to_be_full() {
+    // For its turn among the tests.
+    let place = Place::new().await;
+    let small = SmallDisk::mount(12);
+    let store = Store::open(small.path().join("store")).unwrap();
+    let backend = QemuBackend::builder(store).accelerator(Accelerator::Tcg).build();
+    let spec = rudder_core::backend::LabSpec::new("full", common::network());
+    let lab = backend.open_lab(&spec).await.unwrap();
+    let machine = lab
+        .create_machine(&sector_machine(&*lab, &sector::fill_disk(), Bus::Virtio, DISK).await)
+        .await
+        .unwrap();
+    machine.start().await.unwrap();
+    let Exit::Died { cause, detail } = wait(&*machine).await else { panic!() };
+    assert_eq!(cause, Death::HostDiskFull);
+    assert_eq!(
+        detail,
+        "the host has no space left for the machine's disks: write of disk0 failed: No space left on device"
+    );
+    // Nor is there room for a copy.
+    let error = machine.capture("root", &Progress::none()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::HostDiskFull, "{}", error.report());
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+    eventually("the lab is gone", || {
+        std::fs::read_dir(small.path().join("store/labs")).unwrap().count() == 0
+    })
+    .await;
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_qemu_says_when_it_refuses_is_passed_on() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let spec = common::blank_machine(&*lab, "web", &[Bus::Virtio]).await;
+    let machine = lab.create_machine(&spec).await.unwrap();
+    let labs = std::fs::read_dir(place.dir.path().join("labs")).unwrap();
+    let directory = labs.flatten().next().unwrap().path();
+    std::fs::write(directory.join(&spec.disks[0].volume.id), "not a disk").unwrap();
+    let error = machine.start().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LaunchFailed);
+    assert!(error.report().starts_with("vm web: QEMU refused to start: "), "{}", error.report());
+    assert!(error.report().contains("Image is not in qcow2 format"), "{}", error.report());
+    assert_eq!(machine.wait().await.unwrap_err().kind(), ErrorKind::Conflict);
+    lab.destroy().await.unwrap();
+    drop((machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_larger_than_its_disk_is_refused_with_both_sizes() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let image = place.dir.path().join("an image, of \"2 MiB\" é.img");
+    let made =
+        Command::new("qemu-img").args(["create", "-q", "-f", "vmdk"]).arg(&image).arg("2M").status().unwrap();
+    assert!(made.success());
+    let url = url::Url::from_file_path(&image).unwrap();
+    let source = PlannedSource::Url(PlannedUrl { url, sha256: None });
+    let request = |size| ImportRequest::new("web", "root", source.clone(), size);
+    let error = lab.import(&request(Some(1 << 20)), &Progress::none()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(
+        error.report(),
+        "vm web: disk root: expected a disk at least as large as its image, 2097152 bytes (0.00 GiB), but found 1048576 \
+         bytes (0.00 GiB)\n  help: set the disk's size to 1Gi or more"
+    );
+    assert_eq!(lab.import(&request(None), &Progress::none()).await.unwrap().volume.virtual_size, 2 << 20);
+    lab.destroy().await.unwrap();
+    drop(lab);
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_qemu_nothing_begins() {
+    let place = Place::of(1, |builder| builder).await;
+    let store = Store::open(place.dir.path()).unwrap();
+    let backend = QemuBackend::builder(store).qemu("/nonexistent/qemu-system-x86_64").build();
+    let spec = rudder_core::backend::LabSpec::new("none", common::network());
+    let error = backend.open_lab(&spec).await.map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::HostMissing);
+    assert!(error.help().unwrap().contains("apt-get install"));
+    place.assert_clean().await;
+}
