@@ -15,7 +15,7 @@ mod upload;
 mod wire;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use exec::CommandOutput;
 pub use key::BuildKey;

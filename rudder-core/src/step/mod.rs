@@ -7,6 +7,9 @@ mod file;
 mod reboot;
 mod shell;
 
+#[cfg(test)]
+mod tests;
+
 use crate::{
     Error, ErrorKind, Result,
     event::{ExitStatus, OutputStream},

@@ -90,3 +90,115 @@ async fn a_dropped_run_ends_in_the_guest_too() {
     }
     assert_eq!(leftovers(&directory(&lines)), [""; 0]);
 }
+
+#[tokio::test]
+async fn the_first_line_and_the_execute_command_decide_what_runs() {
+    let server = Sshd::new("").await;
+    let guest = server.guest().await;
+    let (status, out, _) =
+        run(&guest, &Script::new("#!/bin/sh -u\r\necho \"$0\"\r\necho $-\r\nexit 3\r\n")).await;
+    assert_eq!(status, ExitStatus::Code(3));
+    assert!(out[0].ends_with("/script") && out[1].contains('u') && !out[1].contains('e'), "{out:?}");
+
+    let script = Script::new("#!/usr/bin/awk -f\nBEGIN { print \"awk\", ENVIRON[\"A\"] }\n")
+        .with_env(BTreeMap::from([("A".to_owned(), "b c".to_owned())]))
+        .with_execute_command(Some(
+            "echo \"dir {{ .Command }}\"; env -i PATH=$PATH '{{.Command}}'; echo $?".to_owned(),
+        ));
+    let (status, out, err) = run(&guest, &script).await;
+    assert_eq!(status, ExitStatus::Code(0), "{err:?}");
+    assert_eq!(out[1..], ["awk b c", "0"]);
+    assert_eq!(leftovers(&directory(&out)), [""; 0]);
+
+    let script = Script::new("echo \"$1\"").with_execute_command(Some("{{ .Command }} argument".to_owned()));
+    assert_eq!(run(&guest, &script).await.1, ["argument"]);
+}
+
+#[tokio::test]
+async fn signals_background_processes_and_binary_output_are_survived() {
+    let server = Sshd::new("").await;
+    let guest = server.guest().await;
+    let (status, ..) = run(&guest, &Script::new("kill -KILL $$")).await;
+    assert_eq!(status, ExitStatus::Signal("KILL".into()));
+
+    let (status, out, _) = run(&guest, &Script::new("sleep 1000 & echo $!\nexit 4")).await;
+    assert_eq!(status, ExitStatus::Code(4));
+    assert!(
+        std::path::Path::new(&format!("/proc/{}", out[0])).exists(),
+        "what a script leaves running stays"
+    );
+    let _ = run(&guest, &Script::new(format!("kill {}", out[0]))).await;
+
+    let text =
+        "head -c 300000 /dev/urandom; echo; head -c 100000 /dev/zero | tr '\\0' x; echo; printf 'no newline'";
+    let (status, out, _) = run(&guest, &Script::new(text)).await;
+    assert_eq!(status, ExitStatus::Code(0));
+    assert_eq!(out.last().unwrap(), "no newline");
+    assert_eq!(out.iter().map(|line| line.matches('x').count()).filter(|count| *count > 8000).count(), 12);
+    assert!(out.iter().all(|line| line.len() < crate::guest::MAX_LINE + 4));
+}
+
+#[tokio::test]
+async fn a_large_script_arrives_whole() {
+    let server = Sshd::new("").await;
+    let guest = server.guest().await;
+    let script = format!("{}\necho end\n", ": 'it is long'\n".repeat(200_000));
+    assert_eq!(run(&guest, &Script::new(script)).await.1, ["end"]);
+}
+
+#[tokio::test]
+async fn files_arrive_without_sftp_too() {
+    let server = Sshd::new("Subsystem sftp /nonexistent").await;
+    let guest = server.guest().await;
+    let path = server.dir.path().join("new/file");
+    guest.upload(Content::Bytes(&[7; 200_000]), path.to_str().unwrap()).await.unwrap();
+    assert!(std::fs::read(&path).unwrap() == [7; 200_000]);
+}
+
+#[tokio::test]
+async fn wrong_credentials_and_silence_are_told_apart() {
+    let server = Sshd::new("").await;
+    std::fs::write(server.dir.path().join("authorized"), "").unwrap();
+    let error = server.login().connect(&server.endpoint(), Duration::from_secs(4)).await.unwrap_err();
+    assert_eq!(error.kind(), crate::ErrorKind::Authentication);
+    assert!(error.to_string().contains("the server offers publickey"), "{error}");
+
+    let silent = crate::guest::Endpoint::new(|| {
+        Box::pin(async {
+            let (ours, theirs) = tokio::io::duplex(64);
+            tokio::spawn(async move {
+                let _theirs = theirs;
+                std::future::pending::<()>().await;
+            });
+            Ok(Box::new(ours) as crate::backend::BoxedStream)
+        })
+    });
+    let error = server.login().connect(&silent, Duration::from_secs(1)).await.unwrap_err();
+    assert_eq!(error.kind(), crate::ErrorKind::GuestUnreachable);
+    let closed = crate::guest::Endpoint::new(|| {
+        Box::pin(async { Ok(Box::new(tokio::io::duplex(64).0) as crate::backend::BoxedStream) })
+    });
+    let error = server.login().connect(&closed, Duration::from_secs(1)).await.unwrap_err();
+    assert!(error.to_string().contains("last seen: the connection was closed before"), "{error}");
+}
+
+#[tokio::test]
+async fn the_key_may_come_late_and_the_host_key_may_not_change() {
+    let server = Sshd::new("").await;
+    let authorized = server.dir.path().join("authorized");
+    let line = std::fs::read_to_string(&authorized).unwrap();
+    std::fs::write(&authorized, "").unwrap();
+    let login = server.login();
+    let endpoint = server.endpoint();
+    let late = async {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        std::fs::write(&authorized, line).unwrap();
+    };
+    let (guest, ()) = tokio::join!(login.connect(&endpoint, Duration::from_secs(60)), late);
+    guest.unwrap().close().await;
+
+    std::fs::remove_file(server.dir.path().join("host")).unwrap();
+    crate::guest::BuildKey::generate().write(&server.dir.path().join("host")).await.unwrap();
+    let error = login.connect(&endpoint, Duration::from_secs(60)).await.unwrap_err();
+    assert!(error.to_string().contains("expected the host key that the guest showed before"), "{error}");
+}

@@ -20,6 +20,11 @@ pub(crate) struct Sshd {
 impl Sshd {
     /// A server that lets this process's user in with its key. `extra` lines come first: the first value counts.
     pub(crate) async fn new(extra: &str) -> Arc<Self> {
+        Self::with(|_| extra.to_owned()).await
+    }
+
+    /// The same, with lines that name the server's own directory.
+    pub(crate) async fn with(extra: impl FnOnce(&Path) -> String) -> Arc<Self> {
         let program = Path::new("/usr/sbin/sshd");
         assert!(program.exists(), "this test needs {}: apt-get install openssh-server", program.display());
         // Where sshd confines its unprivileged half; the package's service makes it.
@@ -27,15 +32,17 @@ impl Sshd {
             std::fs::create_dir_all("/run/sshd").unwrap();
         }
         let dir = tempfile::tempdir().unwrap();
+        let extra = extra(dir.path());
         let key = BuildKey::generate();
         BuildKey::generate().write(&dir.path().join("host")).await.unwrap();
         std::fs::write(dir.path().join("authorized"), key.authorized_key() + "\n").unwrap();
+        let sftp = if extra.contains("Subsystem") { "" } else { "Subsystem sftp internal-sftp\n" };
         let config = dir.path().join("sshd_config");
         std::fs::write(
             &config,
             format!(
                 "{extra}\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\nStrictModes no\nUsePAM no\n\
-                 PidFile none\nPasswordAuthentication no\nSubsystem sftp internal-sftp\nPrintMotd no\n",
+                 PidFile none\nPasswordAuthentication no\nPrintMotd no\n{sftp}\n",
                 dir.path().display()
             ),
         )
@@ -49,15 +56,9 @@ impl Sshd {
     }
 
     pub(crate) fn dial(&self) -> BoxedStream {
-        self.dial_with("/usr/sbin/sshd", &[])
-    }
-
-    /// `before` are arguments that come before those of sshd: for a program that runs it.
-    pub(crate) fn dial_with(&self, program: &str, before: &[&str]) -> BoxedStream {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let input = std::os::fd::OwnedFd::from(theirs.try_clone().unwrap());
-        let mut child = tokio::process::Command::new(program)
-            .args(before)
+        let mut child = tokio::process::Command::new("/usr/sbin/sshd")
             .arg("-i")
             .arg("-f")
             .arg(&self.config)

@@ -1,0 +1,120 @@
+//! Steps against a real OpenSSH server whose "guest" restarts when its boot identity changes.
+
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::{guest::tests::sshd::Sshd, plan::PlannedStep};
+use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
+
+/// A server whose `cat` tells the identity that stands in a file.
+async fn server() -> Arc<Sshd> {
+    let server =
+        Sshd::with(|dir| format!("SetEnv PATH={}/bin:/usr/sbin:/usr/bin:/sbin:/bin", dir.display())).await;
+    let dir = server.dir.path();
+    std::fs::create_dir(dir.join("bin")).unwrap();
+    std::fs::write(dir.join("boot_id"), "first\n").unwrap();
+    let cat = format!(
+        "[ \"$*\" = /proc/sys/kernel/random/boot_id ] && exec /bin/cat {}/boot_id\nexec /bin/cat \"$@\"",
+        dir.display()
+    );
+    program(&dir.join("bin/cat"), &cat);
+    server
+}
+
+fn program(path: &Path, text: &str) {
+    std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn step(action: StepAction, timeout: Option<u64>) -> PlannedStep {
+    let mut plan = serde_json::json!({"name": "it", "timeout": null, "action": action});
+    plan["timeout"] = timeout.map(|seconds| seconds * 1000).into();
+    serde_json::from_value(plan).unwrap()
+}
+
+fn shell(script: &str) -> StepAction {
+    StepAction::Shell {
+        script: script.into(),
+        env: [("SECRET".to_owned(), "s3cret!".to_owned())].into(),
+        execute_command: None,
+    }
+}
+
+async fn perform(
+    server: &Arc<Sshd>,
+    step: &PlannedStep,
+    cancel: CancellationToken,
+) -> (StepOutcome, Vec<String>) {
+    let mut session =
+        Session::open(server.endpoint(), server.login(), Duration::from_secs(60)).await.unwrap();
+    let mut lines = Vec::new();
+    let masker = Masker::new(&[crate::secret::Secret::new("s3cret!")]);
+    let outcome = run(
+        step,
+        StepContext {
+            session: &mut session,
+            output: &mut |_, line| lines.push(line.to_owned()),
+            masker: &masker,
+            deadline: None,
+            cancel,
+            fetched: None,
+        },
+    )
+    .await;
+    (outcome, lines)
+}
+
+#[tokio::test]
+async fn a_failed_script_tells_its_code_and_no_secret() {
+    let server = server().await;
+    let (outcome, lines) =
+        perform(&server, &step(shell("echo \"it is $SECRET\"; exit 3"), None), CancellationToken::new())
+            .await;
+    assert_eq!(outcome.exit, Some(ExitStatus::Code(3)));
+    let error = outcome.result.unwrap_err();
+    assert_eq!(error.to_string(), "expected the script to end with exit code 0, but found exit code 3");
+    assert_eq!(lines, ["it is ***"]);
+}
+
+#[tokio::test]
+async fn a_step_ends_at_its_limit_and_its_processes_with_it() {
+    let server = server().await;
+    let (outcome, lines) =
+        perform(&server, &step(shell("echo $$; sleep 1000"), Some(2)), CancellationToken::new()).await;
+    let error = outcome.result.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert_eq!(error.to_string(), "the step did not end within its limit of 2 s, and was stopped");
+    assert!(!Path::new(&format!("/proc/{}", lines[0])).exists());
+}
+
+#[tokio::test]
+async fn a_reboot_is_over_when_another_boot_answers() {
+    let server = server().await;
+    let dir = server.dir.path().display();
+    // The old server answers on for two seconds after its connection was cut.
+    let command = format!("(sleep 2; echo second >{dir}/boot_id) >/dev/null 2>&1 & kill $PPID");
+    let (outcome, _) =
+        perform(&server, &step(StepAction::Reboot { command }, Some(60)), CancellationToken::new()).await;
+    outcome.result.unwrap();
+    assert_eq!(std::fs::read_to_string(server.dir.path().join("boot_id")).unwrap(), "second\n");
+}
+
+#[tokio::test]
+async fn a_reboot_that_does_not_happen_is_told() {
+    let server = server().await;
+    let missing = StepAction::Reboot { command: "no-such-reboot".into() };
+    let (outcome, lines) = perform(&server, &step(missing, Some(60)), CancellationToken::new()).await;
+    assert_eq!(outcome.exit, Some(ExitStatus::Code(127)));
+    assert!(lines[0].contains("no-such-reboot"), "{lines:?}");
+    let error = outcome.result.unwrap_err().to_string();
+    assert!(
+        error.starts_with("`no-such-reboot` did not restart the guest: it ended with exit code 127"),
+        "{error}"
+    );
+
+    let idle = StepAction::Reboot { command: "true".into() };
+    let (outcome, _) = perform(&server, &step(idle, Some(3)), CancellationToken::new()).await;
+    let error = outcome.result.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(error.to_string().contains("still answers with its old boot identity"), "{error}");
+}
