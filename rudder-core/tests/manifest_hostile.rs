@@ -284,7 +284,7 @@ fn aliases_that_multiply_are_stopped() {
         bomb += &format!("a{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 10].join(", "));
     }
     insta::assert_snapshot!(shown(&bomb), @r#"
-    error[too-large]: expected a manifest that takes at most 134217728 bytes with its aliases followed, but found more
+    error[too-large]: expected a manifest that takes at most 128 MiB with its aliases followed, but found more
      --> m.yaml:7:9 (a6)
       |
     7 | a6: &a6 [*a5, *a5, *a5, *a5, *a5, *a5, *a5, *a5, *a5, *a5]
@@ -332,7 +332,7 @@ fn nesting_ends_somewhere() {
 #[test]
 fn large_input_is_read_up_to_a_limit() {
     insta::assert_snapshot!(shown(vec![b' '; (16 << 20) + 1]), @r#"
-    error[too-large]: expected a file of at most 16777216 bytes, but found 16777217 bytes
+    error[too-large]: expected a file of at most 16 MiB, but found more
      --> m.yaml
       = help: give large files by `url` in `files`
     "#);

@@ -81,7 +81,11 @@ fn manifest(tree: &mut Tree, diagnostics: &mut Vec<Diagnostic>) -> Option<Manife
     // `spec` alone is a resource whose head was forgotten: in the bare form it would mean nothing.
     if !(has("apiVersion") || has("kind") || has("spec") && !has("vms")) {
         let name = tree.entry(root, "name").map(|(_, node)| node);
-        let name = name.and_then(|node| de::read(tree, &["name"], node, None, diagnostics));
+        let name = name.and_then(|node| {
+            let name = de::read(tree, &["name"], node, None, diagnostics);
+            // A placeholder stands in for what was refused.
+            if tree.is_pruned(node) { None } else { name }
+        });
         let spec = de::read::<BuildSpec>(tree, &[], root, Some("name"), diagnostics);
         return Some(Manifest::Bare(Box::new(BareBuild { name, spec })));
     }

@@ -13,7 +13,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {
         return refuse(
             "too-large",
             None,
-            format!("expected a file of at most {MAX_BYTES} bytes, but found {} bytes", bytes.len()),
+            format!("expected a file of at most {} MiB, but found more", MAX_BYTES >> 20),
             "give large files by `url` in `files`",
         );
     }

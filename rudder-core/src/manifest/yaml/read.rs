@@ -206,7 +206,7 @@ impl Reader {
         let path = self.path(None);
         let mut diagnostic =
             Diagnostic::error("yaml-syntax", path, Some(span), format!("this is not YAML: {}", error.info()));
-        if self.source[..span.start].ends_with('\t') || self.source[span.start..].starts_with('\t') {
+        if error.info().contains("tab") {
             diagnostic = diagnostic.with_help("indent with blanks: YAML does not take tabs there");
         }
         self.diagnostics.push(diagnostic);
@@ -387,7 +387,8 @@ impl Reader {
             format!("expected at most {MAX_NODES} values in a file, but found more")
         } else if self.weight_before.saturating_add(weight) > MAX_WEIGHT {
             format!(
-                "expected a manifest that takes at most {MAX_WEIGHT} bytes with its aliases followed, but found more"
+                "expected a manifest that takes at most {} MiB with its aliases followed, but found more",
+                MAX_WEIGHT >> 20
             )
         } else {
             return Ok(());

@@ -1,0 +1,143 @@
+//! Says everything that is wrong with manifests, without building anything.
+//!
+//! ```sh
+//! cargo run --example validate -- [--json] FILE...
+//! ```
+//!
+//! Findings go to standard error for people, or as JSON lines to standard output; `-` is standard input.
+//! Exit code 0: no errors; 1: errors; 2: a file could not be read, or wrong usage.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for the command line")]
+
+use clap::{ColorChoice, Parser};
+use rudder_core::{
+    check::check,
+    diagnostic::{self, Colour, Diagnostic, Renderer},
+    manifest::parse_named,
+};
+use std::{
+    io::{self, IsTerminal as _, Read as _, Write as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+/// A file is not read further than this: the parser refuses what is larger than 16 MiB.
+const MAX_READ: u64 = (16 << 20) + 1;
+
+/// Check manifests and say everything that is wrong with them.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "Exit code 0: no errors; 1: errors; 2: a file could not be read.")]
+struct Arguments {
+    /// Write findings to standard output, one JSON object per line.
+    #[arg(long)]
+    json: bool,
+    /// Colour the findings.
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    color: ColorChoice,
+    /// Manifest files; `-` is standard input.
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+}
+
+/// What was found in all files.
+#[derive(Default)]
+struct Totals {
+    errors: usize,
+    warnings: usize,
+    documents: usize,
+    unreadable: usize,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let mut totals = Totals::default();
+    for file in &arguments.files {
+        let name = if is_stdin(file) { "<stdin>".to_owned() } else { file.display().to_string() };
+        match read(file) {
+            Ok(bytes) => {
+                if validate(&arguments, &name, &bytes, &mut totals).is_err() {
+                    // Nobody reads any more (`validate … | head`).
+                    return ExitCode::from(2);
+                }
+            }
+            Err(error) => {
+                eprintln!("error: cannot read {name}: {error}");
+                totals.unreadable += 1;
+            }
+        }
+    }
+    eprintln!("{}", summary(&totals, arguments.files.len()));
+    match totals {
+        Totals { unreadable: 1.., .. } => ExitCode::from(2),
+        Totals { errors: 1.., .. } => ExitCode::FAILURE,
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+fn is_stdin(file: &Path) -> bool {
+    file.as_os_str() == "-"
+}
+
+fn read(file: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if is_stdin(file) {
+        io::stdin().lock().take(MAX_READ).read_to_end(&mut bytes)?;
+    } else {
+        std::fs::File::open(file)?.take(MAX_READ).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
+}
+
+/// Parses and checks one file, and shows what was found.
+fn validate(arguments: &Arguments, name: &str, bytes: &[u8], totals: &mut Totals) -> io::Result<()> {
+    let parsed = parse_named(name, bytes);
+    let mut findings = parsed.diagnostics;
+    for document in &parsed.documents {
+        findings.extend(check(document));
+    }
+    diagnostic::sort(&mut findings);
+    totals.documents += parsed.documents.len();
+    totals.errors += findings.iter().filter(|finding| finding.is_error()).count();
+    totals.warnings += findings.iter().filter(|finding| !finding.is_error()).count();
+    if arguments.json {
+        return write_json(name, &findings);
+    }
+    if findings.is_empty() {
+        return Ok(());
+    }
+    let colour = match arguments.color {
+        ColorChoice::Always => Colour::Always,
+        ColorChoice::Auto if io::stderr().is_terminal() => Colour::Always,
+        _ => Colour::Never,
+    };
+    let text = String::from_utf8_lossy(bytes);
+    writeln!(io::stderr(), "{}", Renderer::new().colour(colour).render(&findings, name, &text))
+}
+
+/// Each finding as one line: the file, and the fields of a [`Diagnostic`].
+fn write_json(name: &str, findings: &[Diagnostic]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for finding in findings {
+        let mut line = serde_json::Map::from_iter([("file".to_owned(), name.into())]);
+        if let serde_json::Value::Object(fields) = serde_json::to_value(finding)? {
+            line.extend(fields);
+        }
+        writeln!(out, "{}", serde_json::Value::Object(line))?;
+    }
+    out.flush()
+}
+
+fn summary(totals: &Totals, files: usize) -> String {
+    let count = |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
+    let mut line = format!(
+        "{} in {}: {}, {}",
+        count(totals.documents, "document"),
+        count(files, "file"),
+        count(totals.errors, "error"),
+        count(totals.warnings, "warning")
+    );
+    if totals.unreadable > 0 {
+        line += &format!(", {} not read", totals.unreadable);
+    }
+    line
+}
