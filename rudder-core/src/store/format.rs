@@ -159,20 +159,21 @@ impl Image {
     }
 
     fn vmdk(&self) -> Found {
-        let mut header = 0;
-        let mut capacity = self.le64(12)?;
-        // A stream-optimised image may keep its header at the end: the one in front says where (VMDK 5.0, "footer").
+        let mut headers = vec![0];
+        // A stream-optimised image has a second header at its end, which counts (VMDK 5.0, "footer").
         if self.le64(56)? == u64::MAX {
-            header = self.size.checked_sub(2 * SECTOR).ok_or_else(|| damaged("VMDK"))?;
-            if self.bytes(header, 4)? != b"KDMV" {
+            let footer = self.size.checked_sub(2 * SECTOR).ok_or_else(|| damaged("VMDK"))?;
+            if self.bytes(footer, 4)? != b"KDMV" {
                 return Err(damaged("VMDK").into());
             }
-            capacity = self.le64(header + 12)?;
+            headers.push(footer);
         }
-        let descriptor = self.le64(header + 28)?.saturating_mul(SECTOR);
-        // 0: QEMU would take the file for a descriptor and open what it names.
-        self.refuse(capacity == 0, "VMDK", "keeps its data in other files")?;
-        if descriptor != 0 {
+        let mut capacity = 0;
+        for header in headers {
+            capacity = self.le64(header + 12)?;
+            // 0: QEMU would take the file for a descriptor and open what it names.
+            self.refuse(capacity == 0, "VMDK", "keeps its data in other files")?;
+            let descriptor = self.le64(header + 28)?.saturating_mul(SECTOR);
             // QEMU reads 20 sectors whatever the size says.
             let length = self.le64(header + 36)?.saturating_mul(SECTOR).clamp(20 * SECTOR, 1 << 20);
             let text = self.bytes(descriptor, usize::try_from(length).unwrap_or(HEAD))?;
@@ -388,3 +389,6 @@ fn unusable(format: &str, what: &str, driver: &str) -> Error {
         format!("make one file of it: qemu-img convert -f {driver} -O qcow2 IN OUT.qcow2"),
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -351,3 +351,6 @@ fn masked(url: &url::Url) -> String {
     url.set_fragment(None);
     url.to_string()
 }
+
+#[cfg(test)]
+mod tests;

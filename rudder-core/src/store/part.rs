@@ -284,3 +284,84 @@ impl Read for Follower {
         Ok(count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::{super::lock::Mode, *};
+
+    fn open(store: &Store) -> Part {
+        let lock = FileLock::wait(&store.download_lock("key"), Mode::Exclusive).unwrap();
+        Part::open(store, "key", false, Arc::new(lock)).unwrap()
+    }
+
+    fn origin(if_range: Option<&str>, boot_id: &str) -> Origin {
+        Origin {
+            url: String::new(),
+            etag: None,
+            last_modified: None,
+            if_range: if_range.map(str::to_owned),
+            total: None,
+            boot_id: boot_id.to_owned(),
+        }
+    }
+
+    fn append(part: Part, bytes: &'static [u8]) -> (Part, Result<()>) {
+        let (sender, receiver) = mpsc::channel(1);
+        let writer = std::thread::spawn(move || part.append(receiver));
+        sender.blocking_send(Bytes::from_static(bytes)).unwrap();
+        drop(sender);
+        writer.join().unwrap()
+    }
+
+    #[test]
+    fn a_full_disk_is_reported_as_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let mut part = open(&store);
+        part.file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let (_, outcome) = append(part, b"no room");
+        let error = outcome.unwrap_err();
+        assert_eq!((error.kind(), error.is_retryable()), (ErrorKind::HostDiskFull, false));
+        assert!(error.help().unwrap().contains("free some space there"), "{error:?}");
+    }
+
+    #[test]
+    fn only_what_can_be_joined_is_gone_on_with() {
+        let boot = process::boot_id().unwrap();
+        for (if_range, boot_id, kept) in
+            [(Some("\"e\""), boot.as_str(), 5), (None, boot.as_str(), 0), (Some("\"e\""), "earlier", 0)]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            let mut part = open(&store);
+            part.restart(Some(origin(if_range, boot_id))).unwrap();
+            let (part, outcome) = append(part, b"hello");
+            outcome.unwrap();
+            drop(part);
+            let part = open(&store);
+            assert_eq!(part.len(), kept);
+            assert_eq!(part.digest(), Digest::of(&b"hello"[..usize::try_from(kept).unwrap()]));
+        }
+    }
+
+    #[test]
+    fn a_reader_sees_what_comes_until_it_ends_or_starts_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let part = open(&store);
+        let growth = part.growth();
+        let mut follower = growth.follow(part.path()).unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut text = String::new();
+            follower.read_to_string(&mut text).map(|_| text)
+        });
+        let (part, _) = append(part, b"hel");
+        let (mut part, _) = append(part, b"lo");
+        growth.end(true);
+        assert_eq!(reader.join().unwrap().unwrap(), "hello");
+        let mut late = growth.follow(part.path()).unwrap();
+        part.restart(None).unwrap();
+        assert!(late.read(&mut [0; 8]).unwrap_err().to_string().contains("started over"));
+    }
+}

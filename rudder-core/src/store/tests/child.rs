@@ -1,0 +1,114 @@
+//! Other processes: this test program again, doing one thing with a store until it is killed or done.
+
+use super::*;
+use crate::backend::Retention;
+use std::{
+    env,
+    io::{BufRead, BufReader, Write},
+    process::{self, ChildStdout, Command, Stdio},
+};
+
+const STORE: &str = "RUDDER_TEST_STORE";
+const TASK: &str = "RUDDER_TEST_TASK";
+
+/// A child process; killed when it is dropped.
+pub(super) struct Child {
+    process: process::Child,
+    lines: std::io::Lines<BufReader<ChildStdout>>,
+}
+
+impl Child {
+    pub(super) fn download(store: &Path, url: &url::Url) -> Self {
+        Self::start(store, &format!("download {url}"))
+    }
+
+    pub(super) fn start(store: &Path, task: &str) -> Self {
+        let mut process = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "store::tests::child::as_a_child", "--nocapture", "--test-threads=1"])
+            .env(STORE, store)
+            .env(TASK, task)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        Self { process, lines }
+    }
+
+    /// Reads what it says until a line holds this; returns the line.
+    pub(super) fn wait_for(&mut self, text: &str) -> String {
+        let mut seen = Vec::new();
+        for line in self.lines.by_ref() {
+            let line = line.unwrap();
+            if line.contains(text) {
+                return line;
+            }
+            seen.push(line);
+        }
+        panic!("the child ended without saying {text:?}; it said {seen:#?}");
+    }
+
+    /// Waits until something is so; the child must live until then.
+    pub(super) fn wait_until(&mut self, so: impl Fn() -> bool) {
+        while !so() {
+            assert!(self.process.try_wait().unwrap().is_none(), "the child ended");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Kills it as `kill -9` does.
+    pub(super) fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn say(line: impl std::fmt::Display) {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "\n{line}").unwrap();
+    out.flush().unwrap();
+}
+
+/// What a child does. Without a task, there is nothing to do: then this is the parent's own run of its tests.
+#[tokio::test]
+async fn as_a_child() {
+    let (Ok(task), Some(root)) = (env::var(TASK), env::var_os(STORE)) else { return };
+    let store = open(Path::new(&root));
+    let (what, argument) = task.split_once(' ').unwrap();
+    match what {
+        "download" => {
+            let progress = Progress::new(|event| match event {
+                ProgressEvent::Bytes { done, .. } => say(format_args!("bytes {done}")),
+                ProgressEvent::Notice(text) => say(format_args!("notice {text}")),
+            });
+            // Longer than a test waits for its server.
+            let options = StoreOptions { stall_timeout: Duration::from_secs(600), ..StoreOptions::default() };
+            let store = Store::open_with(store.root(), options).unwrap();
+            let image = store.image(&planned(&argument.parse().unwrap(), None), &progress).await.unwrap();
+            say(format_args!("done {}", image.path.display()));
+        }
+        "lab" => {
+            let id = crate::backend::LabId::new(argument);
+            let lab = store.create_lab(&id, argument, Retention::EndWithOwner).unwrap();
+            let process = Command::new("sleep").arg("600").env(LAB_VARIABLE, id.as_str()).spawn().unwrap();
+            lab.record_process(process.id(), "sleeper").unwrap();
+            // Its owner is killed before it can write this one down.
+            let unrecorded = Command::new("sleep").arg("600").env(LAB_VARIABLE, id.as_str()).spawn().unwrap();
+            say(format_args!("lab {id} {} {}", process.id(), unrecorded.id()));
+            std::future::pending::<()>().await;
+        }
+        "publish" => {
+            for round in 0u64.. {
+                gather::publish(&store, argument, &round.to_le_bytes().repeat(10_000)).await.unwrap();
+                say(format_args!("published {round}"));
+            }
+        }
+        _ => panic!("what is {what}?"),
+    }
+}

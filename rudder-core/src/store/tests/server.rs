@@ -1,0 +1,201 @@
+//! A small HTTP server on loopback that does what a test tells it, and remembers what it was asked.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+/// What was asked.
+#[derive(Debug, Clone)]
+pub(super) struct Asked {
+    pub(super) path: String,
+    pub(super) headers: BTreeMap<String, String>,
+}
+
+impl Asked {
+    pub(super) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).map(String::as_str)
+    }
+}
+
+/// What is answered.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Reply {
+    pub(super) status: u16,
+    pub(super) headers: Vec<(&'static str, String)>,
+    pub(super) body: Vec<u8>,
+    /// Stop after so many bytes of the body.
+    pub(super) stop_after: Option<usize>,
+    /// Then keep silent until the gate opens, and send the rest; without: hang up.
+    pub(super) hold: bool,
+    /// Say this instead of the real length.
+    pub(super) length: Option<u64>,
+}
+
+impl Reply {
+    pub(super) fn status(status: u16) -> Self {
+        Self { status, ..Self::default() }
+    }
+
+    pub(super) fn ok(body: &[u8]) -> Self {
+        Self { status: 200, body: body.to_vec(), ..Self::default() }
+    }
+
+    pub(super) fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.headers.push((name, value.into()));
+        self
+    }
+
+    pub(super) fn stop_after(mut self, count: usize) -> Self {
+        self.stop_after = Some(count);
+        self
+    }
+
+    pub(super) fn hold_after(mut self, count: usize) -> Self {
+        self.hold = true;
+        self.stop_after(count)
+    }
+
+    /// What a proper server says about a file with this `ETag`.
+    pub(super) fn file(asked: &Asked, body: &[u8], etag: &str) -> Self {
+        if asked.header("if-none-match") == Some(etag) {
+            return Self::status(304).with("ETag", etag);
+        }
+        let from = asked.header("range").and_then(|range| {
+            let same = asked.header("if-range") == Some(etag);
+            range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok().filter(|_| same)
+        });
+        match from {
+            None => Self::ok(body).with("ETag", etag),
+            Some(from) if from >= body.len() => {
+                Self::status(416).with("Content-Range", format!("bytes */{}", body.len()))
+            }
+            Some(from) => {
+                let range = format!("bytes {from}-{}/{}", body.len() - 1, body.len());
+                Self { status: 206, body: body[from..].to_vec(), ..Self::default() }
+                    .with("ETag", etag)
+                    .with("Content-Range", range)
+            }
+        }
+    }
+}
+
+type Answer = dyn Fn(&Asked, usize) -> Reply + Send + Sync;
+
+/// The server; it ends when this is dropped.
+pub(super) struct Server {
+    address: SocketAddr,
+    asked: Arc<Mutex<Vec<Asked>>>,
+    gate: watch::Sender<bool>,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Server {
+    /// Answers with what this says to the n-th request, from 0.
+    pub(super) fn start(answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static) -> Self {
+        // A runtime of its own: it serves while a test blocks, and other processes too.
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (gate, opened) = watch::channel(false);
+        let (answer, log): (Arc<Answer>, _) = (Arc::new(answer), asked.clone());
+        runtime.spawn(async move {
+            let listener = TcpListener::from_std(listener).unwrap();
+            while let Ok((stream, _)) = listener.accept().await {
+                let (answer, log, opened) = (answer.clone(), log.clone(), opened.clone());
+                tokio::spawn(async move {
+                    let _ = serve(stream, &*answer, &log, opened).await;
+                });
+            }
+        });
+        Self { address, asked, gate, runtime: Some(runtime) }
+    }
+
+    pub(super) fn url(&self, path: &str) -> url::Url {
+        format!("http://{}/{path}", self.address).parse().unwrap()
+    }
+
+    pub(super) fn asked(&self) -> Vec<Asked> {
+        self.asked.lock().unwrap().clone()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.asked().len()
+    }
+
+    pub(super) fn open_gate(&self) {
+        self.gate.send_replace(true);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Tests are asynchronous themselves, and may not wait for it.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+async fn serve(
+    stream: TcpStream,
+    answer: &Answer,
+    log: &Mutex<Vec<Asked>>,
+    mut opened: watch::Receiver<bool>,
+) -> std::io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    let mut first = String::new();
+    stream.read_line(&mut first).await?;
+    let mut asked =
+        Asked { path: first.split(' ').nth(1).unwrap_or_default().to_owned(), headers: BTreeMap::new() };
+    loop {
+        let mut line = String::new();
+        stream.read_line(&mut line).await?;
+        match line.trim().split_once(':') {
+            Some((name, value)) => {
+                asked.headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
+            }
+            None => break,
+        }
+    }
+    let number = {
+        let mut log = log.lock().unwrap();
+        log.push(asked.clone());
+        log.len() - 1
+    };
+    let reply = answer(&asked, number);
+    let mut head = format!("HTTP/1.1 {} Answer\r\nConnection: close\r\n", reply.status);
+    if reply.status != 304 {
+        let length = reply.length.unwrap_or(reply.body.len() as u64);
+        head.push_str(&format!("Content-Length: {length}\r\n"));
+    }
+    for (name, value) in &reply.headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    head.push_str("\r\n");
+    stream.write_all(head.as_bytes()).await?;
+    let (now, later) = reply.body.split_at(reply.stop_after.unwrap_or(reply.body.len()));
+    stream.write_all(now).await?;
+    stream.flush().await?;
+    if reply.hold {
+        // Until the gate opens or the client hangs up.
+        let mut byte = [0];
+        let open = tokio::select! {
+            opened = opened.wait_for(|open| *open) => opened.is_ok(),
+            _ = stream.read(&mut byte) => false,
+        };
+        if open {
+            stream.write_all(later).await?;
+        }
+    }
+    stream.shutdown().await
+}
