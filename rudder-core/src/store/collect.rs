@@ -4,6 +4,7 @@ use super::{
     Store, Use, durable,
     durable::io_error,
     lock::{FileLock, Mode},
+    part::Origin,
 };
 use crate::{Result, backend::ReapReport, digest::Digest};
 use std::{
@@ -32,7 +33,7 @@ impl CollectPolicy {
 
 impl Store {
     /// Removes what dead owners left: processes and directories of labs, temporary files, half-published modules.
-    /// Partial downloads stay, because the next download goes on with them. Never touches what a living owner has;
+    /// Partial downloads that the next download can go on with stay. Never touches what a living owner has;
     /// may run in several processes at once.
     ///
     /// # Errors
@@ -43,6 +44,7 @@ impl Store {
             let mut report = ReapReport::default();
             store.reap_labs(&mut report)?;
             store.reap_temporary_files(&mut report)?;
+            store.sweep_downloads(None, &mut report)?;
             store.reap_modules(&mut report)?;
             Ok(report)
         })
@@ -60,7 +62,7 @@ impl Store {
         let collected = super::blocking(move || {
             let mut report = ReapReport::default();
             store.collect_blobs(&policy, &mut report)?;
-            store.collect_downloads(&policy, &mut report)?;
+            store.sweep_downloads(Some(&policy), &mut report)?;
             store.collect_records()?;
             Ok(report)
         })
@@ -133,17 +135,22 @@ impl Store {
         Ok(needed)
     }
 
-    fn collect_downloads(&self, policy: &CollectPolicy, report: &mut ReapReport) -> Result<()> {
+    /// Removes partial downloads that nobody works on: those that cannot be gone on with, and, with a policy, the others.
+    fn sweep_downloads(&self, policy: Option<&CollectPolicy>, report: &mut ReapReport) -> Result<()> {
         for (name, path) in self.entries(&self.downloads_dir(), |name| name.ends_with(".part"))? {
             let key = name.trim_end_matches(".part");
             let Some(lock) = FileLock::attempt(&self.download_lock(key), Mode::Exclusive)? else { continue };
-            if !old_enough(None, &path, policy.unused_for) {
+            let _lock = lock.transient();
+            let record = path.with_extension("json");
+            let resumable =
+                durable::read_json::<Origin>(&record)?.is_some_and(|origin| origin.if_range.is_some());
+            let unwanted = policy.is_some_and(|policy| old_enough(None, &path, policy.unused_for));
+            if resumable && !unwanted {
                 continue;
             }
             report.freed += durable::disk_usage(&path);
+            durable::remove_file(&record)?;
             durable::remove_file(&path)?;
-            durable::remove_file(&path.with_extension("json"))?;
-            lock.remove()?;
             report.removed.push(format!("partial download {}", &key[..key.len().min(12)]));
         }
         Ok(())

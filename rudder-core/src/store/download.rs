@@ -22,7 +22,10 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tokio::{sync::mpsc, task::JoinHandle, time};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time,
+};
 
 /// How often it is looked whether another download of the same URL has ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -66,7 +69,7 @@ struct Received {
     unpacked: Option<(u32, Result<Option<Unpacked>>)>,
 }
 
-type Unpacking = JoinHandle<(u32, Result<Option<Unpacked>>)>;
+type Unpacking = oneshot::Receiver<(u32, Result<Option<Unpacked>>)>;
 
 impl Store {
     /// What a server has at a URL. Asks whether what is known of it still holds, and downloads it otherwise.
@@ -87,7 +90,11 @@ impl Store {
         }
         let known = self.url_record(&url.url)?;
         let usable = match &known {
-            Some(record) => self.held(&record.served, wanted).await?,
+            Some(record) => match self.held(&record.served, wanted).await {
+                // What came the last time is no image: the server may have the right one by now.
+                Err(error) if error.kind() == ErrorKind::InvalidImage => None,
+                held => held?,
+            },
             None => None,
         };
         if let (Some(record), Some(got)) = (&known, &usable)
@@ -167,13 +174,16 @@ impl Store {
         let _stop = stop.on_drop();
         let growth = part.growth();
         let _end = EndOnDrop(growth.clone());
-        let mut unpacking = (wanted == Wanted::Image).then(|| self.unpack_along(&part, &stop));
+        let mut unpacking = match wanted {
+            Wanted::Image => Some(self.unpack_along(&part, &stop)?),
+            Wanted::File => None,
+        };
         let mut unpacked = None;
         let mut resumed = false;
         let (mut failures, mut furthest) = (0, part.len());
         let mut backoff = self.options().backoff;
         loop {
-            let from = part.len();
+            let (from, restarts) = (part.len(), growth.restarts());
             let known = known.filter(|_| from == 0);
             let attempt = async {
                 let origin = part.origin().cloned();
@@ -201,7 +211,7 @@ impl Store {
                 let Some(handle) = &mut unpacking else { break attempt.await? };
                 let early = tokio::select! {
                     ended = &mut attempt => break ended?,
-                    early = handle => joined(early)?,
+                    early = handle => unpacked_along(early)?,
                 };
                 unpacking = None;
                 // No need to receive what there is no room for. All else is judged when the checksum is.
@@ -217,14 +227,14 @@ impl Store {
                     return Ok(None);
                 }
                 Ok(Transferred::Whole) => {
-                    resumed |= from > 0;
+                    resumed = growth.restarts() == restarts && (resumed || from > 0);
                     break;
                 }
                 Err(failure) => failure,
             };
-            resumed |= from > 0 && !failure.start_over;
+            resumed = growth.restarts() == restarts && (resumed || from > 0);
             if !failure.error.is_retryable() {
-                if part.len() == 0 {
+                if part.len() == 0 || !part.is_resumable() {
                     part.discard()?;
                 }
                 return Err(failure.error);
@@ -260,7 +270,7 @@ impl Store {
         }
         growth.end(true);
         if let Some(handle) = unpacking {
-            unpacked = Some(joined(handle.await)?);
+            unpacked = Some(unpacked_along(handle.await)?);
         }
         let served = part.digest();
         Ok(Some(Received { part, served, resumed, unpacked }))
@@ -337,9 +347,10 @@ impl Store {
     }
 
     /// Unpacks a download while it comes, on a thread of its own.
-    fn unpack_along(&self, part: &Part, stop: &Stop) -> Unpacking {
+    fn unpack_along(&self, part: &Part, stop: &Stop) -> Result<Unpacking> {
         let (store, path, growth, stop) = (self.clone(), part.path().to_owned(), part.growth(), stop.clone());
-        tokio::task::spawn_blocking(move || {
+        let (sender, receiver) = oneshot::channel();
+        let work = move || {
             let mut follower = match growth.follow(&path) {
                 Ok(follower) => follower,
                 Err(error) => return (growth.restarts(), Err(error)),
@@ -355,7 +366,13 @@ impl Store {
                 }
             };
             (restarts, outcome)
-        })
+        };
+        // Not a thread of the runtime's pool: it waits for the writer, which needs one of those.
+        std::thread::Builder::new()
+            .name("rudder-unpack".into())
+            .spawn(move || sender.send(work()))
+            .map_err(|error| Error::io("start a thread", error))?;
+        Ok(receiver)
     }
 
     /// Makes a whole download a blob, after it was judged.
@@ -428,6 +445,13 @@ impl Store {
 /// What progress is reported under.
 fn task(url: &PlannedUrl) -> String {
     format!("download {}", masked(&url.url))
+}
+
+/// What the unpacking thread said, unless it panicked.
+fn unpacked_along<T>(result: std::result::Result<T, oneshot::error::RecvError>) -> Result<T> {
+    result.map_err(|error| {
+        Error::new(ErrorKind::Internal, "the unpacking ended without a result").with_source(error)
+    })
 }
 
 /// The result of work on another thread.

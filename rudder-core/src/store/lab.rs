@@ -289,8 +289,11 @@ impl Store {
     pub(super) fn reap_labs(&self, report: &mut ReapReport) -> Result<()> {
         for (_, path) in self.removed_lab_dirs()? {
             // Nobody lives in what was taken out already; another may be removing it at this moment.
-            report.freed += durable::disk_usage(&path);
-            durable::remove_tree(&path)?;
+            let size = durable::disk_usage(&path);
+            match durable::remove_tree(&path) {
+                Ok(()) => report.freed += size,
+                Err(error) => report.failed.push(error.report()),
+            }
         }
         let mut dead = Vec::new();
         let judging = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;

@@ -78,7 +78,7 @@ impl Store {
     /// # Errors
     /// `NotFound` when there is none of that name, or it has been replaced since; file errors.
     pub fn lease_module(&self, name: &str, digest: &Digest) -> Result<(Module, Lease)> {
-        if units::is_name(name) {
+        if units::is_name(name) && self.version(name, digest)?.is_some() {
             let lease = Lease::take(self, Use::Module { name: name.to_owned(), digest: *digest })?;
             if let Some(module) = self.version(name, digest)? {
                 return Ok((module, lease));
@@ -309,7 +309,7 @@ fn remove(store: &Store, name: &str) -> Result<()> {
         return Err(missing());
     }
     let dir = store.module_dir(name);
-    let _lock = FileLock::wait(&store.module_lock(name), Mode::Exclusive)?;
+    let _lock = FileLock::wait(&store.module_lock(name), Mode::Exclusive)?.transient();
     if store.current(name)?.is_none() {
         return Err(missing());
     }

@@ -22,6 +22,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, BufReader, ReadBuf};
 
 /// How much is read, hashed and written at a time.
 pub(super) const CHUNK: usize = 256 * 1024;
+/// What unpacking xz may take: `xz -9` needs 65 MiB; the file says how much, and may ask for gigabytes.
+const XZ_MEMORY: u64 = 128 << 20;
 /// Runs of zeros of this many bytes, at such an offset, are left out of the file.
 const HOLE: usize = 4096;
 
@@ -140,7 +142,7 @@ pub(super) fn unpack(
                 drain(store, packing, decoder, stop).await
             }
             Packing::Xz => {
-                let mut decoder = XzDecoder::new(source);
+                let mut decoder = XzDecoder::with_mem_limit(source, XZ_MEMORY);
                 decoder.multiple_members(true);
                 drain(store, packing, decoder, stop).await
             }

@@ -75,8 +75,16 @@ fn say(line: impl std::fmt::Display) {
     out.flush().unwrap();
 }
 
+/// The most memory that this process had so far, in KiB (proc(5), `VmHWM`).
+fn peak_memory() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
 /// What a child does. Without a task, there is nothing to do: then this is the parent's own run of its tests.
 #[tokio::test]
+#[allow(clippy::zombie_processes, reason = "it is killed while its children run: that is what is tested")]
 async fn as_a_child() {
     let (Ok(task), Some(root)) = (env::var(TASK), env::var_os(STORE)) else { return };
     let store = open(Path::new(&root));
@@ -92,6 +100,13 @@ async fn as_a_child() {
             let store = Store::open_with(store.root(), options).unwrap();
             let image = store.image(&planned(&argument.parse().unwrap(), None), &progress).await.unwrap();
             say(format_args!("done {}", image.path.display()));
+        }
+        "measure" => {
+            // Everything that is set up once, before the first look.
+            store.client().unwrap();
+            let before = peak_memory();
+            store.image(&planned(&argument.parse().unwrap(), None), &Progress::none()).await.unwrap();
+            say(format_args!("grew by {}", peak_memory() - before));
         }
         "lab" => {
             let id = crate::backend::LabId::new(argument);

@@ -377,6 +377,26 @@ async fn two_processes_share_one_download() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_large_image_does_not_take_memory() {
+    let server = Server::start(|_, _| Reply { repeats: 127, ..Reply::ok(&raw_disk(1 << 20)) });
+    let fixture = Fixture::new();
+    let mut child = Child::start(fixture.store.root(), &format!("measure {}", server.url("large.img")));
+    let line = child.wait_for("grew by ");
+    let kibibytes: u64 = line.split(' ').nth(2).unwrap().parse().unwrap();
+    assert!(kibibytes < 32 * 1024, "128 MiB were downloaded, and the process {line} KiB");
+}
+
+#[tokio::test]
+async fn what_cannot_be_gone_on_with_is_reaped() {
+    let fixture = Fixture::new();
+    let part = fixture.store.part_path("abc");
+    fs::write(&part, b"half").unwrap();
+    let report = fixture.store.reap().await.unwrap();
+    assert_eq!(report.removed, ["partial download abc"]);
+    fixture.assert_no_leftovers();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_killed_process_is_followed_by_one_that_goes_on() {
     let disk = raw_disk(100_352);
     let served = image::pack(super::unpack::Packing::Gzip, &disk).await;
@@ -393,6 +413,7 @@ async fn a_killed_process_is_followed_by_one_that_goes_on() {
     let mut child = Child::download(fixture.store.root(), &url);
     child.wait_for("bytes 50000");
     child.wait_until(|| fs::metadata(&part).is_ok_and(|meta| meta.len() == 50_000));
+    child.wait_until(|| fixture.names("downloads").iter().any(|name| name.starts_with(".tmp-")));
     child.kill();
     // What it unpacked so far is reaped; what it downloaded stays.
     let report = fixture.store.reap().await.unwrap();

@@ -99,7 +99,10 @@ async fn broken_and_bottomless_packages_are_refused() {
 
 #[tokio::test]
 async fn what_is_no_image_is_refused_and_not_kept() {
-    let server = Server::start(|_, _| Reply::ok(b"<!DOCTYPE html><html><body>Sign in</body></html>"));
+    let server = Server::start(|_, number| match number {
+        0 | 1 => Reply::ok(b"<!DOCTYPE html><html><body>Sign in</body></html>").with("ETag", "\"e\""),
+        _ => Reply::ok(&raw_disk(1024)),
+    });
     let fixture = Fixture::new();
     let url = server.url("disk.qcow2");
     let error = fixture.image(&url, None).await.unwrap_err();
@@ -117,6 +120,8 @@ async fn what_is_no_image_is_refused_and_not_kept() {
     let error = fixture.image(&url, Some(Digest::of(b"disk"))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ChecksumMismatch);
     assert!(error.help().unwrap().contains("found a web page"), "{error:?}");
+    // What came then is no reason not to look again.
+    assert_eq!(fixture.image(&url, None).await.unwrap().virtual_size, 1024);
 }
 
 #[tokio::test]

@@ -30,6 +30,8 @@ pub(super) struct Reply {
     pub(super) status: u16,
     pub(super) headers: Vec<(&'static str, String)>,
     pub(super) body: Vec<u8>,
+    /// Send the body so many times more.
+    pub(super) repeats: u64,
     /// Stop after so many bytes of the body.
     pub(super) stop_after: Option<usize>,
     /// Then keep silent until the gate opens, and send the rest; without: hang up.
@@ -175,7 +177,7 @@ async fn serve(
     let reply = answer(&asked, number);
     let mut head = format!("HTTP/1.1 {} Answer\r\nConnection: close\r\n", reply.status);
     if reply.status != 304 {
-        let length = reply.length.unwrap_or(reply.body.len() as u64);
+        let length = reply.length.unwrap_or(reply.body.len() as u64 * (reply.repeats + 1));
         head.push_str(&format!("Content-Length: {length}\r\n"));
     }
     for (name, value) in &reply.headers {
@@ -185,6 +187,9 @@ async fn serve(
     stream.write_all(head.as_bytes()).await?;
     let (now, later) = reply.body.split_at(reply.stop_after.unwrap_or(reply.body.len()));
     stream.write_all(now).await?;
+    for _ in 0..reply.repeats {
+        stream.write_all(&reply.body).await?;
+    }
     stream.flush().await?;
     if reply.hold {
         // Until the gate opens or the client hangs up.
