@@ -86,7 +86,7 @@ chmod 755 "$root/etc/acpi/PWRF/00000080"
 # The initramfs carries every driver that a guest of any manifest needs, and loads those whose hardware is there.
 mkdir -p "$early/bin" "$early/dev" "$early/proc" "$early/sys" "$early/root" "$early/lib/modules/$kernel"
 cp "$all/bin/busybox" "$early/bin/busybox"
-for applet in sh mount modprobe cat sort xargs findfs sleep poweroff cp echo switch_root; do ln -s busybox "$early/bin/$applet"; done
+for applet in sh grep mount modprobe cat sort xargs findfs sleep poweroff cp echo switch_root; do ln -s busybox "$early/bin/$applet"; done
 mkdir "$early/sbin" && ln -s ../bin/busybox "$early/sbin/modprobe" # where the kernel looks for it
 sed "s/@UUID@/$uuid/" "$here/tiny/init" >"$early/init"
 chmod 755 "$early/init"
