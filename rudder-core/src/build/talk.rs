@@ -14,8 +14,12 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex},
+    time::Duration,
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+
+/// How long the output of a step whose machine has ended may take to arrive.
+const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// The files of the build that were behind URLs, where they are now.
 #[derive(Debug, Default)]
@@ -91,10 +95,18 @@ pub(super) async fn run_step(
         fetched,
     };
     let doing = format!("running step {} ({})", index + 1, step.name);
-    let StepOutcome { exit, result } = tokio::select! {
-        biased;
-        ended = machine.wait() => StepOutcome::from(ended.and_then(|exit| Err(guard::ended(&exit, &doing)))),
-        outcome = step::run(step, context) => outcome,
+    let StepOutcome { exit, result } = {
+        let running = step::run(step, context);
+        tokio::pin!(running);
+        tokio::select! {
+            biased;
+            ended = machine.wait() => {
+                // What the step wrote last may still be on its way.
+                let _ = timeout(LAST_WORDS, running).await;
+                StepOutcome::from(ended.and_then(|exit| Err(guard::ended(&exit, &doing))))
+            }
+            outcome = &mut running => outcome,
+        }
     };
     let result = match result {
         // A step that the build's deadline ended is the build's failure, and says which field raises it.

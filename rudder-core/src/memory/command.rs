@@ -34,6 +34,28 @@ enum Flow {
     Exit(u32),
 }
 
+/// A script as [`Guest::run`](crate::guest::Guest::run) sends it: behind the shell lines that put it in place.
+struct Bundled<'a> {
+    exports: String,
+    text: &'a str,
+}
+
+/// Whether a command line reads a script from its input and becomes it.
+pub(super) fn takes_bundle(line: &str) -> bool {
+    line.contains("/bundle") && line.contains("exec /bin/sh ")
+}
+
+/// The script that a command line reads from its input, when it is one that does.
+fn bundled<'a>(line: &str, stdin: &'a [u8]) -> Option<Bundled<'a>> {
+    let (prelude, text) = std::str::from_utf8(stdin).ok()?.split_once("\nexit 126\n")?;
+    if !takes_bundle(line) {
+        return None;
+    }
+    let body = prelude.find("\nexport ").map_or("", |start| &prelude[start + 1..]);
+    let exports = body.split_inclusive('\n').take_while(|line| !line.starts_with("exec ")).collect();
+    Some(Bundled { exports, text })
+}
+
 impl<'a> Shell<'a> {
     /// A shell of this user.
     pub(super) fn new(
@@ -64,12 +86,28 @@ impl<'a> Shell<'a> {
     pub(super) fn run(mut self, line: &str) -> Vec<Act> {
         let code = match self.answer(line) {
             Some(code) => code,
-            None => self.script(line),
+            None => match bundled(line, self.stdin) {
+                Some(script) => self.bundle(&script),
+                None => self.script(line),
+            },
         };
         if !self.over {
             self.acts.push(Act::Exit(code));
         }
         self.acts
+    }
+
+    /// Runs a script that came with its environment, as `sh -e` would.
+    fn bundle(&mut self, script: &Bundled<'_>) -> u32 {
+        if let Some(code) = self.answer(script.text) {
+            return code;
+        }
+        let first = script.text.lines().next().unwrap_or_default();
+        match first.strip_prefix("#!") {
+            Some(interpreter) if !interpreter.contains("sh") => 0,
+            Some(_) => self.script(&format!("{}{}", script.exports, script.text)),
+            None => self.script(&format!("{}set -e\n{}", script.exports, script.text)),
+        }
     }
 
     /// What a rule says to this text: a line, or the content of a file that is run.

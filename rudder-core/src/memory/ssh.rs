@@ -2,7 +2,7 @@
 
 use super::{
     Counted,
-    command::Shell,
+    command::{self, Shell},
     machine::{Boot, MachineCore},
     script::{Act, Guest},
     sftp::Sftp,
@@ -313,6 +313,9 @@ impl Exec {
 
     /// Whether the command wants its standard input: only then is its end waited for.
     fn reads_stdin(&self) -> bool {
+        if command::takes_bundle(&self.command) {
+            return true;
+        }
         let Some(commands) = words::commands(&self.command, &BTreeMap::new()) else { return false };
         commands.iter().filter(|simple| simple.join != Join::Pipe).any(|simple| {
             let fed = simple.redirects.iter().any(|redirect| matches!(redirect, Redirect::In(_)));

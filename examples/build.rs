@@ -1,0 +1,251 @@
+//! Builds the modules of a manifest file.
+//!
+//! ```text
+//! cargo run --example build -- [--backend qemu|memory] [--store DIR] [--events json]
+//!                              [--on-failure destroy|keep] [--locked] FILE
+//! ```
+//!
+//! Standard output is for programs: with `--events json` every event as a line of JSON, and at last the path of each
+//! `module.json`. Everything for people goes to standard error: progress bars and the output of steps on a terminal, plain
+//! lines otherwise.
+//!
+//! Exit codes: 0 built · 1 failed · 2 manifest refused, or used wrongly · 130 cancelled, after cleaning up.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)] // A program prints.
+
+#[path = "build/screen.rs"]
+mod screen;
+
+use clap::{Parser, ValueEnum};
+use rudder::{
+    Error, ErrorKind, Result,
+    backend::Backend,
+    build::{Build, BuildFailure, Canceller, FailurePolicy},
+    diagnostic::{Diagnostic, render},
+    manifest::{Document, parse_named},
+    memory::MemoryBackend,
+    module::Module,
+    plan::{PlanContext, Planned, plan},
+    qemu::QemuBackend,
+    store::Store,
+};
+use screen::Screen;
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+const FAILED: u8 = 1;
+const REFUSED: u8 = 2;
+const CANCELLED: u8 = 130;
+
+/// Builds the modules of a manifest file.
+#[derive(Parser)]
+struct Args {
+    /// The hypervisor to build on.
+    #[arg(long, value_enum, default_value = "qemu")]
+    backend: Hypervisor,
+    /// Where images and modules are kept [default: the store of this user].
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Writes every event to standard output, a line each.
+    #[arg(long, value_name = "FORMAT")]
+    events: Option<EventFormat>,
+    /// What becomes of the machines of a build that failed.
+    #[arg(long, value_enum, default_value = "destroy")]
+    on_failure: OnFailure,
+    /// Refuses inputs that changed since the module of the same name was built.
+    #[arg(long)]
+    locked: bool,
+    /// The manifest.
+    file: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Hypervisor {
+    Qemu,
+    Memory,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum EventFormat {
+    Json,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OnFailure {
+    Destroy,
+    Keep,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(End { code, message }) => {
+            if !message.is_empty() {
+                eprintln!("{}", message.trim_end());
+            }
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Why the program ends without having built everything, and what it says then.
+struct End {
+    code: u8,
+    message: String,
+}
+
+impl End {
+    fn refused(message: impl Into<String>) -> Self {
+        Self { code: REFUSED, message: message.into() }
+    }
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> Self {
+        Self { code: FAILED, message: format!("error: {}", error.report()) }
+    }
+}
+
+impl From<Box<BuildFailure>> for End {
+    fn from(failure: Box<BuildFailure>) -> Self {
+        // What failed was the last event, and is on the screen.
+        let code = if failure.is_cancelled() { CANCELLED } else { FAILED };
+        Self { code, message: String::new() }
+    }
+}
+
+async fn run(args: Args) -> Result<(), End> {
+    let store = args.store.clone().unwrap_or_else(Store::default_root);
+    let text = std::fs::read(&args.file)
+        .map_err(|error| End::refused(format!("error: cannot read {}: {error}", args.file.display())))?;
+    let file = Source { name: args.file.display().to_string(), text };
+    let backend: Arc<dyn Backend> = match args.backend {
+        Hypervisor::Qemu => Arc::new(QemuBackend::builder(Store::open(&store)?).build()),
+        Hypervisor::Memory => Arc::new(MemoryBackend::new().store(&store)?),
+    };
+
+    // All documents are looked at before the first is built.
+    let parsed = parse_named(&file.name, &file.text);
+    file.judge(&parsed.diagnostics)?;
+    let mut findings = Vec::new();
+    for (place, document) in parsed.documents.iter().enumerate() {
+        // A module that an earlier document of the file makes is not there yet.
+        let to_come = |finding: &Diagnostic| place > 0 && finding.code == "unknown-module";
+        let found = planned(document, &args.file, &backend).await?.diagnostics;
+        findings.extend(found.into_iter().filter(|finding| !to_come(finding)));
+    }
+    file.judge(&findings)?;
+    if parsed.documents.is_empty() {
+        return Err(End::refused(format!("error: {} holds no manifest", file.name)));
+    }
+
+    for document in &parsed.documents {
+        // Planned again: an earlier document may have built the module that this one builds on.
+        let planned = planned(document, &args.file, &backend).await?;
+        let Some(plan) = planned.plan else {
+            return Err(End::refused(render(&planned.diagnostics, &file.name, &file.text())));
+        };
+        let earlier = if args.locked { Some(module(&*backend, &plan.name).await?) } else { None };
+        let mut build = Build::new(plan, Arc::clone(&backend)).report_dir(store.join("reports"));
+        if let Some(earlier) = &earlier {
+            build = build.locked(earlier);
+        }
+        if let OnFailure::Keep = args.on_failure {
+            build = build.on_failure(FailurePolicy::Keep);
+        }
+        let module = follow(build, args.events).await?;
+        match &module.path {
+            Some(path) => println!("{}", path.display()),
+            None => println!("{}", module.name),
+        }
+    }
+    Ok(())
+}
+
+/// Runs a build, shows what happens, and cancels it when the user says so.
+async fn follow(build: Build, format: Option<EventFormat>) -> Result<Module, Box<BuildFailure>> {
+    let build = build.start();
+    let interrupts = tokio::spawn(cancel_on_signal(build.canceller()));
+    let mut events = build.events();
+    let mut screen = Screen::new(format.is_some());
+    while let Some(event) = events.next().await {
+        if let Some(EventFormat::Json) = format {
+            println!("{}", event.to_json());
+        }
+        screen.show(&event);
+    }
+    interrupts.abort();
+    build.outcome().await
+}
+
+/// Ctrl-C, SIGTERM and SIGHUP cancel; the second is told that cleaning up goes on, the third ends the program at once.
+async fn cancel_on_signal(canceller: Canceller) {
+    let listen = |kind| signal(kind).ok();
+    let (Some(mut int), Some(mut term), Some(mut hup)) =
+        (listen(SignalKind::interrupt()), listen(SignalKind::terminate()), listen(SignalKind::hangup()))
+    else {
+        return;
+    };
+    for count in 1.. {
+        tokio::select! {
+            _ = int.recv() => {}
+            _ = term.recv() => {}
+            _ = hup.recv() => {}
+        }
+        match count {
+            1 => {
+                eprintln!("cancelling: machines are ended and removed");
+                canceller.cancel();
+            }
+            2 => eprintln!("still cleaning up; once more leaves at once, and the rest to the next start"),
+            _ => std::process::exit(i32::from(CANCELLED)),
+        }
+    }
+}
+
+/// The plan of a document, against what the backend can do and has now.
+async fn planned(document: &Document, file: &Path, backend: &Arc<dyn Backend>) -> Result<Planned> {
+    let mut context = PlanContext::new(backend.capabilities()).with_modules(backend.modules().await?);
+    if let Some(dir) = std::path::absolute(file).ok().and_then(|file| Some(file.parent()?.to_owned())) {
+        context = context.with_base_directory(dir);
+    }
+    Ok(plan(document, &context))
+}
+
+/// The module of this name.
+async fn module(backend: &dyn Backend, name: &str) -> Result<Module> {
+    let modules = backend.modules().await?;
+    modules.into_iter().find(|module| module.name == name).ok_or_else(|| {
+        let message = format!("expected an earlier module {name} to lock the build to, but there is none");
+        Error::new(ErrorKind::NotFound, message).with_help("build once without `--locked`")
+    })
+}
+
+/// The manifest file.
+struct Source {
+    name: String,
+    text: Vec<u8>,
+}
+
+impl Source {
+    fn text(&self) -> std::borrow::Cow<'_, str> {
+        String::from_utf8_lossy(&self.text)
+    }
+
+    /// Shows what was found, and refuses the file when that is an error.
+    fn judge(&self, diagnostics: &[Diagnostic]) -> Result<(), End> {
+        let shown = render(diagnostics, &self.name, &self.text());
+        if diagnostics.iter().any(Diagnostic::is_error) {
+            return Err(End::refused(shown));
+        }
+        if !shown.is_empty() {
+            eprint!("{shown}");
+        }
+        Ok(())
+    }
+}

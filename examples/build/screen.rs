@@ -1,0 +1,90 @@
+//! What a person sees of a build, on standard error: bars and colours of a terminal, or plain lines.
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use rudder::event::{Event, EventKind, Outcome};
+use std::{
+    collections::HashMap,
+    io::{IsTerminal, stderr},
+};
+
+/// Where events are shown.
+pub(crate) struct Screen {
+    look: Look,
+    /// Progress by VM and task: its bar on a terminal, else the last tenth that was told.
+    bars: HashMap<(Option<String>, String), ProgressBar>,
+    tenths: HashMap<(Option<String>, String), u64>,
+}
+
+enum Look {
+    Terminal(MultiProgress),
+    Plain,
+    /// Only how it ended: the events go elsewhere.
+    Quiet,
+}
+
+impl Screen {
+    /// A screen; a quiet one shows failures only.
+    pub(crate) fn new(quiet: bool) -> Self {
+        let look = match (quiet, stderr().is_terminal()) {
+            (true, _) => Look::Quiet,
+            (false, true) => Look::Terminal(MultiProgress::new()),
+            (false, false) => Look::Plain,
+        };
+        Self { look, bars: HashMap::new(), tenths: HashMap::new() }
+    }
+
+    /// Shows an event.
+    pub(crate) fn show(&mut self, event: &Event) {
+        match (&self.look, &event.kind) {
+            (Look::Quiet, EventKind::Finished { outcome: Outcome::Failed(_) | Outcome::Cancelled, .. }) => {
+                eprintln!("{event}");
+            }
+            (Look::Quiet, _) => {}
+            (_, EventKind::Progress { task, done, total }) => self.progress(event, task, *done, *total),
+            (Look::Terminal(bars), kind) => {
+                if let EventKind::Finished { .. } = kind {
+                    self.bars.drain().for_each(|(_, bar)| bar.finish_and_clear());
+                }
+                // A screen that went away is no reason to stop building.
+                let _ = bars.println(event.to_string());
+            }
+            (Look::Plain, _) => eprintln!("{event}"),
+        }
+    }
+
+    fn progress(&mut self, event: &Event, task: &str, done: u64, total: Option<u64>) {
+        let key = (event.vm.clone(), task.to_owned());
+        let complete = total.is_some_and(|total| done >= total);
+        match &self.look {
+            Look::Terminal(bars) => {
+                let bar = self.bars.entry(key.clone()).or_insert_with(|| {
+                    let bar = bars.add(ProgressBar::new(0).with_style(style()));
+                    bar.set_prefix(event.vm.clone().unwrap_or_default());
+                    bar.set_message(task.to_owned());
+                    bar
+                });
+                bar.set_length(total.unwrap_or(done));
+                bar.set_position(done);
+                if complete {
+                    bar.finish_and_clear();
+                    self.bars.remove(&key);
+                }
+            }
+            _ => {
+                let tenth = total.map_or(0, |total| done.saturating_mul(10) / total.max(1));
+                let told = self.tenths.entry(key).or_insert(0);
+                if complete || tenth > *told {
+                    *told = tenth;
+                    eprintln!("{event}");
+                }
+            }
+        }
+    }
+}
+
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template(
+        "{prefix} {wide_msg} {bar:24} {binary_bytes:>10} of {binary_total_bytes:>10}",
+    )
+    .unwrap_or_else(|_| ProgressStyle::default_bar())
+}

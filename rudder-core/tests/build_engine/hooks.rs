@@ -1,0 +1,188 @@
+//! A backend around another one that stops at chosen operations: to hang, or to let the test do something there.
+
+use async_trait::async_trait;
+use rudder_core::{
+    Result,
+    backend::{
+        Backend, BoxedStream, Exit, Fetched, HostReport, ImportRequest, Imported, KeptLab, Lab, LabId,
+        LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Stop,
+    },
+    capability::Capabilities,
+    memory::{MemoryBackend, Operation},
+    module::{CapturedDisk, Module},
+    plan::PlannedUrl,
+};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+
+/// What happens when an operation is reached, before it is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hook {
+    /// It never returns.
+    Hangs,
+    /// The backend has a bug.
+    Panics,
+}
+
+/// The hooks of a test.
+pub type Hooks = Arc<Vec<(Operation, Hook)>>;
+
+#[derive(Debug)]
+pub struct Hooked {
+    pub inner: MemoryBackend,
+    pub hooks: Hooks,
+}
+
+#[derive(Debug)]
+struct HookedLab(Arc<dyn Lab>, Hooks);
+
+#[derive(Debug)]
+struct HookedMachine(Arc<dyn Machine>, Hooks);
+
+async fn reach(hooks: &Hooks, operation: Operation) {
+    match hooks.iter().find(|(of, _)| *of == operation) {
+        Some((_, Hook::Hangs)) => std::future::pending().await,
+        Some((_, Hook::Panics)) => panic!("a bug in {operation:?}"),
+        None => {}
+    }
+}
+
+#[async_trait]
+impl Backend for Hooked {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn diagnose(&self) -> Result<HostReport> {
+        self.inner.diagnose().await
+    }
+
+    async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
+        reach(&self.hooks, Operation::OpenLab).await;
+        let lab = self.inner.open_lab(spec).await?;
+        Ok(Arc::new(HookedLab(lab, Arc::clone(&self.hooks))))
+    }
+
+    async fn modules(&self) -> Result<Vec<Module>> {
+        self.inner.modules().await
+    }
+
+    async fn remove_module(&self, name: &str) -> Result<()> {
+        self.inner.remove_module(name).await
+    }
+
+    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
+        self.inner.kept_labs().await
+    }
+
+    async fn remove_lab(&self, id: &LabId) -> Result<()> {
+        Backend::remove_lab(&self.inner, id).await
+    }
+
+    async fn reap(&self) -> Result<ReapReport> {
+        self.inner.reap().await
+    }
+
+    async fn collect(&self) -> Result<ReapReport> {
+        self.inner.collect().await
+    }
+}
+
+#[async_trait]
+impl Lab for HookedLab {
+    fn id(&self) -> &LabId {
+        self.0.id()
+    }
+
+    fn versions(&self) -> BTreeMap<String, String> {
+        self.0.versions()
+    }
+
+    async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
+        reach(&self.1, Operation::Import).await;
+        self.0.import(request, progress).await
+    }
+
+    async fn fetch(&self, url: &PlannedUrl, progress: &Progress) -> Result<Fetched> {
+        reach(&self.1, Operation::Fetch).await;
+        self.0.fetch(url, progress).await
+    }
+
+    async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
+        reach(&self.1, Operation::CreateMachine).await;
+        let machine = self.0.create_machine(spec).await?;
+        Ok(Arc::new(HookedMachine(machine, Arc::clone(&self.1))))
+    }
+
+    async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
+        reach(&self.1, Operation::Publish).await;
+        self.0.publish(draft).await
+    }
+
+    async fn keep(&self) -> Result<KeptLab> {
+        reach(&self.1, Operation::Keep).await;
+        self.0.keep().await
+    }
+
+    async fn destroy(&self) -> Result<()> {
+        reach(&self.1, Operation::Destroy).await;
+        self.0.destroy().await
+    }
+}
+
+#[async_trait]
+impl Machine for HookedMachine {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    async fn start(&self) -> Result<()> {
+        reach(&self.1, Operation::Start).await;
+        self.0.start().await
+    }
+
+    async fn wait(&self) -> Result<Exit> {
+        self.0.wait().await
+    }
+
+    async fn stop(&self, how: Stop) -> Result<Exit> {
+        self.0.stop(how).await
+    }
+
+    async fn dial(&self, port: u16) -> Result<BoxedStream> {
+        self.0.dial(port).await
+    }
+
+    async fn display(&self) -> Result<BoxedStream> {
+        self.0.display().await
+    }
+
+    async fn serial(&self) -> Result<BoxedStream> {
+        self.0.serial().await
+    }
+
+    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
+        self.0.serial_tail(limit).await
+    }
+
+    async fn screenshot(&self) -> Result<Vec<u8>> {
+        self.0.screenshot().await
+    }
+
+    fn reachable_at(&self, port: u16) -> Option<SocketAddr> {
+        // As if the machine were behind a forwarded port, so that command lines can be seen.
+        self.0.reachable_at(port).or(Some(SocketAddr::from(([127, 0, 0, 1], 40_000 + port))))
+    }
+
+    fn access(&self) -> Vec<String> {
+        self.0.access()
+    }
+
+    async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {
+        reach(&self.1, Operation::Capture).await;
+        self.0.capture(disk, progress).await
+    }
+}

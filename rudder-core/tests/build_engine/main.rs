@@ -1,0 +1,122 @@
+//! The engine, driven through whole builds on the memory backend: real SSH, no waiting, and nothing left behind.
+
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+mod cancel;
+mod death;
+mod failure;
+mod hooks;
+mod keep;
+mod limits;
+mod plans;
+mod retry;
+mod secrets;
+mod success;
+
+use hooks::{Hook, Hooked};
+use rudder_core::{
+    backend::Backend,
+    build::{Build, BuildFailure},
+    event::{BuildPhase, Event, EventKind, VmPhase},
+    memory::{MemoryBackend, Operation},
+    module::Module,
+};
+use serde_json::Value;
+use std::sync::Arc;
+
+/// A build that has ended, and everything it said.
+#[derive(Debug)]
+pub struct Ended {
+    /// Every event, in order.
+    pub events: Vec<Event>,
+    /// How it ended.
+    pub outcome: Result<Module, Box<BuildFailure>>,
+}
+
+/// Builds to the end. Whatever the end is, nothing may be left behind.
+pub async fn build(backend: &MemoryBackend, plan: Value) -> Ended {
+    build_with(backend, plan, |build| build, &[]).await
+}
+
+/// Builds to the end, with options and hooks.
+pub async fn build_with(
+    backend: &MemoryBackend,
+    plan: Value,
+    options: impl FnOnce(Build) -> Build,
+    hooks: &[(Operation, Hook)],
+) -> Ended {
+    let ended = run(backend, plan, options, hooks, |_, _| {}).await;
+    assert_eq!(backend.leftovers().await, Vec::<String>::new());
+    ended
+}
+
+/// Builds to the end; `react` hears every event and may cancel.
+pub async fn run(
+    backend: &MemoryBackend,
+    plan: Value,
+    options: impl FnOnce(Build) -> Build,
+    hooks: &[(Operation, Hook)],
+    mut react: impl FnMut(&Event, &rudder_core::build::BuildHandle),
+) -> Ended {
+    let backend: Arc<dyn Backend> =
+        Arc::new(Hooked { inner: backend.clone(), hooks: Arc::new(hooks.to_vec()) });
+    let handle = options(Build::new(plans::read(plan), backend)).start();
+    let mut reader = handle.events();
+    let mut events = Vec::new();
+    while let Some(event) = reader.next().await {
+        react(&event, &handle);
+        events.push(event);
+    }
+    for (place, event) in events.iter().enumerate() {
+        assert_eq!(event.seq, place as u64, "a fast reader sees every event");
+    }
+    assert!(matches!(events.last().unwrap().kind, EventKind::Finished { .. }));
+    Ended { events, outcome: handle.outcome().await }
+}
+
+impl Ended {
+    /// The module; shows the failure otherwise.
+    pub fn module(&self) -> &Module {
+        match &self.outcome {
+            Ok(module) => module,
+            Err(failure) => panic!("expected a module, but: {}", failure.report),
+        }
+    }
+
+    /// The failure.
+    pub fn failure(&self) -> &BuildFailure {
+        self.outcome.as_ref().expect_err("expected a failure")
+    }
+
+    /// The phases of a VM, in order.
+    pub fn vm_phases(&self, vm: &str) -> Vec<VmPhase> {
+        let of = |event: &Event| match event.kind {
+            EventKind::VmPhase { phase } if event.vm.as_deref() == Some(vm) => Some(phase),
+            _ => None,
+        };
+        self.events.iter().filter_map(of).collect()
+    }
+
+    /// The phases of the build, in order.
+    pub fn build_phases(&self) -> Vec<BuildPhase> {
+        let of = |event: &Event| match event.kind {
+            EventKind::BuildPhase { phase } => Some(phase),
+            _ => None,
+        };
+        self.events.iter().filter_map(of).collect()
+    }
+
+    /// What was warned of.
+    pub fn warnings(&self) -> Vec<&str> {
+        let of = |event| match event {
+            &Event { kind: EventKind::Warning { ref message }, .. } => Some(message.as_str()),
+            _ => None,
+        };
+        self.events.iter().filter_map(of).collect()
+    }
+
+    /// Where an event stands that is like this.
+    pub fn place(&self, like: impl Fn(&Event) -> bool) -> usize {
+        self.events.iter().position(like).expect("expected such an event")
+    }
+}
