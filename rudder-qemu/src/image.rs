@@ -211,6 +211,8 @@ async fn check(ground: &Ground, file: &str) -> Result<()> {
     Err(damaged("its structure is not sound").with_source(finished.failure("check the captured disk")))
 }
 
+/// Compares a copy with its volume, in one go: qemu-img (7.2) compares a part of a disk (its `raw` driver with an offset) by
+/// the block status of the overlay alone, without what is below it, and finds differences where there are none.
 async fn compare(ground: &Ground, volume: &str, file: &str) -> Result<()> {
     let finished = ground
         .qemu_img()
