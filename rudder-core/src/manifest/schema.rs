@@ -20,10 +20,16 @@ pub(super) fn types() -> Types {
     Types { build, bare, clone, definitions: generator.take_definitions(true) }
 }
 
-/// The JSON Schema (draft 2020-12) of a manifest in any of its forms.
+/// The JSON Schema (draft 2020-12) of a manifest in any of its forms. Keys beyond it are allowed, as the parser allows them.
 #[must_use]
 pub fn json_schema() -> Value {
-    let Types { build, bare, clone, definitions } = types();
+    let Types { build, bare, clone, mut definitions } = types();
+    for (name, field, rule) in rules() {
+        if let Some(schema) = definitions.get_mut(name).and_then(|schema| schema["properties"].get_mut(field))
+        {
+            tighten(schema, &rule);
+        }
+    }
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Rudder manifest",
@@ -31,4 +37,43 @@ pub fn json_schema() -> Value {
         "anyOf": [build, bare, clone],
         "$defs": definitions,
     })
+}
+
+/// What the types leave open and `docs/manifest.md` does not: struct, field, rule.
+fn rules() -> Vec<(&'static str, &'static str, Value)> {
+    let name = || json!({ "pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", "maxLength": 63 });
+    let checksum = || json!({ "pattern": "^(sha256:)?[0-9a-fA-F]{64}$" });
+    vec![
+        ("BareBuild", "name", name()),
+        ("Metadata", "name", name()),
+        ("Vm", "name", name()),
+        ("Disk", "name", name()),
+        ("Vpc", "name", name()),
+        ("Subnet", "name", name()),
+        ("File", "checksum", checksum()),
+        ("Source", "checksum", checksum()),
+        ("Iso", "checksum", checksum()),
+        ("Disk", "bus", json!({ "enum": ["virtio", "scsi", "sata", "usb", "ide", null] })),
+        (
+            "Nic",
+            "model",
+            json!({ "enum": ["e1000", "virtio", "e1000e", "rtl8139", "pcnet", "ne2k_pci", null] }),
+        ),
+        ("Nic", "slot", json!({ "minimum": 1, "maximum": 9 })),
+        ("Communicator", "type", json!({ "enum": ["ssh", null] })),
+        ("Communicator", "shell", json!({ "enum": ["bash", "powershell", null] })),
+        ("Communicator", "sshPort", json!({ "minimum": 1, "maximum": 65535 })),
+        (
+            "Provisioner",
+            "type",
+            json!({ "enum": ["shell", "file", "reboot", "windows-update", "handbuild", null] }),
+        ),
+        ("Vm", "nics", json!({ "maxItems": 9 })),
+    ]
+}
+
+fn tighten(schema: &mut Value, rule: &Value) {
+    if let (Some(schema), Some(rule)) = (schema.as_object_mut(), rule.as_object()) {
+        schema.extend(rule.clone());
+    }
 }
