@@ -83,11 +83,6 @@ impl FileTree {
         self.get(path)?.data.as_ref().map(|data| data.as_slice())
     }
 
-    /// Paths of all files, in order.
-    pub(super) fn paths(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().filter(|(_, node)| !node.is_dir()).map(|(path, _)| path.as_str())
-    }
-
     /// Puts a file where it is told, parents made.
     pub(super) fn put(&mut self, path: &str, data: Vec<u8>, mode: u32) {
         self.make_dirs(parent(path), 0o755);

@@ -2,24 +2,23 @@
 //! [`Machine::dial`](crate::backend::Machine::dial), so that whole builds run in milliseconds.
 //!
 //! A machine has a file system on its boot disk. It survives reboots, is captured, and is inherited by what is built on the
-//! module. Scripts that are uploaded and run are interpreted as far as they consist of simple commands (`echo`, `exit`,
-//! `mkdir`, redirection…); every other command succeeds, unless a rule says otherwise. All waiting is tokio's, so a test
+//! module. Scripts are interpreted by a small shell that knows the language and the commands that builds need most (`echo`,
+//! `exit`, `cat`, `mkdir`, `test`, `sudo`, `reboot`…); every other command succeeds, unless a rule says otherwise. All waiting is tokio's, so a test
 //! with a paused clock does not wait.
 //!
 //! Nothing here boots, nothing is downloaded, and a captured disk is a list of files: the backend proves what a program
 //! does with builds, not what a guest does.
 
-mod command;
 mod files;
 mod lab;
 mod machine;
 mod script;
 mod sftp;
 mod shelf;
+mod shell;
 mod ssh;
 #[cfg(test)]
 mod tests;
-mod words;
 
 pub use script::{Fault, Guest, Operation, Response, Silence, Source};
 

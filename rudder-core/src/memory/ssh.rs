@@ -2,11 +2,10 @@
 
 use super::{
     Counted,
-    command::{self, Shell},
     machine::{Boot, MachineCore},
     script::{Act, Guest},
     sftp::Sftp,
-    words::{self, Join, Redirect},
+    shell::{self, Shell},
 };
 use russh::{
     Channel, ChannelId, ChannelMsg, MethodKind, MethodSet, Sig,
@@ -14,7 +13,7 @@ use russh::{
     server::{self, Auth, ChannelOpenHandle, Handle, Msg, PublicKeyOffer, Session, VerifiedPublicKey},
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     future::Future as _,
     io,
     pin::Pin,
@@ -250,7 +249,7 @@ impl Exec {
         let id = channel.id();
         let (mut reader, writer) = channel.split();
         let mut stdin = Vec::new();
-        if self.reads_stdin() {
+        if shell::reads_stdin(&self.command) {
             while let Some(message) = reader.wait().await {
                 match message {
                     ChannelMsg::Data { data } => stdin.extend_from_slice(&data),
@@ -261,7 +260,7 @@ impl Exec {
         }
         let acts = self.machine.with_files(|tree| {
             let host = &self.machine.spec.name;
-            Shell::new(tree, &self.boot.guest, &self.boot.id, host, &self.user, &stdin).run(&self.command)
+            Shell::new(tree, &self.boot.guest, &self.boot.id, host, &self.user, stdin).run(&self.command)
         });
         let acts = acts.unwrap_or_else(|| vec![Act::Exit(127)]);
         // A client that signals or closes the channel ends the command; what else it sends is read and forgotten.
@@ -309,25 +308,6 @@ impl Exec {
     async fn signal(&self, id: ChannelId, name: Sig) {
         // When the connection is gone, nobody is left to tell.
         let _ = self.handle.exit_signal_request(id, name, false, String::new(), String::new()).await;
-    }
-
-    /// Whether the command wants its standard input: only then is its end waited for.
-    fn reads_stdin(&self) -> bool {
-        if command::takes_bundle(&self.command) {
-            return true;
-        }
-        let Some(commands) = words::commands(&self.command, &BTreeMap::new()) else { return false };
-        commands.iter().filter(|simple| simple.join != Join::Pipe).any(|simple| {
-            let fed = simple.redirects.iter().any(|redirect| matches!(redirect, Redirect::In(_)));
-            let mut words = simple.words.iter().filter(|word| !word.starts_with('-') && *word != "sudo");
-            let head = words.next().map_or("", String::as_str);
-            let wants = match head.rsplit('/').next() {
-                Some("tee") => true,
-                Some("cat" | "sh" | "bash") => words.next().is_none() && !simple.words.contains(&"-c".into()),
-                _ => false,
-            };
-            wants && !fed
-        })
     }
 }
 

@@ -99,6 +99,7 @@ impl Rig {
 async fn run(client: &Client, command: &str) -> (String, String, String) {
     let mut channel = client.channel_open_session().await.unwrap();
     channel.exec(true, command).await.unwrap();
+    channel.eof().await.unwrap();
     let (mut out, mut err, mut end) = (Vec::new(), Vec::new(), "cut".to_owned());
     while let Some(message) = channel.wait().await {
         match message {
