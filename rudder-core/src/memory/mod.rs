@@ -157,9 +157,6 @@ impl Default for MemoryBackend {
                 C::NicModels,
                 C::NicSlots,
                 C::CloudInit,
-                C::ShellStep,
-                C::FileStep,
-                C::RebootStep,
                 C::Serial,
             ],
         );
