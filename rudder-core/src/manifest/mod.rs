@@ -57,7 +57,7 @@ pub enum Manifest {
 /// The Kubernetes resource form around a spec.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, bound(deserialize = "S: Default + Deserialize<'de>"))]
-#[schemars(bound = "S: Default + Serialize + JsonSchema")]
+#[schemars(rename = "{S}Resource", bound = "S: Default + Serialize + JsonSchema")]
 pub struct Resource<S> {
     /// `ruddervirt.io/v1alpha1`.
     #[serde(skip_serializing_if = "Option::is_none")]

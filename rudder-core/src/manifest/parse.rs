@@ -10,9 +10,9 @@ use crate::diagnostic::{self, Diagnostic};
 use std::sync::Arc;
 
 /// The `kind` of a build.
-const BUILD_KIND: &str = "VirtualMachineBuild";
+pub(super) const BUILD_KIND: &str = "VirtualMachineBuild";
 /// The `kind` of a clone.
-const CLONE_KIND: &str = "VirtualMachineClone";
+pub(super) const CLONE_KIND: &str = "VirtualMachineClone";
 
 /// Reads all documents of a manifest file. Never fails and never stops at the first mistake: see [`Parsed::diagnostics`].
 ///

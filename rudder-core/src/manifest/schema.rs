@@ -1,6 +1,9 @@
 //! The JSON Schema of the manifest, generated from the types and checked in at `docs/manifest.schema.json`.
 
-use super::{BareBuild, BuildSpec, CloneSpec, Resource};
+use super::{
+    API_VERSION, BareBuild, BuildSpec, CloneSpec, Resource,
+    parse::{BUILD_KIND, CLONE_KIND},
+};
 use serde_json::{Map, Value, json};
 
 /// The three forms of a document, and the structs they are made of.
@@ -34,7 +37,15 @@ pub fn json_schema() -> Value {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Rudder manifest",
         "description": "A build of virtual machines, as a resource or as the bare spec; or a clone of a module.",
-        "anyOf": [build, bare, clone],
+        "anyOf": [
+            resource(build, BUILD_KIND),
+            // Without this, anything would be a bare build with unknown keys.
+            with(bare, json!({
+                "required": ["vms"],
+                "not": { "anyOf": [{ "required": ["apiVersion"] }, { "required": ["kind"] }] },
+            })),
+            resource(clone, CLONE_KIND),
+        ],
         "$defs": definitions,
     })
 }
@@ -70,6 +81,16 @@ fn rules() -> Vec<(&'static str, &'static str, Value)> {
         ),
         ("Vm", "nics", json!({ "maxItems": 9 })),
     ]
+}
+
+fn resource(schema: Value, kind: &str) -> Value {
+    let head = json!({ "apiVersion": { "const": API_VERSION }, "kind": { "const": kind } });
+    with(schema, json!({ "required": ["apiVersion", "kind", "spec"], "properties": head }))
+}
+
+fn with(mut schema: Value, rule: Value) -> Value {
+    tighten(&mut schema, &rule);
+    schema
 }
 
 fn tighten(schema: &mut Value, rule: &Value) {
