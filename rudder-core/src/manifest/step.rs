@@ -51,7 +51,7 @@ pub struct ShellStep {
     pub script_from: Option<ValueFrom>,
     /// Environment of the script: names to text, numbers or booleans.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<std::collections::BTreeMap<String, Scalar>>")]
+    #[schemars(extend("additionalProperties" = {"type": ["string", "number", "boolean"]}), with = "Option<std::collections::BTreeMap<String, Scalar>>")]
     pub env: Option<serde_yaml::Mapping>,
     /// How the script is run; `{{ .Command }}` is its path.
     #[serde(skip_serializing_if = "Option::is_none")]
