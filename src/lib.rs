@@ -1,6 +1,8 @@
-//! Build modules of virtual machines, repeatably, from a YAML manifest, on any hypervisor.
+#![doc = include_str!("../README.md")]
 //!
-//! This package is the one dependency of a program that embeds Rudder: everything of [`rudder_core`], and the backends by feature.
+//! # This package
+//!
+//! It is the one dependency of a program that embeds Rudder: everything of [`rudder_core`], and the backends by feature.
 //!
 //! | feature | what it adds |
 //! |---|---|

@@ -8,6 +8,45 @@
 //!
 //! Nothing here boots, nothing is downloaded, and a captured disk is a list of files: the backend proves what a program
 //! does with builds, not what a guest does.
+//!
+//! # Example
+//! A manifest becomes a module, and nothing is left behind:
+//!
+//! ```
+//! use rudder_core::{
+//!     backend::Backend,
+//!     build::Build,
+//!     memory::{MemoryBackend, Response},
+//!     plan::{PlanContext, prepare},
+//! };
+//! use std::{error::Error, sync::Arc};
+//!
+//! const MANIFEST: &[u8] = b"
+//! name: site
+//! vms:
+//!   - name: web
+//!     source: {url: https://images.example/debian.qcow2}
+//!     resources: {cpu: 1, memory: 512Mi}
+//!     cloudInit: {}
+//!     provisioners:
+//!       - {type: shell, shell: {inline: 'apt-get install nginx'}}
+//!       - {type: shell, shell: {inline: 'echo hello > /srv/index.html'}}
+//! ";
+//!
+//! #[tokio::main(flavor = "current_thread")]
+//! async fn main() -> Result<(), Box<dyn Error>> {
+//!     let nginx = Response::ok("Setting up nginx\n");
+//!     let backend = Arc::new(MemoryBackend::new().machine("web", |guest| guest.on("apt-get", nginx)));
+//!
+//!     let context = PlanContext::new(backend.capabilities());
+//!     for plan in prepare("site.yaml", MANIFEST, &context).into_plans()? {
+//!         Build::new(plan, backend.clone()).start().outcome().await?;
+//!     }
+//!     assert_eq!(backend.read_file("site", "web", "/srv/index.html").as_deref(), Some(&b"hello\n"[..]));
+//!     assert_eq!(backend.leftovers().await, Vec::<String>::new());
+//!     Ok(())
+//! }
+//! ```
 
 mod files;
 mod lab;

@@ -1,0 +1,131 @@
+//! The documentation says what the code does: every field, code, capability and dependency has its place in it.
+
+#![allow(clippy::unwrap_used)]
+
+use rudder_core::{
+    backend::Backend as _,
+    capability::Capabilities,
+    check::{check, codes},
+    diagnostic::Severity,
+    manifest::{json_schema, parse},
+    memory::MemoryBackend,
+};
+use serde_json::Value;
+use std::{collections::BTreeSet, fs, path::Path};
+
+fn read(file: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file)).unwrap()
+}
+
+/// The names of all properties in a schema.
+fn properties(schema: &Value, names: &mut BTreeSet<String>) {
+    match schema {
+        Value::Object(map) => {
+            if let Some(Value::Object(properties)) = map.get("properties") {
+                names.extend(properties.keys().cloned());
+            }
+            map.values().for_each(|value| properties(value, names));
+        }
+        Value::Array(list) => list.iter().for_each(|value| properties(value, names)),
+        _ => {}
+    }
+}
+
+/// Whatever stands between back quotes, and the words in it.
+fn quoted(page: &str) -> BTreeSet<&str> {
+    let split = |text: &'static str| move |c: char| text.contains(c);
+    page.split('`').skip(1).step_by(2).flat_map(|code| code.split(split(" .:,{}[]"))).collect()
+}
+
+#[test]
+fn every_field_of_the_schema_is_in_the_reference() {
+    let page = read("docs/manifest.md");
+    let mut names = BTreeSet::new();
+    properties(&json_schema(), &mut names);
+    assert!(names.len() > 60, "{names:?}");
+    let known = quoted(&page);
+    // The resource form is shown whole, in an example.
+    let shown = ["apiVersion", "kind", "metadata", "spec", "labels", "annotations", "status"];
+    let missing: Vec<_> = names
+        .iter()
+        .filter(|name| !known.contains(name.as_str()) && !shown.contains(&name.as_str()))
+        .collect();
+    assert!(missing.is_empty(), "docs/manifest.md does not have {missing:?}");
+    assert!(shown.iter().all(|name| page.contains(name)));
+}
+
+#[test]
+fn every_diagnostic_is_in_the_reference() {
+    let page = read("docs/manifest.md");
+    for code in codes::ALL {
+        let severity = match code.severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        };
+        let line = format!("| `{}` | {severity} | {} |", code.name, code.meaning);
+        assert!(page.contains(&line), "docs/manifest.md lacks this line:\n{line}");
+    }
+}
+
+#[test]
+fn the_table_of_backends_says_what_the_memory_backend_says() {
+    let page = read("docs/backends.md");
+    let rows = page.lines().filter_map(|line| {
+        let cells: Vec<&str> = line.strip_prefix("| `")?.split(" | ").collect();
+        Some((cells[0].to_owned(), cells.last()?.starts_with("yes")))
+    });
+    let table: Vec<(String, bool)> = rows
+        .flat_map(|(names, yes)| {
+            let names: Vec<String> =
+                names.split(", ").map(|name| name.trim_matches('`').to_owned()).collect();
+            names.into_iter().map(move |name| (name, yes))
+        })
+        .collect();
+    let memory = MemoryBackend::new();
+    let engine = Capabilities::engine();
+    let able: BTreeSet<String> =
+        memory.capabilities().iter().chain(engine.iter()).map(|capability| capability.to_string()).collect();
+    for (name, yes) in &table {
+        assert_eq!(*yes, able.contains(name), "docs/backends.md is wrong about {name}");
+    }
+    let missing: Vec<_> = able.iter().filter(|name| !table.iter().any(|(row, _)| row == *name)).collect();
+    assert!(missing.is_empty(), "docs/backends.md does not have {missing:?}");
+}
+
+#[test]
+fn every_dependency_has_its_line() {
+    let manifest = read("Cargo.toml");
+    let section = manifest.split("[workspace.dependencies]").nth(1).unwrap().split("\n[").next().unwrap();
+    let dependencies: BTreeSet<&str> = section
+        .lines()
+        .filter_map(|line| Some(line.split_once(" = ")?.0))
+        .filter(|name| !name.starts_with("rudder"))
+        .collect();
+    let page = read("docs/dependencies.md");
+    let lines: BTreeSet<&str> =
+        page.lines().filter_map(|line| Some(line.strip_prefix("| `")?.split_once('`')?.0)).collect();
+    assert_eq!(lines, dependencies);
+}
+
+#[test]
+fn the_readme_shows_the_embed_example() {
+    let example = read("examples/embed.rs");
+    let program = &example[example.find("use ").unwrap()..];
+    assert!(read("README.md").contains(program), "README.md and examples/embed.rs differ");
+}
+
+#[test]
+fn the_manifests_of_the_readme_and_the_guide_have_no_mistakes() {
+    for file in ["README.md", "docs/guide.md"] {
+        let page = read(file);
+        let blocks: Vec<&str> =
+            page.split("```yaml\n").skip(1).filter_map(|block| block.split("```").next()).collect();
+        assert!(!blocks.is_empty(), "{file}");
+        for block in blocks {
+            let parsed = parse(block.as_bytes());
+            let found = parsed.documents.iter().flat_map(check).chain(parsed.diagnostics.clone());
+            let mistakes: Vec<_> = found.filter(|finding| finding.severity == Severity::Error).collect();
+            assert!(mistakes.is_empty(), "{file}: {mistakes:?}");
+        }
+    }
+}
