@@ -483,7 +483,9 @@ impl Shell<'_> {
                 if !has("-q") {
                     self.print(found.iter().map(|line| format!("{line}\n")).collect::<String>());
                 }
-                return u32::from(found.is_empty());
+                // What a command that is not known would have said is not known either: that succeeds, as it did.
+                let unknown = path.is_none() && bytes.is_empty();
+                return u32::from(found.is_empty() && !unknown);
             }
         }
         0

@@ -524,6 +524,8 @@ mod tests {
             ("cd /tmp && touch a && [ -f /tmp/a ] && pwd", "/tmp\n", 0),
             ("x=$(false) || echo failed", "failed\n", 0),
             ("unknown-command --with options", "", 0),
+            ("unknown-command | grep -q something", "", 0),
+            ("echo one | grep two", "", 1),
             ("[[ not posix ]]", "", 0),
         ] {
             assert_eq!(run(script), (out.to_owned(), code), "{script}");
