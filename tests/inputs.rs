@@ -1,0 +1,170 @@
+//! Whole builds on QEMU whose inputs are wrong or break: what a person reads, and that nothing stays behind.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::{fs, path::Path, process::Command, sync::Arc};
+use support::{
+    Bench, Running,
+    http::{Answer, Server},
+    guest_path, one_vm, tiny_manifest,
+};
+
+fn image() -> Arc<[u8]> {
+    fs::read(guest_path("tiny.qcow2")).unwrap().into()
+}
+
+fn from_url(url: &str, more: &str) -> String {
+    one_vm("input", &format!("{{url: '{url}'{more}}}"), "")
+}
+
+#[test]
+fn an_image_that_is_not_there() {
+    let bench = Bench::new();
+    let server = Server::start(Answer::Status(404, "Not Found"));
+    let url = server.url("gone.qcow2");
+    let ended = bench.build(&from_url(&url, ""));
+    ended.expect_code(1).expect_text(&[&url, "404", "vm vm"]);
+    assert_eq!(ended.outcome()["kind"], "not_found");
+    assert_eq!(server.requests().len(), 1, "a 404 is final");
+    bench.expect_clean();
+}
+
+#[test]
+fn a_wrong_checksum_is_refused_and_its_correction_needs_no_second_download() {
+    let bench = Bench::new();
+    let image = image();
+    let digest = rudder::digest::Digest::of(&image).to_string();
+    let server = Server::start(Answer::Bytes(image));
+    let url = server.url("tiny.qcow2");
+    let wrong = "0".repeat(64);
+    let ended = bench.build(&from_url(&url, &format!(", checksum: '{wrong}'")));
+    ended.expect_code(1).expect_text(&[&wrong, &digest, &url]);
+    assert_eq!(ended.outcome()["kind"], "checksum_mismatch");
+    bench.expect_clean();
+    bench.built(&from_url(&url, &format!(", checksum: '{digest}'")));
+    assert_eq!(server.requests().iter().filter(|request| request.sent > 0).count(), 1, "one download: {:?}", server.requests());
+    bench.expect_clean();
+}
+
+#[test]
+fn a_connection_that_is_cut_is_resumed_where_it_broke() {
+    let bench = Bench::new();
+    let image = image();
+    let half = image.len() / 2;
+    let total = image.len();
+    let server = Server::start(Answer::CutOnce(image, half));
+    let module = bench.built(&from_url(&server.url("tiny.qcow2"), ""));
+    let requests = server.requests();
+    assert_eq!(requests[0].sent, half);
+    let range = requests[1].range.as_deref().expect("the second request asks for the rest");
+    let from: usize = range.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap();
+    assert!(from > 0 && from <= half, "resumed at {from} of {half}");
+    assert_eq!(requests[1].sent, total - from);
+    assert_eq!(module["provenance"]["inputs"][0]["size"], total);
+    bench.expect_clean();
+}
+
+#[test]
+fn a_page_of_html_is_not_a_disk() {
+    let bench = Bench::new();
+    let page = "<!DOCTYPE html><html><body>Please log in</body></html>\n".repeat(40);
+    let server = Server::start(Answer::Bytes(page.into_bytes().into()));
+    let url = server.url("image.qcow2");
+    let ended = bench.build(&from_url(&url, ""));
+    ended.expect_code(1).expect_text(&[&url, "not a disk image"]);
+    assert_eq!(ended.outcome()["kind"], "invalid_image");
+    bench.expect_clean();
+}
+
+#[test]
+fn an_image_larger_than_its_disk() {
+    let bench = Bench::new();
+    let manifest = tiny_manifest("input", "").replace("    cloudInit", "    disks: [{name: rootdisk, size: 1Mi}]\n    cloudInit");
+    let ended = bench.build(&manifest);
+    ended.expect_code(1).expect_text(&["1Mi", "rootdisk", "vm vm"]);
+    assert_eq!(ended.outcome()["kind"], "invalid_input");
+    bench.expect_clean();
+}
+
+#[test]
+fn a_parent_that_was_never_built() {
+    let bench = Bench::new();
+    let ended = bench.build(&one_vm("child", "{buildRef: {name: nobody}}", ""));
+    ended.expect_code(2).expect_text(&["manifest.yaml:4:", "nobody", "help"]);
+    bench.expect_clean();
+}
+
+#[test]
+fn what_qemu_cannot_do_yet_is_refused_at_its_line() {
+    let bench = Bench::new();
+    let manifest = tiny_manifest("refused", "- {type: handbuild, handbuild: {instructions: click}}");
+    let ended = bench.build(&manifest);
+    ended.expect_code(2).expect_text(&["manifest.yaml:10:", "handbuild"]);
+    bench.expect_clean();
+}
+
+#[test]
+fn a_store_whose_disk_is_full() {
+    let bench = Bench::new();
+    let mount = Mount::tmpfs(&bench.store(), "8m");
+    let ended = bench.build(&tiny_manifest("input", ""));
+    ended.expect_code(1).expect_text(&["no space", &bench.store().display().to_string()]);
+    assert_eq!(ended.outcome()["kind"], "host_disk_full");
+    bench.expect_clean();
+    drop(mount);
+}
+
+#[test]
+fn a_disk_of_the_host_that_fills_while_the_machine_runs() {
+    let bench = Bench::new();
+    let room = fs::metadata(guest_path("tiny.qcow2")).unwrap().len() / 1024 / 1024 + 64;
+    let mount = Mount::tmpfs(&bench.store(), &format!("{room}m"));
+    let manifest = tiny_manifest(
+        "input",
+        "- {type: shell, name: fill, stepTimeout: 5m, shell: {inline: 'dd if=/dev/urandom of=/fill bs=1M count=300; sync'}}",
+    )
+    .replace("    cloudInit", "    disks: [{name: rootdisk, size: 2Gi}]\n    cloudInit");
+    let ended = bench.build(&manifest);
+    ended.expect_code(1).expect_text(&["vm vm", "space"]);
+    assert_eq!(ended.outcome()["kind"], "host_disk_full");
+    bench.expect_clean();
+    drop(mount);
+}
+
+#[test]
+fn two_builds_at_once_share_one_download() {
+    let bench = Bench::new();
+    let server = Server::start(Answer::Bytes(image()));
+    let url = server.url("tiny.qcow2");
+    let other = Bench::new();
+    let first = Running::start(bench.command(&from_url(&url, "")));
+    let mut command = Command::new(support::example("build"));
+    let file = other.write("manifest.yaml", &from_url(&url, "").replace("name: input", "name: other"));
+    command.arg("--store").arg(bench.store()).args(["--events", "json"]).arg(file).env("TMPDIR", other.tmp());
+    let second = Running::start(command);
+    first.end().expect_code(0);
+    second.end().expect_code(0);
+    assert_eq!(server.requests().iter().filter(|request| request.sent > 0).count(), 1, "{:?}", server.requests());
+    bench.expect_clean();
+    other.expect_clean();
+}
+
+/// A small file system of its own.
+struct Mount(std::path::PathBuf);
+
+impl Mount {
+    fn tmpfs(at: &Path, size: &str) -> Self {
+        fs::create_dir_all(at).unwrap();
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(at);
+        assert!(command.status().unwrap().success(), "mounting a tmpfs needs root");
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}

@@ -1,0 +1,96 @@
+//! Builds that are interrupted in every phase: by Ctrl-C, which cleans up, and by SIGKILL, after which the next start does.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use rustix::process::Signal;
+use std::{fs, time::Duration};
+use support::{
+    Bench, Running,
+    http::{Answer, Server},
+    guest_path, one_vm, tiny_manifest,
+};
+
+const STEP: &str = "- {type: shell, name: work, shell: {inline: 'echo begun; sleep 600'}}";
+
+/// Starts a build and brings it into a phase; what must live as long as the build is returned with it.
+fn bring_into(bench: &Bench, phase: &str) -> (Running, Option<Server>) {
+    let mut server = None;
+    let manifest = match phase {
+        "SourceImporting" => {
+            let image = fs::read(guest_path("tiny.qcow2")).unwrap();
+            let stalls = Server::start(Answer::Stall(image.into(), 1 << 20));
+            let url = stalls.url("tiny.qcow2");
+            server = Some(stalls);
+            one_vm("victim", &format!("{{url: '{url}'}}"), "")
+        }
+        "Provisioning" => tiny_manifest("victim", STEP),
+        _ => tiny_manifest("victim", ""),
+    };
+    let mut running = Running::start(bench.command(&manifest));
+    match phase {
+        "SourceImporting" => running.until("bytes of the download", |event| event["event"] == "progress"),
+        "Provisioning" => running.until_output("begun"),
+        phase => running.until_phase(phase),
+    };
+    (running, server)
+}
+
+fn interrupted(phase: &str) {
+    let bench = Bench::new();
+    let (running, _server) = bring_into(&bench, phase);
+    running.signal(Signal::INT);
+    let ended = running.end();
+    ended.expect_code(130).expect_text(&["cancelled"]);
+    assert_eq!(ended.outcome()["result"], "cancelled");
+    bench.expect_clean();
+    let (_, modules, _) = bench.run("modules", &["list"]);
+    assert!(!modules.contains("victim"), "a module of a cancelled build: {modules}");
+}
+
+fn killed(phase: &str) {
+    let bench = Bench::new();
+    let (running, server) = bring_into(&bench, phase);
+    running.signal(Signal::KILL);
+    running.end();
+    bench.expect_no_process_within(Duration::from_secs(5));
+    drop(server);
+    let (code, _, stderr) = bench.run("modules", &["gc"]);
+    assert_eq!(code, 0, "{stderr}");
+    for file in fs::read_dir(bench.tmp()).unwrap() {
+        panic!("temporary file {:?}", file.unwrap().path());
+    }
+    bench.expect_clean();
+    let (_, modules, _) = bench.run("modules", &["list"]);
+    assert!(!modules.contains("victim"), "a module of a killed build: {modules}");
+    // The store is whole: the same build succeeds on it.
+    bench.built(&tiny_manifest("victim", ""));
+    bench.expect_clean();
+}
+
+macro_rules! in_each_phase {
+    ($($name:ident: $phase:literal),*) => {
+        mod ctrl_c { $(#[test] fn $name() { super::interrupted($phase); })* }
+        mod sigkill { $(#[test] fn $name() { super::killed($phase); })* }
+    };
+}
+
+in_each_phase! {
+    importing: "SourceImporting",
+    booting: "Booting",
+    provisioning: "Provisioning",
+    shutting_down: "ShuttingDown",
+    capturing: "CapturingDisks",
+    publishing: "TemplateProvisioning"
+}
+
+#[test]
+fn the_next_build_removes_what_a_killed_one_left() {
+    let bench = Bench::new();
+    let (running, _) = bring_into(&bench, "Provisioning");
+    running.signal(Signal::KILL);
+    running.end();
+    bench.expect_no_process_within(Duration::from_secs(5));
+    bench.built(&tiny_manifest("successor", ""));
+    bench.expect_clean();
+}

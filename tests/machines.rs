@@ -1,0 +1,133 @@
+//! Whole builds on QEMU whose machines fail: what a person reads, and that nothing stays behind.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use rustix::process::{Pid, Signal, kill_process};
+use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
+use support::{Bench, Running, one_vm, tiny, tiny_manifest};
+
+#[test]
+fn qemu_is_missing() {
+    let bench = Bench::new();
+    let mut command = bench.command(&tiny_manifest("broken", ""));
+    command.env("PATH", bench.path("empty"));
+    let ended = Running::start(command).end();
+    ended.expect_code(1).expect_text(&["qemu-system-x86_64", "apt"]);
+    bench.expect_clean();
+}
+
+#[test]
+fn qemu_refuses_to_start() {
+    let bench = Bench::new();
+    let bin = bench.path("bin");
+    fs::create_dir_all(&bin).unwrap();
+    let real = which("qemu-system-x86_64");
+    // Answers questions about features as the real one, but will not start a machine.
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *' -blockdev '*|*' -drive '*|*' -netdev '*) echo 'cannot set up guest memory: Cannot allocate memory' >&2; exit 1;; esac\nexec {real} \"$@\"\n"
+    );
+    let fake = bin.join("qemu-system-x86_64");
+    fs::write(&fake, script).unwrap();
+    fs::set_permissions(&fake, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = bench.command(&tiny_manifest("broken", ""));
+    command.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap()));
+    let ended = Running::start(command).end();
+    ended.expect_code(1).expect_text(&["vm vm", "Cannot allocate memory"]);
+    assert_eq!(ended.outcome()["kind"], "launch_failed");
+    bench.expect_clean();
+}
+
+fn which(program: &str) -> String {
+    std::env::var("PATH")
+        .unwrap()
+        .split(':')
+        .map(|directory| format!("{directory}/{program}"))
+        .find(|path| fs::metadata(path).is_ok())
+        .unwrap_or_else(|| panic!("{program} is missing: apt-get install qemu-system-x86"))
+}
+
+fn kill_the_machine(bench: &Bench) {
+    let machines = bench.machines();
+    assert_eq!(machines.len(), 1);
+    kill_process(Pid::from_raw(machines[0]).unwrap(), Signal::KILL).unwrap();
+}
+
+#[test]
+fn qemu_is_killed_while_it_boots() {
+    let bench = Bench::new();
+    let mut running = Running::start(bench.command(&tiny_manifest("broken", "")));
+    running.until_phase("Booting");
+    while bench.machines().is_empty() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    kill_the_machine(&bench);
+    let ended = running.end();
+    ended.expect_code(1).expect_text(&["vm vm", "SIGKILL"]);
+    assert_eq!(ended.outcome()["kind"], "machine_died");
+    assert_eq!(ended.outcome()["phase"], "Booting");
+    bench.expect_clean();
+}
+
+#[test]
+fn qemu_is_killed_in_a_step() {
+    let bench = Bench::new();
+    let manifest = tiny_manifest("broken", "- {type: shell, name: long, shell: {inline: 'echo begun; sleep 600'}}");
+    let mut running = Running::start(bench.command(&manifest));
+    running.until_output("begun");
+    kill_the_machine(&bench);
+    let ended = running.end();
+    ended.expect_code(1).expect_text(&["step 1 (long)", "SIGKILL"]);
+    assert_eq!(ended.outcome()["kind"], "machine_died");
+    assert_eq!(ended.outcome()["output_tail"][0], "begun");
+    assert!(!ended.outcome()["serial_tail"].as_array().unwrap().is_empty(), "the serial console spoke");
+    bench.expect_clean();
+}
+
+#[test]
+fn a_guest_that_panics() {
+    let bench = Bench::new();
+    let manifest = tiny_manifest("broken", "- {type: shell, name: crash, shell: {inline: 'echo c > /proc/sysrq-trigger; sleep 600'}}");
+    let ended = bench.build(&manifest);
+    ended.expect_code(1).expect_text(&["step 1 (crash)", "panic"]);
+    assert_eq!(ended.outcome()["kind"], "machine_died");
+    let serial = ended.outcome()["serial_tail"].to_string();
+    assert!(serial.contains("sysrq triggered crash") || serial.contains("Kernel panic"), "{serial}");
+    bench.expect_clean();
+}
+
+#[test]
+fn a_guest_that_never_answers() {
+    let bench = Bench::new();
+    let manifest = one_vm("broken", "{blank: true}", "").replace("sshTimeout: 3m", "sshTimeout: 6s");
+    let ended = bench.build(&manifest);
+    ended.expect_code(1).expect_text(&["vm vm", "6s", "sshTimeout"]);
+    assert_eq!(ended.outcome()["kind"], "guest_unreachable");
+    let screenshot = ended.outcome()["screenshot"].as_str().expect("a picture of the screen");
+    assert!(fs::read(screenshot).unwrap().starts_with(b"\x89PNG"));
+    bench.expect_clean();
+}
+
+#[test]
+fn a_guest_that_refuses_the_credentials() {
+    let bench = Bench::new();
+    let manifest = format!(
+        "name: broken\nvms:\n  - name: vm\n    source: {{url: '{}'}}\n    resources: {{cpu: 1, memory: 256Mi}}\n    communicator: \
+         {{sshUsername: tester, sshPassword: not-the-password, sshTimeout: 25s}}\n",
+        tiny()
+    );
+    let ended = bench.build(&manifest);
+    ended.expect_code(1).expect_text(&["vm vm", "tester", "refused"]);
+    assert!(!ended.stderr.contains("not-the-password") && !ended.stdout.contains("not-the-password"), "a secret shows");
+    assert_eq!(ended.outcome()["kind"], "authentication");
+    bench.expect_clean();
+}
+
+#[test]
+fn a_machine_too_large_for_the_host_fails_as_what_it_is() {
+    let bench = Bench::new();
+    let ended = bench.build(&tiny_manifest("broken", "").replace("256Mi", "64Ti"));
+    ended.expect_code(1).expect_text(&["vm vm", "memory"]);
+    assert_eq!(ended.outcome()["kind"], "launch_failed");
+    bench.expect_clean();
+}
