@@ -14,6 +14,7 @@ use rudder::{
     backend::{Backend, LabId},
     module::Module,
     qemu::QemuBackend,
+    store::Store,
     units::human_bytes,
 };
 use std::{path::PathBuf, process::ExitCode};
@@ -61,11 +62,8 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let mut builder = QemuBackend::builder();
-    if let Some(store) = arguments.store {
-        builder = builder.store(store);
-    }
-    let backend = builder.build().await?;
+    let store = Store::open(arguments.store.unwrap_or_else(Store::default_root))?;
+    let backend = QemuBackend::builder(store).build();
     match arguments.action {
         Action::List => list(&backend).await,
         Action::Show { name, json } => show(&backend, &name, json).await,
@@ -125,11 +123,20 @@ fn describe(module: &Module) {
         println!("machine  {} ({} cores, {})", machine.name, machine.cpus, human_bytes(machine.memory));
         for disk in &machine.disks {
             let (size, virtual_size) = (human_bytes(disk.size), human_bytes(disk.virtual_size));
-            println!("  disk   {} {} of {virtual_size}, {}  sha256 {}", disk.name, size, disk.file, disk.sha256);
+            println!(
+                "  disk   {} {} of {virtual_size}, {}  sha256 {}",
+                disk.name, size, disk.file, disk.sha256
+            );
         }
     }
     for input in &module.provenance.inputs {
-        println!("input    {}: {}  {}  sha256 {}", input.role, input.url, human_bytes(input.size), input.sha256);
+        println!(
+            "input    {}: {}  {}  sha256 {}",
+            input.role,
+            input.url,
+            human_bytes(input.size),
+            input.sha256
+        );
     }
     for (what, version) in &module.provenance.versions {
         println!("version  {what} {version}");

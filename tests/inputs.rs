@@ -5,9 +5,9 @@ mod support;
 
 use std::{fs, path::Path, process::Command, sync::Arc};
 use support::{
-    Bench, Running,
+    Bench, Running, guest_path,
     http::{Answer, Server},
-    guest_path, one_vm, tiny_manifest,
+    one_vm, tiny_manifest,
 };
 
 fn image() -> Arc<[u8]> {
@@ -43,7 +43,12 @@ fn a_wrong_checksum_is_refused_and_its_correction_needs_no_second_download() {
     assert_eq!(ended.outcome()["kind"], "checksum_mismatch");
     bench.expect_clean();
     bench.built(&from_url(&url, &format!(", checksum: '{digest}'")));
-    assert_eq!(server.requests().iter().filter(|request| request.sent > 0).count(), 1, "one download: {:?}", server.requests());
+    assert_eq!(
+        server.requests().iter().filter(|request| request.sent > 0).count(),
+        1,
+        "one download: {:?}",
+        server.requests()
+    );
     bench.expect_clean();
 }
 
@@ -80,7 +85,8 @@ fn a_page_of_html_is_not_a_disk() {
 #[test]
 fn an_image_larger_than_its_disk() {
     let bench = Bench::new();
-    let manifest = tiny_manifest("input", "").replace("    cloudInit", "    disks: [{name: rootdisk, size: 1Mi}]\n    cloudInit");
+    let manifest = tiny_manifest("input", "")
+        .replace("    cloudInit", "    disks: [{name: rootdisk, size: 1Mi}]\n    cloudInit");
     let ended = bench.build(&manifest);
     ended.expect_code(1).expect_text(&["1Mi", "rootdisk", "vm vm"]);
     assert_eq!(ended.outcome()["kind"], "invalid_input");
@@ -145,7 +151,12 @@ fn two_builds_at_once_share_one_download() {
     let second = Running::start(command);
     first.end().expect_code(0);
     second.end().expect_code(0);
-    assert_eq!(server.requests().iter().filter(|request| request.sent > 0).count(), 1, "{:?}", server.requests());
+    assert_eq!(
+        server.requests().iter().filter(|request| request.sent > 0).count(),
+        1,
+        "{:?}",
+        server.requests()
+    );
     bench.expect_clean();
     other.expect_clean();
 }

@@ -72,7 +72,8 @@ fn qemu_is_killed_while_it_boots() {
 #[test]
 fn qemu_is_killed_in_a_step() {
     let bench = Bench::new();
-    let manifest = tiny_manifest("broken", "- {type: shell, name: long, shell: {inline: 'echo begun; sleep 600'}}");
+    let manifest =
+        tiny_manifest("broken", "- {type: shell, name: long, shell: {inline: 'echo begun; sleep 600'}}");
     let mut running = Running::start(bench.command(&manifest));
     running.until_output("begun");
     kill_the_machine(&bench);
@@ -87,7 +88,10 @@ fn qemu_is_killed_in_a_step() {
 #[test]
 fn a_guest_that_panics() {
     let bench = Bench::new();
-    let manifest = tiny_manifest("broken", "- {type: shell, name: crash, shell: {inline: 'echo c > /proc/sysrq-trigger; sleep 600'}}");
+    let manifest = tiny_manifest(
+        "broken",
+        "- {type: shell, name: crash, shell: {inline: 'echo c > /proc/sysrq-trigger; sleep 600'}}",
+    );
     let ended = bench.build(&manifest);
     ended.expect_code(1).expect_text(&["step 1 (crash)", "panic"]);
     assert_eq!(ended.outcome()["kind"], "machine_died");
@@ -118,7 +122,10 @@ fn a_guest_that_refuses_the_credentials() {
     );
     let ended = bench.build(&manifest);
     ended.expect_code(1).expect_text(&["vm vm", "tester", "refused"]);
-    assert!(!ended.stderr.contains("not-the-password") && !ended.stdout.contains("not-the-password"), "a secret shows");
+    assert!(
+        !ended.stderr.contains("not-the-password") && !ended.stdout.contains("not-the-password"),
+        "a secret shows"
+    );
     assert_eq!(ended.outcome()["kind"], "authentication");
     bench.expect_clean();
 }

@@ -36,8 +36,12 @@ fn a_package_installed_in_the_base_and_a_file_uploaded_in_the_layer_are_both_in_
     .replace("256Mi", "1Gi");
     let ended = bench.build(&look);
     ended.expect_code(0);
-    let said: Vec<&str> =
-        ended.events.iter().filter(|e| e["event"] == "step_output").filter_map(|e| e["line"].as_str()).collect();
+    let said: Vec<&str> = ended
+        .events
+        .iter()
+        .filter(|e| e["event"] == "step_output")
+        .filter_map(|e| e["line"].as_str())
+        .collect();
     assert!(said.contains(&"Hello, world!") && said.contains(&"from the layer"), "{said:?}");
     bench.expect_clean();
 
@@ -66,7 +70,8 @@ fn all_disks_are_captured_and_inherited() {
     let disks = "    disks: [{name: rootdisk, size: 1Gi}, {name: data, size: 64Mi}, {name: more, size: 32Mi, bus: scsi}]\n    cloudInit";
     let write = "- {type: shell, shell: {inline: ['ls /sys/block', 'for d in /sys/block/*; do test $(cat $d/size) = 131072 && printf data-of-data > /dev/${d##*/}; test $(cat $d/size) = 65536 && printf data-of-more > /dev/${d##*/}; done; sync']}}";
     let module = bench.built(&tiny_manifest("disks", write).replace("    cloudInit", disks));
-    let names: Vec<_> = module["machines"][0]["disks"].as_array().unwrap().iter().map(|disk| &disk["name"]).collect();
+    let names: Vec<_> =
+        module["machines"][0]["disks"].as_array().unwrap().iter().map(|disk| &disk["name"]).collect();
     assert_eq!(names, ["rootdisk", "data", "more"]);
     let read = "- {type: shell, shell: {inline: 'for d in /sys/block/*; do case $(cat $d/size) in 131072|65536) head -c 12 /dev/${d##*/}; echo;; esac; done'}}";
     let ended = bench.build(&one_vm("child", "{buildRef: {name: disks}}", read));
@@ -102,7 +107,10 @@ fn a_locked_build_refuses_an_input_that_changed() {
 #[test]
 fn a_failed_build_is_kept_when_asked_and_can_be_entered_and_removed() {
     let bench = Bench::new();
-    let mut command = bench.command(&tiny_manifest("kept", "- {type: shell, name: bad, shell: {inline: 'echo here > /evidence; exit 9'}}"));
+    let mut command = bench.command(&tiny_manifest(
+        "kept",
+        "- {type: shell, name: bad, shell: {inline: 'echo here > /evidence; exit 9'}}",
+    ));
     command.args(["--on-failure", "keep"]);
     let ended = Running::start(command).end();
     ended.expect_code(1);
@@ -116,7 +124,12 @@ fn a_failed_build_is_kept_when_asked_and_can_be_entered_and_removed() {
         .find_map(|line| line.find("ssh ").map(|at| line[at..].to_owned()))
         .expect("an ssh command line");
     let output = Command::new("sh").arg("-c").arg(format!("{ssh} cat /evidence")).output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "here\n", "{ssh}: {}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "here\n",
+        "{ssh}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     // What is kept is not what gc may take…
     assert_eq!(bench.run("modules", &["gc"]).0, 0);
     assert_eq!(bench.machines().len(), 1, "gc leaves it");

@@ -30,7 +30,8 @@ fn a_step_that_takes_too_long() {
 #[test]
 fn a_guest_that_powers_off_inside_a_step() {
     let bench = Bench::new();
-    let ended = bench.build(&tiny_manifest("steps", "- {type: shell, name: off, shell: {inline: 'poweroff; sleep 600'}}"));
+    let ended = bench
+        .build(&tiny_manifest("steps", "- {type: shell, name: off, shell: {inline: 'poweroff; sleep 600'}}"));
     ended.expect_code(1).expect_text(&["step 1 (off)", "powered off"]);
     assert_eq!(ended.outcome()["kind"], "machine_died");
     bench.expect_clean();
@@ -59,7 +60,11 @@ fn two_machines_are_provisioned_side_by_side() {
     let ended = bench.build(&format!("name: pair\nvms:\n{}{}", vm("left"), vm("right")));
     ended.expect_code(0);
     let at = |event: &str, vm: &str| {
-        ended.events.iter().position(|e| e["event"] == event && e["vm"] == vm).unwrap_or_else(|| panic!("{event} of {vm}"))
+        ended
+            .events
+            .iter()
+            .position(|e| e["event"] == event && e["vm"] == vm)
+            .unwrap_or_else(|| panic!("{event} of {vm}"))
     };
     assert!(at("step_started", "left") < at("step_finished", "right"), "they overlap");
     assert!(at("step_started", "right") < at("step_finished", "left"), "they overlap");
@@ -85,8 +90,17 @@ fn every_kind_of_step_on_the_tiny_guest() {
     );
     let ended = bench.build(&manifest);
     ended.expect_code(0);
-    let lines: Vec<&str> =
-        ended.events.iter().filter(|e| e["event"] == "step_output").filter_map(|e| e["line"].as_str()).collect();
-    assert!(lines.contains(&"hello") && lines.contains(&"it's \"quoted\" $HOME é") && lines.contains(&"tmp-is-listed"), "{lines:?}");
+    let lines: Vec<&str> = ended
+        .events
+        .iter()
+        .filter(|e| e["event"] == "step_output")
+        .filter_map(|e| e["line"].as_str())
+        .collect();
+    assert!(
+        lines.contains(&"hello")
+            && lines.contains(&"it's \"quoted\" $HOME é")
+            && lines.contains(&"tmp-is-listed"),
+        "{lines:?}"
+    );
     bench.expect_clean();
 }

@@ -5,9 +5,8 @@ use std::{
     io::{BufRead, BufReader, Write},
     net::{TcpListener, TcpStream},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
-        Mutex,
     },
     thread,
 };
@@ -92,7 +91,8 @@ fn serve(
             return Ok(());
         }
         let mut words = first.split_whitespace();
-        let (method, path) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
+        let (method, path) =
+            (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
         let mut range = None;
         loop {
             let mut header = String::new();
@@ -124,7 +124,11 @@ fn serve(
             .and_then(|range| range.split('-').next()?.parse().ok())
             .unwrap_or(0);
         let status = match range {
-            Some(_) => format!("206 Partial Content\r\nContent-Range: bytes {start}-{}/{}", body.len() - 1, body.len()),
+            Some(_) => format!(
+                "206 Partial Content\r\nContent-Range: bytes {start}-{}/{}",
+                body.len() - 1,
+                body.len()
+            ),
             None => "200 OK".to_owned(),
         };
         let rest = &body[start..];

@@ -47,7 +47,11 @@ pub fn guest_path(file: &str) -> PathBuf {
 pub fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test.parent().unwrap().parent().unwrap().join("examples").join(name);
-    assert!(path.is_file(), "{} is missing: run the tests with `cargo test`, which builds examples", path.display());
+    assert!(
+        path.is_file(),
+        "{} is missing: run the tests with `cargo test`, which builds examples",
+        path.display()
+    );
     path
 }
 
@@ -107,8 +111,13 @@ impl Bench {
 
     /// Runs an example with `--store`, and gives what it printed.
     pub fn run(&self, program: &str, args: &[&str]) -> (i32, String, String) {
-        let output =
-            Command::new(example(program)).arg("--store").arg(self.store()).args(args).stdin(Stdio::null()).output().unwrap();
+        let output = Command::new(example(program))
+            .arg("--store")
+            .arg(self.store())
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
         (
             output.status.code().unwrap_or(-1),
             String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -124,7 +133,9 @@ impl Bench {
             .map(|(pid, line)| format!("process {pid}: {line}"))
             .collect();
         let list = |directory: &Path| -> Vec<PathBuf> {
-            fs::read_dir(directory).map(|entries| entries.map(|entry| entry.unwrap().path()).collect()).unwrap_or_default()
+            fs::read_dir(directory)
+                .map(|entries| entries.map(|entry| entry.unwrap().path()).collect())
+                .unwrap_or_default()
         };
         left.extend(list(&self.store().join("labs")).iter().map(|path| format!("lab {}", path.display())));
         left.extend(list(&self.tmp()).iter().map(|path| format!("temporary file {}", path.display())));
@@ -145,7 +156,9 @@ impl Bench {
             .collect();
         let locks = fs::read_to_string("/proc/locks").unwrap();
         for lock in locks.lines() {
-            let inode = lock.split_whitespace().find_map(|word| word.rsplit_once(':').filter(|(dev, _)| dev.contains(':')));
+            let inode = lock
+                .split_whitespace()
+                .find_map(|word| word.rsplit_once(':').filter(|(dev, _)| dev.contains(':')));
             if inode.is_some_and(|(_, inode)| inode.parse().is_ok_and(|inode: u64| inodes.contains(&inode))) {
                 left.push(format!("lock {lock}"));
             }
@@ -179,7 +192,8 @@ impl Bench {
         processes_naming(self.root.path())
             .into_iter()
             .filter(|(pid, _)| {
-                fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.starts_with("qemu-system"))
+                fs::read_to_string(format!("/proc/{pid}/comm"))
+                    .is_ok_and(|comm| comm.starts_with("qemu-system"))
             })
             .map(|(pid, _)| pid)
             .collect()
@@ -210,8 +224,9 @@ pub fn processes_naming(path: &Path) -> Vec<(i32, String)> {
         }
         let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        let zombie = fs::read_to_string(entry.path().join("stat"))
-            .is_ok_and(|stat| stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('Z')));
+        let zombie = fs::read_to_string(entry.path().join("stat")).is_ok_and(|stat| {
+            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('Z'))
+        });
         let cwd = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
         if !zombie && (line.contains(&*path) || cwd.to_string_lossy().contains(&*path)) {
             found.push((pid, line));
@@ -261,7 +276,8 @@ impl Running {
     pub fn until(&mut self, what: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let Ok(line) = self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
+            let Ok(line) = self.events.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            else {
                 let _ = self.child.kill();
                 panic!("the build ended, or said nothing, before {what}; it said:\n{}", self.seen.join("\n"));
             };
@@ -324,7 +340,11 @@ impl Ended {
     #[track_caller]
     pub fn expect_text(&self, texts: &[&str]) -> &Self {
         for text in texts {
-            assert!(self.stderr.contains(text), "expected {text:?} in what a person reads, but found:\n{}", self.stderr);
+            assert!(
+                self.stderr.contains(text),
+                "expected {text:?} in what a person reads, but found:\n{}",
+                self.stderr
+            );
         }
         self
     }
