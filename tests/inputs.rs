@@ -77,7 +77,7 @@ fn a_page_of_html_is_not_a_disk() {
     let server = Server::start(Answer::Bytes(page.into_bytes().into()));
     let url = server.url("image.qcow2");
     let ended = bench.build(&from_url(&url, ""));
-    ended.expect_code(1).expect_text(&[&url, "not a disk image"]);
+    ended.expect_code(1).expect_text(&[&url, "expected a disk image, but found a web page"]);
     assert_eq!(ended.outcome()["kind"], "invalid_image");
     bench.expect_clean();
 }
@@ -106,7 +106,7 @@ fn what_qemu_cannot_do_yet_is_refused_at_its_line() {
     let bench = Bench::new();
     let manifest = tiny_manifest("refused", "- {type: handbuild, handbuild: {instructions: click}}");
     let ended = bench.build(&manifest);
-    ended.expect_code(2).expect_text(&["manifest.yaml:10:", "handbuild"]);
+    ended.expect_code(2).expect_text(&["manifest.yaml:9:", "handbuild"]);
     bench.expect_clean();
 }
 
@@ -115,7 +115,7 @@ fn a_store_whose_disk_is_full() {
     let bench = Bench::new();
     let mount = Mount::tmpfs(&bench.store(), "8m");
     let ended = bench.build(&tiny_manifest("input", ""));
-    ended.expect_code(1).expect_text(&["no space", &bench.store().display().to_string()]);
+    ended.expect_code(1).expect_text(&["No space left", &bench.store().display().to_string()]);
     assert_eq!(ended.outcome()["kind"], "host_disk_full");
     bench.expect_clean();
     drop(mount);

@@ -4,7 +4,7 @@
 mod support;
 
 use rustix::process::{Pid, Signal, kill_process};
-use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 use support::{Bench, Running, one_vm, tiny, tiny_manifest};
 
 #[test]
@@ -58,7 +58,11 @@ fn qemu_is_killed_while_it_boots() {
     let bench = Bench::new();
     let mut running = Running::start(bench.command(&tiny_manifest("broken", "")));
     running.until_phase("Booting");
-    while bench.machines().is_empty() {
+    // Its kernel speaks: it boots.
+    let speaks = |file: &Path| {
+        file.to_string_lossy().ends_with("serial.log") && file.metadata().is_ok_and(|log| log.len() > 0)
+    };
+    while !support::walk(&bench.store().join("labs")).iter().any(|file| speaks(file)) {
         std::thread::sleep(Duration::from_millis(20));
     }
     kill_the_machine(&bench);
@@ -105,7 +109,7 @@ fn a_guest_that_never_answers() {
     let bench = Bench::new();
     let manifest = one_vm("broken", "{blank: true}", "").replace("sshTimeout: 3m", "sshTimeout: 6s");
     let ended = bench.build(&manifest);
-    ended.expect_code(1).expect_text(&["vm vm", "6s", "sshTimeout"]);
+    ended.expect_code(1).expect_text(&["vm vm", "6 s", "sshTimeout"]);
     assert_eq!(ended.outcome()["kind"], "guest_unreachable");
     let screenshot = ended.outcome()["screenshot"].as_str().expect("a picture of the screen");
     assert!(fs::read(screenshot).unwrap().starts_with(b"\x89PNG"));

@@ -100,7 +100,7 @@ fn a_locked_build_refuses_an_input_that_changed() {
     locked().expect_code(0);
     fs::write(&file, "two\n").unwrap();
     let ended = locked();
-    ended.expect_code(1).expect_text(&["input.txt", "changed"]);
+    ended.expect_code(1).expect_text(&["input.txt", "found other bytes"]);
     bench.expect_clean();
 }
 

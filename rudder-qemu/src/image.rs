@@ -5,6 +5,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::Progress,
     digest::{Digest, Hasher},
+    units::human_bytes,
 };
 use std::{
     fs,
@@ -46,21 +47,19 @@ pub(crate) fn size_over(image: u64, wanted: Option<u64>) -> Result<u64> {
             ErrorKind::InvalidInput,
             format!(
                 "expected a disk at least as large as its image, {}, but found {}",
-                bytes(image),
-                bytes(wanted)
+                human_bytes(image),
+                human_bytes(wanted)
             ),
         )
-        .with_help(format!("set the disk's size to {} or more", gibibytes(image)))),
+        .with_help(format!("set the disk's size to {} or more", whole(image)))),
         wanted => Ok(wanted.unwrap_or(image).next_multiple_of(SECTOR)),
     }
 }
 
-fn bytes(size: u64) -> String {
-    format!("{size} bytes ({:.2} GiB)", size as f64 / f64::from(1 << 30))
-}
-
-fn gibibytes(size: u64) -> String {
-    format!("{}Gi", size.div_ceil(1 << 30))
+/// The smallest size that is written with a whole number and holds this.
+fn whole(size: u64) -> String {
+    let unit = if size >= 10 << 30 { 1 << 30 } else { 1 << 20 };
+    human_bytes(size.next_multiple_of(unit))
 }
 
 /// What a guest sees of an image, in bytes, as QEMU reads it.
@@ -251,8 +250,7 @@ mod tests {
         assert_eq!(size_over(1024, Some(2048)).unwrap(), 2048);
         assert_eq!(
             size_over(3 << 30, Some(1 << 30)).unwrap_err().report(),
-            "expected a disk at least as large as its image, 3221225472 bytes (3.00 GiB), but found 1073741824 bytes \
-             (1.00 GiB)\n  help: set the disk's size to 3Gi or more"
+            "expected a disk at least as large as its image, 3Gi, but found 1Gi\n  help: set the disk's size to 3Gi or more"
         );
     }
 

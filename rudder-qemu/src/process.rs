@@ -206,9 +206,26 @@ impl Finished {
 pub(crate) fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exited with code {code}"),
-        (None, Some(signal)) => format!("was ended by signal {signal}"),
+        (None, Some(signal)) => match signal_name(signal) {
+            Some(name) => format!("was ended by signal {signal} ({name})"),
+            None => format!("was ended by signal {signal}"),
+        },
         (None, None) => "ended".to_owned(),
     }
+}
+
+/// The names of signals that end processes whose story people will want to know (signal(7)).
+fn signal_name(signal: i32) -> Option<&'static str> {
+    Some(match signal {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        9 => "SIGKILL",
+        11 => "SIGSEGV",
+        15 => "SIGTERM",
+        _ => return None,
+    })
 }
 
 /// A child that is killed when this is dropped, unless it was released.
@@ -309,7 +326,7 @@ mod tests {
         let error = finished.run(None).await.unwrap().success("convert").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostDiskFull);
         let error = sh("kill -9 $$", Lifetime::Kept).run(None).await.unwrap().success("convert").unwrap_err();
-        assert_eq!(error.to_string(), "cannot convert: sh: was ended by signal 9");
+        assert_eq!(error.to_string(), "cannot convert: sh: was ended by signal 9 (SIGKILL)");
     }
 
     #[tokio::test]
