@@ -192,11 +192,20 @@ impl Bench {
         processes_naming(self.root.path())
             .into_iter()
             .filter(|(pid, _)| {
-                fs::read_to_string(format!("/proc/{pid}/comm"))
-                    .is_ok_and(|comm| comm.starts_with("qemu-system"))
+                let exe = fs::read_link(format!("/proc/{pid}/exe"));
+                exe.is_ok_and(|exe| exe.to_string_lossy().contains("qemu-system"))
             })
             .map(|(pid, _)| pid)
             .collect()
+    }
+}
+
+/// A test that fails leaves no machine running.
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for pid in self.machines() {
+            let _ = kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
+        }
     }
 }
 
@@ -239,8 +248,18 @@ pub fn processes_naming(path: &Path) -> Vec<(i32, String)> {
 pub struct Running {
     child: Child,
     events: mpsc::Receiver<String>,
-    stderr: thread::JoinHandle<String>,
+    stderr: Option<thread::JoinHandle<String>>,
     seen: Vec<String>,
+}
+
+/// A test that fails leaves no build running.
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
 }
 
 /// A build that ended.
@@ -259,11 +278,11 @@ impl Running {
         let mut errors = child.stderr.take().unwrap();
         let (send, events) = mpsc::channel();
         thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
-        let stderr = thread::spawn(move || {
+        let stderr = Some(thread::spawn(move || {
             let mut text = Vec::new();
             errors.read_to_end(&mut text).unwrap();
             String::from_utf8_lossy(&text).into_owned()
-        });
+        }));
         Self { child, events, stderr, seen: Vec::new() }
     }
 
@@ -325,7 +344,8 @@ impl Running {
         let status = self.child.wait().unwrap();
         let events = self.seen.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let code = status.code().unwrap_or(-1);
-        Ended { code, stdout: self.seen.join("\n"), stderr: self.stderr.join().unwrap(), events }
+        let stderr = self.stderr.take().unwrap().join().unwrap();
+        Ended { code, stdout: self.seen.join("\n"), stderr, events }
     }
 }
 
