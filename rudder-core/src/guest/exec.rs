@@ -17,6 +17,11 @@ const GRACE: Duration = Duration::from_millis(500);
 const MAX_GRACE: Duration = Duration::from_secs(10);
 /// The number of the stream for standard error (RFC 4254, 5.2).
 const STDERR: u32 = 1;
+/// So often a session is opened anew that the server closed before it had begun what was asked of it. dropbear 2022.82 to
+/// 2024.86 closes a session at once when a process of another session ends between its opening and its request.
+const MAX_STARTS: usize = 8;
+/// A server that says nothing for so long after it closed a session is taken as gone.
+const ANSWER: Duration = Duration::from_secs(10);
 /// Of the output of [`Guest::command`], so much is kept of each stream.
 const MAX_KEPT: usize = 256 * 1024;
 
@@ -92,6 +97,49 @@ impl Guest {
         }
     }
 
+    /// Opens a session and starts something in it, which has begun when this returns.
+    pub(super) async fn start(&self, what: &str, request: Request<'_>) -> Result<Start<'_>> {
+        for _ in 0..MAX_STARTS {
+            self.shared.endings.over().await;
+            let (mut reader, writer) = self.open_channel(what).await?.split();
+            let open = OpenChannel { guest: self, writer: Some(writer) };
+            let Some(writer) = &open.writer else { return Err(self.broken(what, None)) };
+            let asked = match request {
+                Request::Exec(line) => writer.exec(true, line).await,
+                Request::Subsystem(name) => writer.request_subsystem(true, name).await,
+            };
+            asked.map_err(|error| self.broken(what, Some(error)))?;
+            let answer = loop {
+                match reader.wait().await {
+                    // What a command says and its end show that it ran; the rest, an early EOF among it, says nothing.
+                    Some(
+                        answer @ (ChannelMsg::Success
+                        | ChannelMsg::Failure
+                        | ChannelMsg::Close
+                        | ChannelMsg::Data { .. }
+                        | ChannelMsg::ExtendedData { .. }
+                        | ChannelMsg::ExitStatus { .. }
+                        | ChannelMsg::ExitSignal { .. }),
+                    ) => break Some(answer),
+                    Some(_) => {}
+                    None => break None,
+                }
+            };
+            match answer {
+                None => return Err(self.broken(what, None)),
+                Some(ChannelMsg::Failure) => return Ok(Start::Refused),
+                Some(ChannelMsg::Close) => {
+                    // Without an answer nothing has begun (RFC 4254, 6.5): nothing is done twice.
+                    open.finish();
+                    tracing::debug!(what, "the server closed a session before it began");
+                }
+                Some(ChannelMsg::Success) => return Ok(Start::Begun(reader, open, None)),
+                Some(first) => return Ok(Start::Begun(reader, open, Some(first))),
+            }
+        }
+        Ok(Start::Closed)
+    }
+
     /// Runs a line of the user's login shell. `what` completes "the connection broke while".
     pub(super) async fn exec(
         &self,
@@ -100,10 +148,27 @@ impl Guest {
         input: Bytes,
         output: &mut (dyn FnMut(OutputStream, &str) + Send),
     ) -> Result<ExitStatus> {
-        let channel = self.open_channel(what).await?;
-        channel.exec(true, line).await.map_err(|error| self.broken(what, Some(error)))?;
-        let (reader, writer) = channel.split();
-        let open = OpenChannel { guest: self, writer: Some(writer) };
+        let (reader, open, first) = match self.start(what, Request::Exec(line)).await? {
+            Start::Begun(reader, open, first) => (reader, open, first),
+            Start::Refused => {
+                return Err(Error::new(
+                    ErrorKind::Protocol,
+                    "the guest's SSH server refused to run a command",
+                )
+                .with_help(
+                    "the user may be restricted to SFTP or to one command (sshd_config, ForceCommand)",
+                ));
+            }
+            Start::Closed => {
+                return Err(Error::new(
+                    ErrorKind::Protocol,
+                    format!(
+                        "the guest's SSH server closed {MAX_STARTS} sessions one after the other before it ran anything in them"
+                    ),
+                )
+                .with_help("look at the log of the guest's SSH server"));
+            }
+        };
         let Some(writer) = &open.writer else { return Err(self.broken(what, None)) };
         let writing = async {
             // A command that does not read its input is no error: how it ended says more.
@@ -113,7 +178,7 @@ impl Guest {
             std::future::pending::<()>().await;
         };
         let ended = tokio::select! {
-            ended = self.read(what, reader, output) => ended,
+            ended = self.read(what, reader, first, output) => ended,
             () = writing => Err(self.broken(what, None)),
         };
         if let Some(writer) = open.finish() {
@@ -126,16 +191,19 @@ impl Guest {
         &self,
         what: &str,
         mut reader: ChannelReadHalf,
+        mut first: Option<ChannelMsg>,
         output: &mut (dyn FnMut(OutputStream, &str) + Send),
     ) -> Result<ExitStatus> {
         let mut stdout = Lines::new(OutputStream::Stdout);
         let mut stderr = Lines::new(OutputStream::Stderr);
         let mut status = None;
         let mut last = None;
+        let mut closed = false;
         loop {
-            let message = match last {
-                None => reader.wait().await,
-                Some(last) => {
+            let message = match (first.take(), last) {
+                (Some(first), _) => Some(first),
+                (None, None) => reader.wait().await,
+                (None, Some(last)) => {
                     let until = (Instant::now() + GRACE).min(last);
                     match tokio::time::timeout_at(until, reader.wait()).await {
                         Ok(message) => message,
@@ -154,33 +222,64 @@ impl Guest {
                     status = Some(ExitStatus::Signal(signal_text(&signal_name)));
                     last = Some(Instant::now() + MAX_GRACE);
                 }
-                Some(ChannelMsg::Failure) if status.is_none() => {
-                    return Err(Error::new(
-                        ErrorKind::Protocol,
-                        "the guest's SSH server refused to run a command",
-                    )
-                    .with_help(
-                        "the user may be restricted to SFTP or to one command (sshd_config, ForceCommand)",
-                    ));
+                Some(ChannelMsg::Close) => {
+                    closed = true;
+                    break;
                 }
-                Some(ChannelMsg::Close) | None => break,
+                None => break,
                 Some(_) => {}
             }
         }
         stdout.finish(output);
         stderr.finish(output);
-        status.ok_or_else(|| self.broken(what, None))
+        match status {
+            Some(status) => Ok(status),
+            None if closed && self.answers().await => Err(Error::new(
+                ErrorKind::Protocol,
+                format!(
+                    "the guest's SSH server closed the session while {what}, and did not say how it ended"
+                ),
+            )
+            .with_help("did the step stop the SSH server? Look at the log of the guest's SSH server")),
+            None => Err(self.broken(what, None)),
+        }
+    }
+
+    /// Whether the connection still works.
+    async fn answers(&self) -> bool {
+        let ping = tokio::time::timeout(ANSWER, self.shared.handle.send_ping());
+        !self.is_closed() && matches!(ping.await, Ok(Ok(())))
     }
 }
 
+/// What is asked of a new session.
+#[derive(Clone, Copy)]
+pub(super) enum Request<'a> {
+    /// To run this line of the user's login shell.
+    Exec(&'a str),
+    /// To start this subsystem.
+    Subsystem(&'a str),
+}
+
+/// What came of it.
+pub(super) enum Start<'a> {
+    /// It has begun; with what came in place of the server's consent, if anything.
+    Begun(ChannelReadHalf, OpenChannel<'a>, Option<ChannelMsg>),
+    /// The server does not do that.
+    Refused,
+    /// The server closed every session without a word.
+    Closed,
+}
+
 /// A channel whose command is told to end, and that is closed, when it is dropped before its end.
-struct OpenChannel<'a> {
+pub(super) struct OpenChannel<'a> {
     guest: &'a Guest,
     writer: Option<ChannelWriteHalf<Msg>>,
 }
 
 impl OpenChannel<'_> {
-    fn finish(mut self) -> Option<ChannelWriteHalf<Msg>> {
+    /// Nothing is done on dropping any more.
+    pub(super) fn finish(mut self) -> Option<ChannelWriteHalf<Msg>> {
         self.writer.take()
     }
 }

@@ -4,6 +4,7 @@
 //! scripts and commands, uploads files, and switches the guest off. Everything is cancel-safe: dropping a future that
 //! runs something in the guest ends it there too, and [`Guest::settle`] waits until that is done.
 
+mod ending;
 mod exec;
 mod key;
 mod lines;
@@ -26,6 +27,7 @@ pub use session::Session;
 pub use upload::Content;
 
 use crate::{Error, ErrorKind};
+use ending::Endings;
 use login::{Handler, Seen};
 use russh::client::Handle;
 use std::{
@@ -47,13 +49,23 @@ struct Shared {
     seen: Arc<Seen>,
     user: String,
     cleanups: TaskTracker,
+    endings: Endings,
     // Cuts the stream when dropped: after the handle.
     _watch: WireWatch,
 }
 
 impl Guest {
     fn new(handle: Handle<Handler>, watch: WireWatch, seen: Arc<Seen>, user: String) -> Self {
-        Self { shared: Arc::new(Shared { handle, seen, user, cleanups: TaskTracker::new(), _watch: watch }) }
+        Self {
+            shared: Arc::new(Shared {
+                handle,
+                seen,
+                user,
+                cleanups: TaskTracker::new(),
+                endings: Endings::default(),
+                _watch: watch,
+            }),
+        }
     }
 
     /// The user that is logged in.

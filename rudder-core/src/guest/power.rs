@@ -49,9 +49,7 @@ impl Guest {
             Err(_) => Ok(()),
             Ok(Ok(CommandOutput { status, .. })) if status.success() => Ok(()),
             Ok(Ok(output)) => {
-                // A shell that the shutdown killed, or one that could not do it: only the latter stays.
-                let gone = self.gone(Duration::from_secs(2));
-                if tokio::time::timeout(Duration::from_secs(2), gone).await.is_ok() {
+                if self.went_down().await {
                     return Ok(());
                 }
                 Err(Error::new(
@@ -61,7 +59,15 @@ impl Guest {
                 .with_help("let the user run `sudo -n poweroff`, or log in as root"))
             }
             Ok(Err(error)) if error.kind() == ErrorKind::GuestUnreachable => Ok(()),
+            // The server closed the session, perhaps on its way down.
+            Ok(Err(_)) if self.went_down().await => Ok(()),
             Ok(Err(error)) => Err(error),
         }
+    }
+
+    /// A shell that the shutdown killed, or one that could not do it: only with the latter the guest stays.
+    async fn went_down(&self) -> bool {
+        let limit = Duration::from_secs(2);
+        tokio::time::timeout(limit, self.gone(limit)).await.is_ok()
     }
 }

@@ -1,16 +1,24 @@
 //! Files into the guest: over SFTP, or through `cat` where the server has none.
 
-use super::{Guest, exec::quote};
+use super::{
+    Guest, ending,
+    exec::{Request, Start, quote},
+};
 use crate::{Error, ErrorKind, Result};
 use bytes::Bytes;
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use russh::ChannelMsg;
+use russh::{ChannelMsg, ChannelReadHalf, ChannelWriteHalf, client::Msg};
 use russh_sftp::{
     client::{Config, RawSftpSession, error::Error as SftpError},
     protocol::{FileAttributes, OpenFlags, StatusCode},
 };
-use std::{borrow::Cow, path::Path};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
+use std::{borrow::Cow, io, path::Path};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _},
+    sync::mpsc,
+    task::JoinHandle,
+};
+use tokio_util::io::StreamReader;
 
 /// Bytes of one write: what every server takes (draft-ietf-secsh-filexfer-02, 3).
 const CHUNK: usize = 32 * 1024;
@@ -68,7 +76,7 @@ impl Guest {
             ));
         }
         let uploaded = match self.sftp().await? {
-            Some(sftp) => self.upload_over(&Sftp { guest: self, session: sftp }, content, destination).await,
+            Some(sftp) => self.upload_over(&sftp, content, destination).await,
             None => self.upload_over(&Cat { guest: self }, content, destination).await,
         };
         uploaded.map_err(|error| error.with_context("file", destination))
@@ -116,30 +124,48 @@ impl Guest {
     }
 
     /// `None`: the server has no SFTP.
-    async fn sftp(&self) -> Result<Option<RawSftpSession>> {
-        let mut channel = self.open_channel("a file was uploaded").await?;
-        if let Err(error) = channel.request_subsystem(true, "sftp").await {
-            return Err(self.broken("a file was uploaded", Some(error)));
-        }
-        loop {
-            match channel.wait().await {
-                Some(ChannelMsg::Success) => break,
-                Some(ChannelMsg::Failure) => return Ok(None),
-                None if self.is_closed() => return Err(self.broken("a file was uploaded", None)),
-                Some(ChannelMsg::Close | ChannelMsg::Eof | ChannelMsg::ExitStatus { .. }) | None => {
-                    return Ok(None);
-                }
-                Some(_) => {}
-            }
-        }
+    async fn sftp(&self) -> Result<Option<Sftp<'_>>> {
+        let (reader, open) = match self.start("a file was uploaded", Request::Subsystem("sftp")).await? {
+            Start::Begun(reader, open, None) => (reader, open),
+            Start::Refused | Start::Closed => return Ok(None),
+            // It ended before it said anything.
+            Start::Begun(.., Some(_)) => return Ok(None),
+        };
+        let Some(writer) = open.finish() else { return Err(self.broken("a file was uploaded", None)) };
+        let (replies, mut received) = mpsc::channel(16);
+        let sending = writer.make_writer();
+        let receiving = tokio::spawn(receive(reader, replies));
+        let stream = tokio::io::join(
+            StreamReader::new(futures::stream::poll_fn(move |cx| received.poll_recv(cx))),
+            sending,
+        );
         // A guest on an emulated processor with a slow disk takes its time; a dead one is noticed by the connection.
         let config = Config { request_timeout_secs: 120, ..Config::default() };
-        let session = RawSftpSession::new_with_config(channel.into_stream(), config);
-        match session.init().await {
-            Ok(_) => Ok(Some(session)),
+        let session = RawSftpSession::new_with_config(stream, config);
+        let sftp = Sftp { guest: self, session, channel: Some((receiving, writer)) };
+        match sftp.session.init().await {
+            Ok(_) => Ok(Some(sftp)),
             // The server named a program that is not there, and hung up.
             Err(_) if !self.is_closed() => Ok(None),
             Err(_) => Err(self.broken("a file was uploaded", None)),
+        }
+    }
+}
+
+/// Hands on what the server says, until it has closed the channel: only then its process has ended.
+async fn receive(mut reader: ChannelReadHalf, replies: mpsc::Sender<io::Result<Bytes>>) {
+    let mut replies = Some(replies);
+    while let Some(message) = reader.wait().await {
+        match message {
+            ChannelMsg::Data { data } => {
+                if let Some(replies) = &replies {
+                    // Nobody may want to know any more: the end is waited for all the same.
+                    let _ = replies.send(Ok(data)).await;
+                }
+            }
+            ChannelMsg::Eof => replies = None,
+            ChannelMsg::Close => break,
+            _ => {}
         }
     }
 }
@@ -152,6 +178,26 @@ trait Way {
 struct Sftp<'a> {
     guest: &'a Guest,
     session: RawSftpSession,
+    channel: Option<(JoinHandle<()>, ChannelWriteHalf<Msg>)>,
+}
+
+impl Drop for Sftp<'_> {
+    fn drop(&mut self) {
+        // Dropping the session, which comes next, tells the server to end. The next session waits until it has.
+        if let Some((mut receiving, writer)) = self.channel.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let ending = self.guest.shared.endings.begin();
+            let closing = async move {
+                if tokio::time::timeout(ending::LIMIT, &mut receiving).await.is_err() {
+                    receiving.abort();
+                    let _ = writer.close().await;
+                }
+                drop(ending);
+            };
+            self.guest.shared.cleanups.spawn_on(closing, &runtime);
+        }
+    }
 }
 
 impl Sftp<'_> {

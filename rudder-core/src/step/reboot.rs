@@ -85,7 +85,12 @@ async fn restart(
         }
         Ok(status) => *exit = Some(status),
         Err(error) if matches!(error.kind(), ErrorKind::GuestUnreachable) => {}
-        Err(error) => return Err(error),
+        // The session was closed while the server still answered: it may be on its way down.
+        Err(error) => {
+            if tokio::time::timeout(DOWN, guest.gone(PATIENCE)).await.is_err() {
+                return Err(error);
+            }
+        }
     }
     seen.set("the guest still answers with its old boot identity: the reboot command did not restart it");
     guest.gone(PATIENCE).await;

@@ -1,0 +1,35 @@
+//! Sessions that are on their way out. Some servers (dropbear 2022.82 to 2024.86) close a new session when the process of
+//! an old one ends while it is being opened: so a new one waits until the old ones are over.
+
+use std::{sync::Arc, time::Duration};
+use tokio::sync::watch;
+
+/// Longer nobody waits for a server that does not end a session.
+pub(super) const LIMIT: Duration = Duration::from_secs(5);
+
+/// How many sessions are ending.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Endings(Arc<watch::Sender<usize>>);
+
+/// One of them, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Ending(Endings);
+
+impl Endings {
+    pub(super) fn begin(&self) -> Ending {
+        self.0.send_modify(|count| *count += 1);
+        Ending(self.clone())
+    }
+
+    /// Waits until none is left, not much longer than [`LIMIT`].
+    pub(super) async fn over(&self) {
+        let mut count = self.0.subscribe();
+        let _ = tokio::time::timeout(2 * LIMIT, count.wait_for(|count| *count == 0)).await;
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|count| *count -= 1);
+    }
+}

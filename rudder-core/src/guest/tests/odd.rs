@@ -1,0 +1,238 @@
+//! Small servers that misbehave, and servers that let in by other ways than a key.
+
+use crate::{
+    ErrorKind,
+    backend::BoxedStream,
+    event::ExitStatus,
+    guest::{BuildKey, Content, Endpoint, Guest, Login, Script},
+    secret::Secret,
+};
+use russh::{
+    Channel, ChannelId, MethodKind, MethodSet,
+    server::{self, Auth, ChannelOpenHandle, Msg, PublicKeyOffer, Response, Session, VerifiedPublicKey},
+};
+use std::{
+    borrow::Cow,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+/// What a server does instead of what it should.
+#[derive(Clone, Default)]
+struct Odd {
+    /// So many sessions are closed when something is asked of them, without an answer. dropbear does that when a process
+    /// of another session ends at that moment.
+    closes: Arc<AtomicUsize>,
+    /// So many requests were granted.
+    granted: Arc<AtomicUsize>,
+    /// A command's session is closed without its exit status.
+    mute: bool,
+    /// The connection breaks instead.
+    breaks: bool,
+    /// The only way in; the key where none is given.
+    way: Option<MethodKind>,
+}
+
+impl Odd {
+    fn endpoint(&self) -> Endpoint {
+        let server = self.clone();
+        let key = BuildKey::generate().private();
+        Endpoint::new(move || {
+            let (server, key) = (server.clone(), key.clone());
+            Box::pin(async move {
+                let (ours, theirs) = tokio::io::duplex(64 * 1024);
+                let way = server.way.unwrap_or(MethodKind::PublicKey);
+                let config = Arc::new(server::Config {
+                    keys: vec![(*key).clone()],
+                    methods: MethodSet::from([way].as_slice()),
+                    auth_rejection_time: Duration::ZERO,
+                    auth_rejection_time_initial: Some(Duration::ZERO),
+                    ..server::Config::default()
+                });
+                tokio::spawn(async move {
+                    if let Ok(session) = server::run_stream(config, theirs, server).await {
+                        let _ = session.await;
+                    }
+                });
+                Ok(Box::new(ours) as BoxedStream)
+            })
+        })
+    }
+
+    fn login(&self) -> Login {
+        Login::new("user", BuildKey::generate()).with_password(Some(Secret::new("pass word")))
+    }
+
+    async fn guest(&self) -> Guest {
+        self.login().connect(&self.endpoint(), Duration::from_secs(60)).await.unwrap()
+    }
+
+    /// Whether a request was answered by closing its session.
+    fn closed(&self, id: ChannelId, session: &mut Session) -> Result<bool, russh::Error> {
+        if self.closes.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_err() {
+            self.granted.fetch_add(1, SeqCst);
+            return Ok(false);
+        }
+        session.eof(id)?;
+        session.close(id)?;
+        Ok(true)
+    }
+
+    fn allows(&self, way: MethodKind, right: bool) -> Auth {
+        if right && self.way.unwrap_or(MethodKind::PublicKey) == way { Auth::Accept } else { Auth::reject() }
+    }
+}
+
+impl server::Handler for Odd {
+    type Error = russh::Error;
+
+    async fn auth_publickey_offered(&mut self, _: &str, _: PublicKeyOffer<'_>) -> Result<Auth, Self::Error> {
+        Ok(self.allows(MethodKind::PublicKey, true))
+    }
+
+    async fn auth_publickey(&mut self, _: &str, _: VerifiedPublicKey<'_>) -> Result<Auth, Self::Error> {
+        Ok(self.allows(MethodKind::PublicKey, true))
+    }
+
+    async fn auth_password(&mut self, _: &str, password: &str) -> Result<Auth, Self::Error> {
+        Ok(self.allows(MethodKind::Password, password == "pass word"))
+    }
+
+    async fn auth_keyboard_interactive<'a>(
+        &'a mut self,
+        _: &str,
+        _: &str,
+        response: Option<Response<'a>>,
+    ) -> Result<Auth, Self::Error> {
+        Ok(match response {
+            None => Auth::Partial {
+                name: Cow::Borrowed(""),
+                instructions: Cow::Borrowed(""),
+                prompts: Cow::Borrowed(&[(Cow::Borrowed("Password: "), false)]),
+            },
+            Some(mut answers) => {
+                let right = answers.next().is_some_and(|answer| &*answer == b"pass word");
+                self.allows(MethodKind::KeyboardInteractive, right)
+            }
+        })
+    }
+
+    async fn channel_open_session(
+        &mut self,
+        _: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _: &mut Session,
+    ) -> Result<(), Self::Error> {
+        reply.accept().await;
+        Ok(())
+    }
+
+    async fn exec_request(
+        &mut self,
+        id: ChannelId,
+        _: &[u8],
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        if self.closed(id, session)? {
+            return Ok(());
+        }
+        session.channel_success(id)?;
+        if self.breaks {
+            return Err(russh::Error::Disconnect);
+        }
+        session.data(id, &b"said\n"[..])?;
+        if !self.mute {
+            session.exit_status_request(id, 3)?;
+        }
+        session.eof(id)?;
+        session.close(id)
+    }
+
+    async fn subsystem_request(
+        &mut self,
+        id: ChannelId,
+        _: &str,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        if self.closed(id, session)? { Ok(()) } else { session.channel_failure(id) }
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_the_server_closes_before_it_began_is_opened_anew() {
+    let server = Odd::default();
+    let guest = server.guest().await;
+    server.closes.store(3, SeqCst);
+    let output = guest.command("anything").await.unwrap();
+    assert_eq!((output.status, &*output.stdout), (ExitStatus::Code(3), "said\n"));
+    assert_eq!(server.granted.load(SeqCst), 1, "what was asked for is done once");
+
+    server.closes.store(3, SeqCst);
+    let error = guest.upload(Content::Bytes(b"x"), "/file").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StepFailed, "{error}");
+    assert_eq!(server.granted.load(SeqCst), 3, "no SFTP, then one command instead");
+
+    server.closes.store(usize::MAX, SeqCst);
+    let error = guest.command("anything").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Protocol);
+    assert!(error.to_string().contains("closed 8 sessions one after the other"), "{error}");
+    assert!(!guest.is_closed());
+}
+
+#[tokio::test]
+async fn a_closed_session_and_a_broken_connection_are_told_apart() {
+    let guest = Odd { mute: true, ..Odd::default() }.guest().await;
+    let error = guest.run(&Script::new("anything"), |_, _| {}).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Protocol);
+    assert!(error.to_string().contains("closed the session while a script ran, and did not say"), "{error}");
+    assert!(!guest.is_closed());
+
+    let guest = Odd { breaks: true, ..Odd::default() }.guest().await;
+    let error = guest.run(&Script::new("anything"), |_, _| {}).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::GuestUnreachable);
+    assert!(error.to_string().contains("the connection to the guest broke while a script ran"), "{error}");
+}
+
+#[tokio::test]
+async fn a_password_opens_what_the_key_does_not() {
+    for way in [MethodKind::Password, MethodKind::KeyboardInteractive] {
+        let server = Odd { way: Some(way), ..Odd::default() };
+        assert_eq!(server.guest().await.command("anything").await.unwrap().status, ExitStatus::Code(3));
+
+        let wrong = server.login().with_password(Some(Secret::new("wrong word")));
+        let error = wrong.connect(&server.endpoint(), Duration::from_secs(2)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Authentication);
+        let text = error.report();
+        assert!(
+            text.contains("tried the build's key and the password") && !text.contains("wrong word"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn keys_that_cannot_be_used_are_told_apart() {
+    let import = |text: &str| BuildKey::import(&Secret::new(text)).unwrap_err();
+    let cases = [
+        ("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI", "found a public key"),
+        (
+            "-----BEGIN ENCRYPTED PRIVATE KEY-----\nTUlJ\n-----END ENCRYPTED PRIVATE KEY-----\n",
+            "protected by a password",
+        ),
+        (
+            "-----BEGIN OPENSSH PRIVATE KEY-----\nc2VjcmV0\n-----END OPENSSH PRIVATE KEY-----\n",
+            "could not read it",
+        ),
+        ("not a key: c2VjcmV0", "could not read it"),
+        ("", "could not read it"),
+    ];
+    for (text, expected) in cases {
+        let error = import(text);
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().contains(expected), "{error}");
+        assert!(!format!("{error:?}{}", error.report()).contains("c2VjcmV0"), "no part of the text is shown");
+    }
+}
