@@ -33,3 +33,11 @@ check: ## Format, lints, documentation, licences and sources of dependencies, th
 guests: ## The guests of the tests and the demo, from Debian's packages, into target/guests
 	@tools/setup qemu guests
 	@tools/guests/make --out $(GUESTS) debian-12 tiny
+
+RUNS ?= 5
+
+bench: guests ## Whole builds against the floor and Packer, capture, planning; RUNS=5
+	@tools/setup build bench
+	@cargo build --release --quiet --examples
+	@cargo bench --quiet --package rudder-core
+	@cargo bench --quiet --bench whole_build -- $(RUNS)

@@ -1,0 +1,447 @@
+//! Whole builds, compared with what else there is, in the same run and on the same machine.
+//!
+//! ```text
+//! make bench [RUNS=5]
+//! ```
+//!
+//! One Debian VM with one trivial step, from nothing to a self-contained compressed disk:
+//!
+//! - *floor*: the same guest started by a plain qemu command line, one ssh login, the same step, poweroff, the same
+//!   `qemu-img convert`. No tool that boots the guest once can be faster.
+//! - *rudder*: the build example, in the release profile.
+//! - *packer*: Packer from Debian's packages, with its QEMU builder.
+//!
+//! The runs are interleaved, so that a machine that gets slower or warmer does so for all three; figures are medians.
+//! Beside it: what Rudder's own process takes (peak of resident memory, CPU time; its children are not in it), and the
+//! capture of the disk against `qemu-img convert -c` as it is used by default.
+
+#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)] // A program that prints, and ends where it cannot go on.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    io::{BufRead as _, BufReader, Read as _},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+const STEP: &str = "echo built | sudo tee /etc/built";
+const DISK: &str = "4G";
+const MEMORY_MIB: u32 = 1024;
+const CPUS: u32 = 2;
+
+fn main() {
+    // cargo bench passes flags of its own.
+    let runs = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(5_usize);
+    let bench = Bench::prepare();
+    println!("{}; {} runs of each, interleaved", bench.machine(), runs);
+
+    println!("warming up: Rudder takes the image into its store, the system its files into memory");
+    bench.rudder("warm-up");
+    let (mut floor, mut rudder, mut packer) = (Vec::new(), Vec::new(), Vec::new());
+    for run in 1..=runs {
+        floor.push(bench.floor());
+        rudder.push(bench.rudder(&run.to_string()));
+        packer.push(bench.packer());
+        println!(
+            "run {run}: floor {:.1} s · rudder {:.1} s · packer {:.1} s",
+            floor[run - 1].whole,
+            rudder[run - 1].whole,
+            packer[run - 1]
+        );
+    }
+
+    let whole_floor = median(floor.iter().map(|run| run.whole));
+    let whole_rudder = median(rudder.iter().map(|run| run.whole));
+    let whole_packer = median(packer);
+    println!("\nwhole build of one Debian VM, median of {runs}");
+    println!(
+        "  floor   {whole_floor:6.1} s   (login after {:.1} s, off after {:.1} s, convert {:.1} s)",
+        median(floor.iter().map(|run| run.login)),
+        median(floor.iter().map(|run| run.off)),
+        median(floor.iter().map(|run| run.convert))
+    );
+    println!("  rudder  {whole_rudder:6.1} s   {:.2} × floor", whole_rudder / whole_floor);
+    println!("  packer  {whole_packer:6.1} s   {:.2} × floor", whole_packer / whole_floor);
+
+    println!("\nRudder's own process during it");
+    println!(
+        "  peak memory {:.1} MiB, CPU {:.2} s",
+        median(rudder.iter().map(|run| run.peak_mib)),
+        median(rudder.iter().map(|run| run.cpu))
+    );
+
+    let plain = median((0..runs).map(|_| bench.convert(&["-c"])));
+    let ours = median((0..runs).map(|_| bench.convert(&bench.capture_flags())));
+    println!("\ncapture of the same disk, median of {runs}");
+    println!("  qemu-img convert -c              {plain:6.2} s");
+    println!("  as Rudder converts               {ours:6.2} s   {:.1} × as fast", plain / ours);
+    println!("  Rudder, with check and compare   {:6.2} s", median(rudder.iter().map(|run| run.capture)));
+}
+
+/// The middle value; of an even number the mean of the two in the middle. Seconds or whatever went in.
+fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
+}
+
+/// Seconds of one run of the floor.
+struct Floor {
+    whole: f64,
+    login: f64,
+    off: f64,
+    convert: f64,
+}
+
+/// One run of Rudder: seconds, and MiB.
+struct Rudder {
+    whole: f64,
+    capture: f64,
+    peak_mib: f64,
+    cpu: f64,
+}
+
+/// What all runs share.
+struct Bench {
+    /// Everything that is written; gone at the end.
+    dir: tempfile::TempDir,
+    image: PathBuf,
+    build: PathBuf,
+    kvm: bool,
+}
+
+impl Bench {
+    fn prepare() -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let image = root.join("target/guests/debian-12.qcow2");
+        assert!(image.exists(), "this bench needs {}: make guests", image.display());
+        // …/target/release/deps/whole_build-…
+        let program = std::env::current_exe().unwrap();
+        let build = program.ancestors().nth(2).unwrap().join("examples/build");
+        assert!(
+            build.exists(),
+            "this bench needs {}: cargo build --release --example build",
+            build.display()
+        );
+        let dir = tempfile::Builder::new().prefix("bench.").tempdir_in(root.join("target")).unwrap();
+        let bench = Self { dir, image, build, kvm: kvm() };
+        run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(bench.path("key")));
+        bench.make_seed();
+        fs::write(bench.path("manifest.yaml"), bench.manifest()).unwrap();
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn machine(&self) -> String {
+        let version = Command::new("qemu-system-x86_64").arg("--version").output().unwrap().stdout;
+        let version = String::from_utf8_lossy(&version).lines().next().unwrap_or_default().to_owned();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        format!("{version}, {}, {cores} cores", if self.kvm { "KVM" } else { "TCG" })
+    }
+
+    fn manifest(&self) -> String {
+        format!(
+            "name: bench\nvms:\n  - name: debian\n    source: {{url: 'file://{}'}}\n    resources: {{cpu: {CPUS}, memory: {MEMORY_MIB}Mi}}\n    \
+             disks: [{{name: rootdisk, size: {DISK}i}}]\n    communicator: {{sshUsername: debian, sshTimeout: 10m}}\n    cloudInit: {{}}\n    \
+             provisioners:\n      - {{type: shell, shell: {{inline: '{STEP}'}}}}\n",
+            self.image.display()
+        )
+    }
+
+    /// The seed of the floor and of Packer: the same in kind as the one that Rudder makes.
+    fn make_seed(&self) {
+        let key = fs::read_to_string(self.path("key.pub")).unwrap();
+        fs::write(self.path("meta-data"), "instance-id: bench\nlocal-hostname: debian\n").unwrap();
+        fs::write(
+            self.path("user-data"),
+            format!("#cloud-config\nssh_authorized_keys:\n  - {}\n", key.trim()),
+        )
+        .unwrap();
+        let seed = self.path("seed.img");
+        fs::File::create(&seed).unwrap().set_len(1440 << 10).unwrap();
+        run(Command::new("/usr/sbin/mkfs.vfat").args(["-n", "CIDATA"]).arg(&seed));
+        run(Command::new("mcopy")
+            .arg("-i")
+            .arg(&seed)
+            .arg(self.path("meta-data"))
+            .arg(self.path("user-data"))
+            .arg("::"));
+    }
+
+    /// The choices that every contender gets: what Rudder chooses by itself.
+    fn accelerator(&self) -> [&'static str; 4] {
+        if self.kvm {
+            ["-accel", "kvm", "-cpu", "host"]
+        } else {
+            ["-accel", "tcg,thread=multi", "-cpu", "max"]
+        }
+    }
+
+    fn capture_flags(&self) -> Vec<String> {
+        let jobs = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16).to_string();
+        ["-c", "-W", "-m", &jobs, "-o", "compression_type=zstd"].map(str::to_owned).to_vec()
+    }
+
+    fn floor(&self) -> Floor {
+        let disk = self.path("floor.qcow2");
+        let start = Instant::now();
+        run(Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+            .arg(&self.image)
+            .arg(&disk)
+            .arg(DISK));
+        let port = free_port();
+        let mut qemu = Process::start(
+            Command::new("qemu-system-x86_64")
+                .args([
+                    "-nodefaults",
+                    "-display",
+                    "none",
+                    "-machine",
+                    "pc,usb=off",
+                    "-m",
+                    &MEMORY_MIB.to_string(),
+                ])
+                .args(self.accelerator())
+                .args([
+                    "-smp",
+                    &CPUS.to_string(),
+                    "-vga",
+                    "std",
+                    "-device",
+                    "pvpanic",
+                    "-device",
+                    "virtio-rng-pci",
+                ])
+                .arg("-serial")
+                .arg(format!("file:{}", self.path("floor.log").display()))
+                .arg("-drive")
+                .arg(format!(
+                    "if=virtio,file={},cache=unsafe,discard=unmap,detect-zeroes=unmap",
+                    disk.display()
+                ))
+                .arg("-drive")
+                .arg(format!("if=virtio,format=raw,readonly=on,file={}", self.path("seed.img").display()))
+                .args(["-netdev", &format!("user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:22")])
+                .args(["-device", "e1000,netdev=n0"]),
+        );
+        let login = loop {
+            assert!(start.elapsed() < Duration::from_secs(600), "the guest of the floor never answered");
+            // The forwarded port takes the connection before the guest does: a banner says that the guest is there.
+            if !greets(port) {
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+            let attempt = Command::new("ssh")
+                .args([
+                    "-F",
+                    "none",
+                    "-q",
+                    "-o",
+                    "StrictHostKeyChecking=no",
+                    "-o",
+                    "UserKnownHostsFile=/dev/null",
+                ])
+                .args(["-o", "BatchMode=yes", "-o", "ConnectTimeout=60", "-p", &port.to_string(), "-i"])
+                .arg(self.path("key"))
+                .args(["debian@127.0.0.1", &format!("{STEP} && sudo systemctl poweroff")])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .status()
+                .unwrap();
+            // The guest may cut the connection before it told the exit code; the step is looked for in nothing but time.
+            if attempt.success()
+                || fs::read_to_string(self.path("floor.log")).is_ok_and(|log| log.contains("Power"))
+            {
+                break start.elapsed();
+            }
+        };
+        qemu.0.wait().unwrap();
+        let off = start.elapsed();
+        let convert = self.convert(&self.capture_flags());
+        let whole = start.elapsed().as_secs_f64();
+        Floor { whole, login: login.as_secs_f64(), off: (off - login).as_secs_f64(), convert }
+    }
+
+    /// Seconds that `qemu-img convert` with these flags takes for the disk of the floor's last run.
+    fn convert<S: AsRef<std::ffi::OsStr>>(&self, flags: &[S]) -> f64 {
+        let start = Instant::now();
+        run(Command::new("qemu-img")
+            .args(["convert", "-f", "qcow2", "-O", "qcow2"])
+            .args(flags)
+            .arg(self.path("floor.qcow2"))
+            .arg(self.path("converted.qcow2")));
+        let took = start.elapsed().as_secs_f64();
+        fs::remove_file(self.path("converted.qcow2")).unwrap();
+        took
+    }
+
+    fn rudder(&self, run: &str) -> Rudder {
+        let start = Instant::now();
+        let mut child = Process::start(
+            Command::new(&self.build)
+                .args(["--events", "json", "--store"])
+                .arg(self.path("store"))
+                .arg(self.path("manifest.yaml"))
+                .stdout(Stdio::piped())
+                .stderr(fs::File::create(self.path("rudder.log")).unwrap()),
+        );
+        let output = child.0.stdout.take().unwrap();
+        let reader = std::thread::spawn(move || {
+            let (mut begun, mut capture, mut log) = (None, 0.0, String::new());
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                let event: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+                match (begun, event["event"].as_str(), event["phase"].as_str()) {
+                    (None, Some("build_phase"), Some("CapturingDisks")) => begun = Some(Instant::now()),
+                    (Some(begin), Some("build_phase"), Some(_)) => {
+                        capture = begin.elapsed().as_secs_f64();
+                        begun = None;
+                    }
+                    _ => {}
+                }
+                let _ = writeln!(log, "{line}");
+            }
+            (capture, log)
+        });
+        // A process that ended has no figures any more: they are read until it does.
+        let (mut peak_mib, mut cpu) = (0.0, 0.0);
+        let status = loop {
+            if let Some((memory, time)) = own_use(child.0.id()) {
+                (peak_mib, cpu) = (memory, time);
+            }
+            if let Some(status) = child.0.try_wait().unwrap() {
+                break status;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let whole = start.elapsed().as_secs_f64();
+        let (capture, log) = reader.join().unwrap();
+        assert!(
+            status.success(),
+            "run {run} of the build example failed ({status}):\n{}\n{log}",
+            fs::read_to_string(self.path("rudder.log")).unwrap_or_default()
+        );
+        Rudder { whole, capture, peak_mib, cpu }
+    }
+
+    fn packer(&self) -> f64 {
+        let output = self.path("packer");
+        let _ = fs::remove_dir_all(&output);
+        let [_, accelerator, _, cpu] = self.accelerator();
+        let template = serde_json::json!({"builders": [{
+            "type": "qemu",
+            "accelerator": accelerator.split(',').next(),
+            "machine_type": "pc",
+            "cpus": CPUS,
+            "memory": MEMORY_MIB,
+            "headless": true,
+            "disk_image": true,
+            "iso_url": self.image,
+            "iso_checksum": "none",
+            "disk_size": DISK,
+            "disk_compression": true,
+            "format": "qcow2",
+            "vm_name": "disk.qcow2",
+            "output_directory": output,
+            "net_device": "e1000",
+            "boot_wait": "0s",
+            "communicator": "ssh",
+            "ssh_username": "debian",
+            "ssh_private_key_file": self.path("key"),
+            "ssh_timeout": "10m",
+            "shutdown_command": "sudo systemctl poweroff",
+            // Drives that are given here replace Packer's own.
+            "qemuargs": [
+                ["-cpu", cpu],
+                ["-drive", format!("if=virtio,format=qcow2,cache=unsafe,discard=unmap,file={}", output.join("disk.qcow2").display())],
+                ["-drive", format!("if=virtio,format=raw,readonly=on,file={}", self.path("seed.img").display())],
+            ],
+        }], "provisioners": [{"type": "shell", "inline": [STEP]}]});
+        fs::write(self.path("packer.json"), template.to_string()).unwrap();
+        let start = Instant::now();
+        run(Command::new("packer")
+            .args(["build", "-color=false"])
+            .arg(self.path("packer.json"))
+            .env("PACKER_CACHE_DIR", self.path("packer-cache"))
+            .env("CHECKPOINT_DISABLE", "1") // No calls to its maker.
+            .env("HOME", self.dir.path()));
+        start.elapsed().as_secs_f64()
+    }
+}
+
+/// A process that does not outlive the bench.
+struct Process(Child);
+
+impl Process {
+    fn start(command: &mut Command) -> Self {
+        Self(
+            command
+                .stdin(Stdio::null())
+                .spawn()
+                .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}")),
+        )
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !matches!(self.0.try_wait(), Ok(Some(_))) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+}
+
+/// Runs to the end; what it said is shown if it failed.
+fn run(command: &mut Command) {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Whether an ordinary guest runs on KVM here: the device, and a processor that says so (see `docs/design.md`).
+fn kvm() -> bool {
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let able = flags.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    able && fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Whether an SSH server says something at this port.
+fn greets(port: u16) -> bool {
+    let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+    let mut banner = [0; 4];
+    stream.read_exact(&mut banner).is_ok() && &banner == b"SSH-"
+}
+
+/// The most memory that this process ever held (MiB) and the CPU time that it took (s), its children left out (proc(5)).
+fn own_use(pid: u32) -> Option<(f64, f64)> {
+    const TICKS: f64 = 100.0; // USER_HZ, which is 100 on x86-64.
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let peak: f64 = peak.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let user: f64 = fields.nth(11)?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((peak / 1024.0, (user + system) / TICKS))
+}
