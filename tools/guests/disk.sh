@@ -39,7 +39,7 @@ start=$root_at, size=$root_sectors, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4
 TABLE
 
     # GRUB cannot read some newer features of ext4; they are left out.
-    mke2fs -q -t ext4 -L root -U "$uuid" -m 1 -O '^metadata_csum_seed,^orphan_file' \
+    mke2fs -q -t ext4 -b 4096 -L root -U "$uuid" -m 1 -O '^metadata_csum_seed,^orphan_file' \
         -E "offset=$((root_at * 512)),lazy_itable_init=0,lazy_journal_init=0,no_copy_xattrs" -J size=16 \
         -d "$root" "$disk" $((root_sectors / 2))k
 
