@@ -210,10 +210,9 @@ async fn cancel_on_signal(canceller: Canceller) {
 
 /// The plan of a document, against what the backend can do and has now.
 async fn planned(document: &Document, file: &Path, backend: &Arc<dyn Backend>) -> Result<Planned> {
-    let mut context = PlanContext::new(backend.capabilities()).with_modules(backend.modules().await?);
-    if let Some(dir) = std::path::absolute(file).ok().and_then(|file| Some(file.parent()?.to_owned())) {
-        context = context.with_base_directory(dir);
-    }
+    let context = PlanContext::new(backend.capabilities())
+        .with_modules(backend.modules().await?)
+        .with_base_directory(file.parent().unwrap_or(file));
     Ok(plan(document, &context))
 }
 

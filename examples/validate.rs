@@ -10,7 +10,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for the command line")]
 
 use clap::{ColorChoice, Parser};
-use rudder_core::{
+use rudder::{
     check::check,
     diagnostic::{self, Colour, Diagnostic, Renderer},
     manifest::parse_named,

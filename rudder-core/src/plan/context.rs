@@ -66,10 +66,13 @@ impl PlanContext {
         self
     }
 
-    /// With a directory that relative `file:` URLs start from. It must be absolute.
+    /// With a directory that relative `file:` URLs start from, usually the manifest's: an empty path is the directory
+    /// that the process is in.
     #[must_use]
     pub fn with_base_directory(mut self, directory: impl AsRef<Path>) -> Self {
-        self.base_directory = Some(directory.as_ref().to_owned());
+        let directory = Path::new(".").join(directory);
+        // It cannot be made absolute only when the process is in a directory that is gone.
+        self.base_directory = Some(std::path::absolute(&directory).unwrap_or(directory));
         self
     }
 }
