@@ -22,7 +22,7 @@ fn a_step_that_takes_too_long() {
     let bench = Bench::new();
     let steps = "- {type: shell, name: slow, stepTimeout: 4s, shell: {inline: 'echo begun; sleep 600'}}";
     let ended = bench.build(&tiny_manifest("steps", steps));
-    ended.expect_code(1).expect_text(&["step 1 (slow)", "4s", "stepTimeout", "begun"]);
+    ended.expect_code(1).expect_text(&["step 1 (slow)", "4 s", "stepTimeout", "begun"]);
     assert_eq!(ended.outcome()["kind"], "timed_out");
     bench.expect_clean();
 }
@@ -32,7 +32,7 @@ fn a_guest_that_powers_off_inside_a_step() {
     let bench = Bench::new();
     let ended = bench
         .build(&tiny_manifest("steps", "- {type: shell, name: off, shell: {inline: 'poweroff; sleep 600'}}"));
-    ended.expect_code(1).expect_text(&["step 1 (off)", "powered off"]);
+    ended.expect_code(1).expect_text(&["step 1 (off)", "switched itself off"]);
     assert_eq!(ended.outcome()["kind"], "machine_died");
     bench.expect_clean();
 }

@@ -9,8 +9,9 @@ use std::{future::Future, sync::Arc, time::Duration};
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-/// How long a failed conversation waits for the hypervisor to explain it: a dead machine is reported within this.
-const EXPLANATION: Duration = Duration::from_secs(2);
+/// How long a conversation that broke waits for the machine to explain it. A dead machine does so at once; a guest that
+/// switches itself off stops its SSH server first and is off some seconds later, without hardware acceleration many.
+const EXPLANATION: Duration = Duration::from_secs(15);
 
 /// What every wait of a build watches beside the thing it waits for.
 #[derive(Debug, Clone)]
