@@ -190,8 +190,10 @@ fn resolve_url(written: &str, context: &PlanContext) -> Result<Url, String> {
     let Some(base) = &context.base_directory else {
         return Err(format!("expected file:/// and an absolute path, but found {written:?}"));
     };
-    Url::from_file_path(base.join(path))
-        .map_err(|()| format!("expected an absolute base directory, but found {}", base.display()))
+    let base = Url::from_directory_path(base)
+        .map_err(|()| format!("expected an absolute base directory, but found {}", base.display()))?;
+    // As any reference is resolved (RFC 3986, section 5.2); `./` keeps `a:b` from being a scheme.
+    base.join(&format!("./{path}")).map_err(|error| format!("expected a path, but found {path:?}: {error}"))
 }
 
 /// The path of a `file:` URL that is relative.
