@@ -182,8 +182,8 @@ async fn an_image_larger_than_its_disk_is_refused_with_both_sizes() {
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert_eq!(
         error.report(),
-        "vm web: disk root: expected a disk at least as large as its image, 2097152 bytes (0.00 GiB), but found 1048576 \
-         bytes (0.00 GiB)\n  help: set the disk's size to 1Gi or more"
+        "vm web: disk root: expected a disk at least as large as its image, 2Mi, but found 1Mi\n  \
+         help: set the disk's size to 2Mi or more"
     );
     assert_eq!(lab.import(&request(None), &Progress::none()).await.unwrap().volume.virtual_size, 2 << 20);
     lab.destroy().await.unwrap();
