@@ -97,7 +97,7 @@ mkdir -p "$root/boot/efi"
 write /etc/cloud/cloud.cfg.d/90_rudder.cfg <<CFG
 datasource_list: [NoCloud, None]
 ssh_genkeytypes: [ed25519]
-apt_preserve_sources_list: true
+apt: {preserve_sources_list: true}
 system_info:
   network:
     renderers: [networkd]
