@@ -422,18 +422,19 @@ fn free_port() -> u16 {
 /// Waits for an SSH server to say something at this port. The forwarded port takes a connection before the guest does, and one
 /// that came too early may stay silent for long: so there are always a few, of different ages.
 fn await_banner(port: u16, qemu: &mut Process) {
-    let mut streams = VecDeque::new();
+    let mut streams = VecDeque::<(Instant, TcpStream)>::new();
     loop {
-        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
+        // An SSH server may need seconds to greet without hardware acceleration.
+        streams.retain(|(start, _)| start.elapsed() < Duration::from_secs(5));
+        if streams.len() < 8
+            && let Ok(stream) = TcpStream::connect(("127.0.0.1", port))
+        {
             stream.set_nonblocking(true).unwrap();
-            streams.push_back(stream);
+            streams.push_back((Instant::now(), stream));
         }
-        if streams.len() > 4 {
-            streams.pop_front();
-        }
-        for _ in 0..10 {
+        for _ in 0..20 {
             let mut banner = [0; 4];
-            if streams.iter_mut().any(|stream| stream.read(&mut banner).is_ok_and(|length| length > 0)) {
+            if streams.iter_mut().any(|(_, stream)| stream.read(&mut banner).is_ok_and(|length| length > 0)) {
                 return;
             }
             std::thread::sleep(Duration::from_millis(25));
