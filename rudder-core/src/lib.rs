@@ -8,6 +8,7 @@ pub mod backend;
 pub mod build;
 pub mod capability;
 pub mod check;
+pub mod console;
 pub mod diagnostic;
 pub mod digest;
 pub mod error;

@@ -49,6 +49,9 @@ pub struct TemplateMachine {
     pub nics: Vec<PlannedNic>,
     /// Its disks; the first boots.
     pub disks: Vec<CapturedDisk>,
+    /// What it keeps outside its disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub state: Vec<CapturedState>,
     /// Carried along for user interfaces.
     #[serde(default)]
     pub invisible: bool,
@@ -71,6 +74,43 @@ pub struct CapturedDisk {
     pub size: u64,
     /// sha256 of the file.
     pub sha256: Digest,
+}
+
+/// What a machine keeps outside its disks, after capture. `file` as in [`CapturedDisk`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CapturedState {
+    /// What it is.
+    pub kind: StateKind,
+    /// The file or object that holds it.
+    pub file: String,
+    /// Its format: `raw`, `qcow2`, `swtpm`…
+    pub format: String,
+    /// What the file takes, in bytes.
+    pub size: u64,
+    /// sha256 of the file.
+    pub sha256: Digest,
+}
+
+/// What a machine keeps outside its disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum StateKind {
+    /// The variables of its UEFI firmware: boot entries, Secure Boot keys.
+    FirmwareVariables,
+    /// The memory of its TPM.
+    Tpm,
+}
+
+impl StateKind {
+    /// Its name in records and file names: `firmware-variables`, `tpm`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FirmwareVariables => "firmware-variables",
+            Self::Tpm => "tpm",
+        }
+    }
 }
 
 /// How to make a module again.

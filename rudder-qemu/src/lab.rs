@@ -11,7 +11,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
         Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft,
-        Progress, Retention, Volume,
+        Progress, Retention, Served, Site, Volume,
     },
     module::{InputRecord, Module},
     plan::{Firmware, PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
@@ -254,6 +254,10 @@ impl Lab for QemuLab {
         let (ground, lease) = (Arc::clone(&self.ground), file.lease);
         blocking(move || ground.dir.hold(lease)).await?;
         Ok(Fetched { path: file.path, input: file.input })
+    }
+
+    async fn serve(&self, _site: Site) -> Result<Served> {
+        Err(unsupported("serving files"))
     }
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Retention, Stop},
-    module::CapturedDisk,
+    module::{CapturedDisk, CapturedState},
     store::LAB_VARIABLE,
 };
 use std::{
@@ -430,5 +430,10 @@ impl Machine for QemuMachine {
             size: captured.size,
             sha256: captured.sha256,
         })
+    }
+
+    async fn capture_state(&self) -> Result<Vec<CapturedState>> {
+        // Neither UEFI nor a TPM yet: `create_machine` refuses both.
+        Ok(Vec::new())
     }
 }

@@ -14,7 +14,7 @@ pub use types::*;
 use crate::{
     Result,
     capability::Capabilities,
-    module::{CapturedDisk, Module},
+    module::{CapturedDisk, CapturedState, Module},
 };
 use async_trait::async_trait;
 use std::{fmt::Debug, sync::Arc, time::Duration};
@@ -91,6 +91,12 @@ pub trait Lab: Debug + Send + Sync {
     /// long as the lab lives.
     async fn fetch(&self, url: &crate::plan::PlannedUrl, progress: &Progress) -> Result<Fetched>;
 
+    /// Serves files over HTTP to the machines of the lab and to nobody else, until the returned value is dropped or the
+    /// lab is destroyed. Needs [`Capability::HttpDirectory`](crate::capability::Capability::HttpDirectory).
+    ///
+    /// A backend whose machines reach the host hands the site to the core's own server.
+    async fn serve(&self, site: Site) -> Result<Served>;
+
     /// Defines a machine. Does not start it. Its name must be new in the lab: else `Conflict`.
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>>;
 
@@ -156,6 +162,10 @@ pub trait Machine: Debug + Send + Sync {
     /// Captures a disk of a machine that has ended: self-contained, compressed, verified against what the VM wrote.
     /// It stays in the lab until [`Lab::publish`]. May be repeated; the last counts.
     async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk>;
+
+    /// Captures what a machine that has ended keeps outside its disks: firmware variables, the state of its TPM. What it
+    /// has none of is not in the list. Each stays in the lab until [`Lab::publish`]. May be repeated; the last counts.
+    async fn capture_state(&self) -> Result<Vec<CapturedState>>;
 }
 
 /// How a machine is made to end.

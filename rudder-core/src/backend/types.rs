@@ -2,10 +2,16 @@
 
 use crate::{
     module::{InputRecord, Provenance, TemplateMachine},
-    plan::{Bus, Firmware, PlannedNetwork, PlannedNic, PlannedSource},
+    plan::{Bus, Firmware, PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource},
 };
 use serde::{Deserialize, Serialize};
-use std::{fmt, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::Ipv4Addr,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
 
 /// The id of a lab: unique, and safe as a file name and a label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -193,6 +199,13 @@ pub struct MachineSpec {
     pub ports: Vec<u16>,
     /// A NoCloud seed.
     pub seed: Option<Seed>,
+    /// CD-ROMs in order: images on the host, read-only, from [`Lab::fetch`](super::Lab::fetch). A disk that does not boot
+    /// falls through to the first of them. Needs [`Capability::Isos`](crate::capability::Capability::Isos).
+    pub cdroms: Vec<PathBuf>,
+    /// A floppy: the image of a 1.44 MB disk. Needs [`Capability::Floppy`](crate::capability::Capability::Floppy).
+    pub floppy: Option<Arc<[u8]>>,
+    /// The VM of a module whose state outside its disks (firmware variables, TPM) it starts with, where it has any.
+    pub state_of: Option<PlannedBuildRef>,
 }
 
 impl MachineSpec {
@@ -208,7 +221,98 @@ impl MachineSpec {
             nics: Vec::new(),
             ports: Vec::new(),
             seed: None,
+            cdroms: Vec::new(),
+            floppy: None,
+            state_of: None,
         }
+    }
+}
+
+/// Files that a lab serves to its machines over HTTP.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Site {
+    /// Each file by its name, which is its path without the leading `/`.
+    pub files: BTreeMap<String, SiteFile>,
+    listener: Arc<dyn Fn(SiteRequest) + Send + Sync>,
+}
+
+impl Site {
+    /// These files; `listener` hears of every request once it was answered.
+    pub fn new(
+        files: BTreeMap<String, SiteFile>,
+        listener: impl Fn(SiteRequest) + Send + Sync + 'static,
+    ) -> Self {
+        Self { files, listener: Arc::new(listener) }
+    }
+
+    /// Tells of a request that was answered.
+    pub fn answered(&self, request: SiteRequest) {
+        (self.listener)(request);
+    }
+}
+
+impl fmt::Debug for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Site").field("files", &self.files.keys()).finish_non_exhaustive()
+    }
+}
+
+/// A file that is served.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum SiteFile {
+    /// These bytes.
+    Bytes(Arc<[u8]>),
+    /// A file of the host, which does not change while it is served.
+    Path(PathBuf),
+}
+
+/// A request that was answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SiteRequest {
+    /// `GET`, `HEAD`…
+    pub method: String,
+    /// What was asked for, as it was sent, without control characters and of bounded length.
+    pub path: String,
+    /// The status of the answer (RFC 9110, 15).
+    pub status: u16,
+    /// Bytes of the file that were sent.
+    pub bytes: u64,
+}
+
+impl SiteRequest {
+    /// A request that was answered.
+    pub fn new(method: impl Into<String>, path: impl Into<String>, status: u16, bytes: u64) -> Self {
+        Self { method: method.into(), path: path.into(), status, bytes }
+    }
+}
+
+/// A [`Site`] that is served. Dropping it ends that.
+#[non_exhaustive]
+pub struct Served {
+    /// Its address, as the machines on each subnet reach it, by the name of the subnet.
+    pub addresses: BTreeMap<String, Ipv4Addr>,
+    /// Its port.
+    pub port: u16,
+    // A mutex makes it `Sync` whatever it holds.
+    _server: Mutex<Box<dyn Send>>,
+}
+
+impl Served {
+    /// Served at these addresses as long as `server` lives.
+    pub fn new(addresses: BTreeMap<String, Ipv4Addr>, port: u16, server: impl Send + 'static) -> Self {
+        Self { addresses, port, _server: Mutex::new(Box::new(server)) }
+    }
+}
+
+impl fmt::Debug for Served {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Served")
+            .field("addresses", &self.addresses)
+            .field("port", &self.port)
+            .finish_non_exhaustive()
     }
 }
 

@@ -294,6 +294,7 @@ impl Halted {
             let captured = attempt.guard.wait(machine.capture(&disk.name, &progress)).await;
             disks.push(captured.map_err(|error| error.with_context("disk", &disk.name))?);
         }
+        let state = attempt.guard.wait(machine.capture_state()).await?;
         Ok(TemplateMachine {
             name: planned.name.clone(),
             cpus: template.cpus,
@@ -302,6 +303,7 @@ impl Halted {
             tpm: template.tpm,
             nics: template.nics.clone(),
             disks,
+            state,
             invisible: planned.invisible,
         })
     }

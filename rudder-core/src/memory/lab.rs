@@ -11,7 +11,7 @@ use crate::{
     Error, ErrorKind, Result,
     backend::{
         Exit, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
-        ModuleDraft, Progress, Volume,
+        ModuleDraft, Progress, Served, Site, Volume,
     },
     digest::Digest,
     module::{InputRecord, Module},
@@ -302,6 +302,10 @@ impl Lab for MemoryLab {
             .map_err(|error| Error::io(format!("write {}", path.display()), error))?;
         let input = InputRecord { role: "file".into(), url: shown(&url.url), size, sha256 };
         Ok(Fetched { path, input })
+    }
+
+    async fn serve(&self, _site: Site) -> Result<Served> {
+        Err(Error::new(ErrorKind::Unsupported, "the backend memory cannot serve files yet"))
     }
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {

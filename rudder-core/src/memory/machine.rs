@@ -18,7 +18,7 @@ use crate::{
     backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, Stop},
     capability::Capability,
     digest::Digest,
-    module::CapturedDisk,
+    module::{CapturedDisk, CapturedState},
 };
 use async_trait::async_trait;
 use russh::keys::{Algorithm, PrivateKey};
@@ -411,6 +411,10 @@ impl Machine for MemoryMachine {
             size,
             sha256,
         })
+    }
+
+    async fn capture_state(&self) -> Result<Vec<CapturedState>> {
+        Ok(Vec::new())
     }
 }
 

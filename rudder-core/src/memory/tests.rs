@@ -342,6 +342,7 @@ async fn publish(rig: &Rig) -> crate::module::Module {
         tpm: false,
         nics: Vec::new(),
         disks: vec![disk],
+        state: Vec::new(),
         invisible: false,
     };
     let provenance = Provenance::new("vms: []", Digest::of(b"plan"));

@@ -224,6 +224,9 @@ impl Shape {
             BootAction::Hold(key) => self.number("hold", (*key).into()),
             BootAction::Release(key) => self.number("release", (*key).into()),
             BootAction::Wait(duration) => self.text("wait", &duration.as_nanos().to_string()),
+            // A limit shapes whether there is a result, not which.
+            BootAction::WaitText { text, limit: _ } => self.text("wait-text", text),
+            BootAction::WaitSerial { text, limit: _ } => self.text("wait-serial", text),
         }
     }
 

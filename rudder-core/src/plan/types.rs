@@ -371,6 +371,22 @@ pub enum BootAction {
     Release(u32),
     /// Waits.
     Wait(#[serde(with = "millis")] Duration),
+    /// Waits until a text stands on the screen.
+    WaitText {
+        /// The text; templates in it are resolved as in what is typed.
+        text: String,
+        /// How long at most.
+        #[serde(with = "millis")]
+        limit: Duration,
+    },
+    /// Waits until a text comes on the serial line, from where the last such wait ended.
+    WaitSerial {
+        /// The text; templates in it are resolved as in what is typed.
+        text: String,
+        /// How long at most.
+        #[serde(with = "millis")]
+        limit: Duration,
+    },
 }
 
 /// Durations as whole milliseconds.

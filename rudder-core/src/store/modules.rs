@@ -233,44 +233,50 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
     Ok(module)
 }
 
-/// Gives each disk its name in the module, and says where it comes from.
+/// Gives each file of the machines its name in the module, and says where it comes from.
 fn place_files(lab: &Path, machines: &mut [TemplateMachine]) -> Result<Vec<(PathBuf, String)>> {
     let lab = fs::canonicalize(lab).map_err(|error| durable::io_error("read", lab, error))?;
     let mut files: Vec<(PathBuf, String)> = Vec::new();
-    for machine in machines {
-        for disk in &mut machine.disks {
-            let invalid = |what: String| {
-                Err(Error::new(ErrorKind::InvalidInput, what)
-                    .with_context("disk", &disk.name)
-                    .with_context("vm", &machine.name))
-            };
-            let path = lab.join(&disk.file);
-            let from = fs::canonicalize(&path).map_err(|error| durable::io_error("read", &path, error))?;
-            let meta = fs::metadata(&from).map_err(|error| durable::io_error("read", &from, error))?;
-            if !from.starts_with(&lab) || !meta.is_file() {
-                return invalid(format!("expected a captured file of the lab, but found {}", from.display()));
-            }
-            if meta.len() != disk.size {
-                return invalid(format!(
-                    "expected {} bytes in {}, as were captured, but found {}",
-                    disk.size,
-                    from.display(),
-                    meta.len()
-                ));
-            }
-            if !units::is_name(&machine.name) || !units::is_name(&disk.name) || !units::is_name(&disk.format)
-            {
-                return invalid("expected plain names of VM, disk and format".into());
-            }
-            // A dot cannot be part of a name: no two disks come to the same file.
-            disk.file = format!("{}.{}.{}", machine.name, disk.name, disk.format);
-            if files.iter().any(|(_, file)| *file == disk.file) {
-                return invalid("expected each disk once, but found it twice".into());
-            }
-            files.push((from, disk.file.clone()));
+    for TemplateMachine { name, disks, state, .. } in machines {
+        let disks = disks.iter_mut().map(|disk| (disk.name.clone(), &disk.format, disk.size, &mut disk.file));
+        // A dot cannot be part of a name: no disk and no state come to the same file.
+        let state = state.iter_mut().map(|state| {
+            (format!("state.{}", state.kind.name()), &state.format, state.size, &mut state.file)
+        });
+        for (what, format, size, file) in disks.chain(state) {
+            let placed = format!("{name}.{what}.{format}");
+            let from = captured_file(&lab, file, size)
+                .and_then(|from| {
+                    let plain =
+                        units::is_name(name) && what.split('.').all(units::is_name) && units::is_name(format);
+                    let message = match files.iter().any(|(_, file)| *file == placed) {
+                        _ if !plain => "expected plain names of VM, disk and format",
+                        true => "expected each disk once, but found it twice",
+                        false => return Ok(from),
+                    };
+                    Err(Error::new(ErrorKind::InvalidInput, message))
+                })
+                .map_err(|error| error.with_context("disk", what).with_context("vm", &*name))?;
+            file.clone_from(&placed);
+            files.push((from, placed));
         }
     }
     Ok(files)
+}
+
+/// Where a captured file of the lab is, which is as large as was captured.
+fn captured_file(lab: &Path, file: &str, size: u64) -> Result<PathBuf> {
+    let path = lab.join(file);
+    let from = fs::canonicalize(&path).map_err(|error| durable::io_error("read", &path, error))?;
+    let meta = fs::metadata(&from).map_err(|error| durable::io_error("read", &from, error))?;
+    let message = if !from.starts_with(lab) || !meta.is_file() {
+        format!("expected a captured file of the lab, but found {}", from.display())
+    } else if meta.len() != size {
+        format!("expected {size} bytes in {}, as were captured, but found {}", from.display(), meta.len())
+    } else {
+        return Ok(from);
+    };
+    Err(Error::new(ErrorKind::InvalidInput, message))
 }
 
 fn content_digest(

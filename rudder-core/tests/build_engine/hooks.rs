@@ -5,11 +5,11 @@ use rudder_core::{
     Result,
     backend::{
         Backend, BoxedStream, Exit, Fetched, HostReport, ImportRequest, Imported, KeptLab, Lab, LabId,
-        LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Stop,
+        LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop,
     },
     capability::Capabilities,
     memory::{MemoryBackend, Operation},
-    module::{CapturedDisk, Module},
+    module::{CapturedDisk, CapturedState, Module},
     plan::PlannedUrl,
 };
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
@@ -111,6 +111,10 @@ impl Lab for HookedLab {
         self.0.fetch(url, progress).await
     }
 
+    async fn serve(&self, site: Site) -> Result<Served> {
+        self.0.serve(site).await
+    }
+
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         reach(&self.1, Operation::CreateMachine).await;
         let machine = self.0.create_machine(spec).await?;
@@ -184,5 +188,9 @@ impl Machine for HookedMachine {
     async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {
         reach(&self.1, Operation::Capture).await;
         self.0.capture(disk, progress).await
+    }
+
+    async fn capture_state(&self) -> Result<Vec<CapturedState>> {
+        self.0.capture_state().await
     }
 }

@@ -34,6 +34,7 @@ async fn publish_from(store: &Store, name: &str, content: &[u8], inputs: Vec<Inp
         tpm: false,
         nics: Vec::new(),
         disks: vec![disk],
+        state: Vec::new(),
         invisible: false,
     };
     let provenance = Provenance {

@@ -1,0 +1,46 @@
+//! What a screen shows, as pixels.
+
+/// A picture of a screen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Framebuffer {
+    width: usize,
+    height: usize,
+    pixels: Vec<[u8; 3]>,
+}
+
+impl Framebuffer {
+    /// A black screen of this size, in pixels.
+    #[must_use]
+    pub fn new(width: usize, height: usize) -> Self {
+        Self { width, height, pixels: vec![[0; 3]; width * height] }
+    }
+
+    /// Pixels in a row.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Rows.
+    #[must_use]
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    /// A row from the top: red, green and blue of each pixel from the left.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    #[must_use]
+    pub fn row(&self, y: usize) -> &[[u8; 3]] {
+        &self.pixels[y * self.width..][..self.width]
+    }
+
+    /// The same, to write to.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub fn row_mut(&mut self, y: usize) -> &mut [[u8; 3]] {
+        &mut self.pixels[y * self.width..][..self.width]
+    }
+}

@@ -1,0 +1,8 @@
+//! The conversation with a machine's screen, keyboard and serial line.
+//!
+//! Everything here needs [`Machine::display`](crate::backend::Machine::display) and
+//! [`Machine::serial`](crate::backend::Machine::serial) only, so that every backend has it.
+
+mod framebuffer;
+
+pub use framebuffer::Framebuffer;
