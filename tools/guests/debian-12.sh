@@ -68,7 +68,7 @@ printf 'LANG=C.UTF-8\n' | write /etc/default/locale
 
 # Without hardware acceleration, separate page tables for kernel and user cost a flush of QEMU's translations at every system
 # call, and there is nobody to protect from anybody in a test.
-kernel_line="root=UUID=$uuid ro console=tty0 console=ttyS0,115200 loglevel=4 systemd.show_status=true random.trust_cpu=on"
+kernel_line="root=UUID=$uuid ro console=tty0 console=ttyS0,115200 loglevel=4 systemd.show_status=true random.trust_cpu=on no_timer_check"
 kernel_line="$kernel_line mitigations=off cryptomgr.notests fsck.mode=skip"
 write /etc/fstab <<FSTAB
 UUID=$uuid / ext4 defaults,errors=remount-ro 0 0

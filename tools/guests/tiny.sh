@@ -111,7 +111,7 @@ rm -f "$early/lib/modules/$kernel"/*.bin
 (cd "$early" && find . -print0 | LC_ALL=C sort -z | cpio --null --quiet -o -H newc) | lz4 -q -l -9 >"$root/boot/initrd"
 cp "$all/boot/vmlinuz-$kernel" "$root/boot/vmlinuz"
 
-line="console=tty0 console=ttyS0,115200 loglevel=4 random.trust_cpu=on usb-storage.delay_use=0 nomodeset mitigations=off nokaslr cryptomgr.notests audit=0"
+line="console=tty0 console=ttyS0,115200 loglevel=4 random.trust_cpu=on no_timer_check usb-storage.delay_use=0 nomodeset mitigations=off nokaslr cryptomgr.notests audit=0"
 mkdir -p "$root/boot/grub"
 printf 'set timeout=0\nlinux /boot/vmlinuz %s\ninitrd /boot/initrd\nboot\n' "$line" >"$root/boot/grub/grub.cfg"
 make_disk "$root" "$all" 256 "$uuid" "linux (\$root)/boot/vmlinuz $line

@@ -67,7 +67,7 @@ pub(super) async fn save(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// The lines of a terminal's output without its control sequences (ECMA-48), read with the states of a terminal. Carriage
 /// returns end a line too: progress bars overwrite themselves with them. Empty lines are left out.
-fn plain_lines(bytes: &[u8]) -> Vec<String> {
+pub(super) fn plain_lines(bytes: &[u8]) -> Vec<String> {
     #[derive(Default)]
     struct Screen {
         lines: Vec<String>,

@@ -1,6 +1,6 @@
 //! Waiting: always for one of four, the thing itself, the end of the machine, a cancellation, a deadline.
 
-use super::limit::Deadline;
+use super::{limit::Deadline, panic::panicked};
 use crate::{
     Error, ErrorKind, Result,
     backend::{Death, Exit, Machine},
@@ -51,6 +51,7 @@ impl Guard {
                 Ok(value) => Ok(value),
                 Err(error) => Err(explain(machine, doing, error).await),
             },
+            error = panicked(machine, doing) => Err(error),
             () = sleep_until(self.deadline.at) => Err(self.deadline.error()),
         }
     }

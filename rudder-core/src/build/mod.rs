@@ -42,6 +42,7 @@ mod keep;
 mod limit;
 mod locked;
 mod log;
+mod panic;
 mod sink;
 mod talk;
 mod vm;

@@ -1,6 +1,6 @@
 //! What the engine says to a guest, and with what: seed, login, steps, switching off.
 
-use super::{attempt::Attempt, guard, log::lock, vm::Vm};
+use super::{attempt::Attempt, guard, log::lock, panic::panicked, vm::Vm};
 use crate::{
     Error, ErrorKind, Result,
     backend::{Machine, Seed},
@@ -106,6 +106,7 @@ pub(super) async fn run_step(
                 StepOutcome::from(ended.and_then(|exit| Err(guard::ended(&exit, &doing))))
             }
             outcome = &mut running => outcome,
+            error = panicked(machine, &doing) => StepOutcome::from(Err(error)),
         }
     };
     let result = match result {

@@ -5,7 +5,7 @@ use rudder_core::{
     ErrorKind,
     backend::Death,
     event::{EventKind, VmPhase as V},
-    memory::{MemoryBackend, Response},
+    memory::{MemoryBackend, Response, Silence},
 };
 use std::time::Duration;
 
@@ -43,6 +43,19 @@ async fn a_machine_that_dies_in_a_step_is_told_as_what_it_is() {
         assert_eq!(report.output_tail, ["half"]);
         assert!(took(&ended, "Provisioning") <= 2000, "{report}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_that_only_the_serial_console_tells_of_is_told_at_once() {
+    let console = "[    0.1] Kernel panic - not syncing: IO-APIC + timer doesn't work!\r\n";
+    let backend =
+        MemoryBackend::new().machine("a", |guest| guest.serial(console).never_answers(Silence::Accepts));
+    let ended = build(&backend, plan(vec![vm("a", vec![shell("work", "work")])])).await;
+    let report = &ended.failure().report;
+    assert_eq!(ended.failure().error.kind(), ErrorKind::MachineDied);
+    let words = "the guest's kernel panicked while booting: [    0.1] Kernel panic - not syncing: IO-APIC";
+    assert!(report.message.contains(words), "{report}");
+    assert!(took(&ended, "Booting") <= 10_000, "{report}");
 }
 
 #[tokio::test(start_paused = true)]
