@@ -274,3 +274,14 @@ fn keys_and_lists_keep_their_order() {
     let parsed = parse(text.as_bytes());
     assert_eq!(parsed.documents[0].manifest().to_yaml().unwrap(), text);
 }
+
+#[test]
+fn an_empty_list_of_vms_does_not_change_the_form() {
+    for vms in ["vms:", "vms: []", "vms: no list"] {
+        let parsed = parse(format!("{vms}\nspec: {{network: {{subnets: [{{cidr: 10.1}}]}}}}\n").as_bytes());
+        let written = parsed.documents[0].manifest().to_yaml().unwrap();
+        let again = parse(written.as_bytes());
+        assert_eq!(again.documents[0].manifest(), parsed.documents[0].manifest(), "{vms}: {written}");
+        assert!(!again.diagnostics.iter().any(|finding| finding.code == "wrong-type"), "{written}");
+    }
+}

@@ -78,8 +78,11 @@ fn manifest(tree: &mut Tree, diagnostics: &mut Vec<Diagnostic>) -> Option<Manife
         return None;
     }
     let has = |name: &str| tree.entry(root, name).is_some();
-    // `spec` alone is a resource whose head was forgotten: in the bare form it would mean nothing.
-    if !(has("apiVersion") || has("kind") || has("spec") && !has("vms")) {
+    let lists_vms = tree.entry(root, "vms").is_some_and(
+        |(_, vms)| matches!(&tree.node(tree.follow(vms)).kind, Kind::Sequence(items) if !items.is_empty()),
+    );
+    // `spec` without VMs beside it is a resource whose head was forgotten: in the bare form it would mean nothing.
+    if !(has("apiVersion") || has("kind") || has("spec") && !lists_vms) {
         let name = tree.entry(root, "name").map(|(_, node)| node);
         let name = name.and_then(|node| {
             let name = de::read(tree, &["name"], node, None, diagnostics);
