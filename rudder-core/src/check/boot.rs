@@ -2,8 +2,11 @@
 
 use super::{codes, findings::Findings};
 use crate::{
-    keys::{BOOT_VARIABLES, BootMistake, BootMistakeKind, nearest_token, parse_boot_command},
+    keys::{
+        BOOT_VARIABLES, BootMistake, BootMistakeKind, DEFAULT_WAIT_LIMIT, nearest_token, parse_boot_command,
+    },
     manifest::Path,
+    units::human_duration,
 };
 
 pub(super) fn command(findings: &mut Findings<'_>, command: &[String], at: &Path<'_>) {
@@ -53,6 +56,21 @@ fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &P
             &codes::BOOT_COMMAND_CHARACTER,
             format!("expected characters of a US keyboard, but found {found:?}"),
             "boot commands are typed on a US keyboard".to_owned(),
+        ),
+        BootMistakeKind::MissingText => (
+            &codes::BOOT_COMMAND_WAIT,
+            format!("expected a text in quotes to wait for, but found {found}"),
+            "write it as in `<waitText 'login:' 90s>`".to_owned(),
+        ),
+        BootMistakeKind::UnclosedText => (
+            &codes::BOOT_COMMAND_WAIT,
+            format!("expected the text in quotes to end, and a `>` behind it, but found {found}"),
+            "write it as in `<waitText 'login:' 90s>`; a quote inside the text is written twice".to_owned(),
+        ),
+        BootMistakeKind::BadLimit => (
+            &codes::BOOT_COMMAND_WAIT,
+            format!("expected a duration above 0, such as 90s or 2m, and then `>`, but found {found}"),
+            format!("leave it out to wait {} at most", human_duration(DEFAULT_WAIT_LIMIT)),
         ),
     };
     let element = at.index(mistake.element);

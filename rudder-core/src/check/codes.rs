@@ -64,6 +64,7 @@ codes! {
     BOOT_COMMAND_VARIABLE Error "boot-command-variable" "A boot command has a template variable that does not exist."
     BOOT_COMMAND_HOLD Error "boot-command-hold" "A boot command holds a key that it never releases, or releases one that it does not hold."
     BOOT_COMMAND_CHARACTER Error "boot-command-character" "A boot command has a character that a US keyboard does not have."
+    BOOT_COMMAND_WAIT Error "boot-command-wait" "A boot command waits for a text that it does not give in quotes, or with a limit that is no duration."
     FLOPPY_TOO_LARGE Error "floppy-too-large" "The files of a floppy do not fit on 1.44 MB."
     UNSUPPORTED Error "unsupported" "The backend, or this version of Rudder, cannot do what is asked."
     OVER_LIMIT Error "over-limit" "Something is larger, or there are more, than the embedding program allows."

@@ -373,13 +373,16 @@ fn boot_command(written: &[String], vm: &str) -> Option<Vec<BootAction>> {
     if !mistakes.is_empty() {
         return None;
     }
+    let named = |text: &str| text.replace("{{ .Name }}", vm);
     let action = |token| match token {
         // The address of the file server is known when it runs; the name is known now.
-        BootToken::Text(text) => BootAction::Type(text.replace("{{ .Name }}", vm)),
+        BootToken::Text(text) => BootAction::Type(named(&text)),
         BootToken::Press(key) => BootAction::Press(key),
         BootToken::Hold(key) => BootAction::Hold(key),
         BootToken::Release(key) => BootAction::Release(key),
         BootToken::Wait(duration) => BootAction::Wait(duration),
+        BootToken::WaitText { text, limit } => BootAction::WaitText { text: named(&text), limit },
+        BootToken::WaitSerial { text, limit } => BootAction::WaitSerial { text: named(&text), limit },
     };
     Some(tokens.into_iter().map(action).collect())
 }

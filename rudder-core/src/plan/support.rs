@@ -4,6 +4,7 @@ use super::PlanContext;
 use crate::{
     capability::{Capabilities, Capability},
     check::{Findings, SourceKind, StepKind, bus, codes, source_kind, step_kind},
+    keys::{BootToken, parse_boot_command},
     manifest::{BuildSpec, Nic, Path, Vm},
     plan::Bus,
 };
@@ -126,7 +127,13 @@ impl<'c> Support<'c> {
             self.need(findings, C::CloudInit, &at.key("cloudInit"), "attach a cloud-init seed");
         }
         if !vm.boot_command.is_empty() {
-            self.need(findings, C::BootCommand, &at.key("bootCommand"), "type boot commands");
+            let at = at.key("bootCommand");
+            self.need(findings, C::BootCommand, &at, "type boot commands");
+            let (tokens, _) = parse_boot_command(vm.boot_command.iter().map(String::as_str));
+            let waits = tokens.iter().any(|token| matches!(token, BootToken::WaitSerial { .. }));
+            if waits && self.has(C::BootCommand) {
+                self.need(findings, C::Serial, &at, "wait for text on the serial line");
+            }
         }
         if let Some(firmware) = &vm.efi_firmware {
             let at = at.key("efiFirmware");

@@ -1,89 +1,10 @@
-//! Keys: X11 keysyms, the US keyboard, and the grammar of boot commands.
-//!
-//! Keysyms are those of `X11/keysymdef.h`, as RFB sends them (RFC 6143, 7.5.4).
+//! The grammar of boot commands: from the strings of a manifest to pieces and mistakes.
 
-use crate::units::parse_duration;
+use super::{NAMED, named_key, us_stroke, wait};
 use std::time::Duration;
-
-/// The keysym of the left Shift key.
-pub const SHIFT_LEFT: u32 = 0xffe1;
-
-/// Keys that have a name in boot commands. Names are compared without regard to case.
-const NAMED: &[(&str, u32)] = &[
-    ("enter", 0xff0d),
-    ("return", 0xff0d),
-    ("tab", 0xff09),
-    ("esc", 0xff1b),
-    ("escape", 0xff1b),
-    ("bs", 0xff08),
-    ("backspace", 0xff08),
-    ("del", 0xffff),
-    ("delete", 0xffff),
-    ("insert", 0xff63),
-    ("home", 0xff50),
-    ("end", 0xff57),
-    ("pageUp", 0xff55),
-    ("pageDown", 0xff56),
-    ("left", 0xff51),
-    ("up", 0xff52),
-    ("right", 0xff53),
-    ("down", 0xff54),
-    ("space", 0x20),
-    ("spacebar", 0x20),
-    ("f1", 0xffbe),
-    ("f2", 0xffbf),
-    ("f3", 0xffc0),
-    ("f4", 0xffc1),
-    ("f5", 0xffc2),
-    ("f6", 0xffc3),
-    ("f7", 0xffc4),
-    ("f8", 0xffc5),
-    ("f9", 0xffc6),
-    ("f10", 0xffc7),
-    ("f11", 0xffc8),
-    ("f12", 0xffc9),
-    ("menu", 0xff67),
-    ("leftSuper", 0xffeb),
-    ("rightSuper", 0xffec),
-    ("leftCtrl", 0xffe3),
-    ("rightCtrl", 0xffe4),
-    ("leftAlt", 0xffe9),
-    ("rightAlt", 0xffea),
-    ("leftShift", SHIFT_LEFT),
-    ("rightShift", 0xffe2),
-];
 
 /// The templates that a boot command may hold, by name.
 pub const BOOT_VARIABLES: &[&str] = &["HTTPIP", "HTTPPort", "Name"];
-
-/// The keysym of a key by its name in boot commands, without regard to case: `enter`, `F1`, `leftCtrl`.
-#[must_use]
-pub fn named_key(name: &str) -> Option<u32> {
-    NAMED.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, keysym)| *keysym)
-}
-
-/// What is pressed on a US keyboard for a character.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct Stroke {
-    /// The keysym of the character (not of the unshifted key), as an RFB client sends it.
-    pub keysym: u32,
-    /// Whether Shift is held meanwhile.
-    pub shift: bool,
-}
-
-/// How a character is typed on a US keyboard: printable ASCII, newline (Enter) and tab; `None` for all others.
-#[must_use]
-pub fn us_stroke(character: char) -> Option<Stroke> {
-    let (keysym, shift) = match character {
-        '\n' => (0xff0d, false),
-        '\t' => (0xff09, false),
-        'A'..='Z' => (u32::from(character), true),
-        ' '..='~' => (u32::from(character), "~!@#$%^&*()_+{}|:\"<>?".contains(character)),
-        _ => return None,
-    };
-    Some(Stroke { keysym, shift })
-}
 
 /// A piece of a boot command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,6 +20,20 @@ pub enum BootToken {
     Release(u32),
     /// Waits.
     Wait(Duration),
+    /// Waits until a text stands on the screen. Templates as in [`Text`](Self::Text).
+    WaitText {
+        /// The text, not empty.
+        text: String,
+        /// How long at most.
+        limit: Duration,
+    },
+    /// Waits until a text comes on the serial line. Templates as in [`Text`](Self::Text).
+    WaitSerial {
+        /// The text, not empty.
+        text: String,
+        /// How long at most.
+        limit: Duration,
+    },
 }
 
 /// What is wrong with a piece of a boot command.
@@ -115,6 +50,12 @@ pub enum BootMistakeKind {
     NotHeld,
     /// A character that a US keyboard does not have.
     Untypable,
+    /// A wait for a text does not give one in quotes.
+    MissingText,
+    /// The quotes of a text to wait for, or the token behind them, are not closed.
+    UnclosedText,
+    /// What stands behind a text to wait for is no duration above 0.
+    BadLimit,
 }
 
 /// A mistake in a boot command, and where it stands.
@@ -132,6 +73,9 @@ pub struct BootMistake {
 }
 
 /// Reads a boot command: its pieces, and its mistakes. Each element is read on its own, but a hold may end in a later one.
+///
+/// `<waitText 'TEXT'>` and `<waitSerial 'TEXT' 90s>` hold a text in single or double quotes, in which that quote is written
+/// twice, and anything else stands for itself.
 ///
 /// `<` opens a token where `>` follows a word (`<enter>`), or a character and `On` or `Off` (`<aOn>`, `<<On>`); any other
 /// `<` is typed. So `["<", "b>"]` types what `["<b>"]` would take for a token.
@@ -197,6 +141,9 @@ impl Parser {
             self.hold(at..at + length, &rest[..length], keysym, down);
             return Some(length);
         }
+        if let Some(read) = wait::for_text(rest) {
+            return Some(self.wait_for_text(at, rest, read));
+        }
         let body = &rest[1..1 + rest[1..].find('>')?];
         let length = body.len() + 2;
         let is_word = !body.is_empty() && body.chars().all(|c| c.is_alphanumeric() || c == '.');
@@ -207,7 +154,7 @@ impl Parser {
         }
         let range = at..at + length;
         if is_wait {
-            match wait(&body[4..]) {
+            match wait::duration(&body[4..]) {
                 Some(duration) => self.tokens.push(BootToken::Wait(duration)),
                 None => self.mistake(range, BootMistakeKind::UnknownToken, rest[..length].to_owned()),
             }
@@ -221,19 +168,59 @@ impl Parser {
         Some(length)
     }
 
+    /// Takes `<waitText …>` or `<waitSerial …>` at `at`; its length.
+    fn wait_for_text(&mut self, at: usize, rest: &str, read: wait::Read<'_>) -> usize {
+        let wait::Read { on, length, text } = read;
+        match text {
+            Ok(wait::Text { raw, raw_at, quote, limit }) => {
+                let text = self.waited_for(at + raw_at, raw, quote);
+                self.tokens.push(match on {
+                    wait::On::Screen => BootToken::WaitText { text, limit },
+                    wait::On::Serial => BootToken::WaitSerial { text, limit },
+                });
+            }
+            Err((kind, range)) => {
+                let found = rest[range.clone()].to_owned();
+                self.mistake(at + range.start..at + range.end, kind, found);
+            }
+        }
+        length
+    }
+
+    /// A text between quotes: those that are written twice stand for one, and templates are written one way.
+    fn waited_for(&mut self, at: usize, raw: &str, quote: char) -> String {
+        let (mut text, mut done) = (String::new(), 0);
+        while let Some(character) = raw[done..].chars().next() {
+            let rest = &raw[done..];
+            if let Some((template, length)) = self.read_template(at + done, rest) {
+                text.push_str(&template);
+                done += length;
+            } else {
+                text.push(character);
+                done += if character == quote { 2 } else { character.len_utf8() };
+            }
+        }
+        text
+    }
+
     /// Reads `{{…}}` at the start of `rest`; its length, or `None` when the brace is a literal.
     fn template(&mut self, at: usize, rest: &str) -> Option<usize> {
+        let (template, length) = self.read_template(at, rest)?;
+        self.push_text(&template);
+        Some(length)
+    }
+
+    /// The template at the start of `rest`, written one way (nothing, when it is a mistake), and its length there.
+    fn read_template(&mut self, at: usize, rest: &str) -> Option<(String, usize)> {
         let body = rest.strip_prefix("{{")?;
         let body = &body[..body.find("}}")?];
         let length = body.len() + 4;
         let variable = body.trim().strip_prefix('.').filter(|name| BOOT_VARIABLES.contains(name));
-        match variable {
-            Some(name) => self.push_text(&format!("{{{{ .{name} }}}}")),
-            None => {
-                self.mistake(at..at + length, BootMistakeKind::UnknownVariable, rest[..length].to_owned());
-            }
+        if let Some(name) = variable {
+            return Some((format!("{{{{ .{name} }}}}"), length));
         }
-        Some(length)
+        self.mistake(at..at + length, BootMistakeKind::UnknownVariable, rest[..length].to_owned());
+        Some((String::new(), length))
     }
 
     fn hold(&mut self, range: std::ops::Range<usize>, found: &str, keysym: u32, down: bool) {
@@ -254,6 +241,9 @@ impl Parser {
     }
 
     fn push_text(&mut self, piece: &str) {
+        if piece.is_empty() {
+            return;
+        }
         if let Some(BootToken::Text(text)) = self.tokens.last_mut() {
             text.push_str(piece);
         } else {
@@ -288,19 +278,17 @@ fn named_hold(body: &str) -> Option<(u32, bool)> {
     })
 }
 
-/// What follows `wait` in a token: nothing (1 s), seconds, or a duration.
-fn wait(text: &str) -> Option<Duration> {
-    match text {
-        "" => Some(Duration::from_secs(1)),
-        _ if text.bytes().all(|c| c.is_ascii_digit()) => parse_duration(&format!("{text}s")).ok(),
-        _ => parse_duration(text).ok(),
-    }
-}
-
 /// The known token nearest to `found` (with its angle brackets), if one is near.
 #[must_use]
 pub fn nearest_token(found: &str) -> Option<String> {
     let body = found.trim_start_matches('<').trim_end_matches('>').to_ascii_lowercase();
+    // Of a token with a text in it, the name is what can be misspelt.
+    if let Some((name, _)) = body.split_once(char::is_whitespace) {
+        let near = wait::NAMES.iter().filter(|known| {
+            strsim::damerau_levenshtein(name, &known.to_ascii_lowercase()) * 3 <= known.len()
+        });
+        return near.copied().next().map(|name| format!("<{name} 'TEXT'>"));
+    }
     let suffixes: &[&str] = if body.ends_with("on") {
         &["", "On"]
     } else if body.ends_with("off") {
@@ -356,9 +344,67 @@ mod tests {
             tokens("<wait><wait5><wait10s><wait1m30s><WAIT500ms><wait1.5s>"),
             [wait(1000), wait(5000), wait(10_000), wait(90_000), wait(500), wait(1500)]
         );
-        for bad in ["<wait5x>", "<wait 5>", "<waiting>", "<wait99999999999h>", "<waitText 'a b'>"] {
+        for bad in ["<wait5x>", "<wait 5>", "<waiting>", "<wait99999999999h>", "<waitTexts 'a b'>"] {
             assert_eq!(mistakes(&[bad]), [(0, 0, BootMistakeKind::UnknownToken)], "{bad}");
         }
+    }
+
+    #[test]
+    fn a_text_is_waited_for_on_the_screen_or_on_the_serial_line() {
+        let on_screen = |text: &str, seconds| BootToken::WaitText {
+            text: text.into(),
+            limit: Duration::from_secs(seconds),
+        };
+        let on_serial = |text: &str, seconds| BootToken::WaitSerial {
+            text: text.into(),
+            limit: Duration::from_secs(seconds),
+        };
+        for (written, expected) in [
+            ("<waitText 'login:'>", on_screen("login:", 60)),
+            ("<WAITTEXT \"login:\">", on_screen("login:", 60)),
+            ("<waitText 'a > b <enter>' 90s>", on_screen("a > b <enter>", 90)),
+            ("<waitText 'it''s \"so\"'  1m30s >", on_screen("it's \"so\"", 90)),
+            ("<waitText \"it's \"\"so\"\"\">", on_screen("it's \"so\"", 60)),
+            ("<waitText ''''>", on_screen("'", 60)),
+            ("<waitText'grüß dich' 5>", on_screen("grüß dich", 5)),
+            ("<waitText '{{.Name}} {{ .HTTPIP }} {{'>", on_screen("{{ .Name }} {{ .HTTPIP }} {{", 60)),
+            ("<waitSerial 'GRUB' 90s>", on_serial("GRUB", 90)),
+        ] {
+            assert_eq!(tokens(written), [expected], "{written}");
+        }
+        assert_eq!(
+            tokens("a<waitText 'b'>c<enter>"),
+            [text("a"), on_screen("b", 60), text("c"), BootToken::Press(0xff0d)]
+        );
+    }
+
+    #[test]
+    fn a_wait_for_text_says_what_is_wrong_with_it_and_where() {
+        use BootMistakeKind as K;
+        for (written, start, kind, found) in [
+            ("x<waitText>", 1, K::MissingText, "<waitText>"),
+            ("<waitText >", 0, K::MissingText, "<waitText >"),
+            ("<waitText ''>", 10, K::MissingText, "''"),
+            ("<waitText '' 5s>", 10, K::MissingText, "''"),
+            ("<waitText login>y", 0, K::MissingText, "<waitText login>"),
+            ("<waitSerial 90s>", 0, K::MissingText, "<waitSerial 90s>"),
+            ("<waitText 'login>", 10, K::UnclosedText, "'login>"),
+            ("<waitText 'it''s>", 10, K::UnclosedText, "'it''s>"),
+            ("<waitText 'a'", 0, K::UnclosedText, "<waitText 'a'"),
+            ("<waitText 'a' 5s", 0, K::UnclosedText, "<waitText 'a' 5s"),
+            ("<waitText 'a' 90x>", 14, K::BadLimit, "90x"),
+            ("<waitText 'a' 'b'>", 14, K::BadLimit, "'b'"),
+            ("<waitText 'a' 0s>", 14, K::BadLimit, "0s"),
+            ("<waitText 'a' 5 s >", 14, K::BadLimit, "5 s"),
+            ("<waitText 'ö{{ .Foo }}'>", 13, K::UnknownVariable, "{{ .Foo }}"),
+        ] {
+            let (_, mistakes) = parse_boot_command([written]);
+            let found = (start..start + found.len(), kind, found.to_owned());
+            let seen: Vec<_> = mistakes.into_iter().map(|m| (m.range, m.kind, m.found)).collect();
+            assert_eq!(seen, [found], "{written}");
+        }
+        // What is typed behind a mistake is still read.
+        assert_eq!(mistakes(&["<waitText><entr>"]), [(0, 0, K::MissingText), (0, 10, K::UnknownToken)]);
     }
 
     #[test]
@@ -405,22 +451,15 @@ mod tests {
         assert_eq!(nearest_token("<entr>").as_deref(), Some("<enter>"));
         assert_eq!(nearest_token("<leftControlOn>").as_deref(), Some("<leftCtrlOn>"));
         assert_eq!(nearest_token("<body>"), None);
-    }
-
-    #[test]
-    fn the_us_keyboard_has_every_printable_ascii_character() {
-        for character in ' '..='~' {
-            assert_eq!(us_stroke(character).unwrap().keysym, u32::from(character));
-        }
-        assert!(us_stroke('A').unwrap().shift && us_stroke('?').unwrap().shift);
-        assert!(!us_stroke('a').unwrap().shift && !us_stroke('/').unwrap().shift);
-        assert_eq!(us_stroke('\u{7f}'), None);
+        assert_eq!(nearest_token("<waitTxt 'a b' 5s>").as_deref(), Some("<waitText 'TEXT'>"));
+        assert_eq!(nearest_token("<waitSeriel 'a'>").as_deref(), Some("<waitSerial 'TEXT'>"));
+        assert_eq!(nearest_token("<wait 5>"), None);
     }
 
     proptest! {
         #[test]
         fn nothing_panics_and_mistakes_lie_inside_their_element(
-            elements in proptest::collection::vec("[<>{}.a-zOnf0-9é ]{0,20}", 0..4)
+            elements in proptest::collection::vec("(<waitText |<waitSerial'|[<>{}.a-zOnf0-9é'\" ]){0,20}", 0..4)
         ) {
             let (_, mistakes) = parse_boot_command(elements.iter().map(String::as_str));
             for mistake in mistakes {
