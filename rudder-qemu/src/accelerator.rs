@@ -18,8 +18,10 @@ pub enum Accelerator {
 
 /// The accelerator that was chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Chosen {
+pub enum Chosen {
+    /// The kernel's KVM.
     Kvm,
+    /// QEMU's own translator.
     Tcg,
 }
 

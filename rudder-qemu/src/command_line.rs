@@ -358,6 +358,17 @@ impl Used {
     }
 }
 
+/// The arguments that make the cards of a machine, as [`arguments`] puts them: on the PCI bus of a `pc`, with forwarded
+/// ports.
+///
+/// # Errors
+/// `InvalidInput` when a card is in no subnet of the lab, or its slot is none.
+pub fn card_arguments(spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
+    let mut line = Line(Vec::new());
+    cards(&mut line, spec, network)?;
+    Ok(line.0)
+}
+
 /// The networks, each of which is QEMU's user network (slirp) with the addresses of its subnet, and the cards in them.
 fn cards(line: &mut Line, spec: &MachineSpec, network: &PlannedNetwork) -> Result<()> {
     let invalid = |nic: &PlannedNic, message: String| {

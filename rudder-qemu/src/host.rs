@@ -19,15 +19,18 @@ pub(crate) const INSTALL: &str = "apt-get install --no-install-recommends qemu-s
 
 /// Which programs to use; what is not given is looked for in `PATH`.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Programs {
-    pub(crate) qemu: Option<PathBuf>,
-    pub(crate) qemu_img: Option<PathBuf>,
-    pub(crate) setpriv: Option<PathBuf>,
+pub struct Programs {
+    /// `qemu-system-x86_64`.
+    pub qemu: Option<PathBuf>,
+    /// `qemu-img`, of the same version.
+    pub qemu_img: Option<PathBuf>,
+    /// `setpriv` of util-linux, by which processes end with their owner.
+    pub setpriv: Option<PathBuf>,
 }
 
 /// A host on which machines can run.
 #[derive(Debug, Clone)]
-pub(crate) struct Host {
+pub struct Host {
     pub(crate) qemu: PathBuf,
     pub(crate) qemu_img: PathBuf,
     pub(crate) setpriv: Option<PathBuf>,
@@ -43,7 +46,7 @@ impl Host {
     ///
     /// # Errors
     /// `HostMissing`, with how to mend it.
-    pub(crate) async fn examine(programs: &Programs, wanted: Accelerator) -> Result<Self> {
+    pub async fn examine(programs: &Programs, wanted: Accelerator) -> Result<Self> {
         let qemu = require(programs.qemu.as_deref(), "qemu-system-x86_64")?;
         let qemu_img = require(programs.qemu_img.as_deref(), "qemu-img")?;
         let setpriv = find(programs.setpriv.as_deref(), "setpriv");
@@ -59,13 +62,23 @@ impl Host {
         Ok(Self { qemu, qemu_img, setpriv, accelerator, notice, versions, devices: answers.devices })
     }
 
+    /// The accelerator that machines run on.
+    #[must_use]
+    pub fn accelerator(&self) -> Chosen {
+        self.accelerator
+    }
+
     /// Versions that belong into the provenance.
-    pub(crate) fn versions(&self) -> &BTreeMap<String, String> {
+    #[must_use]
+    pub fn versions(&self) -> &BTreeMap<String, String> {
         &self.versions
     }
 
     /// Refuses a device that this QEMU does not have.
-    pub(crate) fn require_device(&self, device: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// `HostMissing`.
+    pub fn require_device(&self, device: &str) -> Result<()> {
         if self.devices.contains(device) {
             return Ok(());
         }
@@ -78,7 +91,8 @@ impl Host {
     }
 
     /// Whether this QEMU has a device.
-    pub(crate) fn has_device(&self, device: &str) -> bool {
+    #[must_use]
+    pub fn has_device(&self, device: &str) -> bool {
         self.devices.contains(device)
     }
 
@@ -175,7 +189,7 @@ fn read_version(text: &str) -> String {
 }
 
 /// What is here, what is missing, how to mend it. `store` is where labs are.
-pub(crate) async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) -> HostReport {
+pub async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) -> HostReport {
     let mut report = HostReport::default();
     let setpriv = find(programs.setpriv.as_deref(), "setpriv");
     let lifetime = Lifetime::WithOwner(setpriv.clone());

@@ -97,10 +97,14 @@ pub(crate) async fn virtual_size(ground: &Ground, image: &Path, format: &str) ->
 
 /// A captured disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Captured {
-    pub(crate) virtual_size: u64,
-    pub(crate) size: u64,
-    pub(crate) sha256: Digest,
+#[non_exhaustive]
+pub struct Captured {
+    /// What a guest sees of it, in bytes.
+    pub virtual_size: u64,
+    /// The size of its file, in bytes.
+    pub size: u64,
+    /// sha256 of its file.
+    pub sha256: Digest,
 }
 
 /// Makes a self-contained, compressed copy of a volume of the lab as the file `target`, and verifies it: its structure,

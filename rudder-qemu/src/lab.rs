@@ -1,81 +1,29 @@
 //! The place of one build or clone: a directory in the store, its volumes, its machines.
 
-use crate::{
-    host::Host,
-    image::{self, Backing},
-    machine::QemuMachine,
-    process::Invocation,
-};
+pub(crate) use crate::ground::{Ground, blocking};
+use crate::{host::Host, machine::QemuMachine};
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
         Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft,
-        Progress, Retention, Served, Site, Volume,
+        Progress, Served, Site,
     },
-    module::{InputRecord, Module},
-    plan::{Firmware, PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
-    store::{ImageFormat, LabDir, Store},
+    module::Module,
+    plan::{Firmware, PlannedUrl},
+    store::Store,
 };
 use std::{
     collections::BTreeMap,
-    fs::File,
-    os::fd::AsRawFd,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
 /// The file in a lab's directory that says how to get into its machines, once it was kept.
 const ACCESS_FILE: &str = "access.json";
-
-/// What a lab and its machines stand on.
-#[derive(Debug)]
-pub(crate) struct Ground {
-    pub(crate) id: LabId,
-    pub(crate) dir: LabDir,
-    pub(crate) host: Arc<Host>,
-    pub(crate) network: PlannedNetwork,
-    pub(crate) retention: Retention,
-    /// The directory itself: a way to its sockets that is short whatever its path is.
-    handle: File,
-    /// Virtual sizes of the volumes, by their file names.
-    volumes: Mutex<BTreeMap<String, u64>>,
-}
-
-impl Ground {
-    /// A file of the lab.
-    pub(crate) fn path(&self, file: &str) -> PathBuf {
-        self.dir.path().join(file)
-    }
-
-    /// A socket of the lab, by a path that fits into an address (unix(7): at most 107 bytes).
-    pub(crate) fn socket(&self, file: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}/{file}", self.handle.as_raw_fd()))
-    }
-
-    /// qemu-img, in the lab's directory.
-    pub(crate) fn qemu_img(&self) -> Invocation {
-        let command = self.host.qemu_img(self.dir.path());
-        command.variable(rudder_core::store::LAB_VARIABLE, self.id.as_str())
-    }
-
-    fn volumes(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
-        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The virtual size of a volume of the lab.
-    pub(crate) fn volume_size(&self, volume: &str) -> Result<u64> {
-        self.volumes().get(volume).copied().ok_or_else(|| {
-            Error::new(
-                ErrorKind::InvalidInput,
-                format!("expected a volume of lab {}, but found {volume:?}", self.id),
-            )
-        })
-    }
-}
 
 /// A lab on raw QEMU.
 #[derive(Debug)]
@@ -83,141 +31,22 @@ pub(crate) struct QemuLab {
     ground: Arc<Ground>,
     store: Store,
     machines: Mutex<Vec<Arc<QemuMachine>>>,
-    next_volume: AtomicUsize,
-    notice_told: AtomicBool,
     kept: AtomicBool,
 }
 
 impl QemuLab {
     pub(crate) async fn open(store: &Store, host: Arc<Host>, spec: &LabSpec) -> Result<Self> {
-        let (owned, id, name, retention) =
-            (store.clone(), spec.id.clone(), spec.name.clone(), spec.retention);
-        let dir = blocking(move || owned.create_lab(&id, &name, retention)).await?;
-        let handle = File::open(dir.path())
-            .map_err(|error| Error::io(format_args!("open {}", dir.path().display()), error))?;
-        let ground = Ground {
-            id: spec.id.clone(),
-            dir,
-            host,
-            network: spec.network.clone(),
-            retention: spec.retention,
-            handle,
-            volumes: Mutex::default(),
-        };
+        let ground = Ground::open(store, host, spec).await?;
         Ok(Self {
             ground: Arc::new(ground),
             store: store.clone(),
             machines: Mutex::default(),
-            next_volume: AtomicUsize::new(0),
-            notice_told: AtomicBool::new(false),
             kept: AtomicBool::new(false),
         })
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<QemuMachine>>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Tells once what the user should know about the host.
-    fn tell_notice(&self, progress: &Progress) {
-        if let Some(notice) = &self.ground.host.notice
-            && !self.notice_told.swap(true, Ordering::Relaxed)
-        {
-            progress.notice(notice.clone());
-        }
-    }
-
-    /// Makes the volume of a request on this image.
-    async fn volume(&self, backing: Option<(Backing<'_>, u64)>, wanted: Option<u64>) -> Result<Volume> {
-        let (backing, size) = match backing {
-            Some((backing, image_size)) => (Some(backing), image::size_over(image_size, wanted)?),
-            None => {
-                let size = wanted.ok_or_else(|| {
-                    Error::new(ErrorKind::InvalidInput, "expected the size of a blank disk, but found none")
-                })?;
-                (None, image::size_over(0, Some(size))?)
-            }
-        };
-        let id = format!("v{}.qcow2", self.next_volume.fetch_add(1, Ordering::Relaxed));
-        image::create(&self.ground, &id, backing, size).await?;
-        self.ground.volumes().insert(id.clone(), size);
-        Ok(Volume { id, virtual_size: size })
-    }
-
-    async fn import_url(
-        &self,
-        url: &PlannedUrl,
-        request: &ImportRequest,
-        progress: &Progress,
-    ) -> Result<Imported> {
-        let image = self.store.image(url, progress).await?;
-        let (ground, lease) = (Arc::clone(&self.ground), image.lease.clone());
-        blocking(move || ground.dir.hold(lease)).await?;
-        let format = driver(image.format);
-        let size = match image.format {
-            // Headers that the store reads as QEMU does.
-            ImageFormat::Raw | ImageFormat::Qcow2 => image.virtual_size,
-            _ => image::virtual_size(&self.ground, &image.path, format).await?,
-        };
-        let backing = Backing { path: &image.path, format };
-        let volume = self.volume(Some((backing, size)), request.size).await?;
-        let input = InputRecord { role: format!("source of VM {}", request.machine), ..image.input };
-        Ok(Imported { volume, input: Some(input) })
-    }
-
-    async fn import_module(&self, parent: &PlannedBuildRef, request: &ImportRequest) -> Result<Imported> {
-        let (store, name, digest) = (self.store.clone(), parent.module.clone(), parent.digest);
-        let (module, lease) = blocking(move || store.lease_module(&name, &digest)).await?;
-        let ground = Arc::clone(&self.ground);
-        blocking(move || ground.dir.hold(lease)).await?;
-        let missing =
-            |what: String| Error::new(ErrorKind::NotFound, what).with_context("module", &parent.module);
-        let machine = module.machines.iter().find(|machine| machine.name == parent.vm);
-        let machine = machine
-            .ok_or_else(|| missing(format!("expected a VM {:?} in the module, but found none", parent.vm)))?;
-        let disk = match &request.parent_disk {
-            None => machine.disks.first(),
-            Some(name) => machine.disks.iter().find(|disk| disk.name == *name),
-        };
-        let disk = disk.ok_or_else(|| {
-            let wanted = request.parent_disk.as_deref().unwrap_or("its boot disk");
-            missing(format!("expected disk {wanted} of VM {} in the module, but found none", parent.vm))
-        })?;
-        let directory = module.path.as_deref().and_then(Path::parent);
-        let path = directory
-            .ok_or_else(|| missing("expected the files of the module, but found none".to_owned()))?
-            .join(&disk.file);
-        let backing = Backing { path: &path, format: &disk.format };
-        let volume = self.volume(Some((backing, disk.virtual_size)), request.size).await?;
-        let input = InputRecord {
-            role: format!("source of VM {}", request.machine),
-            url: format!("module {}/{}", parent.module, parent.vm),
-            size: disk.size,
-            sha256: disk.sha256,
-        };
-        Ok(Imported { volume, input: Some(input) })
-    }
-}
-
-/// A format, as QEMU calls it.
-fn driver(format: ImageFormat) -> &'static str {
-    match format {
-        ImageFormat::Qcow2 => "qcow2",
-        ImageFormat::Vmdk => "vmdk",
-        ImageFormat::Vdi => "vdi",
-        ImageFormat::Vhd => "vpc",
-        ImageFormat::Vhdx => "vhdx",
-        _ => "raw",
-    }
-}
-
-/// Runs file work where it does not hold up the runtime.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error)),
     }
 }
 
@@ -236,24 +65,11 @@ impl Lab for QemuLab {
     }
 
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
-        self.tell_notice(progress);
-        let imported = match &request.source {
-            PlannedSource::Url(url) => self.import_url(url, request, progress).await,
-            PlannedSource::Blank => {
-                self.volume(None, request.size).await.map(|volume| Imported { volume, input: None })
-            }
-            PlannedSource::BuildRef(parent) => self.import_module(parent, request).await,
-            other => Err(unsupported(&format!("a source such as {other:?}"))),
-        };
-        imported
-            .map_err(|error| error.with_context("disk", &request.disk).with_context("vm", &request.machine))
+        self.ground.import(request, progress).await
     }
 
     async fn fetch(&self, url: &PlannedUrl, progress: &Progress) -> Result<Fetched> {
-        let file = self.store.file(url, progress).await?;
-        let (ground, lease) = (Arc::clone(&self.ground), file.lease);
-        blocking(move || ground.dir.hold(lease)).await?;
-        Ok(Fetched { path: file.path, input: file.input })
+        self.ground.fetch(url, progress).await
     }
 
     async fn serve(&self, _site: Site) -> Result<Served> {

@@ -2,9 +2,9 @@
 //! qemu-img. Nothing here needs root, a daemon or a bridge.
 //!
 //! # Its rooms
-//! `backend` what is here, open a lab · `lab` a directory, volumes, machines · `machine` start, dial, capture ·
-//! `watch` how a machine fares and how it ended · and QEMU's own trade: `command_line`, `qmp`, `image`, `host`,
-//! `accelerator`, `process`.
+//! `backend` what is here, open a lab · `lab` its machines · `ground` its directory and volumes · `machine` start, dial,
+//! capture · `watch` how a machine fares and how it ended · and QEMU's own trade: `command_line`, `qmp`, `image`, `host`,
+//! `accelerator`, `process` · [`parts`] what another backend that drives QEMU shares with this one.
 //!
 //! # Who ends what
 //! Every process is started so that the kernel kills it when its owner dies ([`PR_SET_PDEATHSIG`][prctl], through
@@ -17,10 +17,12 @@
 mod accelerator;
 mod backend;
 mod command_line;
+mod ground;
 mod host;
 mod image;
 mod lab;
 mod machine;
+pub mod parts;
 mod process;
 mod qmp;
 mod watch;

@@ -178,8 +178,8 @@ fn note_of(event: qmp::Event) -> Option<Note> {
 }
 
 /// Reads `info usernet`: a table per network, in which a forwarded port is a line such as
-/// `  TCP[HOST_FORWARD]  12       127.0.0.1 40213       10.0.2.15    22     0     0`.
-fn read_forwards(text: &str) -> Vec<(u16, u16)> {
+/// `  TCP[HOST_FORWARD]  12       127.0.0.1 40213       10.0.2.15    22     0     0`. The port of the host, and that of the guest.
+pub fn read_forwards(text: &str) -> Vec<(u16, u16)> {
     text.lines()
         .filter_map(|line| {
             let mut words = line.split_whitespace();

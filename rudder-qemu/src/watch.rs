@@ -226,7 +226,10 @@ pub(crate) async fn last_words(log: &Path) -> String {
 }
 
 /// The last bytes of a file; of one that is not there, none.
-pub(crate) async fn tail(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+///
+/// # Errors
+/// File errors.
+pub async fn tail(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     use tokio::io::{AsyncReadExt, AsyncSeekExt};
     let mut file = match tokio::fs::File::open(path).await {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -1,0 +1,12 @@
+//! What another backend that drives QEMU by other means (libvirt) shares with this one: the host and its accelerator,
+//! labs' directories and volumes, captured disks, user networking. Outside of semantic versioning.
+
+pub use crate::{
+    accelerator::Chosen,
+    command_line::card_arguments,
+    ground::{Ground, blocking},
+    host::{Host, Programs, diagnose},
+    image::Captured,
+    qmp::read_forwards,
+    watch::tail,
+};
