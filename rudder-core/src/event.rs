@@ -169,6 +169,22 @@ pub enum EventKind {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         exit: Option<ExitStatus>,
     },
+    /// A step waits for a person, until [`BuildHandle::resume`](crate::build::BuildHandle::resume).
+    Paused {
+        /// The step.
+        step: usize,
+        /// What the person is to do, as the manifest says it.
+        instructions: String,
+        /// How the person reaches the machine, its display first of all: command lines and addresses, a line each.
+        access: Vec<String>,
+    },
+    /// The person is done, and the build goes on.
+    Resumed {
+        /// The step.
+        step: usize,
+        /// How long it was paused, in milliseconds.
+        millis: u64,
+    },
     /// An attempt failed, and another follows.
     Retrying {
         /// The number of the attempt that follows.
@@ -314,6 +330,14 @@ impl fmt::Display for EventKind {
                     Some(exit) => write!(f, "failed after {} with {exit}", human_millis(*millis)),
                     None => write!(f, "failed after {}", human_millis(*millis)),
                 }
+            }
+            Self::Paused { step, instructions, access } => {
+                write!(f, "step {} is paused for a person to do this:", step + 1)?;
+                instructions.trim_end().lines().try_for_each(|line| write!(f, "\n  {line}"))?;
+                access.iter().try_for_each(|line| write!(f, "\n  {line}"))
+            }
+            Self::Resumed { step, millis } => {
+                write!(f, "step {} goes on after {}", step + 1, human_millis(*millis))
             }
             Self::Retrying { attempt, of, reason } => {
                 write!(f, "starting attempt {attempt} of {of}; the one before failed: {reason}")

@@ -17,6 +17,7 @@ use super::{
     BuildOptions,
     guard::Guard,
     locked::Lock,
+    pause::Pauses,
     sink::Sink,
     talk::Files,
     vm::{Halted, Planned, Provisioned},
@@ -66,6 +67,7 @@ pub(super) struct Attempt {
     pub(super) options: Arc<BuildOptions>,
     pub(super) sink: Sink,
     pub(super) guard: Guard,
+    pub(super) pauses: Arc<Pauses>,
     pub(super) key: BuildKey,
     pub(super) files: Files,
     /// The machines that were defined.
@@ -106,6 +108,7 @@ pub(super) struct Pending {
     pub(super) options: Arc<BuildOptions>,
     pub(super) sink: Sink,
     pub(super) guard: Guard,
+    pub(super) pauses: Arc<Pauses>,
 }
 
 /// The lab is open.
@@ -124,6 +127,11 @@ impl Pending {
     /// Opens the lab.
     pub(super) async fn open(self) -> Result<Opened, Failure> {
         supported(&self.plan)?;
+        if self.options.locked.is_some() {
+            for (vm, warning) in super::locked::beyond(&self.plan) {
+                self.sink.warn(Some(vm), warning);
+            }
+        }
         for planned in &self.plan.machines {
             self.sink.vm_phase(&planned.name, VmPhase::Pending);
         }
@@ -135,7 +143,7 @@ impl Pending {
         };
         // Torn in the middle, half a lab would be left that nobody holds.
         let lab = untorn(&self.guard, self.backend.open_lab(&spec)).await?;
-        let Self { plan, backend, options, sink, guard } = self;
+        let Self { plan, backend, options, sink, guard, pauses } = self;
         Ok(Opened(Arc::new(Attempt {
             plan,
             backend,
@@ -143,6 +151,7 @@ impl Pending {
             options,
             sink,
             guard,
+            pauses,
             key: BuildKey::generate(),
             files: Files::default(),
             machines: Mutex::default(),
@@ -259,8 +268,8 @@ fn supported(plan: &Plan) -> Result<()> {
         for step in &machine.steps {
             match &step.action {
                 StepAction::Shell { .. } | StepAction::File { .. } | StepAction::Reboot { .. } => {}
+                StepAction::Handbuild { .. } => {}
                 StepAction::WindowsUpdate { .. } => return refuse("a windows-update step", vm),
-                StepAction::Handbuild { .. } => return refuse("a handbuild step", vm),
             }
         }
     }

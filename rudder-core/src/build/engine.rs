@@ -9,6 +9,7 @@ use super::{
     guard::{Guard, cancelled},
     keep::keep,
     limit::{Deadline, Verdict, after_failure},
+    pause::Pauses,
     sink::Sink,
 };
 use crate::{
@@ -30,6 +31,7 @@ pub(super) async fn run(
     build: Build,
     sink: Sink,
     cancel: CancellationToken,
+    pauses: Arc<Pauses>,
 ) -> Result<Module, Box<BuildFailure>> {
     let Build { plan, backend, options } = build;
     let options = Arc::new(options);
@@ -44,7 +46,8 @@ pub(super) async fn run(
             options: Arc::clone(&options),
             sink: sink.clone(),
             // A failing VM stops the others of its attempt, not the attempts that follow.
-            guard: Guard { halt: cancel.child_token(), deadline },
+            guard: Guard { halt: cancel.child_token(), deadline: deadline.clone() },
+            pauses: Arc::clone(&pauses),
         };
         let (result, opened) = one_attempt(pending).await;
         match result {

@@ -6,7 +6,7 @@ use crate::{
     backend::{Death, Exit, Machine},
 };
 use std::{future::Future, sync::Arc, time::Duration};
-use tokio::time::{sleep_until, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// How long a conversation that broke waits for the machine to explain it. A dead machine does so at once; a guest that
@@ -32,7 +32,7 @@ impl Guard {
             biased;
             () = self.halt.cancelled() => Err(cancelled()),
             result = thing => result,
-            () = sleep_until(self.deadline.at) => Err(self.deadline.error()),
+            () = self.deadline.passed() => Err(self.deadline.error()),
         }
     }
 
@@ -52,7 +52,7 @@ impl Guard {
                 Err(error) => Err(explain(machine, doing, error).await),
             },
             error = panicked(machine, doing) => Err(error),
-            () = sleep_until(self.deadline.at) => Err(self.deadline.error()),
+            () = self.deadline.passed() => Err(self.deadline.error()),
         }
     }
 }

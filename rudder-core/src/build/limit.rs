@@ -1,15 +1,31 @@
 //! Deciding without doing: when a build must have ended, what it says when it has not, and whether it is tried again.
 
 use crate::{Error, ErrorKind, units::human_duration};
-use std::time::Duration;
-use tokio::time::Instant;
+use std::{future::pending, sync::Arc, time::Duration};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 
-/// When the whole build must have ended, all its attempts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// When the whole build must have ended, all its attempts. It can stand still for a while. Clones are the same.
+#[derive(Debug, Clone)]
 pub(super) struct Deadline {
-    pub(super) at: Instant,
+    clock: Arc<watch::Sender<Clock>>,
     span: Duration,
 }
+
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    /// When it passes, were it to run on from now, or from `since` when it stands still.
+    at: Instant,
+    since: Instant,
+    /// How many hold it.
+    holds: usize,
+}
+
+/// A deadline stands still as long as one of these lives.
+#[derive(Debug)]
+pub(super) struct Hold(Deadline);
 
 /// Longer than any build; what is over it is as good as no limit.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
@@ -17,25 +33,66 @@ const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 impl Deadline {
     /// `span` from `start`.
     pub(super) fn new(start: Instant, span: Duration) -> Self {
-        Self { at: start + span.min(FOREVER), span }
+        let clock = Clock { at: start + span.min(FOREVER), since: start, holds: 0 };
+        Self { clock: Arc::new(watch::Sender::new(clock)), span }
     }
 
     /// What is left of it.
-    pub(super) fn left(self, now: Instant) -> Duration {
-        self.at.saturating_duration_since(now)
+    pub(super) fn left(&self, now: Instant) -> Duration {
+        let clock = self.clock.borrow();
+        let now = if clock.holds > 0 { clock.since } else { now };
+        clock.at.saturating_duration_since(now)
     }
 
     /// Whether it has passed.
-    pub(super) fn has_passed(self) -> bool {
+    pub(super) fn has_passed(&self) -> bool {
         self.left(Instant::now()).is_zero()
     }
 
+    /// Waits until it has passed.
+    pub(super) async fn passed(&self) {
+        let mut changes = self.clock.subscribe();
+        loop {
+            let clock = *changes.borrow_and_update();
+            let passing =
+                async { if clock.holds > 0 { pending().await } else { sleep_until(clock.at).await } };
+            tokio::select! {
+                biased;
+                () = passing => return,
+                // The sender is ours: it cannot be gone.
+                _ = changes.changed() => {}
+            }
+        }
+    }
+
+    /// Makes it stand still.
+    pub(super) fn hold(&self) -> Hold {
+        self.clock.send_modify(|clock| {
+            if clock.holds == 0 {
+                clock.since = Instant::now();
+            }
+            clock.holds += 1;
+        });
+        Hold(self.clone())
+    }
+
     /// What it says when it has passed.
-    pub(super) fn error(self) -> Error {
+    pub(super) fn error(&self) -> Error {
         let message = format!("the build did not end within {}", human_duration(self.span));
         Error::new(ErrorKind::TimedOut, message)
             .with_help("raise `timeout` of the manifest (it spans all attempts), or see in the timings what took so long")
             .with_retryable(false)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.clock.send_modify(|clock| {
+            clock.holds -= 1;
+            if clock.holds == 0 {
+                clock.at += clock.since.elapsed();
+            }
+        });
     }
 }
 
@@ -71,9 +128,9 @@ mod tests {
         fn a_deadline_never_overflows(seconds in any::<u64>(), later in 0u64..1 << 40) {
             let now = Instant::now();
             let deadline = Deadline::new(now, Duration::from_secs(seconds));
-            prop_assert!(deadline.at >= now);
-            prop_assert!(deadline.left(deadline.at + Duration::from_secs(later)).is_zero());
-            prop_assert_eq!(deadline.left(now), Duration::from_secs(seconds).min(FOREVER));
+            let left = deadline.left(now);
+            prop_assert_eq!(left, Duration::from_secs(seconds).min(FOREVER));
+            prop_assert!(deadline.left(now + left + Duration::from_secs(later)).is_zero());
         }
 
         #[test]
@@ -86,6 +143,28 @@ mod tests {
             }
             prop_assert_eq!(attempt, retries + 1);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_that_is_held_stands_still() {
+        let start = Instant::now();
+        let deadline = Deadline::new(start, Duration::from_secs(100));
+        let waiting = tokio::spawn({
+            let deadline = deadline.clone();
+            async move { deadline.passed().await }
+        });
+        sleep_until(start + Duration::from_secs(60)).await;
+        let (one, two) = (deadline.hold(), deadline.hold());
+        sleep_until(start + Duration::from_secs(500)).await;
+        drop(one);
+        sleep_until(start + Duration::from_secs(1060)).await;
+        assert_eq!(deadline.left(Instant::now()), Duration::from_secs(40));
+        assert!(!deadline.has_passed() && !waiting.is_finished());
+        drop(two);
+        assert_eq!(deadline.left(Instant::now()), Duration::from_secs(40));
+        waiting.await.expect("no panic");
+        assert_eq!(start.elapsed(), Duration::from_secs(1100));
+        assert!(deadline.has_passed());
     }
 
     #[test]

@@ -3,7 +3,23 @@
 use crate::{
     Error, ErrorKind, Result,
     module::{InputRecord, Module, Provenance},
+    plan::{Plan, PlannedMachine, StepAction},
 };
+
+/// What a locked build cannot promise to repeat, and of which VM: inputs are compared, a person's work is not.
+pub(super) fn beyond(plan: &Plan) -> Vec<(&str, String)> {
+    let by_hand = |vm: &PlannedMachine| {
+        let steps = vm.steps.iter().enumerate();
+        let by_hand = steps.filter(|(_, step)| matches!(step.action, StepAction::Handbuild { .. }));
+        let numbered = by_hand.map(|(place, step)| format!("{} ({})", place + 1, step.name));
+        numbered.collect::<Vec<_>>()
+    };
+    let said = |step: String| {
+        format!("the inputs of this build are locked, but what a person does in step {step} is not")
+    };
+    let machines = plan.machines.iter();
+    machines.flat_map(|vm| by_hand(vm).into_iter().map(move |step| (vm.name.as_str(), said(step)))).collect()
+}
 
 /// The inputs of an earlier build, and what it is called in messages.
 #[derive(Debug, Clone)]

@@ -14,6 +14,10 @@
 //! - **Death.** A machine that ends before its last step has ended fails the build within two seconds, with how it died.
 //! - **Cancellation.** [`BuildHandle::cancel`], or dropping the handle. What was begun is ended and removed before the outcome
 //!   is told; a cancellation that comes while the module is being published comes too late, and the build succeeds.
+//! - **Pauses.** A `handbuild` step waits for a person: [`EventKind::Paused`](crate::event::EventKind::Paused) says what is
+//!   to be done, [`BuildHandle::paused`] gives the machine, and [`BuildHandle::resume`] goes on. Nothing but the step's own
+//!   `stepTimeout` ends a pause that nobody ends: the build's limit stands still meanwhile, unless
+//!   [`Build::paused_deadline`] says otherwise.
 //! - **Retries.** After a failure that [another try could help](crate::Error::is_retryable), the whole build starts again in a
 //!   new lab, up to `retries` times.
 //! - **Cleaning up** is not under the build's limit but under [`Build::cleanup_limit`]; what cannot be removed is a
@@ -43,14 +47,16 @@ mod limit;
 mod locked;
 mod log;
 mod panic;
+mod pause;
 mod sink;
 mod talk;
 mod vm;
 
 pub use log::Events;
+pub use pause::PausedVm;
 
 use crate::{
-    Error, ErrorKind,
+    Error, ErrorKind, Result,
     backend::{Backend, KeptLab},
     event::{Event, FailureReport},
     module::Module,
@@ -58,6 +64,7 @@ use crate::{
     secret::Masker,
 };
 use locked::Lock;
+use pause::Pauses;
 use sink::Sink;
 use std::{
     fmt,
@@ -80,6 +87,17 @@ pub enum FailurePolicy {
     Keep,
 }
 
+/// What becomes of the limit of the whole build while one of its VMs waits for a person.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PausedDeadline {
+    /// It stands still, for all VMs of the build.
+    #[default]
+    StandsStill,
+    /// It runs on.
+    Runs,
+}
+
 /// What a build was asked to do beside its plan.
 #[derive(Debug, Clone)]
 struct BuildOptions {
@@ -89,6 +107,7 @@ struct BuildOptions {
     shutdown_limit: Duration,
     cleanup_limit: Duration,
     event_capacity: usize,
+    paused_deadline: PausedDeadline,
 }
 
 /// A build that is about to start.
@@ -110,6 +129,7 @@ impl Build {
             shutdown_limit: Duration::from_secs(120),
             cleanup_limit: Duration::from_secs(60),
             event_capacity: 4096,
+            paused_deadline: PausedDeadline::default(),
         };
         Self { plan: plan.into(), backend, options }
     }
@@ -149,6 +169,12 @@ impl Build {
         self
     }
 
+    /// What becomes of the build's limit while a VM waits for a person; it stands still by default.
+    pub fn paused_deadline(mut self, policy: PausedDeadline) -> Self {
+        self.options.paused_deadline = policy;
+        self
+    }
+
     /// How many events of progress and output are kept for slow readers; 4096 by default, at least 1.
     pub fn event_capacity(mut self, events: usize) -> Self {
         self.options.event_capacity = events.max(1);
@@ -163,14 +189,15 @@ impl Build {
         let (sink, log, pulse) = Sink::new(Masker::new(&self.plan.secrets), self.options.event_capacity);
         let cancel = CancellationToken::new();
         let (tell, outcome) = oneshot::channel();
-        let token = cancel.clone();
+        let (token, pauses) = (cancel.clone(), Arc::new(Pauses::default()));
+        let paused = Arc::clone(&pauses);
         let span = tracing::info_span!("build", name = %self.plan.name, backend = self.backend.name());
         let work = async move {
             // Nobody may be listening any more: the build was cancelled by dropping its handle.
-            let _ = tell.send(engine::run(self, sink, token).await);
+            let _ = tell.send(engine::run(self, sink, token, paused).await);
         };
         tokio::spawn(tracing::Instrument::instrument(work, span));
-        BuildHandle { log, pulse, cancel, outcome }
+        BuildHandle { log, pulse, cancel, pauses, outcome }
     }
 }
 
@@ -181,6 +208,7 @@ pub struct BuildHandle {
     log: Arc<Mutex<log::Log>>,
     pulse: watch::Receiver<()>,
     cancel: CancellationToken,
+    pauses: Arc<Pauses>,
     outcome: oneshot::Receiver<Result<Module, Box<BuildFailure>>>,
 }
 
@@ -201,6 +229,20 @@ impl BuildHandle {
     #[must_use]
     pub fn canceller(&self) -> Canceller {
         Canceller(self.cancel.clone())
+    }
+
+    /// The VMs that wait for a person now, longest first.
+    #[must_use]
+    pub fn paused(&self) -> Vec<PausedVm> {
+        self.pauses.list()
+    }
+
+    /// Lets a VM that waits for a person go on.
+    ///
+    /// # Errors
+    /// `Conflict` when no VM of this name waits for a person now.
+    pub fn resume(&self, vm: &str) -> Result<()> {
+        self.pauses.resume(vm)
     }
 
     /// Waits for the end, cleaning up included. Dropping the future cancels the build.

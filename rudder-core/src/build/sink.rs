@@ -239,6 +239,12 @@ impl Sink {
             K::StepFinished { step, name, millis, success, exit } => {
                 K::StepFinished { step, name: mask(name), millis, success, exit }
             }
+            K::Paused { step, instructions, access } => K::Paused {
+                step,
+                instructions: mask(instructions),
+                access: access.into_iter().map(mask).collect(),
+            },
+            K::Resumed { .. } => kind,
             K::Retrying { attempt, of, reason } => K::Retrying { attempt, of, reason: mask(reason) },
             K::Kept { access, lab } => K::Kept { access: access.into_iter().map(mask).collect(), lab },
             K::Finished { outcome, timings } => {

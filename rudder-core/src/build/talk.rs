@@ -1,6 +1,6 @@
 //! What the engine says to a guest, and with what: seed, login, steps, switching off.
 
-use super::{attempt::Attempt, guard, log::lock, panic::panicked, vm::Vm};
+use super::{attempt::Attempt, guard, log::lock, panic::panicked, pause::pause, vm::Vm};
 use crate::{
     Error, ErrorKind, Result,
     backend::{Machine, Seed},
@@ -8,8 +8,9 @@ use crate::{
     guest::{BuildKey, Endpoint, Login, Session},
     media::cloud_init::{self, SeedLogin},
     plan::{PlannedContent, PlannedMachine, PlannedUrl, StepAction},
-    step::{self, StepContext, StepOutcome},
+    step::{self, Person, StepContext, StepOutcome},
 };
+use futures::FutureExt as _;
 use std::{
     collections::HashMap,
     path::PathBuf,
@@ -85,14 +86,23 @@ pub(super) async fn run_step(
         StepAction::File { content: PlannedContent::Url(url), .. } => attempt.files.get(url),
         _ => None,
     };
+    let person = match &step.action {
+        StepAction::Handbuild { instructions } => Some(Person {
+            done: pause(vm, machine, index, instructions),
+            login_limit: vm.planned().communicator.timeout,
+        }),
+        _ => None,
+    };
+    let deadline = attempt.guard.deadline.clone();
     let mut output = |stream: OutputStream, line: &str| sink.output(name, index, stream, line);
     let context = StepContext {
         session,
         output: &mut output,
         masker: sink.masker(),
-        deadline: Some(attempt.guard.deadline.at),
+        deadline: async move { deadline.passed().await }.boxed(),
         cancel: attempt.guard.halt.clone(),
         fetched,
+        person,
     };
     let doing = format!("running step {} ({})", index + 1, step.name);
     let StepOutcome { exit, result } = {

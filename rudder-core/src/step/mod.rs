@@ -4,6 +4,7 @@
 //! running in the guest is ended and what it put there for itself is removed before it returns.
 
 mod file;
+mod handbuild;
 mod reboot;
 mod shell;
 
@@ -17,6 +18,7 @@ use crate::{
     plan::{PlannedStep, StepAction},
     secret::{Masker, PieceMasker},
 };
+use futures::future::BoxFuture;
 use std::{fmt, path::PathBuf, time::Duration};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -32,20 +34,33 @@ pub struct StepContext<'a> {
     pub output: &'a mut (dyn FnMut(OutputStream, &str) + Send),
     /// Takes secrets out of the output.
     pub masker: &'a Masker,
-    /// The build's deadline; the step's own limit comes out of its plan.
-    pub deadline: Option<Instant>,
+    /// Ends when the build has run out of time; the step's own limit comes out of its plan.
+    pub deadline: BoxFuture<'a, ()>,
     /// Ends the step.
     pub cancel: CancellationToken,
     /// Of a `file` step whose content is behind a URL: where it was fetched to.
     pub fetched: Option<PathBuf>,
+    /// Of a `handbuild` step: whom it waits for.
+    pub person: Option<Person<'a>>,
+}
+
+/// A person who works on a guest by hand.
+pub struct Person<'a> {
+    /// Ends when the person is done.
+    pub done: BoxFuture<'a, ()>,
+    /// How long the guest may then take to let Rudder log in again.
+    pub login_limit: Duration,
+}
+
+impl fmt::Debug for Person<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Person").field("login_limit", &self.login_limit).finish_non_exhaustive()
+    }
 }
 
 impl fmt::Debug for StepContext<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StepContext")
-            .field("session", &self.session)
-            .field("deadline", &self.deadline)
-            .finish()
+        f.debug_struct("StepContext").field("session", &self.session).finish_non_exhaustive()
     }
 }
 
@@ -68,14 +83,8 @@ impl From<Result<()>> for StepOutcome {
 
 /// Runs one step. Dropping the future stops it too, but then nobody waits until the guest is clean.
 pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
-    let StepContext { session, output, masker, deadline, cancel, fetched } = context;
+    let StepContext { session, output, masker, deadline, cancel, fetched, person } = context;
     let limit = step.timeout.map(|timeout| Instant::now() + timeout);
-    // The nearer of the two, and which it is.
-    let (until, own) = match (limit, deadline) {
-        (Some(limit), Some(deadline)) if deadline < limit => (Some(deadline), false),
-        (Some(limit), _) => (Some(limit), true),
-        (None, deadline) => (deadline, false),
-    };
     let mut maskers = [masker.pieces(), masker.pieces()];
     let mut masked = |stream: OutputStream, line: &str| {
         let pieces: &mut PieceMasker<'_> = &mut maskers[usize::from(stream == OutputStream::Stderr)];
@@ -86,11 +95,12 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
     let before = session.guest().clone();
     let seen = reboot::Seen::default();
     let stopped = {
-        let working = act(&step.action, session, &mut masked, fetched.as_deref(), &seen);
+        let working = act(&step.action, session, &mut masked, fetched.as_deref(), person, &seen);
         tokio::select! {
             outcome = working => return outcome,
             () = cancel.cancelled() => Error::new(ErrorKind::Cancelled, "the step was cancelled"),
-            () = sleep_until(until) => timed_out(step, own, &seen),
+            () = deadline => timed_out(None, &seen),
+            () = sleep_until(limit) => timed_out(step.timeout, &seen),
         }
     };
     before.settle(SETTLE).await;
@@ -102,6 +112,7 @@ async fn act(
     session: &mut Session,
     output: &mut (dyn FnMut(OutputStream, &str) + Send),
     fetched: Option<&std::path::Path>,
+    person: Option<Person<'_>>,
     seen: &reboot::Seen,
 ) -> StepOutcome {
     match action {
@@ -112,21 +123,12 @@ async fn act(
             file::run(session.guest(), content, fetched, label, destination).await.into()
         }
         StepAction::Reboot { command } => reboot::run(session, command, output, seen).await,
-        other => Err(Error::new(
+        StepAction::Handbuild { .. } => handbuild::run(session, person).await.into(),
+        StepAction::WindowsUpdate { .. } => Err(Error::new(
             ErrorKind::Unsupported,
-            format!("expected a shell, file or reboot step, but found {}", name(other)),
+            "expected a shell, file, reboot or handbuild step, but found windows-update",
         ))
         .into(),
-    }
-}
-
-fn name(action: &StepAction) -> &'static str {
-    match action {
-        StepAction::Shell { .. } => "shell",
-        StepAction::File { .. } => "file",
-        StepAction::Reboot { .. } => "reboot",
-        StepAction::WindowsUpdate { .. } => "windows-update",
-        StepAction::Handbuild { .. } => "handbuild",
     }
 }
 
@@ -137,10 +139,11 @@ async fn sleep_until(until: Option<Instant>) {
     }
 }
 
-fn timed_out(step: &PlannedStep, own: bool, seen: &reboot::Seen) -> Error {
-    let limit = match step.timeout {
-        Some(timeout) if own => format!("its limit of {} s", timeout.as_secs_f64()),
-        _ => "the build's deadline".to_owned(),
+/// What a step says that was stopped at its own limit, or (`None`) at the build's.
+fn timed_out(own: Option<Duration>, seen: &reboot::Seen) -> Error {
+    let limit = match own {
+        Some(timeout) => format!("its limit of {} s", timeout.as_secs_f64()),
+        None => "the build's deadline".to_owned(),
     };
     let error = Error::new(
         ErrorKind::TimedOut,
@@ -149,7 +152,7 @@ fn timed_out(step: &PlannedStep, own: bool, seen: &reboot::Seen) -> Error {
             None => format!("the step did not end within {limit}, and was stopped"),
         },
     );
-    if own {
+    if own.is_some() {
         error.with_help("give the step a longer `stepTimeout`, or look at its last lines of output")
     } else {
         error

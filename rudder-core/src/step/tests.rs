@@ -55,9 +55,10 @@ async fn perform(
             session: &mut session,
             output: &mut |_, line| lines.push(line.to_owned()),
             masker: &masker,
-            deadline: None,
+            deadline: Box::pin(std::future::pending()),
             cancel,
             fetched: None,
+            person: None,
         },
     )
     .await;

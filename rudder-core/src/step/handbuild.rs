@@ -1,0 +1,13 @@
+//! `handbuild`: a person works on the guest, by its screen and keyboard or however they like, and says when they are done.
+
+use super::Person;
+use crate::{Error, ErrorKind, Result, guest::Session};
+
+pub(super) async fn run(session: &mut Session, person: Option<Person<'_>>) -> Result<()> {
+    let Some(Person { done, login_limit }) = person else {
+        return Err(Error::new(ErrorKind::Internal, "a handbuild step was run without anybody to wait for"));
+    };
+    done.await;
+    // Hours may have passed, and the person may have restarted the guest or its network.
+    session.reconnect(login_limit).await
+}
