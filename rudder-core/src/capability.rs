@@ -100,7 +100,10 @@ impl Capabilities {
     #[must_use]
     pub fn engine() -> Self {
         use Capability as C;
-        Self::new("this version of rudder", [C::ShellStep, C::FileStep, C::RebootStep, C::CloudInit])
+        Self::new(
+            "this version of rudder",
+            [C::ShellStep, C::FileStep, C::RebootStep, C::CloudInit, C::HttpDirectory],
+        )
     }
 
     /// Whether this can be done.

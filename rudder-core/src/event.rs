@@ -139,6 +139,17 @@ pub enum EventKind {
         /// Milliseconds since power-on.
         millis: u64,
     },
+    /// A file that the build serves was asked for. The VM is the one that asked, where the backend can tell.
+    HttpRequest {
+        /// `GET`, `HEAD`…
+        method: String,
+        /// What was asked for, as it was sent; cut where it is long.
+        path: String,
+        /// The status of the answer (RFC 9110, 15): 200 and 206 are files, 404 is a name that nothing is served under.
+        status: u16,
+        /// Bytes of the file that were sent; fewer than it has when the guest hung up.
+        bytes: u64,
+    },
     /// A step begins.
     StepStarted {
         /// Its place in the manifest, from 0.
@@ -321,6 +332,9 @@ impl fmt::Display for EventKind {
             Self::Notice { message } => f.write_str(message),
             Self::Warning { message } => write!(f, "warning: {message}"),
             Self::GuestReady { millis } => write!(f, "logged in {} after power-on", human_millis(*millis)),
+            Self::HttpRequest { method, path, status, bytes } => {
+                write!(f, "{method} {path}: {status}, {}B", human_bytes(*bytes))
+            }
             Self::StepStarted { step, name } => write!(f, "step {} ({name})", step + 1),
             Self::StepOutput { line, .. } => write!(f, "| {line}"),
             Self::StepFinished { step, name, millis, success, exit } => {

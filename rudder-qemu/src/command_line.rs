@@ -22,9 +22,10 @@ use crate::accelerator::Chosen;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::MachineSpec,
-    plan::{Bus, NicModel, PlannedNetwork, PlannedNic},
+    plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSubnet},
 };
 use serde_json::json;
+use std::net::Ipv4Addr;
 
 /// PCI addresses, see the table above.
 mod place {
@@ -369,6 +370,17 @@ pub fn card_arguments(spec: &MachineSpec, network: &PlannedNetwork) -> Result<Ve
     Ok(line.0)
 }
 
+/// Whether the guests of a subnet reach the host, and through it the internet: QEMU's user network has both or neither.
+pub(crate) fn reaches_host(network: &PlannedNetwork, subnet: &PlannedSubnet) -> bool {
+    network.vpcs.iter().any(|vpc| vpc.name == subnet.vpc && vpc.internet)
+}
+
+/// The address by which the guests of a subnet reach the loopback of the host: the second of the subnet, as QEMU has it
+/// in networks of 256 addresses.
+pub(crate) fn host_address(subnet: &PlannedSubnet) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(subnet.cidr.network()).saturating_add(2))
+}
+
 /// The networks, each of which is QEMU's user network (slirp) with the addresses of its subnet, and the cards in them.
 fn cards(line: &mut Line, spec: &MachineSpec, network: &PlannedNetwork) -> Result<()> {
     let invalid = |nic: &PlannedNic, message: String| {
@@ -386,14 +398,17 @@ fn cards(line: &mut Line, spec: &MachineSpec, network: &PlannedNetwork) -> Resul
         })?;
         let shared = spec.nics.iter().filter(|other| other.subnet == nic.subnet).count() > 1;
         if !hubs.contains(&nic.subnet.as_str()) {
-            let internet = network.vpcs.iter().any(|vpc| vpc.name == subnet.vpc && vpc.internet);
-            let restrict = if internet { "off" } else { "on" };
+            let restrict = if reaches_host(network, subnet) { "off" } else { "on" };
             // A port of 0 is chosen by the kernel, and read back later: nobody else can take it in between.
             let forwards = std::mem::take(&mut forwards);
             let id = if shared { format!("up{}", hubs.len()) } else { format!("net{index}") };
             line.option(
                 "-netdev",
-                format!("user,id={id},ipv6=off,net={},restrict={restrict}{forwards}", subnet.cidr),
+                format!(
+                    "user,id={id},ipv6=off,net={},host={},restrict={restrict}{forwards}",
+                    subnet.cidr,
+                    host_address(subnet)
+                ),
             );
             if shared {
                 line.option("-netdev", format!("hubport,id={id}hub,hubid={},netdev={id}", hubs.len()));

@@ -3,13 +3,18 @@
 //! (libvirt) makes no difference here.
 
 use crate::{
+    command_line,
     host::Host,
     image::{self, Backing, Captured},
     process::Invocation,
 };
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{Fetched, ImportRequest, Imported, LabId, LabSpec, Progress, Retention, Volume},
+    backend::{
+        FetchRequest, Fetched, ImportRequest, Imported, LabId, LabSpec, Progress, Retention, Served, Site,
+        Volume,
+    },
+    media::http::{Admission, Caller, Server},
     module::InputRecord,
     plan::{PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
     store::{ImageFormat, LAB_VARIABLE, LabDir, Lease, Store},
@@ -158,10 +163,29 @@ impl Ground {
     ///
     /// # Errors
     /// As `Lab::fetch`.
-    pub async fn fetch(&self, url: &PlannedUrl, progress: &Progress) -> Result<Fetched> {
-        let file = self.store.file(url, progress).await?;
+    pub async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
+        let file = self.store.file(&request.url, progress).await?;
         self.hold(file.lease).await?;
         Ok(Fetched { path: file.path, input: file.input })
+    }
+
+    /// Serves files to the machines on QEMU's user network: there a guest reaches the loopback of the host, and the host
+    /// sees QEMU. `owner` says whose QEMU a caller is; who belongs to none is refused.
+    ///
+    /// # Errors
+    /// `Io` when nothing can listen on the loopback.
+    pub async fn serve(
+        &self,
+        site: Site,
+        owner: impl Fn(Caller) -> Option<String> + Send + Sync + 'static,
+    ) -> Result<Served> {
+        let admit = move |caller| owner(caller).map_or(Admission::Refused, Admission::Machine);
+        let server = Server::on_loopback(site, admit).await?;
+        let reached =
+            self.network.subnets.iter().filter(|subnet| command_line::reaches_host(&self.network, subnet));
+        let addresses = reached.map(|subnet| (subnet.name.clone(), command_line::host_address(subnet)));
+        let port = server.port();
+        Ok(Served::new(addresses.collect(), port, server))
     }
 
     /// Makes the captured disk `target`, a file of the lab, of a volume whose machine has ended.

@@ -6,11 +6,12 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft,
-        Progress, Served, Site,
+        FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
+        ModuleDraft, Progress, Served, Site,
     },
+    media::http::is_of_process,
     module::Module,
-    plan::{Firmware, PlannedUrl},
+    plan::Firmware,
     store::Store,
 };
 use std::{
@@ -25,12 +26,15 @@ use std::{
 /// The file in a lab's directory that says how to get into its machines, once it was kept.
 const ACCESS_FILE: &str = "access.json";
 
+/// The machines of a lab, in the order in which they were defined.
+type Machines = Arc<Mutex<Vec<Arc<QemuMachine>>>>;
+
 /// A lab on raw QEMU.
 #[derive(Debug)]
 pub(crate) struct QemuLab {
     ground: Arc<Ground>,
     store: Store,
-    machines: Mutex<Vec<Arc<QemuMachine>>>,
+    machines: Machines,
     kept: AtomicBool,
 }
 
@@ -40,14 +44,18 @@ impl QemuLab {
         Ok(Self {
             ground: Arc::new(ground),
             store: store.clone(),
-            machines: Mutex::default(),
+            machines: Machines::default(),
             kept: AtomicBool::new(false),
         })
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<QemuMachine>>> {
-        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.machines)
     }
+}
+
+fn locked(machines: &Machines) -> MutexGuard<'_, Vec<Arc<QemuMachine>>> {
+    machines.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn unsupported(what: &str) -> Error {
@@ -68,12 +76,19 @@ impl Lab for QemuLab {
         self.ground.import(request, progress).await
     }
 
-    async fn fetch(&self, url: &PlannedUrl, progress: &Progress) -> Result<Fetched> {
-        self.ground.fetch(url, progress).await
+    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
+        self.ground.fetch(request, progress).await
     }
 
-    async fn serve(&self, _site: Site) -> Result<Served> {
-        Err(unsupported("serving files"))
+    async fn serve(&self, site: Site) -> Result<Served> {
+        let machines = Arc::downgrade(&self.machines);
+        let owner = move |caller| {
+            let machines = machines.upgrade().map(|machines| locked(&machines).clone());
+            let is_its =
+                |machine: &Arc<QemuMachine>| machine.pid().is_some_and(|pid| is_of_process(caller, pid));
+            machines.into_iter().flatten().find(is_its).map(|machine| machine.name().to_owned())
+        };
+        self.ground.serve(site, owner).await
     }
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {

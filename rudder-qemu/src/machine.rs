@@ -54,6 +54,7 @@ pub(crate) struct QemuMachine {
 /// What there is of a machine while it runs.
 #[derive(Debug)]
 struct Running {
+    pid: Option<u32>,
     qmp: Qmp,
     orders: mpsc::UnboundedSender<Stop>,
     released: Arc<AtomicBool>,
@@ -234,6 +235,11 @@ impl QemuMachine {
         }
     }
 
+    /// The number of its process while it runs.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.with_running(|running| running.pid).ok().flatten()
+    }
+
     fn disk(&self, name: &str) -> Result<usize> {
         self.spec.disks.iter().position(|disk| disk.name == name).ok_or_else(|| {
             self.error(ErrorKind::NotFound, format!("expected a disk of the machine, but found {name:?}"))
@@ -299,7 +305,7 @@ impl Machine for QemuMachine {
         let launched = self.launch().await.map_err(|error| error.with_context("vm", &self.spec.name))?;
         let Launched { child, qmp, notes, forwards } = launched;
         let (orders, received) = mpsc::unbounded_channel();
-        let released = child.release_switch();
+        let (pid, released) = (child.pid(), child.release_switch());
         starting.before = None;
         self.phase.send_replace(Phase::Running);
         let watcher = Watcher {
@@ -312,7 +318,7 @@ impl Machine for QemuMachine {
             picture: self.files.picture.clone(),
         };
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
-        *self.running() = Some(Running { qmp, orders, released, forwards, _watcher: watcher });
+        *self.running() = Some(Running { pid, qmp, orders, released, forwards, _watcher: watcher });
         Ok(())
     }
 

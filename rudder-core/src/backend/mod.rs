@@ -87,9 +87,9 @@ pub trait Lab: Debug + Send + Sync {
     /// is smaller than the image.
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported>;
 
-    /// Brings the bytes of a URL (a file of the manifest) to the host: verified, cached, as a path that may be read as
-    /// long as the lab lives.
-    async fn fetch(&self, url: &crate::plan::PlannedUrl, progress: &Progress) -> Result<Fetched>;
+    /// Brings the bytes of a URL (a file of the manifest, an ISO) to the host: verified, cached, as a path that may be read
+    /// as long as the lab lives. Requests of the same URL, in this or another process, share one download.
+    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched>;
 
     /// Serves files over HTTP to the machines of the lab and to nobody else, until the returned value is dropped or the
     /// lab is destroyed. Needs [`Capability::HttpDirectory`](crate::capability::Capability::HttpDirectory).

@@ -2,7 +2,7 @@
 
 use crate::{
     module::{InputRecord, Provenance, TemplateMachine},
-    plan::{Bus, Firmware, PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource},
+    plan::{Bus, Firmware, PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource, PlannedUrl},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -11,6 +11,7 @@ use std::{
     net::Ipv4Addr,
     path::PathBuf,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 /// The id of a lab: unique, and safe as a file name and a label.
@@ -110,6 +111,31 @@ impl ImportRequest {
         size: Option<u64>,
     ) -> Self {
         Self { machine: machine.into(), disk: disk.into(), source, parent_disk: None, size }
+    }
+}
+
+/// What [`Lab::fetch`](super::Lab::fetch) is asked for.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct FetchRequest {
+    /// Where it is.
+    pub url: PlannedUrl,
+    /// How long it shall stay cached after its last use, at least, whatever is collected meanwhile.
+    pub keep_for: Duration,
+}
+
+impl FetchRequest {
+    /// What is behind this URL; when nothing needs it any more, it may be collected.
+    #[must_use]
+    pub fn new(url: PlannedUrl) -> Self {
+        Self { url, keep_for: Duration::ZERO }
+    }
+
+    /// Keeps it cached for so long after its last use.
+    #[must_use]
+    pub fn keep_for(mut self, keep_for: Duration) -> Self {
+        self.keep_for = keep_for;
+        self
     }
 }
 
@@ -272,6 +298,8 @@ pub enum SiteFile {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SiteRequest {
+    /// The machine that asked, where the backend can tell.
+    pub machine: Option<String>,
     /// `GET`, `HEAD`…
     pub method: String,
     /// What was asked for, as it was sent, without control characters and of bounded length.
@@ -284,8 +312,14 @@ pub struct SiteRequest {
 
 impl SiteRequest {
     /// A request that was answered.
-    pub fn new(method: impl Into<String>, path: impl Into<String>, status: u16, bytes: u64) -> Self {
-        Self { method: method.into(), path: path.into(), status, bytes }
+    pub fn new(
+        machine: Option<String>,
+        method: impl Into<String>,
+        path: impl Into<String>,
+        status: u16,
+        bytes: u64,
+    ) -> Self {
+        Self { machine, method: method.into(), path: path.into(), status, bytes }
     }
 }
 

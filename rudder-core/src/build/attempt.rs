@@ -17,9 +17,9 @@ use super::{
     BuildOptions,
     guard::Guard,
     locked::Lock,
+    media::Media,
     pause::Pauses,
     sink::Sink,
-    talk::Files,
     vm::{Halted, Planned, Provisioned},
 };
 use crate::{
@@ -69,7 +69,7 @@ pub(super) struct Attempt {
     pub(super) guard: Guard,
     pub(super) pauses: Arc<Pauses>,
     pub(super) key: BuildKey,
-    pub(super) files: Files,
+    pub(super) media: Media,
     /// The machines that were defined.
     pub(super) machines: Mutex<Vec<Arc<dyn Machine>>>,
     /// Whether one was powered on.
@@ -88,14 +88,6 @@ impl Attempt {
             drop(inputs);
             self.sink.emit(vm, EventKind::Input(input));
         }
-        Ok(())
-    }
-
-    /// Brings a file of the manifest to the host.
-    async fn fetch(&self, url: &PlannedUrl) -> Result<()> {
-        let fetched = self.guard.wait(self.lab.fetch(url, &self.sink.progress(None))).await?;
-        self.input(None, fetched.input)?;
-        self.files.put(url, fetched.path);
         Ok(())
     }
 }
@@ -153,7 +145,7 @@ impl Pending {
             guard,
             pauses,
             key: BuildKey::generate(),
-            files: Files::default(),
+            media: Media::default(),
             machines: Mutex::default(),
             started: AtomicBool::new(false),
             inputs: Mutex::default(),
@@ -177,13 +169,15 @@ impl Opened {
             wanted(&attempt.plan).into_iter().map(|(name, url)| {
                 let attempt = &attempt;
                 async move {
-                    attempt.fetch(url).await.map_err(|error| Failure::from(error.with_context("file", name)))
+                    let fetched = attempt.fetch(url).await;
+                    fetched.map(drop).map_err(|error| Failure::from(error.with_context("file", name)))
                 }
             }),
         );
         let importing = side_by_side(halt, Planned::all(&attempt).into_iter().map(Planned::import));
         let (fetched, imported) = futures::join!(fetching, importing);
         let defined = first_of(imported, fetched)?;
+        attempt.start_serving().await?;
 
         let (waiting, all_done) = (AtomicUsize::new(defined.len()), CancellationToken::new());
         let provisioned = side_by_side(
@@ -197,6 +191,7 @@ impl Opened {
             }),
         )
         .await?;
+        attempt.stop_serving();
         let halted = side_by_side(halt, provisioned.into_iter().map(Provisioned::shut_down)).await?;
         Ok(Built(attempt, halted))
     }
@@ -240,19 +235,12 @@ impl Captured {
 
 /// Refuses what this engine does not do, for plans that were made without asking it. Nothing is ignored silently.
 fn supported(plan: &Plan) -> Result<()> {
-    let refuse = |what: &str, vm: Option<&str>| {
+    let refuse = |what: &str, vm: &str| {
         let message = format!("this version of rudder cannot do what the plan asks for: {what}");
-        let error = Error::new(ErrorKind::Unsupported, message);
-        Err(match vm {
-            Some(vm) => error.with_context("vm", vm),
-            None => error,
-        })
+        Err(Error::new(ErrorKind::Unsupported, message).with_context("vm", vm))
     };
-    if !plan.http_files.is_empty() {
-        return refuse("files served over HTTP", None);
-    }
     for machine in &plan.machines {
-        let vm = Some(machine.name.as_str());
+        let vm = machine.name.as_str();
         if !machine.isos.is_empty() {
             return refuse("CD-ROMs", vm);
         }
@@ -276,14 +264,21 @@ fn supported(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// The files behind URLs that steps put into guests, each URL once, with what it is called.
+/// The files behind URLs that are served or that steps put into guests, each URL once, with what it is called.
 fn wanted(plan: &Plan) -> Vec<(&str, &PlannedUrl)> {
+    let served = plan.files.iter().filter(|file| plan.http_files.contains(&file.name));
+    let served = served.map(|file| (file.name.as_str(), &file.content));
+    let steps = plan.machines.iter().flat_map(|machine| &machine.steps);
+    let put = steps.filter_map(|step| match &step.action {
+        StepAction::File { content, label, .. } => Some((label.as_str(), content)),
+        _ => None,
+    });
     let mut wanted: Vec<(&str, &PlannedUrl)> = Vec::new();
-    for step in plan.machines.iter().flat_map(|machine| &machine.steps) {
-        if let StepAction::File { content: PlannedContent::Url(url), label, .. } = &step.action
+    for (name, content) in served.chain(put) {
+        if let PlannedContent::Url(url) = content
             && !wanted.iter().any(|(_, known)| *known == url)
         {
-            wanted.push((label, url));
+            wanted.push((name, url));
         }
     }
     wanted

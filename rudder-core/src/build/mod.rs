@@ -46,6 +46,7 @@ mod keep;
 mod limit;
 mod locked;
 mod log;
+mod media;
 mod panic;
 mod pause;
 mod sink;

@@ -234,6 +234,9 @@ impl Sink {
             K::Input(input) => K::Input(self.masked_input(input)),
             K::Notice { message } => K::Notice { message: mask(message) },
             K::Warning { message } => K::Warning { message: mask(message) },
+            K::HttpRequest { method, path, status, bytes } => {
+                K::HttpRequest { method: mask(method), path: mask(path), status, bytes }
+            }
             K::StepStarted { step, name } => K::StepStarted { step, name: mask(name) },
             K::StepOutput { step, stream, line } => K::StepOutput { step, stream, line: mask(line) },
             K::StepFinished { step, name, millis, success, exit } => {

@@ -1,45 +1,21 @@
 //! What the engine says to a guest, and with what: seed, login, steps, switching off.
 
-use super::{attempt::Attempt, guard, log::lock, panic::panicked, pause::pause, vm::Vm};
+use super::{attempt::Attempt, guard, panic::panicked, pause::pause, vm::Vm};
 use crate::{
     Error, ErrorKind, Result,
     backend::{Machine, Seed},
     event::{EventKind, ExitStatus, OutputStream},
     guest::{BuildKey, Endpoint, Login, Session},
     media::cloud_init::{self, SeedLogin},
-    plan::{PlannedContent, PlannedMachine, PlannedUrl, StepAction},
+    plan::{PlannedContent, PlannedMachine, StepAction},
     step::{self, Person, StepContext, StepOutcome},
 };
 use futures::FutureExt as _;
-use std::{
-    collections::HashMap,
-    path::PathBuf,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout};
 
 /// How long the output of a step whose machine has ended may take to arrive.
 const LAST_WORDS: Duration = Duration::from_millis(250);
-
-/// The files of the build that were behind URLs, where they are now.
-#[derive(Debug, Default)]
-pub(super) struct Files(Mutex<HashMap<String, PathBuf>>);
-
-impl Files {
-    pub(super) fn put(&self, url: &PlannedUrl, path: PathBuf) {
-        lock(&self.0).insert(Self::key(url), path);
-    }
-
-    fn get(&self, url: &PlannedUrl) -> Option<PathBuf> {
-        lock(&self.0).get(&Self::key(url)).cloned()
-    }
-
-    /// The same URL with another promised digest is another file.
-    fn key(url: &PlannedUrl) -> String {
-        format!("{:?} {}", url.sha256, url.url)
-    }
-}
 
 /// The key that logs in to a VM: the author's, else the build's.
 fn key(attempt: &Attempt, planned: &PlannedMachine) -> Result<BuildKey> {
@@ -83,7 +59,7 @@ pub(super) async fn run_step(
     sink.step_started(name, index, &step.name);
     let start = Instant::now();
     let fetched = match &step.action {
-        StepAction::File { content: PlannedContent::Url(url), .. } => attempt.files.get(url),
+        StepAction::File { content: PlannedContent::Url(url), .. } => attempt.media.get(url),
         _ => None,
     };
     let person = match &step.action {

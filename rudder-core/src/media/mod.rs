@@ -1,3 +1,4 @@
-//! Media that a machine finds when it boots.
+//! Media that a machine finds when it boots, and files that it fetches.
 
 pub mod cloud_init;
+pub mod http;

@@ -10,16 +10,18 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     backend::{
-        Exit, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
-        ModuleDraft, Progress, Served, Site, Volume,
+        Exit, FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine,
+        MachineSpec, ModuleDraft, Progress, Served, Site, Volume,
     },
     digest::Digest,
+    media::http::{self, Admission, Server},
     module::{InputRecord, Module},
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
 };
 use async_trait::async_trait;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    net::Ipv4Addr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -37,6 +39,8 @@ pub(super) type Volumes = Arc<Mutex<HashMap<String, MemoryVolume>>>;
 pub(super) struct LabCore {
     pub(super) id: LabId,
     shared: Arc<Shared>,
+    /// The names of its subnets.
+    subnets: Vec<String>,
     volumes: Volumes,
     state: Mutex<LabState>,
 }
@@ -54,7 +58,8 @@ struct LabState {
 
 impl LabCore {
     pub(super) fn new(spec: &LabSpec, shared: Arc<Shared>) -> Self {
-        Self { id: spec.id.clone(), shared, volumes: Volumes::default(), state: Mutex::default() }
+        let subnets = spec.network.subnets.iter().map(|subnet| subnet.name.clone()).collect();
+        Self { id: spec.id.clone(), shared, subnets, volumes: Volumes::default(), state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, LabState> {
@@ -277,7 +282,8 @@ impl Lab for MemoryLab {
             .map_err(|error| error.with_context("disk", &request.disk).with_context("vm", &request.machine))
     }
 
-    async fn fetch(&self, url: &PlannedUrl, progress: &Progress) -> Result<Fetched> {
+    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
+        let url = &request.url;
         self.core.shared.check(Operation::Fetch)?;
         self.core.check_alive()?;
         let mut source = self.core.shared.source(url.url.as_str());
@@ -304,8 +310,22 @@ impl Lab for MemoryLab {
         Ok(Fetched { path, input })
     }
 
-    async fn serve(&self, _site: Site) -> Result<Served> {
-        Err(Error::new(ErrorKind::Unsupported, "the backend memory cannot serve files yet"))
+    async fn serve(&self, site: Site) -> Result<Served> {
+        self.core.check_alive()?;
+        let lab = Arc::downgrade(&self.core);
+        // The machines of this backend are part of this process.
+        let admit = move |caller| {
+            let is_open = lab.upgrade().is_some_and(|lab| lab.check_alive().is_ok());
+            match is_open && http::is_of_process(caller, std::process::id()) {
+                true => Admission::Welcome,
+                false => Admission::Refused,
+            }
+        };
+        let server = Server::on_loopback(site, admit).await?;
+        let names = self.core.subnets.iter().cloned();
+        let addresses = names.map(|subnet| (subnet, Ipv4Addr::LOCALHOST)).collect();
+        let port = server.port();
+        Ok(Served::new(addresses, port, server))
     }
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {

@@ -196,6 +196,7 @@ impl Default for MemoryBackend {
                 C::NicModels,
                 C::NicSlots,
                 C::CloudInit,
+                C::HttpDirectory,
                 C::Serial,
             ],
         );

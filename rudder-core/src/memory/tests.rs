@@ -6,8 +6,8 @@ use super::{Fault, Guest, MemoryBackend, Operation, Response, Silence};
 use crate::{
     ErrorKind,
     backend::{
-        Backend, BoxedStream, Death, Exit, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec,
-        ModuleDraft, Progress, Seed, Stop,
+        Backend, BoxedStream, Death, Exit, FetchRequest, ImportRequest, Lab, LabSpec, Machine, MachineDisk,
+        MachineSpec, ModuleDraft, Progress, Seed, Stop,
     },
     digest::Digest,
     module::{Provenance, TemplateMachine},
@@ -444,7 +444,7 @@ async fn fetched_files_are_gone_with_their_lab() {
     let backend = MemoryBackend::new().source(url.as_str(), |source| source.contents("bytes"));
     let lab = backend.open_lab(&LabSpec::new("test", PlannedNetwork::default())).await.unwrap();
     let wanted = PlannedUrl { url, sha256: Some(Digest::of(b"bytes")) };
-    let fetched = lab.fetch(&wanted, &Progress::none()).await.unwrap();
+    let fetched = lab.fetch(&FetchRequest::new(wanted), &Progress::none()).await.unwrap();
     assert_eq!((std::fs::read(&fetched.path).unwrap(), fetched.input.size), (b"bytes".to_vec(), 5));
     lab.destroy().await.unwrap();
     assert!(!fetched.path.exists());

@@ -4,13 +4,12 @@ use async_trait::async_trait;
 use rudder_core::{
     Result,
     backend::{
-        Backend, BoxedStream, Exit, Fetched, HostReport, ImportRequest, Imported, KeptLab, Lab, LabId,
-        LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop,
+        Backend, BoxedStream, Exit, FetchRequest, Fetched, HostReport, ImportRequest, Imported, KeptLab, Lab,
+        LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop,
     },
     capability::Capabilities,
     memory::{MemoryBackend, Operation},
     module::{CapturedDisk, CapturedState, Module},
-    plan::PlannedUrl,
 };
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
@@ -106,9 +105,9 @@ impl Lab for HookedLab {
         self.0.import(request, progress).await
     }
 
-    async fn fetch(&self, url: &PlannedUrl, progress: &Progress) -> Result<Fetched> {
+    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
         reach(&self.1, Operation::Fetch).await;
-        self.0.fetch(url, progress).await
+        self.0.fetch(request, progress).await
     }
 
     async fn serve(&self, site: Site) -> Result<Served> {

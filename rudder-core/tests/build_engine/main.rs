@@ -8,6 +8,7 @@ mod failure;
 mod hooks;
 mod keep;
 mod limits;
+mod media;
 mod pause;
 mod plans;
 mod retry;

@@ -99,7 +99,7 @@ fn an_ordinary_machine() {
 -device virtio-blk-pci,bus=pci.0,addr=08.0,multifunction=on,id=disk0-device,drive=disk0,werror=stop,rerror=stop,bootindex=0
 -blockdev {"node-name":"seed","driver":"raw","read-only":true,"file":{"driver":"file","filename":"m0.seed.img","read-only":true}}
 -device virtio-blk-pci,bus=pci.0,addr=1a.0,id=seed-device,drive=seed
--netdev user,id=net0,ipv6=off,net=10.0.2.0/24,restrict=off,hostfwd=tcp:127.0.0.1:0-:22
+-netdev user,id=net0,ipv6=off,net=10.0.2.0/24,host=10.0.2.2,restrict=off,hostfwd=tcp:127.0.0.1:0-:22
 -device e1000,bus=pci.0,addr=11.0,id=nic0,netdev=net0,mac=52:54:00:00:00:01,romfile=
 -S
 "#;
@@ -194,7 +194,7 @@ fn cards_in_one_subnet_share_a_hub_and_others_do_not() {
     assert_eq!(
         values(&line, "-netdev", ""),
         [
-            "user,id=up0,ipv6=off,net=10.0.2.0/24,restrict=on,hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:80",
+            "user,id=up0,ipv6=off,net=10.0.2.0/24,host=10.0.2.2,restrict=on,hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:80",
             "hubport,id=up0hub,hubid=0,netdev=up0",
             "hubport,id=net0,hubid=0",
             "user,id=net1,ipv6=off,net=192.168.7.0/28,restrict=on",

@@ -1,0 +1,414 @@
+//! The web server of a lab: a few files, by exact names, to whom they are for (HTTP/1.0 and 1.1; RFC 9110, RFC 9112).
+//!
+//! Installers, boot loaders and firmware read from it, so it is strict in what it gives and patient with who asks: `GET` and
+//! `HEAD`, single ranges, connections that are kept. There is no listing, no default file, and no way from a name to a
+//! path: a request names an entry of the [`Site`], or nothing.
+//!
+//! Everything is bounded: connections, the size of a request, and how long a connection may do nothing. A file is read as
+//! its reader takes it.
+
+mod peer;
+mod range;
+
+pub use peer::is_of_process;
+
+use crate::{
+    Error, Result,
+    backend::{Site, SiteFile, SiteRequest, Stream},
+};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Body, Bytes, Frame, Incoming, SizeHint},
+    header::{self, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use range::{Part, part};
+use std::{
+    convert::Infallible,
+    fmt, io,
+    net::{Ipv4Addr, SocketAddr},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+use tokio::{
+    fs::File,
+    io::{AsyncReadExt as _, AsyncSeekExt as _},
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_util::{io::ReaderStream, task::AbortOnDropHandle};
+
+/// Connections at a time; more wait until one ends.
+const CONNECTIONS: usize = 256;
+/// How large the head of a request may be, in bytes.
+const HEAD: usize = 16 * 1024;
+/// How long a connection may go without a request, or its reader without taking a byte. Long, because GRUB takes what it
+/// needs of a file, and shows a menu in between.
+const IDLE: Duration = Duration::from_secs(300);
+/// How much of a file is read at a time, in bytes.
+const CHUNK: usize = 64 * 1024;
+/// How much of a request's target is told, in characters.
+const TOLD: usize = 256;
+
+/// Both ends of a connection that was just made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Caller {
+    /// Who calls.
+    pub peer: SocketAddr,
+    /// What it called.
+    pub local: SocketAddr,
+}
+
+/// Whether a caller is let in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Admission {
+    /// It is a machine of this name.
+    Machine(String),
+    /// It is one of those that the site is for; which one cannot be told.
+    Welcome,
+    /// It is none of them, and is hung up on.
+    Refused,
+}
+
+/// A server that listens. Dropping it ends it and all its connections.
+pub struct Server {
+    address: SocketAddr,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// Serves a site on a port of 127.0.0.1 that the kernel chooses, to callers that `admit` lets in.
+    /// `admit` may block: it is called where that holds up nobody.
+    ///
+    /// # Errors
+    /// `Io` when nothing can listen there.
+    pub async fn on_loopback(
+        site: Site,
+        admit: impl Fn(Caller) -> Admission + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let failed = |error| Error::io("listen on 127.0.0.1 for the files of httpDirectory", error);
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let task = tokio::spawn(accept(listener, Arc::new(site), Arc::new(admit)));
+        Ok(Self { address, _task: AbortOnDropHandle::new(task) })
+    }
+
+    /// The port it listens on.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+}
+
+/// Accepts connections for ever. Dropping it drops them.
+async fn accept(
+    listener: TcpListener,
+    site: Arc<Site>,
+    admit: Arc<impl Fn(Caller) -> Admission + Send + Sync + 'static>,
+) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Of one connection, or of a host without file descriptors to spare: both pass.
+                tracing::debug!(%error, "cannot accept a connection");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (site, admit) = (Arc::clone(&site), Arc::clone(&admit));
+        connections.spawn(async move {
+            let _place = place;
+            if let Some((machine, stream)) = admitted(stream, peer, admit).await {
+                answer(site, machine, stream).await;
+            }
+        });
+    }
+}
+
+/// The connection and the machine it comes from, if its caller is let in.
+async fn admitted(
+    stream: TcpStream,
+    peer: SocketAddr,
+    admit: Arc<impl Fn(Caller) -> Admission + Send + Sync + 'static>,
+) -> Option<(Option<String>, TcpStream)> {
+    let caller = Caller { peer, local: stream.local_addr().ok()? };
+    let admission = tokio::task::spawn_blocking(move || admit(caller)).await;
+    let machine = match admission.unwrap_or(Admission::Refused) {
+        Admission::Machine(name) => Some(name),
+        Admission::Welcome => None,
+        Admission::Refused => {
+            tracing::debug!(%peer, "hung up on a caller that is none of the lab's machines");
+            return None;
+        }
+    };
+    let _ = stream.set_nodelay(true);
+    Some((machine, stream))
+}
+
+/// Answers the requests on a connection, which comes from this machine, until it ends, or does nothing for five minutes.
+/// For backends that bring their own connections; [`Server`] does it for those of a port.
+pub async fn answer(site: Arc<Site>, machine: Option<String>, stream: impl Stream) {
+    let pulse = Pulse::default();
+    let service = {
+        let pulse = pulse.clone();
+        service_fn(move |request: Request<Incoming>| {
+            let (site, machine, pulse) = (Arc::clone(&site), machine.clone(), pulse.clone());
+            async move { Ok::<_, Infallible>(respond(site, machine, pulse, &request).await) }
+        })
+    };
+    let connection = http1::Builder::new()
+        .max_buf_size(HEAD)
+        .half_close(true)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    loop {
+        let last = pulse.last();
+        tokio::select! {
+            ended = &mut connection => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "a connection broke");
+                }
+                return;
+            }
+            () = sleep_until(last + IDLE) => if pulse.last() == last { return },
+        }
+    }
+}
+
+/// When something last happened on a connection.
+#[derive(Debug, Clone)]
+struct Pulse(Arc<Mutex<Instant>>);
+
+impl Default for Pulse {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+}
+
+impl Pulse {
+    fn last(&self) -> Instant {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn beat(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+}
+
+async fn respond(
+    site: Arc<Site>,
+    machine: Option<String>,
+    pulse: Pulse,
+    request: &Request<Incoming>,
+) -> Response<Reply> {
+    pulse.beat();
+    let target: String = request.uri().to_string().chars().filter(|c| !c.is_control()).take(TOLD).collect();
+    let told = SiteRequest::new(machine, request.method().as_str(), target, 0, 0);
+    let mut response = match find(&site, request) {
+        Ok(file) => send(file, request).await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot read a file that is served");
+            refusal(StatusCode::INTERNAL_SERVER_ERROR, "the file cannot be read\n")
+        }),
+        Err(refused) => *refused,
+    };
+    let status = response.status().as_u16();
+    response.body_mut().ledger = Some(Ledger { site, pulse, told: SiteRequest { status, ..told } });
+    response
+}
+
+/// The file that a request is about; else what to say instead.
+fn find<'s>(site: &'s Site, request: &Request<Incoming>) -> Result<&'s SiteFile, Box<Response<Reply>>> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, "files are read with GET and HEAD\n");
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return Err(Box::new(response));
+    }
+    // What follows a question mark is for programs that answer; a file is the same whatever is asked.
+    let Some(name) = decoded(request.uri().path()) else {
+        let why = "the path has a % without two hexadecimal digits\n";
+        return Err(Box::new(refusal(StatusCode::BAD_REQUEST, why)));
+    };
+    let name = name.strip_prefix(b"/").and_then(|name| std::str::from_utf8(name).ok());
+    name.and_then(|name| site.files.get(name))
+        .ok_or_else(|| Box::new(refusal(StatusCode::NOT_FOUND, "no file of this name is served\n")))
+}
+
+/// The file, or the part of it that was asked for.
+async fn send(file: &SiteFile, request: &Request<Incoming>) -> io::Result<Response<Reply>> {
+    let (size, open) = match file {
+        SiteFile::Bytes(bytes) => (bytes.len() as u64, None),
+        SiteFile::Path(path) => {
+            let file = File::open(path).await?;
+            (file.metadata().await?.len(), Some(file))
+        }
+    };
+    let mut response = Response::new(Reply::default());
+    let part = part(request.method(), request.headers(), size);
+    let headers = response.headers_mut();
+    headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    let (start, length) = match part {
+        Part::Whole => (0, size),
+        Part::Range { start, length } => {
+            let range = format!("bytes {start}-{}/{size}", start + length - 1);
+            headers.extend(HeaderValue::from_str(&range).map(|range| (header::CONTENT_RANGE, range)));
+            *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+            (start, length)
+        }
+        Part::Unsatisfiable => {
+            let mut response = refusal(StatusCode::RANGE_NOT_SATISFIABLE, "the file ends before the range\n");
+            let range = HeaderValue::from_str(&format!("bytes */{size}"));
+            response.headers_mut().extend(range.map(|range| (header::CONTENT_RANGE, range)));
+            return Ok(response);
+        }
+    };
+    response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    if request.method() == Method::HEAD {
+        return Ok(response);
+    }
+    let source = match (open, file) {
+        (Some(mut open), _) => {
+            open.seek(io::SeekFrom::Start(start)).await?;
+            Source::File(Box::pin(ReaderStream::with_capacity(open.take(length), CHUNK)))
+        }
+        (None, SiteFile::Bytes(bytes)) => Source::Bytes(Arc::clone(bytes), start),
+        (None, SiteFile::Path(_)) => Source::Nothing,
+    };
+    *response.body_mut() = Reply { source, left: length, is_file: true, ledger: None };
+    Ok(response)
+}
+
+/// An answer that is no file.
+fn refusal(status: StatusCode, why: &'static str) -> Response<Reply> {
+    let source = Source::Text(why);
+    let mut response = Response::new(Reply { source, left: why.len() as u64, is_file: false, ledger: None });
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+/// A path without its percent-encoding (RFC 3986, 2.1); `None` when that is broken.
+fn decoded(path: &str) -> Option<Vec<u8>> {
+    let mut bytes = path.bytes();
+    let mut decoded = Vec::with_capacity(path.len());
+    while let Some(byte) = bytes.next() {
+        decoded.push(match byte {
+            b'%' => {
+                let mut digit = || char::from(bytes.next()?).to_digit(16);
+                u8::try_from(digit()? * 16 + digit()?).ok()?
+            }
+            other => other,
+        });
+    }
+    Some(decoded)
+}
+
+/// The body of an answer.
+#[derive(Default)]
+struct Reply {
+    source: Source,
+    /// Bytes that are still to come.
+    left: u64,
+    /// Whether its bytes are those of a file.
+    is_file: bool,
+    ledger: Option<Ledger>,
+}
+
+/// Where the bytes of an answer come from.
+#[derive(Default)]
+enum Source {
+    #[default]
+    Nothing,
+    Text(&'static str),
+    Bytes(Arc<[u8]>, u64),
+    File(Pin<Box<ReaderStream<tokio::io::Take<File>>>>),
+}
+
+/// Tells of a request when its answer is over, however it ends.
+struct Ledger {
+    site: Arc<Site>,
+    pulse: Pulse,
+    told: SiteRequest,
+}
+
+impl Drop for Ledger {
+    fn drop(&mut self) {
+        self.pulse.beat();
+        self.site.answered(self.told.clone());
+    }
+}
+
+impl Reply {
+    fn next(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        Poll::Ready(Some(Ok(match &mut self.source {
+            Source::Nothing => return Poll::Ready(None),
+            Source::Text(text) => Bytes::from_static(text.as_bytes()),
+            Source::Bytes(bytes, at) => {
+                let start = usize::try_from(*at).unwrap_or(usize::MAX).min(bytes.len());
+                let count = usize::try_from(self.left).unwrap_or(usize::MAX).min(CHUNK);
+                let chunk = &bytes[start..bytes.len().min(start + count)];
+                *at += chunk.len() as u64;
+                Bytes::copy_from_slice(chunk)
+            }
+            Source::File(file) => return futures::Stream::poll_next(file.as_mut(), cx),
+        })))
+    }
+}
+
+impl Body for Reply {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        let reply = &mut *self;
+        if reply.left == 0 {
+            return Poll::Ready(None);
+        }
+        let Poll::Ready(chunk) = reply.next(cx) else { return Poll::Pending };
+        let chunk = match chunk {
+            Some(chunk) => chunk?,
+            None => return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into()))),
+        };
+        let count = chunk.len() as u64;
+        reply.left = reply.left.saturating_sub(count);
+        if let Some(ledger) = &mut reply.ledger {
+            ledger.pulse.beat();
+            if reply.is_file {
+                ledger.told.bytes += count;
+            }
+        }
+        Poll::Ready(Some(Ok(Frame::data(chunk))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.left == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left)
+    }
+}
+
+#[cfg(test)]
+mod tests;

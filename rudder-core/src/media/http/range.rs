@@ -1,0 +1,127 @@
+//! Which part of a file a request asks for (RFC 9110, 14).
+
+use hyper::{
+    Method,
+    header::{HeaderMap, IF_RANGE, RANGE},
+};
+
+/// What is to be sent of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// All of it.
+    Whole,
+    /// Some of it: never empty, and inside the file.
+    Range {
+        /// The first byte.
+        start: u64,
+        /// How many bytes.
+        length: u64,
+    },
+    /// None of it is where the range is.
+    Unsatisfiable,
+}
+
+/// The part that a request with these headers asks for, of a file of this size.
+///
+/// What may be answered with the whole file is (14.2): several ranges, other units, what cannot be read, and a range under a
+/// condition, since there is no validator that it could name.
+pub(super) fn part(method: &Method, headers: &HeaderMap, size: u64) -> Part {
+    if *method != Method::GET || headers.contains_key(IF_RANGE) {
+        return Part::Whole;
+    }
+    let mut ranges = headers.get_all(RANGE).iter();
+    let (Some(range), None) = (ranges.next(), ranges.next()) else { return Part::Whole };
+    let Some((unit, range)) = range.to_str().ok().and_then(|range| range.split_once('=')) else {
+        return Part::Whole;
+    };
+    let Some((first, last)) =
+        range.trim().split_once('-').filter(|_| unit.trim().eq_ignore_ascii_case("bytes"))
+    else {
+        return Part::Whole;
+    };
+    match (number(first), number(last)) {
+        (Number::Is(first), Number::None) if first < size => {
+            Part::Range { start: first, length: size - first }
+        }
+        (Number::Is(first), Number::Is(last)) if first > last => Part::Whole,
+        (Number::Is(first), Number::Is(last)) if first < size => {
+            Part::Range { start: first, length: last.min(size - 1) - first + 1 }
+        }
+        (Number::Is(_), Number::None | Number::Is(_)) => Part::Unsatisfiable,
+        (Number::None, Number::Is(count)) => match count.min(size) {
+            0 => Part::Unsatisfiable,
+            length => Part::Range { start: size - length, length },
+        },
+        _ => Part::Whole,
+    }
+}
+
+enum Number {
+    None,
+    Is(u64),
+    Bad,
+}
+
+/// Digits only: no sign, no blank. A number beyond 64 bits is beyond every file.
+fn number(text: &str) -> Number {
+    if text.is_empty() {
+        return Number::None;
+    }
+    if !text.bytes().all(|c| c.is_ascii_digit()) {
+        return Number::Bad;
+    }
+    Number::Is(text.parse().unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn of(range: &str, size: u64) -> Part {
+        let mut headers = HeaderMap::new();
+        headers.insert(RANGE, range.parse().unwrap());
+        part(&Method::GET, &headers, size)
+    }
+
+    #[test]
+    fn single_ranges_are_cut_to_the_file() {
+        assert_eq!(of("bytes=0-0", 10), Part::Range { start: 0, length: 1 });
+        assert_eq!(of("bytes=2-", 10), Part::Range { start: 2, length: 8 });
+        assert_eq!(of("bytes=2-99", 10), Part::Range { start: 2, length: 8 });
+        assert_eq!(of("bytes=-3", 10), Part::Range { start: 7, length: 3 });
+        assert_eq!(of("bytes=-99999999999999999999999", 10), Part::Range { start: 0, length: 10 });
+        assert_eq!(of("Bytes=9-9", 10), Part::Range { start: 9, length: 1 });
+        assert_eq!(of("bytes=0-18446744073709551615", u64::MAX), Part::Range { start: 0, length: u64::MAX });
+    }
+
+    #[test]
+    fn a_range_behind_the_end_cannot_be_satisfied() {
+        for range in ["bytes=10-", "bytes=10-20", "bytes=-0", "bytes=99999999999999999999999-"] {
+            assert_eq!(of(range, 10), Part::Unsatisfiable, "{range}");
+        }
+        assert_eq!(of("bytes=0-", 0), Part::Unsatisfiable);
+        assert_eq!(of("bytes=-1", 0), Part::Unsatisfiable);
+    }
+
+    #[test]
+    fn what_need_not_be_understood_gets_the_whole_file() {
+        for range in [
+            "bytes=0-1,3-4",
+            "bytes=5-2",
+            "bytes=a-b",
+            "bytes=+1-2",
+            "bytes=-",
+            "bytes",
+            "lines=1-2",
+            "bytes=1",
+        ] {
+            assert_eq!(of(range, 10), Part::Whole, "{range}");
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(RANGE, "bytes=1-2".parse().unwrap());
+        assert_eq!(part(&Method::HEAD, &headers, 10), Part::Whole);
+        headers.insert(IF_RANGE, "\"etag\"".parse().unwrap());
+        assert_eq!(part(&Method::GET, &headers, 10), Part::Whole);
+    }
+}
