@@ -23,6 +23,8 @@ pub mod plan;
 pub mod secret;
 pub mod step;
 pub mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};

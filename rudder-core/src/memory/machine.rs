@@ -305,23 +305,28 @@ impl Machine for MemoryMachine {
     }
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
-        let unreachable = |why: &str| {
-            Error::new(
-                ErrorKind::GuestUnreachable,
-                format!("expected VM {} to listen, but {why}", self.name()),
-            )
-            .with_context("port", port)
-        };
-        let boot = self.core.boot().ok_or_else(|| unreachable("it does not run"))?;
+        let error = |kind, message: String| Error::new(kind, message).with_context("port", port);
+        let name = self.name();
+        let boot = self.core.boot().ok_or_else(|| {
+            error(ErrorKind::Conflict, format!("expected VM {name} to run, but it does not"))
+        })?;
         if !self.core.spec.ports.contains(&port) {
-            return Err(unreachable("this port is not forwarded"));
+            let message = format!("expected one of the ports that VM {name} was made with, but found {port}");
+            return Err(error(ErrorKind::InvalidInput, message));
         }
-        if Instant::now() < boot.ready || boot.guest.silence == Some(Silence::Refuses) {
-            return Err(unreachable("the connection was refused"));
+        let is_ssh = self.core.spec.ports.first() == Some(&port);
+        let echoes = boot.guest.echoes.contains(&port);
+        let listens = (is_ssh || echoes) && boot.guest.silence != Some(Silence::Refuses);
+        if Instant::now() < boot.ready || !listens {
+            let message = format!("expected VM {name} to listen, but the connection was refused");
+            return Err(error(ErrorKind::GuestUnreachable, message));
         }
         let (near, far) = tokio::io::duplex(64 << 10);
+        let connection = self.core.shared.connection();
         if boot.guest.silence == Some(Silence::Accepts) {
-            hold(far, boot.token.clone(), self.core.shared.connection());
+            hold(far, boot.token.clone(), connection);
+        } else if echoes {
+            echo(far, boot.token.clone(), connection);
         } else {
             ssh::serve(self.core.clone(), boot, far);
         }
@@ -423,6 +428,23 @@ async fn swallow(stream: &mut DuplexStream) -> bool {
     use tokio::io::AsyncReadExt as _;
     let mut buffer = [0; 256];
     !matches!(stream.read(&mut buffer).await, Ok(1..))
+}
+
+/// Sends back what comes, until that ends.
+fn echo(far: DuplexStream, token: CancellationToken, connection: super::Counted) {
+    tokio::spawn(async move {
+        let _connection = connection;
+        let (mut reader, mut writer) = tokio::io::split(far);
+        let echoing = async {
+            // A side that is gone ends it; there is nobody to tell.
+            let _ = tokio::io::copy(&mut reader, &mut writer).await;
+            let _ = writer.shutdown().await;
+        };
+        tokio::select! {
+            () = token.cancelled() => {}
+            () = echoing => {}
+        }
+    });
 }
 
 /// Holds a connection open and says nothing.

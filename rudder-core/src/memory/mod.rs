@@ -63,7 +63,7 @@ pub use script::{Fault, Guest, Operation, Response, Silence, Source};
 
 use crate::{
     Error, ErrorKind, Result,
-    backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    backend::{Backend, Death, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
     module::Module,
 };
@@ -303,6 +303,15 @@ impl MemoryBackend {
             tokio::task::yield_now().await;
         }
         self.inventory().leftovers()
+    }
+
+    /// Kills a running machine of a lab from outside, as somebody might who ends the hypervisor's process. Whether there
+    /// was one.
+    pub fn kill_machine(&self, lab: &LabId, name: &str, cause: Death) -> bool {
+        let core = self.shared.registry().labs.get(lab).and_then(LabRecord::core);
+        let machines = core.map(|core| core.machines()).unwrap_or_default();
+        let running = machines.iter().find(|machine| machine.spec.name == name && machine.is_running());
+        running.inspect(|machine| machine.die(cause)).is_some()
     }
 
     /// The content of a file of a module's VM; `None` when there is no such module, VM or file.

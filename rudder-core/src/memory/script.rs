@@ -181,6 +181,7 @@ pub struct Guest {
     pub(super) dies_in_shutdown: Option<Death>,
     pub(super) stream_limit: Option<u64>,
     pub(super) faulty_boots: u32,
+    pub(super) echoes: BTreeSet<u16>,
 }
 
 impl Default for Guest {
@@ -204,6 +205,7 @@ impl Default for Guest {
             dies_in_shutdown: None,
             stream_limit: None,
             faulty_boots: u32::MAX,
+            echoes: BTreeSet::new(),
         }
     }
 }
@@ -267,6 +269,12 @@ impl Guest {
     /// Never answers at its SSH port.
     pub fn never_answers(mut self, how: Silence) -> Self {
         self.silence = Some(how);
+        self
+    }
+
+    /// Sends back what it receives on this port, and ends its side when the other has ended its own.
+    pub fn echoes(mut self, port: u16) -> Self {
+        self.echoes.insert(port);
         self
     }
 

@@ -1,0 +1,110 @@
+//! A guest that runs, and the ways to talk to it.
+
+use super::{
+    Verdict,
+    rig::{Rig, SSH, nic},
+    streams::greeted,
+    verdict::{During as _, ensure},
+};
+use crate::{
+    backend::{ImportRequest, Lab, Machine, MachineDisk, MachineSpec, Progress},
+    event::ExitStatus,
+    guest::{BuildKey, Endpoint, Guest, Login, Session},
+    media::cloud_init::{SeedLogin, seed},
+    plan::{PlannedCloudInit, PlannedSource},
+};
+use std::sync::Arc;
+
+/// A port that machines are made with, and on which no guest listens: discard (RFC 863).
+pub(super) const CLOSED: u16 = 9;
+/// The user that logs in.
+const USER: &str = "root";
+
+/// A machine with the adapter's guest, running, and a login.
+#[derive(Debug)]
+pub(super) struct Booted {
+    pub(super) lab: Arc<dyn Lab>,
+    pub(super) machine: Arc<dyn Machine>,
+    session: Session,
+    /// Whether its echo was started.
+    pub(super) echoes: tokio::sync::Mutex<bool>,
+}
+
+/// A key, and a machine that lets it in.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) spec: MachineSpec,
+    pub(super) login: Login,
+}
+
+impl Prepared {
+    /// A machine of the adapter's guest, on this source or on the guest's own image.
+    pub(super) async fn new(
+        rig: &Rig,
+        lab: &dyn Lab,
+        name: &str,
+        source: Option<PlannedSource>,
+    ) -> Verdict<Self> {
+        let image = rig.image()?;
+        let source = source.unwrap_or(PlannedSource::Url(image.image));
+        let request = ImportRequest::new(name, "root", source, None);
+        let imported = lab.import(&request, &Progress::none()).await.during("import the guest's image")?;
+        let mut spec = MachineSpec::new(name, image.cpus, image.memory);
+        spec.disks.push(MachineDisk { name: "root".to_owned(), bus: image.bus, volume: imported.volume });
+        spec.nics.push(nic(lab, name, image.nic));
+        spec.ports = vec![SSH, CLOSED];
+        spec.ports.extend(image.echo.iter().map(|echo| echo.port));
+        let key = BuildKey::generate();
+        let seed_login = SeedLogin::new(USER, key.authorized_key());
+        let instance = format!("{}-{name}", lab.id());
+        let seeded = seed(&instance, name, &seed_login, &PlannedCloudInit::default());
+        spec.seed = Some(seeded.during("make a seed")?);
+        Ok(Self { spec, login: Login::new(USER, key) })
+    }
+
+    /// Creates it, starts it, and logs in.
+    pub(super) async fn boot(self, rig: &Rig, lab: Arc<dyn Lab>) -> Verdict<Booted> {
+        let machine = lab.create_machine(&self.spec).await.during("create a machine")?;
+        machine.start().await.during("start a machine")?;
+        greeted(&*machine, SSH, rig.image()?.boots_within).await?;
+        Booted::log_in(rig, lab, machine, self.login).await
+    }
+}
+
+impl Booted {
+    /// A machine with the guest in this lab.
+    pub(super) async fn boot(rig: &Rig, lab: Arc<dyn Lab>, name: &str) -> Verdict<Self> {
+        Prepared::new(rig, &*lab, name, None).await?.boot(rig, lab).await
+    }
+
+    /// Logs in to a machine that was started.
+    pub(super) async fn log_in(
+        rig: &Rig,
+        lab: Arc<dyn Lab>,
+        machine: Arc<dyn Machine>,
+        login: Login,
+    ) -> Verdict<Self> {
+        let endpoint = Endpoint::of(Arc::clone(&machine), SSH);
+        let limit = rig.image()?.boots_within;
+        let session = Session::open(endpoint, login, limit).await.during("log in to the guest")?;
+        Ok(Self { lab, machine, session, echoes: tokio::sync::Mutex::default() })
+    }
+
+    /// The connection.
+    pub(super) fn guest(&self) -> &Guest {
+        self.session.guest()
+    }
+
+    /// Runs a command, which must succeed; what it wrote.
+    pub(super) async fn run(&self, command: &str) -> Verdict<String> {
+        let output = self.guest().command(command).await.during(&format!("run {command:?} in the guest"))?;
+        ensure!(
+            output.status == ExitStatus::Code(0),
+            "{command:?} in the guest: expected success, but found {:?}: {}{}",
+            output.status,
+            output.stdout,
+            output.stderr
+        );
+        Ok(output.stdout)
+    }
+}

@@ -1,0 +1,252 @@
+//! The life of machines: start, wait and stop in every order and twice, and death.
+
+use super::{
+    Rig, Verdict,
+    verdict::{During as _, ensure, fail, refused, same},
+};
+use crate::{
+    ErrorKind,
+    backend::{Death, Exit, Lab, Machine, Progress, Stop},
+};
+use futures::future::join_all;
+use std::time::{Duration, Instant};
+
+/// How long is looked whether somebody who should wait does.
+const MOMENT: Duration = Duration::from_millis(100);
+
+/// What is done to a machine.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Act {
+    Start,
+    Wait,
+    Stop,
+}
+
+/// Every order of three of start, wait and stop does what the contract says.
+pub async fn start_wait_and_stop_come_in_every_order(rig: &Rig) -> Verdict {
+    const ACTS: [Act; 3] = [Act::Start, Act::Wait, Act::Stop];
+    let lab = rig.lab("orders").await?;
+    for order in 0..27_usize {
+        let acts = [ACTS[order / 9], ACTS[order / 3 % 3], ACTS[order % 3]];
+        let machine = rig.machine(&*lab, &format!("m{order}")).await?;
+        play(&*machine, acts).await.map_err(|problem| match problem {
+            super::NotPassed::Failed(why) => super::NotPassed::Failed(format!("{acts:?}: {why}")),
+            skipped => skipped,
+        })?;
+    }
+    lab.destroy().await.during("destroy the lab")
+}
+
+async fn play(machine: &dyn Machine, acts: [Act; 3]) -> Verdict {
+    let mut runs = false;
+    let mut ended: Option<Exit> = None;
+    for act in acts {
+        match act {
+            Act::Start if runs => {
+                refused(machine.start().await, ErrorKind::Conflict, "start a running machine")?;
+            }
+            Act::Start => {
+                machine.start().await.during("start a machine at rest")?;
+                (runs, ended) = (true, None);
+            }
+            Act::Wait if runs => {
+                let waited = tokio::time::timeout(MOMENT, machine.wait()).await;
+                ensure!(
+                    waited.is_err(),
+                    "expected a running machine not to have ended, but found {waited:?}"
+                );
+            }
+            Act::Wait => match &ended {
+                Some(exit) => {
+                    same(&machine.wait().await.during("wait for an ended machine")?, exit, "its exit")?;
+                }
+                None => {
+                    refused(machine.wait().await, ErrorKind::Conflict, "wait for a machine never started")?;
+                }
+            },
+            Act::Stop if runs => {
+                let exit = machine.stop(Stop::Kill).await.during("stop a running machine")?;
+                ensure!(matches!(exit, Exit::Killed { .. }), "expected Killed, but found {exit:?}");
+                (runs, ended) = (false, Some(exit));
+            }
+            Act::Stop => match &ended {
+                Some(exit) => {
+                    let again = machine.stop(Stop::Kill).await.during("stop an ended machine")?;
+                    same(&again, exit, "its exit")?;
+                }
+                None => {
+                    let stopped = machine.stop(Stop::Kill).await;
+                    refused(stopped, ErrorKind::Conflict, "stop a machine never started")?;
+                }
+            },
+        }
+    }
+    if runs {
+        machine.stop(Stop::Kill).await.during("stop a running machine")?;
+    }
+    Ok(())
+}
+
+/// All who wait for a machine are told the same, those who come late, too.
+pub async fn any_number_may_wait(rig: &Rig) -> Verdict {
+    let lab = rig.lab("waiters").await?;
+    let machine = rig.running(&*lab, "web").await?;
+    let (exits, stopped) = futures::join!(join_all((0..8).map(|_| machine.wait())), machine.stop(Stop::Kill));
+    let stopped = stopped.during("stop a machine")?;
+    for exit in exits {
+        same(&exit.during("wait for a machine")?, &stopped, "the exit that one of many was told")?;
+    }
+    same(&machine.wait().await.during("wait afterwards")?, &stopped, "the exit that a late one was told")?;
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// Several may stop a machine at once; it ends once.
+pub async fn several_may_stop_a_machine(rig: &Rig) -> Verdict {
+    let lab = rig.lab("stoppers").await?;
+    let machine = rig.running(&*lab, "web").await?;
+    let limit = Duration::from_secs(30);
+    let (one, two, three) = futures::join!(
+        machine.stop(Stop::Graceful { limit }),
+        machine.stop(Stop::Kill),
+        machine.stop(Stop::Kill)
+    );
+    let one = one.during("stop a machine gracefully")?;
+    same(&two.during("kill it meanwhile")?, &one, "the exit that the second was told")?;
+    same(&three.during("kill it again")?, &one, "the exit that the third was told")?;
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// A machine that does not power off is killed after the limit.
+pub async fn a_graceful_stop_ends_after_its_limit(rig: &Rig) -> Verdict {
+    let lab = rig.lab("graceful").await?;
+    let machine = rig.running(&*lab, "web").await?;
+    let limit = Duration::from_millis(300);
+    let stopped = tokio::time::timeout(Duration::from_secs(30), machine.stop(Stop::Graceful { limit })).await;
+    let Ok(exit) = stopped else { fail!("expected the machine to be killed after {limit:?}, but it runs") };
+    match exit.during("stop a machine gracefully")? {
+        Exit::PoweredOff => {}
+        Exit::Killed { why } => ensure!(!why.is_empty(), "expected the reason of the kill, but found none"),
+        other => fail!("expected PoweredOff or Killed, but found {other:?}"),
+    }
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// When what runs a machine is killed from outside, whoever waits is told within two seconds, and the machine may be
+/// started again.
+pub async fn death_is_seen_in_time(rig: &Rig) -> Verdict {
+    let lab = rig.lab("death").await?;
+    let machine = rig.running(&*lab, "web").await?;
+    let other = rig.running(&*lab, "other").await?;
+    for round in 0..2 {
+        let killed = async {
+            // The waiter is there first.
+            tokio::task::yield_now().await;
+            rig.adapter().kill(lab.id(), "web").await.map(|()| Instant::now())
+        };
+        let patience = rig.options().reaction + Duration::from_secs(30);
+        let (waited, killed) = futures::join!(
+            async {
+                let exit = tokio::time::timeout(patience, machine.wait()).await;
+                (exit, Instant::now())
+            },
+            killed
+        );
+        let killed = killed.during("kill a machine from outside")?;
+        let (Ok(exit), seen) = waited else {
+            fail!("expected the death of a machine to be seen, but it was not within {patience:?}")
+        };
+        let took = seen.saturating_duration_since(killed);
+        ensure!(
+            took <= rig.options().reaction,
+            "expected the death of a machine to be seen within {:?}, but it took {took:?}",
+            rig.options().reaction
+        );
+        match exit.during("wait for a machine that was killed from outside")? {
+            Exit::Died { cause: Death::Hypervisor, detail } => {
+                ensure!(!detail.is_empty(), "expected what is known of the death, but found nothing");
+            }
+            exit => fail!("expected the death of the hypervisor, but found {exit:?}"),
+        }
+        if round == 0 {
+            machine.start().await.during("start a machine that died")?;
+        }
+    }
+    let waited = tokio::time::timeout(MOMENT, other.wait()).await;
+    ensure!(waited.is_err(), "expected the other machine to run on, but found {waited:?}");
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// The name of a machine is its own in the lab.
+pub async fn a_name_is_taken_once_in_a_lab(rig: &Rig) -> Verdict {
+    let lab = rig.lab("names").await?;
+    let spec = rig.bare(&*lab, "web").await?;
+    let machine = lab.create_machine(&spec).await.during("create a machine")?;
+    same(&machine.name(), &"web", "the name of the machine")?;
+    refused(lab.create_machine(&spec).await, ErrorKind::Conflict, "create a machine of the same name")?;
+    machine.start().await.during("start the first, unhurt")?;
+    refused(
+        lab.create_machine(&spec).await,
+        ErrorKind::Conflict,
+        "create a machine of the same name while it runs",
+    )?;
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// What only a running machine can do is refused before and after, and what only one at rest can do meanwhile.
+pub async fn what_a_machine_cannot_do_now_is_refused(rig: &Rig) -> Verdict {
+    let lab = rig.lab("refusals").await?;
+    let machine = rig.machine(&*lab, "web").await?;
+    off(&*machine, "never started").await?;
+    machine.start().await.during("start a machine")?;
+    refused(
+        machine.capture("root", &Progress::none()).await,
+        ErrorKind::Conflict,
+        "capture a disk of a running machine",
+    )?;
+    refused(
+        machine.dial(4).await,
+        ErrorKind::InvalidInput,
+        "dial a port that the machine was not made with",
+    )?;
+    machine.stop(Stop::Kill).await.during("stop a machine")?;
+    off(&*machine, "ended").await?;
+    refused(
+        machine.capture("no-such-disk", &Progress::none()).await,
+        ErrorKind::NotFound,
+        "capture a disk that the machine has not",
+    )?;
+    lab.destroy().await.during("destroy the lab")
+}
+
+async fn off(machine: &dyn Machine, state: &str) -> Verdict {
+    let dialled = machine.dial(super::rig::SSH).await;
+    refused(dialled, ErrorKind::Conflict, &format!("dial a machine that {state}"))?;
+    let tail = machine.serial_tail(100).await.during("read what it wrote on its serial console")?;
+    ensure!(tail.len() <= 100, "expected at most 100 bytes, but found {}", tail.len());
+    Ok(())
+}
+
+/// Machines of a lab start at once, and end one by one.
+pub async fn machines_live_side_by_side(rig: &Rig) -> Verdict {
+    let lab = rig.lab("side-by-side").await?;
+    let mut machines = Vec::new();
+    for name in ["one", "two", "three"] {
+        machines.push(rig.machine(&*lab, name).await?);
+    }
+    for started in join_all(machines.iter().map(|machine| machine.start())).await {
+        started.during("start machines at once")?;
+    }
+    machines[1].stop(Stop::Kill).await.during("stop one of three")?;
+    for index in [0, 2] {
+        let waited = tokio::time::timeout(MOMENT, machines[index].wait()).await;
+        ensure!(waited.is_err(), "expected the others to run on, but found {waited:?}");
+    }
+    end_with(&*lab, &machines[0]).await
+}
+
+async fn end_with(lab: &dyn Lab, machine: &std::sync::Arc<dyn Machine>) -> Verdict {
+    lab.destroy().await.during("destroy the lab")?;
+    let exit = machine.wait().await.during("wait for a machine whose lab was destroyed")?;
+    ensure!(matches!(exit, Exit::Killed { .. }), "expected Killed, but found {exit:?}");
+    Ok(())
+}

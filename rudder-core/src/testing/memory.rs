@@ -1,0 +1,84 @@
+//! The memory backend under test.
+
+use super::{Adapter, Echo, GuestImage, Owners};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{Backend, Death, LabId},
+    memory::MemoryBackend,
+    plan::PlannedUrl,
+};
+use async_trait::async_trait;
+use std::{sync::Arc, time::Duration};
+
+/// The port of its guests' echo.
+const ECHO: u16 = 7;
+/// How long its guests take to boot: long enough to be dialled too early.
+const BOOT: Duration = Duration::from_millis(50);
+
+/// The [memory backend](MemoryBackend), ready to be put through the suite.
+#[derive(Debug, Clone)]
+pub struct MemoryAdapter {
+    backend: MemoryBackend,
+}
+
+impl Default for MemoryAdapter {
+    fn default() -> Self {
+        Self { backend: MemoryBackend::new().every_machine(|guest| guest.echoes(ECHO).boot_delay(BOOT)) }
+    }
+}
+
+impl MemoryAdapter {
+    /// A fresh backend.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The backend.
+    #[must_use]
+    pub fn memory(&self) -> &MemoryBackend {
+        &self.backend
+    }
+}
+
+#[async_trait]
+impl Adapter for MemoryAdapter {
+    fn backend(&self) -> Arc<dyn Backend> {
+        Arc::new(self.backend.clone())
+    }
+
+    async fn another(&self) -> Result<Arc<dyn Backend>> {
+        Ok(self.backend())
+    }
+
+    async fn traces(&self) -> Result<Vec<String>> {
+        let inventory = self.backend.inventory();
+        // Connections and tasks belong to machines: what is left of them without any is left behind.
+        if inventory.running.is_empty() {
+            return Ok(inventory.leftovers());
+        }
+        let machines = inventory.running.iter().map(|machine| format!("machine {machine}"));
+        Ok(inventory.labs.iter().map(|lab| format!("lab {lab}")).chain(machines).collect())
+    }
+
+    async fn kill(&self, lab: &LabId, machine: &str) -> Result<()> {
+        if self.backend.kill_machine(lab, machine, Death::Hypervisor) {
+            return Ok(());
+        }
+        let message = format!("expected VM {machine} to run in lab {lab}, but it does not");
+        Err(Error::new(ErrorKind::NotFound, message))
+    }
+
+    fn guest(&self) -> Option<GuestImage> {
+        let url = "https://images.example/guest.qcow2".parse().ok()?;
+        let mut guest = GuestImage::new(PlannedUrl { url, sha256: None });
+        guest.boots_within = Duration::from_secs(10);
+        guest.echo = Some(Echo::new(ECHO, None));
+        guest.serial_says = Some("Booting in memory".to_owned());
+        Some(guest)
+    }
+
+    fn owners(&self) -> Owners {
+        Owners::Handle
+    }
+}

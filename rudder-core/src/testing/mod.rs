@@ -1,0 +1,45 @@
+//! The conformance suite: what every backend must do, as tests that any backend can be put through.
+//!
+//! An [`Adapter`] gives the backend, says what there is of it outside (processes, files, networks), kills machines, and
+//! offers a guest that boots. [`run`] then makes every test that the backend's capabilities claim, and the [`Report`] says
+//! what passed, what failed and what was skipped, and why. **A capability that is claimed and that no test proved is a
+//! failure**, and so is a host on which a required backend is not ready: nothing is green for not having been tried.
+//!
+//! Each test is also a public function over a [`Rig`], in the module of its group. After each, nothing may be left of it.
+//!
+//! ```
+//! use rudder_core::testing::{MemoryAdapter, Options, run};
+//! use std::sync::Arc;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! let report = run(Arc::new(MemoryAdapter::new()), &Options::new().only("labs")).await;
+//! println!("{report}");
+//! report.assert_passed();
+//! # }
+//! ```
+//!
+//! This module is for those who write backends. It is behind the feature `testing` and outside the promises of semantic
+//! versioning: a newer suite asks for more.
+
+mod adapter;
+mod guest;
+pub mod labs;
+pub mod machines;
+mod memory;
+pub mod owners;
+mod report;
+mod rig;
+mod run;
+pub mod streams;
+mod verdict;
+
+pub use self::{
+    adapter::{Adapter, Echo, GuestImage, Owners},
+    memory::MemoryAdapter,
+    owners::{OWNER_VARIABLE, own},
+    report::{Outcome, Report, TestReport},
+    rig::Rig,
+    run::{Options, Test, run, tests},
+    verdict::{NotPassed, Verdict},
+};

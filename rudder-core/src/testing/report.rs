@@ -1,0 +1,131 @@
+//! What came out: of each test, and of the run.
+
+use crate::capability::Capability;
+use std::{fmt, time::Duration};
+
+/// How a test ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The backend did as the contract says.
+    Passed,
+    /// It did not; what was expected, and what was found.
+    Failed(String),
+    /// The test was not made, for this reason.
+    Skipped(String),
+}
+
+impl Outcome {
+    /// `passed`, `FAILED` or `skipped`.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::Failed(_) => "FAILED",
+            Self::Skipped(_) => "skipped",
+        }
+    }
+}
+
+/// What came out of a test.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct TestReport {
+    /// Its group: the part of the contract it is about.
+    pub group: &'static str,
+    /// What it proves, as a sentence.
+    pub name: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// What came out of a run of the suite on one backend.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Report {
+    /// The name of the backend.
+    pub backend: String,
+    /// The tests, in the order of the suite.
+    pub tests: Vec<TestReport>,
+    /// Capabilities that the backend claims and that no test proved.
+    pub unproven: Vec<Capability>,
+    /// Why nothing was tested, where that is so.
+    pub unavailable: Option<String>,
+    /// Whether the backend had to be tested.
+    pub required: bool,
+    /// Whether only some tests were wanted.
+    pub partial: bool,
+}
+
+impl Report {
+    /// Whether everything that the backend claims was tested and passed.
+    #[must_use]
+    pub fn is_passed(&self) -> bool {
+        self.problems().is_empty()
+    }
+
+    /// What is wrong, an item each.
+    #[must_use]
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems: Vec<String> = self
+            .tests
+            .iter()
+            .filter_map(|test| match &test.outcome {
+                Outcome::Failed(why) => Some(format!("{}: {}: {why}", test.group, test.name)),
+                _ => None,
+            })
+            .collect();
+        problems.extend(
+            self.unproven.iter().map(|capability| format!("{capability} is claimed, and no test proved it")),
+        );
+        if let Some(why) = self.unavailable.as_ref().filter(|_| self.required) {
+            problems
+                .push(format!("expected {} to be ready on this host, but it is not: {why}", self.backend));
+        }
+        problems
+    }
+
+    /// The names of the tests that failed.
+    pub fn failed(&self) -> impl Iterator<Item = &str> {
+        let failed = self.tests.iter().filter(|test| matches!(test.outcome, Outcome::Failed(_)));
+        failed.map(|test| test.name.as_str())
+    }
+
+    /// For tests: ends with the table and the problems when there are any.
+    ///
+    /// # Panics
+    /// When the run [did not pass](Self::is_passed).
+    #[track_caller]
+    pub fn assert_passed(&self) {
+        assert!(self.is_passed(), "the backend {} breaks its contract:\n{self}", self.backend);
+    }
+}
+
+/// A table: a line for each test, grouped, then what is wrong.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.tests.iter().map(|test| test.name.chars().count()).max().unwrap_or_default();
+        let mut group = "";
+        for test in &self.tests {
+            if test.group != group {
+                group = test.group;
+                writeln!(f, "{group}")?;
+            }
+            let took = test.took.as_secs_f64();
+            write!(f, "  {:<width$}  {:<7} {took:>7.2} s", test.name, test.outcome.word())?;
+            match &test.outcome {
+                Outcome::Skipped(why) => writeln!(f, "  {why}")?,
+                _ => writeln!(f)?,
+            }
+        }
+        let count = |word: &str| self.tests.iter().filter(|test| test.outcome.word() == word).count();
+        let took: f64 = self.tests.iter().map(|test| test.took.as_secs_f64()).sum();
+        let (passed, failed, skipped) = (count("passed"), count("FAILED"), count("skipped"));
+        write!(f, "{}: {passed} passed, {failed} failed, {skipped} skipped in {took:.1} s", self.backend)?;
+        for problem in self.problems() {
+            write!(f, "\n- {}", problem.replace('\n', "\n  "))?;
+        }
+        Ok(())
+    }
+}

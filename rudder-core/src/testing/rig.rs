@@ -1,0 +1,274 @@
+//! What tests hold in their hands: the backend, labs and machines to try it on, and the look at what is left behind.
+
+use super::{
+    Adapter, GuestImage, NotPassed, Options, Verdict,
+    guest::Booted,
+    verdict::{During as _, fail},
+};
+use crate::{
+    backend::{Backend, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec, Progress},
+    capability::Capability,
+    check::DEFAULT_SUBNET,
+    digest::Digest,
+    plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedVpc},
+    units::MacAddress,
+};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// The port of SSH.
+pub(super) const SSH: u16 = 22;
+/// How large blank disks are, in bytes: small enough to be captured in no time.
+pub(super) const BLANK: u64 = 16 << 20;
+/// How often something that comes about by itself is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A backend on which tests are made.
+#[derive(Debug)]
+pub struct Rig {
+    adapter: Arc<dyn Adapter>,
+    backend: Arc<dyn Backend>,
+    options: Options,
+    /// What there was before the test.
+    before: Mutex<BTreeSet<String>>,
+    shared: tokio::sync::Mutex<Option<Arc<Booted>>>,
+    /// The id of the shared guest's lab.
+    shared_lab: Mutex<Option<String>>,
+}
+
+impl Rig {
+    /// For tests on the backend of this adapter.
+    #[must_use]
+    pub fn new(adapter: Arc<dyn Adapter>, options: Options) -> Self {
+        let backend = adapter.backend();
+        Self {
+            adapter,
+            backend,
+            options,
+            before: Mutex::default(),
+            shared: tokio::sync::Mutex::default(),
+            shared_lab: Mutex::default(),
+        }
+    }
+
+    /// The backend under test.
+    #[must_use]
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// The same, to hand on.
+    #[must_use]
+    pub fn shared_backend(&self) -> Arc<dyn Backend> {
+        Arc::clone(&self.backend)
+    }
+
+    /// Its adapter.
+    #[must_use]
+    pub fn adapter(&self) -> &dyn Adapter {
+        &*self.adapter
+    }
+
+    /// How the run was asked for.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The guest of the adapter; without one, the test is skipped.
+    pub(super) fn image(&self) -> Verdict<GuestImage> {
+        let none = || NotPassed::Skipped("the adapter has no guest that boots".to_owned());
+        self.adapter.guest().ok_or_else(none)
+    }
+
+    /// A guest that runs, shared by the tests of a group. They leave it as they found it.
+    pub(super) async fn shared(&self) -> Verdict<Arc<Booted>> {
+        let mut shared = self.shared.lock().await;
+        if let Some(booted) = &*shared {
+            return Ok(Arc::clone(booted));
+        }
+        let lab = self.lab("shared").await?;
+        *lock(&self.shared_lab) = Some(lab.id().to_string());
+        let booted = Arc::new(Booted::boot(self, lab, "web").await?);
+        *shared = Some(Arc::clone(&booted));
+        Ok(booted)
+    }
+
+    /// Destroys the shared guest's lab.
+    pub(super) async fn close_shared(&self) -> Verdict {
+        let booted = self.shared.lock().await.take();
+        let result = match booted {
+            Some(booted) => booted.lab.destroy().await.during("destroy the lab of the shared guest"),
+            None => Ok(()),
+        };
+        *lock(&self.shared_lab) = None;
+        result
+    }
+
+    /// A new lab on the network of a manifest that declares none.
+    pub(super) async fn lab(&self, name: &str) -> Verdict<Arc<dyn Lab>> {
+        self.backend.open_lab(&LabSpec::new(name, network())).await.during("open a lab")
+    }
+
+    /// The bus of machines that need not boot.
+    fn bus(&self) -> Verdict<Bus> {
+        use Capability as C;
+        let known = [
+            (C::DiskVirtio, Bus::Virtio),
+            (C::DiskScsi, Bus::Scsi),
+            (C::DiskSata, Bus::Sata),
+            (C::DiskIde, Bus::Ide),
+            (C::DiskUsb, Bus::Usb),
+        ];
+        let capabilities = self.backend.capabilities();
+        match known.iter().find(|(capability, _)| capabilities.has(*capability)) {
+            Some((_, bus)) => Ok(*bus),
+            None => Err(NotPassed::Skipped("the backend claims no bus for disks".to_owned())),
+        }
+    }
+
+    /// A blank disk.
+    pub(super) async fn blank(&self, lab: &dyn Lab, machine: &str, disk: &str) -> Verdict<MachineDisk> {
+        if !self.backend.capabilities().has(Capability::SourceBlank) {
+            let why = format!("the backend does not claim {}", Capability::SourceBlank);
+            return Err(NotPassed::Skipped(why));
+        }
+        let bus = self.bus()?;
+        let request = ImportRequest::new(machine, disk, PlannedSource::Blank, Some(BLANK));
+        let imported = lab.import(&request, &Progress::none()).await.during("import a blank disk")?;
+        Ok(MachineDisk { name: disk.to_owned(), bus, volume: imported.volume })
+    }
+
+    /// A small machine with a blank disk, which need not boot.
+    pub(super) async fn bare(&self, lab: &dyn Lab, name: &str) -> Verdict<MachineSpec> {
+        let mut spec = MachineSpec::new(name, 1, 64 << 20);
+        spec.disks.push(self.blank(lab, name, "root").await?);
+        spec.nics.push(nic(lab, name, NicModel::E1000));
+        spec.ports = vec![SSH];
+        Ok(spec)
+    }
+
+    /// The same, defined.
+    pub(super) async fn machine(&self, lab: &dyn Lab, name: &str) -> Verdict<Arc<dyn Machine>> {
+        let spec = self.bare(lab, name).await?;
+        lab.create_machine(&spec).await.during("create a machine")
+    }
+
+    /// The same, running.
+    pub(super) async fn running(&self, lab: &dyn Lab, name: &str) -> Verdict<Arc<dyn Machine>> {
+        let machine = self.machine(lab, name).await?;
+        machine.start().await.during("start a machine")?;
+        Ok(machine)
+    }
+
+    async fn traces(&self) -> Verdict<BTreeSet<String>> {
+        let traces = self.adapter.traces().await.during("look at what there is of labs")?;
+        let shared = lock(&self.shared_lab).clone();
+        let is_shared = |line: &String| shared.as_ref().is_some_and(|id| line.contains(id));
+        Ok(traces.into_iter().filter(|line| !is_shared(line)).collect())
+    }
+
+    /// Remembers what there is, before a test.
+    pub(super) async fn begin(&self) -> Verdict {
+        let traces = self.traces().await?;
+        *lock(&self.before) = traces;
+        Ok(())
+    }
+
+    /// What there is that was not there before the test.
+    pub(super) async fn left(&self) -> Verdict<Vec<String>> {
+        let now = self.traces().await?;
+        let before = lock(&self.before);
+        Ok(now.difference(&before).cloned().collect())
+    }
+
+    /// Fails when there is more than before the test, also after a while: what ends by itself has the time to.
+    pub(super) async fn expect_nothing_left(&self, when: &str) -> Verdict {
+        let deadline = Instant::now() + self.options.settle;
+        loop {
+            let left = self.left().await?;
+            if left.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                fail!("{when}: expected nothing to be left, but found:\n{}", left.join("\n"));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Cleans up behind a test that did not pass, so that the next is not blamed.
+    pub(super) async fn sweep(&self) {
+        let ids = match self.backend.kept_labs().await {
+            Ok(kept) => kept.into_iter().map(|lab| lab.id).collect(),
+            Err(_) => Vec::new(),
+        };
+        for id in ids {
+            let _ = self.backend.remove_lab(&id).await;
+        }
+        let _ = self.backend.reap().await;
+        if let Ok(modules) = self.backend.modules().await {
+            for module in modules {
+                let _ = self.backend.remove_module(&module.name).await;
+            }
+        }
+    }
+}
+
+/// Waits for something that comes about by itself; whether it did within the time.
+pub(super) async fn eventually<F>(limit: Duration, mut condition: impl FnMut() -> F) -> Verdict<bool>
+where
+    F: Future<Output = Verdict<bool>>,
+{
+    let deadline = Instant::now() + limit;
+    loop {
+        if condition().await? {
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The network of a manifest that declares none.
+pub(super) fn network() -> PlannedNetwork {
+    let (name, cidr) = DEFAULT_SUBNET;
+    // A constant of this crate: it parses.
+    let subnets = cidr.parse().ok().map(|cidr| PlannedSubnet {
+        name: name.to_owned(),
+        vpc: name.to_owned(),
+        cidr,
+        dhcp: true,
+        dns: Vec::new(),
+        unmanaged: false,
+    });
+    PlannedNetwork {
+        declared: false,
+        vpcs: vec![PlannedVpc { name: name.to_owned(), internet: true }],
+        subnets: subnets.into_iter().collect(),
+    }
+}
+
+/// A card in that network, with an address of its own.
+pub(super) fn nic(lab: &dyn Lab, machine: &str, model: NicModel) -> PlannedNic {
+    let digest = Digest::of(format!("{} {machine}", lab.id()).as_bytes());
+    let [a, b, c, ..] = *digest.as_bytes();
+    PlannedNic {
+        name: "nic1".to_owned(),
+        subnet: DEFAULT_SUBNET.0.to_owned(),
+        slot: 1,
+        slot_pinned: false,
+        ip: None,
+        mac: MacAddress::new([0x52, 0x54, 0, a, b, c]),
+        model,
+    }
+}

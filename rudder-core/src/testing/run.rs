@@ -1,0 +1,245 @@
+//! The list of all tests, and making them: one after the other, each within a limit, and with a look at what it leaves.
+
+use super::{
+    Adapter, NotPassed, Outcome, Report, Rig, TestReport, Verdict, labs, machines, owners, streams,
+    verdict::ensure,
+};
+use crate::capability::Capability;
+use futures::{FutureExt as _, future::BoxFuture};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// A test of the suite.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct Test {
+    /// Its group: the part of the contract it is about.
+    pub group: &'static str,
+    /// The name of its function.
+    pub function: &'static str,
+    /// What the backend must claim for it, and what it proves when it passes.
+    pub needs: &'static [Capability],
+    run: for<'a> fn(&'a Rig) -> BoxFuture<'a, Verdict>,
+}
+
+impl Test {
+    /// What it proves, as a sentence: the name of its function with spaces.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.function.replace('_', " ")
+    }
+}
+
+impl fmt::Debug for Test {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}::{}", self.group, self.function)
+    }
+}
+
+macro_rules! tests {
+    ($($group:ident { $($test:ident $([$($need:ident),+])?),+ $(,)? })+) => {
+        &[$($(Test {
+            group: stringify!($group),
+            function: stringify!($test),
+            needs: &[$($(Capability::$need),+)?],
+            run: |rig| Box::pin($group::$test(rig)),
+        }),+),+]
+    };
+}
+
+/// All tests, in the order in which they are made.
+#[must_use]
+pub fn tests() -> &'static [Test] {
+    const TESTS: &[Test] = tests! {
+        labs {
+            diagnosis_may_be_repeated,
+            a_lab_is_opened_and_destroyed_twice,
+            an_id_is_taken_while_its_lab_is_open,
+            a_destroyed_lab_refuses_work,
+            a_lab_is_destroyed_from_every_state,
+            a_lab_is_destroyed_by_several_at_once,
+            a_forgotten_lab_is_reaped,
+            labs_with_the_same_names_do_not_meet,
+        }
+        machines {
+            start_wait_and_stop_come_in_every_order,
+            any_number_may_wait,
+            several_may_stop_a_machine,
+            a_graceful_stop_ends_after_its_limit,
+            death_is_seen_in_time,
+            a_name_is_taken_once_in_a_lab,
+            what_a_machine_cannot_do_now_is_refused,
+            machines_live_side_by_side,
+        }
+        streams {
+            a_guest_is_dialled_until_it_listens [SourceUrl, CloudInit],
+            a_closed_port_refuses [SourceUrl, CloudInit],
+            many_connections_at_once [SourceUrl, CloudInit],
+            large_transfers_arrive_whole [SourceUrl, CloudInit],
+            half_of_a_connection_may_be_closed [SourceUrl, CloudInit],
+            a_cut_connection_hurts_no_other [SourceUrl, CloudInit],
+        }
+        owners {
+            what_a_dead_owner_left_is_reaped,
+            a_living_owner_is_never_reaped,
+        }
+    };
+    TESTS
+}
+
+/// How the suite is run.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Options {
+    /// How long a test may take before it counts as failed. 4 min.
+    pub limit: Duration,
+    /// How soon the death of a machine must be seen. 2 s, as the contract says.
+    pub reaction: Duration,
+    /// How long what ends by itself may take to be gone. 10 s.
+    pub settle: Duration,
+    /// Only tests of which `group: name` contains this.
+    pub only: Option<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            limit: Duration::from_secs(240),
+            reaction: Duration::from_secs(2),
+            settle: Duration::from_secs(10),
+            only: None,
+        }
+    }
+}
+
+impl Options {
+    /// Everything, with the limits of the contract.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Only tests of which `group: name` contains this. What is not tried is not held against the backend then.
+    #[must_use]
+    pub fn only(mut self, text: impl Into<String>) -> Self {
+        self.only = Some(text.into());
+        self
+    }
+
+    /// How soon the death of a machine must be seen, on a host that is too busy for the contract's two seconds.
+    #[must_use]
+    pub fn reaction(mut self, limit: Duration) -> Self {
+        self.reaction = limit;
+        self
+    }
+}
+
+/// Makes every test that the capabilities of the adapter's backend claim, one after the other.
+///
+/// Modules that are there when it begins, or that a test leaves, are removed: give it a state of its own.
+pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
+    let rig = Rig::new(Arc::clone(&adapter), options.clone());
+    let capabilities = rig.backend().capabilities().clone();
+    let mut report = Report {
+        backend: rig.backend().name().to_owned(),
+        tests: Vec::new(),
+        unproven: Vec::new(),
+        unavailable: unavailable(&rig).await,
+        required: adapter.is_required(),
+        partial: options.only.is_some(),
+    };
+    if report.unavailable.is_some() {
+        return report;
+    }
+    let mut proven: BTreeSet<Capability> = BTreeSet::new();
+    let mut group = "";
+    for test in tests() {
+        let label = format!("{}: {}", test.group, test.name());
+        if options.only.as_ref().is_some_and(|only| !label.contains(only.as_str())) {
+            continue;
+        }
+        if test.group != group {
+            close(&rig, &mut report).await;
+            group = test.group;
+        }
+        let began = Instant::now();
+        let missing = test.needs.iter().find(|need| !capabilities.has(**need));
+        let outcome = match missing {
+            Some(missing) => Outcome::Skipped(format!("{missing} is not claimed")),
+            None => one(&rig, test).await,
+        };
+        if outcome == Outcome::Passed {
+            proven.extend(test.needs);
+        }
+        tracing::info!(target: "rudder::testing", test = label, outcome = outcome.word(), "tested");
+        report.tests.push(TestReport { group, name: test.name(), outcome, took: began.elapsed() });
+    }
+    close(&rig, &mut report).await;
+    if !report.partial {
+        report.unproven = capabilities.iter().filter(|claimed| !proven.contains(claimed)).collect();
+    }
+    report
+}
+
+/// Why the backend cannot be tested here.
+async fn unavailable(rig: &Rig) -> Option<String> {
+    let report = match rig.backend().diagnose().await {
+        Ok(report) => report,
+        Err(error) => return Some(error.report()),
+    };
+    let missing = report.findings.iter().filter(|finding| finding.required && !finding.present);
+    let missing: Vec<String> =
+        missing.map(|finding| format!("{}: {}", finding.what, finding.detail)).collect();
+    if missing.is_empty() { None } else { Some(missing.join("; ")) }
+}
+
+/// Ends the guest that the tests of a group shared; what is wrong with that is laid on the last of them.
+async fn close(rig: &Rig, report: &mut Report) {
+    let closed = async {
+        rig.close_shared().await?;
+        rig.expect_nothing_left("after the tests with a shared guest").await
+    };
+    if let Err(NotPassed::Failed(why)) = closed.await
+        && let Some(last) = report.tests.last_mut()
+        && last.outcome == Outcome::Passed
+    {
+        last.outcome = Outcome::Failed(why);
+    }
+}
+
+async fn one(rig: &Rig, test: &Test) -> Outcome {
+    let work = async {
+        rig.begin().await?;
+        (test.run)(rig).await?;
+        rig.expect_nothing_left("afterwards").await?;
+        let modules = rig.backend().modules().await?;
+        let names: Vec<_> = modules.iter().map(|module| &module.name).collect();
+        ensure!(names.is_empty(), "afterwards: expected no module, but found {names:?}");
+        Ok(())
+    };
+    let limit = rig.options().limit;
+    let verdict = match tokio::time::timeout(limit, AssertUnwindSafe(work).catch_unwind()).await {
+        Ok(Ok(verdict)) => verdict,
+        Ok(Err(panic)) => {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            Err(NotPassed::Failed(format!("it panicked: {text}")))
+        }
+        Err(_) => Err(NotPassed::Failed(format!("expected it to end within {limit:?}, but it did not"))),
+    };
+    match verdict {
+        Ok(()) => Outcome::Passed,
+        Err(problem) => {
+            rig.sweep().await;
+            match problem {
+                NotPassed::Failed(why) => Outcome::Failed(why),
+                NotPassed::Skipped(why) => Outcome::Skipped(why),
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Connections to the guest: before it listens, many at once, large, half closed, cut.
+
+use super::{
+    Rig, Verdict,
+    guest::{Booted, CLOSED},
+    rig::eventually,
+    verdict::{During as _, ensure, fail, same},
+};
+use crate::{
+    ErrorKind,
+    backend::{BoxedStream, Machine},
+    digest::Digest,
+};
+use futures::future::join_all;
+use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
+use std::{sync::Arc, time::Duration};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+/// How much is sent each way in a large transfer, in bytes.
+const LARGE: usize = 16 << 20;
+/// How long one exchange may take on a slow host.
+const EXCHANGE: Duration = Duration::from_secs(100);
+
+/// Dialling a guest that does not listen yet fails as such or gives a stream that ends early; trying again works once it
+/// does, and a login with the key of the seed, too.
+pub async fn a_guest_is_dialled_until_it_listens(rig: &Rig) -> Verdict {
+    // Every boot of the suite dials from power-on, and finds fault with any other answer.
+    let booted = rig.shared().await?;
+    same(&booted.run("echo hello").await?.trim(), &"hello", "what a command wrote")
+}
+
+/// A port on which nobody listens refuses, or its stream ends.
+pub async fn a_closed_port_refuses(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    match booted.machine.dial(CLOSED).await {
+        Err(error) => same(&error.kind(), &ErrorKind::GuestUnreachable, "dial a closed port"),
+        Ok(mut stream) => {
+            let mut byte = [0];
+            let read = tokio::time::timeout(Duration::from_secs(20), stream.read(&mut byte)).await;
+            match read {
+                Ok(Ok(0) | Err(_)) => Ok(()),
+                Ok(Ok(_)) => fail!("a closed port: expected its stream to end, but found a byte"),
+                Err(_) => fail!("a closed port: expected its stream to end, but it stands after 20 s"),
+            }
+        }
+    }
+}
+
+/// Many connections at once, each with its own bytes.
+pub async fn many_connections_at_once(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    let port = booted.echo(rig).await?;
+    let talks = (0..16).map(|number| {
+        let machine = Arc::clone(&booted.machine);
+        async move {
+            let bytes = noise(number, 100_000);
+            let stream = machine.dial(port).await.during("dial one of many")?;
+            let returned = exchange(stream, bytes.clone()).await?;
+            ensure!(returned == bytes, "connection {number}: expected its own bytes back, but found others");
+            Ok(())
+        }
+    });
+    join_all(talks).await.into_iter().collect()
+}
+
+/// Large transfers both ways at once arrive whole and in order.
+pub async fn large_transfers_arrive_whole(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    let port = booted.echo(rig).await?;
+    let bytes = noise(7, LARGE);
+    let digest = Digest::of(&bytes);
+    let stream = booted.machine.dial(port).await.during("dial")?;
+    let returned = exchange(stream, bytes).await?;
+    same(&returned.len(), &LARGE, "bytes that came back")?;
+    same(&Digest::of(&returned), &digest, "the digest of what came back")
+}
+
+/// One side may end while the other goes on: what was sent before the end is answered after it.
+pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    let port = booted.echo(rig).await?;
+    let mut stream = booted.machine.dial(port).await.during("dial")?;
+    let sent = async {
+        stream.write_all(b"the last words").await?;
+        stream.flush().await?;
+        stream.shutdown().await?;
+        let mut returned = Vec::new();
+        stream.read_to_end(&mut returned).await?;
+        std::io::Result::Ok(returned)
+    };
+    match tokio::time::timeout(EXCHANGE, sent).await {
+        Ok(Ok(returned)) => {
+            same(&returned.as_slice(), &&b"the last words"[..], "what came after half closing")
+        }
+        Ok(Err(error)) => fail!("half closing: expected the answer, but found {error}"),
+        Err(_) => fail!("half closing: expected the other side to end, but it stands after {EXCHANGE:?}"),
+    }
+}
+
+/// A connection that is cut in the middle hurts no other, and a new one works.
+pub async fn a_cut_connection_hurts_no_other(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    let port = booted.echo(rig).await?;
+    let steady = booted.machine.dial(port).await.during("dial")?;
+    for _ in 0..3 {
+        let mut doomed = booted.machine.dial(port).await.during("dial")?;
+        // Without reading: buffers are full when it is cut.
+        let bytes = noise(3, 1 << 20);
+        let _ = tokio::time::timeout(Duration::from_millis(200), doomed.write_all(&bytes)).await;
+        drop(doomed);
+    }
+    let bytes = noise(4, 50_000);
+    ensure!(
+        exchange(steady, bytes.clone()).await? == bytes,
+        "expected the bytes of an old connection, but found others"
+    );
+    let fresh = booted.machine.dial(port).await.during("dial after others were cut")?;
+    ensure!(
+        exchange(fresh, bytes.clone()).await? == bytes,
+        "expected the bytes of a new connection, but found others"
+    );
+    same(&booted.run("echo still here").await?.trim(), &"still here", "what a command wrote")
+}
+
+/// Sends everything while it reads everything, until both sides have ended.
+pub(super) async fn exchange(stream: BoxedStream, bytes: Vec<u8>) -> Verdict<Vec<u8>> {
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let expected = bytes.len();
+    let sending = async {
+        writer.write_all(&bytes).await?;
+        writer.flush().await?;
+        writer.shutdown().await
+    };
+    let reading = async {
+        let mut returned = Vec::with_capacity(expected);
+        reader.read_to_end(&mut returned).await.map(|_| returned)
+    };
+    match tokio::time::timeout(EXCHANGE, async { futures::try_join!(sending, reading) }).await {
+        Ok(Ok(((), returned))) => Ok(returned),
+        Ok(Err(error)) => fail!("an exchange of {expected} bytes: expected them back, but found {error}"),
+        Err(_) => {
+            fail!("an exchange of {expected} bytes: expected its end, but it goes on after {EXCHANGE:?}")
+        }
+    }
+}
+
+/// Bytes that no mistake gets right by chance, the same for the same seed.
+pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    SmallRng::seed_from_u64(seed).fill(&mut bytes[..]);
+    bytes
+}
+
+/// Waits until a guest greets on its SSH port, dialling from power-on; any answer that the contract does not know fails.
+pub(super) async fn greeted(machine: &dyn Machine, port: u16, limit: Duration) -> Verdict {
+    let greets = eventually(limit, || async {
+        match machine.dial(port).await {
+            Ok(mut stream) => {
+                let mut greeting = [0; 4];
+                let read = tokio::time::timeout(Duration::from_secs(5), stream.read_exact(&mut greeting));
+                match read.await {
+                    Ok(Ok(_)) => {
+                        same(&&greeting, &b"SSH-", "the greeting of the guest")?;
+                        Ok(true)
+                    }
+                    // It ended early, or nobody is there yet.
+                    Ok(Err(_)) | Err(_) => Ok(false),
+                }
+            }
+            Err(error) => {
+                same(&error.kind(), &ErrorKind::GuestUnreachable, "dial a guest that does not listen yet")?;
+                Ok(false)
+            }
+        }
+    });
+    ensure!(greets.await?, "expected the guest to greet within {limit:?}, but it did not");
+    Ok(())
+}
+
+impl Booted {
+    /// The port of its echo, which is started if need be.
+    pub(super) async fn echo(&self, rig: &Rig) -> Verdict<u16> {
+        let Some(echo) = rig.image()?.echo else {
+            return Err(super::NotPassed::Skipped("the adapter's guest has no echo".to_owned()));
+        };
+        let mut started = self.echoes.lock().await;
+        if let Some(command) = echo.start.filter(|_| !*started) {
+            self.run(&command).await?;
+            let answers = eventually(Duration::from_secs(20), || async {
+                let Ok(stream) = self.machine.dial(echo.port).await else { return Ok(false) };
+                Ok(exchange(stream, b"?".to_vec()).await.is_ok_and(|answer| answer == b"?"))
+            });
+            ensure!(answers.await?, "expected the guest's echo to answer within 20 s, but it did not");
+        }
+        *started = true;
+        Ok(echo.port)
+    }
+}

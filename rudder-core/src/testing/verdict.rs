@@ -1,0 +1,86 @@
+//! What a test says at its end, and the words in which it finds fault.
+
+use crate::{Error, ErrorKind, Result};
+use std::fmt::Debug;
+
+/// What a test returns: nothing when the backend did well.
+pub type Verdict<T = ()> = std::result::Result<T, NotPassed>;
+
+/// Why a test did not pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotPassed {
+    /// The backend broke its contract; what was expected, and what was found.
+    Failed(String),
+    /// The test could not be made, for this reason.
+    Skipped(String),
+}
+
+impl From<Error> for NotPassed {
+    fn from(error: Error) -> Self {
+        Self::Failed(error.report())
+    }
+}
+
+/// Fails the test when a condition does not hold.
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err($crate::testing::NotPassed::Failed(format!($($message)+)));
+        }
+    };
+}
+pub(super) use ensure;
+
+/// Fails the test.
+macro_rules! fail {
+    ($($message:tt)+) => {
+        return Err($crate::testing::NotPassed::Failed(format!($($message)+)))
+    };
+}
+pub(super) use fail;
+
+/// A result, and what was being done when it came.
+pub(super) trait During<T> {
+    /// The value; an error fails the test.
+    fn during(self, what: &str) -> Verdict<T>;
+}
+
+impl<T> During<T> for Result<T> {
+    fn during(self, what: &str) -> Verdict<T> {
+        self.map_err(|error| {
+            NotPassed::Failed(format!(
+                "{what}: expected success, but found {:?}: {}",
+                error.kind(),
+                error.report()
+            ))
+        })
+    }
+}
+
+/// The error that was expected, of this kind.
+pub(super) fn refused<T>(result: Result<T>, kind: ErrorKind, what: &str) -> Verdict<Error> {
+    match result {
+        Ok(_) => fail!("{what}: expected it to be refused ({kind:?}), but it succeeded"),
+        Err(error) if error.kind() == kind => Ok(error),
+        Err(error) => {
+            fail!("{what}: expected {kind:?}, but found {:?}: {}", error.kind(), error.report())
+        }
+    }
+}
+
+/// The error that was expected, of whatever kind; bugs excepted.
+pub(super) fn fails<T>(result: Result<T>, what: &str) -> Verdict<Error> {
+    match result {
+        Ok(_) => fail!("{what}: expected it to be refused, but it succeeded"),
+        Err(error) if error.kind() == ErrorKind::Internal => {
+            fail!("{what}: expected to be told what is wrong, but found a bug: {}", error.report())
+        }
+        Err(error) => Ok(error),
+    }
+}
+
+/// Both are the same.
+pub(super) fn same<T: PartialEq + Debug>(found: &T, expected: &T, what: &str) -> Verdict {
+    ensure!(found == expected, "{what}: expected {expected:?}, but found {found:?}");
+    Ok(())
+}
