@@ -4,5 +4,7 @@
 //! [`Machine::serial`](crate::backend::Machine::serial) only, so that every backend has it.
 
 mod framebuffer;
+mod viewer;
 
 pub use framebuffer::Framebuffer;
+pub use viewer::Viewer;

@@ -1,0 +1,209 @@
+//! A machine's display for a person with an ordinary VNC viewer: a port on loopback that lets in who knows a password.
+//!
+//! Backends give displays without authentication ([`Machine::display`]), over ways that only this process has. A port of the
+//! host is open to every user of it, so it asks for a password (RFC 6143, 7.2.2: "VNC Authentication"), which works once: it
+//! is spent by the viewer that it lets in, and a new one is made when that viewer has left.
+
+mod gate;
+mod password;
+#[cfg(test)]
+mod tests;
+
+use crate::{
+    Error, Result,
+    backend::{BoxedStream, Machine},
+};
+use futures::future::BoxFuture;
+use password::{Challenge, Password};
+use std::{
+    fmt, io,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    io::{copy, split},
+    net::{TcpListener, TcpStream},
+    sync::{Mutex, OwnedMutexGuard, watch},
+    task::{JoinHandle, JoinSet},
+    time::{sleep, timeout},
+};
+
+/// How long a person may take to type the password.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// How long the display may take to answer.
+const DISPLAY: Duration = Duration::from_secs(10);
+/// What a wrong password costs, so that guessing 2⁴⁶ of them takes longer than any pause.
+const PENALTY: Duration = Duration::from_secs(1);
+/// How many may be at the gate at once.
+const CROWD: usize = 16;
+
+/// A display behind a password, for VNC viewers of this host. Closed when dropped, and whoever looks on is cut off.
+pub struct Viewer {
+    address: SocketAddr,
+    password: watch::Receiver<Option<Password>>,
+    task: JoinHandle<()>,
+}
+
+/// How to reach the display.
+type Dial = Box<dyn Fn() -> BoxFuture<'static, Result<BoxedStream>> + Send + Sync>;
+
+/// What those at the gate share.
+struct House {
+    dial: Dial,
+    /// The only seat; who has it looks on.
+    seat: Arc<Mutex<()>>,
+    /// What lets the next one in; nothing while somebody looks on.
+    password: watch::Sender<Option<Password>>,
+}
+
+/// The seat, taken. When it is left, there is a new password.
+struct Seat {
+    house: Arc<House>,
+    _taken: OwnedMutexGuard<()>,
+}
+
+impl Viewer {
+    /// Opens a port for the display of a machine, as a task of the current Tokio runtime.
+    ///
+    /// Viewers see what the machine shows when they come; the machine need not run yet.
+    ///
+    /// # Errors
+    /// `Io` when no port can be had.
+    pub async fn open(machine: Arc<dyn Machine>) -> Result<Self> {
+        Self::behind(Box::new(move || {
+            let machine = Arc::clone(&machine);
+            Box::pin(async move { machine.display().await })
+        }))
+        .await
+    }
+
+    async fn behind(dial: Dial) -> Result<Self> {
+        let failed = |error| Error::io("open a port for VNC viewers", error);
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let (password, known) = watch::channel(Some(Password::new()));
+        let house = Arc::new(House { dial, seat: Arc::default(), password });
+        let task = tokio::spawn(keep_open(listener, house));
+        Ok(Self { address, password: known, task })
+    }
+
+    /// Where viewers connect to; viewers that want two colons get them: `127.0.0.1::5901`.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What lets the next viewer in, once; `None` while one looks on. It is a secret as long as it lets somebody in.
+    #[must_use]
+    pub fn password(&self) -> Option<String> {
+        self.password.borrow().as_ref().map(Password::as_text)
+    }
+
+    /// Waits until a viewer was let in or has left: [`password`](Self::password) is another then.
+    pub async fn changed(&mut self) {
+        if self.password.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl fmt::Debug for Viewer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Viewer").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Viewer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.house.password.send_replace(Some(Password::new()));
+    }
+}
+
+/// Receives viewers until it is dropped, and they with it.
+async fn keep_open(listener: TcpListener, house: Arc<House>) {
+    let mut visitors = JoinSet::new();
+    loop {
+        tokio::select! {
+            Some(_) = visitors.join_next() => {}
+            accepted = listener.accept(), if visitors.len() < CROWD => match accepted {
+                Ok((stream, from)) => {
+                    let house = Arc::clone(&house);
+                    visitors.spawn(async move {
+                        if let Err(error) = receive(&house, stream).await {
+                            tracing::debug!(%from, %error, "a VNC viewer left");
+                        }
+                    });
+                }
+                // No file descriptor is free, for instance: it may pass.
+                Err(_) => sleep(Duration::from_millis(100)).await,
+            }
+        }
+    }
+}
+
+async fn receive(house: &Arc<House>, mut viewer: TcpStream) -> io::Result<()> {
+    viewer.set_nodelay(true)?;
+    let entering = async {
+        if house.seat.try_lock().is_err() {
+            gate::turn_away(&mut viewer, "somebody else looks at this display").await?;
+            return Ok(None);
+        }
+        let challenge: Challenge = rand::random();
+        let asking = gate::ask(&mut viewer, &challenge).await?;
+        let Some(seat) = take_seat(house, &challenge, &asking.response) else {
+            sleep(PENALTY).await;
+            asking.refuse(&mut viewer, "the password is wrong, or was used before").await?;
+            return Ok(None);
+        };
+        match timeout(DISPLAY, display(house)).await {
+            Ok(Ok(display)) => {
+                asking.admit(&mut viewer).await?;
+                Ok(Some((seat, display)))
+            }
+            Ok(Err(error)) => {
+                asking.refuse(&mut viewer, &format!("the display cannot be reached: {error}")).await?;
+                Err(error)
+            }
+            Err(late) => {
+                asking.refuse(&mut viewer, "the display did not answer").await?;
+                Err(late.into())
+            }
+        }
+    };
+    let Some((_seat, display)) = timeout(PATIENCE, entering).await?? else { return Ok(()) };
+    // Either side's end is the end of both.
+    let ((mut from_viewer, mut to_viewer), (mut from_display, mut to_display)) =
+        (split(viewer), split(display));
+    tokio::select! {
+        ended = copy(&mut from_viewer, &mut to_display) => ended?,
+        ended = copy(&mut from_display, &mut to_viewer) => ended?,
+    };
+    Ok(())
+}
+
+/// Spends the password, if this proves that it is known and nobody was faster.
+fn take_seat(house: &Arc<House>, challenge: &Challenge, response: &Challenge) -> Option<Seat> {
+    let taken = Arc::clone(&house.seat).try_lock_owned().ok()?;
+    let mut proven = false;
+    house.password.send_if_modified(|password| {
+        proven = password.as_ref().is_some_and(|password| password.proven(challenge, response));
+        if proven {
+            *password = None;
+        }
+        proven
+    });
+    proven.then(|| Seat { house: Arc::clone(house), _taken: taken })
+}
+
+async fn display(house: &House) -> io::Result<BoxedStream> {
+    let mut display = (house.dial)().await.map_err(io::Error::other)?;
+    gate::enter(&mut display).await?;
+    Ok(display)
+}
