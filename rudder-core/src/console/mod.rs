@@ -4,6 +4,7 @@
 //! [`Machine::serial`](crate::backend::Machine::serial) only, so that every backend has it.
 
 mod framebuffer;
+pub mod text;
 mod viewer;
 
 pub use framebuffer::Framebuffer;

@@ -1,0 +1,194 @@
+//! What was read from a screen.
+
+use std::fmt;
+
+use super::font::alike;
+
+/// Stands for a cell that could not be read (U+FFFD).
+pub const UNREAD: char = '\u{FFFD}';
+
+/// The text of a screen: rows of cells with one character each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScreenText {
+    columns: usize,
+    cells: Vec<char>,
+}
+
+impl ScreenText {
+    /// `cells` has a whole number of rows.
+    pub(super) fn new(columns: usize, cells: Vec<char>) -> Self {
+        Self { columns, cells }
+    }
+
+    /// Cells in a row; 0 when the screen shows no text.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The rows from the top, each with all of its cells.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = &[char]> + Clone {
+        self.cells.chunks(self.columns.max(1))
+    }
+
+    /// The rows from the top, without the blanks at their ends.
+    pub fn lines(&self) -> impl ExactSizeIterator<Item = String> {
+        self.rows().map(|row| row.iter().collect::<String>().trim_end().to_owned())
+    }
+
+    /// Cells that are not blank.
+    #[must_use]
+    pub fn written(&self) -> usize {
+        self.cells.iter().filter(|char| **char != ' ').count()
+    }
+
+    /// Of those, the ones that could not be read.
+    #[must_use]
+    pub fn unread(&self) -> usize {
+        self.cells.iter().filter(|char| **char == UNREAD).count()
+    }
+
+    /// Which part of the cells that are not blank was read, from 0 to 1; 1 for a blank screen. A text console has 1 or almost 1,
+    /// a graphical screen much less.
+    #[must_use]
+    pub fn share_read(&self) -> f64 {
+        match self.written() {
+            0 => 1.0,
+            written => (written - self.unread()) as f64 / written as f64,
+        }
+    }
+
+    /// Whether the text stands on the screen.
+    ///
+    /// Blanks and line breaks of the text stand for any run of blanks, also for the end of a row. A text may go over the right edge
+    /// of the screen into the next row. Upper and lower case differ. A blank text stands everywhere.
+    #[must_use]
+    pub fn contains(&self, text: &str) -> bool {
+        let wanted: Vec<char> = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().collect();
+        let stream = self.stream();
+        (0..=stream.len()).any(|start| stands_at(&stream[start..], &wanted))
+    }
+
+    /// The screen as one sequence.
+    fn stream(&self) -> Vec<Symbol> {
+        // A console may leave columns at both sides free; a text that is wrapped comes from the last one used into the first one.
+        let used =
+            |row: &[char]| Some((row.iter().position(|c| *c != ' ')?, row.iter().rposition(|c| *c != ' ')?));
+        let (left, right) =
+            self.rows().filter_map(used).fold((usize::MAX, 0), |(l, r), (a, b)| (l.min(a), r.max(b)));
+        let mut stream = Vec::with_capacity(self.cells.len());
+        for row in self.rows() {
+            let Some((_, last)) = used(row) else {
+                stream.push(Symbol::Blank);
+                continue;
+            };
+            stream.extend(
+                row[left..=last]
+                    .iter()
+                    .map(|char| if *char == ' ' { Symbol::Blank } else { Symbol::Char(*char) }),
+            );
+            stream.push(if last == right { Symbol::Edge } else { Symbol::Blank });
+        }
+        stream
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Symbol {
+    Char(char),
+    /// A blank, or the end of a row that is not full.
+    Blank,
+    /// The end of a full row: a blank or nothing, whichever is wanted.
+    Edge,
+}
+
+/// Whether a text, in which blanks are single, is at the start of a sequence.
+fn stands_at(mut stream: &[Symbol], wanted: &[char]) -> bool {
+    for &char in wanted {
+        if char == ' ' {
+            let blanks = stream.iter().take_while(|symbol| !matches!(symbol, Symbol::Char(_))).count();
+            if blanks == 0 {
+                return false;
+            }
+            stream = &stream[blanks..];
+            continue;
+        }
+        if let [Symbol::Edge, rest @ ..] = stream {
+            stream = rest;
+        }
+        match stream {
+            [Symbol::Char(read), rest @ ..] if alike(*read, char) => stream = rest,
+            _ => return false,
+        }
+    }
+    true
+}
+
+/// The rows that hold text, without blanks at the end of each, and without blank rows around and more than one of them between.
+impl fmt::Display for ScreenText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A row of a picture has cells that happen to look like a stroke or a dot.
+        let is_text = |line: &String| !line.contains(UNREAD) || line.chars().any(char::is_alphanumeric);
+        let mut gap = None;
+        for line in self.lines() {
+            if line.is_empty() || !is_text(&line) {
+                gap = gap.map(|_| "\n\n");
+                continue;
+            }
+            write!(f, "{}{line}", gap.unwrap_or_default())?;
+            gap = Some("\n");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn screen(columns: usize, rows: &[&str]) -> ScreenText {
+        let cells = rows
+            .iter()
+            .flat_map(|row| row.chars().chain(std::iter::repeat(' ')).take(columns).collect::<Vec<_>>())
+            .collect();
+        ScreenText::new(columns, cells)
+    }
+
+    #[test]
+    fn blanks_match_blanks_and_the_ends_of_rows() {
+        let screen = screen(20, &["Press  ENTER to", "   continue", "", "login:"]);
+        assert!(screen.contains("Press ENTER to continue"));
+        assert!(screen.contains("ENTER\n  to"));
+        assert!(screen.contains("continue login:"));
+        assert!(screen.contains(" ") && screen.contains(""));
+        for other in ["PressENTER", "tocontinue", "press", "login: root"] {
+            assert!(!screen.contains(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_text_goes_over_the_edge() {
+        let wrapped = screen(8, &["Welcome ", "to insta", "ller 2", "ok"]);
+        assert!(wrapped.contains("to installer 2 ok"));
+        assert!(wrapped.contains("Welcome to"));
+        assert!(!wrapped.contains("installer 2ok"));
+        // A console with a border of blank cells.
+        let framed = screen(12, &["", "  abcdefgh  ", "  ij", ""]);
+        assert!(framed.contains("ghij"));
+    }
+
+    #[test]
+    fn what_looks_alike_is_found() {
+        let cyrillic = screen(10, &["HOBO"]); // read as Latin
+        assert!(cyrillic.contains("НОВО"));
+        assert!(!screen(10, &["НОВО"]).contains("HOBO"));
+        assert!(!screen(4, &["\u{fffd}\u{fffd}"]).contains("a"));
+    }
+
+    #[test]
+    fn it_is_shown_without_blanks_and_pictures() {
+        let screen = screen(12, &["", "\u{fffd}|\u{fffd}-", "  Title  ", "", "", "a\u{fffd}b", "", ""]);
+        assert_eq!(screen.to_string(), "  Title\n\na\u{fffd}b");
+        assert_eq!((screen.written(), screen.unread()), (12, 3));
+    }
+}
