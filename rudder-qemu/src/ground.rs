@@ -3,10 +3,11 @@
 //! (libvirt) makes no difference here.
 
 use crate::{
+    capture::{self, Captured},
     command_line,
     host::Host,
-    image::{self, Backing, Captured},
-    process::Invocation,
+    image::{self, Backing},
+    process::{Invocation, Lifetime},
 };
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -116,8 +117,19 @@ impl Ground {
 
     /// qemu-img, in the lab's directory.
     pub(crate) fn qemu_img(&self) -> Invocation {
-        let command = self.host.qemu_img(self.dir.path());
-        command.variable(LAB_VARIABLE, self.id.as_str())
+        self.tool(&self.host.qemu_img)
+    }
+
+    /// qemu-nbd, in the lab's directory.
+    pub(crate) fn qemu_nbd(&self) -> Invocation {
+        self.tool(&self.host.qemu_nbd)
+    }
+
+    /// A program in the lab's directory; it ends with its owner.
+    fn tool(&self, program: &Path) -> Invocation {
+        Invocation::new(program, Lifetime::WithOwner(self.host.setpriv.clone()))
+            .directory(self.dir.path())
+            .variable(LAB_VARIABLE, self.id.as_str())
     }
 
     fn volumes(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
@@ -199,7 +211,7 @@ impl Ground {
         disk: &str,
         progress: &Progress,
     ) -> Result<Captured> {
-        image::capture(self, volume, target, disk, progress).await
+        capture::capture(self, volume, target, disk, progress).await
     }
 
     /// Keeps what the lab needs, until the lab is gone.

@@ -33,6 +33,7 @@ pub struct Programs {
 pub struct Host {
     pub(crate) qemu: PathBuf,
     pub(crate) qemu_img: PathBuf,
+    pub(crate) qemu_nbd: PathBuf,
     pub(crate) setpriv: Option<PathBuf>,
     pub(crate) accelerator: Chosen,
     /// What the user should know about the accelerator.
@@ -49,6 +50,7 @@ impl Host {
     pub async fn examine(programs: &Programs, wanted: Accelerator) -> Result<Self> {
         let qemu = require(programs.qemu.as_deref(), "qemu-system-x86_64")?;
         let qemu_img = require(programs.qemu_img.as_deref(), "qemu-img")?;
+        let qemu_nbd = require_nbd(&qemu_img)?;
         let setpriv = find(programs.setpriv.as_deref(), "setpriv");
         let lifetime = Lifetime::WithOwner(setpriv.clone());
         let (answers, img_version) =
@@ -59,7 +61,16 @@ impl Host {
             ("qemu-img".to_owned(), img_version),
             ("accelerator".to_owned(), accelerator.to_string()),
         ]);
-        Ok(Self { qemu, qemu_img, setpriv, accelerator, notice, versions, devices: answers.devices })
+        Ok(Self {
+            qemu,
+            qemu_img,
+            qemu_nbd,
+            setpriv,
+            accelerator,
+            notice,
+            versions,
+            devices: answers.devices,
+        })
     }
 
     /// The accelerator that machines run on.
@@ -95,11 +106,6 @@ impl Host {
     pub fn has_device(&self, device: &str) -> bool {
         self.devices.contains(device)
     }
-
-    /// qemu-img with these arguments, in this directory; it ends with its owner.
-    pub(crate) fn qemu_img(&self, directory: &Path) -> Invocation {
-        Invocation::new(&self.qemu_img, Lifetime::WithOwner(self.setpriv.clone())).directory(directory)
-    }
 }
 
 fn require(given: Option<&Path>, name: &str) -> Result<PathBuf> {
@@ -108,6 +114,14 @@ fn require(given: Option<&Path>, name: &str) -> Result<PathBuf> {
         Error::new(ErrorKind::HostMissing, format!("expected the program {name} {place}, but found none"))
             .with_help(format!("install it: {INSTALL}"))
     })
+}
+
+/// The qemu-nbd that came with a qemu-img: the one beside it, else the first in `PATH`.
+fn require_nbd(qemu_img: &Path) -> Result<PathBuf> {
+    match find(Some(&qemu_img.with_file_name("qemu-nbd")), "qemu-nbd") {
+        Some(beside) => Ok(beside),
+        None => require(None, "qemu-nbd"),
+    }
 }
 
 #[derive(Debug)]
@@ -210,6 +224,8 @@ pub async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) ->
         qemu.as_ref().map(|answers| answers.version.clone()),
     ));
     report.findings.push(finding("qemu-img", true, img.as_ref().map(Clone::clone)));
+    let nbd = require(programs.qemu_img.as_deref(), "qemu-img").and_then(|path| require_nbd(&path));
+    report.findings.push(finding("qemu-nbd", true, nbd.as_ref().map(|path| path.display().to_string())));
 
     if let Ok(answers) = &qemu {
         let decided = accelerator::decide(wanted, Facts::gather(answers.kvm));

@@ -2,7 +2,6 @@
 
 use crate::{
     command_line::{self, Extras, Files},
-    image,
     lab::Ground,
     process::{Invocation, Lifetime, OwnedChild, describe},
     qmp::{Note, Qmp},
@@ -424,7 +423,7 @@ impl Machine for QemuMachine {
         }
         let disk = &self.spec.disks[index];
         let file = format!("m{}.d{index}.captured.qcow2", self.number);
-        let captured = image::capture(&self.ground, &disk.volume.id, &file, &disk.name, progress).await;
+        let captured = self.ground.capture(&disk.volume.id, &file, &disk.name, progress).await;
         let captured = captured
             .map_err(|error| error.with_context("disk", &disk.name).with_context("vm", &self.spec.name))?;
         Ok(CapturedDisk {

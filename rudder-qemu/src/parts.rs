@@ -3,10 +3,10 @@
 
 pub use crate::{
     accelerator::Chosen,
+    capture::Captured,
     command_line::card_arguments,
     ground::{Ground, blocking},
     host::{Host, Programs, diagnose},
-    image::Captured,
     qmp::read_forwards,
     watch::tail,
 };

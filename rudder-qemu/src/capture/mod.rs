@@ -1,0 +1,300 @@
+//! Captured disks: a self-contained, compressed copy of what a VM wrote, verified before anybody may use it.
+//!
+//! qemu-nbd reads the disk, threads of this process compress it, and qemu-nbd reads the copy again: a program that did
+//! not write it finds in it, byte for byte, what the VM left. `qemu-img convert` does much of the same work in one thread, and
+//! `qemu-img compare` all of it, and takes as long again (figures: `docs/performance.md`).
+
+mod nbd;
+mod qcow2;
+#[cfg(test)]
+mod tests;
+
+use crate::{
+    ground::{Ground, blocking},
+    image,
+};
+use futures::{StreamExt, TryStreamExt, stream};
+use nbd::{Client, Export};
+use qcow2::{CLUSTER, Cluster, Writer};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::Progress,
+    digest::{Digest, Hasher},
+};
+use serde::Deserialize;
+use std::{
+    fs::{self, File},
+    io::{self, BufWriter, Read},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+/// What is read at once, in bytes: large enough that asking for it costs little beside it, small enough for a processor's cache.
+const CHUNK: usize = 16 * CLUSTER;
+
+/// A cluster that need not be written.
+static ZEROES: [u8; CLUSTER] = [0; CLUSTER];
+
+/// zstd's own default, and QEMU's.
+const LEVEL: i32 = 3;
+
+/// A captured disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Captured {
+    /// What a guest sees of it, in bytes.
+    pub virtual_size: u64,
+    /// The size of its file, in bytes.
+    pub size: u64,
+    /// sha256 of its file.
+    pub sha256: Digest,
+}
+
+/// Makes a self-contained, compressed copy of a volume of the lab as the file `target`, and verifies it: its structure,
+/// and that it reads as the volume does.
+pub(crate) async fn capture(
+    ground: &Ground,
+    volume: &str,
+    target: &str,
+    disk: &str,
+    progress: &Progress,
+) -> Result<Captured> {
+    let virtual_size = ground.volume_size(volume)?;
+    let part_name = format!("{target}.part");
+    let part = Part(ground.path(&part_name));
+    let source = Reader::open(ground, volume, virtual_size).await?;
+    let chunks = pack(&source, &part, |done, total| {
+        progress.bytes(&format!("convert {disk}"), done, Some(total));
+    })
+    .await?;
+    drop(source);
+    let (sha256, (), ()) = tokio::try_join!(
+        seal(part.0.clone()),
+        image::check(ground, &part_name),
+        verify(ground, &part_name, virtual_size, &chunks, |done, total| {
+            progress.bytes(&format!("verify {disk}"), done, Some(total));
+        })
+    )?;
+    let path = ground.path(target);
+    let failed = |error| Error::io(format_args!("write {}", path.display()), error);
+    let size = fs::metadata(&part.0).map_err(failed)?.len();
+    fs::rename(&part.0, &path).map_err(failed)?;
+    Ok(Captured { virtual_size, size, sha256 })
+}
+
+/// A file that is not whole yet: gone when this is dropped.
+struct Part(PathBuf);
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // Not there once it was renamed.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// A part of a disk that may hold something, and what it holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Chunk {
+    /// Where it begins, in chunks.
+    number: u64,
+    sha256: Digest,
+}
+
+/// An image of the lab, read a chunk at a time, by several threads.
+struct Reader {
+    export: Export,
+    /// The size of the disk, in bytes.
+    size: u64,
+    /// The chunks that do not read as zeroes, as QEMU says, from the first to the last.
+    occupied: Vec<u64>,
+    /// Connections that nobody uses, each with its buffer: new ones would cost more than what is done in them.
+    idle: Mutex<Vec<(Client, Vec<u8>)>>,
+}
+
+impl Reader {
+    async fn open(ground: &Ground, image: &str, size: u64) -> Result<Arc<Self>> {
+        let (export, occupied) =
+            tokio::try_join!(Export::open(ground, image, threads()), occupied(ground, image))?;
+        Ok(Arc::new(Self { export, size, occupied, idle: Mutex::default() }))
+    }
+
+    /// Reads a chunk, and gives it to this; what is beyond the end of the disk is zero. Blocks.
+    fn read<T>(&self, number: u64, then: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let used = idle().pop();
+        let (mut client, mut bytes) = match used {
+            Some(used) => used,
+            None => (self.export.connect()?, vec![0; CHUNK]),
+        };
+        let start = number * CHUNK as u64;
+        let length = usize::try_from(self.size.saturating_sub(start)).map_or(CHUNK, |rest| rest.min(CHUNK));
+        let (inside, beyond) = bytes.split_at_mut(length);
+        client.read(start, inside).map_err(|error| self.export.unreadable(error))?;
+        beyond.fill(0);
+        let result = then(&bytes);
+        idle().push((client, bytes));
+        Ok(result)
+    }
+}
+
+/// One more than there are cores: while some wait for qemu-nbd, the others compress.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).min(16) + 1
+}
+
+/// The chunks of an image that do not read as zeroes, from the first to the last.
+async fn occupied(ground: &Ground, image: &str) -> Result<Vec<u64>> {
+    /// A line of `qemu-img map --output=json`, in bytes.
+    #[derive(Deserialize)]
+    struct Extent {
+        start: u64,
+        length: u64,
+        zero: bool,
+    }
+    let (mut chunks, mut strange) = (Vec::new(), false);
+    let mut line = Vec::new();
+    let command = ground.qemu_img().args(["map", "--output=json", "-f", "qcow2", image]);
+    // Of a large disk that is used everywhere there are millions: none is kept.
+    let mut take = |line: &[u8]| {
+        let text = line.trim_ascii();
+        let text = text.strip_prefix(b"[").unwrap_or(text);
+        let text = text.strip_suffix(b"]").unwrap_or(text);
+        let text = text.strip_suffix(b",").unwrap_or(text);
+        match serde_json::from_slice::<Extent>(text) {
+            Ok(extent) if extent.zero || extent.length == 0 => {}
+            Ok(Extent { start, length, .. }) => {
+                let first = chunks.last().map_or(0, |last| last + 1).max(start / CHUNK as u64);
+                chunks.extend(first..=(start + length - 1) / CHUNK as u64);
+            }
+            Err(_) => strange |= !text.is_empty(),
+        }
+    };
+    let finished = command
+        .run_watched(None, |mut piece| {
+            while let Some(end) = piece.iter().position(|byte| *byte == b'\n') {
+                line.extend_from_slice(&piece[..end]);
+                take(&line);
+                line.clear();
+                piece = &piece[end + 1..];
+            }
+            line.extend_from_slice(piece);
+        })
+        .await?;
+    take(&line);
+    finished.success("ask what is on the disk")?;
+    if strange {
+        let message = "expected a list of extents from qemu-img map, but found something else";
+        return Err(Error::new(ErrorKind::Protocol, message));
+    }
+    Ok(chunks)
+}
+
+/// Writes the disk as a compressed qcow2 file. Gives what is on it.
+async fn pack(source: &Arc<Reader>, part: &Part, meter: impl Fn(u64, u64)) -> Result<Vec<Chunk>> {
+    let path = part.0.clone();
+    let failed = move |error| Error::io(format_args!("write {}", path.display()), error);
+    let file = File::create_new(&part.0).map_err(&failed)?;
+    let mut writer = Writer::new(BufWriter::with_capacity(CHUNK, file), source.size).map_err(&failed)?;
+    let mut chunks = Vec::with_capacity(source.occupied.len());
+    let total = (source.occupied.len() * CHUNK) as u64;
+    // In order, so that the same disk always gives the same file.
+    let mut packed = stream::iter(0..source.occupied.len())
+        .map(|place| {
+            let source = Arc::clone(source);
+            blocking(move || {
+                let number = source.occupied[place];
+                let (sha256, clusters) = source.read(number, |bytes| (Digest::of(bytes), compress(bytes)))?;
+                let clusters = clusters.map_err(|error| Error::io("compress the disk", error))?;
+                Ok((Chunk { number, sha256 }, clusters))
+            })
+        })
+        .buffered(threads());
+    while let Some((chunk, clusters)) = packed.try_next().await? {
+        let failed = failed.clone();
+        writer = blocking(move || {
+            for (index, cluster) in clusters {
+                writer.push(chunk.number * (CHUNK / CLUSTER) as u64 + index, &cluster).map_err(&failed)?;
+            }
+            Ok(writer)
+        })
+        .await?;
+        chunks.push(chunk);
+        meter((chunks.len() * CHUNK) as u64, total);
+    }
+    blocking(move || writer.finish().map(drop).map_err(failed)).await?;
+    Ok(chunks)
+}
+
+/// The clusters of a chunk that are not all zeroes, with their places in it.
+fn compress(bytes: &[u8]) -> io::Result<Vec<(u64, Cluster)>> {
+    let mut compressor = zstd::bulk::Compressor::new(LEVEL)?;
+    let mut clusters = Vec::new();
+    for (index, cluster) in (0..).zip(bytes.chunks_exact(CLUSTER)) {
+        if cluster == ZEROES {
+            continue;
+        }
+        let frame = compressor.compress(cluster)?;
+        let plain = frame.len() >= CLUSTER;
+        clusters
+            .push((index, if plain { Cluster::Plain(cluster.to_vec()) } else { Cluster::Compressed(frame) }));
+    }
+    Ok(clusters)
+}
+
+/// Reads a copy again, and finds in it what was on the disk, and nothing else.
+async fn verify(
+    ground: &Ground,
+    file: &str,
+    size: u64,
+    chunks: &[Chunk],
+    meter: impl Fn(u64, u64),
+) -> Result<()> {
+    let differs = || damaged("it does not read as the machine's disk does");
+    let copy = Reader::open(ground, file, size).await?;
+    let known = |number: &u64| chunks.binary_search_by_key(number, |chunk| chunk.number).is_ok();
+    if !copy.occupied.iter().all(known) {
+        return Err(differs());
+    }
+    let mut read = stream::iter(chunks.to_vec())
+        .map(|chunk| {
+            let copy = Arc::clone(&copy);
+            blocking(move || Ok(copy.read(chunk.number, Digest::of)? == chunk.sha256))
+        })
+        .buffer_unordered(threads());
+    let mut done = 0;
+    while let Some(same) = read.try_next().await? {
+        if !same {
+            return Err(differs());
+        }
+        done += CHUNK as u64;
+        meter(done, (chunks.len() * CHUNK) as u64);
+    }
+    Ok(())
+}
+
+/// Makes a file durable, and computes its digest.
+async fn seal(path: PathBuf) -> Result<Digest> {
+    blocking(move || {
+        let failed = |error| Error::io(format_args!("read {}", path.display()), error);
+        let mut file = File::open(&path).map_err(failed)?;
+        let mut hasher = Hasher::default();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            let count = file.read(&mut buffer).map_err(failed)?;
+            if count == 0 {
+                break;
+            }
+            hasher.update(&buffer[..count]);
+        }
+        file.sync_all().map_err(failed)?;
+        Ok(hasher.finish())
+    })
+    .await
+}
+
+/// The error of a copy that is not what it should be.
+pub(crate) fn damaged(why: &str) -> Error {
+    Error::new(ErrorKind::InvalidImage, format!("expected a captured disk as the machine left it, but {why}"))
+        .with_help("look for faulty memory or disks of the host, and build again")
+        .with_retryable(true)
+}
