@@ -285,3 +285,20 @@ fn an_empty_list_of_vms_does_not_change_the_form() {
         assert!(!again.diagnostics.iter().any(|finding| finding.code == "wrong-type"), "{written}");
     }
 }
+
+#[test]
+fn a_value_that_was_refused_does_not_change_the_form() {
+    for text in [
+        "vms:\nspec:\n",
+        "vms:\nspec: text\nmetadata: {name: web}\n",
+        "vms:\nspec: text\nspec: {timeout: 5m}\n",
+        "apiVersion: [1]\nvms: [{name: web}]\n",
+        "kind: {}\nspec: {}\nvms: [{name: web}]\n",
+        "kind: {}\nspec: {}\n",
+    ] {
+        let parsed = parse(text.as_bytes());
+        let written = parsed.documents[0].manifest().to_yaml().unwrap();
+        let again = parse(written.as_bytes());
+        assert_eq!(again.documents[0].manifest(), parsed.documents[0].manifest(), "{text}: {written}");
+    }
+}

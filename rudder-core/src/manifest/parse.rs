@@ -99,7 +99,15 @@ fn manifest(tree: &mut Tree, diagnostics: &mut Vec<Diagnostic>) -> Option<Manife
         let resource = de::read::<Resource<CloneSpec>>(tree, &[], root, None, diagnostics);
         return Some(Manifest::Clone(Box::new(resource)));
     }
-    let resource = de::read::<Resource<BuildSpec>>(tree, &[], root, None, diagnostics);
+    let mut resource = de::read::<Resource<BuildSpec>>(tree, &[], root, None, diagnostics);
+    if resource.api_version.is_none() && resource.kind.is_none() {
+        // A key alone says which form this is, also when its value was refused: what is written must say the same.
+        if lists_vms {
+            resource.api_version = Some(API_VERSION.to_owned());
+        } else {
+            resource.spec.get_or_insert_default();
+        }
+    }
     Some(Manifest::Resource(Box::new(resource)))
 }
 
