@@ -20,7 +20,7 @@ demo: guests ## Build a module from a real Debian guest, then a second one on to
 test: guests ## Every test, those with real guests included
 	@tools/setup build qemu test
 	@$(call timed,test: compiling,cargo test --workspace --no-run --quiet)
-	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace)
+	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace --no-fail-fast)
 
 check: ## Format, lints, documentation, licences and sources of dependencies, the oldest Rust: what must be green before a change lands
 	@tools/setup build deny
