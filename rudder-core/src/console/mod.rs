@@ -1,11 +1,178 @@
 //! The conversation with a machine's screen, keyboard and serial line.
 //!
-//! Everything here needs [`Machine::display`](crate::backend::Machine::display) and
-//! [`Machine::serial`](crate::backend::Machine::serial) only, so that every backend has it.
+//! Everything here needs [`Machine::display`] and [`Machine::serial_tail`] (or [`Machine::serial`]) only, so that every
+//! backend has it.
+//!
+//! # Example
+//! ```no_run
+//! # use rudder_core::{backend::Machine, console::Console, keys};
+//! # use std::{error::Error, sync::Arc, time::Duration};
+//! # async fn log_in(machine: Arc<dyn Machine>) -> Result<(), Box<dyn Error>> {
+//! let console = Console::new(machine);
+//! console.wait_text("login:", Duration::from_secs(60)).await?;
+//! console.type_text("root\n").await?;
+//! console.press(keys::named_key("f2").ok_or("no such key")?).await?;
+//! std::fs::write("screen.png", console.screenshot().await?)?;
+//! # Ok(())
+//! # }
+//! ```
 
+mod echo;
 mod framebuffer;
+mod keyboard;
+mod link;
+mod picture;
+mod rfb;
+mod scancode;
+mod serial;
 pub mod text;
 mod viewer;
 
 pub use framebuffer::Framebuffer;
 pub use viewer::Viewer;
+
+use crate::{Error, ErrorKind, Result, backend::Machine};
+use link::Link;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use text::ScreenText;
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep, timeout_at},
+};
+
+/// How long after a failed attempt to connect the next one follows.
+const PAUSES: [Duration; 6] = [
+    Duration::from_millis(20),
+    Duration::from_millis(80),
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(1),
+];
+
+/// The screen, keyboard and serial line of a machine.
+///
+/// It connects to the display when it is first used, keeps the picture current from then on, and connects again when the
+/// connection breaks. Keys that are held are released when it is dropped, and after every error of the keyboard.
+#[derive(Debug)]
+pub struct Console {
+    machine: Arc<dyn Machine>,
+    link: Mutex<Option<Arc<Link>>>,
+    links: AtomicU64,
+    keyboard: Mutex<keyboard::Keyboard>,
+    serial: Mutex<serial::SerialLine>,
+}
+
+impl Console {
+    /// A console, not yet connected.
+    #[must_use]
+    pub fn new(machine: Arc<dyn Machine>) -> Self {
+        Self {
+            machine,
+            link: Mutex::default(),
+            links: AtomicU64::new(0),
+            keyboard: Mutex::default(),
+            serial: Mutex::default(),
+        }
+    }
+
+    /// What the screen shows.
+    ///
+    /// # Errors
+    /// When there is no connection to the display and none can be made: what [`Machine::display`] fails with, `Protocol`
+    /// when it breaks RFB, `Authentication` when it wants a password, `TimedOut` when it is silent.
+    pub async fn framebuffer(&self) -> Result<Framebuffer> {
+        Ok(self.link().await?.frame())
+    }
+
+    /// What the screen shows, read as text. See [`text`] for what can be read.
+    ///
+    /// # Errors
+    /// As of [`framebuffer`](Self::framebuffer).
+    pub async fn text(&self) -> Result<ScreenText> {
+        let link = self.link().await?;
+        Ok(link.with_frame(text::read))
+    }
+
+    /// Waits until the screen shows a text; what it shows then.
+    ///
+    /// # Errors
+    /// `TimedOut` after the limit, with the screen as text; else as of [`framebuffer`](Self::framebuffer).
+    pub async fn wait_text(&self, text: &str, limit: Duration) -> Result<ScreenText> {
+        let deadline = Instant::now() + limit;
+        let mut shown: Option<ScreenText> = None;
+        let mut seen = None;
+        loop {
+            let Ok(link) = timeout_at(deadline, self.link()).await else { break };
+            let link = link?;
+            let mut progress = link.progress();
+            // Another connection begins to count anew.
+            let changes = (link.number(), progress.borrow_and_update().changes);
+            if seen.replace(changes) != Some(changes) {
+                let screen = link.with_frame(text::read);
+                if screen.contains(text) {
+                    return Ok(screen);
+                }
+                shown = Some(screen);
+            }
+            // Who is gone has told that it ended, and the next round connects again.
+            if timeout_at(deadline, progress.changed()).await.is_err() {
+                break;
+            }
+        }
+        let shown = match shown.map(|screen| screen.to_string()) {
+            Some(screen) if !screen.trim().is_empty() => format!("it shows:\n{}", screen.trim_end()),
+            Some(_) => "it shows no text that can be read".to_owned(),
+            None => "it could not be seen".to_owned(),
+        };
+        let message = format!("expected {text:?} on the screen within {} s, but {shown}", limit.as_secs_f32());
+        Err(Error::new(ErrorKind::TimedOut, message))
+    }
+
+    /// A picture of the screen, as PNG.
+    ///
+    /// # Errors
+    /// As of [`framebuffer`](Self::framebuffer).
+    pub async fn screenshot(&self) -> Result<Vec<u8>> {
+        self.framebuffer().await?.to_png()
+    }
+
+    /// The connection that lives, or a new one.
+    async fn link(&self) -> Result<Arc<Link>> {
+        let mut slot = self.link.lock().await;
+        if let Some(link) = slot.as_ref().filter(|link| link.check().is_ok()) {
+            return Ok(link.clone());
+        }
+        *slot = None;
+        let mut pauses = PAUSES.iter();
+        let link = loop {
+            let number = self.links.fetch_add(1, Ordering::Relaxed);
+            let opened = match self.machine.display().await {
+                Ok(stream) => Link::open(stream, number).await,
+                Err(error) => Err(error),
+            };
+            let again = |kind| matches!(kind, ErrorKind::Protocol | ErrorKind::Io | ErrorKind::NotFound);
+            match (opened, pauses.next()) {
+                (Ok(link), _) => break Arc::new(link),
+                (Err(error), Some(pause)) if again(error.kind()) => {
+                    tracing::debug!(machine = self.machine.name(), %error, "no display yet");
+                    sleep(*pause).await;
+                }
+                (Err(error), _) => return Err(error.with_context("display of vm", self.machine.name())),
+            }
+        };
+        *slot = Some(link.clone());
+        Ok(link)
+    }
+
+    /// The connection, if there is one that lives.
+    async fn living_link(&self) -> Option<Arc<Link>> {
+        self.link.lock().await.clone().filter(|link| link.check().is_ok())
+    }
+}

@@ -1,0 +1,298 @@
+//! One connection to a display: a task that keeps the picture current and sends keys, and ends with the connection.
+//!
+//! What became of keys is told exactly: not sent at all, handed to the connection, or unknown. A connection that is let go
+//! releases what it pressed.
+
+use super::{Framebuffer, rfb, scancode};
+use crate::{Error, ErrorKind, Result, backend::BoxedStream};
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt as _, BufReader, ReadHalf, WriteHalf},
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
+
+/// How long a server may take to greet, and to send its first picture.
+const GREETING: Duration = Duration::from_secs(10);
+/// How long it may leave what is sent unread.
+const SENDING: Duration = Duration::from_secs(10);
+/// How long releasing keys may hold up the end.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// A key pressed or released.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KeyEvent {
+    pub(super) keysym: u32,
+    pub(super) down: bool,
+}
+
+/// What became of key events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// The connection has them. That says nothing yet about the server.
+    Written,
+    /// The connection was gone before the first was written.
+    Not,
+    /// It broke meanwhile.
+    Unknown,
+}
+
+/// How far a connection is.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Progress {
+    /// How many updates came.
+    pub(super) updates: u64,
+    /// How many of them changed the picture.
+    pub(super) changes: u64,
+    /// The whole screen was drawn once.
+    pub(super) drawn: bool,
+    /// It is over, and why.
+    pub(super) ended: Option<Arc<Error>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    progress: watch::Sender<Progress>,
+    frame: Mutex<Framebuffer>,
+    extended_keys: AtomicBool,
+}
+
+impl Shared {
+    fn frame(&self) -> MutexGuard<'_, Framebuffer> {
+        self.frame.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection. When the last handle is dropped, what it pressed is released, and it ends.
+#[derive(Debug)]
+pub(super) struct Link {
+    number: u64,
+    shared: Arc<Shared>,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+/// What the task is asked to send.
+#[derive(Debug)]
+enum Order {
+    Keys(Keys),
+    /// Asks for a pixel, whether it changed or not: the answer shows that the server has read all that was sent before.
+    Probe,
+}
+
+#[derive(Debug)]
+struct Keys {
+    events: Vec<KeyEvent>,
+    done: Option<oneshot::Sender<Sent>>,
+}
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        // Nobody took it.
+        if let Some(done) = self.done.take() {
+            let _ = done.send(Sent::Not);
+        }
+    }
+}
+
+impl Link {
+    /// Greets the server and waits for its picture.
+    pub(super) async fn open(mut stream: BoxedStream, number: u64) -> Result<Self> {
+        let late = |_| Error::new(ErrorKind::TimedOut, "the display did not answer within 10 s");
+        let size = timeout(GREETING, rfb::shake_hands(&mut stream)).await.map_err(late)??;
+        let shared = Arc::new(Shared {
+            progress: watch::Sender::default(),
+            frame: Mutex::new(Framebuffer::new(size.0, size.1)),
+            extended_keys: AtomicBool::new(false),
+        });
+        let (orders, received) = mpsc::unbounded_channel();
+        tokio::spawn(serve(stream, shared.clone(), received));
+        let link = Self { number, shared, orders };
+        let mut progress = link.progress();
+        let drawn = progress.wait_for(|progress| progress.drawn || progress.ended.is_some());
+        timeout(GREETING, drawn).await.map_err(late)?.map_err(|_| gone())?;
+        link.check()?;
+        Ok(link)
+    }
+
+    /// Which of the connections of its console it is.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether it lives.
+    pub(super) fn check(&self) -> Result<()> {
+        match &self.shared.progress.borrow().ended {
+            Some(error) => Err(again(error)),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn progress(&self) -> watch::Receiver<Progress> {
+        self.shared.progress.subscribe()
+    }
+
+    /// What the screen shows now.
+    pub(super) fn frame(&self) -> Framebuffer {
+        self.shared.frame().clone()
+    }
+
+    /// Looks at what the screen shows now.
+    pub(super) fn with_frame<T>(&self, look: impl FnOnce(&Framebuffer) -> T) -> T {
+        look(&self.shared.frame())
+    }
+
+    /// Sends key events, each at most once.
+    pub(super) async fn send(&self, events: Vec<KeyEvent>) -> Sent {
+        let (done, sent) = oneshot::channel();
+        // What cannot be handed over is dropped, and says so itself.
+        let _ = self.orders.send(Order::Keys(Keys { events, done: Some(done) }));
+        match timeout(SENDING, sent).await {
+            Ok(Ok(sent)) => sent,
+            Ok(Err(_)) | Err(_) => Sent::Unknown,
+        }
+    }
+
+    /// Makes the server send an update.
+    pub(super) fn probe(&self) {
+        // Of a connection that is over, its end is the answer.
+        let _ = self.orders.send(Order::Probe);
+    }
+}
+
+fn gone() -> Error {
+    rfb::mistake("the connection to the display is over")
+}
+
+/// An error that several are told.
+fn again(error: &Arc<Error>) -> Error {
+    Error::new(error.kind(), error.to_string()).with_source(error.clone())
+}
+
+async fn serve(stream: BoxedStream, shared: Arc<Shared>, orders: mpsc::UnboundedReceiver<Order>) {
+    let (reader, writer) = tokio::io::split(stream);
+    let (requests, requested) = mpsc::unbounded_channel();
+    let ended = tokio::select! {
+        error = read(reader, &shared, &requests) => error,
+        error = write(writer, &shared, orders, requested) => error,
+    };
+    shared.progress.send_modify(|progress| progress.ended = Some(Arc::new(ended)));
+}
+
+/// Draws updates, and asks for the next, until the connection ends.
+async fn read(
+    stream: ReadHalf<BoxedStream>,
+    shared: &Shared,
+    requests: &mpsc::UnboundedSender<[u8; 10]>,
+) -> Error {
+    let mut stream = BufReader::with_capacity(64 << 10, stream);
+    let mut frame = shared.frame().clone();
+    let mut whole = false;
+    loop {
+        // Incremental requests say what changed since; after a new size everything did.
+        if requests.send(rfb::update_request(whole, frame.width(), frame.height())).is_err() {
+            return gone();
+        }
+        let update = match rfb::read_update(&mut stream, &mut frame).await {
+            Ok(update) => update,
+            Err(error) => return error,
+        };
+        if update.extended_keys {
+            shared.extended_keys.store(true, Ordering::Relaxed);
+        }
+        // A size or an offer may come alone, before the picture that was asked for.
+        let drew = !update.rows.is_empty();
+        whole = !update.resized && (whole || drew);
+        let changed = publish(&mut shared.frame(), &frame, &update);
+        shared.progress.send_modify(|progress| {
+            progress.updates += 1;
+            progress.changes += u64::from(changed);
+            progress.drawn |= drew;
+        });
+    }
+}
+
+/// Takes over what an update drew; whether anything is different now.
+fn publish(shown: &mut Framebuffer, drawn: &Framebuffer, update: &rfb::Update) -> bool {
+    if update.resized {
+        *shown = drawn.clone();
+        return true;
+    }
+    let mut changed = false;
+    for y in update.rows.clone() {
+        if shown.row(y) != drawn.row(y) {
+            shown.row_mut(y).copy_from_slice(drawn.row(y));
+            changed = true;
+        }
+    }
+    changed
+}
+
+/// Sends what is asked for, until nobody can ask any more or the connection ends.
+async fn write(
+    mut stream: WriteHalf<BoxedStream>,
+    shared: &Shared,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    mut requests: mpsc::UnboundedReceiver<[u8; 10]>,
+) -> Error {
+    let mut pressed = Vec::new();
+    if let Err(error) = put(&mut stream, &rfb::introduction()).await {
+        return error;
+    }
+    loop {
+        let written = tokio::select! {
+            biased;
+            order = orders.recv() => match order {
+                Some(Order::Probe) => put(&mut stream, &rfb::update_request(false, 1, 1)).await,
+                Some(Order::Keys(mut keys)) => {
+                    let done = keys.done.take();
+                    let written = put(&mut stream, &bytes(&keys.events, shared, &mut pressed)).await;
+                    if let (Some(done), Ok(())) = (done, &written) {
+                        let _ = done.send(Sent::Written);
+                    }
+                    written
+                }
+                None => {
+                    let events: Vec<_> = pressed.iter().rev().map(|&keysym| KeyEvent { keysym, down: false }).collect();
+                    let farewell = bytes(&events, shared, &mut pressed);
+                    let _ = timeout(FAREWELL, async {
+                        put(&mut stream, &farewell).await?;
+                        stream.shutdown().await.map_err(|error| Error::io("end the connection to the display", error))
+                    }).await;
+                    return gone();
+                }
+            },
+            Some(request) = requests.recv() => put(&mut stream, &request).await,
+        };
+        if let Err(error) = written {
+            return error;
+        }
+    }
+}
+
+async fn put(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<()> {
+    stream.write_all(bytes).await.map_err(rfb::broken)?;
+    stream.flush().await.map_err(rfb::broken)
+}
+
+/// Key events as they are sent, remembering which keys are down.
+fn bytes(events: &[KeyEvent], shared: &Shared, pressed: &mut Vec<u32>) -> Vec<u8> {
+    let extended = shared.extended_keys.load(Ordering::Relaxed);
+    let mut bytes = Vec::new();
+    for &KeyEvent { keysym, down } in events {
+        pressed.retain(|&other| other != keysym);
+        if down {
+            pressed.push(keysym);
+        }
+        match scancode::of_keysym(keysym).filter(|_| extended) {
+            Some(scancode) => bytes.extend(rfb::extended_key_event(down, keysym, scancode)),
+            None => bytes.extend(rfb::key_event(down, keysym)),
+        }
+    }
+    bytes
+}
