@@ -131,7 +131,8 @@ impl Console {
             Some(_) => "it shows no text that can be read".to_owned(),
             None => "it could not be seen".to_owned(),
         };
-        let message = format!("expected {text:?} on the screen within {} s, but {shown}", limit.as_secs_f32());
+        let message =
+            format!("expected {text:?} on the screen within {} s, but {shown}", limit.as_secs_f32());
         Err(Error::new(ErrorKind::TimedOut, message))
     }
 

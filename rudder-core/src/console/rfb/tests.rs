@@ -69,8 +69,11 @@ async fn a_greeting_cannot_ask_for_memory() {
     assert_eq!(greeted(&[shake, &long].concat()).await.0.unwrap_err().kind(), ErrorKind::Protocol);
 }
 
+/// x, y, width, height, encoding and data.
+type Rectangle<'a> = (u16, u16, u16, u16, i32, &'a [u8]);
+
 /// Bytes of a `FramebufferUpdate`.
-fn update(rectangles: &[(u16, u16, u16, u16, i32, &[u8])]) -> Vec<u8> {
+fn update(rectangles: &[Rectangle<'_>]) -> Vec<u8> {
     let mut bytes = vec![0, 0];
     bytes.extend(u16::try_from(rectangles.len()).unwrap().to_be_bytes());
     for (x, y, width, height, encoding, data) in rectangles {
