@@ -89,6 +89,28 @@ async fn a_step_ends_at_its_limit_and_its_processes_with_it() {
 }
 
 #[tokio::test]
+async fn a_cancelled_step_ends_its_processes_before_it_returns() {
+    let server = server().await;
+    let pid = server.dir.path().join("pid");
+    let script = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 1000", pid.display());
+    let (cancel, seen) = (CancellationToken::new(), pid.clone());
+    let canceller = tokio::spawn({
+        let cancel = cancel.clone();
+        async move {
+            while !seen.exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            cancel.cancel();
+        }
+    });
+    let (outcome, _) = perform(&server, &step(shell(&script), None), cancel).await;
+    canceller.await.unwrap();
+    let error = outcome.result.unwrap_err();
+    assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::Cancelled, "the step was cancelled"));
+    assert!(!Path::new(&format!("/proc/{}", std::fs::read_to_string(pid).unwrap().trim())).exists());
+}
+
+#[tokio::test]
 async fn a_reboot_is_over_when_another_boot_answers() {
     let server = server().await;
     let dir = server.dir.path().display();
