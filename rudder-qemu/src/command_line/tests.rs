@@ -197,7 +197,7 @@ fn cards_in_one_subnet_share_a_hub_and_others_do_not() {
             "user,id=up0,ipv6=off,net=10.0.2.0/24,host=10.0.2.2,restrict=on,hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:80",
             "hubport,id=up0hub,hubid=0,netdev=up0",
             "hubport,id=net0,hubid=0",
-            "user,id=net1,ipv6=off,net=192.168.7.0/28,restrict=on",
+            "user,id=net1,ipv6=off,net=192.168.7.0/28,host=192.168.7.2,restrict=on",
             "hubport,id=net2,hubid=0",
         ]
     );
