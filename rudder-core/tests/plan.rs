@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use rudder_core::{
     capability::{Capabilities, Capability},
     check::check,
+    diagnostic::Diagnostic,
     manifest::{BareBuild, Document, Manifest, parse},
     module::Module,
     plan::{
@@ -459,10 +460,13 @@ proptest! {
     #[test]
     fn no_manifest_makes_checking_or_planning_panic(value in any_yaml()) {
         let text = serde_yaml::to_string(&value).unwrap();
-        for document in parse(text.as_bytes()).documents {
-            drop(check(&document));
-            let planned = plan(&document, &context());
-            prop_assert_eq!(planned.plan.is_none(), planned.diagnostics.iter().any(rudder_core::diagnostic::Diagnostic::is_error));
+        let parsed = parse(text.as_bytes());
+        for document in &parsed.documents {
+            drop(check(document));
+            let planned = plan(document, &context());
+            let refused = planned.diagnostics.iter().any(Diagnostic::is_error);
+            prop_assert!(planned.plan.is_none() || !refused);
+            prop_assert!(planned.plan.is_some() || refused || parsed.has_errors());
             prop_assert!(planned.diagnostics.iter().all(|d| d.code != "internal"));
         }
     }

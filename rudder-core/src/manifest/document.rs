@@ -108,4 +108,9 @@ impl Document {
     pub fn is_pruned(&self, path: &Path<'_>) -> bool {
         self.tree.as_ref().is_some_and(|tree| tree.is_pruned_at(path))
     }
+
+    /// Whether [`parse`](super::parse) refused something of this document and left it out.
+    pub(crate) fn has_pruned(&self) -> bool {
+        self.tree.as_ref().is_some_and(|tree| tree.has_pruned())
+    }
 }

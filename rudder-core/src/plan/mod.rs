@@ -53,7 +53,7 @@ const ISO_CACHE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Planned {
-    /// The plan; `None` when a diagnostic is an error.
+    /// The plan; `None` when a diagnostic is an error, of these or of those that were found while parsing.
     pub plan: Option<Plan>,
     /// Everything that was found by checking and by planning, in the order of the text. What was found while parsing is not
     /// repeated here.
@@ -87,7 +87,8 @@ pub fn plan(document: &Document, context: &PlanContext) -> Planned {
         relative_urls(&mut findings, spec, at, context);
         if !findings.has_errors() {
             plan = name.and_then(|name| make(document, spec, &name, support, context));
-            if plan.is_none() {
+            // Where parsing refused something it has said so: a plan without it is no bug.
+            if plan.is_none() && !document.has_pruned() {
                 findings
                     .report(
                         &codes::INTERNAL,

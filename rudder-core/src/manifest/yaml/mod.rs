@@ -137,6 +137,11 @@ impl Tree {
         path.segments().into_iter().try_fold((None, self.root), |(_, id), segment| self.step(id, segment))
     }
 
+    /// Whether anything was refused.
+    pub(super) fn has_pruned(&self) -> bool {
+        self.nodes.iter().any(|node| node.pruned)
+    }
+
     /// Whether the value at a path, or anything that holds it, was refused.
     pub(super) fn is_pruned_at(&self, path: &Path<'_>) -> bool {
         let mut id = self.root;
