@@ -18,15 +18,15 @@ demo: guests ## Build a module from a real Debian guest, then a second one on to
 	@tools/demo "$(STORE)"
 
 test: guests ## Every test, those with real guests included
-	@tools/setup build qemu test
-	@$(call timed,test: compiling,cargo test --workspace --no-run --quiet)
-	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace --no-fail-fast)
+	@tools/setup build headers qemu libvirt test
+	@$(call timed,test: compiling,cargo test --workspace --features libvirt --no-run --quiet)
+	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace --features libvirt --no-fail-fast)
 
 check: ## Format, lints, documentation, licences and sources of dependencies, the oldest Rust: what must be green before a change lands
-	@tools/setup build deny
+	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
-	@$(call timed,check: clippy,cargo clippy --workspace --all-targets --quiet -- -D warnings)
-	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --quiet)
+	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --all-targets --quiet -- -D warnings)
+	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt --no-deps --quiet)
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
 	@$(call timed,check: oldest Rust,tools/msrv)
 

@@ -1,9 +1,11 @@
 //! Builds the modules of a manifest file.
 //!
 //! ```text
-//! cargo run --example build -- [--backend qemu|memory] [--store DIR] [--events json]
+//! cargo run --example build -- [--backend qemu|libvirt|memory] [--store DIR] [--events json]
 //!                              [--on-failure destroy|keep] [--locked] FILE
 //! ```
+//!
+//! `libvirt` is there with `--features libvirt`; `LIBVIRT_DEFAULT_URI` says which one.
 //!
 //! Standard output is for programs: with `--events json` every event as a line of JSON, and at last the path of each
 //! `module.json`. Everything for people goes to standard error: progress bars and the output of steps on a terminal, plain
@@ -66,6 +68,8 @@ struct Args {
 #[derive(Clone, Copy, ValueEnum)]
 enum Hypervisor {
     Qemu,
+    #[cfg(feature = "libvirt")]
+    Libvirt,
     Memory,
 }
 
@@ -126,6 +130,10 @@ async fn run(args: Args) -> Result<(), End> {
     let file = Source { name: args.file.display().to_string(), text };
     let backend: Arc<dyn Backend> = match args.backend {
         Hypervisor::Qemu => Arc::new(QemuBackend::builder(Store::open(&store)?).build()),
+        #[cfg(feature = "libvirt")]
+        Hypervisor::Libvirt => {
+            Arc::new(rudder::libvirt::LibvirtBackend::builder(Store::open(&store)?).build())
+        }
         Hypervisor::Memory => Arc::new(MemoryBackend::new().store(&store)?),
     };
 

@@ -7,10 +7,14 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `qemu` (default) | `rudder::qemu`: builds on raw QEMU processes |
+//! | `libvirt` | `rudder::libvirt`: builds on libvirt; needs its headers (`libvirt-dev`) |
 
 #[doc(inline)]
 pub use rudder_core::*;
 
+#[cfg(feature = "libvirt")]
+#[doc(inline)]
+pub use rudder_libvirt as libvirt;
 #[cfg(feature = "qemu")]
 #[doc(inline)]
 pub use rudder_qemu as qemu;

@@ -31,6 +31,9 @@ use std::{
     },
 };
 
+/// The file in a lab's directory that says how to get into its machines, once it was kept.
+const ACCESS_FILE: &str = "access.json";
+
 /// What a lab and its machines stand on.
 #[derive(Debug)]
 pub struct Ground {
@@ -214,6 +217,21 @@ impl Ground {
         capture::capture(self, volume, target, disk, progress).await
     }
 
+    /// Lets the lab outlive this process, with a note how to get into its machines.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it was not opened to be kept; file errors.
+    pub async fn keep(&self, access: &[String]) -> Result<()> {
+        let (dir, record) = (Arc::clone(&self.dir), serde_json::json!(access).to_string());
+        blocking(move || {
+            let path = dir.path().join(ACCESS_FILE);
+            std::fs::write(&path, record)
+                .map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
+            dir.mark_kept()
+        })
+        .await
+    }
+
     /// Keeps what the lab needs, until the lab is gone.
     async fn hold(&self, lease: Lease) -> Result<()> {
         let dir = Arc::clone(&self.dir);
@@ -320,4 +338,11 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
         Ok(result) => result,
         Err(error) => Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error)),
     }
+}
+
+/// How to get into the machines of a lab that was kept, in this directory.
+#[must_use]
+pub fn kept_access(directory: &Path) -> Vec<String> {
+    let record = std::fs::read(directory.join(ACCESS_FILE)).unwrap_or_default();
+    serde_json::from_slice(&record).unwrap_or_default()
 }

@@ -1,6 +1,6 @@
 //! The place of one build or clone: a directory in the store, its volumes, its machines.
 
-pub(crate) use crate::ground::{Ground, blocking};
+pub(crate) use crate::ground::{Ground, blocking, kept_access};
 use crate::{host::Host, machine::QemuMachine};
 use async_trait::async_trait;
 use rudder_core::{
@@ -16,15 +16,11 @@ use rudder_core::{
 };
 use std::{
     collections::BTreeMap,
-    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
-
-/// The file in a lab's directory that says how to get into its machines, once it was kept.
-const ACCESS_FILE: &str = "access.json";
 
 /// The machines of a lab, in the order in which they were defined.
 type Machines = Arc<Mutex<Vec<Arc<QemuMachine>>>>;
@@ -131,14 +127,7 @@ impl Lab for QemuLab {
     async fn keep(&self) -> Result<KeptLab> {
         let machines = self.machines().clone();
         let access: Vec<String> = machines.iter().flat_map(|machine| machine.access()).collect();
-        let (ground, record) = (Arc::clone(&self.ground), serde_json::json!(access).to_string());
-        blocking(move || {
-            let path = ground.path(ACCESS_FILE);
-            std::fs::write(&path, record)
-                .map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
-            ground.dir.mark_kept()
-        })
-        .await?;
+        self.ground.keep(&access).await?;
         self.kept.store(true, Ordering::Relaxed);
         for machine in &machines {
             machine.release();
@@ -163,10 +152,4 @@ impl Drop for QemuLab {
             machine.abandon();
         }
     }
-}
-
-/// How to get into the machines of a lab that was kept.
-pub(crate) fn kept_access(directory: &Path) -> Vec<String> {
-    let record = std::fs::read(directory.join(ACCESS_FILE)).unwrap_or_default();
-    serde_json::from_slice(&record).unwrap_or_default()
 }

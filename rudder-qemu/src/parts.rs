@@ -5,7 +5,7 @@ pub use crate::{
     accelerator::Chosen,
     capture::Captured,
     command_line::card_arguments,
-    ground::{Ground, blocking},
+    ground::{Ground, blocking, kept_access},
     host::{Host, Programs, diagnose},
     qmp::read_forwards,
     watch::tail,

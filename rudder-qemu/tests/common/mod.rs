@@ -118,77 +118,7 @@ pub async fn blank_machine(lab: &dyn Lab, name: &str, buses: &[Bus]) -> MachineS
     spec
 }
 
-/// Guests of one sector: real-mode programs that the firmware loads at 0x7c00.
-pub mod sector {
-    /// `hlt`, for ever.
-    const REST: &[u8] = &[0xf4, 0xeb, 0xfd];
-
-    fn disk(code: &[&[u8]]) -> Vec<u8> {
-        let mut disk = code.concat();
-        assert!(disk.len() <= 510);
-        disk.resize(510, 0);
-        disk.extend([0x55, 0xaa]);
-        disk.resize(1 << 20, 0);
-        disk
-    }
-
-    /// Writes this on the serial console.
-    fn say(text: &str) -> Vec<u8> {
-        let loop_end = 16 + 2;
-        let mut code = vec![
-            0xfa, 0x31, 0xc0, 0x8e, 0xd8, // cli; xor ax, ax; mov ds, ax
-            0xbe, 0, 0x7c, // mov si, text
-            0xba, 0xf8, 0x03, // mov dx, 0x3f8
-            0xac, 0x84, 0xc0, 0x74, 0x03, 0xee, 0xeb,
-            0xf8, // next: lodsb; test al, al; jz end; out dx, al; jmp next
-            0xeb, 0, // end: jmp over the text
-        ];
-        assert_eq!(code.len(), loop_end + 3);
-        code[6] = u8::try_from(code.len()).unwrap();
-        code[20] = u8::try_from(text.len() + 1).unwrap();
-        code.extend(text.as_bytes());
-        code.push(0);
-        code
-    }
-
-    /// PM1a_CNT of the chipset, where the firmware puts it: SLP_EN with the type of S5.
-    const POWER_OFF: &[u8] = &[0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef];
-
-    /// Says this, and powers off.
-    pub fn power_off(text: &str) -> Vec<u8> {
-        disk(&[&say(text), POWER_OFF, REST])
-    }
-
-    /// Powers off when the power button is pressed: PM1a_EN, then PM1a_STS, bit 8.
-    pub fn power_off_on_button() -> Vec<u8> {
-        let wait = [
-            0xba, 0x02, 0x06, 0xb8, 0x00, 0x01, 0xef, // mov dx, 0x602; mov ax, 0x100; out dx, ax
-            0xba, 0x00, 0x06, 0xed, 0xf6, 0xc4, 0x01, 0x74,
-            0xfa, // mov dx, 0x600; wait: in ax, dx; test ah, 1; jz wait
-        ];
-        disk(&[&say("ready"), &wait, POWER_OFF, REST])
-    }
-
-    /// Tells the pvpanic device that it panics.
-    pub fn panic() -> Vec<u8> {
-        disk(&[&say("Kernel panic"), &[0xba, 0x05, 0x05, 0xb0, 0x01, 0xee], REST])
-    }
-
-    /// Writes a part of the firmware over the whole disk, a cluster at a time, by INT 13h, function 43h.
-    pub fn fill_disk() -> Vec<u8> {
-        disk(&[
-            &[
-                0x31, 0xc0, 0x8e, 0xd8, // xor ax, ax; mov ds, ax
-                0xb4, 0x43, 0xb0, 0x00, 0xbe, 0x18, 0x7c, 0xcd,
-                0x13, // next: mov ax, 0x4300; mov si, packet; int 0x13
-                0x66, 0x81, 0x06, 0x20, 0x7c, 128, 0, 0, 0, // add dword [packet.sector], 128
-                0xeb, 0xec, // jmp next
-            ],
-            // 64 sectors from f000:0000 to sector 128.
-            &[0x10, 0, 64, 0, 0, 0, 0x00, 0xf0, 128, 0, 0, 0, 0, 0, 0, 0],
-        ])
-    }
-}
+pub mod sector;
 
 /// A machine that boots this disk, of this size, on this bus.
 pub async fn sector_machine(lab: &dyn Lab, disk: &[u8], bus: Bus, size: u64) -> MachineSpec {

@@ -1,0 +1,324 @@
+//! The backend itself: what it can do, its labs and modules, and what it tidies up.
+
+use crate::{
+    connection::Connection,
+    lab::{LibvirtLab, labelled, remove_domains_of, store_name, tidying},
+    label::Label,
+    modules,
+    offer::Offer,
+};
+use async_trait::async_trait;
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    capability::{Capabilities, Capability},
+    module::Module,
+    store::{CollectPolicy, LabState, Store},
+};
+use rudder_qemu::{
+    Accelerator,
+    parts::{Programs, blocking, kept_access},
+};
+use std::{env, path::PathBuf, sync::Arc};
+use tokio::sync::OnceCell;
+
+/// Machines on libvirt: each a domain, on a local [`Store`].
+///
+/// ```no_run
+/// # fn main() -> rudder_core::Result<()> {
+/// use rudder_core::store::Store;
+/// use rudder_libvirt::LibvirtBackend;
+///
+/// let store = Store::open(Store::default_root())?;
+/// let backend = LibvirtBackend::builder(store).uri("qemu:///session").build();
+/// # drop(backend);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct LibvirtBackend {
+    store: Store,
+    connection: Arc<Connection>,
+    programs: Programs,
+    accelerator: Accelerator,
+    capabilities: Capabilities,
+    /// What was found when the first lab was opened.
+    offer: OnceCell<Arc<Offer>>,
+}
+
+/// How a [`LibvirtBackend`] is made.
+#[derive(Debug, Clone)]
+pub struct LibvirtBackendBuilder {
+    store: Store,
+    uri: Option<String>,
+    programs: Programs,
+    accelerator: Accelerator,
+}
+
+impl LibvirtBackendBuilder {
+    /// Which libvirt (<https://libvirt.org/uri.html>): `qemu:///system`, `qemu:///session`,
+    /// `qemu+unix:///session?socket=PATH`, or one through ssh or TLS that ends on this host.
+    ///
+    /// `$LIBVIRT_DEFAULT_URI`, else `qemu:///system` for root and `qemu:///session` for others.
+    #[must_use]
+    pub fn uri(mut self, uri: impl Into<String>) -> Self {
+        self.uri = Some(uri.into());
+        self
+    }
+
+    /// Which accelerator machines run on. [`Accelerator::Auto`].
+    #[must_use]
+    pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
+        self.accelerator = accelerator;
+        self
+    }
+
+    /// The qemu-img to use, of the same version as libvirt's QEMU; `qemu-img` in `PATH`.
+    #[must_use]
+    pub fn qemu_img(mut self, path: impl Into<PathBuf>) -> Self {
+        self.programs.qemu_img = Some(path.into());
+        self
+    }
+
+    /// The backend. Connects to nothing yet: that is done by [`Backend::diagnose`] and when a lab is opened.
+    #[must_use]
+    pub fn build(self) -> LibvirtBackend {
+        let Self { store, uri, programs, accelerator } = self;
+        LibvirtBackend {
+            store,
+            connection: Arc::new(Connection::new(uri.unwrap_or_else(default_uri))),
+            programs,
+            accelerator,
+            capabilities: capabilities(),
+            offer: OnceCell::new(),
+        }
+    }
+}
+
+fn default_uri() -> String {
+    env::var("LIBVIRT_DEFAULT_URI").ok().filter(|uri| !uri.is_empty()).unwrap_or_else(|| {
+        let scope = if rustix::process::geteuid().is_root() { "system" } else { "session" };
+        format!("qemu:///{scope}")
+    })
+}
+
+impl LibvirtBackend {
+    /// The name of this backend.
+    pub const NAME: &'static str = "libvirt";
+
+    /// A backend on this store.
+    #[must_use]
+    pub fn builder(store: Store) -> LibvirtBackendBuilder {
+        LibvirtBackendBuilder {
+            store,
+            uri: None,
+            programs: Programs::default(),
+            accelerator: Accelerator::default(),
+        }
+    }
+
+    /// The store that it works in.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The URI of the libvirt that it talks to.
+    #[must_use]
+    pub fn uri(&self) -> &str {
+        self.connection.uri()
+    }
+
+    async fn offer(&self) -> Result<Arc<Offer>> {
+        let ask =
+            async { Offer::ask(&self.connection, &self.programs, self.accelerator).await.map(Arc::new) };
+        self.offer.get_or_try_init(|| ask).await.cloned()
+    }
+
+    /// Ends and removes the domains of labs whose owner is gone. Before their files go: what runs on them ends first.
+    async fn reap_domains(&self) -> Result<ReapReport> {
+        let own = store_name(&self.store);
+        // Looked for before the labs are listed: a lab is made before its first domain.
+        let name = own.clone();
+        let labelled = self.connection.ask(move |connect| {
+            let labels = labelled(connect)?.into_iter().map(|(_, label)| label);
+            Ok(labels.filter(|label| label.store() == name).collect::<Vec<_>>())
+        });
+        let labelled = labelled.await.map_err(tidying)?;
+        let store = self.store.clone();
+        let labs = blocking(move || store.labs()).await?;
+        let lives = |id: &LabId| labs.iter().any(|lab| lab.id == id.as_str() && lab.state != LabState::Dead);
+        let mut dead: Vec<LabId> = Vec::new();
+        for label in labelled {
+            match label {
+                Label::Lab { lab, .. } if !lives(&lab) && !dead.contains(&lab) => dead.push(lab),
+                _ => {}
+            }
+        }
+        let mut report = ReapReport::default();
+        for lab in dead {
+            let (own, id) = (own.clone(), lab.clone());
+            match self.connection.order(move |connect| remove_domains_of(connect, &own, &id)).await {
+                Ok(domains) => {
+                    report
+                        .removed
+                        .extend(domains.into_iter().map(|name| format!("domain {name} of lab {lab}")));
+                }
+                Err(failure) => {
+                    report.failed.push(tidying(failure).with_context("lab", lab.as_str()).report());
+                }
+            }
+        }
+        Ok(report)
+    }
+}
+
+fn capabilities() -> Capabilities {
+    use Capability as C;
+    Capabilities::new(
+        LibvirtBackend::NAME,
+        [
+            C::SourceUrl,
+            C::SourceBlank,
+            C::SourceBuildRef,
+            C::DiskVirtio,
+            C::DiskScsi,
+            C::DiskSata,
+            C::DiskUsb,
+            C::DiskIde,
+            C::NicModels,
+            C::NicSlots,
+            C::CloudInit,
+            C::Display,
+            C::Serial,
+            C::Screenshot,
+        ],
+    )
+}
+
+#[async_trait]
+impl Backend for LibvirtBackend {
+    fn name(&self) -> &str {
+        Self::NAME
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    async fn diagnose(&self) -> Result<HostReport> {
+        let mut report = HostReport::default();
+        let offer = Offer::ask(&self.connection, &self.programs, self.accelerator).await;
+        let finding = match &offer {
+            Ok(offer) => HostFinding {
+                what: "libvirt".to_owned(),
+                present: true,
+                required: true,
+                detail: format!(
+                    "{} at {}: {} on {}",
+                    offer.versions.get("libvirt").map_or("", String::as_str),
+                    self.connection.uri(),
+                    offer.machine,
+                    offer.kind
+                ),
+                help: None,
+            },
+            Err(error) => HostFinding {
+                what: "libvirt".to_owned(),
+                present: false,
+                required: true,
+                detail: error.report(),
+                help: error.help().map(str::to_owned),
+            },
+        };
+        report.findings.push(finding);
+        let programs = match &offer {
+            Ok(offer) => Programs { qemu: Some(PathBuf::from(&offer.emulator)), ..self.programs.clone() },
+            Err(_) => self.programs.clone(),
+        };
+        let host = rudder_qemu::parts::diagnose(&programs, self.accelerator, self.store.root()).await;
+        report.findings.extend(host.findings);
+        Ok(report)
+    }
+
+    async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
+        let offer = self.offer().await?;
+        // Looking costs little; what cannot be removed now is tried again by the next.
+        match self.reap().await {
+            Ok(report) => {
+                for what in report.failed {
+                    tracing::warn!(what, "cannot remove what a dead owner left");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "cannot look for what dead owners left"),
+        }
+        Ok(Arc::new(LibvirtLab::open(&self.store, &self.connection, &offer, spec).await?))
+    }
+
+    async fn modules(&self) -> Result<Vec<Module>> {
+        let store = self.store.clone();
+        blocking(move || store.modules()).await
+    }
+
+    async fn remove_module(&self, name: &str) -> Result<()> {
+        self.store.remove_module(name).await?;
+        let (store, module) = (store_name(&self.store), name.to_owned());
+        let removed = self
+            .connection
+            .order(move |connect| modules::remove(connect, &store, |its, _| its == module))
+            .await;
+        removed.map(drop).map_err(|failure| {
+            failure
+                .into_error(ErrorKind::Io, "remove the domains of a module that was removed")
+                .with_context("module", name)
+                .with_help("its files are gone; the next start or reap removes its domains")
+        })
+    }
+
+    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
+        let store = self.store.clone();
+        blocking(move || {
+            let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
+            kept.map(|lab| Ok(KeptLab { id: LabId::parse(&lab.id)?, access: kept_access(&lab.path) }))
+                .collect()
+        })
+        .await
+    }
+
+    async fn remove_lab(&self, id: &LabId) -> Result<()> {
+        let (store, wanted) = (self.store.clone(), id.clone());
+        let state = blocking(move || {
+            Ok(store.labs()?.into_iter().find(|lab| lab.id == wanted.as_str()).map(|lab| lab.state))
+        });
+        if state.await? == Some(LabState::Living) {
+            let message = format!("lab {id} is in use by a living process");
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        let (own, lab) = (store_name(&self.store), id.clone());
+        let removed = self.connection.order(move |connect| remove_domains_of(connect, &own, &lab)).await;
+        removed.map_err(tidying)?;
+        self.store.remove_lab(id.as_str()).await
+    }
+
+    async fn reap(&self) -> Result<ReapReport> {
+        let mut report = ReapReport::default();
+        match self.reap_domains().await {
+            Ok(found) => report = found,
+            // Files and processes of dead owners go all the same.
+            Err(error) => report.failed.push(error.report()),
+        }
+        report.merge(self.store.reap().await?);
+        if report.failed.is_empty() {
+            let offer = self.offer().await?;
+            match modules::reconcile(&self.connection, &offer, &self.store).await {
+                Ok(removed) => report.removed.extend(removed),
+                Err(error) => report.failed.push(error.report()),
+            }
+        }
+        Ok(report)
+    }
+
+    async fn collect(&self) -> Result<ReapReport> {
+        self.store.collect(CollectPolicy::default()).await
+    }
+}

@@ -1,0 +1,227 @@
+//! The connection to libvirt: calls that do not hold up the runtime, bounded in time; what becomes of it when it is lost.
+//!
+//! A call of libvirt blocks until the daemon answers. Each runs on a thread for blocking work, and is given up after
+//! [`CALL_LIMIT`]. Before each, a lost connection is opened again; a question, which changes nothing, is put a second time
+//! when the connection broke under it. An order is not: it may have been carried out.
+
+use rudder_core::{Error, ErrorKind, Result};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, Once, PoisonError},
+    time::Duration,
+};
+use virt::{
+    connect::Connect,
+    domain::Domain,
+    error::{ErrorNumber, clear_error_callback},
+    sys,
+};
+
+/// How long libvirt may take to answer.
+const CALL_LIMIT: Duration = Duration::from_secs(60);
+
+/// What libvirt says when a call fails.
+pub(crate) type Refusal = virt::error::Error;
+
+/// Why a call failed.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// There is no connection, or it broke.
+    Lost(Error),
+    /// Libvirt refused.
+    Refused(Refusal),
+}
+
+impl Failure {
+    /// As an error of this kind, unless the connection is what is missing.
+    pub(crate) fn into_error(self, kind: ErrorKind, what: &str) -> Error {
+        match self {
+            Self::Lost(error) => error,
+            Self::Refused(refusal) => {
+                let kind = match refusal.code() {
+                    ErrorNumber::AccessDenied | ErrorNumber::AuthFailed | ErrorNumber::OperationDenied => {
+                        ErrorKind::HostMissing
+                    }
+                    ErrorNumber::NoSupport | ErrorNumber::OperationUnsupported => ErrorKind::Unsupported,
+                    _ => kind,
+                };
+                let said = refusal.message().trim();
+                let full = said.contains("No space left on device");
+                let kind = if full { ErrorKind::HostDiskFull } else { kind };
+                Error::new(kind, format!("cannot {what}: libvirt: {said}"))
+            }
+        }
+    }
+
+    /// Whether libvirt knows no such domain.
+    pub(crate) fn is_no_domain(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if refusal.code() == ErrorNumber::NoDomain)
+    }
+}
+
+/// A connection that is open. Closing it waits for the daemon, so that is done elsewhere.
+struct Link(Option<Connect>);
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Some(mut connect) = self.0.take() {
+            let close = move || {
+                // A connection that broke is closed all the same.
+                let _ = connect.close();
+            };
+            if let Err(error) =
+                std::thread::Builder::new().name("rudder-libvirt-close".to_owned()).spawn(close)
+            {
+                tracing::warn!(%error, "cannot close a connection to libvirt");
+            }
+        }
+    }
+}
+
+/// A connection that is opened when it is first needed, and again when it was lost.
+pub(crate) struct Connection {
+    uri: String,
+    link: Mutex<Option<Arc<Link>>>,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("uri", &self.uri).finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    pub(crate) fn new(uri: String) -> Self {
+        // Without this libvirt writes every error to the standard error of the program that embeds us.
+        static SILENT: Once = Once::new();
+        SILENT.call_once(clear_error_callback);
+        Self { uri, link: Mutex::default() }
+    }
+
+    pub(crate) fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Asks something; put again when the connection broke.
+    pub(crate) async fn ask<T: Send + 'static>(
+        self: &Arc<Self>,
+        question: impl Fn(&Connect) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let this = Arc::clone(self);
+        this.clone().bounded(move || this.ask_blocking(question)).await
+    }
+
+    /// Orders something, over a connection that was just seen to work.
+    pub(crate) async fn order<T: Send + 'static>(
+        self: &Arc<Self>,
+        order: impl FnOnce(&Connect) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let this = Arc::clone(self);
+        this.clone().bounded(move || this.order_blocking(order)).await
+    }
+
+    /// [`ask`](Self::ask), for threads that may wait.
+    pub(crate) fn ask_blocking<T>(
+        &self,
+        question: impl Fn(&Connect) -> Result<T, Refusal>,
+    ) -> Result<T, Failure> {
+        match self.with_link(&question) {
+            Err(Failure::Lost(_)) => self.with_link(&question),
+            other => other,
+        }
+    }
+
+    /// [`order`](Self::order), for threads that may wait.
+    pub(crate) fn order_blocking<T>(
+        &self,
+        order: impl FnOnce(&Connect) -> Result<T, Refusal>,
+    ) -> Result<T, Failure> {
+        self.ask_blocking(Connect::get_lib_version)?;
+        self.with_link(order)
+    }
+
+    async fn bounded<T: Send + 'static>(
+        self: Arc<Self>,
+        work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let failed = |kind, message: String| Failure::Lost(self.about(Error::new(kind, message)));
+        match tokio::time::timeout(CALL_LIMIT, tokio::task::spawn_blocking(work)).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(error)) => {
+                Err(failed(ErrorKind::Internal, format!("a call of libvirt was cut short: {error}")))
+            }
+            Err(_) => {
+                self.forget();
+                let limit = CALL_LIMIT.as_secs();
+                Err(failed(ErrorKind::TimedOut, format!("libvirt did not answer within {limit} s")))
+            }
+        }
+    }
+
+    fn with_link<T>(&self, work: impl FnOnce(&Connect) -> Result<T, Refusal>) -> Result<T, Failure> {
+        let link = self.open()?;
+        let Some(connect) = &link.0 else {
+            return Err(Failure::Lost(
+                self.about(Error::new(ErrorKind::Internal, "the connection was closed")),
+            ));
+        };
+        work(connect).map_err(|refusal| {
+            // Tells by the socket, without a question to the daemon.
+            if connect.is_alive().unwrap_or(false) {
+                return Failure::Refused(refusal);
+            }
+            self.forget();
+            let message = format!("the connection to libvirt was lost: {}", refusal.message().trim());
+            Failure::Lost(self.about(Error::new(ErrorKind::Protocol, message)))
+        })
+    }
+
+    fn open(&self) -> Result<Arc<Link>, Failure> {
+        let mut current = self.link();
+        if let Some(link) = &*current {
+            return Ok(Arc::clone(link));
+        }
+        let connect = Connect::open(Some(&self.uri)).map_err(|refusal| {
+            let message = format!("cannot connect to libvirt: {}", refusal.message().trim());
+            let error = Error::new(ErrorKind::HostMissing, message).with_help(
+                "start libvirtd (systemctl start libvirtd, or apt-get install libvirt-daemon-system), add the user to the \
+                 group libvirt, or use the URI qemu:///session",
+            );
+            Failure::Lost(self.about(error))
+        })?;
+        let link = Arc::new(Link(Some(connect)));
+        *current = Some(Arc::clone(&link));
+        Ok(link)
+    }
+
+    fn about(&self, error: Error) -> Error {
+        error.with_context("uri", &self.uri)
+    }
+
+    fn forget(&self) {
+        *self.link() = None;
+    }
+
+    fn link(&self) -> MutexGuard<'_, Option<Arc<Link>>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The domain of this name.
+pub(crate) fn domain(connect: &Connect, name: &str) -> Result<Domain, Refusal> {
+    Domain::lookup_by_name(connect, name)
+}
+
+/// Ends a domain if it runs, and removes it with all that libvirt keeps of it. One that is not there is no failure.
+pub(crate) fn remove_domain(domain: &Domain) -> Result<(), Refusal> {
+    let gone = |result: Result<(), Refusal>, fine: ErrorNumber| match result {
+        Err(refusal) if refusal.code() == ErrorNumber::NoDomain || refusal.code() == fine => Ok(()),
+        other => other,
+    };
+    // It may end by itself in between.
+    gone(domain.destroy(), ErrorNumber::OperationInvalid)?;
+    let flags = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+        | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+        | sys::VIR_DOMAIN_UNDEFINE_NVRAM;
+    gone(domain.undefine_flags(flags), ErrorNumber::NoDomain)
+}

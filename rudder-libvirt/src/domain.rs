@@ -1,0 +1,403 @@
+//! The XML of a domain (<https://libvirt.org/formatdomain.html>): from what a machine is made of to what libvirt defines.
+//! Nothing here touches the host.
+//!
+//! Everything sits where it sits on raw QEMU (the table in rudder-qemu's `command_line`), so that a guest finds its disks
+//! and cards at the same places whichever of the two built its module. Cards are given to QEMU as arguments, because
+//! libvirt's own user network forwards no ports (its `portForward` needs passt).
+
+use crate::{label::Label, offer::Offer, xml::Xml};
+use rudder_core::{Error, ErrorKind, Result, backend::LabId, plan::Bus, store::LAB_VARIABLE};
+use std::path::{Path, PathBuf};
+
+/// PCI slots.
+mod place {
+    pub(super) const VGA: usize = 0x02;
+    pub(super) const SCSI: usize = 0x03;
+    pub(super) const AHCI: usize = 0x04;
+    pub(super) const XHCI: usize = 0x05;
+    pub(super) const RNG: usize = 0x06;
+    pub(super) const VIRTIO_DISKS: usize = 0x08;
+    pub(super) const SEED: usize = 0x1a;
+}
+
+/// Functions of a PCI device.
+const FUNCTIONS: usize = 8;
+/// Ports of an AHCI controller.
+const AHCI_PORTS: usize = 6;
+/// Ports of an xHCI controller that are used.
+const XHCI_PORTS: usize = 8;
+/// The longest path of a socket, in bytes (unix(7), without the closing zero).
+const SOCKET_PATH: usize = 107;
+
+/// A disk of a domain.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    /// Its file; absolute.
+    pub(crate) path: PathBuf,
+    pub(crate) bus: Bus,
+    /// Whether what is written to it is thrown away when the domain ends.
+    pub(crate) transient: bool,
+}
+
+/// Where the serial console goes.
+#[derive(Debug)]
+pub(crate) enum Serial {
+    /// A socket, and a file with all that was written.
+    Socket { socket: PathBuf, log: PathBuf },
+    /// A terminal of libvirt's, for `virsh console`.
+    Terminal,
+}
+
+/// Everything that a domain is made of.
+#[derive(Debug)]
+pub(crate) struct Domain<'a> {
+    pub(crate) name: &'a str,
+    /// What people see of it.
+    pub(crate) title: &'a str,
+    pub(crate) label: &'a Label,
+    pub(crate) offer: &'a Offer,
+    pub(crate) cpus: u32,
+    /// In bytes.
+    pub(crate) memory: u64,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) seed: Option<PathBuf>,
+    pub(crate) serial: Serial,
+    /// QEMU's arguments for the cards.
+    pub(crate) cards: Vec<String>,
+    /// The lab whose end ends its process.
+    pub(crate) lab: Option<&'a LabId>,
+}
+
+impl Domain<'_> {
+    /// As XML.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the machine cannot be put together: too many disks on a bus, a path that libvirt cannot hold.
+    pub(crate) fn xml(&self) -> Result<String> {
+        if let Serial::Socket { socket, .. } = &self.serial {
+            check_socket(socket)?;
+        }
+        let mut places = Places::default();
+        let disks = self.disks.iter().map(|disk| places.take(disk.bus)).collect::<Result<Vec<_>>>()?;
+        let seed = match (&self.seed, self.disks.first().map_or(Bus::Virtio, |disk| disk.bus)) {
+            (None, _) => None,
+            // On the bus of the boot disk, because the guest has a driver for that one; last, so that no disk moves.
+            (Some(_), Bus::Virtio) => {
+                let address = pci(place::SEED, 0, false);
+                Some((Bus::Virtio, Place { target: places.name(Bus::Virtio), address }))
+            }
+            (Some(_), bus) => Some((bus, places.take(bus)?)),
+        };
+        let mut xml = Xml::new();
+        let namespace = ("xmlns:qemu", "http://libvirt.org/schemas/domain/qemu/1.0");
+        xml.element("domain", &[("type", self.offer.kind), namespace], |xml| {
+            self.machine(xml);
+            xml.element("devices", &[], |xml| {
+                xml.text("emulator", &[], &self.offer.emulator);
+                for (index, (disk, place)) in self.disks.iter().zip(&disks).enumerate() {
+                    write_disk(xml, disk, place, index == 0);
+                }
+                if let (Some(path), Some((bus, place))) = (&self.seed, &seed) {
+                    write_seed(xml, path, *bus, place);
+                }
+                places.controllers(xml);
+                self.devices(xml);
+            });
+            if !self.cards.is_empty() || self.lab.is_some() {
+                xml.element("qemu:commandline", &[], |xml| {
+                    for argument in &self.cards {
+                        xml.empty("qemu:arg", &[("value", argument)]);
+                    }
+                    if let Some(lab) = self.lab {
+                        xml.empty("qemu:env", &[("name", LAB_VARIABLE), ("value", lab.as_str())]);
+                    }
+                });
+            }
+        });
+        Ok(xml.finish())
+    }
+
+    fn machine(&self, xml: &mut Xml) {
+        xml.text("name", &[], self.name);
+        xml.text("title", &[], self.title);
+        self.label.write(xml);
+        xml.text("memory", &[("unit", "KiB")], &(self.memory.div_ceil(1 << 20).max(1) << 10).to_string());
+        let cpus = self.cpus.max(1).to_string();
+        xml.text("vcpu", &[], &cpus);
+        xml.element("os", &[], |xml| {
+            xml.text("type", &[("arch", "x86_64"), ("machine", &self.offer.machine)], "hvm");
+        });
+        xml.element("features", &[], |xml| {
+            xml.empty("acpi", &[]);
+            xml.empty("apic", &[]);
+            xml.empty("vmport", &[("state", "off")]);
+        });
+        let topology = |xml: &mut Xml| {
+            xml.empty("topology", &[("sockets", "1"), ("cores", &cpus), ("threads", "1")]);
+        };
+        match self.offer.cpu {
+            Some(mode) => xml.element("cpu", &[("mode", mode)], topology),
+            None => xml.element("cpu", &[], topology),
+        }
+        xml.empty("clock", &[("offset", "utc")]);
+        xml.text("on_poweroff", &[], "destroy");
+        xml.text("on_reboot", &[], "restart");
+        // Looked at before it is ended: the picture of a panic says what happened.
+        xml.text("on_crash", &[], "preserve");
+    }
+
+    fn devices(&self, xml: &mut Xml) {
+        match &self.serial {
+            Serial::Socket { socket, log } => xml.element("serial", &[("type", "unix")], |xml| {
+                xml.empty("source", &[("mode", "bind"), ("path", &text(socket))]);
+                xml.empty("log", &[("file", &text(log)), ("append", "off")]);
+                xml.empty("target", &[("port", "0")]);
+            }),
+            Serial::Terminal => {
+                xml.element("serial", &[("type", "pty")], |xml| xml.empty("target", &[("port", "0")]));
+            }
+        }
+        // Reached through libvirt alone: nothing listens.
+        xml.element("graphics", &[("type", "vnc"), ("sharePolicy", "force-shared")], |xml| {
+            xml.empty("listen", &[("type", "none")]);
+        });
+        xml.element("video", &[], |xml| {
+            xml.empty("model", &[("type", "vga")]);
+            address(xml, &pci(place::VGA, 0, false));
+        });
+        xml.empty("memballoon", &[("model", "none")]);
+        if self.offer.host.has_device("pvpanic") {
+            xml.empty("panic", &[("model", "isa")]);
+        }
+        if self.offer.host.has_device("virtio-rng-pci") {
+            xml.element("rng", &[("model", "virtio")], |xml| {
+                xml.text("backend", &[("model", "random")], "/dev/urandom");
+                address(xml, &pci(place::RNG, 0, false));
+            });
+        }
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn check_socket(path: &Path) -> Result<()> {
+    let length = path.as_os_str().len();
+    if length <= SOCKET_PATH {
+        return Ok(());
+    }
+    let message = format!(
+        "expected a path of at most {SOCKET_PATH} bytes for a socket, but found {length}: {}",
+        path.display()
+    );
+    Err(Error::new(ErrorKind::InvalidInput, message).with_help("use a store with a shorter path"))
+}
+
+/// An address: the attributes of `address`.
+type Address = Vec<(&'static str, String)>;
+
+fn pci(slot: usize, function: usize, multifunction: bool) -> Address {
+    let mut address = vec![
+        ("type", "pci".to_owned()),
+        ("domain", "0".to_owned()),
+        ("bus", "0".to_owned()),
+        ("slot", slot.to_string()),
+        ("function", function.to_string()),
+    ];
+    if multifunction {
+        address.push(("multifunction", "on".to_owned()));
+    }
+    address
+}
+
+fn drive(controller: usize, bus: usize, target: usize, unit: usize) -> Address {
+    vec![
+        ("type", "drive".to_owned()),
+        ("controller", controller.to_string()),
+        ("bus", bus.to_string()),
+        ("target", target.to_string()),
+        ("unit", unit.to_string()),
+    ]
+}
+
+fn address(xml: &mut Xml, address: &Address) {
+    let attributes: Vec<(&str, &str)> = address.iter().map(|(key, value)| (*key, value.as_str())).collect();
+    xml.empty("address", &attributes);
+}
+
+fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool) {
+    xml.element("disk", &[("type", "file"), ("device", "disk")], |xml| {
+        // A lab's disks are thrown away when the host crashes: no flush has to reach its platters. Paused rather than
+        // told to the guest: the host's trouble would look like a broken disk there.
+        xml.empty(
+            "driver",
+            &[
+                ("name", "qemu"),
+                ("type", "qcow2"),
+                ("cache", "unsafe"),
+                ("error_policy", "stop"),
+                ("rerror_policy", "stop"),
+                ("discard", "unmap"),
+                ("detect_zeroes", "unmap"),
+            ],
+        );
+        xml.empty("source", &[("file", &text(&disk.path))]);
+        xml.empty("target", &[("dev", &place.target), ("bus", bus_name(disk.bus))]);
+        if disk.transient {
+            // With a shared backing file it is opened for reading only, but plugged in late, which not every bus can do.
+            let shared = matches!(disk.bus, Bus::Virtio | Bus::Scsi | Bus::Usb);
+            xml.empty("transient", if shared { &[("shareBacking", "yes")] } else { &[] });
+        }
+        if boots {
+            xml.empty("boot", &[("order", "1")]);
+        }
+        address(xml, &place.address);
+    });
+}
+
+fn write_seed(xml: &mut Xml, path: &Path, bus: Bus, place: &Place) {
+    let device = if matches!(bus, Bus::Virtio | Bus::Usb) { "disk" } else { "cdrom" };
+    xml.element("disk", &[("type", "file"), ("device", device)], |xml| {
+        xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
+        xml.empty("source", &[("file", &text(path))]);
+        xml.empty("target", &[("dev", &place.target), ("bus", bus_name(bus))]);
+        xml.empty("readonly", &[]);
+        address(xml, &place.address);
+    });
+}
+
+fn bus_name(bus: Bus) -> &'static str {
+    match bus {
+        Bus::Virtio => "virtio",
+        Bus::Scsi => "scsi",
+        Bus::Sata => "sata",
+        Bus::Usb => "usb",
+        Bus::Ide => "ide",
+    }
+}
+
+/// Where a disk sits.
+#[derive(Debug)]
+struct Place {
+    /// The name that libvirt wants: `vda`, `sdb`. A guest may call it otherwise.
+    target: String,
+    address: Address,
+}
+
+/// How many places of each bus are taken.
+#[derive(Debug, Default)]
+struct Places {
+    virtio: usize,
+    scsi: usize,
+    sata: usize,
+    usb: usize,
+    ide: usize,
+    /// Names are given by prefix, which several buses share.
+    names: [usize; 3],
+}
+
+impl Places {
+    /// The next place on a bus.
+    fn take(&mut self, bus: Bus) -> Result<Place> {
+        let (counter, limit) = match bus {
+            Bus::Virtio => (&mut self.virtio, FUNCTIONS * FUNCTIONS),
+            Bus::Scsi => (&mut self.scsi, 64),
+            Bus::Sata => (&mut self.sata, FUNCTIONS * AHCI_PORTS),
+            Bus::Usb => (&mut self.usb, FUNCTIONS * XHCI_PORTS),
+            Bus::Ide => (&mut self.ide, 4),
+        };
+        let index = *counter;
+        if index >= limit {
+            let message = format!("expected at most {limit} disks on {}, but found more", bus_name(bus));
+            return Err(
+                Error::new(ErrorKind::InvalidInput, message).with_help("put the others on virtio or scsi")
+            );
+        }
+        *counter += 1;
+        let address = match bus {
+            Bus::Virtio => pci(place::VIRTIO_DISKS + index % FUNCTIONS, index / FUNCTIONS, true),
+            Bus::Scsi => drive(0, 0, index, 0),
+            Bus::Sata => drive(index / AHCI_PORTS, 0, 0, index % AHCI_PORTS),
+            Bus::Usb => vec![
+                ("type", "usb".to_owned()),
+                ("bus", (index / XHCI_PORTS).to_string()),
+                ("port", (index % XHCI_PORTS + 1).to_string()),
+            ],
+            Bus::Ide => drive(0, index / 2, 0, index % 2),
+        };
+        Ok(Place { target: self.name(bus), address })
+    }
+
+    /// The next name of a disk: `vda` … `vdz`, `vdaa` …
+    fn name(&mut self, bus: Bus) -> String {
+        let (prefix, index) = match bus {
+            Bus::Virtio => ("vd", 0),
+            Bus::Scsi | Bus::Sata | Bus::Usb => ("sd", 1),
+            Bus::Ide => ("hd", 2),
+        };
+        let mut number = self.names[index];
+        self.names[index] += 1;
+        let mut letters = Vec::new();
+        loop {
+            letters.push(char::from(b'a' + (number % 26) as u8));
+            match (number / 26).checked_sub(1) {
+                Some(rest) => number = rest,
+                None => break,
+            }
+        }
+        format!("{prefix}{}", letters.iter().rev().collect::<String>())
+    }
+
+    /// The controllers of what was taken.
+    fn controllers(&self, xml: &mut Xml) {
+        let mut write =
+            |kind: &str, index: usize, model: Option<&str>, ports: Option<usize>, at: Option<Address>| {
+                let (index, ports) = (index.to_string(), ports.map(|ports| ports.to_string()));
+                let mut attributes = vec![("type", kind), ("index", index.as_str())];
+                attributes.extend(model.map(|model| ("model", model)));
+                attributes.extend(ports.as_deref().map(|ports| ("ports", ports)));
+                xml.element("controller", &attributes, |xml| {
+                    if let Some(at) = &at {
+                        address(xml, at);
+                    }
+                });
+            };
+        if self.scsi > 0 {
+            write("scsi", 0, Some("virtio-scsi"), None, Some(pci(place::SCSI, 0, false)));
+        }
+        for index in 0..self.sata.div_ceil(AHCI_PORTS) {
+            write("sata", index, None, None, Some(pci(place::AHCI, index, true)));
+        }
+        for index in 0..self.usb.div_ceil(XHCI_PORTS) {
+            write("usb", index, Some("qemu-xhci"), Some(XHCI_PORTS), Some(pci(place::XHCI, index, true)));
+        }
+        if self.usb == 0 {
+            write("usb", 0, Some("none"), None, None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn disks_are_named_beyond_the_alphabet() {
+        let mut places = Places::default();
+        let names: Vec<String> = (0..64).map(|_| places.take(Bus::Virtio).unwrap().target).collect();
+        assert_eq!((names[0].as_str(), names[25].as_str(), names[26].as_str()), ("vda", "vdz", "vdaa"));
+        assert!(places.take(Bus::Virtio).unwrap_err().report().contains("at most 64 disks on virtio"));
+        assert_eq!(places.take(Bus::Scsi).unwrap().target, "sda");
+        assert_eq!(places.take(Bus::Sata).unwrap().target, "sdb");
+        assert_eq!(places.take(Bus::Ide).unwrap().target, "hda");
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_for_a_socket_is_refused() {
+        assert!(check_socket(Path::new("/short")).is_ok());
+        let error = check_socket(Path::new(&"/long".repeat(40))).unwrap_err();
+        assert!(error.report().contains("shorter path"), "{}", error.report());
+    }
+}

@@ -1,0 +1,281 @@
+//! The place of one build or clone: a directory in the store, its volumes, and domains that carry its label.
+
+use crate::{
+    connection::{Connection, Failure, Refusal, remove_domain},
+    label::{self, Label},
+    machine::LibvirtMachine,
+    modules,
+    offer::Offer,
+};
+use async_trait::async_trait;
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{
+        FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
+        ModuleDraft, Progress, Served, Site,
+    },
+    module::Module,
+    plan::Firmware,
+    store::Store,
+};
+use rudder_qemu::parts::{Ground, blocking};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use tokio::sync::RwLock;
+use virt::{connect::Connect, domain::Domain, error::ErrorNumber, sys};
+
+/// What a lab and its machines stand on.
+#[derive(Debug)]
+pub(crate) struct Footing {
+    pub(crate) ground: Ground,
+    pub(crate) connection: Arc<Connection>,
+    pub(crate) offer: Arc<Offer>,
+    /// The store that the lab is in, for labels.
+    pub(crate) store: String,
+    /// Held for reading while libvirt makes something for the lab, whether or not its caller still waits; true: the lab is
+    /// at its end, and nothing more is made.
+    closed: Arc<RwLock<bool>>,
+}
+
+impl Footing {
+    /// Does something that goes on when the caller is dropped, and that the end of the lab waits for.
+    pub(crate) async fn detached<T, W>(self: Arc<Self>, work: impl FnOnce(Arc<Self>) -> W) -> Result<T>
+    where
+        T: Send + 'static,
+        W: Future<Output = Result<T>> + Send + 'static,
+    {
+        let closed = Arc::clone(&self.closed).read_owned().await;
+        if *closed {
+            let message = format!("lab {} was destroyed already", self.ground.id());
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        let work = work(self);
+        let done = tokio::spawn(async move {
+            let outcome = work.await;
+            drop(closed);
+            outcome
+        });
+        done.await.unwrap_or_else(|error| {
+            Err(Error::new(ErrorKind::Internal, "work of libvirt's was cut short").with_source(error))
+        })
+    }
+}
+
+/// The domains that carry a label of ours, with it.
+pub(crate) fn labelled(connect: &Connect) -> Result<Vec<(Domain, Label)>, Refusal> {
+    let kind = i32::try_from(sys::VIR_DOMAIN_METADATA_ELEMENT).unwrap_or_default();
+    let mut found = Vec::new();
+    for domain in connect.list_all_domains(0)? {
+        match domain.get_metadata(kind, Some(label::NAMESPACE), 0) {
+            Ok(text) => found.extend(Label::read(&text).map(|label| (domain, label))),
+            // Not ours, or just gone.
+            Err(refusal)
+                if matches!(refusal.code(), ErrorNumber::NoDomainMetadata | ErrorNumber::NoDomain) => {}
+            Err(refusal) => return Err(refusal),
+        }
+    }
+    Ok(found)
+}
+
+/// Ends and removes the domains of a lab, by their labels; their names. May be repeated.
+pub(crate) fn remove_domains_of(connect: &Connect, store: &str, id: &LabId) -> Result<Vec<String>, Refusal> {
+    let mut removed = Vec::new();
+    for (domain, label) in labelled(connect)? {
+        if matches!(&label, Label::Lab { store: its, lab, .. } if its == store && lab == id) {
+            let name = domain.get_name().unwrap_or_default();
+            remove_domain(&domain)?;
+            removed.push(name);
+        }
+    }
+    Ok(removed)
+}
+
+/// A lab on libvirt.
+#[derive(Debug)]
+pub(crate) struct LibvirtLab {
+    footing: Arc<Footing>,
+    store: Store,
+    machines: Mutex<Vec<Arc<LibvirtMachine>>>,
+    /// Kept or destroyed: nothing is left to do when it is dropped.
+    settled: AtomicBool,
+}
+
+impl LibvirtLab {
+    pub(crate) async fn open(
+        store: &Store,
+        connection: &Arc<Connection>,
+        offer: &Arc<Offer>,
+        spec: &LabSpec,
+    ) -> Result<Self> {
+        let ground = Ground::open(store, Arc::clone(&offer.host), spec).await?;
+        let footing = Footing {
+            ground,
+            connection: Arc::clone(connection),
+            offer: Arc::clone(offer),
+            store: store_name(store),
+            closed: Arc::default(),
+        };
+        Ok(Self {
+            footing: Arc::new(footing),
+            store: store.clone(),
+            machines: Mutex::default(),
+            settled: AtomicBool::new(false),
+        })
+    }
+
+    fn machines(&self) -> MutexGuard<'_, Vec<Arc<LibvirtMachine>>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn taken(&self, name: &str) -> Error {
+        let message =
+            format!("expected a new name in lab {}, but found {name:?} again", self.footing.ground.id());
+        Error::new(ErrorKind::Conflict, message).with_context("vm", name)
+    }
+
+    async fn remove_domains(&self) -> Result<()> {
+        let (store, id) = (self.footing.store.clone(), self.footing.ground.id().clone());
+        let removed =
+            self.footing.connection.order(move |connect| remove_domains_of(connect, &store, &id)).await;
+        removed.map(drop).map_err(|failure| {
+            failure
+                .into_error(ErrorKind::Io, "remove the domains of the lab")
+                .with_context("lab", self.footing.ground.id().as_str())
+                .with_help(
+                    "their processes were ended; their definitions are removed by the next start or by reap",
+                )
+        })
+    }
+}
+
+/// A store, as labels name it.
+pub(crate) fn store_name(store: &Store) -> String {
+    let root = store.root();
+    root.canonicalize().unwrap_or_else(|_| root.to_owned()).to_string_lossy().into_owned()
+}
+
+fn unsupported(what: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("the libvirt backend cannot do this yet: {what}"))
+}
+
+#[async_trait]
+impl Lab for LibvirtLab {
+    fn id(&self) -> &LabId {
+        self.footing.ground.id()
+    }
+
+    fn versions(&self) -> BTreeMap<String, String> {
+        self.footing.offer.versions.clone()
+    }
+
+    async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
+        self.footing.ground.import(request, progress).await
+    }
+
+    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
+        self.footing.ground.fetch(request, progress).await
+    }
+
+    async fn serve(&self, _site: Site) -> Result<Served> {
+        Err(unsupported("serving files"))
+    }
+
+    async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
+        let refuse = |error: Error| error.with_context("vm", &spec.name);
+        let missing = [
+            (spec.firmware != Firmware::Bios, "UEFI"),
+            (spec.tpm, "a TPM"),
+            (!spec.cdroms.is_empty(), "CD-ROMs"),
+            (spec.floppy.is_some(), "a floppy"),
+        ];
+        if let Some((_, what)) = missing.into_iter().find(|(wanted, _)| *wanted) {
+            return Err(refuse(unsupported(what)));
+        }
+        for disk in &spec.disks {
+            self.footing.ground.volume_size(&disk.volume.id).map_err(refuse)?;
+        }
+        let number = {
+            let machines = self.machines();
+            if machines.iter().any(|machine| machine.name() == spec.name) {
+                return Err(self.taken(&spec.name));
+            }
+            machines.len()
+        };
+        let machine = LibvirtMachine::define(&self.footing, spec, number).await.map_err(refuse)?;
+        let machine = Arc::new(machine);
+        let mut machines = self.machines();
+        if machines.iter().any(|machine| machine.name() == spec.name) {
+            return Err(self.taken(&spec.name));
+        }
+        machines.push(Arc::clone(&machine));
+        Ok(machine)
+    }
+
+    async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
+        let module = self.store.publish(self.footing.ground.dir(), draft).await?;
+        // The module is there, whole. Its domains follow it: what is missing is made up for by the next start or reap.
+        if let Err(error) = modules::show(&self.footing, &module).await {
+            tracing::warn!(
+                module = module.name,
+                error = error.report(),
+                "cannot define the domains of a module"
+            );
+        }
+        Ok(module)
+    }
+
+    async fn keep(&self) -> Result<KeptLab> {
+        let machines = self.machines().clone();
+        let access: Vec<String> = machines.iter().flat_map(|machine| machine.access()).collect();
+        self.footing.ground.keep(&access).await?;
+        self.settled.store(true, Ordering::Relaxed);
+        Ok(KeptLab { id: self.footing.ground.id().clone(), access })
+    }
+
+    async fn destroy(&self) -> Result<()> {
+        *self.footing.closed.write().await = true;
+        let machines = self.machines().clone();
+        futures::future::join_all(machines.iter().map(|machine| machine.end())).await;
+        let removed = self.remove_domains().await;
+        let footing = Arc::clone(&self.footing);
+        blocking(move || footing.ground.dir().destroy()).await?;
+        removed?;
+        self.settled.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Drop for LibvirtLab {
+    fn drop(&mut self) {
+        if self.settled.load(Ordering::Relaxed) {
+            return;
+        }
+        for machine in self.machines().iter() {
+            machine.abandon();
+        }
+        let footing = Arc::clone(&self.footing);
+        let tidy = move || {
+            *footing.closed.blocking_write() = true;
+            let id = footing.ground.id();
+            let removed =
+                footing.connection.ask_blocking(|connect| remove_domains_of(connect, &footing.store, id));
+            if let Err(failure) = removed {
+                let error = failure.into_error(ErrorKind::Io, "remove the domains of the lab");
+                tracing::warn!(lab = %id, error = error.report(), "cannot end a lab; the next reap will");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("rudder-libvirt-drop".to_owned()).spawn(tidy) {
+            tracing::warn!(%error, "cannot end a lab; the next reap will");
+        }
+    }
+}
+
+/// What a failure to reach or use libvirt is to somebody who only tidies up.
+pub(crate) fn tidying(failure: Failure) -> Error {
+    failure.into_error(ErrorKind::Io, "look for domains that carry a label")
+}

@@ -1,0 +1,28 @@
+//! The libvirt backend of Rudder: each machine is a domain of a libvirt daemon on this host.
+//!
+//! # Its rooms
+//! `backend` what is here, open a lab, reap · `lab` machines and their end · `machine` start, dial, capture · `watch` how a
+//! machine fares and how it ended · `modules` the halted domains of a published module · and libvirt's own trade:
+//! `connection`, `offer`, `domain`, `label`, `xml`.
+//!
+//! # Who ends what
+//! A domain is started so that libvirt ends it when the connection of its owner closes (`VIR_DOMAIN_START_AUTODESTROY`), and
+//! carries a label in its metadata (store, lab, VM, owner): `reap` finds by it what a killed owner left. Its process carries
+//! the lab's id in its environment, so that a lab can be removed even while libvirt cannot be reached.
+//!
+//! # What is polled
+//! The `virt` crate has no domain events (0.5): the state of a running machine is asked for four times a second.
+
+mod backend;
+mod connection;
+mod domain;
+mod lab;
+mod label;
+mod machine;
+mod modules;
+mod offer;
+mod watch;
+mod xml;
+
+pub use self::backend::{LibvirtBackend, LibvirtBackendBuilder};
+pub use rudder_qemu::Accelerator;

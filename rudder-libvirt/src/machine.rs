@@ -1,0 +1,478 @@
+//! One VM in a lab: a domain of libvirt's, with its disks in the lab.
+
+use crate::{
+    connection::{Connection, Failure, domain},
+    domain::{Disk, Domain, Serial},
+    lab::Footing,
+    label::Label,
+    watch::{Phase, Watcher},
+};
+use async_trait::async_trait;
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Retention, Stop},
+    module::{CapturedDisk, CapturedState},
+};
+use rudder_qemu::parts::{card_arguments, read_forwards, tail};
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    os::{fd::AsRawFd, unix::net::UnixStream as StdUnixStream},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::{
+    net::{TcpStream, UnixStream},
+    sync::{RwLock, mpsc, oneshot, watch},
+};
+use tokio_util::task::AbortOnDropHandle;
+use virt::{connect::Connect, stream::Stream, sys};
+
+/// A VM on libvirt.
+#[derive(Debug)]
+pub(crate) struct LibvirtMachine(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    footing: Arc<Footing>,
+    spec: MachineSpec,
+    /// Its own number in the lab.
+    number: usize,
+    /// The name of its domain.
+    domain: String,
+    phase: watch::Sender<Phase>,
+    running: Mutex<Option<Running>>,
+    /// Held for reading while a disk is captured, for writing while the machine is started.
+    disks: Arc<RwLock<()>>,
+}
+
+/// What there is of a machine while it runs.
+#[derive(Debug)]
+struct Running {
+    orders: mpsc::UnboundedSender<Stop>,
+    /// Ports of the host, and those of the guest that they lead to.
+    forwards: Vec<(u16, u16)>,
+    _watcher: AbortOnDropHandle<()>,
+}
+
+impl LibvirtMachine {
+    /// Defines a machine; `number` is its own in the lab.
+    pub(crate) async fn define(footing: &Arc<Footing>, spec: &MachineSpec, number: usize) -> Result<Self> {
+        let inner = Inner {
+            footing: Arc::clone(footing),
+            spec: spec.clone(),
+            number,
+            domain: domain_name(footing.ground.id().as_str(), number, &spec.name),
+            phase: watch::Sender::new(Phase::Defined),
+            running: Mutex::default(),
+            disks: Arc::default(),
+        };
+        if let Some(seed) = &spec.seed {
+            let path = footing.ground.path(&inner.file("seed.img"));
+            let written = tokio::fs::write(&path, &seed.image).await;
+            written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
+        }
+        let xml = inner.xml()?;
+        tracing::debug!(domain = inner.domain, xml, "defining a domain");
+        let define = move |connect: &Connect| virt::domain::Domain::define_xml(connect, &xml).map(drop);
+        let order = Arc::clone(footing).detached(|footing| async move {
+            let defined = footing.connection.order(define).await;
+            defined.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "define the domain"))
+        });
+        order.await?;
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// Ends it if it runs or starts.
+    pub(crate) async fn end(&self) {
+        let mut phase = self.0.phase.subscribe();
+        // Neither can fail as long as this holds the sender.
+        let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
+        self.0.order(Stop::Kill);
+        let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
+    }
+
+    /// Drops its watcher; for when nobody can wait.
+    pub(crate) fn abandon(&self) {
+        drop(self.0.running().take());
+    }
+}
+
+/// The name of a machine's domain: what people see in the list of all domains. Of the VM's name what is plain, because a
+/// domain's name also becomes the name of files.
+fn domain_name(lab: &str, number: usize, vm: &str) -> String {
+    let plain: String =
+        vm.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_')).take(40).collect();
+    match plain == vm {
+        true => format!("rudder.{lab}.{plain}"),
+        // The number, because two such names may leave the same.
+        false => format!("rudder.{lab}.{plain}.{number}"),
+    }
+}
+
+/// A picture of the screen of a domain that runs, as PNG.
+pub(crate) async fn picture(connection: &Arc<Connection>, name: &str) -> Result<Vec<u8>> {
+    let name = name.to_owned();
+    let take = move |connect: &Connect| {
+        let stream = Stream::new(connect, 0)?;
+        let kind = domain(connect, &name)?.screenshot(&stream, 0, 0)?;
+        let (mut bytes, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+        loop {
+            match stream.recv(&mut buffer)? {
+                0 => break,
+                count => bytes.extend_from_slice(&buffer[..count]),
+            }
+        }
+        stream.finish()?;
+        Ok((kind, bytes))
+    };
+    let taken = connection.ask(take).await;
+    let (kind, bytes) =
+        taken.map_err(|failure| failure.into_error(ErrorKind::Protocol, "take a picture of the screen"))?;
+    if kind != "image/png" {
+        let message = format!("expected a picture in image/png from libvirt, but found {kind}");
+        return Err(
+            Error::new(ErrorKind::Unsupported, message).with_help("use QEMU 7.1 and libvirt 8.9, or later")
+        );
+    }
+    Ok(bytes)
+}
+
+impl Inner {
+    /// The name of a file of it in the lab. Short, because a socket's path has at most 107 bytes (unix(7)).
+    fn file(&self, suffix: &str) -> String {
+        format!("m{}.{suffix}", self.number)
+    }
+
+    fn xml(&self) -> Result<String> {
+        let ground = &self.footing.ground;
+        let label = Label::Lab {
+            store: self.footing.store.clone(),
+            lab: ground.id().clone(),
+            vm: self.spec.name.clone(),
+            owner: std::process::id(),
+        };
+        Domain {
+            name: &self.domain,
+            title: &format!("{} of {}", self.spec.name, ground.id()),
+            label: &label,
+            offer: &self.footing.offer,
+            cpus: self.spec.cpus,
+            memory: self.spec.memory,
+            disks: self
+                .spec
+                .disks
+                .iter()
+                .map(|disk| Disk { path: ground.path(&disk.volume.id), bus: disk.bus, transient: false })
+                .collect(),
+            seed: self.spec.seed.as_ref().map(|_| ground.path(&self.file("seed.img"))),
+            serial: Serial::Socket {
+                socket: ground.path(&self.file("serial")),
+                log: ground.path(&self.file("serial.log")),
+            },
+            cards: card_arguments(&self.spec, ground.network())?,
+            lab: Some(ground.id()),
+        }
+        .xml()
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forwards(&self) -> Result<Vec<(u16, u16)>> {
+        match (&*self.running(), &*self.phase.borrow()) {
+            (Some(running), Phase::Running) => Ok(running.forwards.clone()),
+            _ => {
+                Err(self
+                    .error(ErrorKind::Conflict, "expected a running machine, but found that it does not run"))
+            }
+        }
+    }
+
+    fn error(&self, kind: ErrorKind, message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+        Error::new(kind, message).with_context("vm", &self.spec.name)
+    }
+
+    fn refused(&self, failure: Failure, kind: ErrorKind, what: &str) -> Error {
+        failure.into_error(kind, what).with_context("vm", &self.spec.name)
+    }
+
+    fn order(&self, order: Stop) {
+        if let Some(running) = &*self.running() {
+            // Nobody hears it when it has just ended.
+            let _ = running.orders.send(order);
+        }
+    }
+
+    /// Powers the domain on; its forwarded ports.
+    async fn launch(&self) -> Result<Vec<(u16, u16)>> {
+        let connection = &self.footing.connection;
+        for suffix in ["serial", "screen.png"] {
+            let path = self.footing.ground.path(&self.file(suffix));
+            match tokio::fs::remove_file(&path).await {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io(format_args!("remove {} of the last run", path.display()), error));
+                }
+                _ => {}
+            }
+        }
+        let flags = match self.footing.ground.retention() {
+            Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
+            Retention::MayBeKept => 0,
+        };
+        let name = self.domain.clone();
+        let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
+        let started = connection.order(start).await;
+        started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
+        let forwards = self.read_forwards().await;
+        if forwards.is_err() {
+            let name = self.domain.clone();
+            // What failed is told; this only tidies up, and the end of the lab does so again.
+            let _ = connection.order(move |connect| domain(connect, &name)?.destroy()).await;
+        }
+        forwards
+    }
+
+    /// The ports that QEMU's user network forwards: the kernel chose those of the host.
+    async fn read_forwards(&self) -> Result<Vec<(u16, u16)>> {
+        if self.spec.ports.is_empty() || self.spec.nics.is_empty() {
+            return Ok(Vec::new());
+        }
+        let name = self.domain.clone();
+        let ask = move |connect: &Connect| {
+            domain(connect, &name)?
+                .qemu_monitor_command("info usernet", sys::VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
+        };
+        let told = self.footing.connection.ask(ask).await;
+        let told =
+            told.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "list forwarded ports"))?;
+        let forwards = read_forwards(&told);
+        match self.spec.ports.iter().find(|port| !forwards.iter().any(|(_, guest)| guest == *port)) {
+            None => Ok(forwards),
+            Some(port) => {
+                let message =
+                    format!("expected QEMU to forward a port to port {port} of the guest, but found none");
+                Err(self.error(ErrorKind::LaunchFailed, message))
+            }
+        }
+    }
+
+    /// Says that it runs, and has it watched.
+    fn run(&self, forwards: Vec<(u16, u16)>) {
+        let (orders, received) = mpsc::unbounded_channel();
+        let watcher = Watcher {
+            connection: Arc::clone(&self.footing.connection),
+            domain: self.domain.clone(),
+            orders: received,
+            phase: self.phase.clone(),
+            picture: self.footing.ground.path(&self.file("screen.png")),
+        };
+        let mut running = self.running();
+        self.phase.send_replace(Phase::Running);
+        let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
+        *running = Some(Running { orders, forwards, _watcher: watcher });
+    }
+}
+
+#[async_trait]
+impl Machine for LibvirtMachine {
+    fn name(&self) -> &str {
+        &self.0.spec.name
+    }
+
+    async fn start(&self) -> Result<()> {
+        let this = &self.0;
+        let disks = Arc::clone(&this.disks).try_write_owned().map_err(|_| {
+            this.error(ErrorKind::Conflict, "expected a machine at rest, but found a disk being captured")
+        })?;
+        let mut before = None;
+        this.phase.send_if_modified(|phase| {
+            let at_rest = matches!(phase, Phase::Defined | Phase::Ended(_));
+            if at_rest {
+                before = Some(std::mem::replace(phase, Phase::Starting));
+            }
+            at_rest
+        });
+        let Some(before) = before else {
+            return Err(this.error(
+                ErrorKind::Conflict,
+                "expected a machine that does not run, but found a running one",
+            ));
+        };
+        // Libvirt goes on with what it was asked for, also when the caller does not wait: so the rest is not the caller's.
+        let (reply, answer) = oneshot::channel();
+        let (inner, footing) = (Arc::clone(this), Arc::clone(&this.footing));
+        tokio::spawn(async move {
+            let machine = Arc::clone(&inner);
+            let launched = footing.detached(|_| async move { machine.launch().await }).await;
+            let outcome = match launched {
+                Ok(forwards) => {
+                    inner.run(forwards);
+                    Ok(())
+                }
+                Err(error) => {
+                    inner.phase.send_replace(before);
+                    Err(error)
+                }
+            };
+            drop(disks);
+            if reply.send(outcome).is_err() {
+                inner.order(Stop::Kill);
+            }
+        });
+        let outcome = answer.await.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Cancelled, "the program is ending: the machine was not started"))
+        });
+        outcome.map_err(|error| error.with_context("vm", &this.spec.name))
+    }
+
+    async fn wait(&self) -> Result<Exit> {
+        let mut phase = self.0.phase.subscribe();
+        if *phase.borrow() == Phase::Defined {
+            return Err(self.0.error(
+                ErrorKind::Conflict,
+                "expected a machine that was started, but found one that was not",
+            ));
+        }
+        let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_) | Phase::Defined)).await;
+        match ended.as_deref() {
+            Ok(Phase::Ended(exit)) => Ok(exit.clone()),
+            _ => Err(self
+                .0
+                .error(ErrorKind::Conflict, "expected a machine that was started, but its start failed")),
+        }
+    }
+
+    async fn stop(&self, how: Stop) -> Result<Exit> {
+        let mut phase = self.0.phase.subscribe();
+        // One that is just being started is stopped when it runs.
+        let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
+        self.0.order(how);
+        self.wait().await
+    }
+
+    async fn dial(&self, port: u16) -> Result<BoxedStream> {
+        self.0.forwards()?;
+        let address = self.reachable_at(port).ok_or_else(|| {
+            let message = format!("expected one of the machine's ports, but found {port}");
+            self.0
+                .error(ErrorKind::InvalidInput, message)
+                .with_help("a port is reached when it is in MachineSpec::ports and the machine has a card")
+        })?;
+        let stream = TcpStream::connect(address).await.map_err(|error| {
+            let message = format!("cannot connect to port {port} of the guest");
+            self.0.error(ErrorKind::GuestUnreachable, message).with_source(error)
+        })?;
+        // Keystrokes and packets of SSH are small, and each is waited for.
+        let _ = stream.set_nodelay(true);
+        Ok(Box::new(stream))
+    }
+
+    async fn display(&self) -> Result<BoxedStream> {
+        self.0.forwards()?;
+        let failed = |error| Error::io("make a pair of sockets", error);
+        let (ours, theirs) = StdUnixStream::pair().map_err(failed)?;
+        ours.set_nonblocking(true).map_err(failed)?;
+        let name = self.0.domain.clone();
+        let hand_over = move |connect: &Connect| {
+            let domain = domain(connect, &name)?;
+            domain.open_graphics(0, theirs.as_raw_fd(), sys::VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH).map(drop)
+        };
+        let handed = self.0.footing.connection.order(hand_over).await;
+        handed.map_err(|failure| self.0.refused(failure, ErrorKind::Protocol, "connect to the display"))?;
+        Ok(Box::new(UnixStream::from_std(ours).map_err(failed)?))
+    }
+
+    async fn serial(&self) -> Result<BoxedStream> {
+        self.0.forwards()?;
+        let stream = UnixStream::connect(self.0.footing.ground.socket(&self.0.file("serial"))).await;
+        let stream = stream.map_err(|error| {
+            self.0.error(ErrorKind::Protocol, "cannot connect to the serial console").with_source(error)
+        })?;
+        Ok(Box::new(stream))
+    }
+
+    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
+        let path = self.0.footing.ground.path(&self.0.file("serial.log"));
+        let limit = u64::try_from(limit).unwrap_or(u64::MAX);
+        tail(&path, limit).await.map_err(|error| Error::io(format_args!("read {}", path.display()), error))
+    }
+
+    async fn screenshot(&self) -> Result<Vec<u8>> {
+        match self.0.forwards() {
+            Ok(_) => {
+                let taken = picture(&self.0.footing.connection, &self.0.domain).await;
+                taken.map_err(|error| error.with_context("vm", &self.0.spec.name))
+            }
+            // A machine that died in sight left a last picture.
+            Err(error) => {
+                let path = self.0.footing.ground.path(&self.0.file("screen.png"));
+                tokio::fs::read(path).await.map_err(|_| error)
+            }
+        }
+    }
+
+    fn reachable_at(&self, port: u16) -> Option<SocketAddr> {
+        let (host, _) = self.0.forwards().ok()?.into_iter().find(|(_, guest)| *guest == port)?;
+        Some(SocketAddr::from((Ipv4Addr::LOCALHOST, host)))
+    }
+
+    fn access(&self) -> Vec<String> {
+        let Ok(forwards) = self.0.forwards() else { return Vec::new() };
+        let (name, domain, uri) = (&self.0.spec.name, &self.0.domain, self.0.footing.connection.uri());
+        let mut lines: Vec<String> = forwards
+            .iter()
+            .map(|(host, guest)| {
+                format!("{name}: port {guest} of the guest: 127.0.0.1:{host} (ssh -p {host} USER@127.0.0.1)")
+            })
+            .collect();
+        let serial = self.0.footing.ground.path(&self.0.file("serial"));
+        lines.push(format!("{name}: display: virt-viewer --connect '{uri}' --attach {domain}"));
+        lines.push(format!("{name}: serial console: nc -U {}", serial.display()));
+        lines
+    }
+
+    async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {
+        let this = &self.0;
+        let index = this.spec.disks.iter().position(|one| one.name == disk).ok_or_else(|| {
+            this.error(ErrorKind::NotFound, format!("expected a disk of the machine, but found {disk:?}"))
+        })?;
+        let running =
+            || this.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
+        let _disks = this.disks.try_read().map_err(|_| running())?;
+        if matches!(&*this.phase.borrow(), Phase::Starting | Phase::Running) {
+            return Err(running());
+        }
+        let disk = &this.spec.disks[index];
+        let file = format!("m{}.d{index}.captured.qcow2", this.number);
+        let captured = this.footing.ground.capture(&disk.volume.id, &file, &disk.name, progress).await;
+        let captured = captured
+            .map_err(|error| error.with_context("disk", &disk.name).with_context("vm", &this.spec.name))?;
+        Ok(CapturedDisk {
+            name: disk.name.clone(),
+            bus: disk.bus,
+            file,
+            format: "qcow2".to_owned(),
+            virtual_size: captured.virtual_size,
+            size: captured.size,
+            sha256: captured.sha256,
+        })
+    }
+
+    async fn capture_state(&self) -> Result<Vec<CapturedState>> {
+        // Neither UEFI nor a TPM yet: `create_machine` refuses both.
+        Ok(Vec::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_domains_are_plain_and_their_own() {
+        assert_eq!(domain_name("demo-0123456789ab", 0, "web"), "rudder.demo-0123456789ab.web");
+        assert_eq!(domain_name("demo-0123456789ab", 1, "w e,\"b/"), "rudder.demo-0123456789ab.web.1");
+        assert_eq!(domain_name("demo-0123456789ab", 2, "ä"), "rudder.demo-0123456789ab..2");
+    }
+}

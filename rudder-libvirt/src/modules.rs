@@ -1,0 +1,151 @@
+//! The halted domains of a published module: whoever looks with libvirt's tools sees it, and can start it. What is written
+//! to it is thrown away when it ends (`transient`), because the files of a module never change.
+
+use crate::{
+    connection::{Connection, Refusal, remove_domain},
+    domain::{Disk, Domain, Serial},
+    lab::{Footing, labelled, store_name, tidying},
+    label::Label,
+    offer::Offer,
+};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::MachineSpec,
+    module::{Module, TemplateMachine},
+    store::Store,
+};
+use rudder_qemu::parts::card_arguments;
+use std::{path::Path, sync::Arc};
+use virt::connect::Connect;
+
+/// Defines the domains of a module that was just published from this lab, instead of those of its earlier version.
+pub(crate) async fn show(footing: &Arc<Footing>, module: &Module) -> Result<()> {
+    let (footing, module) = (Arc::clone(footing), module.clone());
+    footing
+        .detached(|footing| async move {
+            define(&footing.connection, &footing.offer, &footing.store, &module).await
+        })
+        .await
+}
+
+/// Defines the domains of a module.
+pub(crate) async fn define(
+    connection: &Arc<Connection>,
+    offer: &Offer,
+    store: &str,
+    module: &Module,
+) -> Result<()> {
+    let texts = module
+        .machines
+        .iter()
+        .map(|machine| xml(offer, store, module, machine))
+        .collect::<Result<Vec<_>>>()?;
+    let (store, name) = (store.to_owned(), module.name.clone());
+    let replace = move |connect: &Connect| {
+        remove(connect, &store, |its, _| its == name)?;
+        texts.iter().try_for_each(|text| virt::domain::Domain::define_xml(connect, text).map(drop))
+    };
+    let replaced = connection.order(replace).await;
+    replaced.map_err(|failure| {
+        failure
+            .into_error(ErrorKind::Io, "define the domains of a module")
+            .with_context("module", &module.name)
+    })
+}
+
+/// Removes the domains of those modules of a store for whose name and digest this says so; their names.
+pub(crate) fn remove(
+    connect: &Connect,
+    store: &str,
+    wanted: impl Fn(&str, &rudder_core::digest::Digest) -> bool,
+) -> Result<Vec<String>, Refusal> {
+    let mut removed = Vec::new();
+    for (domain, label) in labelled(connect)? {
+        if let Label::Module { store: its, name, digest, .. } = &label
+            && its == store
+            && wanted(name, digest)
+        {
+            let name = domain.get_name().unwrap_or_default();
+            remove_domain(&domain)?;
+            removed.push(name);
+        }
+    }
+    Ok(removed)
+}
+
+/// Brings the domains in line with the modules of the store: removes those of modules that are gone, and defines those that
+/// a builder did not get to any more. What was done.
+pub(crate) async fn reconcile(
+    connection: &Arc<Connection>,
+    offer: &Offer,
+    store: &Store,
+) -> Result<Vec<String>> {
+    let name = store_name(store);
+    let own = name.clone();
+    // Looked for before the modules are listed: a domain is defined when its module is there already.
+    let shown = connection.ask(move |connect| {
+        let labels = labelled(connect)?.into_iter().map(|(_, label)| label);
+        Ok(labels.filter(|label| label.store() == own).collect::<Vec<_>>())
+    });
+    let shown = shown.await.map_err(tidying)?;
+    let listing = store.clone();
+    let modules = rudder_qemu::parts::blocking(move || listing.modules()).await?;
+    let is_shown = |module: &Module, machine: &TemplateMachine| {
+        shown.iter().any(|label| {
+            matches!(label, Label::Module { name, digest, vm, .. }
+                if *name == module.name && *digest == module.digest && *vm == machine.name)
+        })
+    };
+    let mut done = Vec::new();
+    let stale = shown.iter().any(|label| {
+        matches!(label, Label::Module { name, digest, .. }
+            if !modules.iter().any(|module| module.name == *name && module.digest == *digest))
+    });
+    if stale {
+        let (own, there) =
+            (name.clone(), modules.iter().map(|one| (one.name.clone(), one.digest)).collect::<Vec<_>>());
+        let removed = connection.order(move |connect| {
+            remove(connect, &own, |name, digest| !there.iter().any(|(its, one)| its == name && one == digest))
+        });
+        let removed = removed.await.map_err(tidying)?;
+        done.extend(removed.into_iter().map(|domain| format!("domain {domain} of a module that is gone")));
+    }
+    // Modules that another backend built are not ours to show.
+    let ours = modules.iter().filter(|module| module.provenance.versions.contains_key("libvirt"));
+    for module in ours.filter(|module| module.machines.iter().any(|machine| !is_shown(module, machine))) {
+        define(connection, offer, &name, module).await?;
+    }
+    Ok(done)
+}
+
+fn xml(offer: &Offer, store: &str, module: &Module, machine: &TemplateMachine) -> Result<String> {
+    let directory = module.path.as_deref().and_then(Path::parent).ok_or_else(|| {
+        Error::new(ErrorKind::NotFound, "expected the files of the module, but found none")
+            .with_context("module", &module.name)
+    })?;
+    let mut spec = MachineSpec::new(&machine.name, machine.cpus, machine.memory);
+    spec.nics.clone_from(&machine.nics);
+    Domain {
+        name: &format!("{}.{}", module.name, machine.name),
+        title: &format!("{} of module {}", machine.name, module.name),
+        label: &Label::Module {
+            store: store.to_owned(),
+            name: module.name.clone(),
+            digest: module.digest,
+            vm: machine.name.clone(),
+        },
+        offer,
+        cpus: machine.cpus,
+        memory: machine.memory,
+        disks: machine
+            .disks
+            .iter()
+            .map(|disk| Disk { path: directory.join(&disk.file), bus: disk.bus, transient: true })
+            .collect(),
+        seed: None,
+        serial: Serial::Terminal,
+        cards: card_arguments(&spec, &module.network)?,
+        lab: None,
+    }
+    .xml()
+}

@@ -1,0 +1,241 @@
+//! The life of machines on a real libvirt: start, wait, stop in every order, death, capture. Nothing is left afterwards.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+#[path = "../../rudder-qemu/tests/common/sector.rs"]
+mod sector;
+
+use common::{Place, backend, blank_machine, eventually, qemus_of, sector_machine};
+use rudder_core::{
+    ErrorKind,
+    backend::{Backend, Death, Exit, LabSpec, ModuleDraft, Progress, Retention, Stop},
+    digest::Digest,
+    module::{Provenance, TemplateMachine},
+    plan::Bus,
+};
+use std::{sync::Arc, time::Duration};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+fn killed(exit: &Exit) -> bool {
+    matches!(exit, Exit::Killed { .. })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_starts_stops_and_starts_again() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
+    let machine = lab.create_machine(&spec).await.unwrap();
+    assert_eq!(place.daemon.domains(), [format!("rudder.{}.web", lab.id())]);
+    assert_eq!(machine.wait().await.unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(machine.stop(Stop::Kill).await.unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(machine.dial(22).await.map(drop).unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(machine.screenshot().await.unwrap_err().kind(), ErrorKind::Conflict);
+
+    for _ in 0..2 {
+        machine.start().await.unwrap();
+        assert_eq!(machine.start().await.unwrap_err().kind(), ErrorKind::Conflict);
+        let waiting = Arc::clone(&machine);
+        let waiter = tokio::spawn(async move { waiting.wait().await });
+        assert!(killed(&machine.stop(Stop::Kill).await.unwrap()));
+        assert!(killed(&waiter.await.unwrap().unwrap()));
+        assert!(killed(&machine.stop(Stop::Kill).await.unwrap()));
+    }
+
+    assert_eq!(lab.create_machine(&spec).await.map(drop).unwrap_err().kind(), ErrorKind::Conflict);
+    lab.destroy().await.unwrap();
+    lab.destroy().await.unwrap();
+    assert_eq!(machine.start().await.unwrap_err().kind(), ErrorKind::Conflict);
+    drop((machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_sit_on_every_bus() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    for first in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
+        let buses = [first, Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide];
+        let mut spec = blank_machine(&*lab, &format!("vm, \"{first:?}\" ü"), &buses).await;
+        spec.seed = Some(rudder_core::backend::Seed::new(
+            String::new(),
+            Vec::new(),
+            None,
+            Arc::from(vec![0; 1 << 20].as_slice()),
+        ));
+        let machine = lab.create_machine(&spec).await.unwrap();
+        machine.start().await.unwrap();
+        assert!(killed(&machine.stop(Stop::Graceful { limit: Duration::from_millis(100) }).await.unwrap()));
+    }
+    lab.destroy().await.unwrap();
+    drop(lab);
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_reach_port_display_and_serial_console() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    // Nobody listens in this guest: the connection is made, and ends.
+    let mut port = machine.dial(22).await.unwrap();
+    drop(port.write_all(b"hello").await);
+    assert!(machine.reachable_at(22).unwrap().ip().is_loopback());
+    assert_eq!(machine.dial(23).await.map(drop).unwrap_err().kind(), ErrorKind::InvalidInput);
+    // Two look at once, and somebody else besides them.
+    let (mut one, mut other) = (machine.display().await.unwrap(), machine.display().await.unwrap());
+    for display in [&mut one, &mut other] {
+        let mut greeting = [0; 4];
+        display.read_exact(&mut greeting).await.unwrap();
+        assert_eq!(&greeting, b"RFB ");
+    }
+    machine.serial().await.unwrap().write_all(b"x").await.unwrap();
+    assert_eq!(machine.serial_tail(100).await.unwrap(), b"");
+    assert!(machine.screenshot().await.unwrap().starts_with(b"\x89PNG"));
+    assert_eq!(machine.access().len(), 3);
+    lab.destroy().await.unwrap();
+    drop((port, machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_end_is_told_from_the_others() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let mut machines = Vec::new();
+    let guests = [sector::power_off("bye"), sector::power_off_on_button(), sector::panic(), sector::rest()];
+    for (index, guest) in guests.into_iter().enumerate() {
+        let mut spec = sector_machine(&*lab, &guest, Bus::Virtio, 1 << 20).await;
+        spec.name = format!("guest{index}");
+        machines.push(lab.create_machine(&spec).await.unwrap());
+    }
+    let [off, button, panic, rest] = machines.as_slice() else { panic!() };
+
+    off.start().await.unwrap();
+    assert_eq!(off.wait().await.unwrap(), Exit::PoweredOff);
+    assert_eq!(off.serial_tail(3).await.unwrap(), b"bye");
+
+    button.start().await.unwrap();
+    while button.serial_tail(100).await.unwrap() != b"ready" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let exit = button.stop(Stop::Graceful { limit: Duration::from_secs(60) }).await.unwrap();
+    assert_eq!(exit, Exit::PoweredOff);
+
+    panic.start().await.unwrap();
+    let exit = panic.wait().await.unwrap();
+    assert!(matches!(exit, Exit::Died { cause: Death::GuestPanic, .. }), "{exit:?}");
+    assert!(panic.screenshot().await.unwrap().starts_with(b"\x89PNG"), "a last picture is kept");
+
+    rest.start().await.unwrap();
+    let [qemu] = qemus_of(place.dir.path())[..] else { panic!("expected one QEMU") };
+    let pid = rustix::process::Pid::from_raw(qemu).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let exit = rest.wait().await.unwrap();
+    assert!(matches!(exit, Exit::Died { cause: Death::Hypervisor, .. }), "{exit:?}");
+    rest.start().await.unwrap();
+    place.daemon.virsh(&["destroy", &format!("rudder.{}.guest3", lab.id())]);
+    let exit = rest.wait().await.unwrap();
+    assert!(matches!(&exit, Exit::Died { detail, .. } if detail.contains("somebody destroyed")), "{exit:?}");
+
+    lab.destroy().await.unwrap();
+    drop((machines, lab));
+    place.assert_clean().await;
+}
+
+fn template(disks: &[rudder_core::module::CapturedDisk]) -> TemplateMachine {
+    serde_json::from_value(serde_json::json!({
+        "name": "web", "cpus": 1, "memory": 64 << 20, "firmware": "bios", "tpm": false, "nics": [], "disks": disks,
+    }))
+    .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_module_is_also_a_set_of_halted_domains() {
+    let place = Place::new().await;
+    for _ in 0..2 {
+        let lab = place.lab().await;
+        let spec = blank_machine(&*lab, "web", &[Bus::Virtio, Bus::Scsi]).await;
+        let machine = lab.create_machine(&spec).await.unwrap();
+        machine.start().await.unwrap();
+        assert_eq!(
+            machine.capture("disk0", &Progress::none()).await.unwrap_err().kind(),
+            ErrorKind::Conflict
+        );
+        machine.stop(Stop::Kill).await.unwrap();
+        let mut disks = Vec::new();
+        for disk in ["disk0", "disk1"] {
+            disks.push(machine.capture(disk, &Progress::none()).await.unwrap());
+        }
+        let mut provenance = Provenance::new("name: web\n", Digest::of(b""));
+        provenance.versions = lab.versions();
+        let draft = ModuleDraft::new("base", vec![template(&disks)], common::network(), provenance);
+        let module = lab.publish(draft).await.unwrap();
+        lab.destroy().await.unwrap();
+        assert_eq!(place.daemon.domains(), ["base.web"]);
+
+        // It can be started; what is written then is thrown away, and the module stays as it is.
+        let disk = module.path.unwrap().parent().unwrap().join(&module.machines[0].disks[0].file);
+        let before = std::fs::read(&disk).unwrap();
+        place.daemon.virsh(&["start", "base.web"]);
+        place.daemon.virsh(&["destroy", "base.web"]);
+        assert!(before == std::fs::read(&disk).unwrap());
+    }
+    // What a builder did not get to is made up for.
+    place.daemon.virsh(&["undefine", "base.web"]);
+    place.backend.reap().await.unwrap();
+    assert_eq!(place.daemon.domains(), ["base.web"]);
+    // What another process removed from the store is removed from libvirt.
+    place.backend.store().remove_module("base").await.unwrap();
+    place.backend.reap().await.unwrap();
+    assert_eq!(place.daemon.domains(), Vec::<String>::new());
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_dropped_is_removed_and_what_is_foreign_stays() {
+    let place = Place::new().await;
+    let foreign = place.dir.path().join("foreign.xml");
+    std::fs::write(
+        &foreign,
+        "<domain type='qemu'><name>rudder-like</name><memory>65536</memory><os><type>hvm</type></os></domain>",
+    )
+    .unwrap();
+    place.daemon.virsh(&["define", foreign.to_str().unwrap()]);
+    let lab = place.lab().await;
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    // Another backend on the same store, as another process has it: the lab lives, and is left alone.
+    let other = backend(place.dir.path(), &place.daemon);
+    assert_eq!(other.reap().await.unwrap().removed, Vec::<String>::new());
+    assert_eq!(place.daemon.domains().len(), 2);
+    drop((machine, lab));
+    eventually("the domain is gone", || place.daemon.domains() == ["rudder-like"]).await;
+    other.reap().await.unwrap();
+    assert_eq!(place.daemon.domains(), ["rudder-like"]);
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lab_that_was_kept_stays_until_it_is_removed() {
+    let place = Place::new().await;
+    let mut spec = LabSpec::new("test", common::network());
+    spec.retention = Retention::MayBeKept;
+    let lab = place.backend.open_lab(&spec).await.unwrap();
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    let kept = lab.keep().await.unwrap();
+    assert!(kept.access.iter().any(|line| line.contains("virt-viewer")), "{:?}", kept.access);
+    drop((machine, lab));
+    let Place { backend: first, daemon, dir, permit: _permit } = place;
+    drop(first);
+    let other = backend(dir.path(), &daemon);
+    other.reap().await.unwrap();
+    assert_eq!(other.kept_labs().await.unwrap(), std::slice::from_ref(&kept));
+    assert_eq!(qemus_of(dir.path()).len(), 1);
+    other.remove_lab(&kept.id).await.unwrap();
+    assert_eq!(other.remove_lab(&kept.id).await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(daemon.domains(), Vec::<String>::new());
+    assert_eq!(qemus_of(dir.path()), Vec::<i32>::new());
+}
