@@ -12,7 +12,8 @@ const CURSORS: usize = 24;
 ///
 /// Cells are found wherever the console put them, in 8 × 16, 9 × 16 (VGA text mode) and 8 × 19 pixels (UEFI), and may have any two
 /// colours. A cell that no known font explains is [`UNREAD`]; a screen without text gives a text without rows. Characters that the
-/// screen's font draws alike are read as the ASCII one if there is one, else as the one with the smallest number.
+/// screen's font draws alike are read as the ASCII one if there is one, else as the most usual one; a cell of a single colour is a
+/// blank, whatever the colour, and so is a full block (`█`).
 #[must_use]
 pub fn read(screen: &Framebuffer) -> ScreenText {
     match grid::find(screen) {
@@ -66,6 +67,11 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
                 chars[index] = char;
             }
         }
+    }
+    // GRUB's cursor in graphics mode looks like a block of one eighth: who draws a diagram draws more than one.
+    let mut blocks = chars.iter_mut().filter(|char| **char == '▁');
+    if let (Some(only), None) = (blocks.next(), blocks.next()) {
+        *only = ' ';
     }
     ScreenText::new(grid.columns, chars)
 }

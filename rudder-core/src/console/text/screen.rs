@@ -64,7 +64,10 @@ impl ScreenText {
     /// of the screen into the next row. Upper and lower case differ. A blank text stands everywhere.
     #[must_use]
     pub fn contains(&self, text: &str) -> bool {
-        let wanted: Vec<char> = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().collect();
+        // A full block fills its cell with one colour, as a blank does.
+        let words =
+            text.split(|char: char| char.is_whitespace() || char == '█').filter(|word| !word.is_empty());
+        let wanted: Vec<char> = words.collect::<Vec<_>>().join(" ").chars().collect();
         let stream = self.stream();
         (0..=stream.len()).any(|start| stands_at(&stream[start..], &wanted))
     }

@@ -1,0 +1,105 @@
+//! Screens of real consoles are read as what they show. The pictures in `frames/` were taken by `tools/fonts/frames`; the text beside
+//! each was compared with the picture by eye, or is what was printed. `RUDDER_UPDATE=1` writes what is read into the text files.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::fs::{self, File};
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use rudder_core::console::{Framebuffer, text};
+
+fn frames() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frames")
+}
+
+fn picture(path: &Path) -> Framebuffer {
+    let mut reader = png::Decoder::new(BufReader::new(File::open(path).unwrap())).read_info().unwrap();
+    let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut bytes).unwrap();
+    assert_eq!((info.color_type, info.bit_depth), (png::ColorType::Rgb, png::BitDepth::Eight));
+    let (width, height) = (info.width as usize, info.height as usize);
+    let mut screen = Framebuffer::new(width, height);
+    for y in 0..height {
+        for (x, pixel) in screen.row_mut(y).iter_mut().enumerate() {
+            pixel.copy_from_slice(&bytes[(y * width + x) * 3..][..3]);
+        }
+    }
+    screen
+}
+
+/// What is read, and what is expected, without the blanks at the ends of rows.
+fn rows(text: &str) -> Vec<String> {
+    text.lines().map(|row| row.trim_end().to_owned()).collect()
+}
+
+/// Characters of a row, of which so many are the same in another; blanks in both do not count.
+fn compare(read: &str, expected: &str) -> (usize, usize) {
+    let (mut read, mut expected) = (read.chars(), expected.chars());
+    let (mut all, mut same) = (0, 0);
+    loop {
+        match (read.next(), expected.next()) {
+            (None, None) => return (all, same),
+            (Some(' ') | None, Some(' ') | None) => {}
+            (a, b) => {
+                all += 1;
+                same += usize::from(a == b);
+            }
+        }
+    }
+}
+
+#[test]
+fn consoles_are_read_without_a_mistake() {
+    let mut names: Vec<_> = fs::read_dir(frames()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    names.retain(|path| path.extension().is_some_and(|extension| extension == "png"));
+    names.sort();
+    let (mut report, mut wrong) = (String::new(), false);
+    let (mut all, mut right) = (0, 0);
+    for path in &names {
+        let screen = text::read(&picture(path));
+        let read = screen.lines().collect::<Vec<_>>();
+        let beside = path.with_extension("txt");
+        if std::env::var_os("RUDDER_UPDATE").is_some() {
+            fs::write(&beside, format!("{}\n", read.join("\n").trim_end())).unwrap();
+        }
+        let expected = rows(&fs::read_to_string(&beside).unwrap());
+        let counts = (0..read.len().max(expected.len())).map(|row| {
+            let line = |rows: &[String]| rows.get(row).cloned().unwrap_or_default();
+            compare(&line(&read), &line(&expected))
+        });
+        let (cells, same) = counts.fold((0, 0), |(all, same), (cells, right)| (all + cells, same + right));
+        (all, right) = (all + cells, right + same);
+        wrong |= same != cells || screen.unread() > 0 || cells == 0;
+        let name = path.file_stem().unwrap().display();
+        report +=
+            &format!("{name:24} {same:5} of {cells:5} characters read right, {} unread\n", screen.unread());
+    }
+    let share = 100.0 * right as f64 / all as f64;
+    report += &format!("{share:.2} % of {all} characters on {} screens are read right\n", names.len());
+    println!("{report}");
+    assert!(!wrong && names.len() >= 10, "{report}");
+}
+
+/// Fonts draw some characters alike. The one that is read may be another than the one that was written, which is found all the same.
+#[test]
+fn what_was_written_is_found() {
+    for (name, texts) in [
+        (
+            "grub-uefi-800",
+            &["Größe, naïve façade, Ελληνικά, Русский, ąęłż", "or `c' for a command-line."][..],
+        ),
+        (
+            "linux-text",
+            &["┘┌█▄▌▐▀ ░▒▓", "nopqrstuvwxyz{|}~ red bold green inverse yellow on blue", "0123456789 end"],
+        ),
+        (
+            "grub-graphics",
+            &["echo ' !\"#$%&()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abc", "grub>"],
+        ),
+    ] {
+        let screen = text::read(&picture(&frames().join(name).with_extension("png")));
+        for text in texts {
+            assert!(screen.contains(text), "{name}: expected {text:?}, but read\n{screen}");
+        }
+    }
+}
