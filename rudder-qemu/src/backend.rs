@@ -76,6 +76,24 @@ impl QemuBackendBuilder {
         self
     }
 
+    /// The swtpm to use, for machines with a TPM; `swtpm` in `PATH`. `swtpm_setup` is looked for beside it, then in `PATH`.
+    #[must_use]
+    pub fn swtpm(mut self, path: impl Into<PathBuf>) -> Self {
+        self.programs.swtpm = Some(path.into());
+        self
+    }
+
+    /// The directories with the [descriptors] of the firmware that machines with UEFI get, the most specific first; those of
+    /// QEMU: `$XDG_CONFIG_HOME/qemu/firmware`, `/etc/qemu/firmware`, `/usr/share/qemu/firmware`, and `share/qemu/firmware`
+    /// where QEMU was installed.
+    ///
+    /// [descriptors]: https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/firmware.json
+    #[must_use]
+    pub fn firmware_directories(mut self, directories: impl IntoIterator<Item = PathBuf>) -> Self {
+        self.programs.firmware = Some(directories.into_iter().collect());
+        self
+    }
+
     /// The backend. Looks at nothing yet: that is done by [`Backend::diagnose`] and when a lab is opened.
     #[must_use]
     pub fn build(self) -> QemuBackend {
@@ -123,6 +141,9 @@ fn capabilities() -> Capabilities {
             C::NicSlots,
             C::CloudInit,
             C::HttpDirectory,
+            C::Uefi,
+            C::SecureBoot,
+            C::Tpm,
             C::Display,
             C::Serial,
             C::Screenshot,
@@ -146,6 +167,7 @@ impl Backend for QemuBackend {
 
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
         let host = self.host().await?;
+        host.require(&spec.needs)?;
         // Looking costs little; what cannot be removed now is tried again by the next.
         match self.reap().await {
             Ok(report) => {

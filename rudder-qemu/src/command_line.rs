@@ -1,12 +1,14 @@
 //! The command line of a machine: from what a machine is made of to QEMU's arguments. Nothing here touches the host.
 //!
 //! # Where everything sits
-//! The machine is QEMU's `pc` (i440FX, 1996): every card and disk of the manifest has a place on it that guests of all
-//! ages find, on one PCI bus with fixed addresses, so that what a guest saw in a build is at the same place in a clone:
+//! With BIOS, the machine is QEMU's `pc` (i440FX, 1996): every card and disk of the manifest has a place on it that guests of
+//! all ages find. With UEFI it is `q35` (ICH9, 2007), for which UEFI and its system management mode are made; but where
+//! there are IDE disks, which only the older chipset has. On either, all is on one PCI bus with fixed addresses, so that what
+//! a guest saw in a build is at the same place in a clone:
 //!
 //! | address | what |
 //! |---|---|
-//! | 00, 01 | the chipset: host bridge, ISA bridge, IDE, ACPI |
+//! | 00, 01 (`pc`) or 00, 1f (`q35`) | the chipset: host bridge, ISA bridge, IDE or SATA, ACPI |
 //! | 02 | VGA |
 //! | 03 | the SCSI controller (virtio-scsi), if there are scsi disks |
 //! | 04 | SATA controllers (AHCI), six disks each, one per function |
@@ -18,11 +20,11 @@
 //!
 //! Text of a manifest is in one place only, the name of the process, and goes through [`escape`]. File names are ours.
 
-use crate::accelerator::Chosen;
+use crate::{accelerator::Chosen, state::Flash};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::MachineSpec,
-    plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSubnet},
+    plan::{Bus, Firmware, NicModel, PlannedNetwork, PlannedNic, PlannedSubnet},
 };
 use serde_json::json;
 use std::net::Ipv4Addr;
@@ -39,14 +41,73 @@ mod place {
     pub(super) const SEED: u8 = 0x1a;
 }
 
+/// What a machine is built around.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chipset {
+    /// QEMU's `pc`.
+    I440Fx,
+    /// QEMU's `q35`.
+    Q35,
+}
+
+impl Chipset {
+    /// That of a machine.
+    pub(crate) fn of(spec: &MachineSpec) -> Self {
+        let ide = spec.disks.iter().any(|disk| disk.bus == Bus::Ide);
+        match spec.firmware {
+            Firmware::Bios => Self::I440Fx,
+            Firmware::Uefi if ide => Self::I440Fx,
+            Firmware::Uefi | Firmware::UefiSecureBoot => Self::Q35,
+        }
+    }
+
+    /// QEMU's short name for its machine.
+    pub(crate) fn machine(self) -> &'static str {
+        match self {
+            Self::I440Fx => "pc",
+            Self::Q35 => "q35",
+        }
+    }
+
+    /// Its PCI bus.
+    fn bus(self) -> &'static str {
+        match self {
+            Self::I440Fx => "pci.0",
+            Self::Q35 => "pcie.0",
+        }
+    }
+
+    /// The device that does power management.
+    fn power(self) -> &'static str {
+        match self {
+            Self::I440Fx => "PIIX4_PM",
+            Self::Q35 => "ICH9-LPC",
+        }
+    }
+
+    /// Units on its own disk controller: IDE's two channels of two, or six ports of SATA.
+    fn units(self) -> usize {
+        match self {
+            Self::I440Fx => 4,
+            Self::Q35 => 6,
+        }
+    }
+
+    /// A unit on its own disk controller.
+    fn unit(self, index: usize) -> String {
+        match self {
+            Self::I440Fx => format!("bus=ide.{},unit={}", index / 2, index % 2),
+            Self::Q35 => format!("bus=ide.{index}"),
+        }
+    }
+}
+
 /// Functions of a PCI device.
 const FUNCTIONS: usize = 8;
 /// Ports of an AHCI controller.
 const AHCI_PORTS: usize = 6;
 /// Ports of an xHCI controller that are used.
 const XHCI_PORTS: usize = 8;
-/// Disks on the two channels of the chipset's IDE controller.
-const IDE_UNITS: usize = 4;
 /// Disks on the SCSI controller.
 const SCSI_TARGETS: usize = 64;
 
@@ -67,6 +128,16 @@ pub(crate) struct Files {
     pub(crate) seed: String,
     /// Of the last picture of the screen.
     pub(crate) picture: String,
+    /// Of the firmware's variables.
+    pub(crate) variables: String,
+    /// Of the directory of the TPM's state.
+    pub(crate) tpm: String,
+    /// Of the TPM's control socket.
+    pub(crate) tpm_socket: String,
+    /// Of what swtpm says.
+    pub(crate) tpm_log: String,
+    /// What the names of captured state begin with.
+    pub(crate) captured: String,
 }
 
 impl Files {
@@ -81,6 +152,11 @@ impl Files {
             log: file("qemu.log"),
             seed: file("seed.img"),
             picture: file("screen.png"),
+            variables: file("variables"),
+            tpm: file("tpm"),
+            tpm_socket: file("tpm.ctrl"),
+            tpm_log: file("tpm.log"),
+            captured: file("captured"),
         }
     }
 }
@@ -94,6 +170,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) network: &'a PlannedNetwork,
     pub(crate) files: &'a Files,
     pub(crate) accelerator: Chosen,
+    /// The flash memory of a machine with UEFI.
+    pub(crate) flash: Option<&'a Flash>,
 }
 
 /// A value inside a QEMU option: commas are doubled (qemu(1), "-drive"), and nothing else is special.
@@ -114,6 +192,9 @@ pub(crate) fn devices(spec: &MachineSpec) -> Vec<&'static str> {
         });
     }
     devices.extend(spec.nics.iter().map(|nic| card(nic.model)));
+    if spec.tpm {
+        devices.push(TPM);
+    }
     devices.dedup();
     devices
 }
@@ -128,6 +209,10 @@ fn card(model: NicModel) -> &'static str {
         NicModel::Ne2kPci => "ne2k_pci",
     }
 }
+
+/// The interface of a TPM: the command response buffer of "TCG PC Client Platform TPM Profile", which firmware and guests of
+/// all kinds have drivers for.
+const TPM: &str = "tpm-crb";
 
 /// Optional devices: used where this QEMU has them.
 #[derive(Debug, Clone, Copy)]
@@ -144,12 +229,21 @@ pub(crate) struct Extras {
 /// `InvalidInput` when the machine cannot be put together: too many disks on a bus, a card in no subnet.
 pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<String>> {
     let Machine { mark, spec, files, .. } = machine;
-    let mut line = Line(Vec::new());
+    let chipset = Chipset::of(spec);
+    let mut line = Line { words: Vec::new(), chipset };
     let name = format!("{mark}/{}", spec.name);
     line.option("-name", format!("guest={0},process={1}", escape(&name), escape("rudder-vm")));
     line.flag("-nodefaults");
     line.flag("-no-user-config");
-    line.option("-machine", "pc,usb=off,vmport=off,dump-guest-core=off,mem-merge=off");
+    let mut board = format!("{},usb=off,vmport=off,dump-guest-core=off,mem-merge=off", chipset.machine());
+    if let Some(flash) = machine.flash {
+        board.push_str(",pflash0=firmware,pflash1=variables");
+        board.push_str(if flash.smm { ",smm=on" } else { ",smm=off" });
+    }
+    line.option("-machine", board);
+    if let Some(flash) = machine.flash {
+        line.flash(flash, files);
+    }
     match machine.accelerator {
         Chosen::Kvm => {
             line.option("-accel", "kvm");
@@ -169,7 +263,8 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     line.option("-msg", "timestamp=on");
     line.option("-display", "none");
     line.option("-vnc", format!("unix:{},share=force-shared", files.display));
-    line.option("-device", device("VGA", place::VGA, 0));
+    let vga = line.device("VGA", place::VGA, 0);
+    line.option("-device", vga);
     line.option("-chardev", format!("socket,id=qmp,path={},server=on,wait=off", files.qmp));
     line.option("-mon", "chardev=qmp,mode=control");
     line.option(
@@ -185,40 +280,71 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     }
     if extras.random {
         line.option("-object", "rng-random,id=rng,filename=/dev/urandom");
-        line.option("-device", format!("{},rng=rng", device("virtio-rng-pci", place::RNG, 0)));
+        let random = line.device("virtio-rng-pci", place::RNG, 0);
+        line.option("-device", format!("{random},rng=rng"));
+    }
+    if spec.tpm {
+        line.option("-chardev", format!("socket,id=tpm,path={}", files.tpm_socket));
+        line.option("-tpmdev", "emulator,id=tpm0,chardev=tpm");
+        line.option("-device", format!("{TPM},tpmdev=tpm0"));
     }
     disks(&mut line, spec, files)?;
     cards(&mut line, spec, machine.network)?;
     // Nothing runs before its events are heard.
     line.flag("-S");
-    Ok(line.0)
+    Ok(line.words)
 }
 
-struct Line(Vec<String>);
+struct Line {
+    words: Vec<String>,
+    chipset: Chipset,
+}
 
 impl Line {
     fn flag(&mut self, flag: &str) {
-        self.0.push(flag.to_owned());
+        self.words.push(flag.to_owned());
     }
 
     fn option(&mut self, option: &str, value: impl Into<String>) {
-        self.0.push(option.to_owned());
-        self.0.push(value.into());
+        self.words.push(option.to_owned());
+        self.words.push(value.into());
     }
 
     /// A block device in QEMU's JSON form, in which nothing needs escaping but what JSON escapes.
     fn blockdev(&mut self, value: &serde_json::Value) {
         self.option("-blockdev", value.to_string());
     }
-}
 
-fn device(driver: &str, address: u8, function: usize) -> String {
-    format!("{driver},bus=pci.0,addr={address:02x}.{function}")
-}
+    /// A device at a place of the PCI bus.
+    fn device(&self, driver: &str, address: u8, function: usize) -> String {
+        format!("{driver},bus={},addr={address:02x}.{function}", self.chipset.bus())
+    }
 
-/// A controller with more than one function says so on each.
-fn controller(driver: &str, address: u8, function: usize) -> String {
-    format!("{},multifunction=on", device(driver, address, function))
+    /// A controller with more than one function says so on each.
+    fn controller(&self, driver: &str, address: u8, function: usize) -> String {
+        format!("{},multifunction=on", self.device(driver, address, function))
+    }
+
+    /// The two pieces of flash memory: the firmware's program, and its variables.
+    fn flash(&mut self, flash: &Flash, files: &Files) {
+        self.blockdev(&json!({
+            "node-name": "firmware",
+            "driver": flash.code.format,
+            "read-only": true,
+            "file": {"driver": "file", "filename": flash.code.path, "read-only": true},
+        }));
+        self.blockdev(&json!({
+            "node-name": "variables",
+            "driver": flash.variables,
+            "file": {"driver": "file", "filename": files.variables},
+        }));
+        if flash.smm {
+            // Only in system management mode are the variables written to.
+            self.option("-global", "driver=cfi.pflash01,property=secure,value=on");
+        }
+        // Sleep would leave the firmware in the middle of what it guards; no guest here has a use for it.
+        self.option("-global", format!("{}.disable_s3=1", self.chipset.power()));
+    }
 }
 
 fn too_many(spec: &MachineSpec, bus: &str, limit: usize) -> Error {
@@ -230,7 +356,8 @@ fn too_many(spec: &MachineSpec, bus: &str, limit: usize) -> Error {
 fn disks(line: &mut Line, spec: &MachineSpec, files: &Files) -> Result<()> {
     let mut used = Used::default();
     if spec.disks.iter().any(|disk| disk.bus == Bus::Scsi) {
-        line.option("-device", format!("{},id=scsi", device("virtio-scsi-pci", place::SCSI, 0)));
+        let scsi = line.device("virtio-scsi-pci", place::SCSI, 0);
+        line.option("-device", format!("{scsi},id=scsi"));
     }
     for (index, disk) in spec.disks.iter().enumerate() {
         let node = format!("disk{index}");
@@ -243,8 +370,9 @@ fn disks(line: &mut Line, spec: &MachineSpec, files: &Files) -> Result<()> {
             "discard": "unmap",
             "detect-zeroes": "unmap",
         }));
-        let place =
-            used.take(line, disk.bus).ok_or_else(|| too_many(spec, bus_name(disk.bus), limit(disk.bus)))?;
+        let place = used
+            .take(line, disk.bus)
+            .ok_or_else(|| too_many(spec, bus_name(disk.bus), limit(disk.bus, line.chipset)))?;
         let driver = match disk.bus {
             Bus::Virtio => "virtio-blk-pci",
             Bus::Scsi => "scsi-hd",
@@ -274,7 +402,7 @@ fn disks(line: &mut Line, spec: &MachineSpec, files: &Files) -> Result<()> {
             Bus::Usb => used.take(line, bus).map(|place| ("usb-storage", place)),
         };
         let place = place.map_or_else(
-            || device("virtio-blk-pci", place::SEED, 0),
+            || line.device("virtio-blk-pci", place::SEED, 0),
             |(driver, place)| format!("{driver},{place}"),
         );
         line.option("-device", format!("{place},id=seed-device,drive=seed"));
@@ -292,13 +420,13 @@ fn bus_name(bus: Bus) -> &'static str {
     }
 }
 
-fn limit(bus: Bus) -> usize {
+fn limit(bus: Bus, chipset: Chipset) -> usize {
     match bus {
         Bus::Virtio => FUNCTIONS * FUNCTIONS,
         Bus::Scsi => SCSI_TARGETS,
         Bus::Sata => FUNCTIONS * AHCI_PORTS,
         Bus::Usb => FUNCTIONS * XHCI_PORTS,
-        Bus::Ide => IDE_UNITS,
+        Bus::Ide => chipset.units(),
     }
 }
 
@@ -323,30 +451,32 @@ impl Used {
             Bus::Ide => &mut self.ide,
         };
         let index = *counter;
-        if index >= limit(bus) {
+        if index >= limit(bus, line.chipset) {
             return None;
         }
         *counter += 1;
         Some(match bus {
             Bus::Virtio => {
                 let address = place::VIRTIO_DISKS + u8::try_from(index % FUNCTIONS).ok()?;
-                format!("bus=pci.0,addr={address:02x}.{},multifunction=on", index / FUNCTIONS)
+                format!(
+                    "bus={},addr={address:02x}.{},multifunction=on",
+                    line.chipset.bus(),
+                    index / FUNCTIONS
+                )
             }
             Bus::Scsi => format!("bus=scsi.0,scsi-id={index}"),
             Bus::Sata => {
                 let (number, port) = (index / AHCI_PORTS, index % AHCI_PORTS);
                 if port == 0 {
-                    line.option(
-                        "-device",
-                        format!("{},id=sata{number}", controller("ich9-ahci", place::AHCI, number)),
-                    );
+                    let device = line.controller("ich9-ahci", place::AHCI, number);
+                    line.option("-device", format!("{device},id=sata{number}"));
                 }
                 format!("bus=sata{number}.{port}")
             }
             Bus::Usb => {
                 let (number, port) = (index / XHCI_PORTS, index % XHCI_PORTS + 1);
                 if port == 1 {
-                    let device = controller("qemu-xhci", place::XHCI, number);
+                    let device = line.controller("qemu-xhci", place::XHCI, number);
                     line.option(
                         "-device",
                         format!("{device},id=usb{number},p2={XHCI_PORTS},p3={XHCI_PORTS}"),
@@ -354,7 +484,7 @@ impl Used {
                 }
                 format!("bus=usb{number}.0,port={port}")
             }
-            Bus::Ide => format!("bus=ide.{},unit={}", index / 2, index % 2),
+            Bus::Ide => line.chipset.unit(index),
         })
     }
 }
@@ -365,9 +495,9 @@ impl Used {
 /// # Errors
 /// `InvalidInput` when a card is in no subnet of the lab, or its slot is none.
 pub fn card_arguments(spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
-    let mut line = Line(Vec::new());
+    let mut line = Line { words: Vec::new(), chipset: Chipset::I440Fx };
     cards(&mut line, spec, network)?;
-    Ok(line.0)
+    Ok(line.words)
 }
 
 /// Whether the guests of a subnet reach the host, and through it the internet: QEMU's user network has both or neither.
@@ -423,14 +553,8 @@ fn cards(line: &mut Line, spec: &MachineSpec, network: &PlannedNetwork) -> Resul
             return Err(invalid(nic, format!("expected a slot from 1 to 9, but found {}", nic.slot)));
         }
         // Without a boot ROM: nothing boots from the network, and loading it takes time.
-        line.option(
-            "-device",
-            format!(
-                "{},id=nic{index},netdev=net{index},mac={},romfile=",
-                device(card(nic.model), place::CARDS + nic.slot, 0),
-                nic.mac
-            ),
-        );
+        let card = line.device(card(nic.model), place::CARDS + nic.slot, 0);
+        line.option("-device", format!("{card},id=nic{index},netdev=net{index},mac={},romfile=", nic.mac));
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use crate::{
     host::Host,
     image::{self, Backing},
     process::{Invocation, Lifetime},
+    state::Parent,
 };
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -47,6 +48,8 @@ pub struct Ground {
     handle: File,
     /// Virtual sizes of the volumes, by their file names.
     volumes: Mutex<BTreeMap<String, u64>>,
+    /// Versions that belong into the provenance, besides the host's.
+    versions: Mutex<BTreeMap<String, String>>,
     next_volume: AtomicUsize,
     notice_told: AtomicBool,
 }
@@ -71,6 +74,7 @@ impl Ground {
             store: store.clone(),
             handle,
             volumes: Mutex::default(),
+            versions: Mutex::default(),
             next_volume: AtomicUsize::new(0),
             notice_told: AtomicBool::new(false),
         })
@@ -116,6 +120,19 @@ impl Ground {
     #[must_use]
     pub fn socket(&self, file: &str) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/{file}", self.handle.as_raw_fd()))
+    }
+
+    /// Versions that belong into the provenance: the host's, and of what the lab's machines were made with.
+    #[must_use]
+    pub fn versions(&self) -> BTreeMap<String, String> {
+        let mut versions = self.host.versions().clone();
+        versions.extend(self.versions.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        versions
+    }
+
+    /// Takes note of something that a machine of the lab is made with.
+    pub(crate) fn note_version(&self, what: &str, version: String) {
+        self.versions.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned(), version);
     }
 
     /// qemu-img, in the lab's directory.
@@ -284,15 +301,26 @@ impl Ground {
         Ok(Imported { volume, input: Some(input) })
     }
 
-    async fn import_module(&self, parent: &PlannedBuildRef, request: &ImportRequest) -> Result<Imported> {
+    /// A VM of a module, which stays for as long as the lab does.
+    pub(crate) async fn parent(&self, parent: &PlannedBuildRef) -> Result<Parent> {
         let (store, name, digest) = (self.store.clone(), parent.module.clone(), parent.digest);
         let (module, lease) = blocking(move || store.lease_module(&name, &digest)).await?;
         self.hold(lease).await?;
         let missing =
             |what: String| Error::new(ErrorKind::NotFound, what).with_context("module", &parent.module);
-        let machine = module.machines.iter().find(|machine| machine.name == parent.vm);
+        let directory = module.path.as_deref().and_then(Path::parent).map(Path::to_owned);
+        let directory = directory
+            .ok_or_else(|| missing("expected the files of the module, but found none".to_owned()))?;
+        let machine = module.machines.into_iter().find(|machine| machine.name == parent.vm);
         let machine = machine
             .ok_or_else(|| missing(format!("expected a VM {:?} in the module, but found none", parent.vm)))?;
+        Ok(Parent { machine, directory })
+    }
+
+    async fn import_module(&self, parent: &PlannedBuildRef, request: &ImportRequest) -> Result<Imported> {
+        let missing =
+            |what: String| Error::new(ErrorKind::NotFound, what).with_context("module", &parent.module);
+        let Parent { machine, directory } = self.parent(parent).await?;
         let disk = match &request.parent_disk {
             None => machine.disks.first(),
             Some(name) => machine.disks.iter().find(|disk| disk.name == *name),
@@ -301,10 +329,7 @@ impl Ground {
             let wanted = request.parent_disk.as_deref().unwrap_or("its boot disk");
             missing(format!("expected disk {wanted} of VM {} in the module, but found none", parent.vm))
         })?;
-        let directory = module.path.as_deref().and_then(Path::parent);
-        let path = directory
-            .ok_or_else(|| missing("expected the files of the module, but found none".to_owned()))?
-            .join(&disk.file);
+        let path = directory.join(&disk.file);
         let backing = Backing { path: &path, format: &disk.format };
         let volume = self.volume(Some((backing, disk.virtual_size)), request.size).await?;
         let input = InputRecord {

@@ -2,11 +2,15 @@
 
 use crate::{
     accelerator::{self, Accelerator, Chosen, Facts},
+    command_line::Chipset,
+    firmware::{self, Catalog, Uefi, Wanted},
     process::{Invocation, Lifetime, find},
+    tpm,
 };
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{HostFinding, HostReport},
+    capability::Capability,
 };
 use serde_json::{Value, json};
 use std::{
@@ -26,20 +30,34 @@ pub struct Programs {
     pub qemu_img: Option<PathBuf>,
     /// `setpriv` of util-linux, by which processes end with their owner.
     pub setpriv: Option<PathBuf>,
+    /// `swtpm`, for machines with a TPM.
+    pub swtpm: Option<PathBuf>,
+    /// The directories of firmware descriptors, where they are not QEMU's.
+    pub firmware: Option<Vec<PathBuf>>,
+}
+
+impl Programs {
+    fn catalog(&self, qemu: &Path) -> Catalog {
+        Catalog::read(self.firmware.clone().unwrap_or_else(|| firmware::directories(qemu)))
+    }
 }
 
 /// A host on which machines can run.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Host {
     pub(crate) qemu: PathBuf,
     pub(crate) qemu_img: PathBuf,
     pub(crate) qemu_nbd: PathBuf,
     pub(crate) setpriv: Option<PathBuf>,
+    /// The swtpm to use, where it was given.
+    pub(crate) swtpm: Option<PathBuf>,
     pub(crate) accelerator: Chosen,
     /// What the user should know about the accelerator.
     pub(crate) notice: Option<String>,
     versions: BTreeMap<String, String>,
     devices: BTreeSet<String>,
+    machines: BTreeMap<String, String>,
+    firmware: Catalog,
 }
 
 impl Host {
@@ -62,15 +80,52 @@ impl Host {
             ("accelerator".to_owned(), accelerator.to_string()),
         ]);
         Ok(Self {
+            firmware: programs.catalog(&qemu),
             qemu,
             qemu_img,
             qemu_nbd,
             setpriv,
+            swtpm: programs.swtpm.clone(),
             accelerator,
             notice,
             versions,
             devices: answers.devices,
+            machines: answers.machines,
         })
+    }
+
+    /// Refuses what this host cannot give to any machine.
+    ///
+    /// # Errors
+    /// `HostMissing`, with the package to install.
+    pub(crate) fn require(&self, needs: &BTreeSet<Capability>) -> Result<()> {
+        let has = |need| needs.contains(&need);
+        if has(Capability::Uefi) {
+            self.uefi(Chipset::Q35, false, None)?;
+        }
+        if has(Capability::SecureBoot) {
+            self.uefi(Chipset::Q35, true, None)?;
+        }
+        if has(Capability::Tpm) {
+            self.tpm()?;
+            self.require_device("tpm-crb")?;
+        }
+        Ok(())
+    }
+
+    /// The firmware of a machine: that enforces Secure Boot or not, and can go on with variables of this format and size.
+    ///
+    /// # Errors
+    /// `HostMissing`, with the package to install.
+    pub(crate) fn uefi(
+        &self,
+        chipset: Chipset,
+        secure: bool,
+        variables: Option<(&str, u64)>,
+    ) -> Result<Uefi> {
+        let alias = chipset.machine();
+        let machine = self.machines.get(alias).map_or(alias, String::as_str);
+        self.firmware.choose(Wanted { machine, secure, variables })
     }
 
     /// The accelerator that machines run on.
@@ -129,6 +184,8 @@ struct Answers {
     version: String,
     kvm: bool,
     devices: BTreeSet<String>,
+    /// Machines by their short names, with the whole ones: `q35` is `pc-q35-7.2`.
+    machines: BTreeMap<String, String>,
 }
 
 /// Asks QEMU itself what it is and can do (QEMU QMP Reference Manual), on a machine without anything.
@@ -138,6 +195,7 @@ async fn ask_qemu(qemu: &Path, lifetime: Lifetime) -> Result<Answers> {
         json!({"execute": "query-version", "id": "version"}),
         json!({"execute": "query-kvm", "id": "kvm"}),
         json!({"execute": "qom-list-types", "id": "devices", "arguments": {"implements": "device", "abstract": false}}),
+        json!({"execute": "query-machines", "id": "machines"}),
         json!({"execute": "quit"}),
     ];
     let input: String = questions.iter().map(|question| format!("{question}\n")).collect();
@@ -170,7 +228,8 @@ async fn ask_qemu(qemu: &Path, lifetime: Lifetime) -> Result<Answers> {
 }
 
 fn read_answers(output: &[u8]) -> Option<Answers> {
-    let (mut version, mut kvm, mut devices) = (None, false, BTreeSet::new());
+    let (mut version, mut kvm) = (None, false);
+    let (mut devices, mut machines) = (BTreeSet::new(), BTreeMap::new());
     for line in output.split(|byte| *byte == b'\n') {
         let Ok(answer) = serde_json::from_slice::<Value>(line) else { continue };
         let value = &answer["return"];
@@ -184,14 +243,19 @@ fn read_answers(output: &[u8]) -> Option<Answers> {
                 let names = value.as_array()?.iter().filter_map(|one| one["name"].as_str());
                 devices.extend(names.map(str::to_owned));
             }
+            Some("machines") => {
+                let text = |one: &Value, key| one[key].as_str().map(str::to_owned);
+                let named = value.as_array()?.iter();
+                machines.extend(named.filter_map(|one| Some((text(one, "alias")?, text(one, "name")?))));
+            }
             _ => {}
         }
     }
-    Some(Answers { version: version?, kvm, devices })
+    Some(Answers { version: version?, kvm, devices, machines })
 }
 
 /// The version in `NAME version 7.2.22 (…)`.
-async fn ask_version(program: &Path, lifetime: Lifetime) -> Result<String> {
+pub(crate) async fn ask_version(program: &Path, lifetime: Lifetime) -> Result<String> {
     let finished = Invocation::new(program, lifetime).args(["--version"]).run(None).await?;
     let finished = finished.success("ask for its version")?;
     Ok(read_version(&String::from_utf8_lossy(&finished.stdout)))
@@ -199,7 +263,7 @@ async fn ask_version(program: &Path, lifetime: Lifetime) -> Result<String> {
 
 fn read_version(text: &str) -> String {
     let mut words = text.split_whitespace().skip_while(|word| *word != "version").skip(1);
-    words.next().unwrap_or("unknown").to_owned()
+    words.next().unwrap_or("unknown").trim_end_matches(',').to_owned()
 }
 
 /// What is here, what is missing, how to mend it. `store` is where labs are.
@@ -247,8 +311,27 @@ pub async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) ->
         },
         help: setpriv.is_none().then(|| "apt-get install util-linux".to_owned()),
     });
+    if let Ok(answers) = &qemu {
+        report.findings.extend(optional(programs, answers));
+    }
     report.findings.push(free_space(store));
     report
+}
+
+/// What only some manifests need.
+fn optional(programs: &Programs, answers: &Answers) -> Vec<HostFinding> {
+    let Some(qemu) = find(programs.qemu.as_deref(), "qemu-system-x86_64") else { return Vec::new() };
+    let catalog = programs.catalog(&qemu);
+    let alias = Chipset::Q35.machine();
+    let machine = answers.machines.get(alias).map_or(alias, String::as_str);
+    let firmware = |secure| {
+        let uefi = catalog.choose(Wanted { machine, secure, variables: None });
+        uefi.map(|uefi| uefi.code.path.display().to_string())
+    };
+    let tpm = tpm::Programs::find(programs.swtpm.as_deref()).map(|tpm| tpm.swtpm.display().to_string());
+    [("UEFI", firmware(false)), ("Secure Boot", firmware(true)), ("TPM", tpm)]
+        .map(|(what, found)| finding(what, false, found.as_ref().map(Clone::clone)))
+        .into()
 }
 
 fn finding(what: &str, required: bool, outcome: Result<String, &Error>) -> HostFinding {
@@ -290,12 +373,15 @@ mod tests {
             b"{\"QMP\": {}}\n{\"return\": {}}\n\
               {\"return\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"x\"}, \"id\": \"version\"}\n\
               {\"event\": \"SHUTDOWN\"}\n{\"id\": \"kvm\", \"return\": {\"enabled\": false, \"present\": true}}\n\
-              {\"id\": \"devices\", \"return\": [{\"name\": \"e1000\", \"parent\": \"pci-device\"}]}\n",
+              {\"id\": \"devices\", \"return\": [{\"name\": \"e1000\", \"parent\": \"pci-device\"}]}\n\
+              {\"id\": \"machines\", \"return\": [{\"name\": \"pc-q35-10.0\", \"alias\": \"q35\"}, {\"name\": \"none\"}]}\n",
         )
         .unwrap();
         assert_eq!((answers.version.as_str(), answers.kvm), ("10.0.2", true));
         assert!(answers.devices.contains("e1000"));
+        assert_eq!(answers.machines, BTreeMap::from([("q35".to_owned(), "pc-q35-10.0".to_owned())]));
         assert!(read_answers(b"Segmentation fault\n").is_none());
+        assert_eq!(read_version("TPM emulator version 0.7.1, Copyright (c)"), "0.7.1");
         assert_eq!(read_version("qemu-img version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), "7.2.22");
     }
 

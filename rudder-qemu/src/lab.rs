@@ -11,7 +11,6 @@ use rudder_core::{
     },
     media::http::is_of_process,
     module::Module,
-    plan::Firmware,
     store::Store,
 };
 use std::{
@@ -54,10 +53,6 @@ fn locked(machines: &Machines) -> MutexGuard<'_, Vec<Arc<QemuMachine>>> {
     machines.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn unsupported(what: &str) -> Error {
-    Error::new(ErrorKind::Unsupported, format!("the qemu backend cannot do this yet: {what}"))
-}
-
 #[async_trait]
 impl Lab for QemuLab {
     fn id(&self) -> &LabId {
@@ -65,7 +60,7 @@ impl Lab for QemuLab {
     }
 
     fn versions(&self) -> BTreeMap<String, String> {
-        self.ground.host.versions().clone()
+        self.ground.versions()
     }
 
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
@@ -89,12 +84,6 @@ impl Lab for QemuLab {
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         let refuse = |error: Error| error.with_context("vm", &spec.name);
-        if spec.firmware != Firmware::Bios {
-            return Err(refuse(unsupported("UEFI")));
-        }
-        if spec.tpm {
-            return Err(refuse(unsupported("a TPM")));
-        }
         for disk in &spec.disks {
             self.ground.volume_size(&disk.volume.id).map_err(refuse)?;
         }
@@ -110,8 +99,12 @@ impl Lab for QemuLab {
             }
             machines.len()
         };
-        let machine =
-            Arc::new(QemuMachine::define(Arc::clone(&self.ground), spec, number).await.map_err(refuse)?);
+        let parent = match &spec.state_of {
+            Some(parent) => Some(self.ground.parent(parent).await.map_err(refuse)?),
+            None => None,
+        };
+        let machine = QemuMachine::define(Arc::clone(&self.ground), spec, number, parent).await;
+        let machine = Arc::new(machine.map_err(refuse)?);
         let mut machines = self.machines();
         if machines.iter().any(|machine| machine.name() == spec.name) {
             return Err(taken());

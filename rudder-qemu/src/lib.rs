@@ -3,8 +3,9 @@
 //!
 //! # Its rooms
 //! `backend` what is here, open a lab · `lab` its machines · `ground` its directory and volumes · `machine` start, dial,
-//! capture · `watch` how a machine fares and how it ended · `capture` copies of disks · and QEMU's own trade: `command_line`,
-//! `qmp`, `image`, `host`, `accelerator`, `process` · [`parts`] what another backend that drives QEMU shares with this one.
+//! capture · `watch` how a machine fares and how it ended · `capture` copies of disks · `state` what it keeps outside its
+//! disks · and QEMU's own trade: `command_line`, `firmware`, `tpm`, `qmp`, `image`, `host`, `accelerator`, `process` ·
+//! [`parts`] what another backend that drives QEMU shares with this one.
 //!
 //! # Who ends what
 //! Every process is started so that the kernel kills it when its owner dies ([`PR_SET_PDEATHSIG`][prctl], through
@@ -18,6 +19,7 @@ mod accelerator;
 mod backend;
 mod capture;
 mod command_line;
+mod firmware;
 mod ground;
 mod host;
 mod image;
@@ -26,6 +28,8 @@ mod machine;
 pub mod parts;
 mod process;
 mod qmp;
+mod state;
+mod tpm;
 mod watch;
 
 pub use self::{

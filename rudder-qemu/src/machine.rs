@@ -5,7 +5,9 @@ use crate::{
     lab::Ground,
     process::{Invocation, Lifetime, OwnedChild, describe},
     qmp::{Note, Qmp},
-    watch::{Phase, Watcher, last_words, tail},
+    state::{self, Flash, Parent},
+    tpm,
+    watch::{Companion, Phase, Watcher, last_words, tail},
 };
 use async_trait::async_trait;
 use rudder_core::{
@@ -27,7 +29,7 @@ use std::{
 };
 use tokio::{
     net::{TcpStream, UnixStream},
-    sync::{RwLock, mpsc, watch},
+    sync::{RwLock, RwLockReadGuard, mpsc, watch},
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -42,6 +44,7 @@ pub(crate) struct QemuMachine {
     ground: Arc<Ground>,
     spec: MachineSpec,
     files: Files,
+    flash: Option<Flash>,
     arguments: Vec<String>,
     number: usize,
     phase: watch::Sender<Phase>,
@@ -56,14 +59,20 @@ struct Running {
     pid: Option<u32>,
     qmp: Qmp,
     orders: mpsc::UnboundedSender<Stop>,
-    released: Arc<AtomicBool>,
+    /// Of each of its processes.
+    released: Vec<Arc<AtomicBool>>,
     forwards: Vec<(u16, u16)>,
     _watcher: AbortOnDropHandle<Exit>,
 }
 
 impl QemuMachine {
-    /// Defines a machine; `number` is its own in the lab.
-    pub(crate) async fn define(ground: Arc<Ground>, spec: &MachineSpec, number: usize) -> Result<Self> {
+    /// Defines a machine; `number` is its own in the lab. It starts with the state of its parent, where it has one.
+    pub(crate) async fn define(
+        ground: Arc<Ground>,
+        spec: &MachineSpec,
+        number: usize,
+        parent: Option<Parent>,
+    ) -> Result<Self> {
         let files = Files::new(number);
         for device in command_line::devices(spec) {
             ground.host.require_device(device)?;
@@ -72,6 +81,7 @@ impl QemuMachine {
             panic: ground.host.has_device("pvpanic"),
             random: ground.host.has_device("virtio-rng-pci"),
         };
+        let flash = state::prepare(&ground, spec, &files, parent).await?;
         let mark = format!("rudder-{}", ground.id);
         let machine = command_line::Machine {
             mark: &mark,
@@ -79,6 +89,7 @@ impl QemuMachine {
             network: &ground.network,
             files: &files,
             accelerator: ground.host.accelerator,
+            flash: flash.as_ref(),
         };
         let arguments = command_line::arguments(&machine, extras)?;
         if let Some(seed) = &spec.seed {
@@ -89,7 +100,7 @@ impl QemuMachine {
         let phase = watch::Sender::new(Phase::Defined);
         let spec = spec.clone();
         let (running, disks) = (Mutex::new(None), RwLock::new(()));
-        Ok(Self { ground, spec, files, arguments, number, phase, running, disks })
+        Ok(Self { ground, spec, files, flash, arguments, number, phase, running, disks })
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
@@ -122,7 +133,9 @@ impl QemuMachine {
     /// Lets its process outlive this one.
     pub(crate) fn release(&self) {
         if let Some(running) = &*self.running() {
-            running.released.store(true, Ordering::Relaxed);
+            for switch in &running.released {
+                switch.store(true, Ordering::Relaxed);
+            }
         }
     }
 
@@ -142,7 +155,8 @@ impl QemuMachine {
     }
 
     async fn launch(&self) -> Result<Launched> {
-        for file in [&self.files.qmp, &self.files.display, &self.files.serial, &self.files.picture] {
+        let Files { qmp, display, serial, picture, tpm_socket, .. } = &self.files;
+        for file in [qmp, display, serial, picture, tpm_socket] {
             match tokio::fs::remove_file(self.ground.path(file)).await {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::io(format_args!("remove {file} of the last run"), error));
@@ -157,6 +171,7 @@ impl QemuMachine {
             Retention::EndWithOwner => Lifetime::WithOwner(self.ground.host.setpriv.clone()),
             Retention::MayBeKept => Lifetime::Kept,
         };
+        let tpm = self.launch_tpm(lifetime.clone()).await?;
         let mut child = Invocation::new(&self.ground.host.qemu, lifetime)
             .args(&self.arguments)
             .directory(self.ground.dir.path())
@@ -164,7 +179,7 @@ impl QemuMachine {
             .spawn(Stdio::null(), log.try_clone().map_err(failed)?.into(), log.into())
             .await?;
         let talk = async {
-            self.record(&child).await?;
+            self.record(&child, "qemu").await?;
             let (qmp, notes) = self.connect(&mut child).await?;
             let forwards = match self.spec.ports.is_empty() || self.spec.nics.is_empty() {
                 true => Vec::new(),
@@ -184,7 +199,7 @@ impl QemuMachine {
             Ok((qmp, notes, forwards))
         };
         match tokio::time::timeout(LAUNCH_LIMIT, talk).await {
-            Ok(Ok((qmp, notes, forwards))) => Ok(Launched { child, qmp, notes, forwards }),
+            Ok(Ok((qmp, notes, forwards))) => Ok(Launched { child, tpm, qmp, notes, forwards }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::new(
                 ErrorKind::LaunchFailed,
@@ -193,10 +208,22 @@ impl QemuMachine {
         }
     }
 
+    /// Starts its TPM, if it has one.
+    async fn launch_tpm(&self, lifetime: Lifetime) -> Result<Option<Companion>> {
+        if !self.spec.tpm {
+            return Ok(None);
+        }
+        let Files { tpm, tpm_socket, tpm_log, .. } = &self.files;
+        let files = tpm::Files { directory: tpm, socket: tpm_socket, log: tpm_log };
+        let child = tpm::start(&self.ground, files, lifetime).await?;
+        self.record(&child, "swtpm").await?;
+        Ok(Some(Companion { child, log: self.ground.path(tpm_log) }))
+    }
+
     /// Writes the process down, so that it is found when this one is gone.
-    async fn record(&self, child: &OwnedChild) -> Result<()> {
+    async fn record(&self, child: &OwnedChild, program: &str) -> Result<()> {
         let Some(pid) = child.pid() else { return Ok(()) };
-        let (ground, role) = (Arc::clone(&self.ground), format!("qemu of {}", self.spec.name));
+        let (ground, role) = (Arc::clone(&self.ground), format!("{program} of {}", self.spec.name));
         let recorded = tokio::task::spawn_blocking(move || ground.dir.record_process(pid, role)).await;
         match recorded
             .map_err(|error| Error::new(ErrorKind::Internal, "cannot record a process").with_source(error))?
@@ -239,6 +266,17 @@ impl QemuMachine {
         self.with_running(|running| running.pid).ok().flatten()
     }
 
+    /// Keeps a machine that does not run from being started.
+    fn at_rest(&self) -> Result<RwLockReadGuard<'_, ()>> {
+        let running =
+            || self.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
+        let disks = self.disks.try_read().map_err(|_| running())?;
+        if matches!(&*self.phase.borrow(), Phase::Starting | Phase::Running) {
+            return Err(running());
+        }
+        Ok(disks)
+    }
+
     fn disk(&self, name: &str) -> Result<usize> {
         self.spec.disks.iter().position(|disk| disk.name == name).ok_or_else(|| {
             self.error(ErrorKind::NotFound, format!("expected a disk of the machine, but found {name:?}"))
@@ -257,6 +295,7 @@ impl QemuMachine {
 
 struct Launched {
     child: OwnedChild,
+    tpm: Option<Companion>,
     qmp: Qmp,
     notes: mpsc::UnboundedReceiver<Note>,
     forwards: Vec<(u16, u16)>,
@@ -302,13 +341,15 @@ impl Machine for QemuMachine {
         }
         let mut starting = Starting { phase: &self.phase, before };
         let launched = self.launch().await.map_err(|error| error.with_context("vm", &self.spec.name))?;
-        let Launched { child, qmp, notes, forwards } = launched;
+        let Launched { child, tpm, qmp, notes, forwards } = launched;
         let (orders, received) = mpsc::unbounded_channel();
-        let (pid, released) = (child.pid(), child.release_switch());
+        let children = std::iter::once(&child).chain(tpm.iter().map(|tpm| &tpm.child));
+        let (pid, released) = (child.pid(), children.map(OwnedChild::release_switch).collect());
         starting.before = None;
         self.phase.send_replace(Phase::Running);
         let watcher = Watcher {
             child,
+            tpm,
             qmp: qmp.clone(),
             notes,
             orders: received,
@@ -415,12 +456,7 @@ impl Machine for QemuMachine {
 
     async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {
         let index = self.disk(disk)?;
-        let running =
-            || self.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
-        let _disks = self.disks.try_read().map_err(|_| running())?;
-        if matches!(&*self.phase.borrow(), Phase::Starting | Phase::Running) {
-            return Err(running());
-        }
+        let _disks = self.at_rest()?;
         let disk = &self.spec.disks[index];
         let file = format!("m{}.d{index}.captured.qcow2", self.number);
         let captured = self.ground.capture(&disk.volume.id, &file, &disk.name, progress).await;
@@ -438,7 +474,8 @@ impl Machine for QemuMachine {
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
-        // Neither UEFI nor a TPM yet: `create_machine` refuses both.
-        Ok(Vec::new())
+        let _disks = self.at_rest()?;
+        let captured = state::capture(&self.ground, &self.spec, &self.files, self.flash.as_ref()).await;
+        captured.map_err(|error| error.with_context("vm", &self.spec.name))
     }
 }

@@ -51,14 +51,26 @@ struct Seen {
     /// The first disk error: what happened, and whether the host's disk is full.
     io_error: Option<(String, bool)>,
     hung_up: bool,
+    /// How its TPM ended, when it ended before QEMU did.
+    tpm_ended: Option<String>,
     /// Why we ended it.
     killed: Option<String>,
+}
+
+/// A process that QEMU cannot do without.
+#[derive(Debug)]
+pub(crate) struct Companion {
+    pub(crate) child: OwnedChild,
+    /// Where its messages go.
+    pub(crate) log: PathBuf,
 }
 
 /// The watcher of a running machine.
 #[derive(Debug)]
 pub(crate) struct Watcher {
     pub(crate) child: OwnedChild,
+    /// Its TPM.
+    pub(crate) tpm: Option<Companion>,
     pub(crate) qmp: Qmp,
     pub(crate) notes: mpsc::UnboundedReceiver<Note>,
     pub(crate) orders: mpsc::UnboundedReceiver<Stop>,
@@ -82,6 +94,8 @@ impl Watcher {
         let mut seen = Seen::default();
         let mut request: Option<Request> = None;
         let mut kill_at: Option<Instant> = None;
+        let mut tpm = self.tpm.take();
+        let mut tpm_told = None;
         let status = loop {
             let press = request.as_ref().map(|request| request.press);
             let deadline = request.as_ref().map(|request| request.deadline);
@@ -121,12 +135,27 @@ impl Watcher {
                     seen.killed.get_or_insert_with(|| format!("did not power off within {limit:?}"));
                     kill_at.get_or_insert(self.quit());
                 }
+                // It ends when QEMU hangs up, which QEMU does shortly before its own end.
+                told = ended(&mut tpm), if tpm.is_some() && tpm_told.is_none() => {
+                    tpm_told = Some(told);
+                    if seen.shutdown.is_none() {
+                        kill_at.get_or_insert(Instant::now() + HANG_UP_LIMIT);
+                    }
+                }
                 () = sleep_until(kill_at.unwrap_or_else(Instant::now)), if kill_at.is_some() => {
                     kill_at = None;
+                    seen.tpm_ended = tpm_told.take();
                     self.child.kill();
                 }
             }
         };
+        if let Some(tpm) = &mut tpm {
+            // What it keeps is complete when it has ended.
+            if timeout(QUIT_LIMIT, tpm.child.wait()).await.is_err() {
+                tpm.child.kill();
+                let _ = timeout(QUIT_LIMIT, tpm.child.wait()).await;
+            }
+        }
         // The last words are still on their way.
         while let Ok(Some(note)) = timeout(HANG_UP_LIMIT, self.notes.recv()).await {
             seen.hear(note);
@@ -181,6 +210,17 @@ impl Seen {
     }
 }
 
+/// How a companion ended, with its last words. Of none, for ever.
+async fn ended(companion: &mut Option<Companion>) -> String {
+    let Some(Companion { child, log }) = companion else { return std::future::pending().await };
+    let status = child.wait().await;
+    let told = status.map_or_else(|error| format!("could not be waited for: {error}"), describe);
+    match last_words(log).await {
+        words if words.is_empty() => told,
+        words => format!("{told}; its last words: {words}"),
+    }
+}
+
 /// How the process ended.
 struct Ended {
     told: String,
@@ -203,6 +243,9 @@ fn verdict(seen: &Seen, ended: &Ended, last_words: &str) -> Exit {
     }
     if seen.panicked {
         return died(Death::GuestPanic, "the guest's kernel panicked".to_owned());
+    }
+    if let (Some(told), None, None) = (&seen.tpm_ended, &seen.shutdown, &seen.killed) {
+        return died(Death::Hypervisor, format!("the TPM of the machine is gone: swtpm {told}"));
     }
     match (&seen.shutdown, &seen.killed) {
         (Some((true, reason)), _) if reason == "guest-shutdown" && ended.orderly => Exit::PoweredOff,
@@ -311,6 +354,19 @@ mod tests {
             (cause, detail.as_str()),
             (Death::Hypervisor, "QEMU was ended by signal 9; its last words: x | y")
         );
+    }
+
+    #[test]
+    fn the_end_of_a_tpm_is_told_unless_there_is_another_reason() {
+        let gone =
+            || Seen { tpm_ended: Some("was ended by signal 9 (SIGKILL)".to_owned()), ..Seen::default() };
+        let Exit::Died { cause, detail } = verdict(&gone(), &killed(), "") else { panic!() };
+        assert_eq!(cause, Death::Hypervisor);
+        assert_eq!(detail, "the TPM of the machine is gone: swtpm was ended by signal 9 (SIGKILL)");
+        let told = Seen { killed: Some("why".to_owned()), ..gone() };
+        assert_eq!(verdict(&told, &killed(), ""), Exit::Killed { why: "why".to_owned() });
+        let off = Seen { shutdown: Some((true, "guest-shutdown".to_owned())), ..gone() };
+        assert_eq!(verdict(&off, &orderly(), ""), Exit::PoweredOff);
     }
 
     #[tokio::test]

@@ -1,12 +1,13 @@
 //! The nouns of the contract.
 
 use crate::{
+    capability::Capability,
     module::{InputRecord, Provenance, TemplateMachine},
     plan::{Bus, Firmware, PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource, PlannedUrl},
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::Ipv4Addr,
     path::PathBuf,
@@ -66,6 +67,9 @@ pub struct LabSpec {
     pub network: PlannedNetwork,
     /// Whether its machines may have to outlive their owner.
     pub retention: Retention,
+    /// What its machines will need that not every host has: firmware, a TPM. A backend refuses a lab whose machines its host
+    /// cannot make, before anything is downloaded for them.
+    pub needs: BTreeSet<Capability>,
 }
 
 /// Whether the machines of a lab may have to outlive the process that made them.
@@ -82,7 +86,7 @@ impl LabSpec {
     /// A lab for a build or clone of this name, on these networks.
     pub fn new(name: impl Into<String>, network: PlannedNetwork) -> Self {
         let name = name.into();
-        Self { id: LabId::new(&name), name, network, retention: Retention::default() }
+        Self { id: LabId::new(&name), name, network, retention: Retention::default(), needs: BTreeSet::new() }
     }
 }
 

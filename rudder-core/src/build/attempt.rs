@@ -25,10 +25,11 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     backend::{Backend, Lab, LabSpec, Machine, ModuleDraft, Retention},
+    capability::Capability,
     event::{BuildPhase, EventKind, FailureReport, VmPhase},
     guest::BuildKey,
     module::{InputRecord, Module, Provenance, TemplateMachine},
-    plan::{GuestShell, Plan, PlannedContent, PlannedUrl, StepAction},
+    plan::{Firmware, GuestShell, Hardware, Plan, PlannedContent, PlannedUrl, StepAction},
 };
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use std::{
@@ -115,6 +116,16 @@ pub(super) struct Built(Arc<Attempt>, Vec<Halted>);
 #[derive(Debug)]
 pub(super) struct Captured(Arc<Attempt>, Vec<TemplateMachine>);
 
+/// What a machine needs that not every host has.
+fn needs(hardware: &Hardware) -> impl Iterator<Item = Capability> {
+    let firmware = match hardware.firmware {
+        Firmware::Bios => None,
+        Firmware::Uefi => Some(Capability::Uefi),
+        Firmware::UefiSecureBoot => Some(Capability::SecureBoot),
+    };
+    firmware.into_iter().chain(hardware.tpm.then_some(Capability::Tpm))
+}
+
 impl Pending {
     /// Opens the lab.
     pub(super) async fn open(self) -> Result<Opened, Failure> {
@@ -133,6 +144,7 @@ impl Pending {
             super::FailurePolicy::Keep => Retention::MayBeKept,
             super::FailurePolicy::Destroy => Retention::EndWithOwner,
         };
+        spec.needs = self.plan.machines.iter().flat_map(|planned| needs(&planned.hardware)).collect();
         // Torn in the middle, half a lab would be left that nobody holds.
         let lab = untorn(&self.guard, self.backend.open_lab(&spec)).await?;
         let Self { plan, backend, options, sink, guard, pauses } = self;

@@ -142,6 +142,9 @@ impl Planned {
         let mut spec = MachineSpec::new(&planned.name, hardware.cpus, hardware.memory);
         spec.firmware = hardware.firmware;
         spec.tpm = hardware.tpm;
+        if let PlannedSource::BuildRef(parent) = &planned.source {
+            spec.state_of = Some(parent.clone());
+        }
         spec.nics.clone_from(&hardware.nics);
         spec.ports = vec![planned.communicator.port];
         spec.seed = talk::seed(attempt, planned)?;

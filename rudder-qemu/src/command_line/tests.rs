@@ -50,9 +50,17 @@ fn seed() -> Option<Seed> {
     Some(Seed::new(String::new(), Vec::new(), None, std::sync::Arc::from([])))
 }
 
+fn flash(firmware: Firmware) -> Option<Flash> {
+    let smm = firmware == Firmware::UefiSecureBoot;
+    let code = crate::firmware::Image { path: "/x/code, 4M.fd".into(), format: "raw".to_owned() };
+    (firmware != Firmware::Bios).then(|| Flash { code, variables: "raw".to_owned(), smm })
+}
+
 fn line_of(mark: &str, spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
     let files = Files::new(0);
-    let machine = Machine { mark, spec, network, files: &files, accelerator: Chosen::Tcg };
+    let flash = flash(spec.firmware);
+    let machine =
+        Machine { mark, spec, network, files: &files, accelerator: Chosen::Tcg, flash: flash.as_ref() };
     arguments(&machine, Extras { panic: true, random: true })
 }
 
@@ -135,7 +143,7 @@ fn every_bus_has_its_places() {
 #[test]
 fn no_two_devices_share_a_place() {
     for bus in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
-        let mut spec = with_disks(std::iter::repeat_n(bus, limit(bus)));
+        let mut spec = with_disks(std::iter::repeat_n(bus, limit(bus, Chipset::I440Fx)));
         spec.nics = (1..=9).map(|slot| nic(slot, "default", NicModel::Virtio)).collect();
         spec.seed = seed();
         let line = line(&spec);
@@ -156,7 +164,7 @@ fn no_two_devices_share_a_place() {
             error.report(),
             format!(
                 "vm web: expected at most {} disks on {}, but found more\n  help: put the others on virtio or scsi",
-                limit(bus),
+                limit(bus, Chipset::I440Fx),
                 bus_name(bus)
             )
         );
@@ -229,4 +237,60 @@ fn memory_is_whole_mebibytes_and_never_none() {
     assert_eq!(values(&line(&spec), "-smp", ""), ["cpus=1,sockets=1,cores=1,threads=1"]);
     spec.memory = (512 << 20) + 1;
     assert_eq!(values(&line(&spec), "-m", ""), ["513M"]);
+}
+
+#[test]
+fn uefi_is_flash_memory_on_the_younger_chipset() {
+    let mut spec = with_disks([Bus::Virtio, Bus::Sata, Bus::Usb, Bus::Scsi]);
+    spec.nics = vec![nic(1, "default", NicModel::Virtio)];
+    spec.firmware = Firmware::Uefi;
+    let plain = line(&spec);
+    assert_eq!(
+        values(&plain, "-machine", ""),
+        [
+            "q35,usb=off,vmport=off,dump-guest-core=off,mem-merge=off,pflash0=firmware,pflash1=variables,smm=off"
+        ]
+    );
+    assert_eq!(
+        values(&plain, "-blockdev", "node-name\":\"firmware"),
+        [
+            r#"{"node-name":"firmware","driver":"raw","read-only":true,"file":{"driver":"file","filename":"/x/code, 4M.fd","read-only":true}}"#
+        ]
+    );
+    assert_eq!(
+        values(&plain, "-blockdev", "variables"),
+        [r#"{"node-name":"variables","driver":"raw","file":{"driver":"file","filename":"m0.variables"}}"#]
+    );
+    assert_eq!(values(&plain, "-global", ""), ["ICH9-LPC.disable_s3=1"]);
+    assert!(values(&plain, "-device", "pci.0").is_empty(), "everything is on the bus that is there");
+    assert_eq!(values(&plain, "-device", "pcie.0").len(), 7);
+    spec.firmware = Firmware::UefiSecureBoot;
+    let secure = line(&spec);
+    assert!(values(&secure, "-machine", "")[0].ends_with(",smm=on"));
+    assert_eq!(
+        values(&secure, "-global", ""),
+        ["driver=cfi.pflash01,property=secure,value=on", "ICH9-LPC.disable_s3=1"]
+    );
+    assert!(values(&line(&with_disks([])), "-global", "").is_empty());
+}
+
+#[test]
+fn ide_disks_take_uefi_to_the_older_chipset() {
+    let mut spec = with_disks([Bus::Ide, Bus::Ide, Bus::Ide]);
+    spec.firmware = Firmware::Uefi;
+    let line = line(&spec);
+    assert!(values(&line, "-machine", "")[0].starts_with("pc,"));
+    assert_eq!(values(&line, "-global", ""), ["PIIX4_PM.disable_s3=1"]);
+    assert_eq!(values(&line, "-device", "bus=ide.1,unit=0,id=disk2").len(), 1);
+}
+
+#[test]
+fn a_tpm_is_a_device_that_talks_to_swtpm() {
+    let mut spec = with_disks([]);
+    spec.tpm = true;
+    let line = line(&spec);
+    assert_eq!(values(&line, "-chardev", "id=tpm"), ["socket,id=tpm,path=m0.tpm.ctrl"]);
+    assert_eq!(values(&line, "-tpmdev", ""), ["emulator,id=tpm0,chardev=tpm"]);
+    assert_eq!(values(&line, "-device", "tpm"), ["tpm-crb,tpmdev=tpm0"]);
+    assert!(devices(&spec).contains(&"tpm-crb"));
 }

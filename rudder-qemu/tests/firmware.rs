@@ -1,0 +1,132 @@
+//! What a host must have for UEFI, Secure Boot and a TPM; and a TPM that dies. Machines that stay in their firmware.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Place, blank_machine, eventually, network, processes_below};
+use rudder_core::{
+    ErrorKind,
+    backend::{Backend as _, Death, Exit, LabSpec, Stop},
+    capability::Capability,
+    module::StateKind,
+    plan::{Bus, Firmware},
+};
+use std::{fs, path::PathBuf};
+
+/// A lab whose machines need this.
+fn needing(needs: &[Capability]) -> LabSpec {
+    let mut spec = LabSpec::new("test", network());
+    spec.needs = needs.iter().copied().collect();
+    spec
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_host_does_not_have_is_refused_before_anything_starts() {
+    // A host without firmware and without swtpm.
+    let empty = tempfile::tempdir().unwrap();
+    let directory = empty.path().join("firmware");
+    let place = Place::of(1, |builder| {
+        builder.firmware_directories([directory.clone()]).swtpm(empty.path().join("swtpm"))
+    })
+    .await;
+    let refusal = async |need| {
+        let error = place.backend.open_lab(&needing(&[need])).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostMissing);
+        error.report()
+    };
+    let uefi = refusal(Capability::Uefi).await;
+    assert!(
+        uefi.contains(&format!("among the firmware descriptors of QEMU ({})", directory.display())),
+        "{uefi}"
+    );
+    assert!(uefi.ends_with("help: install it: apt-get install --no-install-recommends ovmf"), "{uefi}");
+    let secure = refusal(Capability::SecureBoot).await;
+    assert!(secure.starts_with(
+        "expected UEFI firmware that enforces Secure Boot, with its keys enrolled, for pc-q35-"
+    ));
+    assert!(secure.ends_with("ovmf"), "{secure}");
+    let tpm = refusal(Capability::Tpm).await;
+    assert!(tpm.contains("apt-get install --no-install-recommends swtpm swtpm-tools"), "{tpm}");
+    // Whoever asks for none of it does not notice.
+    let lab = place.lab().await;
+    let mut spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
+    lab.create_machine(&spec).await.unwrap();
+    // And who does not say so to the lab is still never given BIOS instead.
+    spec.name = "other".to_owned();
+    spec.firmware = Firmware::Uefi;
+    assert_eq!(lab.create_machine(&spec).await.unwrap_err().kind(), ErrorKind::HostMissing);
+    lab.destroy().await.unwrap();
+    drop(lab);
+    let report = place.backend.diagnose().await.unwrap();
+    let missing: Vec<&str> = report
+        .findings
+        .iter()
+        .filter(|finding| !finding.present)
+        .map(|finding| finding.what.as_str())
+        .collect();
+    assert_eq!(missing, ["UEFI", "Secure Boot", "TPM"]);
+    assert!(report.is_ready(), "only some manifests need them");
+    place.assert_clean().await;
+}
+
+/// The process below a directory that runs this program.
+fn process(directory: &std::path::Path, program: &str) -> Option<i32> {
+    let is = |pid: &i32| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with(program));
+    processes_below(directory).into_iter().find(is)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_told() {
+    let place = Place::new().await;
+    let needs = [Capability::Uefi, Capability::SecureBoot, Capability::Tpm];
+    let lab = place.backend.open_lab(&needing(&needs)).await.unwrap();
+    let mut spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
+    spec.firmware = Firmware::UefiSecureBoot;
+    spec.tpm = true;
+    spec.memory = 256 << 20;
+    let machine = lab.create_machine(&spec).await.unwrap();
+    let swtpm = || process(place.dir.path(), "swtpm");
+    assert_eq!(swtpm(), None, "made, and not running");
+
+    // It ends with the machine, and comes again with it.
+    for _ in 0..2 {
+        machine.start().await.unwrap();
+        assert!(swtpm().is_some());
+        assert_eq!(machine.capture_state().await.unwrap_err().kind(), ErrorKind::Conflict);
+        assert!(matches!(machine.stop(Stop::Kill).await.unwrap(), Exit::Killed { .. }));
+        assert_eq!(swtpm(), None, "it has ended when the machine has");
+    }
+    let state = machine.capture_state().await.unwrap();
+    let kinds: Vec<_> = state.iter().map(|state| (state.kind, state.format.as_str())).collect();
+    assert_eq!(kinds, [(StateKind::FirmwareVariables, "raw"), (StateKind::Tpm, "swtpm")]);
+    for captured in &state {
+        let path = lab_file(&place, &captured.file);
+        assert_eq!(fs::metadata(path).unwrap().len(), captured.size);
+    }
+    // May be repeated.
+    assert_eq!(machine.capture_state().await.unwrap().len(), 2);
+
+    machine.start().await.unwrap();
+    let pid = rustix::process::Pid::from_raw(swtpm().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let Exit::Died { cause, detail } = machine.wait().await.unwrap() else { panic!() };
+    assert_eq!(cause, Death::Hypervisor);
+    assert!(
+        detail.starts_with("the TPM of the machine is gone: swtpm was ended by signal 9 (SIGKILL)"),
+        "{detail}"
+    );
+
+    // Dropped in the middle, neither is left.
+    machine.start().await.unwrap();
+    drop(lab);
+    drop(machine);
+    eventually("the processes are gone", || processes_below(place.dir.path()).is_empty()).await;
+    place.assert_clean().await;
+}
+
+/// A file of the only lab.
+fn lab_file(place: &Place, file: &str) -> PathBuf {
+    let labs = fs::read_dir(place.dir.path().join("labs")).unwrap();
+    let lab = labs.flatten().find(|entry| !entry.file_name().to_string_lossy().starts_with('.')).unwrap();
+    lab.path().join(file)
+}
