@@ -15,20 +15,21 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)] // A program prints.
 
+#[path = "build/hypervisor.rs"]
+mod hypervisor;
 #[path = "build/screen.rs"]
 mod screen;
 
 use clap::{Parser, ValueEnum};
+use hypervisor::Hypervisor;
 use rudder::{
     Error, ErrorKind, Result,
     backend::Backend,
     build::{Build, BuildFailure, Canceller, FailurePolicy},
     diagnostic::{Diagnostic, render},
     manifest::{Document, parse_named},
-    memory::MemoryBackend,
     module::Module,
     plan::{PlanContext, Planned, plan},
-    qemu::QemuBackend,
     store::Store,
 };
 use screen::Screen;
@@ -63,14 +64,6 @@ struct Args {
     locked: bool,
     /// The manifest.
     file: PathBuf,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Hypervisor {
-    Qemu,
-    #[cfg(feature = "libvirt")]
-    Libvirt,
-    Memory,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -128,14 +121,7 @@ async fn run(args: Args) -> Result<(), End> {
     let text = std::fs::read(&args.file)
         .map_err(|error| End::refused(format!("error: cannot read {}: {error}", args.file.display())))?;
     let file = Source { name: args.file.display().to_string(), text };
-    let backend: Arc<dyn Backend> = match args.backend {
-        Hypervisor::Qemu => Arc::new(QemuBackend::builder(Store::open(&store)?).build()),
-        #[cfg(feature = "libvirt")]
-        Hypervisor::Libvirt => {
-            Arc::new(rudder::libvirt::LibvirtBackend::builder(Store::open(&store)?).build())
-        }
-        Hypervisor::Memory => Arc::new(MemoryBackend::new().store(&store)?),
-    };
+    let backend = args.backend.open(&store)?;
 
     // All documents are looked at before the first is built.
     let parsed = parse_named(&file.name, &file.text);

@@ -1,19 +1,22 @@
 //! Looks after the modules of a store.
 //!
 //! ```text
-//! cargo run --example modules -- [--store DIR] list | show NAME | remove NAME | gc
+//! cargo run --example modules -- [--backend qemu|libvirt|memory] [--store DIR] list | show NAME | remove NAME | gc
 //! ```
 //!
 //! `remove` also takes the id of a lab that a failed build kept. `gc` removes what dead builds left behind, and cached
 //! inputs that nothing needs. Exit code 0: done; 1: it failed, standard error says why; 2: wrong usage.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "build/hypervisor.rs"]
+mod hypervisor;
+
 use clap::{Parser, Subcommand};
+use hypervisor::Hypervisor;
 use rudder::{
     Error, ErrorKind, Result,
     backend::{Backend, LabId},
     module::Module,
-    qemu::QemuBackend,
     store::Store,
     units::human_bytes,
 };
@@ -25,6 +28,9 @@ struct Arguments {
     /// Where modules are kept; left out, the user's own store.
     #[arg(long)]
     store: Option<PathBuf>,
+    /// The backend that built them: libvirt also removes their domains.
+    #[arg(long, value_enum, default_value = "qemu")]
+    backend: Hypervisor,
     #[command(subcommand)]
     action: Action,
 }
@@ -62,13 +68,13 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let store = Store::open(arguments.store.unwrap_or_else(Store::default_root))?;
-    let backend = QemuBackend::builder(store).build();
+    let backend = arguments.backend.open(&arguments.store.unwrap_or_else(Store::default_root))?;
+    let backend = &*backend;
     match arguments.action {
-        Action::List => list(&backend).await,
-        Action::Show { name, json } => show(&backend, &name, json).await,
-        Action::Remove { name } => remove(&backend, &name).await,
-        Action::Gc => gc(&backend).await,
+        Action::List => list(backend).await,
+        Action::Show { name, json } => show(backend, &name, json).await,
+        Action::Remove { name } => remove(backend, &name).await,
+        Action::Gc => gc(backend).await,
     }
 }
 

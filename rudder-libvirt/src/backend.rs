@@ -189,6 +189,7 @@ fn capabilities() -> Capabilities {
             C::NicModels,
             C::NicSlots,
             C::CloudInit,
+            C::HttpDirectory,
             C::Display,
             C::Serial,
             C::Screenshot,

@@ -95,12 +95,15 @@ pub(crate) fn remove_domains_of(connect: &Connect, store: &str, id: &LabId) -> R
     Ok(removed)
 }
 
+/// The machines of a lab, in the order in which they were defined.
+type Machines = Arc<Mutex<Vec<Arc<LibvirtMachine>>>>;
+
 /// A lab on libvirt.
 #[derive(Debug)]
 pub(crate) struct LibvirtLab {
     footing: Arc<Footing>,
     store: Store,
-    machines: Mutex<Vec<Arc<LibvirtMachine>>>,
+    machines: Machines,
     /// Kept or destroyed: nothing is left to do when it is dropped.
     settled: AtomicBool,
 }
@@ -123,13 +126,13 @@ impl LibvirtLab {
         Ok(Self {
             footing: Arc::new(footing),
             store: store.clone(),
-            machines: Mutex::default(),
+            machines: Machines::default(),
             settled: AtomicBool::new(false),
         })
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<LibvirtMachine>>> {
-        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.machines)
     }
 
     fn taken(&self, name: &str) -> Error {
@@ -159,6 +162,10 @@ pub(crate) fn store_name(store: &Store) -> String {
     root.canonicalize().unwrap_or_else(|_| root.to_owned()).to_string_lossy().into_owned()
 }
 
+fn locked(machines: &Machines) -> MutexGuard<'_, Vec<Arc<LibvirtMachine>>> {
+    machines.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn unsupported(what: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("the libvirt backend cannot do this yet: {what}"))
 }
@@ -181,8 +188,14 @@ impl Lab for LibvirtLab {
         self.footing.ground.fetch(request, progress).await
     }
 
-    async fn serve(&self, _site: Site) -> Result<Served> {
-        Err(unsupported("serving files"))
+    async fn serve(&self, site: Site) -> Result<Served> {
+        let machines = Arc::downgrade(&self.machines);
+        let owner = move |caller| {
+            let machines = machines.upgrade().map(|machines| locked(&machines).clone());
+            let caller = machines.into_iter().flatten().find(|machine| machine.calls(caller));
+            caller.map(|machine| machine.name().to_owned())
+        };
+        self.footing.ground.serve(site, owner).await
     }
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {

@@ -5,12 +5,14 @@ use crate::{
     domain::{Disk, Domain, Serial},
     lab::Footing,
     label::Label,
+    process,
     watch::{Phase, Watcher},
 };
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Retention, Stop},
+    media::http::{Caller, is_of_process},
     module::{CapturedDisk, CapturedState},
 };
 use rudder_qemu::parts::{card_arguments, read_forwards, tail};
@@ -89,6 +91,12 @@ impl LibvirtMachine {
         let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
         self.0.order(Stop::Kill);
         let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
+    }
+
+    /// Whether a connection comes from its QEMU. Blocks.
+    pub(crate) fn calls(&self, caller: Caller) -> bool {
+        let process = process::of_domain(&self.0.domain, self.0.footing.ground.id());
+        process.is_some_and(|pid| is_of_process(caller, pid))
     }
 
     /// Drops its watcher; for when nobody can wait.

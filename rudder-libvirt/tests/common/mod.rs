@@ -1,123 +1,20 @@
 //! What tests with a real libvirt share: a daemon of their own, a store of their own, and the proof that nothing is left.
-//!
-//! The daemon is one of a user's session, with all of its files below a temporary directory. For root, who would get the
-//! system's daemon, it runs in a user namespace in which it is not root.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
+pub mod daemon;
+
+pub use daemon::Daemon;
 use rudder_core::{
     backend::{Backend, ImportRequest, Lab, LabSpec, MachineDisk, MachineSpec, Progress},
     plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedUrl, PlannedVpc},
     store::Store,
 };
 use rudder_libvirt::{Accelerator, LibvirtBackend};
-use std::{
-    fs,
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// As many tests at a time as a small host has cores.
 static PLACES: Semaphore = Semaphore::const_new(2);
-
-/// A libvirtd of a test.
-pub struct Daemon {
-    dir: PathBuf,
-    child: Child,
-}
-
-impl Daemon {
-    /// Starts one whose files are in this directory, and waits until it listens.
-    pub fn start(dir: &Path) -> Self {
-        let make = |name: &str| {
-            let path = dir.join(name);
-            fs::create_dir_all(&path).unwrap();
-            path
-        };
-        let (sockets, run, config) = (make("sockets"), make("run"), make("config"));
-        make("config/libvirt");
-        // Without a second daemon (virtlogd) for logs, which would outlive this one.
-        fs::write(config.join("libvirt/qemu.conf"), "stdio_handler = \"file\"\n").unwrap();
-        let settings = dir.join("libvirtd.conf");
-        let text = format!(
-            "unix_sock_dir = \"{}\"\nauth_unix_rw = \"none\"\nlog_outputs = \"2:file:{}\"\n",
-            sockets.display(),
-            dir.join("libvirtd.log").display()
-        );
-        fs::write(&settings, text).unwrap();
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]);
-        if rustix::process::geteuid().is_root() {
-            command.args(["unshare", "--user", "--map-user=1000", "--map-group=1000", "--"]);
-        }
-        let child = command
-            .arg("libvirtd")
-            .arg("--config")
-            .arg(&settings)
-            .arg("--pid-file")
-            .arg(dir.join("libvirtd.pid"))
-            .env("HOME", dir)
-            .env("XDG_RUNTIME_DIR", &run)
-            .env("XDG_CONFIG_HOME", &config)
-            .env("XDG_CACHE_HOME", make("cache"))
-            .env("XDG_DATA_HOME", make("data"))
-            .env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(fs::File::create(dir.join("libvirtd.err")).unwrap())
-            .spawn()
-            .unwrap();
-        let mut daemon = Self { dir: dir.to_owned(), child };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while UnixStream::connect(daemon.socket()).is_err() {
-            let ended = daemon.child.try_wait().unwrap();
-            let said = fs::read_to_string(dir.join("libvirtd.err")).unwrap();
-            assert!(ended.is_none(), "libvirtd ended: {ended:?} {said}");
-            assert!(Instant::now() < deadline, "libvirtd does not listen: {said}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        daemon
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.join("sockets/libvirt-sock")
-    }
-
-    /// How it is reached.
-    pub fn uri(&self) -> String {
-        format!("qemu+unix:///session?socket={}", self.socket().display())
-    }
-
-    /// Kills it, as a crash would.
-    pub fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    /// What virsh says.
-    pub fn virsh(&self, args: &[&str]) -> String {
-        let output = Command::new("virsh").arg("-c").arg(self.uri()).args(args).output().unwrap();
-        assert!(output.status.success(), "virsh {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// The names of all its domains.
-    pub fn domains(&self) -> Vec<String> {
-        let list = self.virsh(&["list", "--all", "--name"]);
-        list.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        let _ = self.child.wait();
-    }
-}
 
 /// A daemon, a store in a temporary directory, and a backend on both.
 pub struct Place {

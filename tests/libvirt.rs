@@ -1,0 +1,168 @@
+//! Whole builds on libvirt, with a libvirtd of their own: the same manifests, events and modules as on QEMU, and modules
+//! that go from one to the other.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../rudder-libvirt/tests/common/daemon.rs"]
+mod daemon;
+mod support;
+
+use daemon::Daemon;
+use rustix::process::Signal;
+use std::{
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+use support::{Bench, Running, one_vm, tiny_manifest};
+
+const WAITS: &str = "- {type: shell, name: work, shell: {inline: 'echo begun; sleep 600'}}";
+
+/// A bench, and a libvirtd whose files are in it.
+struct Place {
+    daemon: Daemon,
+    bench: Bench,
+}
+
+impl Place {
+    fn new() -> Self {
+        let bench = Bench::new();
+        Self { daemon: Daemon::start(&bench.path("libvirt")), bench }
+    }
+
+    /// The command that builds a manifest on libvirt.
+    fn command(&self, manifest: &str) -> Command {
+        let mut command = self.bench.command(manifest);
+        command.args(["--backend", "libvirt"]).env("LIBVIRT_DEFAULT_URI", self.daemon.uri());
+        command
+    }
+
+    /// Builds a manifest on libvirt.
+    fn build(&self, manifest: &str) -> support::Ended {
+        Running::start(self.command(manifest)).end()
+    }
+
+    /// The example `modules` on libvirt, which must succeed; what it says.
+    fn modules(&self, args: &[&str]) -> String {
+        let mut command = Command::new(support::example("modules"));
+        command.args(["--backend", "libvirt", "--store"]).arg(self.bench.store()).args(args);
+        let output = command.env("LIBVIRT_DEFAULT_URI", self.daemon.uri()).output().unwrap();
+        assert!(output.status.success(), "modules {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What a build must not leave; the daemon's own files and processes apart.
+    #[track_caller]
+    fn expect_clean(&self) {
+        assert_eq!(self.bench.machines(), Vec::<i32>::new());
+        let labs: Vec<_> = std::fs::read_dir(self.bench.store().join("labs")).unwrap().flatten().collect();
+        assert!(labs.is_empty(), "{labs:?}");
+        let domains = self.daemon.domains();
+        assert!(domains.iter().all(|domain| !domain.starts_with("rudder.")), "{domains:?}");
+    }
+}
+
+/// Looks at everything that there is, with libvirt's own tool, again and again.
+fn look(daemon: &Daemon, enough: &AtomicBool) -> usize {
+    let mut looks = 0;
+    while !enough.load(Ordering::Relaxed) {
+        for domain in daemon.domains() {
+            for about in
+                ["dumpxml", "dominfo", "domstate", "domblklist", "domiflist", "domstats", "ttyconsole"]
+            {
+                // It may have ended meanwhile.
+                daemon.try_virsh(&[about, &domain]);
+            }
+            daemon.try_virsh(&["console", &domain]);
+            daemon.try_virsh(&["screenshot", &domain, "/dev/null"]);
+        }
+        daemon.try_virsh(&["net-list", "--all"]);
+        daemon.try_virsh(&["pool-list", "--all"]);
+        looks += 1;
+    }
+    looks
+}
+
+#[test]
+fn modules_go_from_one_hypervisor_to_the_other_while_somebody_looks() {
+    let place = Place::new();
+    let said = |ended: &support::Ended, text: &str| {
+        assert!(ended.event(|event| event["line"] == text).is_some(), "{text}; {}", ended.stdout);
+    };
+    let step = |text: &str| {
+        format!("- {{type: shell, shell: {{inline: 'cat /notes || true; echo {text} >> /notes; sync'}}}}")
+    };
+    let enough = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let looking = scope.spawn(|| look(&place.daemon, &enough));
+        place.build(&tiny_manifest("base", &step("on-libvirt"))).expect_code(0);
+        enough.store(true, Ordering::Relaxed);
+        assert!(looking.join().unwrap() > 0);
+    });
+    place.expect_clean();
+    assert_eq!(place.daemon.domains(), ["base.vm"]);
+
+    let ended = place.bench.build(&one_vm("middle", "{buildRef: {name: base}}", &step("on-qemu")));
+    ended.expect_code(0);
+    said(&ended, "on-libvirt");
+    place.expect_clean();
+
+    let ended = place.build(&one_vm("top", "{buildRef: {name: middle}}", &step("on-libvirt-again")));
+    ended.expect_code(0);
+    said(&ended, "on-qemu");
+    place.expect_clean();
+    // What QEMU built is not libvirt's to show.
+    assert_eq!(place.daemon.domains(), ["base.vm", "top.vm"]);
+    assert!(place.modules(&["show", "top"]).contains("version  libvirt"));
+    for module in ["top", "middle", "base"] {
+        place.modules(&["remove", module]);
+    }
+    assert_eq!(place.daemon.domains(), Vec::<String>::new());
+}
+
+#[test]
+fn a_step_that_fails_is_told_as_on_qemu() {
+    let place = Place::new();
+    let manifest =
+        tiny_manifest("broken", "- {type: shell, name: bad, shell: {inline: 'echo to-be-read; exit 9'}}");
+    let ended = place.build(&manifest);
+    ended.expect_code(1).expect_text(&["bad", "9", "to-be-read"]);
+    place.expect_clean();
+    let on_qemu = place.bench.build(&manifest);
+    let error = |ended: &support::Ended| ended.outcome()["error"].clone();
+    assert_eq!(error(&ended)["kind"], error(&on_qemu)["kind"]);
+}
+
+#[test]
+fn a_libvirtd_that_is_killed_ends_the_build_with_an_error_that_says_so() {
+    let mut place = Place::new();
+    let mut running = Running::start(place.command(&tiny_manifest("victim", WAITS)));
+    running.until_output("begun");
+    place.daemon.kill();
+    let killed = Instant::now();
+    let ended = running.end();
+    assert!(killed.elapsed() < Duration::from_secs(60), "it took {:?}", killed.elapsed());
+    ended.expect_code(1).expect_text(&["libvirt"]);
+    place.daemon.restart();
+    place.modules(&["gc"]);
+    place.expect_clean();
+    // And the next build is none the worse.
+    place.build(&tiny_manifest("after", "")).expect_code(0);
+    place.expect_clean();
+}
+
+#[test]
+fn a_builder_that_is_killed_leaves_nothing_that_the_next_does_not_remove() {
+    let place = Place::new();
+    let mut running = Running::start(place.command(&tiny_manifest("victim", WAITS)));
+    running.until_output("begun");
+    running.signal(Signal::KILL);
+    drop(running.end());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !place.bench.machines().is_empty() {
+        assert!(Instant::now() < deadline, "libvirt does not end what its owner left");
+        thread::sleep(Duration::from_millis(50));
+    }
+    place.modules(&["gc"]);
+    place.expect_clean();
+}
