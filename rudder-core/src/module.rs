@@ -162,3 +162,9 @@ pub struct InputRecord {
     /// sha256 of the bytes as served.
     pub sha256: Digest,
 }
+
+impl InputRecord {
+    /// The role of an ISO. It shapes a build and is not needed afterwards: how long it stays cached is up to `isoCacheTTL`,
+    /// whatever was built of it.
+    pub const ISO: &'static str = "ISO";
+}

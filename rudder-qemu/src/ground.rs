@@ -197,6 +197,10 @@ impl Ground {
     /// As `Lab::fetch`.
     pub async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
         let file = self.store.file(&request.url, progress).await?;
+        if !request.keep_for.is_zero() {
+            let (store, lease, keep_for) = (self.store.clone(), file.lease.clone(), request.keep_for);
+            blocking(move || store.keep_cached(&lease, keep_for)).await?;
+        }
         self.hold(file.lease).await?;
         Ok(Fetched { path: file.path, input: file.input })
     }

@@ -6,12 +6,13 @@ use super::{
     lock::{FileLock, Mode},
     part::Origin,
 };
-use crate::{Result, backend::ReapReport, digest::Digest};
+use crate::{Result, backend::ReapReport, digest::Digest, module::InputRecord};
+use serde::{Deserialize, Serialize};
 use std::{
     collections::HashSet,
     fs::{self, File, TryLockError},
     os::unix::fs::MetadataExt,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -19,8 +20,18 @@ use std::{
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct CollectPolicy {
-    /// Only those that were not used for this long. 0 s: all of them.
+    /// Only those that were not used for this long. 0 s: all of them but those that were
+    /// [promised](Store::keep_cached) to stay longer.
     pub unused_for: Duration,
+}
+
+/// How long a blob stays cached.
+#[derive(Debug, Serialize, Deserialize)]
+struct Promise {
+    /// After its last use, in milliseconds.
+    keep_for_millis: u64,
+    /// When this was promised.
+    given: jiff::Timestamp,
 }
 
 impl CollectPolicy {
@@ -109,11 +120,13 @@ impl Store {
                     continue;
                 }
                 let Ok(lock) = self.unused(&Use::Blob(digest))? else { continue };
-                if !old_enough(lock.last_used(), &path, policy.unused_for) {
+                let unused_for = policy.unused_for.max(self.promised(&digest)?);
+                if !old_enough(lock.last_used(), &path, unused_for) {
                     continue;
                 }
                 report.freed += durable::disk_usage(&path);
                 durable::remove_file(&path)?;
+                durable::remove_file(&self.promise_path(&digest))?;
                 lock.remove()?;
                 report.removed.push(format!("blob {}", digest.short()));
             }
@@ -121,11 +134,12 @@ impl Store {
         Ok(())
     }
 
-    /// The blobs that published modules were made of: to make them again without a download.
+    /// The blobs that published modules were made of: to make them again without a download. Not their ISOs, which are large
+    /// and have a time of their own.
     fn blobs_of_modules(&self) -> Result<HashSet<Digest>> {
         let mut needed = HashSet::new();
         for module in self.modules()? {
-            for input in module.provenance.inputs {
+            for input in module.provenance.inputs.into_iter().filter(|input| input.role != InputRecord::ISO) {
                 needed.insert(input.sha256);
                 if let Some(image) = self.image_record(&input.sha256)? {
                     needed.insert(image.stored);
@@ -133,6 +147,30 @@ impl Store {
             }
         }
         Ok(needed)
+    }
+
+    fn promise_path(&self, digest: &Digest) -> PathBuf {
+        self.root().join("index/kept").join(format!("{digest}.json"))
+    }
+
+    /// How long a blob stays after its last use, by what was promised.
+    fn promised(&self, digest: &Digest) -> Result<Duration> {
+        let promise = durable::read_json::<Promise>(&self.promise_path(digest))?;
+        Ok(promise.map_or(Duration::ZERO, |promise| Duration::from_millis(promise.keep_for_millis)))
+    }
+
+    /// Promises that a blob stays for so long after its last use, which is going on: the caller has a lease.
+    pub(super) fn promise(&self, digest: &Digest, keep_for: Duration) -> Result<()> {
+        let path = self.promise_path(digest);
+        let _one_at_a_time = FileLock::wait(&self.lock_path("kept"), Mode::Exclusive)?;
+        let now = jiff::Timestamp::now();
+        // Of an earlier promise, what is left of it.
+        let left = durable::read_json::<Promise>(&path)?.map_or(0, |earlier| {
+            let age = now.as_millisecond().saturating_sub(earlier.given.as_millisecond());
+            earlier.keep_for_millis.saturating_sub(u64::try_from(age).unwrap_or(0))
+        });
+        let keep_for_millis = u64::try_from(keep_for.as_millis()).unwrap_or(u64::MAX).max(left);
+        durable::write_json(&path, &Promise { keep_for_millis, given: now }, 0o644)
     }
 
     /// Removes partial downloads that nobody works on: those that cannot be gone on with, and, with a policy, the others.
@@ -174,6 +212,12 @@ impl Store {
                 served.contains(&record.served) || self.blob_path(&record.served).exists()
             });
             if !useful {
+                durable::remove_file(&path)?;
+            }
+        }
+        for (name, path) in self.entries(&self.root().join("index/kept"), |name| name.ends_with(".json"))? {
+            let digest = name.trim_end_matches(".json").parse::<Digest>();
+            if !digest.is_ok_and(|digest| self.blob_path(&digest).exists()) {
                 durable::remove_file(&path)?;
             }
         }

@@ -142,7 +142,17 @@ pub enum Use {
 #[derive(Debug, Clone)]
 pub struct Lease {
     what: Use,
-    _lock: Arc<FileLock>,
+    _lock: Arc<UsedLock>,
+}
+
+/// The lock of something in use. What was used until now was used now: how long it is unused counts from here.
+#[derive(Debug)]
+struct UsedLock(FileLock);
+
+impl Drop for UsedLock {
+    fn drop(&mut self) {
+        self.0.touch();
+    }
 }
 
 impl Lease {
@@ -155,7 +165,7 @@ impl Lease {
     fn take(store: &Store, what: Use) -> Result<Self> {
         let lock = FileLock::wait(&store.use_lock(&what), Mode::Shared)?;
         lock.touch();
-        Ok(Self { what, _lock: Arc::new(lock) })
+        Ok(Self { what, _lock: Arc::new(UsedLock(lock)) })
     }
 }
 
@@ -181,6 +191,7 @@ impl Store {
             ("modules", 0o755),
             ("index/urls", 0o700),
             ("index/images", 0o755),
+            ("index/kept", 0o755),
             ("downloads", 0o700),
             ("labs", 0o755),
             ("locks", 0o700),
@@ -244,6 +255,18 @@ impl Store {
             input: input("file", url, got.size, got.served),
             lease: got.lease,
         })
+    }
+
+    /// Keeps a blob cached for so long after its last use, whatever is [collected](Self::collect) meanwhile and whichever
+    /// module was made of it. What was promised for it earlier holds, too.
+    ///
+    /// # Errors
+    /// File errors.
+    pub fn keep_cached(&self, lease: &Lease, keep_for: Duration) -> Result<()> {
+        match lease.what() {
+            Use::Blob(digest) => self.promise(digest, keep_for),
+            Use::Module { .. } => Ok(()),
+        }
     }
 
     /// The client for all downloads of this store.

@@ -218,3 +218,57 @@ async fn what_is_needed_is_not_collected() {
     // What was collected is simply fetched again.
     assert_eq!(fixture.image(&url(1024), None).await.unwrap().virtual_size, 1024);
 }
+
+#[tokio::test]
+async fn an_iso_stays_for_its_time_whatever_was_made_of_it() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let file = async |name: &str| {
+        let url = fixture.write(name, name.as_bytes());
+        store.file(&planned(&url, None), &Progress::none()).await.unwrap()
+    };
+    let (iso, other) = (file("os.iso").await, file("other.iso").await);
+    let (iso_path, other_path) = (iso.path.clone(), other.path.clone());
+    store.keep_cached(&iso.lease, 2 * HOUR).unwrap();
+    // Another build that promises less takes nothing back.
+    store.keep_cached(&iso.lease, HOUR / 60).unwrap();
+    let inputs = [&iso.input, &other.input]
+        .map(|input| InputRecord { role: InputRecord::ISO.into(), ..input.clone() });
+    publish_from(store, "base", b"x", inputs.into()).await.unwrap();
+    drop((iso, other));
+
+    // Nothing was promised of the other; a module that was made of it does not need it.
+    assert_eq!(store.collect(CollectPolicy::default()).await.unwrap().removed.len(), 1);
+    assert!(iso_path.exists() && !other_path.exists());
+    let used = |age: Duration| {
+        let lock = format!("blob-{}", iso_path.file_name().unwrap().to_str().unwrap());
+        let lock = fs::File::open(store.lock_path(&lock)).unwrap();
+        lock.set_modified(std::time::SystemTime::now() - age).unwrap();
+    };
+    used(2 * HOUR - HOUR / 60);
+    assert_eq!(store.collect(CollectPolicy::default()).await.unwrap(), ReapReport::default());
+    // Using it begins its time anew.
+    drop(file("os.iso").await);
+    used(HOUR);
+    assert_eq!(store.collect(CollectPolicy::default()).await.unwrap(), ReapReport::default());
+    used(2 * HOUR);
+    assert_eq!(store.collect(CollectPolicy::unused_for(3 * HOUR)).await.unwrap(), ReapReport::default());
+    assert_eq!(store.collect(CollectPolicy::default()).await.unwrap().removed.len(), 1);
+    assert!(!iso_path.exists());
+    assert_eq!(fixture.names("index/kept"), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn how_long_something_is_unused_counts_from_the_end_of_its_use() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let url = fixture.write("os.iso", b"iso");
+    let iso = store.file(&planned(&url, None), &Progress::none()).await.unwrap();
+    let lock = store.lock_path(&format!("blob-{}", iso.input.sha256));
+    let then = std::time::SystemTime::now() - Duration::from_secs(7200);
+    fs::File::open(&lock).unwrap().set_modified(then).unwrap();
+    drop(iso);
+    let young = CollectPolicy::unused_for(Duration::from_secs(3600));
+    assert_eq!(store.collect(young).await.unwrap(), ReapReport::default());
+}
