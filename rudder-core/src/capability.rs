@@ -102,7 +102,7 @@ impl Capabilities {
         use Capability as C;
         Self::new(
             "this version of rudder",
-            [C::ShellStep, C::FileStep, C::RebootStep, C::CloudInit, C::HttpDirectory],
+            [C::ShellStep, C::FileStep, C::RebootStep, C::CloudInit, C::Isos, C::Floppy, C::HttpDirectory],
         )
     }
 

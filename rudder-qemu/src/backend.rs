@@ -140,6 +140,8 @@ fn capabilities() -> Capabilities {
             C::NicModels,
             C::NicSlots,
             C::CloudInit,
+            C::Isos,
+            C::Floppy,
             C::HttpDirectory,
             C::Uefi,
             C::SecureBoot,

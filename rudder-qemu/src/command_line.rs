@@ -8,7 +8,7 @@
 //!
 //! | address | what |
 //! |---|---|
-//! | 00, 01 (`pc`) or 00, 1f (`q35`) | the chipset: host bridge, ISA bridge, IDE or SATA, ACPI |
+//! | 00, 01 (`pc`) or 00, 1f (`q35`) | the chipset: host bridge, ISA bridge with the controller of floppies, IDE or SATA, ACPI |
 //! | 02 | VGA |
 //! | 03 | the SCSI controller (virtio-scsi), if there are scsi disks |
 //! | 04 | SATA controllers (AHCI), six disks each, one per function |
@@ -17,6 +17,9 @@
 //! | 08–0f | virtio disks: the first eight on function 0, the next on function 1 … |
 //! | 11–19 | the cards: slot 1–9 of the manifest |
 //! | 1a | the seed |
+//!
+//! CD-ROMs are on the chipset's own controller, behind the disks there, or all of them on SATA where they would not fit.
+//! What boots is the first disk; one that does not boot falls through to the CD-ROMs, in order.
 //!
 //! Text of a manifest is in one place only, the name of the process, and goes through [`escape`]. File names are ours.
 
@@ -85,6 +88,14 @@ impl Chipset {
         }
     }
 
+    /// The controller of floppies that it lacks.
+    fn floppies(self) -> Option<&'static str> {
+        match self {
+            Self::I440Fx => None,
+            Self::Q35 => Some("isa-fdc"),
+        }
+    }
+
     /// Units on its own disk controller: IDE's two channels of two, or six ports of SATA.
     fn units(self) -> usize {
         match self {
@@ -126,6 +137,8 @@ pub(crate) struct Files {
     pub(crate) log: String,
     /// Of the seed's medium.
     pub(crate) seed: String,
+    /// Of the floppy.
+    pub(crate) floppy: String,
     /// Of the last picture of the screen.
     pub(crate) picture: String,
     /// Of the firmware's variables.
@@ -151,6 +164,7 @@ impl Files {
             serial_log: file("serial.log"),
             log: file("qemu.log"),
             seed: file("seed.img"),
+            floppy: file("floppy.img"),
             picture: file("screen.png"),
             variables: file("variables"),
             tpm: file("tpm"),
@@ -190,6 +204,14 @@ pub(crate) fn devices(spec: &MachineSpec) -> Vec<&'static str> {
             Bus::Usb => &["qemu-xhci", "usb-storage"],
             Bus::Ide => &["ide-hd"],
         });
+    }
+    if !spec.cdroms.is_empty() {
+        devices.push("ide-cd");
+        devices.extend((cdrom_bus(spec) == Bus::Sata).then_some("ich9-ahci"));
+    }
+    if spec.floppy.is_some() {
+        devices.push("floppy");
+        devices.extend(Chipset::of(spec).floppies());
     }
     devices.extend(spec.nics.iter().map(|nic| card(nic.model)));
     if spec.tpm {
@@ -386,6 +408,32 @@ fn disks(line: &mut Line, spec: &MachineSpec, files: &Files) -> Result<()> {
             format!("{driver},{place},id={node}-device,drive={node},werror=stop,rerror=stop{boot}"),
         );
     }
+    for (index, image) in spec.cdroms.iter().enumerate() {
+        let node = format!("cdrom{index}");
+        line.blockdev(&json!({
+            "node-name": node,
+            "driver": "raw",
+            "read-only": true,
+            "file": {"driver": "file", "filename": image, "read-only": true},
+        }));
+        let bus = cdrom_bus(spec);
+        let place =
+            used.take(line, bus).ok_or_else(|| too_many(spec, bus_name(bus), limit(bus, line.chipset)))?;
+        // Behind the boot disk, which has 0: a blank one falls through to here.
+        let boot = index + 1;
+        line.option("-device", format!("ide-cd,{place},id={node}-device,drive={node},bootindex={boot}"));
+    }
+    if spec.floppy.is_some() {
+        line.blockdev(&json!({
+            "node-name": "floppy",
+            "driver": "raw",
+            "file": {"driver": "file", "filename": files.floppy},
+        }));
+        if let Some(controller) = line.chipset.floppies() {
+            line.option("-device", controller);
+        }
+        line.option("-device", "floppy,id=floppy-device,drive=floppy,drive-type=144");
+    }
     if spec.seed.is_some() {
         line.blockdev(&json!({
             "node-name": "seed",
@@ -408,6 +456,18 @@ fn disks(line: &mut Line, spec: &MachineSpec, files: &Files) -> Result<()> {
         line.option("-device", format!("{place},id=seed-device,drive=seed"));
     }
     Ok(())
+}
+
+/// The bus of the CD-ROMs, IDE meaning the chipset's own controller: one for all, so that the guest finds them in order.
+fn cdrom_bus(spec: &MachineSpec) -> Bus {
+    let disks = spec.disks.iter().filter(|disk| disk.bus == Bus::Ide).count();
+    // The seed is there, too, when the boot disk is.
+    let seed = spec.seed.is_some() && spec.disks.first().is_some_and(|disk| disk.bus == Bus::Ide);
+    if disks + usize::from(seed) + spec.cdroms.len() <= Chipset::of(spec).units() {
+        Bus::Ide
+    } else {
+        Bus::Sata
+    }
 }
 
 fn bus_name(bus: Bus) -> &'static str {

@@ -92,9 +92,11 @@ impl QemuMachine {
             flash: flash.as_ref(),
         };
         let arguments = command_line::arguments(&machine, extras)?;
-        if let Some(seed) = &spec.seed {
-            let path = ground.path(&files.seed);
-            let written = tokio::fs::write(&path, &seed.image).await;
+        let seed = spec.seed.as_ref().map(|seed| (&files.seed, &seed.image));
+        let floppy = spec.floppy.as_ref().map(|image| (&files.floppy, image));
+        for (file, image) in seed.into_iter().chain(floppy) {
+            let path = ground.path(file);
+            let written = tokio::fs::write(&path, image).await;
             written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
         }
         let phase = watch::Sender::new(Phase::Defined);

@@ -52,6 +52,31 @@ async fn a_guest_boots_from_every_bus_that_boots_and_powers_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_blank_disk_falls_through_to_the_cd_and_boots_once_it_is_installed() {
+    let place = Place::new().await;
+    let installed = sector::power_off("installed");
+    let cdrom = place.dir.path().join("install.iso");
+    std::fs::write(&cdrom, sector::cdrom(&sector::install("installing, ", &installed))).unwrap();
+    let other = place.dir.path().join("other.iso");
+    std::fs::write(&other, vec![0; 1 << 20]).unwrap();
+    // The second has no room for CD-ROMs on IDE.
+    for buses in [&[Bus::Virtio][..], &[Bus::Ide; 3], &[Bus::Sata], &[Bus::Scsi]] {
+        let lab = place.lab().await;
+        let mut spec = common::blank_machine(&*lab, "web", buses).await;
+        spec.cdroms = vec![other.clone(), cdrom.clone()];
+        let machine = lab.create_machine(&spec).await.unwrap();
+        machine.start().await.unwrap();
+        // The CD-ROM that does not boot is passed over; the one that does resets the machine, which then boots the disk.
+        assert_eq!(wait(&*machine).await, Exit::PoweredOff, "{buses:?}");
+        let said = String::from_utf8(machine.serial_tail(1000).await.unwrap()).unwrap();
+        assert_eq!(said, "installing, installed", "{buses:?}");
+        lab.destroy().await.unwrap();
+    }
+    assert_eq!(std::fs::read(&other).unwrap(), vec![0; 1 << 20]);
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_is_asked_to_power_off_by_its_button() {
     let place = Place::new().await;
     let lab = place.lab().await;

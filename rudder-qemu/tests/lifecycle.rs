@@ -6,7 +6,7 @@ mod common;
 use common::{Place, blank_machine, eventually, qemu_of};
 use rudder_core::{
     ErrorKind,
-    backend::{Backend, Death, Exit, ImportRequest, Progress, ProgressEvent, Stop},
+    backend::{Backend, Death, Exit, ImportRequest, Progress, ProgressEvent, Site, SiteFile, Stop},
     module::{Provenance, TemplateMachine},
     plan::{Bus, PlannedSource},
 };
@@ -90,6 +90,26 @@ async fn streams_reach_port_display_and_serial_console() {
     assert_eq!(machine.access().len(), 3);
     lab.destroy().await.unwrap();
     drop((port, machine, lab));
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn served_files_are_for_the_machines_of_the_lab_only() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    let files = [("x".to_owned(), SiteFile::Bytes(b"hello".as_slice().into()))];
+    let served = lab.serve(Site::new(files.into(), |request| panic!("{request:?}"))).await.unwrap();
+    assert_eq!(served.addresses, [("default".to_owned(), "10.0.2.2".parse().unwrap())].into());
+    // This process runs the lab and is none of its machines.
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", served.port)).await.unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.write_all(b"GET /x HTTP/1.0\r\n\r\n").await;
+    let _ = stream.read_to_end(&mut answer).await;
+    assert_eq!(answer, b"");
+    lab.destroy().await.unwrap();
+    drop((served, machine, lab));
     place.assert_clean().await;
 }
 

@@ -253,12 +253,6 @@ fn supported(plan: &Plan) -> Result<()> {
     };
     for machine in &plan.machines {
         let vm = machine.name.as_str();
-        if !machine.isos.is_empty() {
-            return refuse("CD-ROMs", vm);
-        }
-        if !machine.floppy.is_empty() {
-            return refuse("a floppy", vm);
-        }
         if !machine.boot_command.is_empty() {
             return refuse("a boot command", vm);
         }

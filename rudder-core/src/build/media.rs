@@ -6,8 +6,11 @@ use crate::{
     Error, ErrorKind, Result,
     backend::{FetchRequest, Served, Site, SiteFile, SiteRequest},
     event::EventKind,
-    plan::{PlannedContent, PlannedFile, PlannedMachine, PlannedUrl},
+    media::floppy,
+    module::InputRecord,
+    plan::{PlannedContent, PlannedMachine, PlannedUrl},
 };
+use futures::future::try_join_all;
 use std::{
     collections::{BTreeMap, HashMap},
     net::Ipv4Addr,
@@ -40,24 +43,58 @@ impl Attempt {
     /// Brings what is behind a URL to the host. Whoever asks for the same meanwhile waits for it.
     pub(super) async fn fetch(&self, url: &PlannedUrl) -> Result<PathBuf> {
         let cell = self.media.cell(url);
+        let is_iso = self.plan.machines.iter().any(|planned| planned.isos.contains(url));
         let fetch = async || {
-            let request = FetchRequest::new(url.clone());
-            let fetched = self.guard.wait(self.lab.fetch(&request, &self.sink.progress(None))).await?;
+            let mut request = FetchRequest::new(url.clone());
+            if is_iso {
+                request.keep_for = self.plan.iso_cache_ttl;
+            }
+            let mut fetched = self.guard.wait(self.lab.fetch(&request, &self.sink.progress(None))).await?;
+            if is_iso {
+                InputRecord::ISO.clone_into(&mut fetched.input.role);
+            }
             self.input(None, fetched.input)?;
             Ok(fetched.path)
         };
         cell.get_or_try_init(fetch).await.cloned()
     }
 
-    /// The entry of `files` of this name.
-    fn file(&self, name: &str) -> Result<&PlannedFile> {
-        let file = self.plan.files.iter().find(|file| file.name == name);
-        file.ok_or_else(|| {
-            Error::new(
-                ErrorKind::InvalidInput,
-                format!("expected {name:?} in the files of the plan, but found none"),
-            )
-        })
+    /// The content of the entry of `files` of this name.
+    async fn content(&self, name: &str) -> Result<SiteFile> {
+        let file = self.plan.files.iter().find(|file| file.name == name).ok_or_else(|| {
+            let message = format!("expected {name:?} in the files of the plan, but found none");
+            Error::new(ErrorKind::InvalidInput, message)
+        })?;
+        match &file.content {
+            PlannedContent::Inline(bytes) => Ok(SiteFile::Bytes(Arc::clone(bytes))),
+            PlannedContent::Url(url) => {
+                let path = self.fetch(url).await.map_err(|error| error.with_context("file", name))?;
+                Ok(SiteFile::Path(path))
+            }
+        }
+    }
+
+    /// The CD-ROMs of a VM, in order.
+    pub(super) async fn cdroms(&self, planned: &PlannedMachine) -> Result<Vec<PathBuf>> {
+        let fetch = |(index, url)| async move {
+            self.fetch(url).await.map_err(|error| error.with_context("iso", format!("{}", index + 1)))
+        };
+        try_join_all(planned.isos.iter().enumerate().map(fetch)).await
+    }
+
+    /// The floppy of a VM, if it has one.
+    pub(super) async fn floppy(&self, planned: &PlannedMachine) -> Result<Option<Arc<[u8]>>> {
+        if planned.floppy.is_empty() {
+            return Ok(None);
+        }
+        let mut files = Vec::with_capacity(planned.floppy.len());
+        for name in &planned.floppy {
+            files.push((name.clone(), self.content(name).await?));
+        }
+        let made = tokio::task::spawn_blocking(move || floppy_of(&files)).await;
+        let made =
+            made.map_err(|error| Error::new(ErrorKind::Internal, "cannot make a floppy").with_source(error))?;
+        made.map(Some).map_err(|error| error.with_context("medium", "floppy"))
     }
 
     /// Serves the files of `httpDirectory` to the machines, until [`stop_serving`](Self::stop_serving).
@@ -67,11 +104,7 @@ impl Attempt {
         }
         let mut files = BTreeMap::new();
         for name in &self.plan.http_files {
-            let file = match &self.file(name)?.content {
-                PlannedContent::Inline(bytes) => SiteFile::Bytes(Arc::clone(bytes)),
-                PlannedContent::Url(url) => SiteFile::Path(self.fetch(url).await?),
-            };
-            files.insert(name.clone(), file);
+            files.insert(name.clone(), self.content(name).await?);
         }
         let sink = self.sink.clone();
         let tell = move |request| {
@@ -101,4 +134,31 @@ impl Attempt {
         let address = planned.hardware.nics.iter().find_map(|nic| served.addresses.get(&nic.subnet))?;
         Some((*address, served.port))
     }
+}
+
+/// The image of a floppy. A file that would not fit is not even read.
+fn floppy_of(files: &[(String, SiteFile)]) -> Result<Arc<[u8]>> {
+    let sizes = files.iter().map(|(name, file)| {
+        let size = match file {
+            SiteFile::Bytes(bytes) => bytes.len() as u64,
+            SiteFile::Path(path) => std::fs::metadata(path).map_err(|error| unreadable(name, error))?.len(),
+        };
+        Ok((name.as_str(), size))
+    });
+    floppy::check_size(sizes.collect::<Result<Vec<_>>>()?)?;
+    let contents = files.iter().map(|(name, file)| {
+        let bytes = match file {
+            SiteFile::Bytes(bytes) => bytes.to_vec(),
+            SiteFile::Path(path) => std::fs::read(path).map_err(|error| unreadable(name, error))?,
+        };
+        Ok((name.as_str(), bytes))
+    });
+    let contents = contents.collect::<Result<Vec<_>>>()?;
+    let contents: Vec<(&str, &[u8])> =
+        contents.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
+    floppy::image(&contents)
+}
+
+fn unreadable(name: &str, error: std::io::Error) -> Error {
+    Error::io("read a file for the floppy", error).with_context("file", name)
 }

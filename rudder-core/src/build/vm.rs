@@ -148,6 +148,8 @@ impl Planned {
         spec.nics.clone_from(&hardware.nics);
         spec.ports = vec![planned.communicator.port];
         spec.seed = talk::seed(attempt, planned)?;
+        spec.cdroms = attempt.cdroms(planned).await?;
+        spec.floppy = attempt.floppy(planned).await?;
         for (place, disk) in hardware.disks.iter().enumerate() {
             let volume = Self::volume(vm, place, disk)
                 .await

@@ -128,68 +128,6 @@ pub(super) fn references<'m>(
     files
 }
 
-/// What a 1.44 MB floppy holds (FAT12 as every `mkfs.fat` makes it): 2880 sectors of 512 bytes, less boot sector, two
-/// tables of 9 and 14 of root directory; and 224 directory entries, one of them the label.
-const FLOPPY_SECTORS: u64 = 2880 - 1 - 2 * 9 - 14;
-const FLOPPY_ENTRIES: u64 = 224 - 1;
-
-/// The files of a floppy, as far as their size is known before they are downloaded.
-pub(super) fn floppy(findings: &mut Findings<'_>, list: &FileNames, at: &Path<'_>, names: &Names<'_>) {
-    let list_at = at.key("files");
-    let mut seen = HashMap::new();
-    for (index, reference) in list.files.iter().enumerate() {
-        let Some(name) = reference.name.as_deref() else { continue };
-        let at = list_at.index(index);
-        if name.contains(['"', '*', ':', '<', '>', '?', '\\', '|']) {
-            findings.report(
-                &codes::INVALID_FILE_NAME,
-                &at.key("name"),
-                format!("expected a name that a FAT floppy can hold, but found {name:?}"),
-            );
-        }
-        if let Some(first) = seen.insert(name.to_lowercase(), name) {
-            findings
-                .report(
-                    &codes::DUPLICATE_NAME,
-                    &at.key("name"),
-                    format!(
-                        "expected a unique name of a file on the floppy, but found {name:?} beside {first:?}"
-                    ),
-                )
-                .help = Some("FAT does not tell upper from lower case".to_owned());
-        }
-    }
-    let files = references(findings, list, at, names);
-    let mut sectors = 0u64;
-    let mut entries = 0u64;
-    for file in files {
-        let size = file.inline.as_ref().map_or(0, |text| text.len() as u64);
-        sectors += size.div_ceil(512);
-        let name = file.name.as_deref().unwrap_or_default();
-        entries += 1 + (name.encode_utf16().count() as u64).div_ceil(13);
-    }
-    if sectors > FLOPPY_SECTORS {
-        let (size, limit) = (sectors * 512, FLOPPY_SECTORS * 512);
-        findings
-            .report(
-                &codes::FLOPPY_TOO_LARGE,
-                &list_at,
-                format!(
-                    "expected at most {limit} bytes on a 1.44 MB floppy, but found {size} bytes, {} too many",
-                    size - limit
-                ),
-            )
-            .help = Some("serve large files with `httpDirectory`".to_owned());
-    }
-    if entries > FLOPPY_ENTRIES {
-        findings.report(
-            &codes::FLOPPY_TOO_LARGE,
-            &list_at,
-            format!("expected at most {FLOPPY_ENTRIES} directory entries on a floppy, but found {entries}"),
-        );
-    }
-}
-
 /// CD-ROMs.
 pub(super) fn isos(findings: &mut Findings<'_>, isos: &[Iso], at: &Path<'_>) {
     for (index, iso) in isos.iter().enumerate() {

@@ -4,6 +4,7 @@ use super::{
     access, boot, codes,
     files::{self, Names},
     findings::{Findings, quantity},
+    floppy,
     network::{self, Declared},
     step,
 };
@@ -94,8 +95,8 @@ pub(super) fn vm(
     network::nics(findings, &vm.nics, at, Some(network));
     boot::command(findings, &vm.boot_command, &at.key("bootCommand"));
     files::isos(findings, &vm.isos, &at.key("isos"));
-    if let Some(floppy) = &vm.floppy {
-        files::floppy(findings, floppy, &at.key("floppy"), names);
+    if let Some(one) = &vm.floppy {
+        floppy::floppy(findings, one, &at.key("floppy"), names);
     }
     let steps = at.key("provisioners");
     let shell = access::shell(vm);

@@ -196,6 +196,8 @@ impl Default for MemoryBackend {
                 C::NicModels,
                 C::NicSlots,
                 C::CloudInit,
+                C::Isos,
+                C::Floppy,
                 C::HttpDirectory,
                 C::Serial,
             ],

@@ -11,7 +11,11 @@ use rudder_core::{
     memory::{MemoryBackend, Operation},
     module::{CapturedDisk, CapturedState, Module},
 };
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
 
 /// What happens when an operation is reached, before it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +33,14 @@ pub type Hooks = Arc<Vec<(Operation, Hook)>>;
 pub struct Hooked {
     pub inner: MemoryBackend,
     pub hooks: Hooks,
+    pub specs: Specs,
 }
 
+/// What the machines of a build were made of.
+pub type Specs = Arc<Mutex<Vec<MachineSpec>>>;
+
 #[derive(Debug)]
-struct HookedLab(Arc<dyn Lab>, Hooks);
+struct HookedLab(Arc<dyn Lab>, Hooks, Specs);
 
 #[derive(Debug)]
 struct HookedMachine(Arc<dyn Machine>, Hooks);
@@ -62,7 +70,7 @@ impl Backend for Hooked {
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
         reach(&self.hooks, Operation::OpenLab).await;
         let lab = self.inner.open_lab(spec).await?;
-        Ok(Arc::new(HookedLab(lab, Arc::clone(&self.hooks))))
+        Ok(Arc::new(HookedLab(lab, Arc::clone(&self.hooks), Arc::clone(&self.specs))))
     }
 
     async fn modules(&self) -> Result<Vec<Module>> {
@@ -116,6 +124,7 @@ impl Lab for HookedLab {
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         reach(&self.1, Operation::CreateMachine).await;
+        self.2.lock().unwrap().push(spec.clone());
         let machine = self.0.create_machine(spec).await?;
         Ok(Arc::new(HookedMachine(machine, Arc::clone(&self.1))))
     }

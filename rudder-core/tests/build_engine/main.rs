@@ -15,9 +15,9 @@ mod retry;
 mod secrets;
 mod success;
 
-use hooks::{Hook, Hooked};
+use hooks::{Hook, Hooked, Specs};
 use rudder_core::{
-    backend::Backend,
+    backend::{Backend, MachineSpec},
     build::{Build, BuildFailure},
     event::{BuildPhase, Event, EventKind, VmPhase},
     memory::{MemoryBackend, Operation},
@@ -33,6 +33,8 @@ pub struct Ended {
     pub events: Vec<Event>,
     /// How it ended.
     pub outcome: Result<Module, Box<BuildFailure>>,
+    /// The machines that were defined.
+    pub specs: Vec<MachineSpec>,
 }
 
 /// Builds to the end. Whatever the end is, nothing may be left behind.
@@ -60,8 +62,12 @@ pub async fn run(
     hooks: &[(Operation, Hook)],
     mut react: impl FnMut(&Event, &rudder_core::build::BuildHandle),
 ) -> Ended {
-    let backend: Arc<dyn Backend> =
-        Arc::new(Hooked { inner: backend.clone(), hooks: Arc::new(hooks.to_vec()) });
+    let specs = Specs::default();
+    let backend: Arc<dyn Backend> = Arc::new(Hooked {
+        inner: backend.clone(),
+        hooks: Arc::new(hooks.to_vec()),
+        specs: Arc::clone(&specs),
+    });
     let handle = options(Build::new(plans::read(plan), backend)).start();
     let mut reader = handle.events();
     let mut events = Vec::new();
@@ -73,7 +79,9 @@ pub async fn run(
         assert_eq!(event.seq, place as u64, "a fast reader sees every event");
     }
     assert!(matches!(events.last().unwrap().kind, EventKind::Finished { .. }));
-    Ended { events, outcome: handle.outcome().await }
+    let outcome = handle.outcome().await;
+    let specs = std::mem::take(&mut *specs.lock().unwrap());
+    Ended { events, outcome, specs }
 }
 
 impl Ended {

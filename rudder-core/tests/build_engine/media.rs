@@ -2,8 +2,11 @@
 
 use super::{Ended, build, plans::*, run};
 use rudder_core::{
+    ErrorKind,
     event::{Event, EventKind},
+    media::floppy,
     memory::MemoryBackend,
+    module::InputRecord,
 };
 use serde_json::{Value, json};
 use std::{
@@ -97,4 +100,71 @@ async fn a_plan_that_serves_what_it_has_not_is_refused() {
     let ended = build(&MemoryBackend::new(), plan).await;
     let report = ended.failure().report.to_string();
     assert!(report.contains("expected \"other.cfg\" in the files of the plan, but found none"), "{report}");
+}
+
+/// A plan of two VMs: both have the same CD-ROM, the first has another and a floppy.
+fn installing() -> Value {
+    let url = |url: &str| json!({"url": url, "sha256": null});
+    let mut plan = plan(vec![vm("a", Vec::new()), vm("b", Vec::new())]);
+    plan["iso_cache_ttl"] = json!(3_600_000);
+    plan["machines"][0]["isos"] =
+        json!([url("http://files.test/os.iso"), url("http://files.test/drivers.iso")]);
+    plan["machines"][1]["isos"] = json!([url("http://files.test/os.iso")]);
+    plan["machines"][0]["floppy"] = json!(["Autounattend.xml", "driver.sys"]);
+    plan["files"] = json!([
+        {"name": "Autounattend.xml", "content": {"inline": b"<unattend/>"}},
+        {"name": "driver.sys", "content": {"url": url("http://files.test/driver.sys")}},
+    ]);
+    plan
+}
+
+#[tokio::test(start_paused = true)]
+async fn cd_roms_and_floppies_are_there_when_a_machine_is_defined() {
+    let backend = MemoryBackend::new()
+        .source("http://files.test/os.iso", |source| source.contents("the system"))
+        .source("http://files.test/drivers.iso", |source| source.contents("drivers"))
+        .source("http://files.test/driver.sys", |source| source.contents("a driver"));
+    let ended = build(&backend, installing()).await;
+    let inputs = &ended.module().provenance.inputs;
+    let isos: Vec<&str> = inputs
+        .iter()
+        .filter(|input| input.role == InputRecord::ISO)
+        .map(|input| input.url.as_str())
+        .collect();
+    assert_eq!(isos, ["http://files.test/drivers.iso", "http://files.test/os.iso"], "each is fetched once");
+    let spec = |name: &str| ended.specs.iter().find(|spec| spec.name == name).unwrap();
+    let (a, b) = (spec("a"), spec("b"));
+    assert_eq!((a.cdroms.len(), b.cdroms.len()), (2, 1));
+    assert_eq!(a.cdroms[0], b.cdroms[0]);
+    assert_ne!(a.cdroms[0], a.cdroms[1]);
+    assert!(b.floppy.is_none());
+    let expected: [(&str, &[u8]); 2] = [("Autounattend.xml", b"<unattend/>"), ("driver.sys", b"a driver")];
+    assert_eq!(a.floppy.clone().unwrap(), floppy::image(&expected).unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_floppy_whose_files_turn_out_too_large_fails_the_build_and_says_by_how_much() {
+    let large = "x".repeat(2 << 20);
+    let backend =
+        MemoryBackend::new().source("http://files.test/driver.sys", |source| source.contents(large.as_str()));
+    let ended = build(&backend, installing()).await;
+    let report = ended.failure().report.to_string();
+    for part in ["vm a", "expected at most 1457664 bytes", "640000 too many", "httpDirectory"] {
+        assert!(report.contains(part), "{part:?} in\n{report}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_iso_with_another_checksum_fails_the_build() {
+    let backend =
+        MemoryBackend::new().source("http://files.test/os.iso", |source| source.contents("tampered"));
+    let mut plan = installing();
+    plan["machines"][0]["isos"][0]["sha256"] = json!("22".repeat(32));
+    let ended = build(&backend, plan).await;
+    let failure = ended.failure();
+    assert_eq!(failure.error.kind(), ErrorKind::ChecksumMismatch);
+    let report = failure.report.to_string();
+    for part in ["vm a", "iso 1", "http://files.test/os.iso", "expected sha256 2222"] {
+        assert!(report.contains(part), "{part:?} in\n{report}");
+    }
 }

@@ -33,7 +33,7 @@ async fn with_person(
         }
         events.push(event);
     }
-    let ended = Ended { events, outcome: handle.outcome().await };
+    let ended = Ended { events, outcome: handle.outcome().await, specs: Vec::new() };
     assert_eq!(backend.leftovers().await, Vec::<String>::new());
     ended
 }

@@ -109,7 +109,11 @@ async fn a_lab_that_cannot_be_removed_does_not_hide_the_module() {
 async fn a_reader_that_comes_late_and_reads_slowly_sees_what_matters() {
     let noise: String = (0..500).map(|n| format!("echo line {n}\n")).collect();
     let backend = MemoryBackend::new();
-    let hooked = std::sync::Arc::new(super::Hooked { inner: backend.clone(), hooks: Default::default() });
+    let hooked = std::sync::Arc::new(super::Hooked {
+        inner: backend.clone(),
+        hooks: Default::default(),
+        specs: Default::default(),
+    });
     let plan = read(plan(vec![vm("a", vec![shell("noise", &noise)])]));
     let build = rudder_core::build::Build::new(plan, hooked).event_capacity(8).start();
     let mut early = build.events();

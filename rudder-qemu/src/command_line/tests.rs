@@ -294,3 +294,70 @@ fn a_tpm_is_a_device_that_talks_to_swtpm() {
     assert_eq!(values(&line, "-device", "tpm"), ["tpm-crb,tpmdev=tpm0"]);
     assert!(devices(&spec).contains(&"tpm-crb"));
 }
+
+#[test]
+fn cd_roms_and_a_floppy() {
+    let mut spec = with_disks([Bus::Virtio]);
+    spec.cdroms = vec!["/store/a, b".into(), "/store/c".into()];
+    spec.floppy = Some(std::sync::Arc::from([]));
+    let made = line(&spec);
+    assert_eq!(
+        values(&made, "-blockdev", "cdrom0"),
+        [
+            r#"{"node-name":"cdrom0","driver":"raw","read-only":true,"file":{"driver":"file","filename":"/store/a, b","read-only":true}}"#
+        ]
+    );
+    assert_eq!(
+        values(&made, "-blockdev", "floppy"),
+        [r#"{"node-name":"floppy","driver":"raw","file":{"driver":"file","filename":"m0.floppy.img"}}"#]
+    );
+    assert_eq!(
+        values(&made, "-device", "drive="),
+        [
+            "virtio-blk-pci,bus=pci.0,addr=08.0,multifunction=on,id=disk0-device,drive=disk0,werror=stop,rerror=stop,bootindex=0",
+            "ide-cd,bus=ide.0,unit=0,id=cdrom0-device,drive=cdrom0,bootindex=1",
+            "ide-cd,bus=ide.0,unit=1,id=cdrom1-device,drive=cdrom1,bootindex=2",
+            "floppy,id=floppy-device,drive=floppy,drive-type=144",
+        ]
+    );
+    assert_eq!(devices(&spec), ["VGA", "virtio-blk-pci", "ide-cd", "floppy"]);
+}
+
+#[test]
+fn the_younger_chipset_has_sata_for_cd_roms_and_lacks_a_floppy_controller() {
+    let mut spec = with_disks([Bus::Virtio]);
+    spec.firmware = Firmware::Uefi;
+    spec.cdroms = (0..6).map(|n| format!("/{n}").into()).collect();
+    spec.floppy = Some(std::sync::Arc::from([]));
+    assert_eq!(
+        values(&line(&spec), "-device", "cdrom5"),
+        ["ide-cd,bus=ide.5,id=cdrom5-device,drive=cdrom5,bootindex=6"]
+    );
+    assert_eq!(values(&line(&spec), "-device", "isa-fdc"), ["isa-fdc"]);
+    assert_eq!(devices(&spec), ["VGA", "virtio-blk-pci", "ide-cd", "floppy", "isa-fdc"]);
+}
+
+#[test]
+fn cd_roms_are_all_on_one_bus() {
+    let cdroms = |spec: &MachineSpec| values(&line(spec), "-device", "ide-cd,");
+    let mut spec = with_disks([Bus::Ide, Bus::Ide]);
+    spec.cdroms = vec!["/a".into(), "/b".into()];
+    assert_eq!(
+        cdroms(&spec),
+        [
+            "ide-cd,bus=ide.1,unit=0,id=cdrom0-device,drive=cdrom0,bootindex=1",
+            "ide-cd,bus=ide.1,unit=1,id=cdrom1-device,drive=cdrom1,bootindex=2",
+        ]
+    );
+    // With the seed there is no room for both.
+    spec.seed = seed();
+    assert_eq!(
+        cdroms(&spec),
+        [
+            "ide-cd,bus=sata0.0,id=cdrom0-device,drive=cdrom0,bootindex=1",
+            "ide-cd,bus=sata0.1,id=cdrom1-device,drive=cdrom1,bootindex=2",
+            "ide-cd,bus=ide.1,unit=0,id=seed-device,drive=seed",
+        ]
+    );
+    assert!(devices(&spec).contains(&"ich9-ahci"));
+}

@@ -55,6 +55,45 @@ pub fn power_off_on_button() -> Vec<u8> {
     disk(&[&say("ready"), &wait, POWER_OFF, REST])
 }
 
+/// Says this, writes another disk's first sector over that of the first disk, and resets the machine.
+pub fn install(text: &str, disk: &[u8]) -> Vec<u8> {
+    let write = [
+        0x31, 0xc0, 0x8e, 0xc0, 0xfb, // xor ax, ax; mov es, ax; sti
+        0xb8, 0x01, 0x03, 0xbb, 0x00, 0x7e, // mov ax, 0x0301; mov bx, 0x7e00
+        0xb9, 0x01, 0x00, 0xba, 0x80, 0x00, 0xcd, 0x13, // mov cx, 1; mov dx, 0x80; int 0x13
+        0xb0, 0xfe, 0xe6, 0x64, // mov al, 0xfe; out 0x64, al
+    ];
+    let mut code = [say(text), write.to_vec(), REST.to_vec()].concat();
+    code.resize(512, 0);
+    [code, disk[..512].to_vec()].concat()
+}
+
+/// A CD-ROM that boots this code (El Torito 1.0, no emulation): the descriptors at sector 16 and behind, the boot catalogue
+/// at 19, the code at 20.
+pub fn cdrom(code: &[u8]) -> Vec<u8> {
+    let mut image = vec![0; 16 * 2048];
+    let mut sector = |content: &[&[u8]]| {
+        let mut bytes = content.concat();
+        bytes.resize(2048, 0);
+        image.extend(bytes);
+    };
+    sector(&[b"\x01CD001\x01"]);
+    let mut record = [b"\0CD001\x01EL TORITO SPECIFICATION".as_slice(), &[0; 41]].concat();
+    assert_eq!(record.len(), 0x47);
+    record.extend(19u32.to_le_bytes());
+    sector(&[&record]);
+    sector(&[b"\xffCD001\x01"]);
+    let mut validation = [0u8; 32];
+    validation[0] = 1;
+    validation[30..].copy_from_slice(&[0x55, 0xaa]);
+    let sum =
+        validation.chunks(2).fold(0u16, |sum, word| sum.wrapping_add(u16::from_le_bytes([word[0], word[1]])));
+    validation[28..30].copy_from_slice(&0u16.wrapping_sub(sum).to_le_bytes());
+    sector(&[&validation, &[0x88, 0, 0, 0, 0, 0, 4, 0], &20u32.to_le_bytes()]);
+    sector(&[code]);
+    image
+}
+
 /// Tells the pvpanic device that it panics.
 pub fn panic() -> Vec<u8> {
     disk(&[&say("Kernel panic"), &[0xba, 0x05, 0x05, 0xb0, 0x01, 0xee], REST])
