@@ -284,7 +284,7 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     line.option("-action", "panic=pause,shutdown=poweroff,reboot=reset");
     line.option("-msg", "timestamp=on");
     line.option("-display", "none");
-    line.option("-vnc", format!("unix:{},share=force-shared", files.display));
+    line.option("-vnc", format!("unix:{},share=force-shared,key-delay-ms=0", files.display));
     let vga = line.device("VGA", place::VGA, 0);
     line.option("-device", vga);
     line.option("-chardev", format!("socket,id=qmp,path={},server=on,wait=off", files.qmp));

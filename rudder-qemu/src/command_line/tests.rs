@@ -94,7 +94,7 @@ fn an_ordinary_machine() {
 -action panic=pause,shutdown=poweroff,reboot=reset
 -msg timestamp=on
 -display none
--vnc unix:m0.vnc,share=force-shared
+-vnc unix:m0.vnc,share=force-shared,key-delay-ms=0
 -device VGA,bus=pci.0,addr=02.0
 -chardev socket,id=qmp,path=m0.qmp,server=on,wait=off
 -mon chardev=qmp,mode=control
