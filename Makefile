@@ -18,7 +18,7 @@ demo: guests ## Build a module from a real Debian guest, then a second one on to
 	@tools/demo "$(STORE)"
 
 test: guests ## Every test, those with real guests included
-	@tools/setup build headers qemu libvirt test
+	@tools/setup build headers qemu libvirt isos test
 	@$(call timed,test: compiling,cargo test --workspace --features libvirt --no-run --quiet)
 	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace --features libvirt --no-fail-fast)
 

@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::print_stderr, unreachable_pub)]
 
 pub mod http;
+pub mod typing;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;

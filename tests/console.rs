@@ -1,0 +1,29 @@
+//! Typing into real programs on QEMU: nothing is lost, nothing comes twice, whatever reads the keyboard.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+mod support;
+
+use support::typing::{self, Typed, printable};
+
+/// Characters of every printable kind.
+const MANY: usize = 2000;
+
+fn expect_all(typed: &Typed) {
+    eprintln!("{} characters in {:.1?}: {:.0} per second", typed.strokes, typed.took, typed.rate());
+    assert_eq!(typed.found, typed.wanted);
+}
+
+#[tokio::test]
+async fn grub_gets_every_character() {
+    expect_all(&typing::grub(&printable(MANY)).await);
+}
+
+#[tokio::test]
+async fn ipxe_gets_every_character() {
+    expect_all(&typing::ipxe(&printable(MANY)).await);
+}
+
+#[tokio::test]
+async fn linux_gets_every_character() {
+    expect_all(&typing::linux(&printable(MANY), &support::guest_path("tiny.qcow2")).await);
+}
