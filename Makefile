@@ -32,7 +32,7 @@ check: ## Format, lints, documentation, licences and sources of dependencies, th
 
 guests: ## The guests of the tests and the demo, from Debian's packages, into target/guests
 	@tools/setup qemu guests
-	@tools/guests/make --out $(GUESTS) debian-12 tiny
+	@tools/guests/make --out $(GUESTS) debian-12 tiny installer
 
 RUNS ?= 5
 

@@ -1,7 +1,7 @@
 # A tiny guest: Debian's kernel, busybox, dropbear and sudo. It answers SSH within seconds without hardware acceleration,
 # understands the part of a NoCloud seed that Rudder writes, keeps its disk, and has no bash, no cloud-init and no systemd.
 # Password logins are allowed, and there is one user with a fixed password for tests: tester, password tester.
-# Sourced by make.
+# Sourced by make. Uses: early.sh
 
 uuid=7c2b9a34-05d1-4b7e-8c1f-90ab3d6e4f21
 all=$work/all # Debian's packages, unpacked and not configured
@@ -15,18 +15,8 @@ mmdebstrap --mode=root --variant=extract --include="$packages" --aptopt='Acquire
     --extract-hook="ls \"\$1/var/cache/apt/archives\" >'$work/packages'" "$suite" "$all" "$work/sources"
 kernel=$(basename "$all"/lib/modules/*)
 
-# copy FILE...: programs of $all into $root, each with the libraries it is linked with.
-copy() {
-    local file library
-    for file in "$@"; do
-        mkdir -p "$root$(dirname "$file")"
-        cp -aL "$all$file" "$root$file"
-        for library in $(chroot "$all" /lib64/ld-linux-x86-64.so.2 --list "$file" 2>/dev/null | grep -oE '/[^ ]+'); do
-            mkdir -p "$root$(dirname "$library")"
-            cp -L "$all$library" "$root$library"
-        done
-    done
-}
+. "$here/early.sh"
+copy() { copy_programs "$all" "$root" "$@"; }
 
 # The tree is laid out as Debian's is: /bin and its neighbours are links into /usr.
 mkdir -p "$root"/usr/bin "$root"/usr/sbin "$root"/usr/lib "$root"/usr/lib64
@@ -84,31 +74,17 @@ printf '#!/bin/sh\nexec /sbin/poweroff\n' >"$root/etc/acpi/PWRF/00000080"
 chmod 755 "$root/etc/acpi/PWRF/00000080"
 
 # The initramfs carries every driver that a guest of any manifest needs, and loads those whose hardware is there.
-mkdir -p "$early/bin" "$early/dev" "$early/proc" "$early/sys" "$early/root" "$early/lib/modules/$kernel"
-cp "$all/bin/busybox" "$early/bin/busybox"
-for applet in sh grep mount modprobe cat sort xargs findfs sleep poweroff cp echo switch_root; do ln -s busybox "$early/bin/$applet"; done
-mkdir "$early/sbin" && ln -s ../bin/busybox "$early/sbin/modprobe" # where the kernel looks for it
+early_programs "$all" "$early" sh grep mount modprobe cat sort xargs findfs sleep poweroff cp echo switch_root
+mkdir "$early/root"
 sed "s/@UUID@/$uuid/" "$here/tiny/init" >"$early/init"
 chmod 755 "$early/init"
 wanted="ext4 crc32c_generic crc32c_intel vfat isofs nls_cp437 nls_ascii nls_iso8859-1 nls_utf8
     virtio_pci virtio_blk virtio_scsi virtio_net virtio_rng virtio_balloon sd_mod sr_mod ahci ata_piix ata_generic sym53c8xx
     usb-storage uas xhci-pci ehci-pci uhci-hcd ohci-pci floppy
     e1000 e1000e 8139cp 8139too pcnet32 ne2k-pci af_packet button evdev pvpanic-mmio pvpanic-pci i6300esb"
-chroot "$all" depmod "$kernel"
-for name in $wanted; do
-    chroot "$all" modprobe --set-version "$kernel" --show-depends "$name" 2>/dev/null || echo "missing $name" >&2
-done | awk '$1 == "insmod" {print $2}' | sort -u >"$work/modules"
-while read -r file; do
-    mkdir -p "$early$(dirname "$file")"
-    # Without their signatures, which take longer to verify than the modules to load.
-    strip --strip-debug -o "$early$file" "$all$file"
-done <"$work/modules"
-cp "$all/lib/modules/$kernel/modules.builtin" "$all/lib/modules/$kernel/modules.order" "$early/lib/modules/$kernel/"
-mkdir -p "$all/trimmed/lib/modules" && cp -a "$early/lib/modules/$kernel" "$all/trimmed/lib/modules/"
-chroot "$all" depmod -b /trimmed "$kernel"
-rm -rf "$early/lib/modules" && mv "$all/trimmed/lib/modules" "$early/lib/modules"
-rm -f "$early/lib/modules/$kernel"/*.bin
-(cd "$early" && find . -print0 | LC_ALL=C sort -z | cpio --null --quiet -o -H newc) | lz4 -q -l -9 >"$root/boot/initrd"
+# shellcheck disable=SC2086
+early_modules "$all" "$early" "$kernel" $wanted
+pack_early "$early" "$root/boot/initrd"
 cp "$all/boot/vmlinuz-$kernel" "$root/boot/vmlinuz"
 
 line="console=tty0 console=ttyS0,115200 loglevel=4 random.trust_cpu=on no_timer_check usb-storage.delay_use=0 nomodeset mitigations=off nokaslr cryptomgr.notests audit=0"
