@@ -84,6 +84,7 @@ impl Lab for QemuLab {
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         let refuse = |error: Error| error.with_context("vm", &spec.name);
+        self.ground.dir.check_open().map_err(refuse)?;
         for disk in &spec.disks {
             self.ground.volume_size(&disk.volume.id).map_err(refuse)?;
         }

@@ -28,6 +28,7 @@ mod machine;
 pub mod parts;
 mod process;
 mod qmp;
+mod serial;
 mod state;
 mod tpm;
 mod watch;

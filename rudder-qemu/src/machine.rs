@@ -5,6 +5,7 @@ use crate::{
     lab::Ground,
     process::{Invocation, Lifetime, OwnedChild, describe},
     qmp::{Note, Qmp},
+    serial,
     state::{self, Flash, Parent},
     tpm,
     watch::{Companion, Phase, Watcher, last_words, tail},
@@ -413,7 +414,12 @@ impl Machine for QemuMachine {
     }
 
     async fn serial(&self) -> Result<BoxedStream> {
-        self.open_socket(&self.files.serial, "serial console").await
+        self.with_running(|_| ())?;
+        let (record, socket) =
+            (self.ground.path(&self.files.serial_log), self.ground.socket(&self.files.serial));
+        serial::connect(record, socket, self.phase.subscribe()).await.map_err(|error| {
+            self.error(ErrorKind::Protocol, "cannot connect to the serial console").with_source(error)
+        })
     }
 
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {

@@ -13,7 +13,7 @@ use std::{io, path::Path, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader, DuplexStream},
     net::{UnixStream, unix::OwnedWriteHalf},
-    sync::mpsc,
+    sync::{Mutex, mpsc},
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -35,6 +35,9 @@ pub(crate) enum Note {
 #[derive(Clone)]
 pub(crate) struct Qmp {
     service: Arc<QapiService<QmpStreamTokio<OwnedWriteHalf>>>,
+    /// Whose turn it is to speak, and whether QEMU has hung up: the service takes no command after one that could not
+    /// be sent.
+    hung_up: Arc<Mutex<bool>>,
     /// Reads as long as anybody holds the connection.
     _reader: Arc<[AbortOnDropHandle<()>; 2]>,
 }
@@ -68,7 +71,10 @@ impl Qmp {
                 }
             }
         }));
-        Ok((Self { service: Arc::new(service), _reader: Arc::new([filter, reader]) }, receiver))
+        Ok((
+            Self { service: Arc::new(service), hung_up: Arc::default(), _reader: Arc::new([filter, reader]) },
+            receiver,
+        ))
     }
 
     /// Sends a command and waits for its answer. A dropped future does not disturb the conversation.
@@ -78,7 +84,17 @@ impl Qmp {
         C::Ok: Send + 'static,
     {
         let this = self.clone();
-        let answer = tokio::spawn(async move { this.service.execute(command).await });
+        let answer = tokio::spawn(async move {
+            let mut hung_up = this.hung_up.lock().await;
+            if *hung_up {
+                return Err(ExecuteError::Io(io::ErrorKind::BrokenPipe.into()));
+            }
+            let answer = this.service.execute(command).await;
+            // What cannot be understood was answered all the same.
+            *hung_up =
+                matches!(&answer, Err(ExecuteError::Io(error)) if error.kind() != io::ErrorKind::InvalidData);
+            answer
+        });
         let failed = |message: String| Error::new(ErrorKind::Protocol, message);
         match tokio::time::timeout(ANSWER_LIMIT, answer).await {
             Ok(Ok(Ok(answer))) => Ok(answer),

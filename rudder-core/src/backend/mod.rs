@@ -146,7 +146,7 @@ pub trait Machine: Debug + Send + Sync {
     /// ended. Empty where nothing is kept.
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>>;
 
-    /// A picture of the screen, as PNG. Needs [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
+    /// A picture of the screen, as PNG. Of a machine that has ended: the last that there is of it, or `Conflict`. Needs [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
     async fn screenshot(&self) -> Result<Vec<u8>>;
 
     /// Where programs of the host reach a TCP port of the guest while it runs, also after its owner is gone; `None` where only

@@ -11,7 +11,7 @@ use crate::{
     Error, ErrorKind, Result,
     backend::{
         Exit, FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine,
-        MachineSpec, ModuleDraft, Progress, Served, Site, Volume,
+        MachineSpec, ModuleDraft, Progress, Retention, Served, Site, Volume,
     },
     digest::Digest,
     media::http::{self, Admission, Server},
@@ -42,6 +42,7 @@ pub(super) struct LabCore {
     /// The names of its subnets.
     subnets: Vec<String>,
     volumes: Volumes,
+    retention: Retention,
     state: Mutex<LabState>,
 }
 
@@ -59,7 +60,14 @@ struct LabState {
 impl LabCore {
     pub(super) fn new(spec: &LabSpec, shared: Arc<Shared>) -> Self {
         let subnets = spec.network.subnets.iter().map(|subnet| subnet.name.clone()).collect();
-        Self { id: spec.id.clone(), shared, subnets, volumes: Volumes::default(), state: Mutex::default() }
+        Self {
+            id: spec.id.clone(),
+            shared,
+            subnets,
+            volumes: Volumes::default(),
+            retention: spec.retention,
+            state: Mutex::default(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, LabState> {
@@ -196,6 +204,9 @@ fn large_enough(request: &ImportRequest, source: u64) -> Result<u64> {
 /// Pretends a transfer, and gives the digest of what came.
 async fn transfer(source: &Source, url: &PlannedUrl, progress: &Progress) -> Result<Digest> {
     const PIECES: u32 = 10;
+    if let Some(fault) = source.fault.as_ref().filter(|fault| fault.budget.take()) {
+        return Err(fault.error().with_context("url", shown(&url.url)));
+    }
     let task = format!("download {}", shown(&url.url));
     for piece in 0..PIECES {
         progress.bytes(&task, source.served * u64::from(piece) / u64::from(PIECES), Some(source.served));
@@ -390,6 +401,10 @@ impl Lab for MemoryLab {
     async fn keep(&self) -> Result<KeptLab> {
         self.core.shared.check(Operation::Keep)?;
         self.core.check_alive()?;
+        if self.core.retention != Retention::MayBeKept {
+            let message = format!("lab {} ends with its owner: it was not opened to be kept", self.core.id);
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
         self.core.state().kept = true;
         self.core.shared.hold(&self.core);
         Ok(self.core.as_kept())

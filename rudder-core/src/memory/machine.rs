@@ -121,7 +121,18 @@ impl MachineCore {
             write_serial(&mut state.serial, b"Kernel panic - not syncing\n");
         }
         boot.power.cancel();
+        self.unplug();
         self.life.send_replace(Life::Ended(exit));
+        self.serial_changed.send_replace(());
+    }
+
+    /// Says something on the serial console, if it runs.
+    pub(super) fn say(&self, bytes: &[u8]) {
+        let mut state = self.state();
+        if state.boot.is_some() {
+            write_serial(&mut state.serial, bytes);
+        }
+        drop(state);
         self.serial_changed.send_replace(());
     }
 
@@ -167,6 +178,7 @@ impl MachineCore {
         let files = boot.guest.files.clone();
         state.boot = Some(boot);
         drop(state);
+        self.plug();
         self.with_files(|tree| {
             for (path, content) in files {
                 if tree.get(&path).is_none() {
@@ -359,8 +371,11 @@ impl Machine for MemoryMachine {
                 tokio::select! {
                     () = boot.power.cancelled() => {}
                     ok = changed.changed() => if ok.is_err() { break },
-                    // What is typed on the console is read and forgotten; its end is the end.
-                    end = swallow(&mut far) => if end { break },
+                    // What is typed on the console is shown, as a terminal does, and forgotten; its end is the end.
+                    typed = typed(&mut far) => match typed {
+                        Some(typed) => core.say(&typed),
+                        None => break,
+                    },
                 }
             }
         });
@@ -423,11 +438,14 @@ impl Machine for MemoryMachine {
     }
 }
 
-/// Reads and forgets; whether the other side is gone.
-async fn swallow(stream: &mut DuplexStream) -> bool {
+/// What the other side sends; `None` when it is gone.
+async fn typed(stream: &mut DuplexStream) -> Option<Vec<u8>> {
     use tokio::io::AsyncReadExt as _;
     let mut buffer = [0; 256];
-    !matches!(stream.read(&mut buffer).await, Ok(1..))
+    match stream.read(&mut buffer).await {
+        Ok(count @ 1..) => Some(buffer[..count].to_vec()),
+        _ => None,
+    }
 }
 
 /// Sends back what comes, until that ends.
@@ -454,7 +472,7 @@ fn hold(mut far: DuplexStream, token: CancellationToken, connection: super::Coun
         loop {
             tokio::select! {
                 () = token.cancelled() => break,
-                end = swallow(&mut far) => if end { break },
+                typed = typed(&mut far) => if typed.is_none() { break },
             }
         }
     });

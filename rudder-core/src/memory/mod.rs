@@ -49,6 +49,7 @@
 //! ```
 
 mod files;
+mod hardware;
 mod lab;
 mod machine;
 mod script;

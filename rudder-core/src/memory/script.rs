@@ -348,6 +348,7 @@ pub struct Source {
     pub(super) verified: bool,
     pub(super) contents: Option<Vec<u8>>,
     pub(super) files: Vec<(String, Vec<u8>)>,
+    pub(super) fault: Option<Fault>,
 }
 
 impl Default for Source {
@@ -360,6 +361,7 @@ impl Default for Source {
             verified: false,
             contents: None,
             files: Vec::new(),
+            fault: None,
         }
     }
 }
@@ -400,6 +402,12 @@ impl Source {
         let bytes = bytes.into();
         self.served = bytes.len() as u64;
         self.contents = Some(bytes);
+        self
+    }
+
+    /// Getting it fails.
+    pub fn fails(mut self, fault: Fault) -> Self {
+        self.fault = Some(fault);
         self
     }
 

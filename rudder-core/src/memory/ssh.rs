@@ -262,6 +262,7 @@ impl Exec {
             let host = &self.machine.spec.name;
             Shell::new(tree, &self.boot.guest, &self.boot.id, host, &self.user, stdin).run(&self.command)
         });
+        self.machine.say_what_was_written();
         let acts = acts.unwrap_or_else(|| vec![Act::Exit(127)]);
         // A client that signals or closes the channel ends the command; what else it sends is read and forgotten.
         let ended = async {

@@ -140,6 +140,19 @@ impl LabDir {
         self.held().ledger.id.clone()
     }
 
+    /// Whether the lab may be worked in: it was not destroyed.
+    ///
+    /// # Errors
+    /// `Conflict` when it was.
+    pub fn check_open(&self) -> Result<()> {
+        let held = self.held();
+        if held.lock.is_none() {
+            let message = format!("lab {} was destroyed already", held.ledger.id);
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        Ok(())
+    }
+
     /// Writes down a process, so that it is ended when the lab is destroyed, also by others after the owner died.
     /// Its command line, working directory or environment ([`LAB_VARIABLE`]) must name the lab's id: nothing else is killed.
     ///
@@ -212,13 +225,8 @@ impl LabDir {
     }
 
     fn update(&self, change: impl FnOnce(&mut Held)) -> Result<()> {
+        self.check_open()?;
         let mut held = self.held();
-        if held.lock.is_none() {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                format!("lab {} was destroyed already", held.ledger.id),
-            ));
-        }
         change(&mut held);
         durable::write_json(&self.path.join("ledger.json"), &held.ledger, 0o600)
     }

@@ -187,8 +187,9 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
     }
     let dir = store.module_dir(&name);
     let _lock = FileLock::wait(&store.module_lock(&name), Mode::Exclusive)?;
-    durable::make_dir(&dir, 0o755)?;
+    // Before anything is made: what is refused leaves nothing.
     let files = place_files(lab, &mut draft.machines)?;
+    durable::make_dir(&dir, 0o755)?;
     let digest = content_digest(&name, &draft.machines, &draft.network)?;
     let target = dir.join(digest.to_string());
     let mut module = Module {

@@ -33,6 +33,11 @@ pub trait Adapter: Debug + Send + Sync + 'static {
         None
     }
 
+    /// URLs that are no images; `None`: that they are refused is not tested.
+    fn bad_images(&self) -> Option<BadImages> {
+        None
+    }
+
     /// How somebody else becomes an owner of labs, and dies.
     fn owners(&self) -> Owners;
 
@@ -78,6 +83,11 @@ pub struct GuestImage {
     pub echo: Option<Echo>,
     /// Text that comes on its serial console when it boots.
     pub serial_says: Option<String>,
+    /// A command that prints a line for each network card: its hardware address, a blank, and its place. Places, compared as
+    /// text, are in the order of slots. That of Linux with `sysfs`.
+    pub cards: String,
+    /// How much is sent each way when much is sent, in bytes.
+    pub large: usize,
     /// The files of its disks after the first, in order, when they are on virtio: each holds the disk's bytes.
     pub data_disks: Vec<String>,
 }
@@ -95,8 +105,29 @@ impl GuestImage {
             boots_within: Duration::from_secs(120),
             echo: None,
             serial_says: None,
+            large: 16 << 20,
+            cards: "cd /sys/class/net && for c in e*; do echo \"$(cat $c/address) $(readlink -f $c/device)\"; done"
+                .to_owned(),
             data_disks: ["/dev/vdb", "/dev/vdc"].map(str::to_owned).to_vec(),
         }
+    }
+}
+
+/// URLs that are no images.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct BadImages {
+    /// Nothing is there.
+    pub missing: url::Url,
+    /// Something is there that says it is an image, and is broken.
+    pub broken: url::Url,
+}
+
+impl BadImages {
+    /// These.
+    #[must_use]
+    pub fn new(missing: url::Url, broken: url::Url) -> Self {
+        Self { missing, broken }
     }
 }
 

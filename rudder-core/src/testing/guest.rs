@@ -72,11 +72,6 @@ impl Prepared {
 }
 
 impl Booted {
-    /// A machine with the guest in this lab.
-    pub(super) async fn boot(rig: &Rig, lab: Arc<dyn Lab>, name: &str) -> Verdict<Self> {
-        Prepared::new(rig, &*lab, name, None).await?.boot(rig, lab).await
-    }
-
     /// Logs in to a machine that was started.
     pub(super) async fn log_in(
         rig: &Rig,

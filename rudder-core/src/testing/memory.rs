@@ -1,10 +1,10 @@
 //! The memory backend under test.
 
-use super::{Adapter, Echo, GuestImage, Owners};
+use super::{Adapter, BadImages, Echo, GuestImage, Owners};
 use crate::{
     Error, ErrorKind, Result,
     backend::{Backend, Death, LabId},
-    memory::MemoryBackend,
+    memory::{Fault, MemoryBackend, Source},
     plan::PlannedUrl,
 };
 use async_trait::async_trait;
@@ -12,6 +12,12 @@ use std::{sync::Arc, time::Duration};
 
 /// The port of its guests' echo.
 const ECHO: u16 = 7;
+/// The image of its guests; its bytes are compared with what is promised of them.
+const IMAGE: &str = "https://images.example/guest.qcow2";
+/// Nothing is there.
+const MISSING: &str = "https://images.example/missing.qcow2";
+/// It is no image.
+const BROKEN: &str = "https://images.example/broken.qcow2";
 /// How long its guests take to boot: long enough to be dialled too early.
 const BOOT: Duration = Duration::from_millis(50);
 
@@ -23,7 +29,14 @@ pub struct MemoryAdapter {
 
 impl Default for MemoryAdapter {
     fn default() -> Self {
-        Self { backend: MemoryBackend::new().every_machine(|guest| guest.echoes(ECHO).boot_delay(BOOT)) }
+        let missing = Fault::new(ErrorKind::NotFound, "expected status 200, but found 404");
+        let broken = Fault::new(ErrorKind::InvalidImage, "expected a disk image, but found something else");
+        let backend = MemoryBackend::new()
+            .every_machine(|guest| guest.echoes(ECHO).boot_delay(BOOT))
+            .source(IMAGE, Source::wrong_checksum)
+            .source(MISSING, |source| source.fails(missing))
+            .source(BROKEN, |source| source.fails(broken));
+        Self { backend }
     }
 }
 
@@ -70,12 +83,17 @@ impl Adapter for MemoryAdapter {
     }
 
     fn guest(&self) -> Option<GuestImage> {
-        let url = "https://images.example/guest.qcow2".parse().ok()?;
+        let url = IMAGE.parse().ok()?;
         let mut guest = GuestImage::new(PlannedUrl { url, sha256: None });
         guest.boots_within = Duration::from_secs(10);
         guest.echo = Some(Echo::new(ECHO, None));
+        guest.cards = "cat /run/cards".to_owned();
         guest.serial_says = Some("Booting in memory".to_owned());
         Some(guest)
+    }
+
+    fn bad_images(&self) -> Option<BadImages> {
+        Some(BadImages::new(MISSING.parse().ok()?, BROKEN.parse().ok()?))
     }
 
     fn owners(&self) -> Owners {

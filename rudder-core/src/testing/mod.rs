@@ -23,19 +23,28 @@
 //! versioning: a newer suite asks for more.
 
 mod adapter;
+pub mod builds;
+pub mod consoles;
+pub mod dropped;
+pub mod firmware;
 mod guest;
+pub mod hardware;
+pub mod imports;
 pub mod labs;
 pub mod machines;
 mod memory;
+pub mod modules;
 pub mod owners;
 mod report;
 mod rig;
 mod run;
+pub mod served;
 pub mod streams;
+pub mod texts;
 mod verdict;
 
 pub use self::{
-    adapter::{Adapter, Echo, GuestImage, Owners},
+    adapter::{Adapter, BadImages, Echo, GuestImage, Owners},
     memory::MemoryAdapter,
     owners::{OWNER_VARIABLE, own},
     report::{Outcome, Report, TestReport},

@@ -2,12 +2,13 @@
 
 use super::{
     Adapter, NotPassed, Owners, Rig, Verdict,
-    rig::eventually,
-    verdict::{During as _, ensure, fail, refused},
+    modules::{captured, draft, halted, published, template, whole},
+    rig::{eventually, network},
+    verdict::{During as _, ensure, fail, refused, same},
 };
 use crate::{
     Error, ErrorKind,
-    backend::{Backend, LabId},
+    backend::{Backend, Exit, LabId, LabSpec, Retention},
 };
 use std::{
     env,
@@ -24,8 +25,10 @@ use tokio::{
 /// Set for a process that shall call [`own`]; its value says what the owner does.
 pub const OWNER_VARIABLE: &str = "RUDDER_SUITE_OWNER";
 
-/// Begins the line in which an owner tells the id of its lab.
+/// Begins the line in which an owner tells the id of its lab, once it has done what it was asked for.
 const TELLS: &str = "rudder-suite-lab ";
+/// How long an owner is left alone after it began to publish, before it is killed, in ms.
+const INTO_PUBLISHING: [u64; 6] = [0, 1, 3, 8, 20, 60];
 
 /// Plays an owner of a lab, in a process of its own, until it is killed or its standard input ends. Returns when that did
 /// not work.
@@ -44,16 +47,30 @@ pub async fn own(adapter: Arc<dyn Adapter>) -> NotPassed {
                 rig.running(&*lab, "web").await?;
                 lab
             }
+            "publish" => {
+                let lab = rig.lab("owned").await?;
+                let machine = halted(&rig, &*lab, "new").await?;
+                loop {
+                    let disk = captured(&*machine).await?;
+                    tell(lab.id())?;
+                    let wanted = draft("base", vec![template("new", vec![disk])]);
+                    lab.publish(wanted).await.during("publish")?;
+                }
+            }
             other => fail!("expected a role in {OWNER_VARIABLE}, but found {other:?}"),
         };
-        let said = writeln!(std::io::stdout(), "{TELLS}{}", lab.id());
-        said.map_err(|error| Error::io("tell the id of the lab", error))?;
+        tell(lab.id())?;
         std::future::pending::<Verdict>().await
     };
     match played.await {
         Ok(()) => NotPassed::Failed("it ended".to_owned()),
         Err(problem) => problem,
     }
+}
+
+fn tell(id: &LabId) -> Verdict {
+    let said = writeln!(std::io::stdout(), "{TELLS}{id}");
+    Ok(said.map_err(|error| Error::io("tell the id of the lab", error))?)
 }
 
 /// Somebody else's lab.
@@ -71,7 +88,7 @@ impl Owned {
     /// A lab with a running machine, of somebody else.
     async fn new(rig: &Rig) -> Verdict<Self> {
         match rig.adapter().owners() {
-            Owners::Process(command) => Self::spawn(command).await,
+            Owners::Process(command) => Self::spawn(command, "hold").await,
             Owners::Handle => {
                 let lab = rig.lab("owned").await?;
                 let machine = rig.running(&*lab, "web").await?;
@@ -80,9 +97,10 @@ impl Owned {
         }
     }
 
-    async fn spawn(command: std::process::Command) -> Verdict<Self> {
+    /// A process that plays this role, as soon as it tells so.
+    async fn spawn(command: std::process::Command, role: &str) -> Verdict<Self> {
         let mut command = Command::from(command);
-        command.env(OWNER_VARIABLE, "hold").kill_on_drop(true);
+        command.env(OWNER_VARIABLE, role).kill_on_drop(true);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = command.spawn().map_err(|error| Error::io("start an owner", error))?;
         let stdout = child.stdout.take();
@@ -180,4 +198,99 @@ async fn spares(backend: &dyn Backend, ids: &[&LabId]) -> Verdict {
     let kept = backend.kept_labs().await.during("list kept labs")?;
     ensure!(kept.is_empty(), "expected no kept lab, but found {kept:?}");
     Ok(())
+}
+
+/// A lab that was kept outlives its owner, its machines run on, and it is removed by its id, once.
+pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
+    let ends = rig.lab("ends").await?;
+    refused(ends.keep().await, ErrorKind::InvalidInput, "keep a lab that was opened to end with its owner")?;
+    ends.destroy().await.during("destroy it")?;
+    let mut spec = LabSpec::new("kept", network());
+    spec.retention = Retention::MayBeKept;
+    let lab = rig.backend().open_lab(&spec).await.during("open a lab that may be kept")?;
+    let machine = rig.running(&*lab, "web").await?;
+    let kept = lab.keep().await.during("keep a lab")?;
+    same(&kept.id, &spec.id, "the id of a kept lab")?;
+    ensure!(!kept.access.is_empty(), "expected how to get into a kept lab, but found nothing");
+    drop((machine, lab));
+    let another = rig.adapter().another().await.during("open the backend once more")?;
+    for backend in [rig.backend(), &*another] {
+        backend.reap().await.during("reap")?;
+        let found = backend.kept_labs().await.during("list kept labs")?;
+        same(&found, &vec![kept.clone()], "the labs that were kept")?;
+    }
+    let traces = rig.left().await?;
+    ensure!(
+        traces.iter().any(|line| line.contains(kept.id.as_str())),
+        "expected the kept lab to be there after its owner left, but found only {traces:?}"
+    );
+    rig.adapter().kill(&kept.id, "web").await.during("find the machine of the kept lab running")?;
+    another.remove_lab(&kept.id).await.during("remove a kept lab")?;
+    rig.expect_nothing_left("after a kept lab was removed").await?;
+    refused(rig.backend().remove_lab(&kept.id).await, ErrorKind::NotFound, "remove it again")?;
+    let lab = rig.backend().open_lab(&spec).await.during("open a lab of the same id")?;
+    let machine = rig.running(&*lab, "web").await?;
+    lab.keep().await.during("keep it")?;
+    lab.destroy().await.during("destroy a lab that was kept")?;
+    let exit = machine.wait().await.during("wait for its machine")?;
+    ensure!(matches!(exit, Exit::Killed { .. }), "expected Killed, but found {exit:?}");
+    let kept = rig.backend().kept_labs().await.during("list kept labs")?;
+    ensure!(kept.is_empty(), "expected no kept lab after it was destroyed, but found {kept:?}");
+    Ok(())
+}
+
+/// Whoever publishes may be killed at any moment: the module is the one that was there or the new one, whole.
+pub async fn a_module_is_whole_when_its_publisher_is_killed(rig: &Rig) -> Verdict {
+    let lab = rig.lab("old").await?;
+    let old = published(rig, &*lab, "base").await?;
+    lab.destroy().await.during("destroy the lab of the old module")?;
+    drop(lab);
+    // Others are there already; the module is ours.
+    rig.begin().await?;
+    for after in INTO_PUBLISHING.map(Duration::from_millis) {
+        match rig.adapter().owners() {
+            Owners::Process(command) => {
+                let owned = Owned::spawn(command, "publish").await?;
+                tokio::time::sleep(after).await;
+                owned.die().await?;
+            }
+            Owners::Handle => {
+                let lab = rig.lab("owned").await?;
+                let machine = halted(rig, &*lab, "new").await?;
+                let wanted = draft("base", vec![template("new", vec![captured(&*machine).await?])]);
+                let _ = tokio::time::timeout(after, lab.publish(wanted)).await;
+            }
+        }
+        let another = rig.adapter().another().await.during("open the backend once more")?;
+        for _ in 0..2 {
+            let modules = another.modules().await.during("list modules")?;
+            ensure!(
+                modules.len() == 1,
+                "killed {after:?} into publishing: expected one module, but found {modules:?}"
+            );
+            let name = &modules[0].machines[0].name;
+            ensure!(
+                name == "new" || (name == "web" && modules[0].digest == old.digest),
+                "killed {after:?} into publishing: expected the old module or the new one, but found {:?}",
+                modules[0]
+            );
+            whole(&modules[0]).await?;
+            eventually(rig.options().settle, || async {
+                another.reap().await.during("reap")?;
+                Ok(rig.left().await?.is_empty())
+            })
+            .await?;
+            rig.expect_nothing_left("after the publisher was killed, and reaping").await?;
+        }
+    }
+    let lab = rig.lab("next").await?;
+    let next = published(rig, &*lab, "base").await?;
+    lab.destroy().await.during("destroy the lab")?;
+    let modules = rig.backend().modules().await.during("list modules")?;
+    same(
+        &modules.iter().map(|module| module.digest).collect(),
+        &vec![next.digest],
+        "what was published next",
+    )?;
+    rig.backend().remove_module("base").await.during("remove the module")
 }

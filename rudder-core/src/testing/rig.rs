@@ -2,7 +2,8 @@
 
 use super::{
     Adapter, GuestImage, NotPassed, Options, Verdict,
-    guest::Booted,
+    guest::{Booted, Prepared},
+    hardware::equip,
     verdict::{During as _, fail},
 };
 use crate::{
@@ -92,9 +93,16 @@ impl Rig {
         }
         let lab = self.lab("shared").await?;
         *lock(&self.shared_lab) = Some(lab.id().to_string());
-        let booted = Arc::new(Booted::boot(self, lab, "web").await?);
+        let mut prepared = Prepared::new(self, &*lab, "web", None).await?;
+        equip(self, &*lab, &mut prepared.spec).await?;
+        let booted = Arc::new(prepared.boot(self, lab).await?);
         *shared = Some(Arc::clone(&booted));
         Ok(booted)
+    }
+
+    /// Whether a shared guest runs.
+    pub(super) fn is_sharing(&self) -> bool {
+        lock(&self.shared_lab).is_some()
     }
 
     /// Destroys the shared guest's lab.

@@ -1,8 +1,8 @@
 //! The list of all tests, and making them: one after the other, each within a limit, and with a look at what it leaves.
 
 use super::{
-    Adapter, NotPassed, Outcome, Report, Rig, TestReport, Verdict, labs, machines, owners, streams,
-    verdict::ensure,
+    Adapter, NotPassed, Outcome, Report, Rig, TestReport, Verdict, builds, consoles, dropped, firmware,
+    hardware, imports, labs, machines, modules, owners, served, streams, texts, verdict::ensure,
 };
 use crate::capability::Capability;
 use futures::{FutureExt as _, future::BoxFuture};
@@ -84,13 +84,83 @@ pub fn tests() -> &'static [Test] {
             half_of_a_connection_may_be_closed [SourceUrl, CloudInit],
             a_cut_connection_hurts_no_other [SourceUrl, CloudInit],
         }
+        consoles {
+            consoles_say_what_they_cannot_do,
+            the_last_words_on_the_serial_console_are_kept [SourceUrl, CloudInit, Serial],
+            several_read_the_serial_console [SourceUrl, CloudInit, Serial],
+            what_is_typed_on_the_serial_console_arrives [SourceUrl, CloudInit, Serial],
+            several_look_at_the_screen [SourceUrl, CloudInit, Display],
+            pictures_of_the_screen_are_taken [SourceUrl, CloudInit, Screenshot],
+        }
+        hardware {
+            a_disk_on_virtio_is_seen [SourceUrl, CloudInit, SourceBlank, DiskVirtio],
+            a_disk_on_scsi_is_seen [SourceUrl, CloudInit, SourceBlank, DiskScsi],
+            a_disk_on_sata_is_seen [SourceUrl, CloudInit, SourceBlank, DiskSata],
+            a_disk_on_usb_is_seen [SourceUrl, CloudInit, SourceBlank, DiskUsb],
+            a_disk_on_ide_is_seen [SourceUrl, CloudInit, SourceBlank, DiskIde],
+            cards_of_every_model_are_seen [SourceUrl, CloudInit, NicModels],
+            cards_sit_in_the_order_of_their_slots [SourceUrl, CloudInit, NicModels, NicSlots],
+            a_disc_is_read [SourceUrl, CloudInit, Isos],
+            a_floppy_is_read [SourceUrl, CloudInit, Floppy],
+        }
+        served {
+            files_are_served_to_the_guest [SourceUrl, CloudInit, HttpDirectory],
+        }
+        imports {
+            blank_disks_have_their_size [SourceBlank],
+            an_image_is_imported_by_several_at_once [SourceUrl],
+            a_disk_is_as_large_as_asked_for [SourceUrl],
+            a_promised_digest_is_verified [SourceUrl],
+            a_bad_image_is_refused [SourceUrl],
+            files_are_fetched_and_verified,
+        }
+        modules {
+            a_capture_says_what_it_is,
+            a_module_is_published_seen_and_removed,
+            a_module_takes_the_place_of_another,
+            a_disk_that_was_not_captured_is_not_published,
+            a_module_in_use_stays [SourceBlank, SourceBuildRef],
+            what_a_guest_wrote_is_captured_and_inherited [SourceUrl, CloudInit, SourceBuildRef],
+        }
+        firmware {
+            a_machine_with_bios_keeps_nothing_outside_its_disks,
+            a_machine_with_uefi_starts_and_its_variables_are_kept [SourceBlank, SourceBuildRef, Uefi],
+            a_machine_with_secure_boot_starts_and_its_variables_are_kept [SourceBlank, SourceBuildRef, SecureBoot],
+            a_machine_with_a_tpm_starts_and_its_memory_is_kept [SourceBlank, SourceBuildRef, Tpm],
+        }
         owners {
             what_a_dead_owner_left_is_reaped,
             a_living_owner_is_never_reaped,
+            a_kept_lab_stays_until_it_is_removed,
+            a_module_is_whole_when_its_publisher_is_killed,
+        }
+        dropped {
+            opening_a_lab_may_be_dropped,
+            what_comes_into_a_lab_may_be_dropped,
+            starting_a_machine_may_be_dropped,
+            waiting_and_stopping_may_be_dropped,
+            connecting_may_be_dropped,
+            capturing_may_be_dropped,
+            publishing_may_be_dropped,
+            destroying_may_be_dropped,
+            keeping_may_be_dropped,
+            looking_after_a_backend_may_be_dropped,
+        }
+        texts {
+            odd_names_work_or_are_refused,
+            an_image_of_an_odd_name_is_imported [SourceUrl],
+        }
+        builds {
+            a_build_makes_every_kind_of_step [SourceUrl, CloudInit],
+            a_failed_build_leaves_nothing [SourceUrl, CloudInit],
+            a_cancelled_build_leaves_nothing [SourceUrl, CloudInit],
         }
     };
     TESTS
 }
+
+/// Groups that share a guest; they follow each other.
+const SHARING: [&str; 4] = ["streams", "consoles", "hardware", "served"];
 
 /// How the suite is run.
 #[derive(Debug, Clone)]
@@ -157,15 +227,13 @@ pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
         return report;
     }
     let mut proven: BTreeSet<Capability> = BTreeSet::new();
-    let mut group = "";
     for test in tests() {
         let label = format!("{}: {}", test.group, test.name());
         if options.only.as_ref().is_some_and(|only| !label.contains(only.as_str())) {
             continue;
         }
-        if test.group != group {
+        if !SHARING.contains(&test.group) {
             close(&rig, &mut report).await;
-            group = test.group;
         }
         let began = Instant::now();
         let missing = test.needs.iter().find(|need| !capabilities.has(**need));
@@ -177,7 +245,12 @@ pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
             proven.extend(test.needs);
         }
         tracing::info!(target: "rudder::testing", test = label, outcome = outcome.word(), "tested");
-        report.tests.push(TestReport { group, name: test.name(), outcome, took: began.elapsed() });
+        report.tests.push(TestReport {
+            group: test.group,
+            name: test.name(),
+            outcome,
+            took: began.elapsed(),
+        });
     }
     close(&rig, &mut report).await;
     if !report.partial {
@@ -200,6 +273,9 @@ async fn unavailable(rig: &Rig) -> Option<String> {
 
 /// Ends the guest that the tests of a group shared; what is wrong with that is laid on the last of them.
 async fn close(rig: &Rig, report: &mut Report) {
+    if !rig.is_sharing() {
+        return;
+    }
     let closed = async {
         rig.close_shared().await?;
         rig.expect_nothing_left("after the tests with a shared guest").await

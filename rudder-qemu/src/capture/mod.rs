@@ -63,10 +63,10 @@ pub(crate) async fn capture(
     let part_name = format!("{target}.part");
     let part = Part(ground.path(&part_name));
     let source = Reader::open(ground, volume, virtual_size).await?;
-    let chunks = pack(&source, &part, |done, total| {
-        progress.bytes(&format!("convert {disk}"), done, Some(total));
-    })
-    .await?;
+    let told = |done, total| progress.bytes(&format!("convert {disk}"), done, Some(total));
+    // Of an empty disk there is nothing else to tell.
+    told(0, (source.occupied.len() * CHUNK) as u64);
+    let chunks = pack(&source, &part, told).await?;
     drop(source);
     let (sha256, (), ()) = tokio::try_join!(
         seal(part.0.clone()),

@@ -1,0 +1,111 @@
+//! What a guest in memory sees of its hardware while it runs, as files of its boot disk: its disks and their content, its
+//! cards, its media, its serial console.
+
+use super::{files::FileTree, machine::MachineCore};
+use crate::backend::MachineSpec;
+use std::{fs::File, io::Read as _, path::Path, sync::PoisonError};
+
+/// The serial console: what is written there is said on it.
+const CONSOLE: &str = "/dev/ttyS0";
+/// The disks and their sizes, as proc(5) has them.
+const PARTITIONS: &str = "/proc/partitions";
+/// A line for each card: its hardware address, and its place.
+const CARDS: &str = "/run/cards";
+/// Where the content of a disk stands in the files of its volume, when it is not the boot disk.
+const CONTENT: &str = "/content";
+/// So much of a medium is seen.
+const MEDIUM_LIMIT: u64 = 1 << 20;
+
+/// The file of a disk: `/dev/vda` is the first.
+fn device(index: usize) -> String {
+    let letter = u8::try_from(index).map_or('z', |index| char::from(b'a'.saturating_add(index)));
+    format!("/dev/vd{letter}")
+}
+
+fn partitions(spec: &MachineSpec) -> String {
+    let lines = spec.disks.iter().enumerate().map(|(index, disk)| {
+        let (size, device) = (disk.volume.virtual_size >> 10, device(index));
+        format!("{:4} {:8} {size:10} {}\n", 254, index * 16, device.trim_start_matches("/dev/"))
+    });
+    format!("major minor  #blocks  name\n\n{}", lines.collect::<String>())
+}
+
+fn cards(spec: &MachineSpec) -> String {
+    spec.nics.iter().map(|nic| format!("{} slot{}\n", nic.mac, nic.slot)).collect()
+}
+
+fn medium(path: &Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // A medium that cannot be read is an empty one.
+    let _ = File::open(path).and_then(|file| file.take(MEDIUM_LIMIT).read_to_end(&mut bytes));
+    bytes
+}
+
+impl MachineCore {
+    /// Shows the hardware to a guest that is powered on.
+    pub(super) fn plug(&self) {
+        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = vec![
+            (CONSOLE.to_owned(), Vec::new()),
+            (PARTITIONS.to_owned(), partitions(&self.spec).into_bytes()),
+            (CARDS.to_owned(), cards(&self.spec).into_bytes()),
+        ];
+        for (index, disk) in self.spec.disks.iter().enumerate().skip(1) {
+            let content = volumes.get(&disk.volume.id).and_then(|volume| volume.files.read(CONTENT));
+            files.push((device(index), content.unwrap_or_default().to_vec()));
+        }
+        for (index, path) in self.spec.cdroms.iter().enumerate() {
+            files.push((format!("/dev/sr{index}"), medium(path)));
+        }
+        if let Some(floppy) = &self.spec.floppy {
+            files.push(("/dev/fd0".to_owned(), floppy.to_vec()));
+        }
+        let boot = self.spec.disks.first().and_then(|disk| volumes.get_mut(&disk.volume.id));
+        if let Some(boot) = boot {
+            for (path, content) in files {
+                boot.files.put(&path, content, 0o660);
+            }
+        }
+    }
+
+    /// Takes the hardware away again, and keeps what was written on the disks.
+    pub(super) fn unplug(&self) {
+        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(boot) = self.spec.disks.first() else { return };
+        let mut contents = Vec::new();
+        if let Some(boot) = volumes.get_mut(&boot.volume.id) {
+            let files = &mut boot.files;
+            for (index, disk) in self.spec.disks.iter().enumerate().skip(1) {
+                contents.push((&disk.volume.id, files.read(&device(index)).unwrap_or_default().to_vec()));
+                remove(files, &device(index));
+            }
+            let discs = (0..self.spec.cdroms.len()).map(|index| format!("/dev/sr{index}"));
+            let fixed = [CONSOLE, PARTITIONS, CARDS, "/dev/fd0"].map(str::to_owned);
+            discs.chain(fixed).for_each(|path| remove(files, &path));
+        }
+        for (id, content) in contents {
+            if let Some(volume) = volumes.get_mut(id).filter(|_| !content.is_empty()) {
+                volume.files.put(CONTENT, content, 0o600);
+            }
+        }
+    }
+
+    /// Says on the serial console what was written there.
+    pub(super) fn say_what_was_written(&self) {
+        let said = self.with_files(|files| {
+            let said = files.read(CONSOLE).unwrap_or_default().to_vec();
+            if !said.is_empty() {
+                files.put(CONSOLE, Vec::new(), 0o660);
+            }
+            said
+        });
+        if let Some(said) = said.filter(|said| !said.is_empty()) {
+            self.say(&said);
+        }
+    }
+}
+
+fn remove(files: &mut FileTree, path: &str) {
+    // What the guest removed itself is gone.
+    let _ = files.remove_file(path);
+}

@@ -1,0 +1,177 @@
+//! Whole builds: a manifest becomes a module, by every kind of step; one that fails or is cancelled leaves nothing.
+
+use super::{
+    NotPassed, Rig, Verdict,
+    modules::whole,
+    verdict::{During as _, ensure, fail, same},
+};
+use crate::{
+    ErrorKind,
+    build::{Build, BuildFailure, BuildHandle},
+    capability::{Capabilities, Capability},
+    event::{Event, EventKind, VmPhase},
+    module::Module,
+    plan::{PlanContext, PlannedUrl, prepare},
+};
+use serde_json::{Value, json};
+
+/// The name of the builds.
+const NAME: &str = "suite";
+/// A text that means something to shells, to YAML, and to command lines.
+const ODD: &str = "it's \"quoted\", a,b=c; $HOME `id` $(id) \\ %s é 🦀 <x>&amp; #not: a comment";
+
+/// A manifest of one VM with the adapter's guest, and these steps.
+fn manifest(rig: &Rig, source: &PlannedUrl, steps: &Value) -> Verdict<Value> {
+    let image = rig.image()?;
+    Ok(json!({
+        "name": NAME,
+        "files": [{"name": "odd.txt", "inline": format!("{ODD}\n")}],
+        "vms": [{
+            "name": "web",
+            "source": {"url": source.url},
+            "disks": [{"name": "root", "bus": image.bus}],
+            "nics": [{"model": image.nic}],
+            "resources": {"cpu": image.cpus, "memory": format!("{}Mi", image.memory >> 20)},
+            "cloudInit": {},
+            "communicator": {"sshTimeout": format!("{}s", image.boots_within.as_secs())},
+            "provisioners": steps,
+        }],
+    }))
+}
+
+/// A build that has ended.
+struct Ended {
+    manifest: String,
+    events: Vec<Event>,
+    outcome: Result<Module, Box<BuildFailure>>,
+}
+
+impl Ended {
+    /// The module, which must be there, and whole.
+    async fn module(&self, rig: &Rig) -> Verdict<&Module> {
+        let module = match &self.outcome {
+            Ok(module) => module,
+            Err(failure) => fail!("build: expected a module, but found {}", failure.error.report()),
+        };
+        same(&module.name.as_str(), &NAME, "the name of the module")?;
+        same(&module.provenance.manifest, &self.manifest, "the manifest in the provenance")?;
+        let modules = rig.backend().modules().await.during("list modules")?;
+        same(&modules, &vec![module.clone()], "the modules after the build")?;
+        whole(module).await?;
+        Ok(module)
+    }
+
+    /// The lines that steps wrote.
+    fn lines(&self) -> Vec<&str> {
+        self.events
+            .iter()
+            .filter_map(|event| match &event.kind {
+                EventKind::StepOutput { line, .. } => Some(line.as_str()),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+/// Builds a manifest to its end; whoever wants hears every event, and may act.
+async fn build(
+    rig: &Rig,
+    manifest: &Value,
+    mut react: impl FnMut(&Event, &BuildHandle) -> Verdict,
+) -> Verdict<Ended> {
+    let manifest = manifest.to_string();
+    let backend = rig.shared_backend();
+    let context = PlanContext::new(backend.capabilities());
+    let plans = prepare("suite.yaml", manifest.as_bytes(), &context).into_plans().during("plan")?;
+    let Some(plan) = plans.into_iter().next() else { fail!("expected a plan, but found none") };
+    let handle = Build::new(plan, rig.shared_backend()).start();
+    let (mut reader, mut events) = (handle.events(), Vec::new());
+    while let Some(event) = reader.next().await {
+        react(&event, &handle)?;
+        events.push(event);
+    }
+    Ok(Ended { manifest, events, outcome: handle.outcome().await })
+}
+
+/// A manifest becomes a module: a shell step, a file step, a reboot and, where the engine has them, a step of a person
+/// are made, and odd texts reach the guest as they are.
+pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
+    let image = rig.image()?;
+    let by_hand = Capabilities::engine().has(Capability::HandbuildStep);
+    let mut steps = vec![
+        json!({"type": "shell", "name": "say", "shell": {
+            "inline": ["echo \"$ODD\"", "echo before >/srv/before"],
+            "env": {"ODD": ODD},
+        }}),
+        json!({"type": "file", "name": "put", "file": {
+            "fileRef": "odd.txt", "destination": "/srv/deep er/it's \"odd\", é.txt",
+        }}),
+        json!({"type": "reboot", "name": "again"}),
+        json!({"type": "shell", "name": "look", "shell": {
+            "inline": "cat \"/srv/deep er/it's \\\"odd\\\", é.txt\"; cat /srv/before",
+        }}),
+    ];
+    if by_hand {
+        steps.push(json!({"type": "handbuild", "name": "by hand", "handbuild": {"instructions": ODD}}));
+    }
+    let wanted = steps.len();
+    let manifest = manifest(rig, &image.image, &Value::Array(steps))?;
+    let mut paused = 0;
+    let ended = build(rig, &manifest, |event, handle| {
+        if let EventKind::Paused { instructions, .. } = &event.kind {
+            same(&instructions.as_str(), &ODD, "the instructions of a step of a person")?;
+            paused += 1;
+            handle.resume("web").during("go on after a step of a person")?;
+        }
+        Ok(())
+    })
+    .await?;
+    let module = ended.module(rig).await?;
+    let lines = ended.lines();
+    let odd = lines.iter().filter(|line| **line == ODD).count();
+    ensure!(odd == 2, "expected {ODD:?} twice in the output of the steps, but found {lines:?}");
+    ensure!(lines.contains(&"before"), "expected what was there before the reboot, but found {lines:?}");
+    let good = |event: &&Event| matches!(event.kind, EventKind::StepFinished { success: true, .. });
+    let made = ended.events.iter().filter(good).count();
+    same(&made, &wanted, "how many steps were made")?;
+    same(&paused, &usize::from(by_hand), "how often a person was waited for")?;
+    same(&module.machines[0].disks[0].name.as_str(), &"root", "the disk of the module")?;
+    rig.backend().remove_module(NAME).await.during("remove the module")
+}
+
+/// A build that cannot succeed says why, and leaves nothing.
+pub async fn a_failed_build_leaves_nothing(rig: &Rig) -> Verdict {
+    let Some(bad) = rig.adapter().bad_images() else {
+        return Err(NotPassed::Skipped("the adapter knows no bad images".to_owned()));
+    };
+    let source = PlannedUrl { url: bad.broken, sha256: None };
+    let ended = build(rig, &manifest(rig, &source, &json!([]))?, |_, _| Ok(())).await?;
+    match ended.outcome {
+        Ok(module) => fail!("expected a broken image to fail the build, but found {module:?}"),
+        Err(failure) => {
+            same(&failure.error.kind(), &ErrorKind::InvalidImage, "why the build failed")?;
+            same(&failure.report.vm.as_deref(), &Some("web"), "the VM it failed for")?;
+        }
+    }
+    rig.expect_nothing_left("after a build failed").await
+}
+
+/// A build that is cancelled while its machine boots ends, and leaves nothing.
+pub async fn a_cancelled_build_leaves_nothing(rig: &Rig) -> Verdict {
+    let image = rig.image()?;
+    let manifest = manifest(rig, &image.image, &json!([{"type": "reboot"}]))?;
+    let ended = build(rig, &manifest, |event, handle| {
+        if matches!(event.kind, EventKind::VmPhase { phase: VmPhase::Booting }) {
+            handle.cancel();
+        }
+        Ok(())
+    })
+    .await?;
+    match &ended.outcome {
+        Ok(module) => fail!("expected a cancelled build to make no module, but found {module:?}"),
+        Err(failure) => {
+            ensure!(failure.is_cancelled(), "expected Cancelled, but found {}", failure.error.report());
+        }
+    }
+    rig.expect_nothing_left("after a build was cancelled").await
+}

@@ -1,0 +1,380 @@
+//! Futures that are dropped in the middle: of every method, wherever it stands, what that leaves is what `destroy` and
+//! `reap` remove, and what was asked for may be asked for again.
+
+use super::{
+    NotPassed, Rig, Verdict,
+    modules::{captured, draft, halted, published, template, whole},
+    rig::{BLANK, SSH, eventually, network},
+    verdict::{During as _, ensure, fail, same},
+};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{FetchRequest, ImportRequest, Lab, LabSpec, Progress, Retention, Site, SiteFile, Stop},
+    capability::Capability,
+    plan::{PlannedSource, PlannedUrl},
+};
+use std::{collections::BTreeMap, sync::Arc, task::Poll, time::Duration};
+
+/// How often a future is looked at before it is dropped. What needs more is dropped in its beginning only; most need fewer.
+const CUTS: [usize; 9] = [1, 2, 3, 4, 6, 9, 14, 22, 40];
+/// A future that waits for longer is dropped, however few looks it has had.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// Looks at a future so many times, and drops it; what it gave, if it came to its end before.
+async fn cut<F: Future>(future: F, looks: usize) -> Option<F::Output> {
+    let mut future = Box::pin(future);
+    let mut left = looks;
+    let looked = std::future::poll_fn(move |context| match future.as_mut().poll(context) {
+        Poll::Ready(value) => Poll::Ready(Some(value)),
+        Poll::Pending => {
+            left -= 1;
+            if left == 0 { Poll::Ready(None) } else { Poll::Pending }
+        }
+    });
+    tokio::time::timeout(PATIENCE, looked).await.ok().flatten()
+}
+
+/// Whether what was cut came to its end; an error is none that cutting excuses.
+fn ended<T>(result: Option<Result<T>>, what: &str) -> Verdict<bool> {
+    match result {
+        None => Ok(false),
+        Some(result) => result.during(what).map(|_| true),
+    }
+}
+
+/// Does something in fresh labs, each time dropped later, until it comes to its end; each lab is then destroyed, and nothing may
+/// be left.
+async fn everywhere<F>(rig: &Rig, what: &str, act: impl Fn(Arc<dyn Lab>, usize) -> F) -> Verdict
+where
+    F: Future<Output = Verdict<bool>>,
+{
+    for looks in CUTS {
+        let lab = rig.lab("cut").await?;
+        let is_over = act(Arc::clone(&lab), looks).await.map_err(|problem| problem.at(what, looks))?;
+        lab.destroy().await.during("destroy the lab").map_err(|problem| problem.at(what, looks))?;
+        drop(lab);
+        let left = rig.expect_nothing_left("once the lab was destroyed").await;
+        left.map_err(|problem| problem.at(what, looks))?;
+        if is_over {
+            break;
+        }
+    }
+    Ok(())
+}
+
+impl NotPassed {
+    /// The same, with where a future was dropped.
+    fn at(self, what: &str, looks: usize) -> Self {
+        match self {
+            Self::Failed(why) => Self::Failed(format!("{what}, dropped after {looks} looks: {why}")),
+            skipped @ Self::Skipped(_) => skipped,
+        }
+    }
+}
+
+/// Reaps until nothing is left: what is going on in the background when a future is dropped may take a moment to end.
+async fn reaped(rig: &Rig, when: &str) -> Verdict {
+    eventually(rig.options().settle, || async {
+        let report = rig.backend().reap().await.during("reap")?;
+        ensure!(report.failed.is_empty(), "reap: expected no failure, but found {:?}", report.failed);
+        Ok(rig.left().await?.is_empty())
+    })
+    .await?;
+    rig.expect_nothing_left(when).await
+}
+
+/// Opening a lab.
+pub async fn opening_a_lab_may_be_dropped(rig: &Rig) -> Verdict {
+    for looks in CUTS {
+        let spec = LabSpec::new("cut", network());
+        let opened = cut(rig.backend().open_lab(&spec), looks).await;
+        let is_over = ended(opened, "open a lab")?;
+        reaped(rig, "after opening a lab was dropped, and reaping").await?;
+        if is_over {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Importing, fetching and serving; who asks again gets it.
+pub async fn what_comes_into_a_lab_may_be_dropped(rig: &Rig) -> Verdict {
+    let mut sources = Vec::new();
+    if rig.backend().capabilities().has(Capability::SourceBlank) {
+        sources.push((PlannedSource::Blank, Some(BLANK)));
+    }
+    if let (true, Some(guest)) =
+        (rig.backend().capabilities().has(Capability::SourceUrl), rig.adapter().guest())
+    {
+        sources.push((PlannedSource::Url(guest.image), None));
+    }
+    for (source, size) in sources {
+        let request = &ImportRequest::new("web", "root", source, size);
+        everywhere(rig, "importing", |lab, looks| async move {
+            let imported = cut(lab.import(request, &Progress::none()), looks).await;
+            lab.import(request, &Progress::none()).await.during("import it again")?;
+            ended(imported, "import")
+        })
+        .await?;
+    }
+    let made = |error| Error::io("make a file to be fetched", error);
+    let file = tempfile::NamedTempFile::new().map_err(made)?;
+    std::fs::write(file.path(), "a file of the suite").map_err(made)?;
+    let Ok(url) = url::Url::from_file_path(file.path()) else { fail!("expected a path that a URL can say") };
+    let request = &FetchRequest::new(PlannedUrl { url, sha256: None });
+    everywhere(rig, "fetching", |lab, looks| async move {
+        let fetched = cut(lab.fetch(request, &Progress::none()), looks).await;
+        lab.fetch(request, &Progress::none()).await.during("fetch it again")?;
+        ended(fetched, "fetch")
+    })
+    .await?;
+    if rig.backend().capabilities().has(Capability::HttpDirectory) {
+        everywhere(rig, "serving", |lab, looks| async move {
+            let files = BTreeMap::from([("a".to_owned(), SiteFile::Bytes(Arc::from(*b"a")))]);
+            let served = cut(lab.serve(Site::new(files.clone(), |_| {})), looks).await;
+            lab.serve(Site::new(files, |_| {})).await.during("serve again")?;
+            ended(served, "serve")
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// Defining a machine, and starting it; a machine whose start was dropped runs or rests, and may be stopped.
+pub async fn starting_a_machine_may_be_dropped(rig: &Rig) -> Verdict {
+    everywhere(rig, "defining a machine", |lab, looks| async move {
+        let spec = rig.bare(&*lab, "web").await?;
+        let created = cut(lab.create_machine(&spec), looks).await;
+        rig.machine(&*lab, "other").await?;
+        ended(created, "define a machine")
+    })
+    .await?;
+    everywhere(rig, "starting a machine", |lab, looks| async move {
+        let machine = rig.machine(&*lab, "web").await?;
+        ended(cut(machine.start(), looks).await, "start a machine")
+    })
+    .await?;
+    everywhere(rig, "starting a machine, then stopped", |lab, looks| async move {
+        let machine = rig.machine(&*lab, "web").await?;
+        let started = cut(machine.start(), looks).await;
+        match machine.stop(Stop::Kill).await {
+            Err(error) if error.kind() == ErrorKind::Conflict && started.is_none() => {}
+            stopped => drop(stopped.during("stop a machine whose start was dropped")?),
+        }
+        ended(started, "start a machine")
+    })
+    .await
+}
+
+/// Waiting and stopping; whoever asks again is told how the machine ended.
+pub async fn waiting_and_stopping_may_be_dropped(rig: &Rig) -> Verdict {
+    everywhere(rig, "waiting", |lab, looks| async move {
+        let machine = rig.running(&*lab, "web").await?;
+        let waited = cut(machine.wait(), looks).await;
+        ensure!(waited.is_none(), "expected a running machine not to have ended, but found {waited:?}");
+        let exit = machine.stop(Stop::Kill).await.during("stop the machine")?;
+        same(&machine.wait().await.during("wait again")?, &exit, "its exit")?;
+        Ok(false)
+    })
+    .await?;
+    for how in [Stop::Kill, Stop::Graceful { limit: Duration::from_secs(600) }] {
+        everywhere(rig, "stopping", |lab, looks| async move {
+            let machine = rig.running(&*lab, "web").await?;
+            let stopped = cut(machine.stop(how), looks).await;
+            let again = tokio::time::timeout(Duration::from_secs(30), machine.stop(Stop::Kill)).await;
+            let Ok(again) = again else { fail!("expected a machine to be killed within 30 s, but it runs") };
+            let exit = again.during("stop it again")?;
+            same(&machine.wait().await.during("wait for it")?, &exit, "its exit")?;
+            ended(stopped, "stop a machine")
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// Connecting to a machine in every way, and taking a picture of it; the next who does is served.
+pub async fn connecting_may_be_dropped(rig: &Rig) -> Verdict {
+    let lab = rig.lab("cut").await?;
+    let machine = rig.running(&*lab, "web").await?;
+    let has = |capability| rig.backend().capabilities().has(capability);
+    for looks in CUTS {
+        let at = |problem: NotPassed| problem.at("connecting", looks);
+        // Nobody listens in there: that is no mistake.
+        drop(cut(machine.dial(SSH), looks).await);
+        let tail = cut(machine.serial_tail(100), looks).await;
+        ended(tail, "read the end of the serial console").map_err(at)?;
+        if has(Capability::Display) {
+            ended(cut(machine.display(), looks).await, "connect to the display").map_err(at)?;
+        }
+        if has(Capability::Serial) {
+            ended(cut(machine.serial(), looks).await, "connect to the serial console").map_err(at)?;
+        }
+        if has(Capability::Screenshot) {
+            ended(cut(machine.screenshot(), looks).await, "take a picture").map_err(at)?;
+        }
+    }
+    if has(Capability::Display) {
+        machine.display().await.during("connect to the display afterwards")?;
+    }
+    if has(Capability::Serial) {
+        machine.serial().await.during("connect to the serial console afterwards")?;
+    }
+    if has(Capability::Screenshot) {
+        machine.screenshot().await.during("take a picture afterwards")?;
+    }
+    let waited = tokio::time::timeout(Duration::from_millis(100), machine.wait()).await;
+    ensure!(waited.is_err(), "expected the machine to run on, but found {waited:?}");
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// Capturing a disk, and what there is beside the disks; whoever asks again gets it.
+pub async fn capturing_may_be_dropped(rig: &Rig) -> Verdict {
+    everywhere(rig, "capturing a disk", |lab, looks| async move {
+        let machine = halted(rig, &*lab, "web").await?;
+        let taken = cut(machine.capture("root", &Progress::none()), looks).await;
+        captured(&*machine).await?;
+        ended(taken, "capture a disk")
+    })
+    .await?;
+    everywhere(rig, "capturing state", |lab, looks| async move {
+        let machine = halted(rig, &*lab, "web").await?;
+        let taken = cut(machine.capture_state(), looks).await;
+        machine.capture_state().await.during("capture state again")?;
+        ended(taken, "capture state")
+    })
+    .await
+}
+
+/// Publishing, over a module that is there: afterwards it is the old or the new one, whole.
+pub async fn publishing_may_be_dropped(rig: &Rig) -> Verdict {
+    for looks in CUTS {
+        let at = |problem: NotPassed| problem.at("publishing", looks);
+        let lab = rig.lab("old").await?;
+        let old = published(rig, &*lab, "base").await?;
+        lab.destroy().await.during("destroy the lab of the old module")?;
+        drop(lab);
+        let lab = rig.lab("new").await?;
+        let machine = halted(rig, &*lab, "db").await?;
+        let wanted = draft("base", vec![template("db", vec![captured(&*machine).await?])]);
+        let is_over = ended(cut(lab.publish(wanted), looks).await, "publish").map_err(at)?;
+        lab.destroy().await.during("destroy the lab").map_err(at)?;
+        drop((machine, lab));
+        let modules = rig.backend().modules().await.during("list modules").map_err(at)?;
+        ensure!(modules.len() == 1, "after {looks} looks: expected one module, but found {modules:?}");
+        let module = &modules[0];
+        let is_new = module.machines[0].name == "db";
+        ensure!(
+            is_new || (module.digest == old.digest && !is_over),
+            "after {looks} looks: expected the old module or the new one, but found {module:?}"
+        );
+        whole(module).await.map_err(at)?;
+        // What was going on in the background may have ended only now.
+        eventually(rig.options().settle, || async {
+            rig.backend().reap().await.during("reap")?;
+            match rig.backend().remove_module("base").await {
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                removed => removed.during("remove the module")?,
+            }
+            Ok(rig.left().await?.is_empty() && rig.backend().modules().await.during("list")?.is_empty())
+        })
+        .await?;
+        rig.expect_nothing_left("after publishing was dropped").await.map_err(at)?;
+        if is_over {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Destroying a lab, whether it is asked for again or the lab is forgotten.
+pub async fn destroying_may_be_dropped(rig: &Rig) -> Verdict {
+    everywhere(rig, "destroying", |lab, looks| async move {
+        rig.running(&*lab, "web").await?;
+        ended(cut(lab.destroy(), looks).await, "destroy a lab")
+    })
+    .await?;
+    for looks in CUTS {
+        let lab = rig.lab("cut").await?;
+        rig.running(&*lab, "web").await?;
+        let is_over = ended(cut(lab.destroy(), looks).await, "destroy a lab")?;
+        drop(lab);
+        let left = reaped(rig, "after destroying a lab was dropped, and reaping").await;
+        left.map_err(|problem| problem.at("destroying, then forgotten", looks))?;
+        if is_over {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Keeping a lab, and removing one that was kept.
+pub async fn keeping_may_be_dropped(rig: &Rig) -> Verdict {
+    for looks in CUTS {
+        let mut spec = LabSpec::new("kept", network());
+        spec.retention = Retention::MayBeKept;
+        let lab = rig.backend().open_lab(&spec).await.during("open a lab")?;
+        rig.running(&*lab, "web").await?;
+        let kept = ended(cut(lab.keep(), looks).await, "keep a lab")?;
+        drop(lab);
+        let mut removed = false;
+        // The one that is found in the list is removed, in two tries; any other is reaped.
+        for kept in rig.backend().kept_labs().await.during("list kept labs")? {
+            removed = ended(cut(rig.backend().remove_lab(&kept.id), looks).await, "remove a kept lab")?;
+        }
+        eventually(rig.options().settle, || async {
+            for kept in rig.backend().kept_labs().await.during("list kept labs")? {
+                match rig.backend().remove_lab(&kept.id).await {
+                    // It was about to be removed.
+                    Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {}
+                    removed => removed.during("remove a kept lab")?,
+                }
+            }
+            rig.backend().reap().await.during("reap")?;
+            Ok(rig.left().await?.is_empty())
+        })
+        .await?;
+        let left = rig.expect_nothing_left("after keeping and removing were dropped").await;
+        left.map_err(|problem| problem.at("keeping", looks))?;
+        if kept && removed {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Looking after the backend: diagnosing, listing, removing a module, reaping, collecting.
+pub async fn looking_after_a_backend_may_be_dropped(rig: &Rig) -> Verdict {
+    let backend = rig.backend();
+    for looks in CUTS {
+        let at = |problem: NotPassed| problem.at("looking after the backend", looks);
+        let lab = rig.lab("cut").await?;
+        published(rig, &*lab, "base").await?;
+        drop(lab);
+        let mut is_over = ended(cut(backend.diagnose(), looks).await, "diagnose").map_err(at)?;
+        is_over &= ended(cut(backend.modules(), looks).await, "list modules").map_err(at)?;
+        is_over &= ended(cut(backend.kept_labs(), looks).await, "list kept labs").map_err(at)?;
+        is_over &= ended(cut(backend.reap(), looks).await, "reap").map_err(at)?;
+        is_over &= ended(cut(backend.collect(), looks).await, "collect").map_err(at)?;
+        let modules = backend.modules().await.during("list modules").map_err(at)?;
+        ensure!(modules.len() == 1, "after {looks} looks: expected the module, but found {modules:?}");
+        whole(&modules[0]).await.map_err(at)?;
+        is_over &= ended(cut(backend.remove_module("base"), looks).await, "remove a module").map_err(at)?;
+        for module in backend.modules().await.during("list modules").map_err(at)? {
+            whole(&module).await.map_err(at)?;
+        }
+        eventually(rig.options().settle, || async {
+            match backend.remove_module("base").await {
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                removed => removed.during("remove the module")?,
+            }
+            backend.reap().await.during("reap")?;
+            Ok(rig.left().await?.is_empty())
+        })
+        .await?;
+        rig.expect_nothing_left("after removing and reaping were dropped").await.map_err(at)?;
+        if is_over {
+            break;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! Firmware and what machines keep outside their disks: they start with what they were made with, it is captured, and what is
+//! built on a module starts with it.
+
+use super::{
+    NotPassed, Rig, Verdict,
+    modules::{captured, draft, template, whole},
+    rig::network,
+    verdict::{During as _, ensure, refused, same},
+};
+use crate::{
+    ErrorKind,
+    backend::{ImportRequest, Lab, LabSpec, Machine, MachineSpec, Progress, Stop},
+    capability::Capability,
+    module::{CapturedState, StateKind},
+    plan::{Firmware, PlannedBuildRef, PlannedSource},
+};
+use std::{sync::Arc, time::Duration};
+
+/// Enough for any firmware, in bytes.
+const MEMORY: u64 = 256 << 20;
+/// How long it is looked whether a machine stays in its firmware.
+const MOMENT: Duration = Duration::from_millis(200);
+
+/// A machine with UEFI starts, and its variables are captured and inherited.
+pub async fn a_machine_with_uefi_starts_and_its_variables_are_kept(rig: &Rig) -> Verdict {
+    kept(rig, Capability::Uefi, Firmware::Uefi, false, StateKind::FirmwareVariables).await
+}
+
+/// The same, enforcing Secure Boot.
+pub async fn a_machine_with_secure_boot_starts_and_its_variables_are_kept(rig: &Rig) -> Verdict {
+    kept(rig, Capability::SecureBoot, Firmware::UefiSecureBoot, false, StateKind::FirmwareVariables).await
+}
+
+/// A machine with a TPM starts, and the memory of that is captured and inherited.
+pub async fn a_machine_with_a_tpm_starts_and_its_memory_is_kept(rig: &Rig) -> Verdict {
+    let uefi = rig.backend().capabilities().has(Capability::Uefi);
+    let firmware = if uefi { Firmware::Uefi } else { Firmware::Bios };
+    kept(rig, Capability::Tpm, firmware, true, StateKind::Tpm).await
+}
+
+/// A machine with BIOS alone keeps nothing outside its disks.
+pub async fn a_machine_with_bios_keeps_nothing_outside_its_disks(rig: &Rig) -> Verdict {
+    let lab = rig.lab("bios").await?;
+    let machine = rig.running(&*lab, "web").await?;
+    refused(machine.capture_state().await, ErrorKind::Conflict, "capture the state of a running machine")?;
+    machine.stop(Stop::Kill).await.during("stop a machine")?;
+    let state = machine.capture_state().await.during("capture state")?;
+    ensure!(state.is_empty(), "expected nothing outside the disks, but found {state:?}");
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// A lab whose machines need this.
+async fn lab(rig: &Rig, need: Capability, firmware: Firmware) -> Verdict<Arc<dyn Lab>> {
+    let mut spec = LabSpec::new("firmware", network());
+    spec.needs.insert(need);
+    if firmware != Firmware::Bios {
+        spec.needs.insert(Capability::Uefi);
+    }
+    match rig.backend().open_lab(&spec).await {
+        Err(error) if error.kind() == ErrorKind::HostMissing => {
+            Err(NotPassed::Failed(format!("{need} is claimed: {}", error.report())))
+        }
+        opened => opened.during("open a lab"),
+    }
+}
+
+/// Starts a machine, which must stay in its firmware, and stops it; what it keeps.
+async fn state(machine: &dyn Machine) -> Verdict<Vec<CapturedState>> {
+    machine.start().await.during("start a machine")?;
+    let waited = tokio::time::timeout(MOMENT, machine.wait()).await;
+    ensure!(waited.is_err(), "expected the machine to stay in its firmware, but found {waited:?}");
+    refused(machine.capture_state().await, ErrorKind::Conflict, "capture the state of a running machine")?;
+    machine.stop(Stop::Kill).await.during("stop the machine")?;
+    machine.capture_state().await.during("capture state")?;
+    machine.capture_state().await.during("capture state again")
+}
+
+async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: StateKind) -> Verdict {
+    let of = |spec: &mut MachineSpec| {
+        (spec.memory, spec.firmware, spec.tpm) = (MEMORY, firmware, tpm);
+    };
+    let parent_lab = lab(rig, need, firmware).await?;
+    let mut spec = rig.bare(&*parent_lab, "web").await?;
+    of(&mut spec);
+    let machine = parent_lab.create_machine(&spec).await.during("create a machine")?;
+    let state_of_parent = state(&*machine).await?;
+    ensure!(
+        state_of_parent.iter().any(|state| state.kind == kind && state.size > 0),
+        "expected {} to be captured, but found {state_of_parent:?}",
+        kind.name()
+    );
+    let mut wanted = template("web", vec![captured(&*machine).await?]);
+    (wanted.firmware, wanted.tpm, wanted.state) = (firmware, tpm, state_of_parent.clone());
+    let module = parent_lab.publish(draft("firmware", vec![wanted])).await.during("publish a module")?;
+    parent_lab.destroy().await.during("destroy the lab")?;
+    let published = &module.machines[0];
+    same(&(published.firmware, published.tpm), &(firmware, tpm), "the firmware and TPM of the module")?;
+    let digests = |state: &[CapturedState]| state.iter().map(|state| state.sha256).collect::<Vec<_>>();
+    same(&digests(&published.state), &digests(&state_of_parent), "the state of the module")?;
+    whole(&module).await?;
+
+    let parent = PlannedBuildRef { module: module.name.clone(), digest: module.digest, vm: "web".to_owned() };
+    let child_lab = lab(rig, need, firmware).await?;
+    let source = PlannedSource::BuildRef(parent.clone());
+    let request = ImportRequest::new("child", "root", source, None);
+    let imported = child_lab.import(&request, &Progress::none()).await.during("import a module's disk")?;
+    let mut spec = rig.bare(&*child_lab, "child").await?;
+    of(&mut spec);
+    spec.disks[0].volume = imported.volume;
+    spec.state_of = Some(parent);
+    let child = child_lab.create_machine(&spec).await.during("create a machine on a module's state")?;
+    let state_of_child = state(&*child).await?;
+    let kinds = |state: &[CapturedState]| state.iter().map(|state| state.kind).collect::<Vec<_>>();
+    same(&kinds(&state_of_child), &kinds(&state_of_parent), "what a child keeps")?;
+    child_lab.destroy().await.during("destroy the lab of the child")?;
+    // What the child did has not reached its parent.
+    whole(&module).await?;
+    rig.backend().remove_module("firmware").await.during("remove the module")
+}

@@ -1,0 +1,177 @@
+//! The hardware that a guest sees: disks on every bus, cards of every model in their slots, media.
+
+use super::{
+    Rig, Verdict,
+    rig::{BLANK, nic},
+    verdict::{During as _, ensure, fail},
+};
+use crate::{
+    Error,
+    backend::{FetchRequest, ImportRequest, Lab, MachineDisk, MachineSpec, Progress},
+    capability::Capability,
+    check::DEFAULT_SUBNET,
+    plan::{Bus, NicModel, PlannedSource, PlannedUrl},
+};
+use std::sync::Arc;
+
+/// The buses, what claims them, and the size of the disk that the shared guest has there: by that it is known.
+const BUSES: [(Capability, Bus, u64); 5] = [
+    (Capability::DiskVirtio, Bus::Virtio, BLANK + (1 << 20)),
+    (Capability::DiskScsi, Bus::Scsi, BLANK + (2 << 20)),
+    (Capability::DiskSata, Bus::Sata, BLANK + (3 << 20)),
+    (Capability::DiskUsb, Bus::Usb, BLANK + (4 << 20)),
+    (Capability::DiskIde, Bus::Ide, BLANK + (5 << 20)),
+];
+/// The models beside the one that the guest talks through, in the order of their slots.
+const MODELS: [NicModel; 6] = [
+    NicModel::E1000,
+    NicModel::Virtio,
+    NicModel::E1000e,
+    NicModel::Rtl8139,
+    NicModel::Pcnet,
+    NicModel::Ne2kPci,
+];
+/// What stands at the beginning of a CD-ROM.
+const ON_THE_DISC: &str = "on the disc of the suite";
+/// What stands at the beginning of a floppy.
+const ON_THE_FLOPPY: &str = "on the floppy of the suite";
+
+/// Gives the shared guest everything that the backend claims to have.
+pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> Verdict {
+    let capabilities = rig.backend().capabilities();
+    if capabilities.has(Capability::SourceBlank) {
+        for (_, bus, size) in BUSES.into_iter().filter(|(capability, ..)| capabilities.has(*capability)) {
+            let name = format!("on-{bus:?}").to_lowercase();
+            let request = ImportRequest::new(&spec.name, &name, PlannedSource::Blank, Some(size));
+            let imported = lab.import(&request, &Progress::none()).await.during("import a blank disk")?;
+            spec.disks.push(MachineDisk { name, bus, volume: imported.volume });
+        }
+    }
+    if capabilities.has(Capability::NicModels) {
+        for (slot, model) in (2..).zip(MODELS) {
+            let mut card = nic(lab, &format!("card {slot}"), model);
+            card.name = format!("nic{slot}");
+            card.slot = slot;
+            card.slot_pinned = capabilities.has(Capability::NicSlots);
+            spec.nics.push(card);
+        }
+    }
+    if capabilities.has(Capability::Isos) {
+        spec.cdroms.push(disc(lab).await?);
+    }
+    if capabilities.has(Capability::Floppy) {
+        spec.floppy = Some(Arc::from(medium(ON_THE_FLOPPY, 1440 << 10)));
+    }
+    Ok(())
+}
+
+/// Bytes of this size that begin with a line.
+fn medium(line: &str, size: usize) -> Vec<u8> {
+    let mut bytes = format!("{line}\n").into_bytes();
+    bytes.resize(size, 0);
+    bytes
+}
+
+async fn disc(lab: &dyn Lab) -> Verdict<std::path::PathBuf> {
+    let made = |error| Error::io("make a disc", error);
+    let file = tempfile::NamedTempFile::new().map_err(made)?;
+    std::fs::write(file.path(), medium(ON_THE_DISC, 1 << 20)).map_err(made)?;
+    let Ok(url) = url::Url::from_file_path(file.path()) else { fail!("expected a path that a URL can say") };
+    let request = FetchRequest::new(PlannedUrl { url, sha256: None });
+    let fetched = lab.fetch(&request, &Progress::none()).await.during("fetch a disc")?;
+    Ok(fetched.path)
+}
+
+async fn sees_disk(rig: &Rig, bus: Bus) -> Verdict {
+    let booted = rig.shared().await?;
+    let size = BUSES.iter().find(|(_, of, _)| *of == bus).map_or(0, |(.., size)| size >> 10);
+    // Lines of major, minor, KiB, name (proc(5)).
+    let partitions = booted.run("cat /proc/partitions").await?;
+    let sizes = partitions.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok());
+    ensure!(
+        sizes.into_iter().any(|found| found == size),
+        "expected the guest to see a disk of {size} KiB on {bus:?}, but it sees:\n{partitions}"
+    );
+    Ok(())
+}
+
+/// A guest sees its disk on virtio.
+pub async fn a_disk_on_virtio_is_seen(rig: &Rig) -> Verdict {
+    sees_disk(rig, Bus::Virtio).await
+}
+
+/// A guest sees its disk on SCSI.
+pub async fn a_disk_on_scsi_is_seen(rig: &Rig) -> Verdict {
+    sees_disk(rig, Bus::Scsi).await
+}
+
+/// A guest sees its disk on SATA.
+pub async fn a_disk_on_sata_is_seen(rig: &Rig) -> Verdict {
+    sees_disk(rig, Bus::Sata).await
+}
+
+/// A guest sees its disk on USB.
+pub async fn a_disk_on_usb_is_seen(rig: &Rig) -> Verdict {
+    sees_disk(rig, Bus::Usb).await
+}
+
+/// A guest sees its disk on IDE.
+pub async fn a_disk_on_ide_is_seen(rig: &Rig) -> Verdict {
+    sees_disk(rig, Bus::Ide).await
+}
+
+/// The addresses of the guest's cards, in the order of their places.
+async fn cards(rig: &Rig) -> Verdict<Vec<String>> {
+    let booted = rig.shared().await?;
+    let told = booted.run(&rig.image()?.cards).await?;
+    let mut cards: Vec<(&str, &str)> = told
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .map(|(address, place)| (place.trim(), address))
+        .collect();
+    cards.sort_unstable();
+    Ok(cards.into_iter().map(|(_, address)| address.to_owned()).collect())
+}
+
+/// The addresses that the cards were made with, in the order of their slots.
+async fn wanted(rig: &Rig) -> Verdict<Vec<String>> {
+    let booted = rig.shared().await?;
+    let lab = &*booted.lab;
+    let mut wanted = vec![nic(lab, booted.machine.name(), NicModel::Virtio).mac.to_string()];
+    wanted.extend((2..8).map(|slot| nic(lab, &format!("card {slot}"), NicModel::Virtio).mac.to_string()));
+    Ok(wanted)
+}
+
+/// A guest sees a card of every model, with the hardware address it was made with.
+pub async fn cards_of_every_model_are_seen(rig: &Rig) -> Verdict {
+    let (found, wanted) = (cards(rig).await?, wanted(rig).await?);
+    let missing: Vec<_> = wanted.iter().filter(|address| !found.contains(address)).collect();
+    ensure!(missing.is_empty(), "expected the cards {wanted:?} on {}, but found {found:?}", DEFAULT_SUBNET.0);
+    Ok(())
+}
+
+/// The cards of a guest sit in the order of their slots.
+pub async fn cards_sit_in_the_order_of_their_slots(rig: &Rig) -> Verdict {
+    let (found, wanted) = (cards(rig).await?, wanted(rig).await?);
+    ensure!(found == wanted, "expected the cards in the order {wanted:?}, but found {found:?}");
+    Ok(())
+}
+
+/// A guest reads its CD-ROM.
+pub async fn a_disc_is_read(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    let read = booted.run("head -n 1 /dev/sr0; head -n 1 /dev/sr1 2>/dev/null; true").await?;
+    ensure!(
+        read.contains(ON_THE_DISC),
+        "expected {ON_THE_DISC:?} on a disc of the guest, but found {read:?}"
+    );
+    Ok(())
+}
+
+/// A guest reads its floppy.
+pub async fn a_floppy_is_read(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    let read = booted.run("head -n 1 /dev/fd0").await?;
+    ensure!(read.contains(ON_THE_FLOPPY), "expected {ON_THE_FLOPPY:?} on the floppy, but found {read:?}");
+    Ok(())
+}

@@ -1,0 +1,167 @@
+//! What comes into a lab: images, blank disks, files; twice at once, verified, refused when it is not what was promised.
+
+use super::{
+    NotPassed, Rig, Verdict,
+    rig::{BLANK, lock},
+    verdict::{During as _, ensure, fail, refused, same},
+};
+use crate::{
+    Error, ErrorKind,
+    backend::{FetchRequest, ImportRequest, Progress, ProgressEvent},
+    digest::Digest,
+    plan::{PlannedSource, PlannedUrl},
+};
+use futures::future::join_all;
+use std::sync::{Arc, Mutex};
+
+/// A digest that nothing has.
+fn wrong() -> Digest {
+    Digest::of(b"something else")
+}
+
+/// A blank disk has its size and no origin, and each is its own.
+pub async fn blank_disks_have_their_size(rig: &Rig) -> Verdict {
+    let lab = rig.lab("blank").await?;
+    let request = ImportRequest::new("web", "data", PlannedSource::Blank, Some(BLANK));
+    let progress = Progress::none();
+    let both = futures::join!(lab.import(&request, &progress), lab.import(&request, &progress));
+    let both = [both.0.during("import a blank disk")?, both.1.during("import another at once")?];
+    for imported in &both {
+        same(&imported.volume.virtual_size, &BLANK, "the size of a blank disk")?;
+        ensure!(
+            imported.input.is_none(),
+            "expected no origin of a blank disk, but found {:?}",
+            imported.input
+        );
+    }
+    ensure!(
+        both[0].volume.id != both[1].volume.id,
+        "expected two volumes, but found one: {:?}",
+        both[0].volume
+    );
+    let sizeless = ImportRequest::new("web", "data", PlannedSource::Blank, None);
+    let sizeless = lab.import(&sizeless, &progress).await;
+    refused(sizeless, ErrorKind::InvalidInput, "import a blank disk of no size")?;
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// An image is imported by several at once: each gets a volume of its own, and all are told the same origin.
+pub async fn an_image_is_imported_by_several_at_once(rig: &Rig) -> Verdict {
+    let image = rig.image()?.image;
+    let (one, two) = (rig.lab("importers").await?, rig.lab("importers").await?);
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let progress = Progress::new({
+        let heard = Arc::clone(&heard);
+        move |event| lock(&heard).push(event)
+    });
+    let request = ImportRequest::new("web", "root", PlannedSource::Url(image), None);
+    let labs = [&one, &two, &one, &two];
+    let imports = join_all(labs.map(|lab| lab.import(&request, &progress))).await;
+    let mut all = Vec::new();
+    for imported in imports {
+        all.push(imported.during("import an image that others import, too")?);
+    }
+    let Some(input) = all[0].input.clone() else { fail!("expected the origin of an image, but found none") };
+    ensure!(
+        input.size > 0 && input.url.contains(':'),
+        "expected where it is from and its size, but found {input:?}"
+    );
+    for imported in &all {
+        same(&imported.volume.virtual_size, &all[0].volume.virtual_size, "the size of the same image")?;
+        same(&imported.input, &all[0].input, "the origin of the same image")?;
+    }
+    ensure!(
+        all[0].volume.id != all[2].volume.id,
+        "expected two volumes in a lab, but found {:?}",
+        all[0].volume
+    );
+    for event in lock(&heard).iter() {
+        if let ProgressEvent::Bytes { done, total: Some(total), task } = event {
+            ensure!(done <= total, "{task}: expected at most {total} bytes, but found {done}");
+        }
+    }
+    one.destroy().await.during("destroy the lab")?;
+    two.destroy().await.during("destroy the other lab")
+}
+
+/// A disk may be larger than its image, and never smaller.
+pub async fn a_disk_is_as_large_as_asked_for(rig: &Rig) -> Verdict {
+    let image = PlannedSource::Url(rig.image()?.image);
+    let lab = rig.lab("sizes").await?;
+    let progress = Progress::none();
+    let request = |size| ImportRequest::new("web", "root", image.clone(), size);
+    let own = lab.import(&request(None), &progress).await.during("import an image as it is")?;
+    let own = own.volume.virtual_size;
+    let larger = own + (64 << 20);
+    let found =
+        lab.import(&request(Some(larger)), &progress).await.during("import an image into more space")?;
+    same(&found.volume.virtual_size, &larger, "the size of a disk")?;
+    let smaller = lab.import(&request(Some(own / 2)), &progress).await;
+    let error = refused(smaller, ErrorKind::InvalidInput, "import an image into too little space")?;
+    ensure!(!error.is_retryable(), "expected that trying again is of no use, but found {}", error.report());
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// Bytes that do not have the digest that was promised are refused; those that have it are not.
+pub async fn a_promised_digest_is_verified(rig: &Rig) -> Verdict {
+    let image = rig.image()?.image;
+    let lab = rig.lab("digests").await?;
+    let progress = Progress::none();
+    let request = |sha256| {
+        let source = PlannedSource::Url(PlannedUrl { url: image.url.clone(), sha256 });
+        ImportRequest::new("web", "root", source, None)
+    };
+    let imported = lab.import(&request(Some(wrong())), &progress).await;
+    refused(imported, ErrorKind::ChecksumMismatch, "import an image of another digest")?;
+    let imported = lab.import(&request(None), &progress).await.during("import it without a promise")?;
+    let Some(input) = imported.input else { fail!("expected the origin of an image, but found none") };
+    let imported = lab.import(&request(Some(input.sha256)), &progress).await;
+    imported.during("import it with the digest that it was said to have")?;
+    let imported = lab.import(&request(Some(wrong())), &progress).await;
+    refused(imported, ErrorKind::ChecksumMismatch, "import it once more with another digest")?;
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// What is not there, and what is no image, is told apart.
+pub async fn a_bad_image_is_refused(rig: &Rig) -> Verdict {
+    let Some(bad) = rig.adapter().bad_images() else {
+        return Err(NotPassed::Skipped("the adapter knows no bad images".to_owned()));
+    };
+    let lab = rig.lab("bad").await?;
+    let request = |url| {
+        let source = PlannedSource::Url(PlannedUrl { url, sha256: None });
+        ImportRequest::new("web", "root", source, None)
+    };
+    match lab.import(&request(bad.missing), &Progress::none()).await {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Download) => {}
+        other => fail!("an image that is not there: expected NotFound or Download, but found {other:?}"),
+    }
+    let imported = lab.import(&request(bad.broken), &Progress::none()).await;
+    refused(imported, ErrorKind::InvalidImage, "import what is no image")?;
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// Files are fetched by several at once, verified, and readable as long as the lab lives; names are only names.
+pub async fn files_are_fetched_and_verified(rig: &Rig) -> Verdict {
+    const CONTENT: &[u8] = b"some bytes\0\xff\n";
+    let made = |error| Error::io("make a file to be fetched", error);
+    let directory = tempfile::tempdir().map_err(made)?;
+    let path = directory.path().join("a file, \"quoted\" é 100%&;'$(x).bin");
+    std::fs::write(&path, CONTENT).map_err(made)?;
+    let Ok(url) = url::Url::from_file_path(&path) else { fail!("expected a path that a URL can say") };
+    let request = |sha256| FetchRequest::new(PlannedUrl { url: url.clone(), sha256 });
+    let lab = rig.lab("files").await?;
+    let progress = Progress::none();
+    let promised = request(Some(Digest::of(CONTENT)));
+    let requests = [promised.clone(), request(None), promised];
+    for fetched in join_all(requests.iter().map(|request| lab.fetch(request, &progress))).await {
+        let fetched = fetched.during("fetch a file")?;
+        same(&fetched.input.sha256, &Digest::of(CONTENT), "the digest of a file")?;
+        same(&fetched.input.size, &(CONTENT.len() as u64), "the size of a file")?;
+        let read = std::fs::read(&fetched.path).map_err(|error| Error::io("read a fetched file", error))?;
+        same(&read.as_slice(), &CONTENT, "the bytes of a file")?;
+    }
+    let fetched = lab.fetch(&request(Some(wrong())), &progress).await;
+    refused(fetched, ErrorKind::ChecksumMismatch, "fetch a file of another digest")?;
+    lab.destroy().await.during("destroy the lab")
+}

@@ -1,0 +1,110 @@
+//! Files that a lab serves to its machines.
+
+use super::{
+    NotPassed, Owners, Rig, Verdict,
+    guest::Booted,
+    rig::lock,
+    verdict::{During as _, ensure, fail},
+};
+use crate::{
+    Error,
+    backend::{Site, SiteFile},
+    digest::Digest,
+};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A guest gets what is served to it, whatever its name and size, and nothing else; whoever serves hears of it; and it ends.
+pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    let large = super::streams::noise(11, 3 << 20);
+    let made = |error| Error::io("make a file to be served", error);
+    let on_disk = tempfile::NamedTempFile::new().map_err(made)?;
+    std::fs::write(on_disk.path(), &large).map_err(made)?;
+    let files = BTreeMap::from([
+        ("small.txt".to_owned(), SiteFile::Bytes(Arc::from(*b"small"))),
+        ("an odd, \"name\" é&;'$(x).txt".to_owned(), SiteFile::Bytes(Arc::from(*b"odd"))),
+        ("large.bin".to_owned(), SiteFile::Path(on_disk.path().to_owned())),
+    ]);
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let site = Site::new(files, {
+        let heard = Arc::clone(&heard);
+        move |request| lock(&heard).push((request.path.clone(), request.status))
+    });
+    let served = booted.lab.serve(site).await.during("serve files")?;
+    let subnet = super::rig::network().subnets.first().map(|subnet| subnet.name.clone()).unwrap_or_default();
+    let Some(address) = served.addresses.get(&subnet) else {
+        fail!("expected an address on subnet {subnet}, but found {:?}", served.addresses)
+    };
+    let at = |name: &str| format!("http://{address}:{}/{name}", served.port);
+    for (name, bytes) in [
+        ("small.txt", &b"small"[..]),
+        ("an%20odd%2C%20%22name%22%20%C3%A9%26%3B%27%24%28x%29.txt", b"odd"),
+        ("large.bin", &large),
+    ] {
+        let found = get(rig, &booted, &at(name)).await?;
+        let wanted = Digest::of(bytes).to_string();
+        ensure!(
+            found.as_deref() == Some(&*wanted),
+            "{name}: expected the digest {wanted}, but found {found:?}"
+        );
+    }
+    for name in ["missing.txt", "../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd"] {
+        let found = get(rig, &booted, &at(name)).await?;
+        ensure!(found.is_none(), "{name}: expected nothing, but found {found:?}");
+    }
+    let told = lock(&heard).clone();
+    ensure!(
+        told.iter().any(|(path, status)| path.contains("small.txt") && *status == 200),
+        "expected to hear of the request for small.txt, but heard {told:?}"
+    );
+    let url = at("small.txt");
+    drop(served);
+    let found = get(rig, &booted, &url).await?;
+    ensure!(found.is_none(), "expected nothing once serving ended, but found {found:?}");
+    Ok(())
+}
+
+/// What a guest gets from a URL: the digest of the body of a good answer.
+async fn get(rig: &Rig, booted: &Booted, url: &str) -> Verdict<Option<String>> {
+    if let Owners::Handle = rig.adapter().owners() {
+        // Its guests are part of this process.
+        return Ok(fetch(url).await?.map(|body| Digest::of(&body).to_string()));
+    }
+    let command = format!("wget -q -O /tmp/got '{url}' && sha256sum /tmp/got || echo none");
+    let told = booted.run(&command).await?;
+    let digest = told.split_whitespace().next().unwrap_or_default();
+    Ok(Some(digest.to_owned()).filter(|digest| digest != "none"))
+}
+
+/// The same from this process: HTTP/1.0 (RFC 1945).
+async fn fetch(url: &str) -> Verdict<Option<Vec<u8>>> {
+    let url: url::Url = url.parse().map_err(|error| NotPassed::Failed(format!("{url}: {error}")))?;
+    let talk = async {
+        let address = (url.host_str().unwrap_or_default(), url.port().unwrap_or(80));
+        let mut stream = TcpStream::connect(address).await?;
+        let path = url.path();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nhost: suite\r\n\r\n").as_bytes()).await?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    let Ok(answer) = tokio::time::timeout(PATIENCE, talk).await else {
+        fail!("{url}: expected an answer within {PATIENCE:?}, but none came")
+    };
+    // Nobody there is nothing got.
+    let Ok(answer) = answer else { return Ok(None) };
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n");
+    let is_good = answer.split(|byte| *byte == b' ').nth(1) == Some(b"200");
+    Ok(end.filter(|_| is_good).map(|end| answer[end + 4..].to_vec()))
+}

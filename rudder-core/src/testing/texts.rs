@@ -1,0 +1,124 @@
+//! Names and texts with quotes, commas, blanks and characters of other alphabets: they work as they are, or are refused as
+//! what they are, and never become anything else.
+
+use super::{
+    NotPassed, Rig, Verdict,
+    modules::{draft, template, whole},
+    rig::{BLANK, network},
+    verdict::{During as _, ensure, fail, same},
+};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{ImportRequest, Lab, LabSpec, Progress, Stop},
+    plan::{PlannedSource, PlannedUrl},
+};
+
+/// Names that mean something to a shell, a file system, a command line of QEMU, an XML text, a query or a printf.
+const ODD: [&str; 12] = [
+    "with a blank",
+    "a,b=c,,d",
+    "it's \"quoted\"",
+    "../../../escape",
+    "ünïcödé 🦀",
+    "-rf",
+    "$(touch pwned) `id`",
+    "new\nline",
+    "%s%n",
+    "<tag>&amp;]]>",
+    "back\\slash",
+    ".",
+];
+
+/// What was asked for under an odd name: it, or nothing because the name is none.
+fn or_refused<T>(result: Result<T>, what: &str, name: &str) -> Verdict<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(None),
+        Err(error) => fail!(
+            "{what} {name:?}: expected it to work or InvalidInput, but found {:?}: {}",
+            error.kind(),
+            error.report()
+        ),
+    }
+}
+
+/// Labs, machines, disks and modules of odd names work, or are refused as names; either leaves nothing.
+pub async fn odd_names_work_or_are_refused(rig: &Rig) -> Verdict {
+    for name in ODD {
+        let opened = rig.backend().open_lab(&LabSpec::new(name, network())).await;
+        if let Some(lab) = or_refused(opened, "a lab", name)? {
+            lab.destroy().await.during("destroy the lab of an odd name")?;
+        }
+        let lab = rig.lab("odd").await?;
+        machine(rig, &*lab, name).await?;
+        module(rig, &*lab, name).await?;
+        lab.destroy().await.during("destroy a lab with odd names in it")?;
+        rig.expect_nothing_left(&format!("after the name {name:?}")).await?;
+    }
+    Ok(())
+}
+
+/// A machine, its disk and its card, all of this name.
+async fn machine(rig: &Rig, lab: &dyn Lab, name: &str) -> Verdict {
+    let request = ImportRequest::new(name, name, PlannedSource::Blank, Some(BLANK));
+    let imported = lab.import(&request, &Progress::none()).await;
+    let imported = or_refused(imported, "a disk", name)?;
+    let mut spec = rig.bare(lab, "web").await?;
+    if let Some(imported) = imported {
+        spec.disks[0].volume = imported.volume;
+        spec.disks[0].name = name.to_owned();
+    }
+    spec.nics[0].name = name.to_owned();
+    spec.name = name.to_owned();
+    let Some(machine) = or_refused(lab.create_machine(&spec).await, "a machine", name)? else {
+        return Ok(());
+    };
+    same(&machine.name(), &name, "the name of a machine")?;
+    machine.start().await.during(&format!("start a machine of the name {name:?}"))?;
+    machine.stop(Stop::Kill).await.during("stop it")?;
+    if let Some(disk) =
+        or_refused(machine.capture(&spec.disks[0].name, &Progress::none()).await, "a captured disk", name)?
+    {
+        same(&disk.name, &spec.disks[0].name, "the name of a captured disk")?;
+    }
+    Ok(())
+}
+
+/// A module and its VM, both of this name.
+async fn module(rig: &Rig, lab: &dyn Lab, name: &str) -> Verdict {
+    let spec = rig.bare(lab, "good").await?;
+    let machine = lab.create_machine(&spec).await.during("create a machine")?;
+    machine.start().await.during("start it")?;
+    machine.stop(Stop::Kill).await.during("stop it")?;
+    let disk = machine.capture("root", &Progress::none()).await.during("capture its disk")?;
+    let published = lab.publish(draft(name, vec![template(name, vec![disk])])).await;
+    let published = or_refused(published, "a module", name)?;
+    let modules = rig.backend().modules().await.during("list modules")?;
+    let Some(module) = published else {
+        ensure!(modules.is_empty(), "expected no module of the name {name:?}, but found {modules:?}");
+        return Ok(());
+    };
+    same(&module.name.as_str(), &name, "the name of a module")?;
+    same(&modules, &vec![module.clone()], "the modules")?;
+    whole(&module).await?;
+    rig.backend().remove_module(name).await.during("remove a module of an odd name")
+}
+
+/// An image is imported from a file whatever its name, where the adapter's image is a file.
+pub async fn an_image_of_an_odd_name_is_imported(rig: &Rig) -> Verdict {
+    let image = rig.image()?.image;
+    let Ok(file) = image.url.to_file_path() else {
+        return Err(NotPassed::Skipped("the adapter's image is no file".to_owned()));
+    };
+    let made = |error| Error::io("make a file of an odd name", error);
+    let directory = tempfile::tempdir().map_err(made)?;
+    let odd = directory.path().join("an \"image\", isn't it= é 🦀 %20&;$(x).img");
+    std::os::unix::fs::symlink(file, &odd).map_err(made)?;
+    let Ok(url) = url::Url::from_file_path(&odd) else { fail!("expected a path that a URL can say") };
+    let lab = rig.lab("odd").await?;
+    let source = PlannedSource::Url(PlannedUrl { url, sha256: None });
+    let request = ImportRequest::new("web", "root", source, None);
+    let imported = lab.import(&request, &Progress::none()).await.during("import an image of an odd name")?;
+    ensure!(imported.volume.virtual_size > 0, "expected a volume, but found {:?}", imported.volume);
+    lab.destroy().await.during("destroy the lab")
+}
