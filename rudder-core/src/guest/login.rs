@@ -31,11 +31,14 @@ const SILENCE: Duration = Duration::from_millis(500);
 /// So many attempts may be silent side by side. Fewer than the 10 unauthenticated connections at which OpenSSH starts to
 /// refuse (sshd_config, MaxStartups).
 const MAX_SILENT: usize = 8;
-/// A silent attempt is given up when there are [`MAX_SILENT`] and it is this old…
+/// A silent attempt is given up when it is this old…
 const GIVE_UP_SILENT: Duration = Duration::from_secs(5);
 /// …and an attempt on which something came when nothing more has come for so long: emulated guests take seconds for a
 /// key exchange.
 const GIVE_UP_STALLED: Duration = Duration::from_secs(30);
+/// One of so many attempts, the first among them, has that much time from the start: to a guest under load, every
+/// connection is a process to start, and if all of them were given up early it would do nothing but start them.
+const PATIENT: u64 = 8;
 /// After a refusal of the credentials, they are tried again so much later, on the same connection while the server
 /// bears it: new connections would earn penalties (sshd_config, PerSourcePenalties).
 const REFUSAL_PAUSE: Duration = Duration::from_secs(1);
@@ -50,6 +53,11 @@ impl Endpoint {
     /// An endpoint that calls this for every stream.
     pub fn new(dial: impl Fn() -> BoxFuture<'static, Result<BoxedStream>> + Send + Sync + 'static) -> Self {
         Self(Arc::new(dial))
+    }
+
+    /// A new stream.
+    pub(super) fn dial(&self) -> BoxFuture<'static, Result<BoxedStream>> {
+        (self.0)()
     }
 
     /// A TCP port of a machine.
@@ -270,7 +278,7 @@ async fn attempt(
         Ended::Failed
     };
     let turn = Turn { crowd, number };
-    let stream = match endpoint.0().await {
+    let stream = match endpoint.dial().await {
         Ok(stream) => stream,
         Err(error) if error.kind() == ErrorKind::GuestUnreachable || error.is_retryable() => {
             return failed(first_cause(&error));
@@ -332,7 +340,8 @@ async fn attempt(
 /// Ends when the attempt should: it is silent and old, or it is silent and another is spoken to, or it stalled.
 async fn stalled(mut received: tokio::sync::watch::Receiver<u64>, turn: &Turn) -> String {
     use std::sync::atomic::Ordering::SeqCst;
-    let start = Instant::now();
+    let patience = if turn.number % PATIENT == 1 { GIVE_UP_STALLED } else { GIVE_UP_SILENT };
+    let end = Instant::now() + patience;
     loop {
         let spoken = turn.crowd.spoken.notified();
         let bytes = *received.borrow_and_update();
@@ -359,7 +368,7 @@ async fn stalled(mut received: tokio::sync::watch::Receiver<u64>, turn: &Turn) -
         tokio::select! {
             changed = received.changed() => if changed.is_err() { std::future::pending::<()>().await },
             () = spoken => {}
-            () = tokio::time::sleep_until(start + GIVE_UP_SILENT) => {
+            () = tokio::time::sleep_until(end) => {
                 return "the connection was accepted, but the server said nothing".to_owned();
             }
         }

@@ -182,6 +182,27 @@ async fn wrong_credentials_and_silence_are_told_apart() {
     assert!(error.to_string().contains("last seen: the connection was closed before"), "{error}");
 }
 
+/// A guest under load needs longer for its first word than most attempts wait for it.
+#[tokio::test]
+async fn a_server_may_take_its_time_to_speak() {
+    let server = Sshd::new("").await;
+    let inner = server.endpoint();
+    let slow = crate::guest::Endpoint::new(move || {
+        let dialled = inner.dial();
+        Box::pin(async move {
+            let mut far = dialled.await?;
+            let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_secs(6)).await;
+                tokio::io::copy_bidirectional(&mut theirs, &mut far).await
+            });
+            Ok(Box::new(ours) as crate::backend::BoxedStream)
+        })
+    });
+    let guest = server.login().connect(&slow, Duration::from_secs(60)).await.unwrap();
+    guest.close().await;
+}
+
 #[tokio::test]
 async fn the_key_may_come_late_and_the_host_key_may_not_change() {
     let server = Sshd::new("").await;
