@@ -104,9 +104,9 @@ fn a_parent_that_was_never_built() {
 #[test]
 fn what_qemu_cannot_do_yet_is_refused_at_its_line() {
     let bench = Bench::new();
-    let manifest = tiny_manifest("refused", "- {type: handbuild, handbuild: {instructions: click}}");
+    let manifest = tiny_manifest("refused", "- {type: windows-update}");
     let ended = bench.build(&manifest);
-    ended.expect_code(2).expect_text(&["manifest.yaml:9:", "handbuild"]);
+    ended.expect_code(2).expect_text(&["manifest.yaml:9:", "windows-update"]);
     bench.expect_clean();
 }
 

@@ -102,7 +102,17 @@ impl Capabilities {
         use Capability as C;
         Self::new(
             "this version of rudder",
-            [C::ShellStep, C::FileStep, C::RebootStep, C::CloudInit, C::Isos, C::Floppy, C::HttpDirectory],
+            [
+                C::ShellStep,
+                C::FileStep,
+                C::RebootStep,
+                C::HandbuildStep,
+                C::CloudInit,
+                C::Isos,
+                C::Floppy,
+                C::HttpDirectory,
+                C::BootCommand,
+            ],
         )
     }
 

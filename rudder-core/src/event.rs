@@ -41,6 +41,7 @@ pub enum VmPhase {
     Pending,
     SourceImporting,
     Booting,
+    /// From power-on to the login, of a VM that has a boot command.
     BootCommand,
     Provisioning,
     ShuttingDown,
@@ -133,6 +134,20 @@ pub enum EventKind {
     Warning {
         /// What.
         message: String,
+    },
+    /// An action of the boot command begins.
+    BootAction {
+        /// Its place in the boot command, from 0.
+        action: usize,
+        /// How many there are.
+        of: usize,
+        /// What is done: `type "linux"`, `press <enter>`, `wait up to 1m for "login:" on the screen`.
+        doing: String,
+    },
+    /// The boot command has ended; from now on the login is tried.
+    BootCommandDone {
+        /// How long it took, in milliseconds.
+        millis: u64,
     },
     /// The guest answered and the login works.
     GuestReady {
@@ -272,7 +287,10 @@ pub struct FailureReport {
     /// The last lines of the serial console.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub serial_tail: Vec<String>,
-    /// A picture of the screen (PNG).
+    /// What the screen showed, read as text: see [`console::text`](crate::console::text) for what can be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub screen: Vec<String>,
+    /// A picture of the screen (PNG). Secrets that the screen shows are in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub screenshot: Option<PathBuf>,
 }
@@ -331,6 +349,10 @@ impl fmt::Display for EventKind {
             }
             Self::Notice { message } => f.write_str(message),
             Self::Warning { message } => write!(f, "warning: {message}"),
+            Self::BootAction { action, of, doing } => {
+                write!(f, "boot command {} of {of}: {doing}", action + 1)
+            }
+            Self::BootCommandDone { millis } => write!(f, "boot command done in {}", human_millis(*millis)),
             Self::GuestReady { millis } => write!(f, "logged in {} after power-on", human_millis(*millis)),
             Self::HttpRequest { method, path, status, bytes } => {
                 write!(f, "{method} {path}: {status}, {}B", human_bytes(*bytes))
@@ -390,6 +412,11 @@ impl fmt::Display for FailureReport {
                 write!(f, "\n  {what}, last lines:")?;
                 lines.iter().try_for_each(|line| write!(f, "\n    | {line}"))?;
             }
+        }
+        // A wait for a text says itself what it saw instead.
+        if !self.screen.is_empty() && !self.message.contains(&self.screen.join("\n")) {
+            f.write_str("\n  screen:")?;
+            self.screen.iter().try_for_each(|line| write!(f, "\n    | {line}"))?;
         }
         self.screenshot.iter().try_for_each(|path| write!(f, "\n  screenshot: {}", path.display()))
     }

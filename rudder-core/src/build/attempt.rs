@@ -25,7 +25,7 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     backend::{Backend, Lab, LabSpec, Machine, ModuleDraft, Retention},
-    capability::Capability,
+    capability::{Capabilities, Capability},
     event::{BuildPhase, EventKind, FailureReport, VmPhase},
     guest::BuildKey,
     module::{InputRecord, Module, Provenance, TemplateMachine},
@@ -129,7 +129,7 @@ fn needs(hardware: &Hardware) -> impl Iterator<Item = Capability> {
 impl Pending {
     /// Opens the lab.
     pub(super) async fn open(self) -> Result<Opened, Failure> {
-        supported(&self.plan)?;
+        supported(&self.plan, self.backend.capabilities())?;
         if self.options.locked.is_some() {
             for (vm, warning) in super::locked::beyond(&self.plan) {
                 self.sink.warn(Some(vm), warning);
@@ -246,15 +246,15 @@ impl Captured {
 }
 
 /// Refuses what this engine does not do, for plans that were made without asking it. Nothing is ignored silently.
-fn supported(plan: &Plan) -> Result<()> {
+fn supported(plan: &Plan, backend: &Capabilities) -> Result<()> {
     let refuse = |what: &str, vm: &str| {
         let message = format!("this version of rudder cannot do what the plan asks for: {what}");
         Err(Error::new(ErrorKind::Unsupported, message).with_context("vm", vm))
     };
     for machine in &plan.machines {
         let vm = machine.name.as_str();
-        if !machine.boot_command.is_empty() {
-            return refuse("a boot command", vm);
+        if !machine.boot_command.is_empty() && !backend.has(Capability::Display) {
+            return refuse("a boot command, on a backend without displays", vm);
         }
         if machine.communicator.shell != GuestShell::Bash {
             return refuse("a PowerShell guest", vm);

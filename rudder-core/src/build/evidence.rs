@@ -1,13 +1,14 @@
 //! What is gathered about a failure before its machine is torn down: console, screen, last words.
 
 use super::sink::Sink;
-use crate::{backend::Machine, capability::Capability, event::FailureReport};
-use std::{
-    io::Write as _,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+use crate::{
+    backend::Machine,
+    capability::{Capabilities, Capability},
+    console::{Console, text},
+    event::FailureReport,
 };
+use futures::FutureExt as _;
+use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
 use tokio::time::timeout;
 
 /// How long a dying machine may take to give each piece of evidence.
@@ -20,7 +21,8 @@ const SERIAL_LINES: usize = 40;
 pub(super) async fn gather(
     report: &mut FailureReport,
     machine: &Arc<dyn Machine>,
-    screenshots: Option<&Path>,
+    capabilities: &Capabilities,
+    screenshot: Option<&Path>,
     sink: &Sink,
 ) {
     if let Ok(Ok(bytes)) = timeout(PATIENCE, machine.serial_tail(SERIAL_BYTES)).await {
@@ -30,24 +32,30 @@ pub(super) async fn gather(
         let shown = &lines[lines.len().saturating_sub(SERIAL_LINES)..];
         report.serial_tail = shown.iter().map(|line| (*line).to_owned()).collect();
     }
-    let Some(path) = screenshots else { return };
-    if let Ok(Ok(png)) = timeout(PATIENCE, machine.screenshot()).await {
-        match save(path, &png).await {
-            Ok(()) => report.screenshot = Some(path.to_owned()),
-            Err(error) => tracing::warn!(%error, path = %path.display(), "cannot save the screenshot"),
-        }
+    // Text and picture are of one moment where both can be had from the display.
+    let mut png = None;
+    if capabilities.has(Capability::Display)
+        && runs(machine)
+        && let Ok(Ok(frame)) = timeout(PATIENCE, Console::new(Arc::clone(machine)).framebuffer()).await
+    {
+        let text = sink.mask(text::read(&frame).to_string().trim_end());
+        report.screen = text.lines().map(str::to_owned).collect();
+        png = frame.to_png().ok();
+    }
+    let Some(path) = screenshot else { return };
+    if png.is_none() && capabilities.has(Capability::Screenshot) {
+        png = timeout(PATIENCE, machine.screenshot()).await.ok().and_then(Result::ok);
+    }
+    let Some(png) = png else { return };
+    match save(path, &png).await {
+        Ok(()) => report.screenshot = Some(path.to_owned()),
+        Err(error) => tracing::warn!(%error, path = %path.display(), "cannot save the screenshot"),
     }
 }
 
-/// Where the screenshot of a VM goes; `None` where no directory was given or the backend has no screenshots.
-pub(super) fn screenshot_path(
-    dir: Option<&Path>,
-    capabilities: &crate::capability::Capabilities,
-    lab: &str,
-    vm: &str,
-) -> Option<PathBuf> {
-    let dir = dir.filter(|_| capabilities.has(Capability::Screenshot))?;
-    Some(dir.join(format!("{lab}-{vm}.png")))
+/// Whether a machine runs. Of one that has ended, the display is not waited for.
+fn runs(machine: &Arc<dyn Machine>) -> bool {
+    machine.wait().now_or_never().is_none()
 }
 
 /// Writes a file that only its owner may read, and the directory it is in.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! build    Pending ▶ Networking ▶ Building ▶ CapturingDisks ▶ TemplateProvisioning ▶ Succeeded
-//! each VM  Pending ▶ SourceImporting ▶ Booting ▶ Provisioning ▶ ShuttingDown ▶ DiskCaptured ▶ Succeeded
+//! each VM  Pending ▶ SourceImporting ▶ Booting ▶ [BootCommand] ▶ Provisioning ▶ ShuttingDown ▶ DiskCaptured ▶ Succeeded
 //! ```
 //!
 //! and from every phase to `Failed`. VMs run side by side; the first failure stops the others. Every VM is defined
@@ -10,7 +10,7 @@
 //! need the others.
 //!
 //! - **Limits.** `timeout` spans the whole build with all its attempts and ends with the module; `sshTimeout` runs from
-//!   power-on to a working login; `stepTimeout` spans a step. Each failure says which limit it was and which field raises it.
+//!   power-on, or the end of the boot command, to a working login; `stepTimeout` spans a step. Each failure says which limit it was and which field raises it.
 //! - **Death.** A machine that ends before its last step has ended fails the build within two seconds, with how it died.
 //! - **Cancellation.** [`BuildHandle::cancel`], or dropping the handle. What was begun is ended and removed before the outcome
 //!   is told; a cancellation that comes while the module is being published comes too late, and the build succeeds.
@@ -39,6 +39,7 @@
 //! ```
 
 mod attempt;
+mod boot;
 mod engine;
 mod evidence;
 mod guard;

@@ -229,7 +229,8 @@ impl Sink {
         let mask = |text: String| self.mask(&text);
         match kind {
             K::BuildStarted { .. } | K::BuildPhase { .. } | K::VmPhase { .. } => kind,
-            K::GuestReady { .. } | K::Lagged { .. } => kind,
+            K::BootAction { action, of, doing } => K::BootAction { action, of, doing: mask(doing) },
+            K::GuestReady { .. } | K::BootCommandDone { .. } | K::Lagged { .. } => kind,
             K::Progress { task, done, total } => K::Progress { task: mask(task), done, total },
             K::Input(input) => K::Input(self.masked_input(input)),
             K::Notice { message } => K::Notice { message: mask(message) },
@@ -273,6 +274,7 @@ impl Sink {
             step: report.step.map(|step| self.mask(&step)),
             output_tail: lines(report.output_tail),
             serial_tail: lines(report.serial_tail),
+            screen: lines(report.screen),
             ..report
         }
     }

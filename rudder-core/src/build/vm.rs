@@ -3,6 +3,7 @@
 //! ```text
 //! Planned ──import──▶ Defined ──boot──▶ Booted ──provision──▶ Provisioned ──shut_down──▶ Halted ──capture──▶ template
 //!  SourceImporting     Booting           Provisioning          (stands by)  ShuttingDown   DiskCaptured
+//!                    [BootCommand]
 //! ```
 //!
 //! Any failure ends in [`Failure`], with its evidence gathered while the machine was still there. What it leaves behind:
@@ -18,6 +19,7 @@
 
 use super::{
     attempt::{Attempt, Failure},
+    boot::BootCommand,
     evidence,
     guard::ended,
     talk::{self, StepFailure},
@@ -110,9 +112,9 @@ impl Vm {
                 let attempt = &self.attempt;
                 let dir = attempt.options.report_dir.as_deref();
                 let id = attempt.lab.id().as_str();
-                let screenshot =
-                    evidence::screenshot_path(dir, attempt.backend.capabilities(), id, self.name());
-                evidence::gather(&mut report, machine, screenshot.as_deref(), sink).await;
+                let screenshot = dir.map(|dir| dir.join(format!("{id}-{}.png", self.name())));
+                let capabilities = attempt.backend.capabilities();
+                evidence::gather(&mut report, machine, capabilities, screenshot.as_deref(), sink).await;
             }
         }
         self.enter(VmPhase::Failed);
@@ -177,10 +179,9 @@ impl Planned {
 }
 
 impl Defined {
-    /// Powers it on, and logs in.
+    /// Powers it on, types its boot command, and logs in.
     pub(super) async fn boot(self) -> Result<Booted, Failure> {
         let Self(vm, machine) = self;
-        vm.enter(VmPhase::Booting);
         match Self::log_in(&vm, &machine).await {
             Ok(session) => Ok(Booted(vm, machine, session)),
             Err(error) => Err(vm.failed(Some(&machine), error).await),
@@ -188,10 +189,16 @@ impl Defined {
     }
 
     async fn log_in(vm: &Vm, machine: &Arc<dyn Machine>) -> Result<Session> {
+        vm.enter(VmPhase::Booting);
         let guard = &vm.attempt.guard;
+        let boot_command = BootCommand::of(&vm.attempt, vm.planned())?;
         vm.attempt.started.store(true, std::sync::atomic::Ordering::Relaxed);
         guard.wait(machine.start()).await?;
         let powered_on = Instant::now();
+        if let Some(boot_command) = boot_command {
+            vm.enter(VmPhase::BootCommand);
+            boot_command.run(vm, machine).await?;
+        }
         let session = talk::log_in(vm, machine).await?;
         let millis = u64::try_from(powered_on.elapsed().as_millis()).unwrap_or(u64::MAX);
         vm.attempt.sink.emit(Some(vm.name()), EventKind::GuestReady { millis });

@@ -62,6 +62,12 @@ pub fn named_key(name: &str) -> Option<u32> {
     NAMED.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, keysym)| *keysym)
 }
 
+/// The name of a key in boot commands, by its keysym; `None` for those without one, characters for instance.
+#[must_use]
+pub fn key_name(keysym: u32) -> Option<&'static str> {
+    NAMED.iter().find(|(_, known)| *known == keysym).map(|(name, _)| *name)
+}
+
 /// What is pressed on a US keyboard for a character.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -26,8 +26,8 @@ impl<'c> Support<'c> {
         self.lacking(capability).is_none()
     }
 
-    /// Who lacks a capability, for people.
-    fn lacking(&self, capability: Capability) -> Option<String> {
+    /// Who lacks a capability, for people, and what it is that they lack.
+    fn lacking(&self, capability: Capability) -> Option<(String, Capability)> {
         use Capability as C;
         // What the engine has a part in, and what of the backend that part stands on.
         let (engine, backend) = match capability {
@@ -37,15 +37,15 @@ impl<'c> Support<'c> {
             other => (false, Some(other)),
         };
         if engine && !self.engine.has(capability) {
-            return Some(self.engine.of.clone());
+            return Some((self.engine.of.clone(), capability));
         }
-        let lacks = backend.is_some_and(|needed| !self.backend.has(needed));
-        lacks.then(|| format!("the {} backend", self.backend.of))
+        let needed = backend.filter(|needed| !self.backend.has(*needed))?;
+        Some((format!("the {} backend", self.backend.of), needed))
     }
 
     /// Refuses what needs a capability that is lacking.
     fn need(&self, findings: &mut Findings<'_>, capability: Capability, at: &Path<'_>, what: &str) {
-        if let Some(who) = self.lacking(capability) {
+        if let Some((who, capability)) = self.lacking(capability) {
             findings.report(&codes::UNSUPPORTED, at, format!("{who} cannot {what} yet")).help =
                 Some(format!("the capability is `{capability}`"));
         }

@@ -71,7 +71,7 @@ async fn a_cancellation_while_the_module_is_published_comes_too_late() {
 #[tokio::test(start_paused = true)]
 async fn dropping_the_handle_cancels_and_cleans_up() {
     let inner = MemoryBackend::new().every_machine(|guest| guest.on("work", Response::ok("").hangs()));
-    let backend = Arc::new(Hooked { inner: inner.clone(), hooks: Arc::default(), specs: Arc::default() });
+    let backend = Arc::new(Hooked::new(&inner, &[]));
     let handle = Build::new(read(plan(vec![vm("a", vec![shell("work", "work")])])), backend).start();
     let mut events = handle.events();
     while let Some(event) = events.next().await {

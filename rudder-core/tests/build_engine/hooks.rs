@@ -1,5 +1,6 @@
 //! A backend around another one that stops at chosen operations: to hang, or to let the test do something there.
 
+use super::display::Display;
 use async_trait::async_trait;
 use rudder_core::{
     Result,
@@ -7,7 +8,7 @@ use rudder_core::{
         Backend, BoxedStream, Exit, FetchRequest, Fetched, HostReport, ImportRequest, Imported, KeptLab, Lab,
         LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop,
     },
-    capability::Capabilities,
+    capability::{Capabilities, Capability},
     memory::{MemoryBackend, Operation},
     module::{CapturedDisk, CapturedState, Module},
 };
@@ -31,19 +32,47 @@ pub type Hooks = Arc<Vec<(Operation, Hook)>>;
 
 #[derive(Debug)]
 pub struct Hooked {
-    pub inner: MemoryBackend,
-    pub hooks: Hooks,
-    pub specs: Specs,
+    inner: MemoryBackend,
+    hooks: Hooks,
+    capabilities: Capabilities,
+    display: Option<Display>,
+    specs: Specs,
+}
+
+impl Hooked {
+    pub fn new(inner: &MemoryBackend, hooks: &[(Operation, Hook)]) -> Self {
+        let capabilities = inner.capabilities().clone();
+        Self {
+            inner: inner.clone(),
+            hooks: Arc::new(hooks.to_vec()),
+            capabilities,
+            display: None,
+            specs: Specs::default(),
+        }
+    }
+
+    /// What its machines were made of.
+    pub fn specs(&self) -> Specs {
+        Arc::clone(&self.specs)
+    }
+
+    /// Its machines have this display.
+    pub fn with_display(mut self, display: Display) -> Self {
+        let more = self.capabilities.iter().chain([Capability::Display]);
+        self.capabilities = Capabilities::new("memory", more);
+        self.display = Some(display);
+        self
+    }
 }
 
 /// What the machines of a build were made of.
 pub type Specs = Arc<Mutex<Vec<MachineSpec>>>;
 
 #[derive(Debug)]
-struct HookedLab(Arc<dyn Lab>, Hooks, Specs);
+struct HookedLab(Arc<dyn Lab>, Hooks, Option<Display>, Specs);
 
 #[derive(Debug)]
-struct HookedMachine(Arc<dyn Machine>, Hooks);
+struct HookedMachine(Arc<dyn Machine>, Hooks, Option<Display>);
 
 async fn reach(hooks: &Hooks, operation: Operation) {
     match hooks.iter().find(|(of, _)| *of == operation) {
@@ -60,7 +89,7 @@ impl Backend for Hooked {
     }
 
     fn capabilities(&self) -> &Capabilities {
-        self.inner.capabilities()
+        &self.capabilities
     }
 
     async fn diagnose(&self) -> Result<HostReport> {
@@ -70,7 +99,8 @@ impl Backend for Hooked {
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
         reach(&self.hooks, Operation::OpenLab).await;
         let lab = self.inner.open_lab(spec).await?;
-        Ok(Arc::new(HookedLab(lab, Arc::clone(&self.hooks), Arc::clone(&self.specs))))
+        let (hooks, specs) = (Arc::clone(&self.hooks), Arc::clone(&self.specs));
+        Ok(Arc::new(HookedLab(lab, hooks, self.display.clone(), specs)))
     }
 
     async fn modules(&self) -> Result<Vec<Module>> {
@@ -124,9 +154,9 @@ impl Lab for HookedLab {
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         reach(&self.1, Operation::CreateMachine).await;
-        self.2.lock().unwrap().push(spec.clone());
+        self.3.lock().unwrap().push(spec.clone());
         let machine = self.0.create_machine(spec).await?;
-        Ok(Arc::new(HookedMachine(machine, Arc::clone(&self.1))))
+        Ok(Arc::new(HookedMachine(machine, Arc::clone(&self.1), self.2.clone())))
     }
 
     async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
@@ -169,7 +199,10 @@ impl Machine for HookedMachine {
     }
 
     async fn display(&self) -> Result<BoxedStream> {
-        self.0.display().await
+        match &self.2 {
+            Some(display) => display.connect(),
+            None => self.0.display().await,
+        }
     }
 
     async fn serial(&self) -> Result<BoxedStream> {

@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+mod boot;
 mod cancel;
 mod death;
+mod display;
 mod failure;
 mod hooks;
 mod keep;
@@ -15,7 +17,7 @@ mod retry;
 mod secrets;
 mod success;
 
-use hooks::{Hook, Hooked, Specs};
+use hooks::{Hook, Hooked};
 use rudder_core::{
     backend::{Backend, MachineSpec},
     build::{Build, BuildFailure},
@@ -62,12 +64,9 @@ pub async fn run(
     hooks: &[(Operation, Hook)],
     mut react: impl FnMut(&Event, &rudder_core::build::BuildHandle),
 ) -> Ended {
-    let specs = Specs::default();
-    let backend: Arc<dyn Backend> = Arc::new(Hooked {
-        inner: backend.clone(),
-        hooks: Arc::new(hooks.to_vec()),
-        specs: Arc::clone(&specs),
-    });
+    let hooked = Hooked::new(backend, hooks);
+    let specs = hooked.specs();
+    let backend: Arc<dyn Backend> = Arc::new(hooked);
     let handle = options(Build::new(plans::read(plan), backend)).start();
     let mut reader = handle.events();
     let mut events = Vec::new();

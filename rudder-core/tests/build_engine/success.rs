@@ -109,11 +109,7 @@ async fn a_lab_that_cannot_be_removed_does_not_hide_the_module() {
 async fn a_reader_that_comes_late_and_reads_slowly_sees_what_matters() {
     let noise: String = (0..500).map(|n| format!("echo line {n}\n")).collect();
     let backend = MemoryBackend::new();
-    let hooked = std::sync::Arc::new(super::Hooked {
-        inner: backend.clone(),
-        hooks: Default::default(),
-        specs: Default::default(),
-    });
+    let hooked = std::sync::Arc::new(super::Hooked::new(&backend, &[]));
     let plan = read(plan(vec![vm("a", vec![shell("noise", &noise)])]));
     let build = rudder_core::build::Build::new(plan, hooked).event_capacity(8).start();
     let mut early = build.events();
@@ -170,7 +166,7 @@ async fn a_locked_build_refuses_other_bytes_before_it_boots() {
 async fn what_the_engine_cannot_do_is_refused_before_anything_starts() {
     let backend = MemoryBackend::new();
     let mut machine = vm("a", vec![]);
-    machine["boot_command"] = json!([{"press": 0xff0d}]);
+    machine["communicator"]["shell"] = json!("powershell");
     let ended = build(&backend, plan(vec![machine])).await;
     assert_eq!(ended.failure().error.kind(), rudder_core::ErrorKind::Unsupported);
     assert_eq!(ended.build_phases(), [B::Pending, B::Failed]);
