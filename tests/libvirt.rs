@@ -6,7 +6,7 @@
 mod daemon;
 mod support;
 
-use daemon::Daemon;
+use daemon::{Daemon, Scope, in_namespaces};
 use rustix::process::Signal;
 use std::{
     process::Command,
@@ -20,14 +20,19 @@ const WAITS: &str = "- {type: shell, name: work, shell: {inline: 'echo begun; sl
 
 /// A bench, and a libvirtd whose files are in it.
 struct Place {
+    scope: Scope,
     daemon: Daemon,
     bench: Bench,
 }
 
 impl Place {
     fn new() -> Self {
+        Self::of(Scope::Session)
+    }
+
+    fn of(scope: Scope) -> Self {
         let bench = Bench::new();
-        Self { daemon: Daemon::start(&bench.path("libvirt")), bench }
+        Self { scope, daemon: Daemon::of(scope, &bench.path("libvirt")), bench }
     }
 
     /// The command that builds a manifest on libvirt.
@@ -59,6 +64,9 @@ impl Place {
         assert!(labs.is_empty(), "{labs:?}");
         let domains = self.daemon.domains();
         assert!(domains.iter().all(|domain| !domain.starts_with("rudder.")), "{domains:?}");
+        if self.scope == Scope::System {
+            assert_eq!(self.daemon.networks(), Vec::<String>::new());
+        }
     }
 }
 
@@ -135,7 +143,17 @@ fn a_step_that_fails_is_told_as_on_qemu() {
 
 #[test]
 fn a_libvirtd_that_is_killed_ends_the_build_with_an_error_that_says_so() {
-    let mut place = Place::new();
+    libvirtd_is_killed(Place::new());
+}
+
+#[test]
+fn a_libvirtd_of_the_system_that_is_killed_leaves_networks_that_are_reaped() {
+    if in_namespaces("a_libvirtd_of_the_system_that_is_killed_leaves_networks_that_are_reaped") {
+        libvirtd_is_killed(Place::of(Scope::System));
+    }
+}
+
+fn libvirtd_is_killed(mut place: Place) {
     let mut running = Running::start(place.command(&tiny_manifest("victim", WAITS)));
     running.until_output("begun");
     place.daemon.kill();
@@ -164,5 +182,38 @@ fn a_builder_that_is_killed_leaves_nothing_that_the_next_does_not_remove() {
         thread::sleep(Duration::from_millis(50));
     }
     place.modules(&["gc"]);
+    place.expect_clean();
+}
+
+#[test]
+fn on_the_systems_libvirt_machines_are_on_a_bridge() {
+    if !in_namespaces("on_the_systems_libvirt_machines_are_on_a_bridge") {
+        return;
+    }
+    let place = Place::of(Scope::System);
+    let step = "- {type: shell, name: look, shell: {inline: 'echo on-a-bridge > /notes; sync; ip -o -4 addr show; sleep 2'}}";
+    let mut running = Running::start(place.command(&tiny_manifest("base", step)));
+    let leased = running.until_output("scope global");
+    let line = leased["line"].as_str().unwrap();
+    let address = line.split_whitespace().find(|word| word.contains("/24")).unwrap();
+    let networks = place.daemon.networks();
+    assert_eq!(networks.len(), 1, "{networks:?}");
+    assert!(place.daemon.virsh(&["net-dhcp-leases", &networks[0]]).contains(address), "{line}");
+    running.end().expect_code(0);
+    place.expect_clean();
+    assert_eq!(place.daemon.domains(), ["base.vm"]);
+    // Two at once, each with its own range.
+    let layer =
+        |name: &str| one_vm(name, "{buildRef: {name: base}}", "- {type: shell, shell: {inline: cat /notes}}");
+    let other = place.bench.write("other.yaml", &layer("two"));
+    let mut second = Command::new(support::example("build"));
+    second.args(["--backend", "libvirt", "--events", "json", "--store"]).arg(place.bench.store()).arg(other);
+    second.env("LIBVIRT_DEFAULT_URI", place.daemon.uri());
+    let second = Running::start(second);
+    let first = place.build(&layer("one"));
+    for ended in [first, second.end()] {
+        ended.expect_code(0);
+        assert!(ended.event(|event| event["line"] == "on-a-bridge").is_some(), "{}", ended.stdout);
+    }
     place.expect_clean();
 }

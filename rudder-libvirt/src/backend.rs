@@ -2,9 +2,9 @@
 
 use crate::{
     connection::Connection,
-    lab::{LibvirtLab, labelled, remove_domains_of, store_name, tidying},
+    lab::{LibvirtLab, labelled, remove_all_of, store_name, tidying},
     label::Label,
-    modules,
+    modules, network,
     offer::Offer,
 };
 use async_trait::async_trait;
@@ -135,14 +135,15 @@ impl LibvirtBackend {
         self.offer.get_or_try_init(|| ask).await.cloned()
     }
 
-    /// Ends and removes the domains of labs whose owner is gone. Before their files go: what runs on them ends first.
-    async fn reap_domains(&self) -> Result<ReapReport> {
+    /// Ends and removes the domains and networks of labs whose owner is gone. Before their files go: what runs on them ends first.
+    async fn reap_labelled(&self) -> Result<ReapReport> {
         let own = store_name(&self.store);
         // Looked for before the labs are listed: a lab is made before its first domain.
         let name = own.clone();
         let labelled = self.connection.ask(move |connect| {
-            let labels = labelled(connect)?.into_iter().map(|(_, label)| label);
-            Ok(labels.filter(|label| label.store() == name).collect::<Vec<_>>())
+            let domains = labelled(connect)?.into_iter().map(|(_, label)| label);
+            let networks = network::labelled(connect)?.into_iter().map(|(_, label)| label);
+            Ok(domains.chain(networks).filter(|label| label.store() == name).collect::<Vec<_>>())
         });
         let labelled = labelled.await.map_err(tidying)?;
         let store = self.store.clone();
@@ -158,11 +159,9 @@ impl LibvirtBackend {
         let mut report = ReapReport::default();
         for lab in dead {
             let (own, id) = (own.clone(), lab.clone());
-            match self.connection.order(move |connect| remove_domains_of(connect, &own, &id)).await {
-                Ok(domains) => {
-                    report
-                        .removed
-                        .extend(domains.into_iter().map(|name| format!("domain {name} of lab {lab}")));
+            match self.connection.order(move |connect| remove_all_of(connect, &own, &id)).await {
+                Ok(removed) => {
+                    report.removed.extend(removed.into_iter().map(|what| format!("{what} of lab {lab}")));
                 }
                 Err(failure) => {
                     report.failed.push(tidying(failure).with_context("lab", lab.as_str()).report());
@@ -296,14 +295,14 @@ impl Backend for LibvirtBackend {
             return Err(Error::new(ErrorKind::Conflict, message));
         }
         let (own, lab) = (store_name(&self.store), id.clone());
-        let removed = self.connection.order(move |connect| remove_domains_of(connect, &own, &lab)).await;
+        let removed = self.connection.order(move |connect| remove_all_of(connect, &own, &lab)).await;
         removed.map_err(tidying)?;
         self.store.remove_lab(id.as_str()).await
     }
 
     async fn reap(&self) -> Result<ReapReport> {
         let mut report = ReapReport::default();
-        match self.reap_domains().await {
+        match self.reap_labelled().await {
             Ok(found) => report = found,
             // Files and processes of dead owners go all the same.
             Err(error) => report.failed.push(error.report()),

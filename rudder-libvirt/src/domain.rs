@@ -2,10 +2,11 @@
 //! Nothing here touches the host.
 //!
 //! Everything sits where it sits on raw QEMU (the table in rudder-qemu's `command_line`), so that a guest finds its disks
-//! and cards at the same places whichever of the two built its module. Cards are given to QEMU as arguments, because
-//! libvirt's own user network forwards no ports (its `portForward` needs passt).
+//! and cards at the same places whichever of the two built its module. Cards in the user
+//! network are given to QEMU as arguments, because libvirt's own user network forwards no ports (its `portForward` needs
+//! passt).
 
-use crate::{label::Label, offer::Offer, xml::Xml};
+use crate::{label::Label, network::Card, offer::Offer, xml::Xml};
 use rudder_core::{Error, ErrorKind, Result, backend::LabId, plan::Bus, store::LAB_VARIABLE};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,7 @@ mod place {
     pub(super) const XHCI: usize = 0x05;
     pub(super) const RNG: usize = 0x06;
     pub(super) const VIRTIO_DISKS: usize = 0x08;
+    pub(super) const CARDS: usize = 0x10;
     pub(super) const SEED: usize = 0x1a;
 }
 
@@ -48,6 +50,15 @@ pub(crate) enum Serial {
     Terminal,
 }
 
+/// The cards of a domain.
+#[derive(Debug)]
+pub(crate) enum Cards {
+    /// In networks of libvirt's.
+    Bridged(Vec<Card>),
+    /// In QEMU's user network: its arguments.
+    User(Vec<String>),
+}
+
 /// Everything that a domain is made of.
 #[derive(Debug)]
 pub(crate) struct Domain<'a> {
@@ -62,8 +73,9 @@ pub(crate) struct Domain<'a> {
     pub(crate) disks: Vec<Disk>,
     pub(crate) seed: Option<PathBuf>,
     pub(crate) serial: Serial,
-    /// QEMU's arguments for the cards.
-    pub(crate) cards: Vec<String>,
+    pub(crate) cards: Cards,
+    /// Whose rights its process has, where libvirt may choose; `None`: libvirt's choice.
+    pub(crate) owner: Option<(u32, u32)>,
     /// The lab whose end ends its process.
     pub(crate) lab: Option<&'a LabId>,
 }
@@ -103,9 +115,13 @@ impl Domain<'_> {
                 places.controllers(xml);
                 self.devices(xml);
             });
-            if !self.cards.is_empty() || self.lab.is_some() {
+            let arguments = match &self.cards {
+                Cards::User(arguments) => arguments.as_slice(),
+                Cards::Bridged(_) => &[],
+            };
+            if !arguments.is_empty() || self.lab.is_some() {
                 xml.element("qemu:commandline", &[], |xml| {
-                    for argument in &self.cards {
+                    for argument in arguments {
                         xml.empty("qemu:arg", &[("value", argument)]);
                     }
                     if let Some(lab) = self.lab {
@@ -144,6 +160,12 @@ impl Domain<'_> {
         xml.text("on_reboot", &[], "restart");
         // Looked at before it is ended: the picture of a panic says what happened.
         xml.text("on_crash", &[], "preserve");
+        if let Some((user, group)) = self.owner {
+            // The files are its owner's already, and stay so: other labs read the same images.
+            xml.element("seclabel", &[("type", "static"), ("model", "dac"), ("relabel", "no")], |xml| {
+                xml.text("label", &[], &format!("+{user}:+{group}"));
+            });
+        }
     }
 
     fn devices(&self, xml: &mut Xml) {
@@ -155,6 +177,11 @@ impl Domain<'_> {
             }),
             Serial::Terminal => {
                 xml.element("serial", &[("type", "pty")], |xml| xml.empty("target", &[("port", "0")]));
+            }
+        }
+        if let Cards::Bridged(cards) = &self.cards {
+            for card in cards {
+                write_card(xml, card);
             }
         }
         // Reached through libvirt alone: nothing listens.
@@ -264,6 +291,17 @@ fn write_seed(xml: &mut Xml, path: &Path, bus: Bus, place: &Place) {
         xml.empty("target", &[("dev", &place.target), ("bus", bus_name(bus))]);
         xml.empty("readonly", &[]);
         address(xml, &place.address);
+    });
+}
+
+fn write_card(xml: &mut Xml, card: &Card) {
+    xml.element("interface", &[("type", "network")], |xml| {
+        xml.empty("mac", &[("address", &card.mac)]);
+        xml.empty("source", &[("network", &card.network)]);
+        xml.empty("model", &[("type", card.model)]);
+        // Without a boot ROM: nothing boots from the network, and loading it takes time.
+        xml.empty("rom", &[("enabled", "no")]);
+        address(xml, &pci(place::CARDS + usize::from(card.slot), 0, false));
     });
 }
 

@@ -5,6 +5,7 @@ use crate::{
     label::{self, Label},
     machine::LibvirtMachine,
     modules,
+    network::{self, Bridge},
     offer::Offer,
 };
 use async_trait::async_trait;
@@ -14,6 +15,7 @@ use rudder_core::{
         FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
         ModuleDraft, Progress, Served, Site,
     },
+    media::http::{Admission, Caller, Server},
     module::Module,
     plan::Firmware,
     store::Store,
@@ -21,8 +23,9 @@ use rudder_core::{
 use rudder_qemu::parts::{Ground, blocking};
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -37,12 +40,44 @@ pub(crate) struct Footing {
     pub(crate) offer: Arc<Offer>,
     /// The store that the lab is in, for labels.
     pub(crate) store: String,
+    /// Its networks, where libvirt makes them.
+    bridges: OnceLock<Vec<Bridge>>,
     /// Held for reading while libvirt makes something for the lab, whether or not its caller still waits; true: the lab is
     /// at its end, and nothing more is made.
     closed: Arc<RwLock<bool>>,
 }
 
 impl Footing {
+    /// Its networks, where libvirt makes them; `None`: its machines have QEMU's user network.
+    pub(crate) fn bridges(&self) -> Option<&[Bridge]> {
+        self.bridges.get().map(Vec::as_slice)
+    }
+
+    /// The label of one of its machines, or, without a name, of its networks.
+    pub(crate) fn label(&self, vm: &str) -> Label {
+        let (store, lab) = (self.store.clone(), self.ground.id().clone());
+        Label::Lab { store, lab, vm: vm.to_owned(), owner: std::process::id() }
+    }
+
+    /// Makes its networks.
+    async fn make_bridges(self: Arc<Self>) -> Result<()> {
+        let made = self.detached(|footing| async move {
+            let (label, id, network) =
+                (footing.label(""), footing.ground.id().clone(), footing.ground.network().clone());
+            let order = move |connect: &Connect| network::create(connect, &id, &label, &network);
+            let made = footing.connection.order(order).await.map_err(|failure| {
+                failure.into_error(ErrorKind::HostMissing, "make the networks of the lab").with_help(
+                    "libvirt needs dnsmasq and iptables: apt-get install --no-install-recommends dnsmasq-base iptables; \
+                     qemu:///session needs neither",
+                )
+            })?;
+            // Nobody else sets it.
+            let _ = footing.bridges.set(made);
+            Ok(())
+        });
+        made.await
+    }
+
     /// Does something that goes on when the caller is dropped, and that the end of the lab waits for.
     pub(crate) async fn detached<T, W>(self: Arc<Self>, work: impl FnOnce(Arc<Self>) -> W) -> Result<T>
     where
@@ -82,14 +117,21 @@ pub(crate) fn labelled(connect: &Connect) -> Result<Vec<(Domain, Label)>, Refusa
     Ok(found)
 }
 
-/// Ends and removes the domains of a lab, by their labels; their names. May be repeated.
-pub(crate) fn remove_domains_of(connect: &Connect, store: &str, id: &LabId) -> Result<Vec<String>, Refusal> {
+/// Ends and removes the domains and networks of a lab, by their labels; what they are. May be repeated.
+pub(crate) fn remove_all_of(connect: &Connect, store: &str, id: &LabId) -> Result<Vec<String>, Refusal> {
     let mut removed = Vec::new();
     for (domain, label) in labelled(connect)? {
-        if matches!(&label, Label::Lab { store: its, lab, .. } if its == store && lab == id) {
+        if label.is_of(store, id) {
             let name = domain.get_name().unwrap_or_default();
             remove_domain(&domain)?;
-            removed.push(name);
+            removed.push(format!("domain {name}"));
+        }
+    }
+    for (network, label) in network::labelled(connect)? {
+        if label.is_of(store, id) {
+            let name = network.get_name().unwrap_or_default();
+            network::remove(&network)?;
+            removed.push(format!("network {name}"));
         }
     }
     Ok(removed)
@@ -121,14 +163,19 @@ impl LibvirtLab {
             connection: Arc::clone(connection),
             offer: Arc::clone(offer),
             store: store_name(store),
+            bridges: OnceLock::new(),
             closed: Arc::default(),
         };
-        Ok(Self {
+        let lab = Self {
             footing: Arc::new(footing),
             store: store.clone(),
             machines: Machines::default(),
             settled: AtomicBool::new(false),
-        })
+        };
+        if offer.bridges {
+            Arc::clone(&lab.footing).make_bridges().await?;
+        }
+        Ok(lab)
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<LibvirtMachine>>> {
@@ -141,16 +188,40 @@ impl LibvirtLab {
         Error::new(ErrorKind::Conflict, message).with_context("vm", name)
     }
 
-    async fn remove_domains(&self) -> Result<()> {
+    /// Serves files on the host's addresses of these networks, to their guests.
+    async fn serve_on(&self, bridges: &[Bridge], site: &Site) -> Result<Served> {
+        let (mut addresses, mut servers, mut port) = (BTreeMap::new(), Vec::new(), 0);
+        for bridge in bridges {
+            let (host, range, subnet) = (bridge.addresses.gateway(), bridge.addresses, bridge.subnet.clone());
+            let machines = Arc::downgrade(&self.machines);
+            let admit = move |caller: Caller| {
+                let guest = match caller.peer.ip() {
+                    IpAddr::V4(peer) if range.contains(peer) && peer != host => peer,
+                    _ => return Admission::Refused,
+                };
+                let machines = machines.upgrade().map(|machines| locked(&machines).clone());
+                let machine =
+                    machines.into_iter().flatten().find(|machine| machine.has_address(&subnet, guest));
+                // Nobody but a guest has an address there; one may have taken another than it was given.
+                machine.map_or(Admission::Welcome, |machine| Admission::Machine(machine.name().to_owned()))
+            };
+            let server = Server::on((host, port).into(), site.clone(), admit).await?;
+            port = server.port();
+            addresses.insert(bridge.subnet.clone(), host);
+            servers.push(server);
+        }
+        Ok(Served::new(addresses, port, servers))
+    }
+
+    async fn remove_all(&self) -> Result<()> {
         let (store, id) = (self.footing.store.clone(), self.footing.ground.id().clone());
-        let removed =
-            self.footing.connection.order(move |connect| remove_domains_of(connect, &store, &id)).await;
+        let removed = self.footing.connection.order(move |connect| remove_all_of(connect, &store, &id)).await;
         removed.map(drop).map_err(|failure| {
             failure
-                .into_error(ErrorKind::Io, "remove the domains of the lab")
+                .into_error(ErrorKind::Io, "remove the domains and networks of the lab")
                 .with_context("lab", self.footing.ground.id().as_str())
                 .with_help(
-                    "their processes were ended; their definitions are removed by the next start or by reap",
+                    "processes were ended; what libvirt still knows is removed by the next start or by reap",
                 )
         })
     }
@@ -189,6 +260,9 @@ impl Lab for LibvirtLab {
     }
 
     async fn serve(&self, site: Site) -> Result<Served> {
+        if let Some(bridges) = self.footing.bridges() {
+            return self.serve_on(bridges, &site).await;
+        }
         let machines = Arc::downgrade(&self.machines);
         let owner = move |caller| {
             let machines = machines.upgrade().map(|machines| locked(&machines).clone());
@@ -254,7 +328,7 @@ impl Lab for LibvirtLab {
         *self.footing.closed.write().await = true;
         let machines = self.machines().clone();
         futures::future::join_all(machines.iter().map(|machine| machine.end())).await;
-        let removed = self.remove_domains().await;
+        let removed = self.remove_all().await;
         let footing = Arc::clone(&self.footing);
         blocking(move || footing.ground.dir().destroy()).await?;
         removed?;
@@ -276,9 +350,9 @@ impl Drop for LibvirtLab {
             *footing.closed.blocking_write() = true;
             let id = footing.ground.id();
             let removed =
-                footing.connection.ask_blocking(|connect| remove_domains_of(connect, &footing.store, id));
+                footing.connection.ask_blocking(|connect| remove_all_of(connect, &footing.store, id));
             if let Err(failure) = removed {
-                let error = failure.into_error(ErrorKind::Io, "remove the domains of the lab");
+                let error = failure.into_error(ErrorKind::Io, "remove the domains and networks of the lab");
                 tracing::warn!(lab = %id, error = error.report(), "cannot end a lab; the next reap will");
             }
         };

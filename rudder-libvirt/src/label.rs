@@ -1,6 +1,6 @@
 //! Labels: what Rudder writes into the metadata of the domains and networks that it makes. What carries none is never touched.
 
-use crate::xml::{Xml, elements};
+use crate::xml::{Element, Xml, elements};
 use rudder_core::{backend::LabId, digest::Digest};
 
 /// The namespace of the labels (Domain XML format, "metadata": an application has one of its own).
@@ -48,7 +48,19 @@ impl Label {
     /// Reads the element in our namespace, as libvirt gives it.
     pub(crate) fn read(text: &str) -> Option<Self> {
         let elements = elements(text);
-        let element = elements.iter().find(|element| matches!(element.name.as_str(), "lab" | "module"))?;
+        Self::of(elements.iter().find(|element| matches!(element.name.as_str(), "lab" | "module"))?)
+    }
+
+    /// Finds it in the XML of a network: libvirt does not give the metadata of networks on its own before 9.7.
+    pub(crate) fn of_network(text: &str) -> Option<Self> {
+        let elements = elements(text);
+        let of_lab = |element: &&Element| element.is(&["network", "metadata", "lab"]);
+        // Names are read without their prefixes: ours is bound to our namespace.
+        let ours = |element: &&Element| element.attribute("rudder") == Some(NAMESPACE);
+        Self::of(elements.iter().filter(of_lab).find(ours)?)
+    }
+
+    fn of(element: &Element) -> Option<Self> {
         let attribute = |name| element.attribute(name).map(str::to_owned);
         let store = attribute("store")?;
         let vm = attribute("vm")?;
@@ -66,6 +78,11 @@ impl Label {
                 digest: element.attribute("digest")?.parse().ok()?,
             },
         })
+    }
+
+    /// Whether it belongs to this lab of a store.
+    pub(crate) fn is_of(&self, store: &str, id: &LabId) -> bool {
+        matches!(self, Self::Lab { store: its, lab, .. } if its == store && lab == id)
     }
 
     /// The store that it belongs to.

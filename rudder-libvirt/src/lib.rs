@@ -3,7 +3,7 @@
 //! # Its rooms
 //! `backend` what is here, open a lab, reap · `lab` machines and their end · `machine` start, dial, capture · `watch` how a
 //! machine fares and how it ended · `modules` the halted domains of a published module · and libvirt's own trade:
-//! `connection`, `offer`, `domain`, `label`, `process`, `xml`.
+//! `connection`, `offer`, `domain`, `network`, `label`, `process`, `xml`.
 //!
 //! # Who ends what
 //! A domain is started so that libvirt ends it when the connection of its owner closes (`VIR_DOMAIN_START_AUTODESTROY`), and
@@ -20,6 +20,7 @@ mod lab;
 mod label;
 mod machine;
 mod modules;
+mod network;
 mod offer;
 mod process;
 mod watch;

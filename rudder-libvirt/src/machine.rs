@@ -2,10 +2,9 @@
 
 use crate::{
     connection::{Connection, Failure, domain},
-    domain::{Disk, Domain, Serial},
+    domain::{Cards, Disk, Domain, Serial},
     lab::Footing,
-    label::Label,
-    process,
+    network, process,
     watch::{Phase, Watcher},
 };
 use async_trait::async_trait;
@@ -21,6 +20,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     os::{fd::AsRawFd, unix::net::UnixStream as StdUnixStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 use tokio::{
     net::{TcpStream, UnixStream},
@@ -28,6 +28,9 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 use virt::{connect::Connect, stream::Stream, sys};
+
+/// How long a guest may take to answer when it is dialled.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// A VM on libvirt.
 #[derive(Debug)]
@@ -51,9 +54,29 @@ struct Inner {
 #[derive(Debug)]
 struct Running {
     orders: mpsc::UnboundedSender<Stop>,
-    /// Ports of the host, and those of the guest that they lead to.
-    forwards: Vec<(u16, u16)>,
+    ways: Ways,
     _watcher: AbortOnDropHandle<()>,
+}
+
+/// The ways to the ports of a guest.
+#[derive(Debug, Clone)]
+enum Ways {
+    /// Ports of the host, and those of the guest that they lead to.
+    Forwarded(Vec<(u16, u16)>),
+    /// Its address on a bridge, once it was seen.
+    Bridged(Option<Ipv4Addr>),
+}
+
+impl Ways {
+    fn to(&self, port: u16) -> Option<SocketAddr> {
+        match self {
+            Self::Forwarded(forwards) => {
+                let (host, _) = forwards.iter().find(|(_, guest)| *guest == port)?;
+                Some(SocketAddr::from((Ipv4Addr::LOCALHOST, *host)))
+            }
+            Self::Bridged(address) => address.map(|address| SocketAddr::from((address, port))),
+        }
+    }
 }
 
 impl LibvirtMachine {
@@ -97,6 +120,17 @@ impl LibvirtMachine {
     pub(crate) fn calls(&self, caller: Caller) -> bool {
         let process = process::of_domain(&self.0.domain, self.0.footing.ground.id());
         process.is_some_and(|pid| is_of_process(caller, pid))
+    }
+
+    /// Whether it has this address in a subnet. Blocks.
+    pub(crate) fn has_address(&self, subnet: &str, address: Ipv4Addr) -> bool {
+        let nics = self.0.spec.nics.iter().filter(|nic| nic.subnet == subnet);
+        let macs: Vec<String> = nics.map(|nic| nic.mac.to_string()).collect();
+        let found = self.0.footing.connection.ask_blocking(|connect| {
+            let domain = domain(connect, &self.0.domain)?;
+            macs.iter().map(|mac| network::address(&domain, mac)).collect::<Result<Vec<_>, _>>()
+        });
+        found.is_ok_and(|found| found.contains(&Some(address)))
     }
 
     /// Drops its watcher; for when nobody can wait.
@@ -153,16 +187,14 @@ impl Inner {
 
     fn xml(&self) -> Result<String> {
         let ground = &self.footing.ground;
-        let label = Label::Lab {
-            store: self.footing.store.clone(),
-            lab: ground.id().clone(),
-            vm: self.spec.name.clone(),
-            owner: std::process::id(),
+        let cards = match self.footing.bridges() {
+            Some(bridges) => Cards::Bridged(network::cards(&self.spec, bridges)?),
+            None => Cards::User(card_arguments(&self.spec, ground.network())?),
         };
         Domain {
             name: &self.domain,
             title: &format!("{} of {}", self.spec.name, ground.id()),
-            label: &label,
+            label: &self.footing.label(&self.spec.name),
             offer: &self.footing.offer,
             cpus: self.spec.cpus,
             memory: self.spec.memory,
@@ -177,7 +209,8 @@ impl Inner {
                 socket: ground.path(&self.file("serial")),
                 log: ground.path(&self.file("serial.log")),
             },
-            cards: card_arguments(&self.spec, ground.network())?,
+            cards,
+            owner: self.footing.offer.owner(),
             lab: Some(ground.id()),
         }
         .xml()
@@ -187,9 +220,10 @@ impl Inner {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn forwards(&self) -> Result<Vec<(u16, u16)>> {
+    /// The ways to it while it runs.
+    fn ways(&self) -> Result<Ways> {
         match (&*self.running(), &*self.phase.borrow()) {
-            (Some(running), Phase::Running) => Ok(running.forwards.clone()),
+            (Some(running), Phase::Running) => Ok(running.ways.clone()),
             _ => {
                 Err(self
                     .error(ErrorKind::Conflict, "expected a running machine, but found that it does not run"))
@@ -212,8 +246,8 @@ impl Inner {
         }
     }
 
-    /// Powers the domain on; its forwarded ports.
-    async fn launch(&self) -> Result<Vec<(u16, u16)>> {
+    /// Powers the domain on; the ways to its ports.
+    async fn launch(&self) -> Result<Ways> {
         let connection = &self.footing.connection;
         for suffix in ["serial", "screen.png"] {
             let path = self.footing.ground.path(&self.file(suffix));
@@ -224,6 +258,10 @@ impl Inner {
                 _ => {}
             }
         }
+        // Ours, whoever writes it: a libvirt of the system may run as somebody else.
+        let log = self.footing.ground.path(&self.file("serial.log"));
+        let made = tokio::fs::File::create(&log).await;
+        made.map_err(|error| Error::io(format_args!("create {}", log.display()), error))?;
         let flags = match self.footing.ground.retention() {
             Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
             Retention::MayBeKept => 0,
@@ -232,7 +270,10 @@ impl Inner {
         let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
         let started = connection.order(start).await;
         started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
-        let forwards = self.read_forwards().await;
+        if self.footing.bridges().is_some() {
+            return Ok(Ways::Bridged(None));
+        }
+        let forwards = self.read_forwards().await.map(Ways::Forwarded);
         if forwards.is_err() {
             let name = self.domain.clone();
             // What failed is told; this only tidies up, and the end of the lab does so again.
@@ -265,8 +306,27 @@ impl Inner {
         }
     }
 
+    /// The guest's address on the bridge of its first card, as libvirt knows it now.
+    async fn find_address(&self) -> Result<Option<Ipv4Addr>> {
+        let Some(mac) = self.spec.nics.first().map(|nic| nic.mac.to_string()) else { return Ok(None) };
+        let name = self.domain.clone();
+        let ask = move |connect: &Connect| network::address(&domain(connect, &name)?, &mac);
+        let found = self.footing.connection.ask(ask).await;
+        let found = found.map_err(|failure| {
+            self.refused(failure, ErrorKind::GuestUnreachable, "find the guest's address")
+        })?;
+        self.keep_address(found);
+        Ok(found)
+    }
+
+    fn keep_address(&self, found: Option<Ipv4Addr>) {
+        if let Some(Running { ways: Ways::Bridged(address), .. }) = &mut *self.running() {
+            *address = found;
+        }
+    }
+
     /// Says that it runs, and has it watched.
-    fn run(&self, forwards: Vec<(u16, u16)>) {
+    fn run(&self, ways: Ways) {
         let (orders, received) = mpsc::unbounded_channel();
         let watcher = Watcher {
             connection: Arc::clone(&self.footing.connection),
@@ -278,7 +338,7 @@ impl Inner {
         let mut running = self.running();
         self.phase.send_replace(Phase::Running);
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
-        *running = Some(Running { orders, forwards, _watcher: watcher });
+        *running = Some(Running { orders, ways, _watcher: watcher });
     }
 }
 
@@ -314,8 +374,8 @@ impl Machine for LibvirtMachine {
             let machine = Arc::clone(&inner);
             let launched = footing.detached(|_| async move { machine.launch().await }).await;
             let outcome = match launched {
-                Ok(forwards) => {
-                    inner.run(forwards);
+                Ok(ways) => {
+                    inner.run(ways);
                     Ok(())
                 }
                 Err(error) => {
@@ -360,16 +420,32 @@ impl Machine for LibvirtMachine {
     }
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
-        self.0.forwards()?;
-        let address = self.reachable_at(port).ok_or_else(|| {
+        let ways = self.0.ways()?;
+        let bridged = matches!(ways, Ways::Bridged(_));
+        if !self.0.spec.ports.contains(&port) || self.0.spec.nics.is_empty() {
             let message = format!("expected one of the machine's ports, but found {port}");
-            self.0
+            return Err(self
+                .0
                 .error(ErrorKind::InvalidInput, message)
-                .with_help("a port is reached when it is in MachineSpec::ports and the machine has a card")
-        })?;
-        let stream = TcpStream::connect(address).await.map_err(|error| {
-            let message = format!("cannot connect to port {port} of the guest");
-            self.0.error(ErrorKind::GuestUnreachable, message).with_source(error)
+                .with_help("a port is reached when it is in MachineSpec::ports and the machine has a card"));
+        }
+        let unreachable = |what: String| self.0.error(ErrorKind::GuestUnreachable, what);
+        let address = match ways.to(port) {
+            Some(address) => address,
+            None => {
+                let found = self.0.find_address().await?;
+                let found = found.ok_or_else(|| unreachable("the guest has no address yet".to_owned()))?;
+                SocketAddr::from((found, port))
+            }
+        };
+        let connected = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(address)).await;
+        let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let stream = connected.map_err(|error| {
+            if bridged {
+                // It may have another one the next time.
+                self.0.keep_address(None);
+            }
+            unreachable(format!("cannot connect to port {port} of the guest")).with_source(error)
         })?;
         // Keystrokes and packets of SSH are small, and each is waited for.
         let _ = stream.set_nodelay(true);
@@ -377,7 +453,7 @@ impl Machine for LibvirtMachine {
     }
 
     async fn display(&self) -> Result<BoxedStream> {
-        self.0.forwards()?;
+        self.0.ways()?;
         let failed = |error| Error::io("make a pair of sockets", error);
         let (ours, theirs) = StdUnixStream::pair().map_err(failed)?;
         ours.set_nonblocking(true).map_err(failed)?;
@@ -392,7 +468,7 @@ impl Machine for LibvirtMachine {
     }
 
     async fn serial(&self) -> Result<BoxedStream> {
-        self.0.forwards()?;
+        self.0.ways()?;
         let stream = UnixStream::connect(self.0.footing.ground.socket(&self.0.file("serial"))).await;
         let stream = stream.map_err(|error| {
             self.0.error(ErrorKind::Protocol, "cannot connect to the serial console").with_source(error)
@@ -407,7 +483,7 @@ impl Machine for LibvirtMachine {
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {
-        match self.0.forwards() {
+        match self.0.ways() {
             Ok(_) => {
                 let taken = picture(&self.0.footing.connection, &self.0.domain).await;
                 taken.map_err(|error| error.with_context("vm", &self.0.spec.name))
@@ -421,17 +497,18 @@ impl Machine for LibvirtMachine {
     }
 
     fn reachable_at(&self, port: u16) -> Option<SocketAddr> {
-        let (host, _) = self.0.forwards().ok()?.into_iter().find(|(_, guest)| *guest == port)?;
-        Some(SocketAddr::from((Ipv4Addr::LOCALHOST, host)))
+        self.0.ways().ok()?.to(port).filter(|_| self.0.spec.ports.contains(&port))
     }
 
     fn access(&self) -> Vec<String> {
-        let Ok(forwards) = self.0.forwards() else { return Vec::new() };
+        let Ok(ways) = self.0.ways() else { return Vec::new() };
         let (name, domain, uri) = (&self.0.spec.name, &self.0.domain, self.0.footing.connection.uri());
-        let mut lines: Vec<String> = forwards
-            .iter()
-            .map(|(host, guest)| {
-                format!("{name}: port {guest} of the guest: 127.0.0.1:{host} (ssh -p {host} USER@127.0.0.1)")
+        let ports = self.0.spec.ports.iter();
+        let reached = ports.filter_map(|port| Some((port, ways.to(*port)?)));
+        let mut lines: Vec<String> = reached
+            .map(|(port, at)| {
+                let (host, way) = (at.ip(), at.port());
+                format!("{name}: port {port} of the guest: {at} (ssh -p {way} USER@{host})")
             })
             .collect();
         let serial = self.0.footing.ground.path(&self.0.file("serial"));

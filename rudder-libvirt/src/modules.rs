@@ -3,7 +3,7 @@
 
 use crate::{
     connection::{Connection, Refusal, remove_domain},
-    domain::{Disk, Domain, Serial},
+    domain::{Cards, Disk, Domain, Serial},
     lab::{Footing, labelled, store_name, tidying},
     label::Label,
     offer::Offer,
@@ -144,7 +144,8 @@ fn xml(offer: &Offer, store: &str, module: &Module, machine: &TemplateMachine) -
             .collect(),
         seed: None,
         serial: Serial::Terminal,
-        cards: card_arguments(&spec, &module.network)?,
+        cards: Cards::User(card_arguments(&spec, &module.network)?),
+        owner: offer.owner(),
         lab: None,
     }
     .xml()

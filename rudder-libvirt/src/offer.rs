@@ -2,6 +2,7 @@
 
 use crate::{
     connection::{Connection, Failure},
+    network,
     xml::{Element, elements},
 };
 use rudder_core::{Error, ErrorKind, Result};
@@ -29,6 +30,8 @@ pub(crate) struct Offer {
     /// The QEMU behind it, and its accelerator.
     pub(crate) host: Arc<Host>,
     pub(crate) versions: BTreeMap<String, String>,
+    /// Whether networks are bridges of libvirt's: it is the system's.
+    pub(crate) bridges: bool,
 }
 
 impl Offer {
@@ -80,7 +83,24 @@ impl Offer {
         let machine = text(&told, &["domainCapabilities", "machine"]).unwrap_or_else(|| MACHINE.to_owned());
         let mut versions = host.versions().clone();
         versions.insert("libvirt".to_owned(), dotted(version));
-        Ok(Self { emulator, kind, machine, cpu: cpu(&told, kind), host: Arc::new(host), versions })
+        Ok(Self {
+            emulator,
+            kind,
+            machine,
+            cpu: cpu(&told, kind),
+            host: Arc::new(host),
+            versions,
+            bridges: network::is_system(connection),
+        })
+    }
+}
+
+impl Offer {
+    /// Whose rights QEMU has under a libvirt of the system: those of this process, whose store it works in. One of a user
+    /// has no choice.
+    pub(crate) fn owner(&self) -> Option<(u32, u32)> {
+        let own = || (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        self.bridges.then(own)
     }
 }
 

@@ -100,8 +100,22 @@ impl Server {
         site: Site,
         admit: impl Fn(Caller) -> Admission + Send + Sync + 'static,
     ) -> Result<Self> {
-        let failed = |error| Error::io("listen on 127.0.0.1 for the files of httpDirectory", error);
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
+        Self::on((Ipv4Addr::LOCALHOST, 0).into(), site, admit).await
+    }
+
+    /// Serves a site at an address of this host; port 0: one that the kernel chooses. For the rest as
+    /// [`on_loopback`](Self::on_loopback).
+    ///
+    /// # Errors
+    /// `Io` when nothing can listen there.
+    pub async fn on(
+        address: SocketAddr,
+        site: Site,
+        admit: impl Fn(Caller) -> Admission + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let failed =
+            |error| Error::io(format_args!("listen on {address} for the files of httpDirectory"), error);
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let task = tokio::spawn(accept(listener, Arc::new(site), Arc::new(admit)));
         Ok(Self { address, _task: AbortOnDropHandle::new(task) })

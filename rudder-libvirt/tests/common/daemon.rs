@@ -1,7 +1,8 @@
 //! A libvirtd of a test's own.
 //!
-//! It is one of a user's session, with all of its files below a directory of the test. For root, who would get the system's
-//! daemon, it runs in a user namespace in which it is not root.
+//! One of a user's session has all of its files below a directory of the test. For root, who would get the system's daemon, it
+//! runs in a user namespace in which it is not root. One of the system runs where the test is alone: in namespaces with a
+//! network and mounts of their own.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
 use std::{
@@ -15,12 +16,80 @@ use std::{
 /// A libvirtd of a test.
 pub struct Daemon {
     dir: PathBuf,
+    scope: Scope,
     child: Child,
 }
 
+/// Whose daemon it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// A user's.
+    Session,
+    /// The system's: only in [namespaces](in_namespaces).
+    System,
+}
+
+/// Set in a process that runs in namespaces of its own.
+const INSIDE: &str = "RUDDER_TEST_INSIDE";
+
+/// Whether this process is alone with a network and mounts of its own, in which a test may start a libvirtd of the system.
+/// If not, runs this one test again in such a process, to its end.
+pub fn in_namespaces(test: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        furnish();
+        return true;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "unshare"]);
+    if !rustix::process::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--net", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]);
+    // The first process of a namespace is whose children orphans become: a shell takes note of their end.
+    command.args(["sh", "-c", "\"$@\"; exit $?", "sh"]);
+    command.arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]);
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let status = command.env(INSIDE, "1").env("PATH", path).stdin(Stdio::null()).status().unwrap();
+    assert!(status.success(), "{test} in namespaces of its own: {status}");
+    false
+}
+
+/// Empty places for what a libvirtd of the system writes; loopback; the user that Debian's libvirt looks for, whether or not
+/// it uses it.
+fn furnish() {
+    let run = |program: &str, args: &[&str]| {
+        let output = Command::new(program).args(args).output().unwrap();
+        assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    for (file, user) in [
+        ("/etc/passwd", "libvirt-qemu:x:64055:64055::/nonexistent:/bin/false\n"),
+        ("/etc/group", "libvirt-qemu:x:64055:\n"),
+    ] {
+        let known = fs::read_to_string(file).unwrap();
+        if !known.contains("libvirt-qemu:") {
+            let copy = tempfile::NamedTempFile::new().unwrap();
+            fs::write(copy.path(), known + user).unwrap();
+            run("chmod", &["644", copy.path().to_str().unwrap()]);
+            // The mount keeps the file.
+            run("mount", &["--bind", copy.path().to_str().unwrap(), file]);
+        }
+    }
+    for place in ["/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"] {
+        if Path::new(place).is_dir() {
+            run("mount", &["-t", "tmpfs", "tmpfs", place]);
+        }
+    }
+    run("ip", &["link", "set", "lo", "up"]);
+}
+
 impl Daemon {
-    /// Starts one whose files are in this directory, and waits until it listens.
+    /// Starts one of a user whose files are in this directory, and waits until it listens.
     pub fn start(dir: &Path) -> Self {
+        Self::of(Scope::Session, dir)
+    }
+
+    /// Starts one of this scope.
+    pub fn of(scope: Scope, dir: &Path) -> Self {
         let make = |name: &str| {
             let path = dir.join(name);
             fs::create_dir_all(&path).unwrap();
@@ -31,7 +100,17 @@ impl Daemon {
             make(name);
         }
         // Without a second daemon (virtlogd) for logs, which would outlive this one.
-        fs::write(config.join("libvirt/qemu.conf"), "stdio_handler = \"file\"\n").unwrap();
+        let conf = "stdio_handler = \"file\"\n";
+        match scope {
+            Scope::Session => fs::write(config.join("libvirt/qemu.conf"), conf).unwrap(),
+            // What it would need of a host that has more than a test should ask for. As root it may use /dev/kvm: where it
+            // may not, libvirt 9.0 looks at QEMU anew whenever it is asked for anything.
+            Scope::System => {
+                let more = "security_driver = \"none\"\nuser = \"root\"\ngroup = \"root\"\nnamespaces = []\n\
+                            cgroup_controllers = []\n";
+                fs::write("/etc/libvirt/qemu.conf", format!("{conf}{more}")).unwrap();
+            }
+        }
         let settings = dir.join("libvirtd.conf");
         let text = format!(
             "unix_sock_dir = \"{}\"\nauth_unix_rw = \"none\"\nlog_outputs = \"2:file:{}\"\n",
@@ -39,15 +118,15 @@ impl Daemon {
             dir.join("libvirtd.log").display()
         );
         fs::write(&settings, text).unwrap();
-        let child = spawn(dir, &settings);
-        let mut daemon = Self { dir: dir.to_owned(), child };
+        let child = spawn(scope, dir, &settings);
+        let mut daemon = Self { dir: dir.to_owned(), scope, child };
         daemon.wait();
         daemon
     }
 
     /// Starts it again, after it was killed.
     pub fn restart(&mut self) {
-        self.child = spawn(&self.dir, &self.dir.join("libvirtd.conf"));
+        self.child = spawn(self.scope, &self.dir, &self.dir.join("libvirtd.conf"));
         self.wait();
     }
 
@@ -68,7 +147,11 @@ impl Daemon {
 
     /// How it is reached.
     pub fn uri(&self) -> String {
-        format!("qemu+unix:///session?socket={}", self.socket().display())
+        let scope = match self.scope {
+            Scope::Session => "session",
+            Scope::System => "system",
+        };
+        format!("qemu+unix:///{scope}?socket={}", self.socket().display())
     }
 
     /// Kills it, as a crash would.
@@ -89,6 +172,12 @@ impl Daemon {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// The names of its networks that are up.
+    pub fn networks(&self) -> Vec<String> {
+        let list = self.virsh(&["net-list", "--name"]);
+        list.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+    }
+
     /// The names of all its domains.
     pub fn domains(&self) -> Vec<String> {
         let list = self.virsh(&["list", "--all", "--name"]);
@@ -104,10 +193,10 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(dir: &Path, settings: &Path) -> Child {
+fn spawn(scope: Scope, dir: &Path, settings: &Path) -> Child {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]);
-    if rustix::process::geteuid().is_root() {
+    if scope == Scope::Session && rustix::process::geteuid().is_root() {
         command.args(["unshare", "--user", "--map-user=1000", "--map-group=1000", "--"]);
     }
     command.arg("libvirtd").arg("--config").arg(settings);
