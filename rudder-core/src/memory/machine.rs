@@ -434,6 +434,10 @@ impl Machine for MemoryMachine {
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
+        if self.core.is_running() {
+            let message = format!("expected VM {} to be off, but it runs", self.name());
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
         Ok(Vec::new())
     }
 }
