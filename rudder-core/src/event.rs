@@ -287,12 +287,32 @@ pub struct FailureReport {
     /// The last lines of the serial console.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub serial_tail: Vec<String>,
+    /// The files of `httpDirectory`, of a VM that failed while it booted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub served: Vec<ServedFile>,
     /// What the screen showed, read as text: see [`console::text`](crate::console::text) for what can be read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub screen: Vec<String>,
     /// A picture of the screen (PNG). Secrets that the screen shows are in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub screenshot: Option<PathBuf>,
+}
+
+/// A file that a build served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ServedFile {
+    /// Its name.
+    pub name: String,
+    /// How often the VM got it, or a part of it. An installer that starts over and over gets its files again.
+    pub requests: u64,
+}
+
+impl ServedFile {
+    /// A file, and how often it was got.
+    pub fn new(name: impl Into<String>, requests: u64) -> Self {
+        Self { name: name.into(), requests }
+    }
 }
 
 /// How long something took.
@@ -411,6 +431,16 @@ impl fmt::Display for FailureReport {
             if !lines.is_empty() {
                 write!(f, "\n  {what}, last lines:")?;
                 lines.iter().try_for_each(|line| write!(f, "\n    | {line}"))?;
+            }
+        }
+        if !self.served.is_empty() {
+            f.write_str("\n  served files:")?;
+        }
+        for ServedFile { name, requests } in &self.served {
+            match requests {
+                0 => write!(f, "\n    | {name}: never asked for")?,
+                1 => write!(f, "\n    | {name}: once")?,
+                _ => write!(f, "\n    | {name}: {requests} times")?,
             }
         }
         // A wait for a text says itself what it saw instead.

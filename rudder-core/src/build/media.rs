@@ -5,8 +5,8 @@ use super::{attempt::Attempt, log::lock};
 use crate::{
     Error, ErrorKind, Result,
     backend::{FetchRequest, Served, Site, SiteFile, SiteRequest},
-    event::EventKind,
-    media::floppy,
+    event::{EventKind, ServedFile},
+    media::{floppy, http::decoded},
     module::InputRecord,
     plan::{PlannedContent, PlannedMachine, PlannedUrl},
 };
@@ -19,11 +19,16 @@ use std::{
 };
 use tokio::sync::OnceCell;
 
+/// Counts, by machine and name of a file.
+type Requests = HashMap<(Option<String>, Vec<u8>), u64>;
+
 /// What was behind URLs, where it is now; and the server of the build's files while it runs.
 #[derive(Debug, Default)]
 pub(super) struct Media {
     fetched: Mutex<HashMap<String, Arc<OnceCell<PathBuf>>>>,
     served: Mutex<Option<Served>>,
+    /// How often a machine got a served file, by machine (where it is known) and name.
+    requests: Arc<Mutex<Requests>>,
 }
 
 impl Media {
@@ -107,8 +112,13 @@ impl Attempt {
             files.insert(name.clone(), self.content(name).await?);
         }
         let sink = self.sink.clone();
+        let requests = Arc::clone(&self.media.requests);
         let tell = move |request| {
             let SiteRequest { machine, method, path, status, bytes } = request;
+            if method == "GET" && (200..300).contains(&status) {
+                let name = decoded(path.trim_start_matches('/')).unwrap_or_default();
+                *lock(&requests).entry((machine.clone(), name)).or_default() += 1;
+            }
             sink.emit(machine.as_deref(), EventKind::HttpRequest { method, path, status, bytes });
         };
         let served = self.guard.wait(self.lab.serve(Site::new(files, tell))).await?;
@@ -119,6 +129,18 @@ impl Attempt {
             self.sink.emit(Some(&planned.name), EventKind::Notice { message });
         }
         Ok(())
+    }
+
+    /// What a machine got of the files that are served, in the order of the plan. A request of which nobody knows whose it
+    /// was counts for all.
+    pub(super) fn served_to(&self, vm: &str) -> Vec<ServedFile> {
+        let requests = lock(&self.media.requests);
+        let of = |machine: Option<&str>, name: &String| {
+            let key = (machine.map(str::to_owned), name.clone().into_bytes());
+            requests.get(&key).copied().unwrap_or_default()
+        };
+        let names = self.plan.http_files.iter();
+        names.map(|name| ServedFile::new(name, of(Some(vm), name) + of(None, name))).collect()
     }
 
     /// Ends what [`start_serving`](Self::start_serving) began.

@@ -3,7 +3,7 @@
 use super::log::{Log, lock};
 use crate::{
     backend::{Progress, ProgressEvent},
-    event::{BuildPhase, EventKind, FailureReport, Outcome, OutputStream, Timing, VmPhase},
+    event::{BuildPhase, EventKind, FailureReport, Outcome, OutputStream, ServedFile, Timing, VmPhase},
     module::InputRecord,
     secret::Masker,
 };
@@ -274,6 +274,11 @@ impl Sink {
             step: report.step.map(|step| self.mask(&step)),
             output_tail: lines(report.output_tail),
             serial_tail: lines(report.serial_tail),
+            served: report
+                .served
+                .into_iter()
+                .map(|file| ServedFile::new(self.mask(&file.name), file.requests))
+                .collect(),
             screen: lines(report.screen),
             ..report
         }

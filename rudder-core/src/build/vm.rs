@@ -114,6 +114,9 @@ impl Vm {
                 let id = attempt.lab.id().as_str();
                 let screenshot = dir.map(|dir| dir.join(format!("{id}-{}.png", self.name())));
                 let capabilities = attempt.backend.capabilities();
+                if matches!(report.phase, Some(VmPhase::Booting | VmPhase::BootCommand)) {
+                    report.served = attempt.served_to(self.name());
+                }
                 evidence::gather(&mut report, machine, capabilities, screenshot.as_deref(), sink).await;
             }
         }

@@ -323,7 +323,7 @@ fn refusal(status: StatusCode, why: &'static str) -> Response<Reply> {
 }
 
 /// A path without its percent-encoding (RFC 3986, 2.1); `None` when that is broken.
-fn decoded(path: &str) -> Option<Vec<u8>> {
+pub(crate) fn decoded(path: &str) -> Option<Vec<u8>> {
     let mut bytes = path.bytes();
     let mut decoded = Vec::with_capacity(path.len());
     while let Some(byte) = bytes.next() {

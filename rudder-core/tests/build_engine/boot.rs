@@ -1,11 +1,17 @@
 //! Boot commands: typed, waited for, told, and ended by everything that ends a build.
 
-use super::{Ended, build, display::Display, hooks::Hooked, plans::*};
+use super::{
+    Ended, build,
+    display::Display,
+    hooks::Hooked,
+    media::{get, port},
+    plans::*,
+};
 use rudder_core::{
     ErrorKind,
     backend::Death,
     build::{Build, BuildHandle},
-    event::{Event, EventKind, VmPhase as V},
+    event::{Event, EventKind, ServedFile, VmPhase as V},
     memory::MemoryBackend,
 };
 use serde_json::{Value, json};
@@ -207,6 +213,31 @@ async fn a_display_that_is_lost_in_the_middle_of_typing_is_typed_on_once_or_not_
     let report = &ended.failure().report;
     assert!(report.to_string().contains("the display is gone"), "{report}");
     assert_eq!((display.typed(), report.screen.len()), (vec!["the quick".to_owned()], 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_boot_that_fails_is_told_with_what_the_guest_fetched() {
+    let display = Display::showing("Loading the answers").breaks_after(1).for_good();
+    let mut plan = booting(json!([wait_text("Loading the tool", 600), {"press": ENTER}, {"press": ENTER}]));
+    plan["http_files"] = json!(["answers.cfg", "tool"]);
+    plan["files"] = json!([
+        {"name": "answers.cfg", "content": {"inline": b"a"}},
+        {"name": "tool", "content": {"inline": b"b"}},
+    ]);
+    let screen = display.clone();
+    let react = move |event: &Event, _: &BuildHandle| {
+        if let Some(port) = port(event) {
+            for path in ["/tool", "/t%6fol", "/private"] {
+                get(port, path);
+            }
+            screen.show("Loading the tool");
+        }
+    };
+    let ended = reacting(&display, &MemoryBackend::new(), plan, |build| build, react).await;
+    let report = &ended.failure().report;
+    assert_eq!(report.served, [ServedFile::new("answers.cfg", 0), ServedFile::new("tool", 2)]);
+    let told = "\n  served files:\n    | answers.cfg: never asked for\n    | tool: 2 times";
+    assert!(report.to_string().contains(told), "{report}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -68,6 +68,12 @@ impl Display {
         self
     }
 
+    /// Shows another line.
+    pub fn show(&self, line: &str) {
+        self.with(|state| state.lines.push(line.to_owned()));
+        self.0.changed.send_replace(());
+    }
+
     /// The lines that were typed; the last one may not be complete.
     pub fn typed(&self) -> Vec<String> {
         self.with(|state| state.typed.iter().chain([&state.prompt]).cloned().collect())

@@ -28,12 +28,12 @@ fn serving(steps: Vec<Value>) -> Value {
 }
 
 /// The port that an event says files are served at.
-fn port(event: &Event) -> Option<u16> {
+pub fn port(event: &Event) -> Option<u16> {
     let EventKind::Notice { message } = &event.kind else { return None };
     message.strip_prefix("files are served at http://127.0.0.1:")?.strip_suffix('/')?.parse().ok()
 }
 
-fn get(port: u16, path: &str) -> String {
+pub fn get(port: u16, path: &str) -> String {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).unwrap();

@@ -1,0 +1,80 @@
+//! Boot commands that fail on real machines: what is shown of the screen, what was fetched, and nothing left behind.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use serde_json::{Value, json};
+use std::fs;
+use support::{Bench, Ended};
+
+/// Debian's package `ipxe`, which `tools/setup` installs.
+const IPXE: &str = "/usr/lib/ipxe/ipxe.iso";
+
+/// A manifest of one VM that boots iPXE from a CD-ROM, because its disk is blank.
+fn ipxe(boot_command: &[&str], more: &str) -> String {
+    let boot_command: String = boot_command.iter().map(|line| format!("      - \"{line}\"\n")).collect();
+    format!(
+        "name: nothing\n{more}vms:\n  - name: vm\n    source: {{blank: true}}\n    isos: [{{url: 'file://{IPXE}'}}]\n    \
+         resources: {{cpu: 1, memory: 256Mi}}\n    disks: [{{name: rootdisk, size: 1Gi}}]\n    \
+         communicator: {{sshPassword: hunter2, sshTimeout: 15s}}\n    bootCommand:\n{boot_command}"
+    )
+}
+
+/// The prompt of iPXE, reached by keys and waits for text alone.
+const PROMPT: &str = "<waitText 'Ctrl-B' 3m><leftCtrlOn>b<leftCtrlOff><waitText 'iPXE>' 1m>";
+
+/// Builds what must fail in its boot command, and leave nothing; its failure.
+fn failed(bench: &Bench, manifest: &str, kind: &str) -> (Ended, Value) {
+    let ended = bench.build(manifest);
+    ended.expect_code(1);
+    bench.expect_clean();
+    let outcome = ended.outcome().clone();
+    assert_eq!(outcome["phase"], "BootCommand");
+    assert_eq!(outcome["kind"], kind);
+    let picture = fs::read(outcome["screenshot"].as_str().expect("a picture of the screen")).unwrap();
+    assert!(picture.starts_with(b"\x89PNG"));
+    assert!(!format!("{}{}", ended.stdout, ended.stderr).contains("hunter2"));
+    (ended, outcome)
+}
+
+fn screen(outcome: &Value) -> String {
+    outcome["screen"].as_array().unwrap().iter().map(|line| format!("{}\n", line.as_str().unwrap())).collect()
+}
+
+#[test]
+fn a_text_that_never_appears() {
+    let bench = Bench::new();
+    let command = ["echo I am {{ .Name }}, hunter2<enter>", "<waitText 'never to be seen' 5s>"];
+    let (ended, outcome) = failed(&bench, &ipxe(&[PROMPT, command[0], command[1]], ""), "timed_out");
+    ended.expect_text(&[
+        "boot command action 8 of 8: wait up to 5s for \"never to be seen\" on the screen",
+        "expected \"never to be seen\" on the screen within 5 s, but it shows:",
+        "I am vm, ***",
+        "screenshot: ",
+    ]);
+    let screen = screen(&outcome);
+    assert!(screen.contains("iPXE> echo I am vm, ***\nI am vm, ***\niPXE>"), "{screen}");
+    let typed = ended.event(|event| event["doing"] == "type \"echo I am vm, ***\"");
+    assert_eq!(typed.expect("what is typed is told")["action"], 5);
+}
+
+#[test]
+fn an_installer_that_starts_over_and_over() {
+    let bench = Bench::new();
+    let more = "files:\n  - name: boot.ipxe\n    inline: |\n      #!ipxe\n      echo The installer starts\n      sleep 2\n      \
+                chain boot.ipxe\n  - {name: answers.cfg, inline: none}\n\
+                httpDirectory: {files: [{name: boot.ipxe}, {name: answers.cfg}]}\n";
+    let command = "dhcp && chain http://{{ .HTTPIP }}:{{ .HTTPPort }}/boot.ipxe<enter>";
+    let (ended, outcome) =
+        failed(&bench, &ipxe(&[PROMPT, command, "<waitText 'starts' 1m>"], more), "guest_unreachable");
+    ended.expect_text(&[
+        "expected an SSH login within 15 s",
+        "served files:",
+        "answers.cfg: never asked for",
+    ]);
+    let served = outcome["served"].as_array().unwrap();
+    assert_eq!(served[0]["name"], "boot.ipxe");
+    assert!(served[0]["requests"].as_u64().unwrap() >= 3, "{served:?}");
+    assert_eq!(served[1], json!({"name": "answers.cfg", "requests": 0}));
+    assert!(screen(&outcome).matches("The installer starts").count() >= 2, "{}", screen(&outcome));
+}
