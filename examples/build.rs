@@ -11,15 +11,21 @@
 //! `module.json`. Everything for people goes to standard error: progress bars and the output of steps on a terminal, plain
 //! lines otherwise.
 //!
+//! A `handbuild` step prints its instructions and where a VNC viewer finds the display, and goes on at Enter: a line of
+//! standard input, which must be a terminal or a pipe.
+//!
 //! Exit codes: 0 built · 1 failed · 2 manifest refused, or used wrongly · 130 cancelled, after cleaning up.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)] // A program prints.
 
+#[path = "build/by_hand.rs"]
+mod by_hand;
 #[path = "build/hypervisor.rs"]
 mod hypervisor;
 #[path = "build/screen.rs"]
 mod screen;
 
+use by_hand::{ByHand, Said};
 use clap::{Parser, ValueEnum};
 use hypervisor::Hypervisor;
 use rudder::{
@@ -27,6 +33,7 @@ use rudder::{
     backend::Backend,
     build::{Build, BuildFailure, Canceller, FailurePolicy},
     diagnostic::{Diagnostic, render},
+    event::EventKind,
     manifest::{Document, parse_named},
     module::Module,
     plan::{PlanContext, Planned, plan},
@@ -144,6 +151,9 @@ async fn run(args: Args) -> Result<(), End> {
         let Some(plan) = planned.plan else {
             return Err(End::refused(render(&planned.diagnostics, &file.name, &file.text())));
         };
+        if let Some(nobody) = by_hand::nobody_for(&plan) {
+            return Err(End::refused(nobody));
+        }
         let earlier = if args.locked { Some(module(&*backend, &plan.name).await?) } else { None };
         let mut build = Build::new(plan, Arc::clone(&backend)).report_dir(store.join("reports"));
         if let Some(earlier) = &earlier {
@@ -161,17 +171,45 @@ async fn run(args: Args) -> Result<(), End> {
     Ok(())
 }
 
-/// Runs a build, shows what happens, and cancels it when the user says so.
+/// Runs a build, shows what happens, lets a person go on with what waits for one, and cancels when the user says so.
 async fn follow(build: Build, format: Option<EventFormat>) -> Result<Module, Box<BuildFailure>> {
     let build = build.start();
     let interrupts = tokio::spawn(cancel_on_signal(build.canceller()));
     let mut events = build.events();
     let mut screen = Screen::new(format.is_some());
-    while let Some(event) = events.next().await {
+    let mut by_hand = ByHand::default();
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event,
+            said = by_hand.said() => {
+                match said {
+                    Said::Tell(text) => screen.say(&text),
+                    // It may have failed meanwhile, which the next events tell.
+                    Said::Done(vm) => drop(build.resume(&vm)),
+                    Said::Nobody => {
+                        screen.say("cancelling: standard input has ended, so nobody can say when to go on");
+                        build.cancel();
+                        by_hand = ByHand::default();
+                    }
+                }
+                continue;
+            }
+        };
+        let Some(event) = event else { break };
         if let Some(EventFormat::Json) = format {
             println!("{}", event.to_json());
         }
         screen.show(&event);
+        let vm = event.vm.as_deref().unwrap_or_default();
+        match &event.kind {
+            EventKind::Paused { .. } => screen.say(&by_hand.begin(&build, vm).await),
+            EventKind::Resumed { .. } => {
+                if let Some(question) = by_hand.end(vm) {
+                    screen.say(&question);
+                }
+            }
+            _ => {}
+        }
     }
     interrupts.abort();
     build.outcome().await

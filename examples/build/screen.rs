@@ -18,12 +18,12 @@ pub(crate) struct Screen {
 enum Look {
     Terminal(MultiProgress),
     Plain,
-    /// Only how it ended: the events go elsewhere.
+    /// Only how it ended and what a person is to do: the events go elsewhere.
     Quiet,
 }
 
 impl Screen {
-    /// A screen; a quiet one shows failures only.
+    /// A screen; a quiet one shows failures and pauses only.
     pub(crate) fn new(quiet: bool) -> Self {
         let look = match (quiet, stderr().is_terminal()) {
             (true, _) => Look::Quiet,
@@ -36,9 +36,8 @@ impl Screen {
     /// Shows an event.
     pub(crate) fn show(&mut self, event: &Event) {
         match (&self.look, &event.kind) {
-            (Look::Quiet, EventKind::Finished { outcome: Outcome::Failed(_) | Outcome::Cancelled, .. }) => {
-                eprintln!("{event}");
-            }
+            (Look::Quiet, EventKind::Finished { outcome: Outcome::Failed(_) | Outcome::Cancelled, .. })
+            | (Look::Quiet, EventKind::Paused { .. } | EventKind::Resumed { .. }) => eprintln!("{event}"),
             (Look::Quiet, _) => {}
             (_, EventKind::Progress { task, done, total }) => self.progress(event, task, *done, *total),
             (Look::Terminal(bars), kind) => {
@@ -49,6 +48,14 @@ impl Screen {
                 let _ = bars.println(event.to_string());
             }
             (Look::Plain, _) => eprintln!("{event}"),
+        }
+    }
+
+    /// Shows a text.
+    pub(crate) fn say(&self, text: &str) {
+        match &self.look {
+            Look::Terminal(bars) => drop(bars.println(text)),
+            Look::Plain | Look::Quiet => eprintln!("{text}"),
         }
     }
 

@@ -9,10 +9,10 @@ use serde_json::Value;
 use std::{
     collections::BTreeSet,
     fs,
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -249,7 +249,8 @@ pub fn processes_naming(path: &Path) -> Vec<(i32, String)> {
 pub struct Running {
     child: Child,
     events: mpsc::Receiver<String>,
-    stderr: Option<thread::JoinHandle<String>>,
+    stderr: Option<thread::JoinHandle<()>>,
+    said: Arc<Mutex<String>>,
     seen: Vec<String>,
 }
 
@@ -276,15 +277,19 @@ impl Running {
     pub fn start(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut errors = child.stderr.take().unwrap();
+        let errors = BufReader::new(child.stderr.take().unwrap());
         let (send, events) = mpsc::channel();
         thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+        let said = Arc::new(Mutex::new(String::new()));
+        let heard = Arc::clone(&said);
         let stderr = Some(thread::spawn(move || {
-            let mut text = Vec::new();
-            errors.read_to_end(&mut text).unwrap();
-            String::from_utf8_lossy(&text).into_owned()
+            for line in errors.split(b'\n').map_while(Result::ok) {
+                let mut heard = heard.lock().unwrap();
+                heard.push_str(&String::from_utf8_lossy(&line));
+                heard.push('\n');
+            }
         }));
-        Self { child, events, stderr, seen: Vec::new() }
+        Self { child, events, stderr, said, seen: Vec::new() }
     }
 
     pub fn pid(&self) -> i32 {
@@ -328,6 +333,35 @@ impl Running {
         kill_process(Pid::from_raw(self.pid()).unwrap(), signal).unwrap();
     }
 
+    /// Waits until what a person reads contains a text; gives the rest of that line.
+    #[track_caller]
+    pub fn until_said(&self, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let said = self.said.lock().unwrap().clone();
+            let rest = said.split_once(text).map(|(_, rest)| rest);
+            if let Some((line, _)) = rest.and_then(|rest| rest.split_once('\n')) {
+                return line.to_owned();
+            }
+            assert!(
+                Instant::now() < deadline,
+                "expected {text:?} in what a person reads, but found:\n{said}"
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Presses Enter, where standard input is a pipe.
+    #[track_caller]
+    pub fn press_enter(&mut self) {
+        self.child.stdin.as_mut().expect("standard input is a pipe").write_all(b"\n").unwrap();
+    }
+
+    /// Ends standard input, where it is a pipe.
+    pub fn close_input(&mut self) {
+        drop(self.child.stdin.take());
+    }
+
     /// Waits for the end.
     #[track_caller]
     pub fn end(mut self) -> Ended {
@@ -345,7 +379,8 @@ impl Running {
         let status = self.child.wait().unwrap();
         let events = self.seen.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let code = status.code().unwrap_or(-1);
-        let stderr = self.stderr.take().unwrap().join().unwrap();
+        self.stderr.take().unwrap().join().unwrap();
+        let stderr = self.said.lock().unwrap().clone();
         Ended { code, stdout: self.seen.join("\n"), stderr, events }
     }
 }

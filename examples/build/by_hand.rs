@@ -1,0 +1,138 @@
+//! Steps that wait for a person: what the person sees, the display for a VNC viewer, and Enter to go on.
+
+use rudder::{
+    build::BuildHandle,
+    console::Viewer,
+    plan::{Plan, StepAction},
+};
+use std::{
+    collections::VecDeque,
+    io::{BufRead as _, IsTerminal as _, stdin},
+    pin::pin,
+};
+use tokio::sync::mpsc;
+
+/// The pauses of a build, oldest first.
+#[derive(Default)]
+pub(crate) struct ByHand {
+    pauses: VecDeque<Pause>,
+    /// Lines of standard input, read from the first pause on.
+    lines: Option<mpsc::UnboundedReceiver<()>>,
+}
+
+struct Pause {
+    vm: String,
+    /// `None` where the display cannot be opened to a viewer.
+    viewer: Option<Viewer>,
+}
+
+/// What happened while VMs are paused.
+pub(crate) enum Said {
+    /// The person is done with this VM.
+    Done(String),
+    /// Standard input has ended: nobody can ever be done.
+    Nobody,
+    /// Something to tell the person.
+    Tell(String),
+}
+
+/// Why nobody could say that a step of this plan is done; `None` when somebody can, or there is no such step.
+pub(crate) fn nobody_for(plan: &Plan) -> Option<String> {
+    let steps = plan.machines.iter().flat_map(|vm| vm.steps.iter().enumerate().map(move |step| (vm, step)));
+    let (vm, (place, step)) =
+        steps.into_iter().find(|(_, (_, step))| matches!(step.action, StepAction::Handbuild { .. }))?;
+    // A terminal, a pipe or a file can say it; of the other devices, /dev/null is the usual one.
+    let stat = rustix::fs::fstat(stdin());
+    let is_device =
+        stat.map_or(true, |stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_char_device());
+    (is_device && !stdin().is_terminal()).then(|| {
+        format!(
+            "error: step {} ({}) of VM {} waits for a person to press Enter, but standard input is neither a terminal \
+             nor a pipe",
+            place + 1,
+            step.name,
+            vm.name
+        )
+    })
+}
+
+impl ByHand {
+    /// A VM waits for a person: opens its display; what comes out tells the person how to go on.
+    pub(crate) async fn begin(&mut self, build: &BuildHandle, vm: &str) -> String {
+        let Some(paused) = build.paused().into_iter().find(|paused| paused.vm() == vm) else {
+            return String::new();
+        };
+        let lines = self.lines.get_or_insert_with(read_lines);
+        if self.pauses.is_empty() && stdin().is_terminal() {
+            // What was typed before anybody was asked means nothing.
+            while lines.try_recv().is_ok() {}
+        }
+        let (viewer, told) = match Viewer::open(paused.machine().clone()).await {
+            Ok(viewer) => {
+                let told = invitation(vm, &viewer);
+                (Some(viewer), told)
+            }
+            Err(error) => (None, format!("{vm}: no display for VNC viewers: {}", error.report())),
+        };
+        self.pauses.push_back(Pause { vm: vm.to_owned(), viewer });
+        format!("{told}\n{}", self.question())
+    }
+
+    /// A VM goes on: its display is closed. What comes out asks for the next one.
+    pub(crate) fn end(&mut self, vm: &str) -> Option<String> {
+        self.pauses.retain(|pause| pause.vm != vm);
+        (!self.pauses.is_empty()).then(|| self.question())
+    }
+
+    fn question(&self) -> String {
+        let next = self.pauses.front().map_or("", |pause| pause.vm.as_str());
+        format!("{next}: press Enter when you are done; Ctrl-C cancels the build")
+    }
+
+    /// Waits for the person, or for their viewer; for ever while nothing is paused.
+    pub(crate) async fn said(&mut self) -> Said {
+        let (Some(lines), Some(first)) = (&mut self.lines, self.pauses.front()) else {
+            return std::future::pending().await;
+        };
+        let done = first.vm.clone();
+        let viewers = self.pauses.iter_mut().filter_map(|pause| {
+            let (vm, viewer) = (&pause.vm, pause.viewer.as_mut()?);
+            Some(Box::pin(async move {
+                viewer.changed().await;
+                match viewer.password() {
+                    Some(_) => invitation(vm, viewer),
+                    None => format!("{vm}: a viewer is connected"),
+                }
+            }))
+        });
+        let viewers: Vec<_> = viewers.collect();
+        let any = async {
+            if viewers.is_empty() {
+                std::future::pending().await
+            } else {
+                futures::future::select_all(viewers).await.0
+            }
+        };
+        let (mut any, mut line) = (pin!(any), pin!(lines.recv()));
+        tokio::select! {
+            told = &mut any => Said::Tell(told),
+            line = &mut line => match line {
+                Some(()) => Said::Done(done),
+                None => Said::Nobody,
+            },
+        }
+    }
+}
+
+fn invitation(vm: &str, viewer: &Viewer) -> String {
+    let (address, password) = (viewer.address(), viewer.password().unwrap_or_default());
+    let (ip, port) = (address.ip(), address.port());
+    format!("{vm}: display: vncviewer {ip}::{port}, password {password} (works once)")
+}
+
+/// Lines of standard input, from a thread: a read cannot be cancelled, and must not hold up the end of the program.
+fn read_lines() -> mpsc::UnboundedReceiver<()> {
+    let (send, lines) = mpsc::unbounded_channel();
+    std::thread::spawn(move || stdin().lock().lines().map_while(Result::ok).try_for_each(|_| send.send(())));
+    lines
+}
