@@ -158,9 +158,18 @@ pub async fn ipxe(text: &str) -> Typed {
     let mut found = String::new();
     for line in lines(text, 72) {
         typist.types(&line).await;
-        let screen = rig.console.text().await.unwrap();
-        let last = screen.rows().filter(|row| row.starts_with(&['i', 'P', 'X', 'E', '>', ' '])).last();
-        let shown: String = last.map(|row| row[6..].iter().take(line.len()).collect()).unwrap_or_default();
+        // The last key may still be on its way to the screen, and a picture may be taken in the middle of drawing.
+        let patience = Instant::now() + Duration::from_secs(20);
+        let shown = loop {
+            let screen = rig.console.text().await.unwrap();
+            let last = screen.rows().filter(|row| row.starts_with(&['i', 'P', 'X', 'E', '>', ' '])).last();
+            let shown: String =
+                last.map(|row| row[6..].iter().take(line.len()).collect()).unwrap_or_default();
+            if shown == line || Instant::now() > patience {
+                break shown;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
         found.push_str(&shown);
         // The line is taken back, so that nothing of it is run.
         rig.console.hold(control).await.unwrap();

@@ -7,7 +7,7 @@ use crate::{
     ErrorKind,
     backend::{
         Backend, BoxedStream, Death, Exit, FetchRequest, ImportRequest, Lab, LabSpec, Machine, MachineDisk,
-        MachineSpec, ModuleDraft, Progress, Seed, Stop,
+        MachineSpec, ModuleDraft, Progress, Retention, Seed, Stop,
     },
     digest::Digest,
     module::{Provenance, TemplateMachine},
@@ -53,7 +53,9 @@ fn image() -> PlannedSource {
 
 /// A lab with one machine `web`, defined and not started.
 async fn rig(backend: MemoryBackend, source: PlannedSource) -> Rig {
-    let lab = backend.open_lab(&LabSpec::new("test", PlannedNetwork::default())).await.unwrap();
+    let mut spec = LabSpec::new("test", PlannedNetwork::default());
+    spec.retention = Retention::MayBeKept;
+    let lab = backend.open_lab(&spec).await.unwrap();
     let key = Arc::new(PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519).unwrap());
     let request = ImportRequest::new("web", "rootdisk", source, Some(4 << 30));
     let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
