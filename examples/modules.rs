@@ -134,6 +134,10 @@ fn describe(module: &Module) {
                 disk.name, size, disk.file, disk.sha256
             );
         }
+        for state in &machine.state {
+            let (kind, size) = (state.kind.name(), human_bytes(state.size));
+            println!("  state  {kind} {size}, {}  sha256 {}", state.file, state.sha256);
+        }
     }
     for input in &module.provenance.inputs {
         println!(
