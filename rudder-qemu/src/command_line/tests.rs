@@ -1,10 +1,14 @@
 //! Whole command lines, compared word by word.
 #![allow(clippy::unwrap_used)]
 
-use super::*;
+use super::{
+    disks::{bus_name, limit},
+    *,
+};
 use rudder_core::{
+    Result,
     backend::{MachineDisk, Seed, Volume},
-    plan::{PlannedSubnet, PlannedVpc},
+    plan::{Firmware, NicModel, PlannedNic, PlannedSubnet, PlannedVpc},
 };
 
 fn network(internet: bool) -> PlannedNetwork {
