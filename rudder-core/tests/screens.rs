@@ -1,12 +1,16 @@
 //! Screens of real consoles are read as what they show. The pictures in `frames/` were taken by `tools/fonts/frames`; the text beside
-//! each was compared with the picture by eye, or is what was printed. `RUDDER_UPDATE=1` writes what is read into the text files.
+//! each was compared with the picture by eye, or with what was printed. U+FFFD stands in it for what is no character (a logo) and for
+//! what is said not to be readable (characters twice as wide). `RUDDER_UPDATE=1` writes what is read into the text files.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use rudder_core::console::{Framebuffer, text};
+use rudder_core::console::{
+    Framebuffer,
+    text::{self, UNREAD},
+};
 
 fn frames() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frames")
@@ -32,14 +36,14 @@ fn rows(text: &str) -> Vec<String> {
     text.lines().map(|row| row.trim_end().to_owned()).collect()
 }
 
-/// Characters of a row, of which so many are the same in another; blanks in both do not count.
+/// Characters of a row, of which so many are the same in another; what is blank or no character in both does not count.
 fn compare(read: &str, expected: &str) -> (usize, usize) {
     let (mut read, mut expected) = (read.chars(), expected.chars());
     let (mut all, mut same) = (0, 0);
     loop {
         match (read.next(), expected.next()) {
             (None, None) => return (all, same),
-            (Some(' ') | None, Some(' ') | None) => {}
+            (Some(' ') | None, Some(' ') | None) | (Some(UNREAD), Some(UNREAD)) => {}
             (a, b) => {
                 all += 1;
                 same += usize::from(a == b);
@@ -69,10 +73,12 @@ fn consoles_are_read_without_a_mistake() {
         });
         let (cells, same) = counts.fold((0, 0), |(all, same), (cells, right)| (all + cells, same + right));
         (all, right) = (all + cells, right + same);
-        wrong |= same != cells || screen.unread() > 0 || cells == 0;
+        wrong |= same != cells || cells == 0;
         let name = path.file_stem().unwrap().display();
-        report +=
-            &format!("{name:24} {same:5} of {cells:5} characters read right, {} unread\n", screen.unread());
+        report += &format!(
+            "{name:24} {same:5} of {cells:5} characters read right, {} cells are no character\n",
+            screen.unread()
+        );
     }
     let share = 100.0 * right as f64 / all as f64;
     report += &format!("{share:.2} % of {all} characters on {} screens are read right\n", names.len());
@@ -92,9 +98,34 @@ fn what_was_written_is_found() {
             "linux-text",
             &["┘┌█▄▌▐▀ ░▒▓", "nopqrstuvwxyz{|}~ red bold green inverse yellow on blue", "0123456789 end"],
         ),
+        ("linux-vesa-terminus12x6", &["ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÐÑÒÓÔÕÖ×ØÙÚÛÜÝÞßàáâãäåæçèéêëìíîïðñòóôõö÷øùúûüýþÿ"]),
         (
             "grub-graphics",
             &["echo ' !\"#$%&()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abc", "grub>"],
+        ),
+        // In columns, and wrapped in them.
+        (
+            "edk2-setup",
+            &["This is the option one adjusts to change the language for the current system", "Boot Manager"],
+        ),
+        (
+            "edk2-boot-manager",
+            &["Fv(7CB8BDC9-F8EB-4F34-AAEA-3EE4AF6516A1)/FvFile(7C04A583-9E3E-4F1C-AD65-E05268D0B4D1)"],
+        ),
+        // In front of pictures.
+        ("installer-menu", &["Debian GNU/Linux installer menu (BIOS mode) Install Advanced options"]),
+        ("installer-grub", &["*Install", "Accessible dark contrast installer menu ..."]),
+        ("ipxe-uefi", &["gw fe80::2", "iPXE> echo"]),
+        (
+            "installer-language",
+            &[
+                "[!!] Select a language",
+                "Беларуская",
+                "Ελληνικά",
+                "ქართული",
+                "English - English",
+                "<Go Back>",
+            ],
         ),
     ] {
         let screen = text::read(&picture(&frames().join(name).with_extension("png")));

@@ -1,6 +1,7 @@
-//! The shapes of the characters of consoles, from the tables in `fonts/` (made by `tools/fonts/make`).
+//! The shapes of the characters of consoles, from the tables in `fonts/`, which `tools/fonts/make` makes.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::LazyLock;
 
 use crate::console::Framebuffer;
@@ -11,6 +12,9 @@ pub(super) struct Size {
     pub(super) width: usize,
     pub(super) height: usize,
 }
+
+/// No cell is wider.
+pub(super) const WIDEST: usize = 16;
 
 /// No cell is taller.
 pub(super) const TALLEST: usize = 32;
@@ -31,78 +35,145 @@ pub(super) struct Reading {
 struct Font {
     name: &'static str,
     table: &'static str,
-    height: usize,
+    size: Size,
     /// Whether VGA text mode may show it, in cells of 9 pixels.
     vga: bool,
 }
 
-macro_rules! font {
-    ($name:literal, $height:literal, $vga:literal) => {
-        Font {
+macro_rules! fonts {
+    ($($name:literal $width:literal x $height:literal $(in $vga:ident text mode)?,)*) => {
+        [$(Font {
             name: $name,
-            table: include_str!(concat!("fonts/", $name, ".hex")),
-            height: $height,
-            vga: $vga,
-        }
+            table: include_str!(concat!("fonts/", $name, "-", $width, "x", $height, ".hex")),
+            size: Size { width: $width, height: $height },
+            vga: !concat!("" $(, stringify!($vga))?).is_empty(),
+        },)*]
     };
 }
 
 /// In the order in which they are preferred where a screen does not tell.
-static FONTS: [Font; 8] = [
-    font!("bios-8x16", 16, true),
-    font!("linux-8x16", 16, true),
-    font!("unifont-8x16", 16, false),
-    font!("fixed-8x16", 16, true),
-    font!("terminus-8x16", 16, true),
-    font!("terminus-bold-8x16", 16, true),
-    font!("vga-8x16", 16, true),
-    font!("edk2-8x19", 19, false),
+static FONTS: &[Font] = &fonts![
+    "bios" 8 x 16 in VGA text mode,
+    "linux" 8 x 16 in VGA text mode,
+    "unifont" 8 x 16,
+    "edk2" 8 x 19,
+    "fixed" 8 x 16 in VGA text mode,
+    "terminus" 8 x 16 in VGA text mode,
+    "terminus-bold" 8 x 16 in VGA text mode,
+    "vga" 8 x 16 in VGA text mode,
+    "spleen" 8 x 16,
+    "linux" 16 x 32,
+    "bios" 8 x 8 in VGA text mode,
+    "linux" 8 x 8,
+    "vga" 8 x 8 in VGA text mode,
+    "bios" 8 x 14 in VGA text mode,
+    "vga" 8 x 14 in VGA text mode,
+    "fixed" 8 x 14 in VGA text mode,
+    "terminus" 8 x 14 in VGA text mode,
+    "terminus-bold" 8 x 14 in VGA text mode,
+    "terminus" 16 x 32,
+    "terminus-bold" 16 x 32,
+    "vga" 16 x 32,
+    "spleen" 16 x 32,
+    "terminus" 12 x 24,
+    "terminus-bold" 12 x 24,
+    "spleen" 12 x 24,
+    "terminus" 10 x 20,
+    "terminus-bold" 10 x 20,
+    "terminus" 14 x 28,
+    "terminus-bold" 14 x 28,
+    "vga" 16 x 28,
+    "fixed" 8 x 13,
+    "fixed" 8 x 15,
+    "fixed" 8 x 18,
+    "terminus" 6 x 12,
 ];
 
 /// All shapes of one size of cell.
 pub(super) struct Shapes {
     pub(super) size: Size,
-    known: HashMap<Bitmap, Vec<Reading>>,
+    known: HashMap<Bitmap, Vec<Reading>, BuildHasherDefault<Mix>>,
+    /// Digests of the shapes, as a set of bits.
+    digests: Vec<u64>,
+}
+
+/// A hash of a few multiplications, because hundreds of thousands of shapes are looked up to find the cells of a screen. The keys
+/// are in the tables, so that nobody can choose them badly.
+#[derive(Default)]
+pub(super) struct Mix(u64);
+
+/// 2⁶⁴ by the golden ratio: multiplied with it, small differences come to stand in the upper bits.
+const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+
+impl Hasher for Mix {
+    fn write(&mut self, bytes: &[u8]) {
+        for part in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..part.len()].copy_from_slice(part);
+            self.write_u64(u64::from_ne_bytes(word));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0 ^ word).wrapping_mul(GOLDEN).rotate_left(29);
+    }
+
+    fn write_usize(&mut self, _length: usize) {} // the same for all
+
+    fn finish(&self) -> u64 {
+        self.0.wrapping_mul(GOLDEN)
+    }
 }
 
 /// The shapes of every size of cell that consoles use, the most usual first.
-pub(super) static SHAPES: LazyLock<[Shapes; 3]> = LazyLock::new(|| {
-    let mut narrow = Shapes::of(8, 16);
-    let mut wide = Shapes::of(9, 16);
-    let mut tall = Shapes::of(8, 19);
+pub(super) static SHAPES: LazyLock<Vec<Shapes>> = LazyLock::new(|| {
+    let mut all = Vec::new();
     for (index, font) in FONTS.iter().enumerate() {
-        for (chars, bitmap) in font.glyphs() {
-            let Some(&char) = chars.first() else { continue };
-            if font.height == 19 {
-                tall.add(index, char, bitmap);
-                continue;
-            }
-            narrow.add(index, char, bitmap);
-            if font.vga {
+        let narrow = of_size(&mut all, font.size);
+        font.glyphs().for_each(|(chars, bitmap)| narrow.add(index, &chars, bitmap));
+        if font.vga {
+            let wide = of_size(&mut all, Size { width: 9, ..font.size });
+            for (chars, bitmap) in font.glyphs() {
                 // A ninth column is blank, or repeats the eighth where the adapter takes the character for line graphics.
                 let blank = bitmap.map(|row| row << 1);
                 let repeated = bitmap.map(|row| row << 1 | row & 1);
-                wide.add(index, char, blank);
+                wide.add(index, &chars, blank);
                 if repeated != blank {
-                    wide.add(index, char, repeated);
+                    wide.add(index, &chars, repeated);
                 }
             }
         }
     }
-    [narrow, wide, tall]
+    all
 });
 
-/// Characters that some font draws alike: the one that is read, and the other.
-static ALIKE: LazyLock<HashSet<(char, char)>> = LazyLock::new(|| {
-    let glyphs = FONTS.iter().flat_map(Font::glyphs);
-    glyphs
-        .flat_map(|(chars, _)| chars.iter().skip(1).map(|&other| (chars[0], other)).collect::<Vec<_>>())
-        .collect()
+fn of_size(all: &mut Vec<Shapes>, size: Size) -> &mut Shapes {
+    let index = all.iter().position(|shapes| shapes.size == size).unwrap_or_else(|| {
+        all.push(Shapes { size, known: HashMap::default(), digests: vec![0; DIGESTS / 64] });
+        all.len() - 1
+    });
+    &mut all[index]
+}
+
+/// The shapes that a character has in all fonts, as numbers.
+static SHAPES_OF: LazyLock<HashMap<char, Vec<usize>>> = LazyLock::new(|| {
+    let mut numbers = HashMap::new();
+    let mut shapes_of: HashMap<char, Vec<usize>> = HashMap::new();
+    for font in FONTS {
+        for (chars, bitmap) in font.glyphs() {
+            let next = numbers.len();
+            let number = *numbers.entry((font.size.width, font.size.height, bitmap)).or_insert(next);
+            chars.into_iter().for_each(|char| shapes_of.entry(char).or_default().push(number));
+        }
+    }
+    shapes_of
 });
 
-/// Whether a character that was read may stand for one that is looked for.
+/// Whether a character that was read may stand for one that is looked for: whether some shape is that of both.
 pub(super) fn alike(read: char, wanted: char) -> bool {
-    read == wanted || (!wanted.is_ascii() && ALIKE.contains(&(read, wanted)))
+    let shapes = |char| SHAPES_OF.get(char).map_or(&[][..], Vec::as_slice);
+    read == wanted
+        || (!wanted.is_ascii() && shapes(&read).iter().any(|shape| shapes(&wanted).contains(shape)))
 }
 
 /// How many fonts there are.
@@ -110,44 +181,81 @@ pub(super) fn count() -> usize {
     FONTS.len()
 }
 
+/// The size of a font's cells, and its characters; in VGA text mode, if it may stand there.
+#[cfg(test)]
+pub(super) fn glyphs(font: usize, in_text_mode: bool) -> (Size, Vec<(char, Bitmap)>) {
+    let font = &FONTS[font];
+    let all = font.glyphs().flat_map(|(chars, bitmap)| chars.into_iter().map(move |char| (char, bitmap)));
+    if in_text_mode && font.vga {
+        (
+            Size { width: 9, ..font.size },
+            all.map(|(char, bitmap)| (char, bitmap.map(|row| row << 1))).collect(),
+        )
+    } else {
+        (font.size, all.collect())
+    }
+}
+
 impl Font {
     /// Each shape with the characters that it stands for, the one to read first.
     fn glyphs(&self) -> impl Iterator<Item = (Vec<char>, Bitmap)> {
         self.table.lines().map(|line| {
-            let glyph = glyph(line);
-            debug_assert!(glyph.is_some(), "{}: {line}", self.name);
+            let glyph = glyph(line, self.size);
+            debug_assert!(glyph.is_some(), "{} {:?}: {line}", self.name, self.size);
             glyph.unwrap_or((Vec::new(), [0; TALLEST]))
         })
     }
 }
 
-/// A line of a table: `0041,0410:` and two hexadecimal digits for each row.
-fn glyph(line: &str) -> Option<(Vec<char>, Bitmap)> {
+/// A line of a table: `0041,0410:` and two hexadecimal digits for each row, or four where it has more than 8 pixels.
+fn glyph(line: &str, size: Size) -> Option<(Vec<char>, Bitmap)> {
     let (codes, rows) = line.split_once(':')?;
     let chars = codes
         .split(',')
         .map(|code| char::from_u32(u32::from_str_radix(code, 16).ok()?))
         .collect::<Option<_>>()?;
+    let bytes = size.width.div_ceil(8);
     let mut bitmap = [0; TALLEST];
-    for (row, digits) in bitmap.iter_mut().zip(rows.as_bytes().chunks(2)) {
-        *row = u16::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()?;
+    for (row, digits) in bitmap.iter_mut().zip(rows.as_bytes().chunks(2 * bytes)) {
+        *row = u16::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()? >> (8 * bytes - size.width);
     }
     Some((chars, bitmap))
 }
 
-impl Shapes {
-    fn of(width: usize, height: usize) -> Self {
-        Self { size: Size { width, height }, known: HashMap::new() }
-    }
+/// How many digests there are.
+const DIGESTS: usize = 1 << 16;
 
-    fn add(&mut self, font: usize, char: char, bitmap: Bitmap) {
+impl Shapes {
+    fn add(&mut self, font: usize, chars: &[char], bitmap: Bitmap) {
+        let Some(&char) = chars.first() else { return };
+        let digest = self.digest(&bitmap);
+        self.digests[digest / 64] |= 1 << (digest % 64);
         let (bitmap, corner) = self.size.turned(bitmap);
         self.known.entry(bitmap).or_default().push(Reading { font, char, corner });
+    }
+
+    /// A number for the rows in the middle of a shape, where the shapes of characters differ most.
+    fn digest(&self, rows: &[u16]) -> usize {
+        let row = |eighths: usize| u64::from(rows[self.size.height * eighths / 8]);
+        let mixed = (row(3) << 48 | row(4) << 32 | row(5) << 16 | row(6)).wrapping_mul(GOLDEN);
+        (mixed >> 48) as usize % DIGESTS
+    }
+
+    /// Whether a shape with these rows may be known; quicker than to look for it.
+    pub(super) fn may_be_known(&self, rows: &[u16]) -> bool {
+        let digest = self.digest(rows);
+        self.digests[digest / 64] >> (digest % 64) & 1 == 1
     }
 
     /// How a shape can be read whose pixel at the top left is 0; nothing when no font has it.
     pub(super) fn readings(&self, bitmap: &Bitmap) -> &[Reading] {
         self.known.get(bitmap).map_or(&[], Vec::as_slice)
+    }
+
+    /// How pixels of a character's colour can be read, whatever is behind them.
+    pub(super) fn drawn(&self, bitmap: Bitmap) -> impl Iterator<Item = &Reading> {
+        let (bitmap, corner) = self.size.turned(bitmap);
+        self.readings(&bitmap).iter().filter(move |reading| reading.corner == corner)
     }
 
     /// All shapes, to look for one that is partly covered.
@@ -195,7 +303,7 @@ pub fn draw(screen: &mut Framebuffer, (x, y): (usize, usize), text: &str, ink: [
 }
 
 /// Draws one cell.
-fn paint(
+pub(super) fn paint(
     screen: &mut Framebuffer,
     (x, y): (usize, usize),
     size: Size,

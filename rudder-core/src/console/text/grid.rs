@@ -1,7 +1,9 @@
 //! Where on a screen the cells of a console are, and what is in one.
 
 use super::font::{Bitmap, SHAPES, Shapes, Size, TALLEST};
+use super::window::Window;
 use crate::console::Framebuffer;
+use std::{cmp::Reverse, collections::HashMap};
 
 /// The cells of a console: the size of one, and where the first is. What is left over at the edges of the screen belongs to none.
 #[derive(Clone, Copy)]
@@ -19,7 +21,7 @@ pub(super) enum Cell {
     Blank([u8; 3]),
     /// Two colours: those pixels are set that are not of the `corner`'s colour, which is that of the pixel at the top left.
     Shape { bitmap: Bitmap, corner: [u8; 3], other: [u8; 3] },
-    /// More than two colours: no glyph.
+    /// More than two colours: a picture, perhaps with a character in front of it.
     Picture,
 }
 
@@ -27,9 +29,19 @@ pub(super) enum Cell {
 const FEW: usize = 64;
 const MANY: usize = 256;
 
+/// So many are the best ones.
+const BEST: usize = 8;
+
+/// How many edges the colours of text are looked for in, and how many colours.
+const SAMPLE: usize = 8192;
+const COLOURS: usize = 8;
+
+/// Fewer pixels than this may be a known shape by chance, in a picture.
+pub(super) const TELLING: u32 = 8;
+
 /// The grid that makes most sense of a screen; none for a screen without any edge, or on which nothing is text in any grid.
 pub(super) fn find(screen: &Framebuffer) -> Option<Grid> {
-    let places = edges(screen, MANY);
+    let places = edges(screen);
     let enough = places.len() - places.len() / 20; // a cursor, a logo
     let usual = SHAPES.iter().flat_map(|shapes| {
         let Size { width, height } = shapes.size;
@@ -37,52 +49,79 @@ pub(super) fn find(screen: &Framebuffer) -> Option<Grid> {
         [(0, 0), (screen.width() % width / 2, screen.height() % height / 2)]
             .map(|(x, y)| Grid::new(screen, shapes, x, y))
     });
-    let usual = best(screen, usual, &places);
+    let usual = best(screen, usual, &places, enough);
     if let Some((grid, read)) = usual
         && read >= enough
     {
         return Some(grid);
     }
-    let few: Vec<_> = places.iter().step_by(places.len().div_ceil(FEW).max(1)).copied().collect();
-    let mut all: Vec<_> = SHAPES
-        .iter()
-        .flat_map(|shapes| {
-            (0..shapes.size.height).flat_map(move |y| (0..shapes.size.width).map(move |x| (shapes, x, y)))
-        })
-        .map(|(shapes, x, y)| Grid::new(screen, shapes, x, y))
-        .map(|grid| (grid.read_of(screen, &few), grid))
-        .filter(|(read, _)| *read > 0)
-        .collect();
-    all.sort_by_key(|(read, _)| std::cmp::Reverse(*read)); // stable: the usual sizes stay in front
-    let found = all.into_iter().take(16).map(|(_, grid)| grid);
-    best(screen, usual.map(|(grid, _)| grid).into_iter().chain(found), &places).map(|(grid, _)| grid)
+    let few = places.iter().step_by(places.len().div_ceil(FEW).max(1));
+    let few: Vec<_> = few.map(|place| Window::around(screen, *place)).collect();
+    let mut found = Vec::new();
+    for shapes in SHAPES.iter() {
+        let mut read = HashMap::new();
+        for offset in few.iter().flat_map(|window| window.offsets(shapes)) {
+            *read.entry(offset).or_insert(0) += 1;
+        }
+        let mut read: Vec<_> = read.into_iter().map(|(offset, count)| (Reverse(count), offset)).collect();
+        read.sort_unstable();
+        if let Some((Reverse(most), (x, y))) = read.first()
+            && most * 20 >= few.len() * 19
+        {
+            return Some(Grid::new(screen, shapes, *x, *y)); // nothing better will come
+        }
+        found.extend(read.into_iter().take(BEST).map(|(count, offset)| (count, shapes, offset)));
+    }
+    found.sort_by_key(|(count, ..)| *count); // stable: the usual sizes stay in front
+    let found = found.into_iter().take(BEST).map(|(_, shapes, (x, y))| Grid::new(screen, shapes, x, y));
+    best(screen, usual.map(|(grid, _)| grid).into_iter().chain(found), &places, enough).map(|(grid, _)| grid)
 }
 
-/// The first of the grids in which most of the places are text, and how many are.
+/// The first of the grids in which most of the places are text, or enough; and how many are.
 fn best(
     screen: &Framebuffer,
     grids: impl Iterator<Item = Grid>,
     places: &[(usize, usize)],
+    enough: usize,
 ) -> Option<(Grid, usize)> {
     let mut best = None;
     for grid in grids {
         let read = grid.read_of(screen, places);
         if read > best.map_or(0, |(_, most)| most) {
             best = Some((grid, read));
+            if read >= enough {
+                break;
+            }
         }
     }
     best
 }
 
-/// Places where a pixel differs from the one at its left, spread over the screen.
-fn edges(screen: &Framebuffer, count: usize) -> Vec<(usize, usize)> {
+/// Places where a pixel differs from the one at its left, spread over the screen; most of them where one of both has a colour that
+/// is usual for such places, which those of text are and those of a picture are not.
+fn edges(screen: &Framebuffer) -> Vec<(usize, usize)> {
     let mut all = Vec::new();
     for y in (0..screen.height()).step_by(3) {
         let row = screen.row(y);
         all.extend((1..row.len()).filter(|&x| row[x] != row[x - 1]).map(|x| (x, y)));
     }
-    let step = all.len().div_ceil(count).max(1);
-    all.into_iter().step_by(step).collect()
+    let colours = |&(x, y): &(usize, usize)| [screen.row(y)[x - 1], screen.row(y)[x]];
+    let mut counts: HashMap<[u8; 3], usize> = HashMap::new();
+    for place in all.iter().step_by(all.len().div_ceil(SAMPLE).max(1)) {
+        colours(place).into_iter().for_each(|colour| *counts.entry(colour).or_default() += 1);
+    }
+    let mut counts: Vec<_> = counts.into_iter().map(|(colour, count)| (Reverse(count), colour)).collect();
+    counts.sort_unstable();
+    counts.truncate(COLOURS);
+    let is_usual = |place: &(usize, usize)| {
+        colours(place).into_iter().any(|colour| counts.iter().any(|(_, usual)| *usual == colour))
+    };
+    let (usual, other): (Vec<_>, Vec<_>) = all.into_iter().partition(is_usual);
+    let spread = |places: Vec<(usize, usize)>, count: usize| {
+        let step = places.len().div_ceil(count).max(1);
+        places.into_iter().step_by(step)
+    };
+    spread(usual, MANY * 3 / 4).chain(spread(other, MANY / 4)).collect()
 }
 
 impl Grid {
@@ -100,13 +139,44 @@ impl Grid {
     /// How many of the places are in cells with a known shape.
     fn read_of(&self, screen: &Framebuffer, places: &[(usize, usize)]) -> usize {
         let known = |&&(x, y): &&(usize, usize)| {
-            let (Some(x), Some(y)) = (x.checked_sub(self.x), y.checked_sub(self.y)) else { return false };
-            let (column, row) = (x / self.shapes.size.width, y / self.shapes.size.height);
-            column < self.columns
-                && row < self.rows
-                && matches!(self.cell(screen, column, row), Cell::Shape { bitmap, .. } if !self.shapes.readings(&bitmap).is_empty())
+            let (Some(right), Some(down)) = (x.checked_sub(self.x), y.checked_sub(self.y)) else {
+                return false;
+            };
+            let (column, row) = (right / self.shapes.size.width, down / self.shapes.size.height);
+            if column >= self.columns || row >= self.rows {
+                return false;
+            }
+            match self.cell(screen, column, row) {
+                Cell::Blank(_) => false,
+                Cell::Shape { bitmap, .. } => !self.shapes.readings(&bitmap).is_empty(),
+                // A character in front of a picture has either of the colours that meet here.
+                Cell::Picture => [x, x - 1].iter().any(|&x| {
+                    let (bitmap, pixels) = self.ink(screen, (column, row), screen.row(y)[x]);
+                    pixels >= TELLING && self.shapes.drawn(bitmap).next().is_some()
+                }),
+            }
         };
         places.iter().filter(known).count()
+    }
+
+    /// The colours of a cell's pixels, row by row.
+    pub(super) fn pixels<'a>(
+        &self,
+        screen: &'a Framebuffer,
+        (column, row): (usize, usize),
+    ) -> impl Iterator<Item = &'a [[u8; 3]]> {
+        let Size { width, height } = self.shapes.size;
+        let (x, y) = (self.x + column * width, self.y + row * height);
+        (y..y + height).map(move |y| &screen.row(y)[x..x + width])
+    }
+
+    /// The pixels of a cell that have one colour, and how many they are.
+    pub(super) fn ink(&self, screen: &Framebuffer, cell: (usize, usize), colour: [u8; 3]) -> (Bitmap, u32) {
+        let mut bitmap = [0; TALLEST];
+        for (bits, row) in bitmap.iter_mut().zip(self.pixels(screen, cell)) {
+            *bits = row.iter().fold(0, |bits, pixel| bits << 1 | u16::from(*pixel == colour));
+        }
+        (bitmap, bitmap.iter().map(|row| row.count_ones()).sum())
     }
 
     /// What is in a cell.

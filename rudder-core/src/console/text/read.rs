@@ -2,16 +2,19 @@
 
 use super::font::{self, Bitmap, Reading, Shapes, TALLEST};
 use super::grid::{self, Cell, Grid};
+use super::overlay::{self, Front};
 use super::screen::{ScreenText, UNREAD};
 use crate::console::Framebuffer;
+use std::cmp::{Ordering, Reverse};
 
-/// Cells that may be hidden by a cursor are looked at closely; a screen with more unknown cells than this shows a picture.
+/// Cells in which a cursor may hide a part of a character are looked at closely; a screen with more unknown cells shows a picture.
 const CURSORS: usize = 24;
 
 /// Reads what a screen shows as text.
 ///
-/// Cells are found wherever the console put them, in 8 × 16, 9 × 16 (VGA text mode) and 8 × 19 pixels (UEFI), and may have any two
-/// colours. A cell that no known font explains is [`UNREAD`]; a screen without text gives a text without rows. Characters that the
+/// Cells are found wherever the console put them, in 8 × 16, 9 × 16 (VGA text mode), 8 × 19 pixels (UEFI) and the other sizes that
+/// consoles have, up to 16 × 32; a screen has one size of cell. They may have any two colours, and a character may stand in front of
+/// a picture. A cell that no known font explains is [`UNREAD`]; a screen without text gives a text without rows. Characters that the
 /// screen's font draws alike are read as the ASCII one if there is one, else as the most usual one; a cell of a single colour is a
 /// blank, whatever the colour, and so is a full block (`█`).
 #[must_use]
@@ -36,24 +39,32 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
             cells.push(cell);
         }
     }
-    let paper = most_common(cells.iter());
+    let inks = overlay::inks(screen, grid, &cells);
+    let everywhere = Papers::of(&cells, grid.shapes);
     let mut chars = Vec::with_capacity(cells.len());
     let mut unknown = Vec::new();
-    for line in cells.chunks(grid.columns.max(1)) {
-        let paper = most_common(line.iter()).or(paper);
-        for cell in line {
+    for (row, line) in cells.chunks(grid.columns.max(1)).enumerate() {
+        let here = Papers::of(line, grid.shapes);
+        for (column, cell) in line.iter().enumerate() {
             let best = match cell {
                 Cell::Blank(_) => Some(' '),
                 Cell::Shape { bitmap, corner, other } => {
                     // Upside down, some shapes are another character: what is behind the text around it decides.
-                    let turned = if Some(*corner) == paper {
-                        Some(false)
-                    } else {
-                        (Some(*other) == paper).then_some(true)
-                    };
-                    choose(grid.shapes.readings(bitmap), &votes, turned)
+                    let turned = here.turned(*corner, *other).or_else(|| everywhere.turned(*corner, *other));
+                    match choose(grid.shapes.readings(bitmap), &votes, turned) {
+                        Some(best) => {
+                            let ink = if best.corner { *corner } else { *other };
+                            Some(if overlay::is_text(best.char, ink, &inks) { best.char } else { ' ' })
+                        }
+                        None => (!inks.is_empty() && !inks.contains(corner) && !inks.contains(other))
+                            .then_some(' '),
+                    }
                 }
-                Cell::Picture => None,
+                Cell::Picture => match overlay::front(screen, grid, (column, row), &inks) {
+                    Front::Nothing => Some(' '),
+                    Front::Character(readings) => choose(readings, &votes, None).map(|best| best.char),
+                    Front::Unknown => None,
+                },
             };
             if best.is_none() {
                 unknown.push(chars.len());
@@ -61,11 +72,10 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
             chars.push(best.unwrap_or(UNREAD));
         }
     }
-    if unknown.len() <= CURSORS {
-        for index in unknown {
-            if let Some(char) = under_cursor(screen, grid, index, &votes) {
-                chars[index] = char;
-            }
+    let few = unknown.len() <= CURSORS;
+    for index in unknown {
+        if let Some(char) = under_cursor(screen, grid, index, few.then_some(&votes)) {
+            chars[index] = char;
         }
     }
     // GRUB's cursor in graphics mode looks like a block of one eighth: who draws a diagram draws more than one.
@@ -77,31 +87,73 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
 }
 
 /// The reading of the font that most of the screen is written in.
-fn choose(readings: &[Reading], votes: &[usize], turned: Option<bool>) -> Option<char> {
-    let best = readings.iter().min_by_key(|reading| {
+fn choose<'a>(
+    readings: impl IntoIterator<Item = &'a Reading>,
+    votes: &[usize],
+    turned: Option<bool>,
+) -> Option<&'a Reading> {
+    readings.into_iter().min_by_key(|reading| {
         let unlikely = turned.is_some_and(|turned| turned != reading.corner);
-        (std::cmp::Reverse(votes[reading.font]), reading.font, unlikely)
-    });
-    best.map(|reading| reading.char)
+        (Reverse(votes[reading.font]), reading.font, unlikely)
+    })
 }
 
-/// The colour of most blank cells.
-fn most_common<'a>(cells: impl Iterator<Item = &'a Cell>) -> Option<[u8; 3]> {
-    let mut seen: Vec<([u8; 3], usize)> = Vec::new();
-    for cell in cells {
-        if let Cell::Blank(colour) = cell {
-            match seen.iter().position(|(known, _)| known == colour) {
-                Some(index) => seen[index].1 += 1,
-                None if seen.len() < 16 => seen.push((*colour, 1)), // more are a picture
-                None => {}
+/// Which colours are behind text, as far as shapes tell that are no character upside down.
+struct Papers {
+    /// How often something is written in the second colour on the first.
+    pairs: Vec<([[u8; 3]; 2], usize)>,
+    blanks: Vec<([u8; 3], usize)>,
+}
+
+impl Papers {
+    /// More colours than this are a picture.
+    const MOST: usize = 32;
+
+    fn of(cells: &[Cell], shapes: &Shapes) -> Self {
+        let mut papers = Self { pairs: Vec::new(), blanks: Vec::new() };
+        for cell in cells {
+            match cell {
+                Cell::Blank(colour) => count(&mut papers.blanks, *colour),
+                Cell::Shape { bitmap, corner, other } => {
+                    let mut corners = shapes.readings(bitmap).iter().map(|reading| reading.corner);
+                    if let Some(first) = corners.next()
+                        && corners.all(|corner| corner == first)
+                    {
+                        count(&mut papers.pairs, if first { [*other, *corner] } else { [*corner, *other] });
+                    }
+                }
+                Cell::Picture => {}
             }
         }
+        papers
     }
-    seen.into_iter().max_by_key(|(_, count)| *count).map(|(colour, _)| colour)
+
+    /// Whether the pixel at the top left belongs to the character, by its colour and the other one in its cell.
+    fn turned(&self, corner: [u8; 3], other: [u8; 3]) -> Option<bool> {
+        let pairs = seen(&self.pairs, [corner, other]).cmp(&seen(&self.pairs, [other, corner]));
+        match pairs.then(seen(&self.blanks, corner).cmp(&seen(&self.blanks, other))) {
+            Ordering::Greater => Some(false),
+            Ordering::Less => Some(true),
+            Ordering::Equal => None,
+        }
+    }
 }
 
-/// The character of a cell of which a cursor (or an underline) covers some rows in the lower half, in whatever colour.
-fn under_cursor(screen: &Framebuffer, grid: &Grid, index: usize, votes: &[usize]) -> Option<char> {
+fn count<T: PartialEq>(counts: &mut Vec<(T, usize)>, value: T) {
+    match counts.iter().position(|(known, _)| *known == value) {
+        Some(index) => counts[index].1 += 1,
+        None if counts.len() < Papers::MOST => counts.push((value, 1)),
+        None => {}
+    }
+}
+
+fn seen<T: PartialEq>(counts: &[(T, usize)], value: T) -> usize {
+    counts.iter().find(|(known, _)| *known == value).map_or(0, |(_, count)| *count)
+}
+
+/// The character of a cell of which a cursor (or an underline) covers some rows in the lower half, in whatever colour; without
+/// votes only if it is a blank.
+fn under_cursor(screen: &Framebuffer, grid: &Grid, index: usize, votes: Option<&Vec<usize>>) -> Option<char> {
     let size = grid.shapes.size;
     let (x, y) = (grid.x + index % grid.columns * size.width, grid.y + index / grid.columns * size.height);
     let line = |down: usize| &screen.row(y + down)[x..x + size.width];
@@ -132,7 +184,9 @@ fn under_cursor(screen: &Framebuffer, grid: &Grid, index: usize, votes: &[usize]
         if other.is_none() {
             return Some(' ');
         }
-        if let Some(char) = covered(grid.shapes, &bitmap, first..last, votes) {
+        if let Some(votes) = votes
+            && let Some(char) = covered(grid.shapes, &bitmap, first..last, votes)
+        {
             return Some(char);
         }
     }
@@ -146,7 +200,7 @@ fn covered(shapes: &Shapes, seen: &Bitmap, hidden: std::ops::Range<usize>, votes
     };
     let mut candidates: Vec<_> = shapes.all().filter(|(bitmap, _)| same(bitmap)).collect();
     let readings = candidates.iter().flat_map(|(_, readings)| *readings);
-    let font = readings.min_by_key(|reading| (std::cmp::Reverse(votes[reading.font]), reading.font))?.font;
+    let font = readings.min_by_key(|reading| (Reverse(votes[reading.font]), reading.font))?.font;
     candidates.retain(|(_, readings)| readings.iter().any(|reading| reading.font == font));
     let plain = candidates.iter().find(|(bitmap, _)| bitmap[hidden.clone()].iter().all(|row| *row == 0));
     let only = if candidates.len() == 1 { candidates.first() } else { None };

@@ -61,39 +61,83 @@ impl ScreenText {
     /// Whether the text stands on the screen.
     ///
     /// Blanks and line breaks of the text stand for any run of blanks, also for the end of a row. A text may go over the right edge
-    /// of the screen into the next row. Upper and lower case differ. A blank text stands everywhere.
+    /// of the screen into the next row, and over the right edge of a column or of a frame into the next row of the same column: one
+    /// that starts at the same place, with two blanks or a line to its left. Upper and lower case differ. A blank text stands
+    /// everywhere.
     #[must_use]
     pub fn contains(&self, text: &str) -> bool {
         // A full block fills its cell with one colour, as a blank does.
         let words =
             text.split(|char: char| char.is_whitespace() || char == '█').filter(|word| !word.is_empty());
         let wanted: Vec<char> = words.collect::<Vec<_>>().join(" ").chars().collect();
-        let stream = self.stream();
-        (0..=stream.len()).any(|start| stands_at(&stream[start..], &wanted))
+        let stands = |rows: &[&[char]]| {
+            let flow = flow(rows);
+            (0..=flow.len()).any(|start| stands_at(&flow[start..], &wanted))
+        };
+        stands(&self.whole()) || self.columns_of_text().iter().any(|rows| stands(rows))
     }
 
-    /// The screen as one sequence.
-    fn stream(&self) -> Vec<Symbol> {
-        // A console may leave columns at both sides free; a text that is wrapped comes from the last one used into the first one.
-        let used =
-            |row: &[char]| Some((row.iter().position(|c| *c != ' ')?, row.iter().rposition(|c| *c != ' ')?));
-        let (left, right) =
-            self.rows().filter_map(used).fold((usize::MAX, 0), |(l, r), (a, b)| (l.min(a), r.max(b)));
-        let mut stream = Vec::with_capacity(self.cells.len());
-        for row in self.rows() {
-            let Some((_, last)) = used(row) else {
-                stream.push(Symbol::Blank);
-                continue;
-            };
-            stream.extend(
-                row[left..=last]
-                    .iter()
-                    .map(|char| if *char == ' ' { Symbol::Blank } else { Symbol::Char(*char) }),
-            );
-            stream.push(if last == right { Symbol::Edge } else { Symbol::Blank });
-        }
-        stream
+    /// The rows without what no row uses: a console may leave columns at both sides free.
+    fn whole(&self) -> Vec<&[char]> {
+        let left = self.rows().filter_map(|row| row.iter().position(|char| *char != ' ')).min().unwrap_or(0);
+        self.rows().map(|row| row[..used(row)].get(left..).unwrap_or_default()).collect()
     }
+
+    /// Pieces of rows that start at the same place in successive rows.
+    fn columns_of_text(&self) -> Vec<Vec<&[char]>> {
+        let mut done: Vec<Vec<&[char]>> = Vec::new();
+        let mut open: Vec<(usize, Vec<&[char]>)> = Vec::new();
+        for row in self.rows() {
+            let mut next = Vec::new();
+            for (start, piece) in pieces(row) {
+                let above = open.iter().position(|(column, _)| *column == start);
+                let mut rows = above.map(|index| open.swap_remove(index).1).unwrap_or_default();
+                rows.push(piece);
+                next.push((start, rows));
+            }
+            done.extend(std::mem::replace(&mut open, next).into_iter().map(|(_, rows)| rows));
+        }
+        done.extend(open.into_iter().map(|(_, rows)| rows));
+        done.retain(|rows| rows.len() > 1); // one row alone is part of the whole
+        done
+    }
+}
+
+/// How many cells of a row there are up to the last one that is not blank.
+fn used(row: &[char]) -> usize {
+    row.iter().rposition(|char| *char != ' ').map_or(0, |last| last + 1)
+}
+
+/// The parts of a row between lines, pictures and more than one blank, each with the column where it starts.
+fn pieces(row: &[char]) -> Vec<(usize, &[char])> {
+    let line = |char: char| ('─'..='╿').contains(&char) || char == '|' || char == UNREAD;
+    let gap = |column: usize| {
+        line(row[column])
+            || (row[column] == ' ' && row.get(column + 1).is_none_or(|next| *next == ' ' || line(*next)))
+    };
+    let mut pieces = Vec::new();
+    let mut column = 0;
+    while column < row.len() {
+        if row[column] == ' ' || gap(column) {
+            column += 1;
+            continue;
+        }
+        let end = (column..row.len()).find(|&at| gap(at)).unwrap_or(row.len());
+        pieces.push((column, &row[column..end]));
+        column = end;
+    }
+    pieces
+}
+
+/// Rows as one sequence. A text that is wrapped comes from the last column used into the first one.
+fn flow(rows: &[&[char]]) -> Vec<Symbol> {
+    let right = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+    let mut flow = Vec::with_capacity(rows.len() * (right + 1));
+    for row in rows {
+        flow.extend(row.iter().map(|char| if *char == ' ' { Symbol::Blank } else { Symbol::Char(*char) }));
+        flow.push(if row.len() == right && right > 0 { Symbol::Edge } else { Symbol::Blank });
+    }
+    flow
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -178,6 +222,33 @@ mod tests {
         // A console with a border of blank cells.
         let framed = screen(12, &["", "  abcdefgh  ", "  ij", ""]);
         assert!(framed.contains("ghij"));
+    }
+
+    #[test]
+    fn a_text_is_wrapped_in_a_column_or_a_frame() {
+        let dialogue = screen(
+            48,
+            &[
+                "  ┌───────┤ Low memory ├─────────┐ Help:",
+                "  │                              │ This is the",
+                "  │ This system has little free  │ option one",
+                "  │ memory, so it will enter low │ adjusts",
+                "  │ memory mode. Continue?       │ 0123456789ab",
+                "  │                              │ cdef",
+                "  └──────────────────────────────┘",
+            ],
+        );
+        for text in [
+            "This system has little free memory, so it will enter low memory mode. Continue?",
+            "Low memory",
+            "This is the option one adjusts",
+            "9abcdef",
+        ] {
+            assert!(dialogue.contains(text), "{text}");
+        }
+        for other in ["little free option", "This is the memory", "low memory Continue", "adjusts memory"] {
+            assert!(!dialogue.contains(other), "{other}");
+        }
     }
 
     #[test]
