@@ -1,13 +1,17 @@
 //! Boot commands: their mistakes, each at its place inside the string where the string stands as written.
 
-use super::{codes, findings::Findings};
+use super::{
+    codes::{self, Code},
+    findings::Findings,
+};
 use crate::{
     keys::{
         BOOT_VARIABLES, BootMistake, BootMistakeKind, DEFAULT_WAIT_LIMIT, nearest_token, parse_boot_command,
     },
-    manifest::Path,
+    manifest::{BuildSpec, Path},
     units::human_duration,
 };
+use std::ops::Range;
 
 pub(super) fn command(findings: &mut Findings<'_>, command: &[String], at: &Path<'_>) {
     if command.is_empty() {
@@ -17,6 +21,37 @@ pub(super) fn command(findings: &mut Findings<'_>, command: &[String], at: &Path
     for mistake in mistakes {
         report(findings, &command[mistake.element], &mistake, at);
     }
+}
+
+/// Templates of the file server, where no files are served: one finding for each VM.
+pub(super) fn unserved(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
+    let serves = spec.http_directory.as_ref().is_some_and(|directory| !directory.files.is_empty());
+    if serves || findings.written(false, &at.key("httpDirectory")) {
+        return;
+    }
+    let vms = at.key("vms");
+    for (index, vm) in spec.vms.iter().enumerate() {
+        let vm_at = vms.index(index);
+        let command = vm_at.key("bootCommand");
+        let found = vm.boot_command.iter().enumerate().find_map(|(element, text)| {
+            let of_server = |(_, inside): &(Range<usize>, &str)| matches!(*inside, ".HTTPIP" | ".HTTPPort");
+            templates(text).find(of_server).map(|(range, _)| (element, text, range))
+        });
+        let Some((element, text, range)) = found else { continue };
+        let message =
+            format!("expected files to be served, which {} is for, but none are", &text[range.clone()]);
+        let help = "name them in `httpDirectory`".to_owned();
+        place(findings, &codes::BOOT_COMMAND_VARIABLE, (message, help), text, range, &command.index(element));
+    }
+}
+
+/// Every `{{…}}` of a text, and what is inside without blanks.
+fn templates(text: &str) -> impl Iterator<Item = (Range<usize>, &str)> {
+    text.match_indices("{{").filter_map(move |(start, _)| {
+        let body = &text[start + 2..];
+        let body = &body[..body.find("}}")?];
+        Some((start..start + body.len() + 4, body.trim()))
+    })
 }
 
 fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &Path<'_>) {
@@ -73,8 +108,19 @@ fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &P
             format!("leave it out to wait {} at most", human_duration(DEFAULT_WAIT_LIMIT)),
         ),
     };
-    let element = at.index(mistake.element);
-    let finding = findings.report(code, &element, message);
+    place(findings, code, (message, help), text, mistake.range.clone(), &at.index(mistake.element));
+}
+
+/// Reports what is wrong with a part of an element, at that part.
+fn place(
+    findings: &mut Findings<'_>,
+    code: &'static Code,
+    (message, help): (String, String),
+    text: &str,
+    range: Range<usize>,
+    element: &Path<'_>,
+) {
+    let finding = findings.report(code, element, message);
     finding.help = Some(help);
     if let Some(span) = &mut finding.span {
         // Where the text stands in the source as it is, or between quotes, offsets in it are offsets in the source.
@@ -84,11 +130,11 @@ fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &P
         if let Some(quote) = quote
             && !text.contains('\n')
         {
-            let before = text.get(..mistake.range.start).unwrap_or_default();
+            let before = text.get(..range.start).unwrap_or_default();
             let columns = u32::try_from(before.chars().count() + quote).unwrap_or(u32::MAX);
             span.column = span.column.saturating_add(columns);
-            span.end = span.start + quote + mistake.range.end;
-            span.start += quote + mistake.range.start;
+            span.end = span.start + quote + range.end;
+            span.start += quote + range.start;
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The top level: the resource around a spec, files, what serves them, limits of time.
 
 use super::{
-    codes, files,
+    boot, codes, files,
     findings::{Findings, Zero},
     network, vm,
 };
@@ -33,6 +33,7 @@ pub(super) fn spec(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>)
     if let Some(directory) = &spec.http_directory {
         files::references(findings, directory, &at.key("httpDirectory"), &file_names);
     }
+    boot::unserved(findings, spec, at);
     files::unused(findings, spec, at, &file_names);
     network::overrides(findings, spec, at, &network);
     network::addresses(findings, spec, at);

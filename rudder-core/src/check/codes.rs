@@ -61,7 +61,7 @@ codes! {
     DESTINATION_NOT_ABSOLUTE Error "destination-not-absolute" "The destination of a file is not an absolute path."
     BOOT_DISK_ON_USB Error "boot-disk-on-usb" "The disk that boots is on usb."
     BOOT_COMMAND_TOKEN Error "boot-command-token" "A boot command has a token that does not exist."
-    BOOT_COMMAND_VARIABLE Error "boot-command-variable" "A boot command has a template variable that does not exist."
+    BOOT_COMMAND_VARIABLE Error "boot-command-variable" "A boot command has a template variable that does not exist, or has no value because no files are served."
     BOOT_COMMAND_HOLD Error "boot-command-hold" "A boot command holds a key that it never releases, or releases one that it does not hold."
     BOOT_COMMAND_CHARACTER Error "boot-command-character" "A boot command has a character that a US keyboard does not have."
     BOOT_COMMAND_WAIT Error "boot-command-wait" "A boot command waits for a text that it does not give in quotes, or with a limit that is no duration."
