@@ -7,21 +7,19 @@ use serde_json::{Value, json};
 use std::fs;
 use support::{Bench, Ended};
 
-/// Debian's package `ipxe`, which `tools/setup` installs.
+/// CD-ROMs of Debian's packages `ipxe` and `grub-rescue-pc`, which `tools/setup` installs.
 const IPXE: &str = "/usr/lib/ipxe/ipxe.iso";
+const GRUB: &str = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
 
-/// A manifest of one VM that boots iPXE from a CD-ROM, because its disk is blank.
-fn ipxe(boot_command: &[&str], more: &str) -> String {
+/// A manifest of one VM that boots from a CD-ROM, because its disk is blank.
+fn from_iso(iso: &str, boot_command: &[&str], more: &str) -> String {
     let boot_command: String = boot_command.iter().map(|line| format!("      - \"{line}\"\n")).collect();
     format!(
-        "name: nothing\n{more}vms:\n  - name: vm\n    source: {{blank: true}}\n    isos: [{{url: 'file://{IPXE}'}}]\n    \
+        "name: nothing\n{more}vms:\n  - name: vm\n    source: {{blank: true}}\n    isos: [{{url: 'file://{iso}'}}]\n    \
          resources: {{cpu: 1, memory: 256Mi}}\n    disks: [{{name: rootdisk, size: 1Gi}}]\n    \
          communicator: {{sshPassword: hunter2, sshTimeout: 15s}}\n    bootCommand:\n{boot_command}"
     )
 }
-
-/// The prompt of iPXE, reached by keys and waits for text alone.
-const PROMPT: &str = "<waitText 'Ctrl-B' 3m><leftCtrlOn>b<leftCtrlOff><waitText 'iPXE>' 1m>";
 
 /// Builds what must fail in its boot command, and leave nothing; its failure.
 fn failed(bench: &Bench, manifest: &str, kind: &str) -> (Ended, Value) {
@@ -44,18 +42,22 @@ fn screen(outcome: &Value) -> String {
 #[test]
 fn a_text_that_never_appears() {
     let bench = Bench::new();
-    let command = ["echo I am {{ .Name }}, hunter2<enter>", "<waitText 'never to be seen' 5s>"];
-    let (ended, outcome) = failed(&bench, &ipxe(&[PROMPT, command[0], command[1]], ""), "timed_out");
+    let command = [
+        "<waitText 'for a command-line' 3m>c<waitText 'grub>' 1m>",
+        "echo I am {{ .Name }}, hunter2<enter>",
+        "<waitText 'never to be seen' 5s>",
+    ];
+    let (ended, outcome) = failed(&bench, &from_iso(GRUB, &command, ""), "timed_out");
     ended.expect_text(&[
-        "boot command action 8 of 8: wait up to 5s for \"never to be seen\" on the screen",
+        "boot command action 6 of 6: wait up to 5s for \"never to be seen\" on the screen",
         "expected \"never to be seen\" on the screen within 5 s, but it shows:",
         "I am vm, ***",
         "screenshot: ",
     ]);
     let screen = screen(&outcome);
-    assert!(screen.contains("iPXE> echo I am vm, ***\nI am vm, ***\niPXE>"), "{screen}");
+    assert!(screen.contains("grub> echo I am vm, ***\nI am vm, ***\n"), "{screen}");
     let typed = ended.event(|event| event["doing"] == "type \"echo I am vm, ***\"");
-    assert_eq!(typed.expect("what is typed is told")["action"], 5);
+    assert_eq!(typed.expect("what is typed is told")["action"], 3);
 }
 
 #[test]
@@ -64,9 +66,11 @@ fn an_installer_that_starts_over_and_over() {
     let more = "files:\n  - name: boot.ipxe\n    inline: |\n      #!ipxe\n      echo The installer starts\n      sleep 2\n      \
                 chain boot.ipxe\n  - {name: answers.cfg, inline: none}\n\
                 httpDirectory: {files: [{name: boot.ipxe}, {name: answers.cfg}]}\n";
-    let command = "dhcp && chain http://{{ .HTTPIP }}:{{ .HTTPPort }}/boot.ipxe<enter>";
-    let (ended, outcome) =
-        failed(&bench, &ipxe(&[PROMPT, command, "<waitText 'starts' 1m>"], more), "guest_unreachable");
+    let command = [
+        "<waitText 'Ctrl-B' 3m><leftCtrlOn>b<leftCtrlOff><waitText 'iPXE>' 1m>",
+        "dhcp && chain http://{{ .HTTPIP }}:{{ .HTTPPort }}/boot.ipxe<enter><waitText 'starts' 1m>",
+    ];
+    let (ended, outcome) = failed(&bench, &from_iso(IPXE, &command, more), "guest_unreachable");
     ended.expect_text(&[
         "expected an SSH login within 15 s",
         "served files:",
