@@ -173,16 +173,36 @@ fn no_answer(error: reqwest::Error) -> Error {
         return Error::new(ErrorKind::InvalidInput, "expected a URL that can be asked for")
             .with_source(error.without_url());
     }
+    if is_about_certificates(&error) {
+        return Error::new(ErrorKind::Download, "the certificate of the server is not trusted")
+            .with_retryable(false)
+            .with_help(
+                "install the certificate of its authority (Debian: ca-certificates, update-ca-certificates), or name it by \
+                 SSL_CERT_FILE",
+            )
+            .with_source(error.without_url());
+    }
     let connect = error.is_connect();
     let what = if connect { "cannot connect to the server" } else { "the server hung up before it answered" };
     let failed = Error::new(ErrorKind::Download, what).with_source(error.without_url());
     if connect {
-        return failed.with_help(
-            "check the host name, the network, proxies in the environment and, for https, that the certificates are \
-             installed (Debian: ca-certificates) or named by SSL_CERT_FILE",
-        );
+        return failed.with_help("check the host name, the network, and proxies in the environment");
     }
     failed
+}
+
+/// Whether TLS failed because of who the server says it is, which no further attempt changes.
+fn is_about_certificates(error: &reqwest::Error) -> bool {
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        if let Some(rustls::Error::InvalidCertificate(_)) = error.downcast_ref() {
+            return true;
+        }
+        // What an `io::Error` was made of is not its source.
+        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        cause = inner.map(|inner| inner as _).or_else(|| error.source());
+    }
+    false
 }
 
 fn refused(status: StatusCode, headers: &HeaderMap) -> Failure {

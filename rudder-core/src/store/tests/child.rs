@@ -23,10 +23,18 @@ impl Child {
     }
 
     pub(super) fn start(store: &Path, task: &str) -> Self {
+        Self::start_in(store, task, &[])
+    }
+
+    /// The same with variables of its environment.
+    pub(super) fn start_in(store: &Path, task: &str, variables: &[(&str, &str)]) -> Self {
         let mut process = Command::new(env::current_exe().unwrap())
             .args(["--exact", "store::tests::child::as_a_child", "--nocapture", "--test-threads=1"])
             .env(STORE, store)
             .env(TASK, task)
+            .env_remove("NO_PROXY")
+            .env_remove("no_proxy")
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();

@@ -6,6 +6,7 @@ mod child;
 mod download;
 mod gather;
 mod image;
+mod secure;
 mod server;
 
 use super::*;

@@ -1,15 +1,50 @@
 //! A small HTTP server on loopback that does what a test tells it, and remembers what it was asked.
 
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::{ServerConfig, crypto::ring, pki_types::PrivatePkcs8KeyDer};
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex},
 };
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
     sync::watch,
 };
+use tokio_rustls::TlsAcceptor;
+
+/// An authority that nobody else knows.
+pub(super) struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    /// Its certificate, as `SSL_CERT_FILE` takes it.
+    pub(super) pem: String,
+}
+
+impl Authority {
+    pub(super) fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    /// What a server of this name or address says hello with.
+    fn acceptor(&self, name: &str) -> TlsAcceptor {
+        let key = KeyPair::generate().unwrap();
+        let certificate =
+            CertificateParams::new([name.to_owned()]).unwrap().signed_by(&key, &self.issuer).unwrap();
+        let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.into()], key)
+            .unwrap();
+        Arc::new(config).into()
+    }
+}
 
 /// What was asked.
 #[derive(Debug, Clone)]
@@ -92,6 +127,7 @@ type Answer = dyn Fn(&Asked, usize) -> Reply + Send + Sync;
 
 /// The server; it ends when this is dropped.
 pub(super) struct Server {
+    scheme: &'static str,
     address: SocketAddr,
     asked: Arc<Mutex<Vec<Asked>>>,
     gate: watch::Sender<bool>,
@@ -101,6 +137,22 @@ pub(super) struct Server {
 impl Server {
     /// Answers with what this says to the n-th request, from 0.
     pub(super) fn start(answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static) -> Self {
+        Self::start_as(None, answer)
+    }
+
+    /// The same over TLS, as what a certificate of this authority says it is.
+    pub(super) fn start_tls(
+        authority: &Authority,
+        answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        Self::start_as(Some(authority.acceptor("127.0.0.1")), answer)
+    }
+
+    fn start_as(
+        tls: Option<TlsAcceptor>,
+        answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         // A runtime of its own: it serves while a test blocks, and other processes too.
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
@@ -114,16 +166,20 @@ impl Server {
             let listener = TcpListener::from_std(listener).unwrap();
             while let Ok((stream, _)) = listener.accept().await {
                 let (answer, log, opened) = (answer.clone(), log.clone(), opened.clone());
+                let tls = tls.clone();
                 tokio::spawn(async move {
-                    let _ = serve(stream, &*answer, &log, opened).await;
+                    match tls {
+                        None => serve(stream, &*answer, &log, opened).await,
+                        Some(tls) => serve(tls.accept(stream).await?, &*answer, &log, opened).await,
+                    }
                 });
             }
         });
-        Self { address, asked, gate, runtime: Some(runtime) }
+        Self { scheme, address, asked, gate, runtime: Some(runtime) }
     }
 
     pub(super) fn url(&self, path: &str) -> url::Url {
-        format!("http://{}/{path}", self.address).parse().unwrap()
+        format!("{}://{}/{path}", self.scheme, self.address).parse().unwrap()
     }
 
     pub(super) fn asked(&self) -> Vec<Asked> {
@@ -149,7 +205,7 @@ impl Drop for Server {
 }
 
 async fn serve(
-    stream: TcpStream,
+    stream: impl AsyncRead + AsyncWrite + Unpin,
     answer: &Answer,
     log: &Mutex<Vec<Asked>>,
     mut opened: watch::Receiver<bool>,
@@ -168,6 +224,15 @@ async fn serve(
             }
             None => break,
         }
+    }
+    // A proxy is asked for a way to a server (RFC 9110, 9.3.6).
+    if first.starts_with("CONNECT ") {
+        log.lock().unwrap().push(asked.clone());
+        stream.write_all(b"HTTP/1.1 200 Connected\r\n\r\n").await?;
+        stream.flush().await?;
+        let mut server = TcpStream::connect(&asked.path).await?;
+        tokio::io::copy_bidirectional(&mut stream, &mut server).await?;
+        return Ok(());
     }
     let number = {
         let mut log = log.lock().unwrap();
