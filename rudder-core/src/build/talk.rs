@@ -11,7 +11,7 @@ use crate::{
     step::{self, Person, StepContext, StepOutcome},
 };
 use futures::FutureExt as _;
-use std::{sync::Arc, time::Duration};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout};
 
 /// How long the output of a step whose machine has ended may take to arrive.
@@ -77,6 +77,7 @@ pub(super) async fn run_step(
         masker: sink.masker(),
         deadline: async move { deadline.passed().await }.boxed(),
         cancel: attempt.guard.halt.clone(),
+        variables: attempt.site_of(vm.planned()).map(site_variable).into_iter().collect(),
         fetched,
         person,
     };
@@ -111,6 +112,11 @@ pub(super) async fn run_step(
         EventKind::StepFinished { step: index, name: step.name.clone(), millis, success, exit: told };
     sink.emit(Some(name), finished);
     result.map_err(|error| StepFailure { error, exit })
+}
+
+/// How scripts learn where the files of `httpDirectory` are.
+fn site_variable((address, port): (Ipv4Addr, u16)) -> (String, String) {
+    ("RUDDER_HTTP_ADDR".to_owned(), format!("{address}:{port}"))
 }
 
 /// Asks the guest to switch itself off, from within; returns only when it cannot.

@@ -19,7 +19,7 @@ use crate::{
     secret::{Masker, PieceMasker},
 };
 use futures::future::BoxFuture;
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +38,8 @@ pub struct StepContext<'a> {
     pub deadline: BoxFuture<'a, ()>,
     /// Ends the step.
     pub cancel: CancellationToken,
+    /// What the environment of a `shell` step has beside its own variables, which come first.
+    pub variables: BTreeMap<String, String>,
     /// Of a `file` step whose content is behind a URL: where it was fetched to.
     pub fetched: Option<PathBuf>,
     /// Of a `handbuild` step: whom it waits for.
@@ -83,7 +85,7 @@ impl From<Result<()>> for StepOutcome {
 
 /// Runs one step. Dropping the future stops it too, but then nobody waits until the guest is clean.
 pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
-    let StepContext { session, output, masker, deadline, cancel, fetched, person } = context;
+    let StepContext { session, output, masker, deadline, cancel, variables, fetched, person } = context;
     let limit = step.timeout.map(|timeout| Instant::now() + timeout);
     let mut maskers = [masker.pieces(), masker.pieces()];
     let mut masked = |stream: OutputStream, line: &str| {
@@ -95,7 +97,8 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
     let before = session.guest().clone();
     let seen = reboot::Seen::default();
     let stopped = {
-        let working = act(&step.action, session, &mut masked, fetched.as_deref(), person, &seen);
+        let given = Given { variables, fetched, person };
+        let working = act(&step.action, session, &mut masked, given, &seen);
         tokio::select! {
             outcome = working => return outcome,
             () = cancel.cancelled() => Error::new(ErrorKind::Cancelled, "the step was cancelled"),
@@ -107,23 +110,31 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
     StepOutcome::from(Err(stopped))
 }
 
+/// What only some kinds of step take.
+struct Given<'a> {
+    variables: BTreeMap<String, String>,
+    fetched: Option<PathBuf>,
+    person: Option<Person<'a>>,
+}
+
 async fn act(
     action: &StepAction,
     session: &mut Session,
     output: &mut (dyn FnMut(OutputStream, &str) + Send),
-    fetched: Option<&std::path::Path>,
-    person: Option<Person<'_>>,
+    given: Given<'_>,
     seen: &reboot::Seen,
 ) -> StepOutcome {
     match action {
         StepAction::Shell { script, env, execute_command } => {
-            shell::run(session.guest(), script, env, execute_command.as_deref(), output).await
+            let mut variables = given.variables;
+            variables.extend(env.clone());
+            shell::run(session.guest(), script, variables, execute_command.as_deref(), output).await
         }
         StepAction::File { content, label, destination } => {
-            file::run(session.guest(), content, fetched, label, destination).await.into()
+            file::run(session.guest(), content, given.fetched.as_deref(), label, destination).await.into()
         }
         StepAction::Reboot { command } => reboot::run(session, command, output, seen).await,
-        StepAction::Handbuild { .. } => handbuild::run(session, person).await.into(),
+        StepAction::Handbuild { .. } => handbuild::run(session, given.person).await.into(),
         StepAction::WindowsUpdate { .. } => Err(Error::new(
             ErrorKind::Unsupported,
             "expected a shell, file, reboot or handbuild step, but found windows-update",

@@ -11,12 +11,12 @@ use std::{collections::BTreeMap, sync::Arc};
 pub(super) async fn run(
     guest: &Guest,
     script: &Arc<str>,
-    env: &BTreeMap<String, String>,
+    env: BTreeMap<String, String>,
     execute_command: Option<&str>,
     output: &mut (dyn FnMut(OutputStream, &str) + Send),
 ) -> StepOutcome {
     let script = Script::new(Arc::clone(script))
-        .with_env(env.clone())
+        .with_env(env)
         .with_execute_command(execute_command.map(str::to_owned));
     match guest.run(&script, output).await {
         Ok(status) => {

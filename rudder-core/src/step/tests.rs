@@ -57,6 +57,9 @@ async fn perform(
             masker: &masker,
             deadline: Box::pin(std::future::pending()),
             cancel,
+            variables: [("SECRET", "other"), ("ADDRESS", "10.0.2.2:80")]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into(),
             fetched: None,
             person: None,
         },
@@ -68,13 +71,12 @@ async fn perform(
 #[tokio::test]
 async fn a_failed_script_tells_its_code_and_no_secret() {
     let server = server().await;
-    let (outcome, lines) =
-        perform(&server, &step(shell("echo \"it is $SECRET\"; exit 3"), None), CancellationToken::new())
-            .await;
+    let script = "echo \"it is $SECRET at $ADDRESS\"; exit 3";
+    let (outcome, lines) = perform(&server, &step(shell(script), None), CancellationToken::new()).await;
     assert_eq!(outcome.exit, Some(ExitStatus::Code(3)));
     let error = outcome.result.unwrap_err();
     assert_eq!(error.to_string(), "expected the script to end with exit code 0, but found exit code 3");
-    assert_eq!(lines, ["it is ***"]);
+    assert_eq!(lines, ["it is *** at 10.0.2.2:80"]);
 }
 
 #[tokio::test]
