@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::print_stderr, unreachable_pub)]
 
 pub mod http;
+pub mod install;
 pub mod typing;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -18,7 +19,7 @@ use std::{
 };
 
 /// No build of these tests takes longer, on any machine they are meant for.
-const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(1800);
 
 /// The image of the tiny guest, as a `file:` URL. Made by `make guests`.
 pub fn tiny() -> String {

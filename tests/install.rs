@@ -1,0 +1,134 @@
+//! Debian installed from an ISO onto a blank disk, by a boot command that waits for what the screen says: the manifests of
+//! `examples/`, with BIOS and UEFI, and the captured disk started afresh. And installers that do not come to an end.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use serde_json::Value;
+use std::fs;
+use support::{Bench, Ended, install};
+
+/// The lines that the steps of a build wrote.
+fn said(ended: &Ended) -> Vec<&str> {
+    let lines = ended.events.iter().filter(|event| event["event"] == "step_output");
+    lines.filter_map(|event| event["line"].as_str()).collect()
+}
+
+/// Installs what an example says, and starts the captured disk afresh: a layer on the module, whose only step looks around.
+fn installs(example: &str, module: &str, firmware: &str, look: &str) -> (Bench, Value, Vec<String>) {
+    let bench = Bench::new();
+    let ended = bench.build(&install::manifest(example));
+    ended.expect_code(0);
+    let asked: Vec<_> =
+        install::requests(&ended).into_iter().map(|(path, status)| format!("{path} {status}")).collect();
+    let files = ["install.ipxe", "linux", "initrd", "answers", "debian.tar.zst"];
+    assert_eq!(asked, files.map(|file| format!("/{file} 200")), "what the installer asked for");
+    let lines = said(&ended);
+    assert!(lines.contains(&"Debian GNU/Linux 12 (bookworm) on /dev/vda2 ext4"), "{lines:?}");
+    assert!(ended.event(|event| event["phase"] == "BootCommand").is_some(), "{}", ended.stdout);
+    bench.expect_clean();
+    let record = ended.stdout.lines().last().unwrap();
+    let record = serde_json::from_slice(&fs::read(record).unwrap()).unwrap();
+
+    let layer = format!(
+        "name: afresh\nvms:\n  - name: debian\n    source: {{buildRef: {{name: {module}}}}}\n{firmware}    resources: {{cpu: 2, memory: 1Gi}}\n    \
+         communicator: {{sshUsername: admin, sshPassword: fresh from the disc, sshTimeout: 10m}}\n    \
+         provisioners: [{{type: shell, shell: {{inline: ['cat /etc/motd', hostname, '{look}']}}}}]\n"
+    );
+    let ended = bench.build(&layer);
+    ended.expect_code(0);
+    let lines: Vec<_> = said(&ended).into_iter().map(str::to_owned).collect();
+    assert!(lines[..2] == ["Installed by a boot command", "installed"], "{lines:?}");
+    assert!(install::requests(&ended).is_empty(), "nothing is installed again: {}", ended.stdout);
+    bench.expect_clean();
+    (bench, record, lines)
+}
+
+#[test]
+fn debian_is_installed_with_bios_and_starts_afresh() {
+    let (_bench, record, lines) =
+        installs("install.yaml", "installed", "", "test ! -d /sys/firmware/efi && echo started by BIOS");
+    assert_eq!(lines.last().unwrap(), "started by BIOS");
+    let inputs = record["provenance"]["inputs"].as_array().unwrap();
+    let iso = inputs.iter().find(|input| input["url"].as_str().unwrap().ends_with("/ipxe.iso"));
+    assert_eq!(iso.expect("the ISO is among the inputs")["sha256"].as_str().unwrap().len(), 64);
+}
+
+#[test]
+fn debian_is_installed_with_uefi_and_starts_afresh_from_what_it_wrote_into_the_variables() {
+    let (_bench, record, lines) =
+        installs("install-uefi.yaml", "installed-uefi", "    efiFirmware: {}\n", "sudo efibootmgr");
+    let current =
+        lines.iter().find_map(|line| line.strip_prefix("BootCurrent: ")).expect("what the firmware started");
+    let entry = format!("Boot{current}* debian");
+    assert!(lines.iter().any(|line| line.starts_with(&entry)), "expected {entry}, but found {lines:?}");
+    assert!(
+        !record["machines"][0]["state"].as_array().unwrap().is_empty(),
+        "the variables are part of the module: {record}"
+    );
+}
+
+#[test]
+fn an_installer_that_gives_up_is_shown() {
+    let bench = Bench::new();
+    let manifest = install::manifest("install.yaml")
+        .replace("archive         debian.tar.zst", "archive         absent.tar.zst")
+        .replace("<waitText 'installed login:' 15m>", "<waitText 'installed login:' 10s>");
+    let ended = bench.build(&manifest);
+    ended.expect_code(1).expect_text(&[
+        "installed login:",
+        "10 s",
+        "installer: failed: the archive could not be unpacked",
+        "boot command",
+    ]);
+    assert_eq!(ended.outcome()["phase"], "BootCommand");
+    assert_eq!(install::requests(&ended).last().unwrap(), &("/absent.tar.zst".to_owned(), 404));
+    let picture = ended.outcome()["screenshot"].as_str().expect("a picture of the screen");
+    assert!(fs::read(picture).unwrap().starts_with(b"\x89PNG"));
+    bench.expect_clean();
+}
+
+#[test]
+fn an_installer_that_starts_over_and_over() {
+    let bench = Bench::new();
+    let iso = bench.path("loops.iso");
+    fs::write(&iso, looping_iso()).unwrap();
+    let manifest = format!(
+        "name: loops\nvms:\n  - name: vm\n    source: {{blank: true}}\n    resources: {{cpu: 1, memory: 128Mi}}\n    \
+         isos: [{{url: 'file://{}'}}]\n    communicator: {{sshPassword: unused}}\n    \
+         bootCommand: [\"<waitText 'Installing' 3m>\", \"<waitText 'login:' 15s>\"]\n",
+        iso.display()
+    );
+    let ended = bench.build(&manifest);
+    ended.expect_code(1).expect_text(&["login:", "15 s", "boot command", "action 2 of 2"]);
+    assert_eq!(ended.outcome()["phase"], "BootCommand");
+    assert!(ended.outcome()["screenshot"].is_string(), "{}", ended.outcome());
+    bench.expect_clean();
+}
+
+/// An ISO (ECMA-119) that boots by the BIOS alone ("El Torito" 1.0): says that it installs, and restarts the machine.
+fn looping_iso() -> Vec<u8> {
+    const SECTOR: usize = 2048;
+    let mut iso = vec![0; 32 * SECTOR];
+    let mut put = |sector: usize, at: usize, bytes: &[u8]| {
+        iso[sector * SECTOR + at..][..bytes.len()].copy_from_slice(bytes);
+    };
+    put(16, 0, b"\x01CD001\x01"); // the primary volume descriptor
+    put(17, 0, b"\x00CD001\x01EL TORITO SPECIFICATION"); // the boot record: the catalogue is in sector 19
+    put(17, 0x47, &19_u32.to_le_bytes());
+    put(18, 0, b"\xffCD001\x01");
+    put(19, 0, &[1]); // validation entry, whose words add up to 0
+    put(19, 0x1c, &[0xaa, 0x55, 0x55, 0xaa]);
+    put(19, 0x20, &[0x88, 0, 0, 0, 0, 0, 4, 0, 20]); // initial entry: no emulation, four sectors of 512 bytes, from 20
+    // cld; ds = 0; every byte of the text to the BIOS's teletype; a second's wait; a jump to where the processor starts.
+    #[rustfmt::skip]
+    let code = [
+        0xfc, 0x31, 0xc0, 0x8e, 0xd8, 0xbe, 0x25, 0x7c,
+        0xac, 0x84, 0xc0, 0x74, 0x09, 0xb4, 0x0e, 0xbb, 0x07, 0x00, 0xcd, 0x10, 0xeb, 0xf2,
+        0xb4, 0x86, 0xb9, 0x0f, 0x00, 0xba, 0x40, 0x42, 0xcd, 0x15,
+        0xea, 0x00, 0x00, 0xff, 0xff,
+    ];
+    put(20, 0, &code);
+    put(20, code.len(), b"Installing the system...\r\n\0");
+    iso
+}
