@@ -134,3 +134,18 @@ fn the_manifests_of_the_readme_and_the_guide_have_no_mistakes() {
         }
     }
 }
+
+#[test]
+fn what_the_guide_shows_of_a_backend_is_in_the_example() {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/backend");
+    let files =
+        ["main.rs", "processes/mod.rs", "processes/lab.rs", "processes/machine.rs", "processes/adapter.rs"];
+    let code: String = files.iter().map(|file| fs::read_to_string(example.join(file)).unwrap()).collect();
+    let page = read("docs/backends.md");
+    let shown: Vec<&str> =
+        page.split("```rust\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert!(shown.len() > 8, "{shown:?}");
+    for piece in shown {
+        assert!(code.contains(piece), "the example does not have this any more:\n{piece}");
+    }
+}

@@ -85,6 +85,12 @@ impl Adapter for QemuAdapter {
         let url = url::Url::from_file_path(&self.guest).ok()?;
         let mut guest = GuestImage::new(PlannedUrl { url, sha256: None });
         guest.echo = Some(Echo::new(ECHO, Some(format!("nc -ll -p {ECHO} -e cat >/dev/null 2>&1 &"))));
+        let command = [
+            "<waitText 'login:' 3m>tester<enter>",
+            "<waitText 'assword:' 1m>tester<enter>",
+            "<waitText '$' 1m>echo typed on the screen >/tmp/typed<enter>",
+        ];
+        guest.boot_command = Some(command.map(str::to_owned).to_vec());
         // It is emulated.
         guest.large = 4 << 20;
         guest.serial_says = Some("login:".to_owned());
@@ -123,4 +129,5 @@ async fn the_qemu_backend_keeps_the_contract() {
     let report = testing::run(Arc::new(adapter), &options).await;
     println!("{report}");
     report.assert_passed();
+    report.assert_documented(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/backends.md"));
 }

@@ -101,6 +101,16 @@ struct Held {
     leases: Vec<Lease>,
 }
 
+impl Held {
+    fn check_open(&self) -> Result<()> {
+        if self.lock.is_none() {
+            let message = format!("lab {} was destroyed already", self.ledger.id);
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        Ok(())
+    }
+}
+
 impl LabDir {
     pub(super) fn create(store: &Store, id: &LabId, purpose: &str, retention: Retention) -> Result<Self> {
         let ledger = Ledger {
@@ -145,12 +155,7 @@ impl LabDir {
     /// # Errors
     /// `Conflict` when it was.
     pub fn check_open(&self) -> Result<()> {
-        let held = self.held();
-        if held.lock.is_none() {
-            let message = format!("lab {} was destroyed already", held.ledger.id);
-            return Err(Error::new(ErrorKind::Conflict, message));
-        }
-        Ok(())
+        self.held().check_open()
     }
 
     /// Writes down a process, so that it is ended when the lab is destroyed, also by others after the owner died.
@@ -225,8 +230,8 @@ impl LabDir {
     }
 
     fn update(&self, change: impl FnOnce(&mut Held)) -> Result<()> {
-        self.check_open()?;
         let mut held = self.held();
+        held.check_open()?;
         change(&mut held);
         durable::write_json(&self.path.join("ledger.json"), &held.ledger, 0o600)
     }

@@ -86,6 +86,9 @@ pub struct GuestImage {
     /// A command that prints a line for each network card: its hardware address, a blank, and its place. Places, compared as
     /// text, are in the order of slots. That of Linux with `sysfs`.
     pub cards: String,
+    /// A boot command that logs in on its screen and writes the line `typed on the screen` into the file `/tmp/typed`;
+    /// `None`: that keys reach it is not tested.
+    pub boot_command: Option<Vec<String>>,
     /// How much is sent each way when much is sent, in bytes.
     pub large: usize,
     /// The files of its disks after the first, in order, when they are on virtio: each holds the disk's bytes.
@@ -105,6 +108,7 @@ impl GuestImage {
             boots_within: Duration::from_secs(120),
             echo: None,
             serial_says: None,
+            boot_command: None,
             large: 16 << 20,
             cards: "cd /sys/class/net && for c in e*; do echo \"$(cat $c/address) $(readlink -f $c/device)\"; done"
                 .to_owned(),

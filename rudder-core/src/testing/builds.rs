@@ -93,11 +93,13 @@ async fn build(
     Ok(Ended { manifest, events, outcome: handle.outcome().await })
 }
 
-/// A manifest becomes a module: a shell step, a file step, a reboot and, where the engine has them, a step of a person
-/// are made, and odd texts reach the guest as they are.
+/// A manifest becomes a module: a shell step, a file step and a reboot are made, and where there is a display a boot command
+/// and a step of a person, too; odd texts reach the guest as they are.
 pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
     let image = rig.image()?;
-    let by_hand = Capabilities::engine().has(Capability::HandbuildStep);
+    // A person works at the display.
+    let by_hand = Capabilities::engine().has(Capability::HandbuildStep)
+        && rig.backend().capabilities().has(Capability::Display);
     let mut steps = vec![
         json!({"type": "shell", "name": "say", "shell": {
             "inline": ["echo \"$ODD\"", "echo before >/srv/before"],
@@ -114,8 +116,16 @@ pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
     if by_hand {
         steps.push(json!({"type": "handbuild", "name": "by hand", "handbuild": {"instructions": ODD}}));
     }
+    let typed = image.boot_command.filter(|_| rig.backend().capabilities().has(Capability::Display));
+    if typed.is_some() {
+        // Before the reboot clears it.
+        steps.insert(0, json!({"type": "shell", "name": "typed", "shell": {"inline": "cat /tmp/typed"}}));
+    }
     let wanted = steps.len();
-    let manifest = manifest(rig, &image.image, &Value::Array(steps))?;
+    let mut manifest = manifest(rig, &image.image, &Value::Array(steps))?;
+    if let Some(command) = &typed {
+        manifest["vms"][0]["bootCommand"] = json!(command);
+    }
     let mut paused = 0;
     let ended = build(rig, &manifest, |event, handle| {
         if let EventKind::Paused { instructions, .. } = &event.kind {
@@ -131,6 +141,10 @@ pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
     let odd = lines.iter().filter(|line| **line == ODD).count();
     ensure!(odd == 2, "expected {ODD:?} twice in the output of the steps, but found {lines:?}");
     ensure!(lines.contains(&"before"), "expected what was there before the reboot, but found {lines:?}");
+    ensure!(
+        typed.is_none() || lines.contains(&"typed on the screen"),
+        "expected what was typed on the screen to have been done, but found {lines:?}"
+    );
     let good = |event: &&Event| matches!(event.kind, EventKind::StepFinished { success: true, .. });
     let made = ended.events.iter().filter(good).count();
     same(&made, &wanted, "how many steps were made")?;

@@ -40,6 +40,7 @@ mod rig;
 mod run;
 pub mod served;
 pub mod streams;
+mod table;
 pub mod texts;
 mod verdict;
 

@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A guest gets what is served to it, whatever its name and size, and nothing else; whoever serves hears of it; and it ends.
 pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
-    let large = super::streams::noise(11, 3 << 20);
+    let large = super::streams::noise(11, rig.image()?.large / 4);
     let made = |error| Error::io("make a file to be served", error);
     let on_disk = tempfile::NamedTempFile::new().map_err(made)?;
     std::fs::write(on_disk.path(), &large).map_err(made)?;
