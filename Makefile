@@ -36,8 +36,9 @@ guests: ## The guests of the tests and the demo, from Debian's packages, into ta
 
 RUNS ?= 5
 
-bench: guests ## Whole builds against the floor and Packer, capture, planning; RUNS=5
+bench: guests ## Whole builds against the floor and Packer, capture, typing, planning; RUNS=5
 	@tools/setup build bench
 	@cargo build --release --quiet --examples
 	@cargo bench --quiet --package rudder-core
 	@cargo bench --quiet --bench whole_build -- $(RUNS)
+	@cargo bench --quiet --bench typing

@@ -16,8 +16,8 @@ use std::{
 };
 
 /// CD-ROMs of Debian's packages grub-rescue-pc and ipxe. They boot as disks, too.
-const GRUB: &str = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
-const IPXE: &str = "/usr/lib/ipxe/ipxe.iso";
+pub const GRUB: &str = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
+pub const IPXE: &str = "/usr/lib/ipxe/ipxe.iso";
 
 /// Nothing here takes longer, on any machine it is meant for.
 pub const PATIENCE: Duration = Duration::from_secs(240);

@@ -36,7 +36,13 @@ impl Framebuffer {
         &self.pixels[y * self.width..][..self.width]
     }
 
-    /// The same, to write to.
+    /// Whether a row is the same in both; a row that one of them does not have is not.
+    pub(crate) fn same_row(&self, other: &Self, y: usize) -> bool {
+        // Bytes are compared at once, pixels one by one.
+        y < self.height.min(other.height) && self.row(y).as_flattened() == other.row(y).as_flattened()
+    }
+
+    /// A row from the top, to write to.
     ///
     /// # Panics
     /// When there is no such row.

@@ -3,11 +3,11 @@
 //! **Pace.** Keyboards have small memories (a PS/2 keyboard of QEMU keeps 16 bytes, a BIOS 15 keys) and forget what comes
 //! when they are full, and no protocol tells how full they are. So keys go out in bursts of half of that, and the next burst
 //! waits until the screen shows what the last one typed. Where nothing is echoed (a password, a menu) it waits a while
-//! instead; longer where the screen answered before, since then the guest is only busy.
+//! instead; longer where the screen answered before, or begins to, since then the guest is only busy.
 //!
-//! **A connection that breaks.** Key events are handed to one connection and never sent again. When the screen or the server
-//! showed that it took them, typing goes on over a new connection; when that cannot be known it fails, so that a text is
-//! typed as a whole or an error.
+//! **A connection that breaks.** Key events are handed to one connection and never sent again. When the server told that it
+//! has them, or the screen, read as text, shows every character, typing goes on over a new connection; when that cannot be
+//! known it fails, so that a text is typed as a whole or an error.
 
 use super::{
     Console, Framebuffer,
@@ -23,9 +23,11 @@ use tokio::time::{Instant, timeout_at};
 
 /// Bytes of a PS/2 keyboard's queue that a burst may take: twice as many fit, so that one burst may be left in it.
 const BURST: usize = 8;
-/// How long an echo is waited for where none was seen yet.
-const SILENT: Duration = Duration::from_millis(400);
-/// How long it is waited for where the screen answered before.
+/// How long an echo is waited for where none came before. That is about as slow as others type always.
+const SILENT: Duration = Duration::from_millis(700);
+/// How long it is waited for where nothing is known yet.
+const UNKNOWN: Duration = Duration::from_secs(2);
+/// How long it is waited for where the screen answered before, or has begun to.
 const ECHOING: Duration = Duration::from_secs(6);
 /// How long a key that is no character may take to show on the screen.
 const PRESSED: Duration = Duration::from_millis(150);
@@ -50,26 +52,26 @@ pub(super) struct Keyboard {
     last: Vec<u32>,
     /// The connection that they were sent on.
     link: Option<u64>,
-    /// The screen showed what was typed last.
-    echoes: bool,
+    /// Whether the screen showed what was typed last.
+    echoes: Option<bool>,
 }
 
 /// Keys that are sent together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Burst {
     events: Vec<KeyEvent>,
-    /// Characters of the text.
-    characters: usize,
+    /// The characters of the text.
+    text: String,
     /// How many cells the echo spans, from the first to the last character that is not blank; `None` when only the guest
     /// knows what the keys do.
     span: Option<usize>,
-    /// How long the screen may take to answer.
+    /// How long the screen may take to answer keys of which only the guest knows what they do.
     patience: Duration,
 }
 
 impl Burst {
     fn keys(events: Vec<KeyEvent>, patience: Duration) -> Self {
-        Self { events, characters: 0, span: None, patience }
+        Self { events, text: String::new(), span: None, patience }
     }
 }
 
@@ -149,7 +151,7 @@ fn burst(strokes: &[(char, Stroke)]) -> Burst {
     let span = strokes.iter().position(shows).zip(strokes.iter().rposition(shows));
     Burst {
         events,
-        characters: strokes.len(),
+        text: strokes.iter().map(|(character, _)| character).collect(),
         span: span.map(|(first, last)| last + 1 - first),
         patience: SILENT,
     }
@@ -174,7 +176,7 @@ impl Console {
                 let all = text.chars().count();
                 return Err(error.with_context("typed for certain", format!("{typed} of {all} characters")));
             }
-            typed += burst.characters;
+            typed += burst.text.chars().count();
         }
         Ok(())
     }
@@ -280,7 +282,12 @@ impl Console {
         mut link: Arc<Link>,
         before: &Framebuffer,
     ) -> Result<()> {
-        let patience = if burst.span.is_some() && keyboard.echoes { ECHOING } else { burst.patience };
+        let mut patience = match (burst.span, keyboard.echoes) {
+            (None, _) => burst.patience,
+            (Some(_), None) => UNKNOWN,
+            (Some(_), Some(true)) => ECHOING,
+            (Some(_), Some(false)) => SILENT,
+        };
         let mut sent = Instant::now();
         let mut progress = link.progress();
         let mut delivery = Delivery::default();
@@ -291,10 +298,19 @@ impl Console {
             if seen.replace(state.changes) != Some(state.changes) {
                 let echo = link.with_frame(|frame| echo::compare(before, frame, burst.span.unwrap_or(1)));
                 match (echo, burst.span) {
-                    (Echo::Nothing, _) | (Echo::Part, Some(_)) => {}
-                    (Echo::All, Some(span)) => {
-                        keyboard.echoes |= span > 1;
+                    (Echo::Nothing | Echo::Cell, Some(_)) | (Echo::Nothing, None) => {}
+                    (Echo::Part, Some(_)) => patience = ECHOING,
+                    (Echo::All, Some(span)) if broke.is_none() => {
+                        if span > 1 {
+                            keyboard.echoes = Some(true);
+                        }
                         return Ok(());
+                    }
+                    // How much of it arrived is asked now, not only whether the guest is ready for more.
+                    (Echo::All, Some(_)) => {
+                        if link.with_frame(|frame| echo::reads(before, frame, &burst.text)) {
+                            return Ok(());
+                        }
                     }
                     (Echo::Other, _) | (_, None) => changed = Some(now),
                 }
@@ -318,7 +334,9 @@ impl Console {
                     return Err(lost(&error));
                 }
                 if delivery.is_sure() {
-                    keyboard.echoes &= changed.is_some() || burst.span.is_none();
+                    if changed.is_none() && burst.span.is_some() {
+                        keyboard.echoes = Some(false);
+                    }
                     return Ok(());
                 }
                 if now >= sent + DELIVERY {
@@ -421,7 +439,7 @@ mod tests {
     #[test]
     fn no_burst_ends_with_a_blank_that_hides() {
         let cut = bursts("ab  cd e\nx").unwrap();
-        let spans: Vec<_> = cut.iter().map(|burst| (burst.characters, burst.span)).collect();
+        let spans: Vec<_> = cut.iter().map(|burst| (burst.text.len(), burst.span)).collect();
         assert_eq!(spans, [(2, Some(2)), (4, Some(2)), (2, Some(1)), (1, None), (1, Some(1))]);
     }
 }

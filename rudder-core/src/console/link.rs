@@ -225,7 +225,7 @@ fn publish(shown: &mut Framebuffer, drawn: &Framebuffer, update: &rfb::Update) -
     }
     let mut changed = false;
     for y in update.rows.clone() {
-        if shown.row(y) != drawn.row(y) {
+        if !shown.same_row(drawn, y) {
             shown.row_mut(y).copy_from_slice(drawn.row(y));
             changed = true;
         }

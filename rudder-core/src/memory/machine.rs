@@ -8,6 +8,7 @@
 
 use super::{
     Shared,
+    display::Terminal,
     files::FileTree,
     lab::{LabCore, Volumes},
     script::{Act, Guest, Operation, Silence},
@@ -57,6 +58,8 @@ pub(super) struct Boot {
     power: CancellationToken,
     /// What it does, faults of this power-on included.
     pub(super) guest: Arc<Guest>,
+    /// Its screen and keyboard, which are the same from power-on to power-off.
+    terminal: Arc<Terminal>,
     pub(super) host_key: Arc<PrivateKey>,
 }
 
@@ -146,7 +149,12 @@ impl MachineCore {
         self.end(Exit::Died { cause, detail: detail.to_owned() });
     }
 
-    fn new_boot(&self, guest: Arc<Guest>, power: &CancellationToken) -> Result<Boot> {
+    fn new_boot(
+        &self,
+        guest: Arc<Guest>,
+        terminal: Arc<Terminal>,
+        power: &CancellationToken,
+    ) -> Result<Boot> {
         let random: u128 = rand::random();
         let hex = format!("{random:032x}");
         let host_key =
@@ -157,6 +165,7 @@ impl MachineCore {
             token: power.child_token(),
             power: power.clone(),
             guest,
+            terminal,
             host_key,
         })
     }
@@ -171,7 +180,10 @@ impl MachineCore {
             ));
         }
         let power = CancellationToken::new();
-        let boot = self.new_boot(Arc::new(guest), &power)?;
+        let guest = Arc::new(guest);
+        let terminal = Arc::new(Terminal::new(guest.clone()));
+        self.shared.script().terminals.insert(self.spec.name.clone(), terminal.clone());
+        let boot = self.new_boot(guest, terminal, &power)?;
         state.serial.clear();
         write_serial(&mut state.serial, &boot.guest.serial);
         let dies = boot.guest.dies_in_boot;
@@ -229,7 +241,7 @@ impl MachineCore {
     pub(super) fn begin_reboot(self: &Arc<Self>) {
         let Some(old) = self.boot() else { return };
         self.later(old.guest.reboot_linger, old.token.clone(), move |machine| {
-            match machine.new_boot(old.guest.clone(), &old.power) {
+            match machine.new_boot(old.guest.clone(), old.terminal.clone(), &old.power) {
                 Ok(new) => {
                     let mut state = machine.state();
                     if state.boot.as_ref().is_some_and(|boot| boot.id == old.id) {
@@ -238,6 +250,7 @@ impl MachineCore {
                     }
                     drop(state);
                     machine.serial_changed.send_replace(());
+                    old.terminal.boot();
                     old.token.cancel();
                 }
                 Err(error) => machine.end(Exit::Died { cause: Death::Hypervisor, detail: error.to_string() }),
@@ -346,7 +359,18 @@ impl Machine for MemoryMachine {
     }
 
     async fn display(&self) -> Result<BoxedStream> {
-        Err(unsupported(Capability::Display))
+        let boot = self.core.boot().ok_or_else(|| {
+            Error::new(ErrorKind::Conflict, format!("expected VM {} to run, but it is off", self.name()))
+        })?;
+        if !boot.terminal.is_there() {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("the display of VM {} is gone", self.name()),
+            ));
+        }
+        let (near, far) = tokio::io::duplex(64 << 10);
+        boot.terminal.serve(far, boot.power, self.core.shared.connection());
+        Ok(Box::new(near))
     }
 
     async fn serial(&self) -> Result<BoxedStream> {

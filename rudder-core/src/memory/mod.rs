@@ -48,6 +48,7 @@
 //! }
 //! ```
 
+mod display;
 mod files;
 mod hardware;
 mod lab;
@@ -60,6 +61,7 @@ mod ssh;
 #[cfg(test)]
 mod tests;
 
+pub use display::Typed;
 pub use script::{Fault, Guest, Operation, Response, Silence, Source};
 
 use crate::{
@@ -69,6 +71,7 @@ use crate::{
     module::Module,
 };
 use async_trait::async_trait;
+use display::Terminal;
 use lab::{LabCore, MemoryLab};
 use shelf::Kept;
 use std::{
@@ -103,6 +106,8 @@ struct Script {
     sources: BTreeMap<String, Source>,
     faults: Vec<(Operation, Fault)>,
     power_ons: HashMap<String, u32>,
+    /// Screens and keyboards of the last power-ons, by machine.
+    terminals: HashMap<String, Arc<Terminal>>,
     shelf: Option<PathBuf>,
 }
 
@@ -201,6 +206,7 @@ impl Default for MemoryBackend {
                 C::Floppy,
                 C::HttpDirectory,
                 C::Serial,
+                C::Display,
             ],
         );
         Self { capabilities, shared: Arc::default() }
@@ -315,6 +321,12 @@ impl MemoryBackend {
         let machines = core.map(|core| core.machines()).unwrap_or_default();
         let running = machines.iter().find(|machine| machine.spec.name == name && machine.is_running());
         running.inspect(|machine| machine.die(cause)).is_some()
+    }
+
+    /// What came from the keyboard of the machine of this name that was powered on last; `None` when there was none.
+    #[must_use]
+    pub fn typed(&self, machine: &str) -> Option<Typed> {
+        self.shared.script().terminals.get(machine).map(|terminal| terminal.typed())
     }
 
     /// The content of a file of a module's VM; `None` when there is no such module, VM or file.

@@ -182,6 +182,12 @@ pub struct Guest {
     pub(super) stream_limit: Option<u64>,
     pub(super) faulty_boots: u32,
     pub(super) echoes: BTreeSet<u16>,
+    pub(super) screen: String,
+    pub(super) answers: Vec<(String, String)>,
+    pub(super) hides_typing: bool,
+    pub(super) key_interval: Duration,
+    /// After so many keys the connection to the display breaks, and whether it stays so.
+    pub(super) display_breaks: Option<(u32, bool)>,
 }
 
 impl Default for Guest {
@@ -206,6 +212,11 @@ impl Default for Guest {
             stream_limit: None,
             faulty_boots: u32::MAX,
             echoes: BTreeSet::new(),
+            screen: String::new(),
+            answers: Vec::new(),
+            hides_typing: false,
+            key_interval: Duration::ZERO,
+            display_breaks: None,
         }
     }
 }
@@ -314,7 +325,46 @@ impl Guest {
         self
     }
 
-    /// The faults above (silence, credentials, deaths, broken streams, ignored shutdown) happen on the first so many
+    /// Shows these lines on its screen when it boots, at most 24 of 80 columns, above a prompt at which it shows what is
+    /// [typed](super::MemoryBackend::typed). Without this the prompt is all there is.
+    pub fn screen(mut self, text: impl Into<String>) -> Self {
+        self.screen = text.into();
+        self
+    }
+
+    /// Shows this on its screen when the line was typed at its prompt.
+    pub fn on_line(mut self, line: impl Into<String>, answer: impl Into<String>) -> Self {
+        self.answers.push((line.into(), answer.into()));
+        self
+    }
+
+    /// Does not show what is typed, as where a password is asked for.
+    pub fn hides_typing(mut self) -> Self {
+        self.hides_typing = true;
+        self
+    }
+
+    /// Takes an event of its keyboard, a key that goes down or up, only so often. The keyboard keeps 16 events, as a PS/2
+    /// keyboard keeps bytes; what comes when it is full is lost.
+    pub fn takes_keys_every(mut self, interval: Duration) -> Self {
+        self.key_interval = interval;
+        self
+    }
+
+    /// The connection to its display breaks, once, when so many keys went down since power-on. What the client has sent
+    /// behind that key is lost.
+    pub fn breaks_display_after(mut self, keys: u32) -> Self {
+        self.display_breaks = Some((keys, false));
+        self
+    }
+
+    /// The same, and no new connection can be made.
+    pub fn loses_display_after(mut self, keys: u32) -> Self {
+        self.display_breaks = Some((keys, true));
+        self
+    }
+
+    /// The faults above (silence, credentials, deaths, broken streams and displays, ignored shutdown) happen on the first so many
     /// power-ons of machines of this name only; afterwards the guest is well.
     pub fn recovers_after(mut self, power_ons: u32) -> Self {
         self.faulty_boots = power_ons;
@@ -331,6 +381,7 @@ impl Guest {
             dies_in_boot: None,
             dies_in_shutdown: None,
             stream_limit: None,
+            display_breaks: None,
             ..self.clone()
         }
     }

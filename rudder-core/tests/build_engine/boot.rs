@@ -11,6 +11,7 @@ use rudder_core::{
     ErrorKind,
     backend::Death,
     build::{Build, BuildHandle},
+    capability::Capability as C,
     event::{Event, EventKind, ServedFile, VmPhase as V},
     memory::MemoryBackend,
 };
@@ -251,6 +252,7 @@ async fn what_a_boot_command_needs_is_there_before_anything_is_powered_on() {
     assert_eq!(ended.vm_phases("a"), [V::Pending, V::SourceImporting, V::Booting, V::Failed]);
     assert_eq!(display.typed(), [""]);
 
-    let ended = build(&MemoryBackend::new(), booting(json!([{"press": ENTER}]))).await;
+    let blind = MemoryBackend::new().with_capabilities([C::SourceUrl, C::DiskVirtio]);
+    let ended = build(&blind, booting(json!([{"press": ENTER}]))).await;
     assert_eq!(ended.failure().error.kind(), ErrorKind::Unsupported);
 }

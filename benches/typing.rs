@@ -1,0 +1,106 @@
+//! How fast text is typed into what reads a keyboard at boot, on QEMU.
+//!
+//! ```text
+//! make bench
+//! ```
+//!
+//! 2,000 characters of every printable kind go into the command line of GRUB, the shell of iPXE and a Linux console, and are read
+//! back; a character that is lost fails the bench. Beside it Packer from Debian's packages types some of the same characters
+//! into GRUB at its default pace: 100 ms after every press and after every release, those of Shift included.
+
+#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)] // A program that prints, and ends where it cannot go on.
+
+#[path = "../tests/support/typing.rs"]
+mod typing;
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+use typing::{GRUB, Typed, printable};
+
+const MANY: usize = 2000;
+/// So many are enough for Packer, whose pace is fixed.
+const FEW: usize = 60;
+
+#[tokio::main]
+async fn main() {
+    let guests = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests");
+    let tiny = guests.join("tiny.qcow2");
+    assert!(tiny.exists(), "this bench needs {}: make guests", tiny.display());
+
+    println!("typing {MANY} characters of every printable kind, read back identical");
+    let packer = packer(&printable(FEW));
+    println!("  Packer, its default pace    {packer:6.1} characters per second");
+    let text = printable(MANY);
+    for (into, typed) in [
+        ("GRUB's command line", typing::grub(&text).await),
+        ("iPXE's shell", typing::ipxe(&text).await),
+        ("a Linux console", typing::linux(&text, &tiny).await),
+    ] {
+        let rate = rate(&typed);
+        println!("  into {into:21}  {rate:6.1} characters per second   {:.0} × as fast", rate / packer);
+    }
+}
+
+fn rate(typed: &Typed) -> f64 {
+    assert_eq!(typed.found, typed.wanted, "what was read back");
+    typed.rate()
+}
+
+/// Characters per second of Packer, from when it says that it begins to type until it turns to what comes next.
+fn packer(text: &str) -> f64 {
+    let dir = tempfile::Builder::new().prefix("bench.").tempdir().unwrap();
+    // What is a template or a token to Packer would not be typed: these two characters are left out.
+    let text: String = text.chars().filter(|character| !"<{".contains(*character)).collect();
+    let template = serde_json::json!({"builders": [{
+        "type": "qemu",
+        "accelerator": "tcg",
+        "headless": true,
+        "vnc_bind_address": "127.0.0.1",
+        "memory": 128,
+        "iso_url": GRUB,
+        "iso_checksum": "none",
+        "disk_size": "64M",
+        "output_directory": dir.path().join("packer"),
+        "boot_wait": "10s",
+        "boot_command": [text],
+        "communicator": "ssh",
+        "ssh_username": "nobody",
+        "ssh_password": "none",
+        "qemuargs": [["-netdev", "user,id=user.0,hostfwd=tcp:127.0.0.1:{{ .SSHHostPort }}-:22"]],
+    }]});
+    let path = dir.path().join("packer.json");
+    fs::write(&path, template.to_string()).unwrap();
+    let mut child = Command::new("packer")
+        .args(["build", "-color=false"])
+        .arg(&path)
+        .env("PACKER_CACHE_DIR", dir.path().join("cache"))
+        .env("CHECKPOINT_DISABLE", "1") // No calls to its maker.
+        .env("HOME", dir.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut begun, mut took, mut log) = (None, Duration::ZERO, String::new());
+    for line in BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok) {
+        log.push_str(&line);
+        log.push('\n');
+        match begun {
+            None if line.contains("Typing the boot command") => begun = Some(Instant::now()),
+            Some(begin) if took.is_zero() => {
+                took = begin.elapsed();
+                // Asked to end, Packer ends its machine, too.
+                let pid = rustix::process::Pid::from_child(&child);
+                rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+            }
+            _ => {}
+        }
+    }
+    child.wait().unwrap();
+    assert!(!took.is_zero(), "Packer typed nothing:\n{log}");
+    text.chars().count() as f64 / took.as_secs_f64()
+}
