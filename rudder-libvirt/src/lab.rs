@@ -283,6 +283,7 @@ impl Lab for LibvirtLab {
         if let Some((_, what)) = missing.into_iter().find(|(wanted, _)| *wanted) {
             return Err(refuse(unsupported(what)));
         }
+        self.footing.ground.dir().check_open().map_err(refuse)?;
         for disk in &spec.disks {
             self.footing.ground.volume_size(&disk.volume.id).map_err(refuse)?;
         }

@@ -14,7 +14,7 @@ use rudder_core::{
     media::http::{Caller, is_of_process},
     module::{CapturedDisk, CapturedState},
 };
-use rudder_qemu::parts::{card_arguments, read_forwards, tail};
+use rudder_qemu::parts::{card_arguments, connect_serial, read_forwards, tail};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -469,11 +469,13 @@ impl Machine for LibvirtMachine {
 
     async fn serial(&self) -> Result<BoxedStream> {
         self.0.ways()?;
-        let stream = UnixStream::connect(self.0.footing.ground.socket(&self.0.file("serial"))).await;
-        let stream = stream.map_err(|error| {
+        let ground = &self.0.footing.ground;
+        let (record, socket) =
+            (ground.path(&self.0.file("serial.log")), ground.socket(&self.0.file("serial")));
+        let runs = |phase: &Phase| *phase == Phase::Running;
+        connect_serial(record, socket, self.0.phase.subscribe(), runs).await.map_err(|error| {
             self.0.error(ErrorKind::Protocol, "cannot connect to the serial console").with_source(error)
-        })?;
-        Ok(Box::new(stream))
+        })
     }
 
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {

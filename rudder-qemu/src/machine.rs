@@ -417,7 +417,8 @@ impl Machine for QemuMachine {
         self.with_running(|_| ())?;
         let (record, socket) =
             (self.ground.path(&self.files.serial_log), self.ground.socket(&self.files.serial));
-        serial::connect(record, socket, self.phase.subscribe()).await.map_err(|error| {
+        let runs = |phase: &Phase| *phase == Phase::Running;
+        serial::connect_serial(record, socket, self.phase.subscribe(), runs).await.map_err(|error| {
             self.error(ErrorKind::Protocol, "cannot connect to the serial console").with_source(error)
         })
     }

@@ -1,5 +1,5 @@
 //! What another backend that drives QEMU by other means (libvirt) shares with this one: the host and its accelerator,
-//! labs' directories and volumes, captured disks, user networking. Outside of semantic versioning.
+//! labs' directories and volumes, captured disks, user networking, serial consoles. Outside of semantic versioning.
 
 pub use crate::{
     accelerator::Chosen,
@@ -8,5 +8,6 @@ pub use crate::{
     ground::{Ground, blocking, kept_access},
     host::{Host, Programs, diagnose},
     qmp::read_forwards,
+    serial::connect_serial,
     watch::tail,
 };

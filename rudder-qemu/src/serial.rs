@@ -4,7 +4,6 @@
 //! everybody may read, and the socket is only taken to type, for as long as somebody does: a person who holds it with
 //! `nc -U` disturbs no reader, and is not disturbed.
 
-use crate::watch::Phase;
 use rudder_core::backend::BoxedStream;
 use std::{io, path::PathBuf, time::Duration};
 use tokio::{
@@ -20,14 +19,16 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How much is carried at once, in bytes.
 const PIECE: usize = 16 << 10;
 
-/// Connects a new reader: it gets what the guest writes from now on, until the machine ends.
+/// Connects a new reader: it gets what the guest writes from now on, until the machine is in a phase in which it does not
+/// run.
 ///
 /// # Errors
 /// File errors.
-pub(crate) async fn connect(
+pub async fn connect_serial<P: Send + Sync + 'static>(
     record: PathBuf,
     socket: PathBuf,
-    phase: watch::Receiver<Phase>,
+    phase: watch::Receiver<P>,
+    runs: fn(&P) -> bool,
 ) -> io::Result<BoxedStream> {
     let mut record = File::open(record).await?;
     record.seek(io::SeekFrom::End(0)).await?;
@@ -43,11 +44,11 @@ pub(crate) async fn connect(
         };
         tokio::select! {
             // A reader that is gone is no failure.
-            _ = carry_said(record, said, phase) => {}
+            _ = carry_said(record, said, phase, runs) => {}
             () = typing => {}
             // What it said last is carried on; a reader that does not take it does not keep it.
             () = async {
-                let _ = ended.wait_for(|phase| *phase != Phase::Running).await;
+                let _ = ended.wait_for(|phase| !runs(phase)).await;
                 tokio::time::sleep(Duration::from_secs(5)).await;
             } => {}
         }
@@ -56,15 +57,16 @@ pub(crate) async fn connect(
 }
 
 /// Carries what the guest writes, until the machine has ended and everything was carried.
-async fn carry_said(
+async fn carry_said<P>(
     mut record: File,
     mut said: WriteHalf<DuplexStream>,
-    phase: watch::Receiver<Phase>,
+    phase: watch::Receiver<P>,
+    runs: fn(&P) -> bool,
 ) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     loop {
         // Before the look: what was written until then is found by it. A machine that is gone without a word has ended.
-        let over = *phase.borrow() != Phase::Running || phase.has_changed().is_err();
+        let over = !runs(&phase.borrow()) || phase.has_changed().is_err();
         match record.read(&mut piece).await? {
             0 if over => return said.shutdown().await,
             0 => tokio::time::sleep(LOOK).await,
