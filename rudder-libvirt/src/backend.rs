@@ -188,7 +188,12 @@ fn capabilities() -> Capabilities {
             C::NicModels,
             C::NicSlots,
             C::CloudInit,
+            C::Isos,
+            C::Floppy,
             C::HttpDirectory,
+            C::Uefi,
+            C::SecureBoot,
+            C::Tpm,
             C::Display,
             C::Serial,
             C::Screenshot,
@@ -243,6 +248,7 @@ impl Backend for LibvirtBackend {
 
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
         let offer = self.offer().await?;
+        offer.host.require(&spec.needs)?;
         // Looking costs little; what cannot be removed now is tried again by the next.
         match self.reap().await {
             Ok(report) => {

@@ -8,6 +8,7 @@
 
 use crate::{label::Label, network::Card, offer::Offer, xml::Xml};
 use rudder_core::{Error, ErrorKind, Result, backend::LabId, plan::Bus, store::LAB_VARIABLE};
+use rudder_qemu::parts::Loader;
 use std::path::{Path, PathBuf};
 
 /// PCI slots.
@@ -59,6 +60,31 @@ pub(crate) enum Cards {
     User(Vec<String>),
 }
 
+/// The firmware of a domain with UEFI.
+#[derive(Debug)]
+pub(crate) struct Uefi {
+    pub(crate) loader: Loader,
+    pub(crate) variables: Variables,
+}
+
+/// The variables of a domain's firmware.
+#[derive(Debug)]
+pub(crate) enum Variables {
+    /// This file.
+    Own(PathBuf),
+    /// A copy of this file, which libvirt keeps.
+    CopyOf(PathBuf),
+}
+
+/// The TPM of a domain.
+#[derive(Debug)]
+pub(crate) enum Tpm {
+    /// Somebody listens on this socket.
+    At(PathBuf),
+    /// One that libvirt makes and keeps.
+    OfLibvirt,
+}
+
 /// Everything that a domain is made of.
 #[derive(Debug)]
 pub(crate) struct Domain<'a> {
@@ -71,6 +97,14 @@ pub(crate) struct Domain<'a> {
     /// In bytes.
     pub(crate) memory: u64,
     pub(crate) disks: Vec<Disk>,
+    /// QEMU's machine: `pc` or `q35`.
+    pub(crate) board: &'static str,
+    /// `None`: BIOS.
+    pub(crate) uefi: Option<Uefi>,
+    pub(crate) tpm: Option<Tpm>,
+    /// Images of CD-ROMs, in order.
+    pub(crate) cdroms: Vec<PathBuf>,
+    pub(crate) floppy: Option<PathBuf>,
     pub(crate) seed: Option<PathBuf>,
     pub(crate) serial: Serial,
     pub(crate) cards: Cards,
@@ -89,14 +123,19 @@ impl Domain<'_> {
         if let Serial::Socket { socket, .. } = &self.serial {
             check_socket(socket)?;
         }
-        let mut places = Places::default();
+        if let Some(Tpm::At(socket)) = &self.tpm {
+            check_socket(socket)?;
+        }
+        let mut places = Places { q35: self.is_q35(), ..Places::default() };
         let disks = self.disks.iter().map(|disk| places.take(disk.bus)).collect::<Result<Vec<_>>>()?;
+        let cdrom_bus = self.cdrom_bus(places.units());
+        let cdroms = self.cdroms.iter().map(|_| places.take(cdrom_bus)).collect::<Result<Vec<_>>>()?;
         let seed = match (&self.seed, self.disks.first().map_or(Bus::Virtio, |disk| disk.bus)) {
             (None, _) => None,
             // On the bus of the boot disk, because the guest has a driver for that one; last, so that no disk moves.
             (Some(_), Bus::Virtio) => {
                 let address = pci(place::SEED, 0, false);
-                Some((Bus::Virtio, Place { target: places.name(Bus::Virtio), address }))
+                Some((Bus::Virtio, Place { target: places.name("virtio"), bus: "virtio", address }))
             }
             (Some(_), bus) => Some((bus, places.take(bus)?)),
         };
@@ -109,8 +148,16 @@ impl Domain<'_> {
                 for (index, (disk, place)) in self.disks.iter().zip(&disks).enumerate() {
                     write_disk(xml, disk, place, index == 0);
                 }
+                for (index, (image, place)) in self.cdroms.iter().zip(&cdroms).enumerate() {
+                    // Behind the boot disk: a blank one falls through to here.
+                    write_medium(xml, "cdrom", image, place, Some(index + 2));
+                }
+                if let Some(image) = &self.floppy {
+                    write_floppy(xml, image);
+                }
                 if let (Some(path), Some((bus, place))) = (&self.seed, &seed) {
-                    write_seed(xml, path, *bus, place);
+                    let device = if matches!(bus, Bus::Virtio | Bus::Usb) { "disk" } else { "cdrom" };
+                    write_medium(xml, device, path, place, None);
                 }
                 places.controllers(xml);
                 self.devices(xml);
@@ -133,6 +180,18 @@ impl Domain<'_> {
         Ok(xml.finish())
     }
 
+    fn is_q35(&self) -> bool {
+        self.board == "q35"
+    }
+
+    /// The bus of the CD-ROMs, IDE meaning the chipset's own controller: one for all, so that the guest finds them in order.
+    fn cdrom_bus(&self, units: usize) -> Bus {
+        let disks = self.disks.iter().filter(|disk| disk.bus == Bus::Ide).count();
+        // The seed is there, too, when the boot disk is.
+        let seed = self.seed.is_some() && self.disks.first().is_some_and(|disk| disk.bus == Bus::Ide);
+        if disks + usize::from(seed) + self.cdroms.len() <= units { Bus::Ide } else { Bus::Sata }
+    }
+
     fn machine(&self, xml: &mut Xml) {
         xml.text("name", &[], self.name);
         xml.text("title", &[], self.title);
@@ -141,12 +200,20 @@ impl Domain<'_> {
         let cpus = self.cpus.max(1).to_string();
         xml.text("vcpu", &[], &cpus);
         xml.element("os", &[], |xml| {
-            xml.text("type", &[("arch", "x86_64"), ("machine", &self.offer.machine)], "hvm");
+            // The older board by the name that libvirt said it has; the other one it finds out itself.
+            let machine = if self.is_q35() { self.board } else { &self.offer.machine };
+            xml.text("type", &[("arch", "x86_64"), ("machine", machine)], "hvm");
+            if let Some(uefi) = &self.uefi {
+                write_firmware(xml, uefi);
+            }
         });
         xml.element("features", &[], |xml| {
             xml.empty("acpi", &[]);
             xml.empty("apic", &[]);
             xml.empty("vmport", &[("state", "off")]);
+            if let Some(uefi) = &self.uefi {
+                xml.empty("smm", &[("state", if uefi.loader.smm { "on" } else { "off" })]);
+            }
         });
         let topology = |xml: &mut Xml| {
             xml.empty("topology", &[("sockets", "1"), ("cores", &cpus), ("threads", "1")]);
@@ -156,6 +223,10 @@ impl Domain<'_> {
             None => xml.element("cpu", &[], topology),
         }
         xml.empty("clock", &[("offset", "utc")]);
+        if self.uefi.is_some() {
+            // Sleep would leave the firmware in the middle of what it guards; no guest here has a use for it.
+            xml.element("pm", &[], |xml| xml.empty("suspend-to-mem", &[("enabled", "no")]));
+        }
         xml.text("on_poweroff", &[], "destroy");
         xml.text("on_reboot", &[], "restart");
         // Looked at before it is ended: the picture of a panic says what happened.
@@ -192,6 +263,9 @@ impl Domain<'_> {
             xml.empty("model", &[("type", "vga")]);
             address(xml, &pci(place::VGA, 0, false));
         });
+        if let Some(tpm) = &self.tpm {
+            write_tpm(xml, tpm);
+        }
         xml.empty("memballoon", &[("model", "none")]);
         if self.offer.host.has_device("pvpanic") {
             xml.empty("panic", &[("model", "isa")]);
@@ -270,7 +344,7 @@ fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool) {
             ],
         );
         xml.empty("source", &[("file", &text(&disk.path))]);
-        xml.empty("target", &[("dev", &place.target), ("bus", bus_name(disk.bus))]);
+        xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
         if disk.transient {
             // With a shared backing file it is opened for reading only, but plugged in late, which not every bus can do.
             let shared = matches!(disk.bus, Bus::Virtio | Bus::Scsi | Bus::Usb);
@@ -283,14 +357,50 @@ fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool) {
     });
 }
 
-fn write_seed(xml: &mut Xml, path: &Path, bus: Bus, place: &Place) {
-    let device = if matches!(bus, Bus::Virtio | Bus::Usb) { "disk" } else { "cdrom" };
+/// A medium that nobody writes to.
+fn write_medium(xml: &mut Xml, device: &str, path: &Path, place: &Place, order: Option<usize>) {
     xml.element("disk", &[("type", "file"), ("device", device)], |xml| {
         xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
         xml.empty("source", &[("file", &text(path))]);
-        xml.empty("target", &[("dev", &place.target), ("bus", bus_name(bus))]);
+        xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
         xml.empty("readonly", &[]);
+        if let Some(order) = order {
+            xml.empty("boot", &[("order", &order.to_string())]);
+        }
         address(xml, &place.address);
+    });
+}
+
+fn write_floppy(xml: &mut Xml, path: &Path) {
+    xml.element("disk", &[("type", "file"), ("device", "floppy")], |xml| {
+        xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
+        xml.empty("source", &[("file", &text(path))]);
+        xml.empty("target", &[("dev", "fda"), ("bus", "fdc")]);
+    });
+}
+
+fn write_firmware(xml: &mut Xml, uefi: &Uefi) {
+    let mut attributes = vec![("readonly", "yes"), ("type", "pflash")];
+    if uefi.loader.smm {
+        attributes.push(("secure", "yes"));
+    }
+    // Raw is what libvirt takes for granted; older ones know nothing else.
+    if uefi.loader.format != "raw" {
+        attributes.push(("format", &uefi.loader.format));
+    }
+    xml.text("loader", &attributes, &text(&uefi.loader.code));
+    match &uefi.variables {
+        Variables::Own(path) => xml.text("nvram", &[], &text(path)),
+        Variables::CopyOf(path) => xml.empty("nvram", &[("template", &text(path))]),
+    }
+}
+
+fn write_tpm(xml: &mut Xml, tpm: &Tpm) {
+    xml.element("tpm", &[("model", "tpm-crb")], |xml| match tpm {
+        Tpm::At(socket) => xml.element("backend", &[("type", "external")], |xml| {
+            xml.empty("source", &[("type", "unix"), ("mode", "connect"), ("path", &text(socket))]);
+        }),
+        Tpm::OfLibvirt => xml.empty("backend", &[("type", "emulator"), ("version", "2.0")]),
     });
 }
 
@@ -320,12 +430,16 @@ fn bus_name(bus: Bus) -> &'static str {
 struct Place {
     /// The name that libvirt wants: `vda`, `sdb`. A guest may call it otherwise.
     target: String,
+    /// As libvirt calls it.
+    bus: &'static str,
     address: Address,
 }
 
 /// How many places of each bus are taken.
 #[derive(Debug, Default)]
 struct Places {
+    /// Whether the chipset's own controller is one of SATA, and not of IDE.
+    q35: bool,
     virtio: usize,
     scsi: usize,
     sata: usize,
@@ -336,14 +450,20 @@ struct Places {
 }
 
 impl Places {
+    /// Units on the chipset's own disk controller: IDE's two channels of two, or six ports of SATA.
+    fn units(&self) -> usize {
+        if self.q35 { AHCI_PORTS } else { 4 }
+    }
+
     /// The next place on a bus.
     fn take(&mut self, bus: Bus) -> Result<Place> {
+        let (units, q35) = (self.units(), self.q35);
         let (counter, limit) = match bus {
             Bus::Virtio => (&mut self.virtio, FUNCTIONS * FUNCTIONS),
             Bus::Scsi => (&mut self.scsi, 64),
             Bus::Sata => (&mut self.sata, FUNCTIONS * AHCI_PORTS),
             Bus::Usb => (&mut self.usb, FUNCTIONS * XHCI_PORTS),
-            Bus::Ide => (&mut self.ide, 4),
+            Bus::Ide => (&mut self.ide, units),
         };
         let index = *counter;
         if index >= limit {
@@ -356,23 +476,26 @@ impl Places {
         let address = match bus {
             Bus::Virtio => pci(place::VIRTIO_DISKS + index % FUNCTIONS, index / FUNCTIONS, true),
             Bus::Scsi => drive(0, 0, index, 0),
-            Bus::Sata => drive(index / AHCI_PORTS, 0, 0, index % AHCI_PORTS),
+            // The chipset's own comes first.
+            Bus::Sata => drive(usize::from(q35) + index / AHCI_PORTS, 0, 0, index % AHCI_PORTS),
             Bus::Usb => vec![
                 ("type", "usb".to_owned()),
                 ("bus", (index / XHCI_PORTS).to_string()),
                 ("port", (index % XHCI_PORTS + 1).to_string()),
             ],
+            Bus::Ide if q35 => drive(0, 0, 0, index),
             Bus::Ide => drive(0, index / 2, 0, index % 2),
         };
-        Ok(Place { target: self.name(bus), address })
+        let bus = if bus == Bus::Ide && q35 { "sata" } else { bus_name(bus) };
+        Ok(Place { target: self.name(bus), bus, address })
     }
 
     /// The next name of a disk: `vda` … `vdz`, `vdaa` …
-    fn name(&mut self, bus: Bus) -> String {
+    fn name(&mut self, bus: &str) -> String {
         let (prefix, index) = match bus {
-            Bus::Virtio => ("vd", 0),
-            Bus::Scsi | Bus::Sata | Bus::Usb => ("sd", 1),
-            Bus::Ide => ("hd", 2),
+            "virtio" => ("vd", 0),
+            "ide" => ("hd", 2),
+            _ => ("sd", 1),
         };
         let mut number = self.names[index];
         self.names[index] += 1;
@@ -405,7 +528,8 @@ impl Places {
             write("scsi", 0, Some("virtio-scsi"), None, Some(pci(place::SCSI, 0, false)));
         }
         for index in 0..self.sata.div_ceil(AHCI_PORTS) {
-            write("sata", index, None, None, Some(pci(place::AHCI, index, true)));
+            let number = usize::from(self.q35) + index;
+            write("sata", number, None, None, Some(pci(place::AHCI, index, true)));
         }
         for index in 0..self.usb.div_ceil(XHCI_PORTS) {
             write("usb", index, Some("qemu-xhci"), Some(XHCI_PORTS), Some(pci(place::XHCI, index, true)));

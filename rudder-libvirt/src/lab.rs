@@ -17,7 +17,6 @@ use rudder_core::{
     },
     media::http::{Admission, Caller, Server},
     module::Module,
-    plan::Firmware,
     store::Store,
 };
 use rudder_qemu::parts::{Ground, blocking};
@@ -35,7 +34,7 @@ use virt::{connect::Connect, domain::Domain, error::ErrorNumber, sys};
 /// What a lab and its machines stand on.
 #[derive(Debug)]
 pub(crate) struct Footing {
-    pub(crate) ground: Ground,
+    pub(crate) ground: Arc<Ground>,
     pub(crate) connection: Arc<Connection>,
     pub(crate) offer: Arc<Offer>,
     /// The store that the lab is in, for labels.
@@ -159,7 +158,7 @@ impl LibvirtLab {
     ) -> Result<Self> {
         let ground = Ground::open(store, Arc::clone(&offer.host), spec).await?;
         let footing = Footing {
-            ground,
+            ground: Arc::new(ground),
             connection: Arc::clone(connection),
             offer: Arc::clone(offer),
             store: store_name(store),
@@ -237,10 +236,6 @@ fn locked(machines: &Machines) -> MutexGuard<'_, Vec<Arc<LibvirtMachine>>> {
     machines.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn unsupported(what: &str) -> Error {
-    Error::new(ErrorKind::Unsupported, format!("the libvirt backend cannot do this yet: {what}"))
-}
-
 #[async_trait]
 impl Lab for LibvirtLab {
     fn id(&self) -> &LabId {
@@ -248,7 +243,11 @@ impl Lab for LibvirtLab {
     }
 
     fn versions(&self) -> BTreeMap<String, String> {
-        self.footing.offer.versions.clone()
+        {
+        let mut versions = self.footing.ground.versions();
+        versions.extend(self.footing.offer.versions.clone());
+        versions
+        }
     }
 
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
@@ -274,15 +273,6 @@ impl Lab for LibvirtLab {
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         let refuse = |error: Error| error.with_context("vm", &spec.name);
-        let missing = [
-            (spec.firmware != Firmware::Bios, "UEFI"),
-            (spec.tpm, "a TPM"),
-            (!spec.cdroms.is_empty(), "CD-ROMs"),
-            (spec.floppy.is_some(), "a floppy"),
-        ];
-        if let Some((_, what)) = missing.into_iter().find(|(wanted, _)| *wanted) {
-            return Err(refuse(unsupported(what)));
-        }
         self.footing.ground.dir().check_open().map_err(refuse)?;
         for disk in &spec.disks {
             self.footing.ground.volume_size(&disk.volume.id).map_err(refuse)?;
@@ -321,6 +311,9 @@ impl Lab for LibvirtLab {
         let machines = self.machines().clone();
         let access: Vec<String> = machines.iter().flat_map(|machine| machine.access()).collect();
         self.footing.ground.keep(&access).await?;
+        for machine in &machines {
+            machine.release();
+        }
         self.settled.store(true, Ordering::Relaxed);
         Ok(KeptLab { id: self.footing.ground.id().clone(), access })
     }

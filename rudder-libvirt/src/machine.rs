@@ -2,7 +2,7 @@
 
 use crate::{
     connection::{Connection, Failure, domain},
-    domain::{Cards, Disk, Domain, Serial},
+    domain::{self, Cards, Disk, Domain, Serial, Uefi, Variables},
     lab::Footing,
     network, process,
     watch::{Phase, Watcher},
@@ -14,17 +14,20 @@ use rudder_core::{
     media::http::{Caller, is_of_process},
     module::{CapturedDisk, CapturedState},
 };
-use rudder_qemu::parts::{card_arguments, connect_serial, read_forwards, tail};
+use rudder_qemu::parts::{MachineState, Tpm, board, card_arguments, connect_serial, read_forwards, tail};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
     os::{fd::AsRawFd, unix::net::UnixStream as StdUnixStream},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
     net::{TcpStream, UnixStream},
-    sync::{RwLock, mpsc, oneshot, watch},
+    sync::{RwLock, RwLockReadGuard, mpsc, oneshot, watch},
 };
 use tokio_util::task::AbortOnDropHandle;
 use virt::{connect::Connect, stream::Stream, sys};
@@ -44,6 +47,8 @@ struct Inner {
     number: usize,
     /// The name of its domain.
     domain: String,
+    /// What it keeps outside its disks.
+    state: MachineState,
     phase: watch::Sender<Phase>,
     running: Mutex<Option<Running>>,
     /// Held for reading while a disk is captured, for writing while the machine is started.
@@ -55,6 +60,8 @@ struct Inner {
 struct Running {
     orders: mpsc::UnboundedSender<Stop>,
     ways: Ways,
+    /// Of its TPM.
+    released: Option<Arc<AtomicBool>>,
     _watcher: AbortOnDropHandle<()>,
 }
 
@@ -87,13 +94,16 @@ impl LibvirtMachine {
             spec: spec.clone(),
             number,
             domain: domain_name(footing.ground.id().as_str(), number, &spec.name),
+            state: MachineState::prepare(&footing.ground, spec, number).await?,
             phase: watch::Sender::new(Phase::Defined),
             running: Mutex::default(),
             disks: Arc::default(),
         };
-        if let Some(seed) = &spec.seed {
-            let path = footing.ground.path(&inner.file("seed.img"));
-            let written = tokio::fs::write(&path, &seed.image).await;
+        let seed = spec.seed.as_ref().map(|seed| ("seed.img", &seed.image));
+        let floppy = spec.floppy.as_ref().map(|image| ("floppy.img", image));
+        for (file, image) in seed.into_iter().chain(floppy) {
+            let path = footing.ground.path(&inner.file(file));
+            let written = tokio::fs::write(&path, image).await;
             written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
         }
         let xml = inner.xml()?;
@@ -131,6 +141,13 @@ impl LibvirtMachine {
             macs.iter().map(|mac| network::address(&domain, mac)).collect::<Result<Vec<_>, _>>()
         });
         found.is_ok_and(|found| found.contains(&Some(address)))
+    }
+
+    /// Lets its TPM outlive this process, as its domain does.
+    pub(crate) fn release(&self) {
+        if let Some(Running { released: Some(switch), .. }) = &*self.0.running() {
+            switch.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Drops its watcher; for when nobody can wait.
@@ -204,6 +221,14 @@ impl Inner {
                 .iter()
                 .map(|disk| Disk { path: ground.path(&disk.volume.id), bus: disk.bus, transient: false })
                 .collect(),
+            board: board(&self.spec),
+            uefi: self
+                .state
+                .firmware()
+                .map(|(loader, variables)| Uefi { loader, variables: Variables::Own(variables) }),
+            tpm: self.state.tpm_socket().map(domain::Tpm::At),
+            cdroms: self.spec.cdroms.clone(),
+            floppy: self.spec.floppy.as_ref().map(|_| ground.path(&self.file("floppy.img"))),
             seed: self.spec.seed.as_ref().map(|_| ground.path(&self.file("seed.img"))),
             serial: Serial::Socket {
                 socket: ground.path(&self.file("serial")),
@@ -231,6 +256,17 @@ impl Inner {
         }
     }
 
+    /// Keeps it from being started.
+    fn at_rest(&self) -> Result<RwLockReadGuard<'_, ()>> {
+        let running =
+            || self.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
+        let disks = self.disks.try_read().map_err(|_| running())?;
+        match &*self.phase.borrow() {
+            Phase::Starting | Phase::Running => Err(running()),
+            _ => Ok(disks),
+        }
+    }
+
     fn error(&self, kind: ErrorKind, message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
         Error::new(kind, message).with_context("vm", &self.spec.name)
     }
@@ -246,8 +282,8 @@ impl Inner {
         }
     }
 
-    /// Powers the domain on; the ways to its ports.
-    async fn launch(&self) -> Result<Ways> {
+    /// Powers the domain on; the ways to its ports, and its TPM.
+    async fn launch(&self) -> Result<(Ways, Option<Tpm>)> {
         let connection = &self.footing.connection;
         for suffix in ["serial", "screen.png"] {
             let path = self.footing.ground.path(&self.file(suffix));
@@ -266,12 +302,13 @@ impl Inner {
             Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
             Retention::MayBeKept => 0,
         };
+        let tpm = self.state.start_tpm().await?;
         let name = self.domain.clone();
         let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
         let started = connection.order(start).await;
         started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
         if self.footing.bridges().is_some() {
-            return Ok(Ways::Bridged(None));
+            return Ok((Ways::Bridged(None), tpm));
         }
         let forwards = self.read_forwards().await.map(Ways::Forwarded);
         if forwards.is_err() {
@@ -279,7 +316,7 @@ impl Inner {
             // What failed is told; this only tidies up, and the end of the lab does so again.
             let _ = connection.order(move |connect| domain(connect, &name)?.destroy()).await;
         }
-        forwards
+        Ok((forwards?, tpm))
     }
 
     /// The ports that QEMU's user network forwards: the kernel chose those of the host.
@@ -326,19 +363,21 @@ impl Inner {
     }
 
     /// Says that it runs, and has it watched.
-    fn run(&self, ways: Ways) {
+    fn run(&self, ways: Ways, tpm: Option<Tpm>) {
+        let released = tpm.as_ref().map(Tpm::release_switch);
         let (orders, received) = mpsc::unbounded_channel();
         let watcher = Watcher {
             connection: Arc::clone(&self.footing.connection),
             domain: self.domain.clone(),
             orders: received,
+            tpm,
             phase: self.phase.clone(),
             picture: self.footing.ground.path(&self.file("screen.png")),
         };
         let mut running = self.running();
         self.phase.send_replace(Phase::Running);
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
-        *running = Some(Running { orders, ways, _watcher: watcher });
+        *running = Some(Running { orders, ways, released, _watcher: watcher });
     }
 }
 
@@ -374,8 +413,8 @@ impl Machine for LibvirtMachine {
             let machine = Arc::clone(&inner);
             let launched = footing.detached(|_| async move { machine.launch().await }).await;
             let outcome = match launched {
-                Ok(ways) => {
-                    inner.run(ways);
+                Ok((ways, tpm)) => {
+                    inner.run(ways, tpm);
                     Ok(())
                 }
                 Err(error) => {
@@ -524,12 +563,7 @@ impl Machine for LibvirtMachine {
         let index = this.spec.disks.iter().position(|one| one.name == disk).ok_or_else(|| {
             this.error(ErrorKind::NotFound, format!("expected a disk of the machine, but found {disk:?}"))
         })?;
-        let running =
-            || this.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
-        let _disks = this.disks.try_read().map_err(|_| running())?;
-        if matches!(&*this.phase.borrow(), Phase::Starting | Phase::Running) {
-            return Err(running());
-        }
+        let _disks = this.at_rest()?;
         let disk = &this.spec.disks[index];
         let file = format!("m{}.d{index}.captured.qcow2", this.number);
         let captured = this.footing.ground.capture(&disk.volume.id, &file, &disk.name, progress).await;
@@ -547,8 +581,8 @@ impl Machine for LibvirtMachine {
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
-        // Neither UEFI nor a TPM yet: `create_machine` refuses both.
-        Ok(Vec::new())
+        let _disks = self.0.at_rest()?;
+        self.0.state.capture().await.map_err(|error| error.with_context("vm", &self.0.spec.name))
     }
 }
 

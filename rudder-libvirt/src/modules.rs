@@ -3,18 +3,18 @@
 
 use crate::{
     connection::{Connection, Refusal, remove_domain},
-    domain::{Cards, Disk, Domain, Serial},
+    domain::{Cards, Disk, Domain, Serial, Tpm, Uefi, Variables},
     lab::{Footing, labelled, store_name, tidying},
     label::Label,
     offer::Offer,
 };
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::MachineSpec,
-    module::{Module, TemplateMachine},
+    backend::{MachineDisk, MachineSpec, Volume},
+    module::{Module, StateKind, TemplateMachine},
     store::Store,
 };
-use rudder_qemu::parts::card_arguments;
+use rudder_qemu::parts::{board, card_arguments, loader};
 use std::{path::Path, sync::Arc};
 use virt::connect::Connect;
 
@@ -125,6 +125,17 @@ fn xml(offer: &Offer, store: &str, module: &Module, machine: &TemplateMachine) -
     })?;
     let mut spec = MachineSpec::new(&machine.name, machine.cpus, machine.memory);
     spec.nics.clone_from(&machine.nics);
+    spec.firmware = machine.firmware;
+    let disk = |bus| MachineDisk { name: String::new(), bus, volume: Volume { id: String::new(), virtual_size: 0 } };
+    spec.disks.extend(machine.disks.iter().map(|captured| disk(captured.bus)));
+    let variables = machine.state.iter().find(|state| state.kind == StateKind::FirmwareVariables);
+    let having = variables.map(|state| (state.format.as_str(), state.size));
+    let uefi = match (loader(&offer.host, &spec, having)?, variables) {
+        (Some(loader), Some(state)) => {
+            Some(Uefi { loader, variables: Variables::CopyOf(directory.join(&state.file)) })
+        }
+        _ => None,
+    };
     Domain {
         name: &format!("{}.{}", module.name, machine.name),
         title: &format!("{} of module {}", machine.name, module.name),
@@ -142,6 +153,11 @@ fn xml(offer: &Offer, store: &str, module: &Module, machine: &TemplateMachine) -
             .iter()
             .map(|disk| Disk { path: directory.join(&disk.file), bus: disk.bus, transient: true })
             .collect(),
+        board: board(&spec),
+        uefi,
+        tpm: machine.tpm.then_some(Tpm::OfLibvirt),
+        cdroms: Vec::new(),
+        floppy: None,
         seed: None,
         serial: Serial::Terminal,
         cards: Cards::User(card_arguments(&spec, &module.network)?),

@@ -12,6 +12,7 @@ use crate::{
     machine::picture,
 };
 use rudder_core::backend::{Death, Exit, Stop};
+use rudder_qemu::parts::Tpm;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
@@ -25,6 +26,8 @@ const LOOK: Duration = Duration::from_millis(250);
 const LOST_LIMIT: Duration = Duration::from_secs(3);
 /// How often the power button is pressed for a guest that does not react: it may not have been listening yet.
 const PRESS_AGAIN: Duration = Duration::from_secs(10);
+/// How long a machine may run on after its TPM has ended.
+const TPM_LIMIT: Duration = Duration::from_millis(500);
 /// How long the last picture of a machine that failed may take.
 const PICTURE_LIMIT: Duration = Duration::from_secs(1);
 
@@ -44,6 +47,8 @@ pub(crate) struct Watcher {
     /// The name of the domain.
     pub(crate) domain: String,
     pub(crate) orders: mpsc::UnboundedReceiver<Stop>,
+    /// Its TPM.
+    pub(crate) tpm: Option<Tpm>,
     pub(crate) phase: watch::Sender<Phase>,
     /// Where a last picture of the screen goes.
     pub(crate) picture: PathBuf,
@@ -86,6 +91,9 @@ impl Watcher {
     /// Watches until the machine has ended, and publishes how.
     pub(crate) async fn run(mut self) {
         let exit = self.watch().await;
+        if let Some(tpm) = &mut self.tpm {
+            tpm.finish().await;
+        }
         self.phase.send_replace(Phase::Ended(exit));
     }
 
@@ -94,6 +102,7 @@ impl Watcher {
         let mut request: Option<Request> = None;
         let mut lost_since: Option<Instant> = None;
         let mut look = Instant::now() + LOOK;
+        let mut tpm_ended: Option<(Instant, String)> = None;
         loop {
             let press = request.as_ref().map(|request| request.press);
             let deadline = request.as_ref().map(|request| request.deadline);
@@ -121,10 +130,21 @@ impl Watcher {
                     self.kill().await;
                     look = Instant::now();
                 }
+                told = ended_of(&mut self.tpm), if self.tpm.is_some() && tpm_ended.is_none() => {
+                    tpm_ended = Some((Instant::now(), told));
+                }
                 () = sleep_until(look) => {
                     look = Instant::now() + LOOK;
                     match self.look().await {
-                        Ok(Seen::Running) => lost_since = None,
+                        Ok(Seen::Running) => {
+                            lost_since = None;
+                            // It ends with its machine, which is seen a moment later.
+                            if let Some((since, told)) = tpm_ended.take_if(|(since, _)| since.elapsed() >= TPM_LIMIT) {
+                                tracing::debug!(domain = self.domain, ?since, told, "a machine lost its TPM");
+                                self.kill().await;
+                                return died(Death::Hypervisor, &format!("the TPM of the machine is gone: swtpm {told}"));
+                            }
+                        }
                         Ok(Seen::Off { reason }) => return ended(reason, killed),
                         Ok(Seen::Panicked) => {
                             self.keep_picture().await;
@@ -221,6 +241,14 @@ impl Drop for Watcher {
             }
             running
         });
+    }
+}
+
+/// How a TPM ended. Of none, for ever.
+async fn ended_of(tpm: &mut Option<Tpm>) -> String {
+    match tpm {
+        Some(tpm) => tpm.ended().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -98,7 +98,7 @@ impl Host {
     ///
     /// # Errors
     /// `HostMissing`, with the package to install.
-    pub(crate) fn require(&self, needs: &BTreeSet<Capability>) -> Result<()> {
+    pub fn require(&self, needs: &BTreeSet<Capability>) -> Result<()> {
         let has = |need| needs.contains(&need);
         if has(Capability::Uefi) {
             self.uefi(Chipset::Q35, false, None)?;

@@ -3,8 +3,8 @@
 //!
 //! # Its rooms
 //! `backend` what is here, open a lab · `lab` its machines · `ground` its directory and volumes · `machine` start, dial,
-//! capture · `watch` how a machine fares and how it ended · `capture` copies of disks · `state` what it keeps outside its
-//! disks · and QEMU's own trade: `command_line`, `firmware`, `tpm`, `qmp`, `image`, `host`, `accelerator`, `process` ·
+//! capture · `watch` how a machine fares and how it ended · `capture` copies of disks · `state` and `machine_state`
+//! what it keeps outside its disks · and QEMU's own trade: `command_line`, `firmware`, `tpm`, `qmp`, `image`, `host`, `accelerator`, `process` ·
 //! [`parts`] what another backend that drives QEMU shares with this one.
 //!
 //! # Who ends what
@@ -25,6 +25,7 @@ mod host;
 mod image;
 mod lab;
 mod machine;
+mod machine_state;
 pub mod parts;
 mod process;
 mod qmp;

@@ -20,8 +20,7 @@ pub(super) fn driver(model: NicModel) -> &'static str {
     }
 }
 
-/// The arguments that make the cards of a machine, as [`arguments`] puts them: on the PCI bus of a `pc`, with forwarded
-/// ports.
+/// The arguments that make the cards of a machine, as [`arguments`] puts them, with forwarded ports.
 ///
 /// # Errors
 /// `InvalidInput` when a card is in no subnet of the lab, or its slot is none.
