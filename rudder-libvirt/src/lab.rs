@@ -244,9 +244,9 @@ impl Lab for LibvirtLab {
 
     fn versions(&self) -> BTreeMap<String, String> {
         {
-        let mut versions = self.footing.ground.versions();
-        versions.extend(self.footing.offer.versions.clone());
-        versions
+            let mut versions = self.footing.ground.versions();
+            versions.extend(self.footing.offer.versions.clone());
+            versions
         }
     }
 

@@ -11,7 +11,8 @@
 //! the lab's id in its environment, so that a lab can be removed even while libvirt cannot be reached.
 //!
 //! # What is polled
-//! The `virt` crate has no domain events (0.5): the state of a running machine is asked for four times a second.
+//! The `virt` crate has no domain events (0.5). The end of a machine's process is told by the kernel; whether a machine was
+//! paused, by a panic or a disk that failed, is asked for four times a second.
 
 mod backend;
 mod connection;

@@ -369,6 +369,7 @@ impl Inner {
         let watcher = Watcher {
             connection: Arc::clone(&self.footing.connection),
             domain: self.domain.clone(),
+            lab: self.footing.ground.id().clone(),
             orders: received,
             tpm,
             phase: self.phase.clone(),

@@ -126,7 +126,8 @@ fn xml(offer: &Offer, store: &str, module: &Module, machine: &TemplateMachine) -
     let mut spec = MachineSpec::new(&machine.name, machine.cpus, machine.memory);
     spec.nics.clone_from(&machine.nics);
     spec.firmware = machine.firmware;
-    let disk = |bus| MachineDisk { name: String::new(), bus, volume: Volume { id: String::new(), virtual_size: 0 } };
+    let disk =
+        |bus| MachineDisk { name: String::new(), bus, volume: Volume { id: String::new(), virtual_size: 0 } };
     spec.disks.extend(machine.disks.iter().map(|captured| disk(captured.bus)));
     let variables = machine.state.iter().find(|state| state.kind == StateKind::FirmwareVariables);
     let having = variables.map(|state| (state.format.as_str(), state.size));

@@ -10,8 +10,9 @@
 use crate::{
     connection::{Connection, Failure, domain},
     machine::picture,
+    process,
 };
-use rudder_core::backend::{Death, Exit, Stop};
+use rudder_core::backend::{Death, Exit, LabId, Stop};
 use rudder_qemu::parts::Tpm;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
@@ -22,6 +23,8 @@ use virt::sys;
 
 /// How often is looked.
 const LOOK: Duration = Duration::from_millis(250);
+/// How often is looked once the machine's process has ended: libvirt is about to say how.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long libvirt may be out of reach, as when its daemon is restarted, before the machine counts as lost.
 const LOST_LIMIT: Duration = Duration::from_secs(3);
 /// How often the power button is pressed for a guest that does not react: it may not have been listening yet.
@@ -46,6 +49,8 @@ pub(crate) struct Watcher {
     pub(crate) connection: Arc<Connection>,
     /// The name of the domain.
     pub(crate) domain: String,
+    /// Its lab.
+    pub(crate) lab: LabId,
     pub(crate) orders: mpsc::UnboundedReceiver<Stop>,
     /// Its TPM.
     pub(crate) tpm: Option<Tpm>,
@@ -102,6 +107,9 @@ impl Watcher {
         let mut request: Option<Request> = None;
         let mut lost_since: Option<Instant> = None;
         let mut look = Instant::now() + LOOK;
+        let gone = process::ended(self.domain.clone(), self.lab.clone());
+        tokio::pin!(gone);
+        let mut is_gone = false;
         let mut tpm_ended: Option<(Instant, String)> = None;
         loop {
             let press = request.as_ref().map(|request| request.press);
@@ -130,11 +138,15 @@ impl Watcher {
                     self.kill().await;
                     look = Instant::now();
                 }
+                () = &mut gone, if !is_gone => {
+                    is_gone = true;
+                    look = Instant::now();
+                }
                 told = ended_of(&mut self.tpm), if self.tpm.is_some() && tpm_ended.is_none() => {
                     tpm_ended = Some((Instant::now(), told));
                 }
                 () = sleep_until(look) => {
-                    look = Instant::now() + LOOK;
+                    look = Instant::now() + if is_gone { LOOK_AGAIN } else { LOOK };
                     match self.look().await {
                         Ok(Seen::Running) => {
                             lost_since = None;

@@ -89,7 +89,12 @@ impl Adapter for LibvirtAdapter {
             traces.extend(entries.map(|entry| entry.path().display().to_string()));
         }
         let domains = self.list(&["list", "--all", "--name"]);
-        traces.extend(domains.into_iter().map(|name| format!("domain {name}")));
+        // Those of a module are there as long as it is.
+        let of_module = |name: &str| {
+            name.split_once('.').is_some_and(|(module, _)| self.store.join("modules").join(module).is_dir())
+        };
+        let domains = domains.into_iter().filter(|name| !of_module(name));
+        traces.extend(domains.map(|name| format!("domain {name}")));
         let networks = self.list(&["net-list", "--all", "--name"]);
         traces.extend(networks.into_iter().map(|name| format!("network {name}")));
         Ok(traces)
