@@ -25,7 +25,7 @@ pub(super) fn driver(model: NicModel) -> &'static str {
 /// # Errors
 /// `InvalidInput` when a card is in no subnet of the lab, or its slot is none.
 pub fn card_arguments(spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
-    let mut line = Line { words: Vec::new(), chipset: Chipset::I440Fx };
+    let mut line = Line { words: Vec::new(), chipset: Chipset::of(spec) };
     attach(&mut line, spec, network)?;
     Ok(line.words)
 }
