@@ -194,7 +194,7 @@ impl Terminal {
             }
             // What came before the end is done before the end.
             drop(requests);
-            std::future::pending().await
+            std::future::pending::<()>().await;
         };
         let answering = async {
             let mut asked = false;
