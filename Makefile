@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench guests
+.PHONY: help demo test test-slow check bench guests
 
 GUESTS := target/guests
 STORE := target/demo-store
@@ -22,10 +22,15 @@ test: guests ## Every test, those with real guests included
 	@$(call timed,test: compiling,cargo test --workspace --features libvirt --no-run --quiet)
 	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace --features libvirt --no-fail-fast)
 
+test-slow: guests ## Installing on a machine slowed down, where fixed waits fail: about half an hour without hardware acceleration
+	@tools/setup build qemu test
+	@$(call timed,test-slow: compiling,cargo build --quiet --examples && cargo test --quiet --no-run --test install_slowed)
+	@$(call timed,test-slow: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --test install_slowed -- --nocapture)
+
 check: ## Format, lints, documentation, licences and sources of dependencies, the oldest Rust: what must be green before a change lands
 	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
-	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --all-targets --quiet -- -D warnings)
+	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --test install_slowed -- -D warnings)
 	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt --no-deps --quiet)
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
 	@$(call timed,check: oldest Rust,tools/msrv)

@@ -1,0 +1,133 @@
+//! Debian installed on a machine that was slowed down: everything on one core, on which other programs compute all the time.
+//! Waits for text still work there; waits for time that were measured without the load do not. Run by `make test-slow`.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+mod support;
+
+use serde_json::Value;
+use std::{
+    fs,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+use support::{Bench, Ended, Running, install};
+
+/// Programs that compute on the same core as the build.
+const RIVALS: usize = 3;
+
+/// What keeps a core busy. Ends with this program, however that ends.
+struct Load(Vec<Child>);
+
+impl Load {
+    fn on(core: &str) -> Self {
+        let rival = || {
+            let args = ["--pdeathsig", "KILL", "taskset", "-c", core, "sh", "-c", "while :; do :; done"];
+            Command::new("setpriv").args(args).stdin(Stdio::null()).spawn().unwrap()
+        };
+        Self((0..RIVALS).map(|_| rival()).collect())
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The first core that this program may use.
+fn first_core() -> String {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+    cores.trim().split(['-', ',']).next().unwrap().to_owned()
+}
+
+/// Builds a manifest on that core alone, with its rivals.
+fn build_slowed(bench: &Bench, manifest: &str) -> Ended {
+    let core = first_core();
+    let plain = bench.command(manifest);
+    let mut command = Command::new("taskset");
+    command.args(["-c", &core]).arg(plain.get_program()).args(plain.get_args()).stdin(Stdio::null());
+    command.current_dir(plain.get_current_dir().unwrap());
+    command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let _load = Load::on(&core);
+    Running::start(command).end()
+}
+
+fn time(event: &Value) -> jiff::Timestamp {
+    event["time"].as_str().unwrap().parse().unwrap()
+}
+
+/// For each wait of the boot command, how long it took.
+fn waits(ended: &Ended) -> Vec<Duration> {
+    let of =
+        |event: &&Value| ["boot_action", "boot_command_done"].contains(&event["event"].as_str().unwrap());
+    let actions: Vec<_> = ended.events.iter().filter(of).collect();
+    let waits = actions.windows(2).filter(|pair| pair[0]["doing"].as_str().unwrap().starts_with("wait "));
+    waits.map(|pair| time(pair[1]).duration_since(time(pair[0])).unsigned_abs()).collect()
+}
+
+/// The manifest with waits for time instead of its waits for text, each a second longer than was measured.
+fn with_fixed_waits(manifest: &str, measured: &[Duration]) -> String {
+    let mut rest = manifest;
+    let mut made = String::new();
+    for wait in measured {
+        let (before, from) = rest.split_once("<waitText '").expect("a wait for each that was measured");
+        let (_text, after) = from.split_once('\'').unwrap();
+        let after = &after[after.find('>').unwrap() + 1..];
+        made.push_str(&format!("{before}<wait{}s>", wait.as_secs() + 1));
+        rest = after;
+    }
+    assert!(!rest.contains("<waitText"), "every wait was measured");
+    made + rest
+}
+
+/// The manifest up to where the installer unpacks Debian: what comes then is the installer's own, and needs no keys.
+fn up_to_the_installer(manifest: &str, name: &str) -> String {
+    let last = "      - <waitText 'installed login:' 60m>\n";
+    assert!(manifest.contains(last));
+    manifest
+        .replace(last, "")
+        .replace("name: installed\n", &format!("name: {name}\n"))
+        .replace("sshTimeout: 30m", "sshTimeout: 5s")
+}
+
+#[test]
+fn waits_for_text_work_where_waits_for_time_fail() {
+    let bench = Bench::new();
+    // Nothing of this manifest depends on how fast the machine is, but its limits.
+    let manifest = install::manifest("install.yaml")
+        .replace(" 3m>", " 20m>")
+        .replace("'iPXE>'>", "'iPXE>' 20m>")
+        .replace(" 5m>", " 30m>")
+        .replace(" 15m>", " 60m>")
+        .replace("timeout: 30m", "timeout: 2h")
+        .replace("sshTimeout: 10m", "sshTimeout: 30m");
+
+    let begun = up_to_the_installer(&manifest, "begun");
+    let ended = bench.build(&begun);
+    assert_eq!(ended.outcome()["kind"], "guest_unreachable", "{}", ended.stderr);
+    assert!(install::requests(&ended).contains(&("/answers".to_owned(), 200)), "{}", ended.stdout);
+    let measured = waits(&ended);
+    eprintln!("not slowed: the waits took {measured:.1?}");
+    bench.expect_clean();
+
+    let ended = build_slowed(&bench, &with_fixed_waits(&begun, &measured));
+    eprintln!("slowed, waits for time: {}", ended.stderr);
+    assert_eq!(ended.outcome()["kind"], "guest_unreachable", "{}", ended.stderr);
+    let asked = install::requests(&ended);
+    assert!(asked.is_empty(), "the installer was started after all: {asked:?}");
+    bench.expect_clean();
+
+    let start = Instant::now();
+    let ended = build_slowed(&bench, &manifest);
+    ended.expect_code(0);
+    eprintln!(
+        "slowed, waits for text: installed in {:.0?}; the waits took {:.1?}",
+        start.elapsed(),
+        waits(&ended)
+    );
+    bench.expect_clean();
+}
