@@ -60,7 +60,7 @@ const FOUND_BY: [(Wrong, &[&str]); 14] = [
 
 async fn report(wrong: Wrong) -> Report {
     let mut options = Options::new().reaction(Duration::from_secs(5));
-    options.settle = Duration::from_secs(1);
+    options.settle = Duration::from_secs(5);
     options.limit = Duration::from_secs(60);
     run(Arc::new(BrokenAdapter::new(wrong)), &options).await
 }
