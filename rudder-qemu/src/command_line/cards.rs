@@ -20,7 +20,7 @@ pub(super) fn driver(model: NicModel) -> &'static str {
     }
 }
 
-/// The arguments that make the cards of a machine, as [`arguments`] puts them, with forwarded ports.
+/// The arguments that make the cards of a machine, as a machine of this backend gets them, with forwarded ports.
 ///
 /// # Errors
 /// `InvalidInput` when a card is in no subnet of the lab, or its slot is none.
