@@ -46,4 +46,5 @@ bench: guests ## Whole builds against the floor and Packer, capture, typing, pla
 	@cargo build --release --quiet --examples
 	@cargo bench --quiet --package rudder-core
 	@cargo bench --quiet --bench whole_build -- $(RUNS)
+	@cargo bench --quiet --bench capture -- $(RUNS)
 	@cargo bench --quiet --bench typing

@@ -12,17 +12,15 @@
 //! - *packer*: Packer from Debian's packages, with its QEMU builder.
 //!
 //! The runs are interleaved, so that a machine that gets slower or warmer does so for all three; figures are medians.
-//! Beside it: what Rudder's own process takes (peak of resident memory, CPU time; its children are not in it), and its
-//! capture of the disk, digest and verification included, against `qemu-img convert -c` as it is used by default and as the floor
-//! uses it.
+//! Beside it: what Rudder's own process takes (peak of resident memory, CPU time; its children are not in it). Captures are
+//! measured by themselves in `capture.rs`.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)] // A program that prints, and ends where it cannot go on.
 
 use std::{
     collections::VecDeque,
-    fmt::Write as _,
     fs,
-    io::{BufRead as _, BufReader, Read as _},
+    io::{Read as _, read_to_string},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -74,14 +72,6 @@ fn main() {
         median(rudder.iter().map(|run| run.peak_mib)),
         median(rudder.iter().map(|run| run.cpu))
     );
-
-    let plain = median((0..runs).map(|_| bench.convert(&["-c"])));
-    let ours = median((0..runs).map(|_| bench.convert(&bench.convert_flags())));
-    println!("\ncapture of the same disk, median of {runs}");
-    println!("  qemu-img convert -c              {plain:6.2} s");
-    println!("  the same, zstd and all cores     {ours:6.2} s   {:.1} × as fast", plain / ours);
-    let capture = median(rudder.iter().map(|run| run.capture));
-    println!("  Rudder, verification included    {capture:6.2} s   {:.1} × as fast", plain / capture);
 }
 
 /// The middle value; of an even number the mean of the two in the middle. Seconds or whatever went in.
@@ -103,7 +93,6 @@ struct Floor {
 /// One run of Rudder: seconds, and MiB.
 struct Rudder {
     whole: f64,
-    capture: f64,
     peak_mib: f64,
     cpu: f64,
 }
@@ -261,17 +250,17 @@ impl Bench {
             std::thread::sleep(Duration::from_millis(10));
         }
         let off = start.elapsed();
-        let convert = self.convert(&self.convert_flags());
+        let convert = self.convert();
         let whole = start.elapsed().as_secs_f64();
         Floor { whole, login: login.as_secs_f64(), off: (off - login).as_secs_f64(), convert }
     }
 
-    /// Seconds that `qemu-img convert` with these flags takes for the disk of the floor's last run.
-    fn convert<S: AsRef<std::ffi::OsStr>>(&self, flags: &[S]) -> f64 {
+    /// Seconds that `qemu-img convert` takes for the disk of the floor's last run.
+    fn convert(&self) -> f64 {
         let start = Instant::now();
         run(Command::new("qemu-img")
             .args(["convert", "-f", "qcow2", "-O", "qcow2"])
-            .args(flags)
+            .args(self.convert_flags())
             .arg(self.path("floor.qcow2"))
             .arg(self.path("converted.qcow2")));
         let took = start.elapsed().as_secs_f64();
@@ -290,22 +279,7 @@ impl Bench {
                 .stderr(fs::File::create(self.path("rudder.log")).unwrap()),
         );
         let output = child.0.stdout.take().unwrap();
-        let reader = std::thread::spawn(move || {
-            let (mut begun, mut capture, mut log) = (None, 0.0, String::new());
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                let event: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
-                match (begun, event["event"].as_str(), event["phase"].as_str()) {
-                    (None, Some("build_phase"), Some("CapturingDisks")) => begun = Some(Instant::now()),
-                    (Some(begin), Some("build_phase"), Some(_)) => {
-                        capture = begin.elapsed().as_secs_f64();
-                        begun = None;
-                    }
-                    _ => {}
-                }
-                let _ = writeln!(log, "{line}");
-            }
-            (capture, log)
-        });
+        let reader = std::thread::spawn(move || read_to_string(output).unwrap_or_default());
         // A process that ended has no figures any more: they are read until it does.
         let (mut peak_mib, mut cpu) = (0.0, 0.0);
         let status = loop {
@@ -318,13 +292,13 @@ impl Bench {
             std::thread::sleep(Duration::from_millis(20));
         };
         let whole = start.elapsed().as_secs_f64();
-        let (capture, log) = reader.join().unwrap();
+        let log = reader.join().unwrap();
         assert!(
             status.success(),
             "run {run} of the build example failed ({status}):\n{}\n{log}",
             fs::read_to_string(self.path("rudder.log")).unwrap_or_default()
         );
-        Rudder { whole, capture, peak_mib, cpu }
+        Rudder { whole, peak_mib, cpu }
     }
 
     fn packer(&self) -> f64 {

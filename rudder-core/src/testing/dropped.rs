@@ -259,15 +259,24 @@ pub async fn publishing_may_be_dropped(rig: &Rig) -> Verdict {
         let is_over = ended(cut(lab.publish(wanted), looks).await, "publish").map_err(at)?;
         lab.destroy().await.during("destroy the lab").map_err(at)?;
         drop((machine, lab));
-        let modules = rig.backend().modules().await.during("list modules").map_err(at)?;
-        ensure!(modules.len() == 1, "after {looks} looks: expected one module, but found {modules:?}");
-        let module = &modules[0];
-        let is_new = module.machines[0].name == "db";
-        ensure!(
-            is_new || (module.digest == old.digest && !is_over),
-            "after {looks} looks: expected the old module or the new one, but found {module:?}"
-        );
-        whole(module).await.map_err(at)?;
+        let mut modules = rig.backend().modules().await.during("list modules").map_err(at)?;
+        loop {
+            ensure!(modules.len() == 1, "after {looks} looks: expected one module, but found {modules:?}");
+            let module = &modules[0];
+            let is_new = module.machines[0].name == "db";
+            ensure!(
+                is_new || (module.digest == old.digest && !is_over),
+                "after {looks} looks: expected the old module or the new one, but found {module:?}"
+            );
+            let read = whole(module).await;
+            let now = rig.backend().modules().await.during("list modules").map_err(at)?;
+            // The old one may be replaced while it is read: by what was going on in the background.
+            if read.is_ok() || is_new || now.first().is_some_and(|now| now.digest == module.digest) {
+                read.map_err(at)?;
+                break;
+            }
+            modules = now;
+        }
         // What was going on in the background may have ended only now.
         eventually(rig.options().settle, || async {
             rig.backend().reap().await.during("reap")?;
