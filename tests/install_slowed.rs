@@ -118,7 +118,10 @@ fn waits_for_text_work_where_waits_for_time_fail() {
     eprintln!("slowed, waits for time: {}", ended.stderr);
     assert_eq!(ended.outcome()["kind"], "guest_unreachable", "{}", ended.stderr);
     let asked = install::requests(&ended);
-    assert!(asked.is_empty(), "the installer was started after all: {asked:?}");
+    assert!(
+        !asked.iter().any(|(path, _)| path == "/answers"),
+        "the installer was driven after all: {asked:?}"
+    );
     bench.expect_clean();
 
     let start = Instant::now();
