@@ -14,7 +14,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use support::{Bench, Running, one_vm, tiny_manifest};
+use support::{Bench, Running, alike::expect_alike, one_vm, rescue, tiny_manifest};
 
 const WAITS: &str = "- {type: shell, name: work, shell: {inline: 'echo begun; sleep 600'}}";
 
@@ -100,15 +100,20 @@ fn modules_go_from_one_hypervisor_to_the_other_while_somebody_looks() {
     let step = |text: &str| {
         format!("- {{type: shell, shell: {{inline: 'cat /notes || true; echo {text} >> /notes; sync'}}}}")
     };
+    let base = tiny_manifest("base", &step("on-libvirt"));
     let enough = AtomicBool::new(false);
-    thread::scope(|scope| {
+    let built = thread::scope(|scope| {
         let looking = scope.spawn(|| look(&place.daemon, &enough));
-        place.build(&tiny_manifest("base", &step("on-libvirt"))).expect_code(0);
+        let built = place.build(&base);
         enough.store(true, Ordering::Relaxed);
         assert!(looking.join().unwrap() > 0);
+        built
     });
+    built.expect_code(0);
     place.expect_clean();
     assert_eq!(place.daemon.domains(), ["base.vm"]);
+    let elsewhere = Bench::new();
+    expect_alike(&built, &elsewhere.build(&base), |_| true);
 
     let ended = place.bench.build(&one_vm("middle", "{buildRef: {name: base}}", &step("on-qemu")));
     ended.expect_code(0);
@@ -139,6 +144,31 @@ fn a_step_that_fails_is_told_as_on_qemu() {
     let on_qemu = place.bench.build(&manifest);
     let error = |ended: &support::Ended| ended.outcome()["error"].clone();
     assert_eq!(error(&ended)["kind"], error(&on_qemu)["kind"]);
+}
+
+/// Boots from a CD-ROM by what a floppy says, types, waits for texts on the screen, is served a file.
+#[test]
+fn a_disk_is_mended_from_a_cd_and_starts_afresh_on_qemu() {
+    mended(&Place::new());
+}
+
+#[test]
+fn on_the_systems_libvirt_a_disk_is_mended_from_a_cd() {
+    if in_namespaces("on_the_systems_libvirt_a_disk_is_mended_from_a_cd") {
+        mended(&Place::of(Scope::System));
+    }
+}
+
+fn mended(place: &Place) {
+    let ended = place.build(&rescue::manifest(&place.bench));
+    ended.expect_code(0);
+    let asked = ended.event(|event| event["event"] == "http_request").expect("a served file was asked for");
+    assert_eq!((&asked["path"], &asked["status"]), (&"/boot.bin".into(), &200.into()));
+    place.expect_clean();
+    let ended = place.bench.build(&one_vm("child", "{buildRef: {name: rescued}}", rescue::LOOK));
+    ended.expect_code(0);
+    assert!(ended.event(|event| event["line"] == "mended").is_some(), "{}", ended.stdout);
+    place.expect_clean();
 }
 
 #[test]

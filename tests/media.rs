@@ -6,16 +6,11 @@ mod support;
 
 use rudder::digest::Digest;
 use serde_json::Value;
-use std::{
-    fs,
-    io::{Read, Seek, Write},
-    path::Path,
-    process::Command,
-};
+use std::{fs, process::Command};
 use support::{
-    Bench, Ended, Running, guest_path,
+    Bench, Ended, Running,
     http::{Answer, Server},
-    one_vm, tiny,
+    one_vm, rescue, tiny,
 };
 
 /// Bytes that nothing makes by accident.
@@ -122,68 +117,14 @@ files:
     bench.expect_clean();
 }
 
-/// A disk that does not boot is started from a CD-ROM by what a floppy says, and is mended with what is served: an installation in
-/// small.
 #[test]
 fn what_a_boot_command_starts_from_the_cd_boots_from_the_disk_once_it_is_mended() {
     let bench = Bench::new();
-    let grub = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
-    assert!(Path::new(grub).is_file(), "{grub} is missing: run `make test`, or install grub-rescue-pc");
-    let disk = bench.path("broken.img");
-    let convert = Command::new("qemu-img")
-        .args(["convert", "-O", "raw"])
-        .args([guest_path("tiny.qcow2"), disk.clone()])
-        .status();
-    assert!(convert.unwrap().success());
-    let mut disk = fs::File::options().read(true).write(true).open(disk).unwrap();
-    let mut code = [0; 440];
-    disk.read_exact(&mut code).unwrap();
-    fs::write(bench.path("boot.bin"), code).unwrap();
-    disk.rewind().unwrap();
-    // int 18h: go on with the next device ("BIOS Boot Specification" 1.01, 6.7).
-    disk.write_all(&[0xcd, 0x18]).unwrap();
-    drop(disk);
-    let manifest = format!(
-        r#"
-name: rescued
-files:
-  - name: rescue instructions.cfg
-    inline: |
-      echo The floppy was read.
-      search --set=root --file /boot/vmlinuz
-      configfile /boot/grub/grub.cfg
-  - {{name: boot.bin, url: "file:boot.bin"}}
-httpDirectory: {{files: [{{name: boot.bin}}]}}
-vms:
-  - name: vm
-    source: {{url: "file:broken.img"}}
-    resources: {{cpu: 1, memory: 256Mi}}
-    isos: [{{url: "file://{grub}"}}]
-    floppy: {{files: [{{name: rescue instructions.cfg}}]}}
-    bootCommand:
-      - "<waitText 'GNU GRUB' 3m>c<waitText 'grub>'>"
-      - cat "(fd0)/rescue instructions.cfg"<enter><waitText 'configfile /boot/grub/grub.cfg'>
-      - source "(fd0)/rescue instructions.cfg"<enter>
-    cloudInit: {{}}
-    communicator: {{sshTimeout: 5m}}
-    provisioners:
-      - type: shell
-        shell:
-          inline:
-            - wget -q -O /tmp/boot.bin "http://$RUDDER_HTTP_ADDR/boot.bin"
-            - dd if=/tmp/boot.bin of=/dev/vda bs=440 count=1 conv=notrunc
-            - sync
-      - type: reboot
-      - type: shell
-        shell: {{inline: test -b /dev/sr0 && echo mended > /etc/motd}}
-"#
-    );
-    bench.built(&manifest);
+    bench.built(&rescue::manifest(&bench));
     bench.expect_clean();
 
     // What was captured boots by itself.
-    let step = "- {type: shell, shell: {inline: 'test ! -e /dev/sr0 && cat /etc/motd'}}";
-    let ended = bench.build(&one_vm("child", "{buildRef: {name: rescued}}", step));
+    let ended = bench.build(&one_vm("child", "{buildRef: {name: rescued}}", rescue::LOOK));
     ended.expect_code(0);
     assert_eq!(output(&ended), ["mended"]);
     bench.expect_clean();

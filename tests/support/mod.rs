@@ -1,8 +1,10 @@
 //! What the whole-build tests share: guests, the `build` example as a user runs it, and the look at what is left behind.
 #![allow(dead_code, clippy::unwrap_used, clippy::print_stderr, unreachable_pub)]
 
+pub mod alike;
 pub mod http;
 pub mod install;
+pub mod rescue;
 pub mod typing;
 
 use rustix::process::{Pid, Signal, kill_process};
