@@ -49,14 +49,16 @@ async fn compare(runs: usize) {
 
     let converted = dir.path().join("converted.qcow2");
     let (mut plain, mut whole) = (Vec::new(), Vec::new());
+    let mut sizes = (0, 0);
     println!("{runs} runs of each, interleaved, after one that warms up");
     for run in 0..=runs {
         let start = Instant::now();
         convert(&disk, &converted);
         let by_qemu = start.elapsed().as_secs_f64();
+        sizes.0 = fs::metadata(&converted).unwrap().len();
         fs::remove_file(&converted).unwrap();
         let start = Instant::now();
-        machine.capture("disk0", &Progress::none()).await.unwrap();
+        sizes.1 = machine.capture("disk0", &Progress::none()).await.unwrap().size;
         let by_rudder = start.elapsed().as_secs_f64();
         if run > 0 {
             println!("run {run}: qemu-img convert -c {by_qemu:.2} s · rudder {by_rudder:.2} s");
@@ -65,9 +67,14 @@ async fn compare(runs: usize) {
         }
     }
     let (plain, whole) = (median(plain), median(whole));
+    let mebibytes = |size| size >> 20;
     println!("\ncapture of one disk, median of {runs}");
-    println!("  qemu-img convert -c              {plain:6.2} s");
-    println!("  Rudder, verification included    {whole:6.2} s   {:.1} × as fast", plain / whole);
+    println!("  qemu-img convert -c              {plain:6.2} s   {} MiB", mebibytes(sizes.0));
+    println!(
+        "  Rudder, verification included    {whole:6.2} s   {} MiB   {:.1} × as fast",
+        mebibytes(sizes.1),
+        plain / whole
+    );
     lab.destroy().await.unwrap();
 }
 

@@ -28,6 +28,9 @@ use std::{
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
+use tokio::sync::mpsc;
+use twox_hash::XxHash3_128;
+use zstd::bulk::Compressor;
 
 /// What is read at once, in bytes: large enough that asking for it costs little beside it, small enough for a processor's cache.
 const CHUNK: usize = 16 * CLUSTER;
@@ -35,8 +38,9 @@ const CHUNK: usize = 16 * CLUSTER;
 /// A cluster that need not be written.
 static ZEROES: [u8; CLUSTER] = [0; CLUSTER];
 
-/// zstd's own default, and QEMU's.
-const LEVEL: i32 = 3;
+/// zstd's fastest ordinary level: its files are as small as zlib's, which QEMU compresses with by default. Those of level 3 are a
+/// fortieth smaller, and take half as long again (figures: `docs/performance.md`).
+const LEVEL: i32 = 1;
 
 /// A captured disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,7 +101,9 @@ impl Drop for Part {
 struct Chunk {
     /// Where it begins, in chunks.
     number: u64,
-    sha256: Digest,
+    /// XXH3 of its bytes, of 128 bits: made to find what memory, disks and programs do wrong, and many times as fast as a digest
+    /// that also withstands people, whom a digest of the file keeps out later.
+    hash: u128,
 }
 
 /// An image of the lab, read a chunk at a time, by several threads.
@@ -107,32 +113,49 @@ struct Reader {
     size: u64,
     /// The chunks that do not read as zeroes, as QEMU says, from the first to the last.
     occupied: Vec<u64>,
-    /// Connections that nobody uses, each with its buffer: new ones would cost more than what is done in them.
-    idle: Mutex<Vec<(Client, Vec<u8>)>>,
+    /// Connections, each with its buffer.
+    connections: Pool<(Client, Vec<u8>)>,
+}
+
+/// What is used again and again by threads that take turns: new memory for each turn costs more than what is done in it.
+struct Pool<T>(Mutex<Vec<T>>);
+
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Pool<T> {
+    /// One that nobody uses now, else a new one.
+    fn take<E>(&self, new: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.map_or_else(new, Ok)
+    }
+
+    fn give_back(&self, one: T) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(one);
+    }
 }
 
 impl Reader {
     async fn open(ground: &Ground, image: &str, size: u64) -> Result<Arc<Self>> {
         let (export, occupied) =
             tokio::try_join!(Export::open(ground, image, threads()), occupied(ground, image))?;
-        Ok(Arc::new(Self { export, size, occupied, idle: Mutex::default() }))
+        Ok(Arc::new(Self { export, size, occupied, connections: Pool::default() }))
     }
 
     /// Reads a chunk, and gives it to this; what is beyond the end of the disk is zero. Blocks.
     fn read<T>(&self, number: u64, then: impl FnOnce(&[u8]) -> T) -> Result<T> {
-        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let used = idle().pop();
-        let (mut client, mut bytes) = match used {
-            Some(used) => used,
-            None => (self.export.connect()?, vec![0; CHUNK]),
-        };
+        let new = || self.export.connect().map(|client| (client, vec![0; CHUNK]));
+        let (mut client, mut bytes) = self.connections.take(new)?;
         let start = number * CHUNK as u64;
         let length = usize::try_from(self.size.saturating_sub(start)).map_or(CHUNK, |rest| rest.min(CHUNK));
         let (inside, beyond) = bytes.split_at_mut(length);
         client.read(start, inside).map_err(|error| self.export.unreadable(error))?;
         beyond.fill(0);
         let result = then(&bytes);
-        idle().push((client, bytes));
+        self.connections.give_back((client, bytes));
         Ok(result)
     }
 }
@@ -191,52 +214,70 @@ async fn occupied(ground: &Ground, image: &str) -> Result<Vec<u64>> {
 
 /// Writes the disk as a compressed qcow2 file. Gives what is on it.
 async fn pack(source: &Arc<Reader>, part: &Part, meter: impl Fn(u64, u64)) -> Result<Vec<Chunk>> {
+    let failed = |error| Error::io(format_args!("write {}", part.0.display()), error);
+    let file = File::create_new(&part.0).map_err(failed)?;
+    let mut writer = Writer::new(BufWriter::with_capacity(CHUNK, file), source.size).map_err(failed)?;
+    let (give, mut take) = mpsc::channel::<(u64, Vec<(u64, Cluster)>)>(threads());
     let path = part.0.clone();
-    let failed = move |error| Error::io(format_args!("write {}", path.display()), error);
-    let file = File::create_new(&part.0).map_err(&failed)?;
-    let mut writer = Writer::new(BufWriter::with_capacity(CHUNK, file), source.size).map_err(&failed)?;
-    let mut chunks = Vec::with_capacity(source.occupied.len());
-    let total = (source.occupied.len() * CHUNK) as u64;
+    let written = blocking(move || {
+        let failed = |error| Error::io(format_args!("write {}", path.display()), error);
+        while let Some((number, clusters)) = take.blocking_recv() {
+            for (index, cluster) in clusters {
+                writer.push(number * (CHUNK / CLUSTER) as u64 + index, &cluster).map_err(failed)?;
+            }
+        }
+        writer.finish().map(drop).map_err(failed)
+    });
+    let compressors = Arc::new(Pool::default());
     // In order, so that the same disk always gives the same file.
     let mut packed = stream::iter(0..source.occupied.len())
         .map(|place| {
-            let source = Arc::clone(source);
+            let (source, compressors) = (Arc::clone(source), Arc::clone(&compressors));
             blocking(move || {
                 let number = source.occupied[place];
-                let (sha256, clusters) = source.read(number, |bytes| (Digest::of(bytes), compress(bytes)))?;
-                let clusters = clusters.map_err(|error| Error::io("compress the disk", error))?;
-                Ok((Chunk { number, sha256 }, clusters))
+                let failed = |error| Error::io("compress the disk", error);
+                let mut compressor = compressors.take(|| Compressor::new(LEVEL)).map_err(failed)?;
+                let (hash, clusters) = source
+                    .read(number, |bytes| (XxHash3_128::oneshot(bytes), compress(&mut compressor, bytes)))?;
+                compressors.give_back(compressor);
+                Ok((Chunk { number, hash }, clusters.map_err(failed)?))
             })
         })
         .buffered(threads());
-    while let Some((chunk, clusters)) = packed.try_next().await? {
-        let failed = failed.clone();
-        writer = blocking(move || {
-            for (index, cluster) in clusters {
-                writer.push(chunk.number * (CHUNK / CLUSTER) as u64 + index, &cluster).map_err(&failed)?;
+    let packed = async {
+        let give = give;
+        let mut chunks = Vec::with_capacity(source.occupied.len());
+        let total = (source.occupied.len() * CHUNK) as u64;
+        while let Some((chunk, clusters)) = packed.try_next().await? {
+            if give.send((chunk.number, clusters)).await.is_err() {
+                // The writer says why it takes no more.
+                break;
             }
-            Ok(writer)
-        })
-        .await?;
-        chunks.push(chunk);
-        meter((chunks.len() * CHUNK) as u64, total);
-    }
-    blocking(move || writer.finish().map(drop).map_err(failed)).await?;
+            chunks.push(chunk);
+            meter((chunks.len() * CHUNK) as u64, total);
+        }
+        Ok(chunks)
+    };
+    let (chunks, ()) = tokio::try_join!(packed, written)?;
     Ok(chunks)
 }
 
 /// The clusters of a chunk that are not all zeroes, with their places in it.
-fn compress(bytes: &[u8]) -> io::Result<Vec<(u64, Cluster)>> {
-    let mut compressor = zstd::bulk::Compressor::new(LEVEL)?;
+fn compress(compressor: &mut Compressor<'_>, bytes: &[u8]) -> io::Result<Vec<(u64, Cluster)>> {
+    let mut frame = vec![0; zstd::zstd_safe::compress_bound(CLUSTER)];
     let mut clusters = Vec::new();
     for (index, cluster) in (0..).zip(bytes.chunks_exact(CLUSTER)) {
         if cluster == ZEROES {
             continue;
         }
-        let frame = compressor.compress(cluster)?;
-        let plain = frame.len() >= CLUSTER;
-        clusters
-            .push((index, if plain { Cluster::Plain(cluster.to_vec()) } else { Cluster::Compressed(frame) }));
+        let length = compressor.compress_to_buffer(cluster, &mut frame[..])?;
+        clusters.push((
+            index,
+            match length < CLUSTER {
+                true => Cluster::Compressed(frame[..length].to_vec()),
+                false => Cluster::Plain(cluster.to_vec()),
+            },
+        ));
     }
     Ok(clusters)
 }
@@ -258,7 +299,7 @@ async fn verify(
     let mut read = stream::iter(chunks.to_vec())
         .map(|chunk| {
             let copy = Arc::clone(&copy);
-            blocking(move || Ok(copy.read(chunk.number, Digest::of)? == chunk.sha256))
+            blocking(move || Ok(copy.read(chunk.number, XxHash3_128::oneshot)? == chunk.hash))
         })
         .buffer_unordered(threads());
     let mut done = 0;

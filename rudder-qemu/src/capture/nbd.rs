@@ -27,6 +27,11 @@ const NO_ZEROES: u16 = 2;
 const EXPORT_NAME: u32 = 1;
 const READ: u16 = 0;
 
+/// Of glibc's malloc (mallopt(3)): qemu-nbd needs the same few buffers for each cluster, and would ask the kernel for each of them
+/// anew, and give it back.
+const MEMORY: [(&str, &str); 2] =
+    [("MALLOC_MMAP_THRESHOLD_", "67108864"), ("MALLOC_TRIM_THRESHOLD_", "268435456")];
+
 /// How long qemu-nbd may take to open an image and to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -46,8 +51,11 @@ impl Export {
         let (socket, said) = (format!("{image}.nbd"), format!("{image}.nbd.log"));
         let failed = |error| Error::io(format_args!("write {}", ground.path(&said).display()), error);
         let log = fs::File::create(ground.path(&said)).map_err(failed)?;
-        let invocation = ground
-            .qemu_nbd()
+        let mut invocation = ground.qemu_nbd();
+        for (name, value) in MEMORY {
+            invocation = invocation.variable(name, value);
+        }
+        let invocation = invocation
             .args(["--read-only", "--persistent", "--format=qcow2"])
             .args([format!("--shared={clients}"), format!("--socket=/proc/self/cwd/{socket}")])
             .args(["--", image]);
