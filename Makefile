@@ -7,6 +7,11 @@ SHELL := /bin/bash
 
 GUESTS := target/guests
 STORE := target/demo-store
+# Where the demo builds its first layer, and its second if that is elsewhere: "libvirt", "libvirt qemu", "qemu libvirt".
+BACKENDS ?= qemu
+
+# Tests that take too long for every day.
+SLOW := --test install_slowed --test libvirt_debian
 
 # "timed NAME COMMAND": runs it, and says how long it took.
 timed = s=$$SECONDS; $(2); echo "$(1): $$((SECONDS - s)) s"
@@ -14,23 +19,24 @@ timed = s=$$SECONDS; $(2); echo "$(1): $$((SECONDS - s)) s"
 help: ## What can be done here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: guests ## Build a module from a real Debian guest, then a second one on top of it
-	@tools/demo "$(STORE)"
+demo: guests ## Build a module from a real Debian guest, then a second one on top of it; BACKENDS="libvirt qemu"
+	@tools/setup build $(if $(findstring libvirt,$(BACKENDS)),headers libvirt)
+	@tools/demo "$(STORE)" $(BACKENDS)
 
 test: guests ## Every test, those with real guests included
 	@tools/setup build headers qemu libvirt isos test
 	@$(call timed,test: compiling,cargo test --workspace --features libvirt --no-run --quiet)
 	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace --features libvirt --no-fail-fast)
 
-test-slow: guests ## Installing on a machine slowed down, where fixed waits fail: about half an hour without hardware acceleration
-	@tools/setup build qemu test
-	@$(call timed,test-slow: compiling,cargo build --quiet --examples && cargo test --quiet --no-run --test install_slowed)
-	@$(call timed,test-slow: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --test install_slowed -- --nocapture)
+test-slow: guests ## Installing on a machine slowed down, where fixed waits fail, and whole Debians on libvirt: about 45 minutes without hardware acceleration
+	@tools/setup build headers qemu libvirt test
+	@$(call timed,test-slow: compiling,cargo build --quiet --examples --features libvirt && cargo test --quiet --no-run --features libvirt $(SLOW))
+	@$(call timed,test-slow: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --features libvirt --no-fail-fast $(SLOW) -- --nocapture --test-threads 1)
 
 check: ## Format, lints, documentation, licences and sources of dependencies, the oldest Rust: what must be green before a change lands
 	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
-	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --test install_slowed -- -D warnings)
+	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --features libvirt $(SLOW) -- -D warnings)
 	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt --no-deps --quiet)
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
 	@$(call timed,check: oldest Rust,tools/msrv)
@@ -41,10 +47,10 @@ guests: ## The guests of the tests and the demo, from Debian's packages, into ta
 
 RUNS ?= 5
 
-bench: guests ## Whole builds against the floor and Packer, capture, typing, planning; RUNS=5
-	@tools/setup build bench
-	@cargo build --release --quiet --examples
+bench: guests ## Whole builds on QEMU and libvirt against the floor and Packer, capture, typing, planning; RUNS=5
+	@tools/setup build headers qemu libvirt bench
+	@cargo build --release --quiet --examples --features libvirt
 	@cargo bench --quiet --package rudder-core
-	@cargo bench --quiet --bench whole_build -- $(RUNS)
-	@cargo bench --quiet --bench capture -- $(RUNS)
-	@cargo bench --quiet --bench typing
+	@cargo bench --quiet --features libvirt --bench whole_build -- --runs $(RUNS)
+	@cargo bench --quiet --features libvirt --bench capture -- $(RUNS)
+	@cargo bench --quiet --features libvirt --bench typing

@@ -4,50 +4,12 @@
 
 mod support;
 
-use serde_json::Value;
 use std::fs;
-use support::{Bench, Ended, install};
-
-/// The lines that the steps of a build wrote.
-fn said(ended: &Ended) -> Vec<&str> {
-    let lines = ended.events.iter().filter(|event| event["event"] == "step_output");
-    lines.filter_map(|event| event["line"].as_str()).collect()
-}
-
-/// Installs what an example says, and starts the captured disk afresh: a layer on the module, whose only step looks around.
-fn installs(example: &str, module: &str, firmware: &str, look: &str) -> (Bench, Value, Vec<String>) {
-    let bench = Bench::new();
-    let ended = bench.build(&install::manifest(example));
-    ended.expect_code(0);
-    let asked: Vec<_> =
-        install::requests(&ended).into_iter().map(|(path, status)| format!("{path} {status}")).collect();
-    let files = ["install.ipxe", "linux", "initrd", "answers", "debian.tar.zst"];
-    assert_eq!(asked, files.map(|file| format!("/{file} 200")), "what the installer asked for");
-    let lines = said(&ended);
-    assert!(lines.contains(&"Debian GNU/Linux 12 (bookworm) on /dev/vda2 ext4"), "{lines:?}");
-    assert!(ended.event(|event| event["phase"] == "BootCommand").is_some(), "{}", ended.stdout);
-    bench.expect_clean();
-    let record = ended.stdout.lines().last().unwrap();
-    let record = serde_json::from_slice(&fs::read(record).unwrap()).unwrap();
-
-    let layer = format!(
-        "name: afresh\nvms:\n  - name: debian\n    source: {{buildRef: {{name: {module}}}}}\n{firmware}    resources: {{cpu: 2, memory: 1Gi}}\n    \
-         communicator: {{sshUsername: admin, sshPassword: fresh from the disc, sshTimeout: 10m}}\n    \
-         provisioners: [{{type: shell, shell: {{inline: ['cat /etc/motd', hostname, '{look}']}}}}]\n"
-    );
-    let ended = bench.build(&layer);
-    ended.expect_code(0);
-    let lines: Vec<_> = said(&ended).into_iter().map(str::to_owned).collect();
-    assert!(lines[..2] == ["Installed by a boot command", "installed"], "{lines:?}");
-    assert!(install::requests(&ended).is_empty(), "nothing is installed again: {}", ended.stdout);
-    bench.expect_clean();
-    (bench, record, lines)
-}
+use support::{Bench, install};
 
 #[test]
 fn debian_is_installed_with_bios_and_starts_afresh() {
-    let (_bench, record, lines) =
-        installs("install.yaml", "installed", "", "test ! -d /sys/firmware/efi && echo started by BIOS");
+    let (_bench, record, lines) = install::installs(&install::BIOS, &Bench::build);
     assert_eq!(lines.last().unwrap(), "started by BIOS");
     let inputs = record["provenance"]["inputs"].as_array().unwrap();
     let iso = inputs.iter().find(|input| input["url"].as_str().unwrap().ends_with("/ipxe.iso"));
@@ -56,12 +18,8 @@ fn debian_is_installed_with_bios_and_starts_afresh() {
 
 #[test]
 fn debian_is_installed_with_uefi_and_starts_afresh_from_what_it_wrote_into_the_variables() {
-    let (_bench, record, lines) =
-        installs("install-uefi.yaml", "installed-uefi", "    efiFirmware: {}\n", "sudo efibootmgr");
-    let current =
-        lines.iter().find_map(|line| line.strip_prefix("BootCurrent: ")).expect("what the firmware started");
-    let entry = format!("Boot{current}* debian");
-    assert!(lines.iter().any(|line| line.starts_with(&entry)), "expected {entry}, but found {lines:?}");
+    let (_bench, record, lines) = install::installs(&install::UEFI, &Bench::build);
+    install::expect_entry(&lines);
     assert!(
         !record["machines"][0]["state"].as_array().unwrap().is_empty(),
         "the variables are part of the module: {record}"

@@ -1,7 +1,31 @@
-//! The manifests of `examples/` that install Debian from an ISO, and what their installers asked for.
+//! The manifests of `examples/` that install Debian from an ISO: built, with what their installers asked for, and their modules
+//! started afresh.
 
-use super::{Ended, guest_path};
+use super::{Bench, Ended, guest_path};
+use serde_json::Value;
 use std::{fs, path::Path};
+
+/// One of the examples, with what its module is and how that shows what it was started by.
+pub struct Example {
+    file: &'static str,
+    module: &'static str,
+    firmware: &'static str,
+    look: &'static str,
+}
+
+pub const BIOS: Example = Example {
+    file: "install.yaml",
+    module: "installed",
+    firmware: "",
+    look: "test ! -d /sys/firmware/efi && echo started by BIOS",
+};
+
+pub const UEFI: Example = Example {
+    file: "install-uefi.yaml",
+    module: "installed-uefi",
+    firmware: "    efiFirmware: {}\n",
+    look: "sudo efibootmgr",
+};
 
 /// An example, with the guests of these tests.
 pub fn manifest(file: &str) -> String {
@@ -20,4 +44,51 @@ pub fn requests(ended: &Ended) -> Vec<(String, u64)> {
     requests
         .map(|event| (event["path"].as_str().unwrap().to_owned(), event["status"].as_u64().unwrap()))
         .collect()
+}
+
+/// The lines that the steps of a build wrote.
+fn said(ended: &Ended) -> Vec<&str> {
+    let lines = ended.events.iter().filter(|event| event["event"] == "step_output");
+    lines.filter_map(|event| event["line"].as_str()).collect()
+}
+
+/// Builds an example, and starts the captured disk afresh on QEMU: a layer on the module, whose only step looks around. Where it
+/// all is, the `module.json`, and what was seen.
+pub fn installs(example: &Example, build: &dyn Fn(&Bench, &str) -> Ended) -> (Bench, Value, Vec<String>) {
+    let Example { file, module, firmware, look } = example;
+    let bench = Bench::new();
+    let ended = build(&bench, &manifest(file));
+    ended.expect_code(0);
+    let asked: Vec<_> =
+        requests(&ended).into_iter().map(|(path, status)| format!("{path} {status}")).collect();
+    let files = ["install.ipxe", "linux", "initrd", "answers", "debian.tar.zst"];
+    assert_eq!(asked, files.map(|file| format!("/{file} 200")), "what the installer asked for");
+    let lines = said(&ended);
+    assert!(lines.contains(&"Debian GNU/Linux 12 (bookworm) on /dev/vda2 ext4"), "{lines:?}");
+    assert!(ended.event(|event| event["phase"] == "BootCommand").is_some(), "{}", ended.stdout);
+    bench.expect_clean();
+    let record = ended.stdout.lines().last().unwrap();
+    let record = serde_json::from_slice(&fs::read(record).unwrap()).unwrap();
+
+    let layer = format!(
+        "name: afresh\nvms:\n  - name: debian\n    source: {{buildRef: {{name: {module}}}}}\n{firmware}    resources: {{cpu: 2, memory: 1Gi}}\n    \
+         communicator: {{sshUsername: admin, sshPassword: fresh from the disc, sshTimeout: 10m}}\n    \
+         provisioners: [{{type: shell, shell: {{inline: ['cat /etc/motd', hostname, '{look}']}}}}]\n"
+    );
+    let ended = bench.build(&layer);
+    ended.expect_code(0);
+    let lines: Vec<_> = said(&ended).into_iter().map(str::to_owned).collect();
+    assert!(lines[..2] == ["Installed by a boot command", "installed"], "{lines:?}");
+    assert!(requests(&ended).is_empty(), "nothing is installed again: {}", ended.stdout);
+    bench.expect_clean();
+    (bench, record, lines)
+}
+
+/// Fails unless the firmware started what the installer entered into its variables, as `efibootmgr` shows it.
+#[track_caller]
+pub fn expect_entry(lines: &[String]) {
+    let current =
+        lines.iter().find_map(|line| line.strip_prefix("BootCurrent: ")).expect("what the firmware started");
+    let entry = format!("Boot{current}* debian");
+    assert!(lines.iter().any(|line| line.starts_with(&entry)), "expected {entry}, but found {lines:?}");
 }

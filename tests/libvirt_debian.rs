@@ -1,0 +1,68 @@
+//! Whole Debians on libvirt: the demo's two layers, and the installations from an ISO. What one hypervisor built starts afresh on
+//! the other, and both tell and record the same. Run by `make test-slow`; `libvirt.rs` has the same ways with a tiny guest.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../rudder-libvirt/tests/common/daemon.rs"]
+mod daemon;
+mod support;
+
+use daemon::Daemon;
+use std::{fs, path::Path};
+use support::{Bench, Ended, Running, alike::expect_alike, guest_path, install};
+
+/// A manifest of the demo, with the guest of these tests.
+fn demo(file: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/manifests").join(file);
+    let guest = format!("file://{}", guest_path("debian-12.qcow2").display());
+    fs::read_to_string(path).unwrap().replace("file:../../target/guests/debian-12.qcow2", &guest)
+}
+
+/// Builds a manifest on libvirt, to its end.
+fn build(bench: &Bench, daemon: &Daemon, manifest: &str) -> Ended {
+    let mut command = bench.command(manifest);
+    command.args(["--backend", "libvirt"]).env("LIBVIRT_DEFAULT_URI", daemon.uri());
+    let ended = Running::start(command).end();
+    ended.expect_code(0);
+    bench.expect_clean();
+    ended
+}
+
+/// Not what apt says in other words each time.
+fn stays(line: &str) -> bool {
+    !["Get:", "Hit:", "Ign:", "Fetched "].iter().any(|start| line.starts_with(start))
+}
+
+#[test]
+fn the_demo_starts_on_one_what_was_built_on_the_other() {
+    let place = Bench::new();
+    let daemon = Daemon::start(&place.path("libvirt"));
+    let (here, there) = (Bench::new(), Bench::new());
+    expect_alike(&build(&here, &daemon, &demo("base.yaml")), &there.build(&demo("base.yaml")), stays);
+    assert_eq!(daemon.domains(), ["demo-base.debian"]);
+
+    let layer = demo("layer.yaml");
+    for site in [here.build(&layer), build(&there, &daemon, &layer)] {
+        site.expect_code(0);
+        let page = "<h1>Built in two layers</h1>";
+        assert!(site.event(|event| event["line"] == page).is_some(), "{}", site.stdout);
+    }
+    assert_eq!(daemon.domains(), ["demo-base.debian", "demo-site.web"]);
+}
+
+#[test]
+fn debian_is_installed_with_bios_on_libvirt_and_starts_afresh_on_qemu() {
+    let place = Bench::new();
+    let daemon = Daemon::start(&place.path("libvirt"));
+    let on_libvirt = |bench: &Bench, manifest: &str| build(bench, &daemon, manifest);
+    let (_bench, _, lines) = install::installs(&install::BIOS, &on_libvirt);
+    assert_eq!(lines.last().unwrap(), "started by BIOS");
+}
+
+#[test]
+fn debian_is_installed_with_uefi_on_libvirt_and_starts_on_qemu_from_the_same_variables() {
+    let place = Bench::new();
+    let daemon = Daemon::start(&place.path("libvirt"));
+    let on_libvirt = |bench: &Bench, manifest: &str| build(bench, &daemon, manifest);
+    let (_bench, _, lines) = install::installs(&install::UEFI, &on_libvirt);
+    install::expect_entry(&lines);
+}
