@@ -11,7 +11,7 @@
 //! the lab's id in its environment, so that a lab can be removed even while libvirt cannot be reached.
 //!
 //! # What is polled
-//! The `virt` crate has no domain events (0.5). The end of a machine's process is told by the kernel; whether a machine was
+//! The `virt` crate has no domain events (0.4). The end of a machine's process is told by the kernel; whether a machine was
 //! paused, by a panic or a disk that failed, is asked for four times a second.
 
 mod backend;
@@ -24,6 +24,7 @@ mod modules;
 mod network;
 mod offer;
 mod process;
+mod verdict;
 mod watch;
 mod xml;
 

@@ -4,7 +4,8 @@ use crate::{
     connection::{Connection, Failure, domain},
     domain::{self, Cards, Disk, Domain, Serial, Uefi, Variables},
     lab::Footing,
-    network, process,
+    network,
+    process::{self, Found},
     watch::{Phase, Watcher},
 };
 use async_trait::async_trait;
@@ -28,12 +29,17 @@ use std::{
 use tokio::{
     net::{TcpStream, UnixStream},
     sync::{RwLock, RwLockReadGuard, mpsc, oneshot, watch},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_util::task::AbortOnDropHandle;
 use virt::{connect::Connect, stream::Stream, sys};
 
 /// How long a guest may take to answer when it is dialled.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long libvirt may take to let go of a machine that has ended before it is started again, and how often is looked.
+const REST_LIMIT: Duration = Duration::from_secs(30);
+const REST_LOOK: Duration = Duration::from_millis(20);
 
 /// A VM on libvirt.
 #[derive(Debug)]
@@ -63,6 +69,14 @@ struct Running {
     /// Of its TPM.
     released: Option<Arc<AtomicBool>>,
     _watcher: AbortOnDropHandle<()>,
+}
+
+/// What a domain that was powered on runs with.
+#[derive(Debug)]
+struct Launched {
+    ways: Ways,
+    process: Option<Found>,
+    tpm: Option<Tpm>,
 }
 
 /// The ways to the ports of a guest.
@@ -282,8 +296,8 @@ impl Inner {
         }
     }
 
-    /// Powers the domain on; the ways to its ports, and its TPM.
-    async fn launch(&self) -> Result<(Ways, Option<Tpm>)> {
+    /// Powers the domain on.
+    async fn launch(&self) -> Result<Launched> {
         let connection = &self.footing.connection;
         for suffix in ["serial", "screen.png"] {
             let path = self.footing.ground.path(&self.file(suffix));
@@ -302,13 +316,15 @@ impl Inner {
             Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
             Retention::MayBeKept => 0,
         };
+        self.await_rest().await?;
         let tpm = self.state.start_tpm().await?;
         let name = self.domain.clone();
         let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
         let started = connection.order(start).await;
         started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
+        let process = process::find(self.domain.clone(), self.footing.ground.id().clone()).await;
         if self.footing.bridges().is_some() {
-            return Ok((Ways::Bridged(None), tpm));
+            return Ok(Launched { ways: Ways::Bridged(None), process, tpm });
         }
         let forwards = self.read_forwards().await.map(Ways::Forwarded);
         if forwards.is_err() {
@@ -316,7 +332,36 @@ impl Inner {
             // What failed is told; this only tidies up, and the end of the lab does so again.
             let _ = connection.order(move |connect| domain(connect, &name)?.destroy()).await;
         }
-        Ok((forwards?, tpm))
+        Ok(Launched { ways: forwards?, process, tpm })
+    }
+
+    /// Waits until libvirt has let go of the last run: its end may have been told before libvirt was done with it.
+    async fn await_rest(&self) -> Result<()> {
+        let held = |what: &str| {
+            let limit = REST_LIMIT.as_secs();
+            let message = format!(
+                "expected libvirt to let go of the machine's last run within {limit} s, but it {what}"
+            );
+            self.error(ErrorKind::LaunchFailed, message).with_help(
+                "its process may be one that the host's init does not take note of: look with virsh and ps",
+            )
+        };
+        let deadline = Instant::now() + REST_LIMIT;
+        loop {
+            let name = self.domain.clone();
+            let ask = move |connect: &Connect| domain(connect, &name)?.is_active();
+            let told = timeout_at(deadline, self.footing.connection.ask(ask)).await;
+            let told = told.map_err(|_| held("does not answer"))?;
+            let active =
+                told.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "look at the domain"))?;
+            if !active {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(held("still runs"));
+            }
+            sleep(REST_LOOK).await;
+        }
     }
 
     /// The ports that QEMU's user network forwards: the kernel chose those of the host.
@@ -363,13 +408,14 @@ impl Inner {
     }
 
     /// Says that it runs, and has it watched.
-    fn run(&self, ways: Ways, tpm: Option<Tpm>) {
+    fn run(&self, launched: Launched) {
+        let Launched { ways, process, tpm } = launched;
         let released = tpm.as_ref().map(Tpm::release_switch);
         let (orders, received) = mpsc::unbounded_channel();
         let watcher = Watcher {
             connection: Arc::clone(&self.footing.connection),
             domain: self.domain.clone(),
-            lab: self.footing.ground.id().clone(),
+            process,
             orders: received,
             tpm,
             phase: self.phase.clone(),
@@ -414,8 +460,8 @@ impl Machine for LibvirtMachine {
             let machine = Arc::clone(&inner);
             let launched = footing.detached(|_| async move { machine.launch().await }).await;
             let outcome = match launched {
-                Ok((ways, tpm)) => {
-                    inner.run(ways, tpm);
+                Ok(launched) => {
+                    inner.run(launched);
                     Ok(())
                 }
                 Err(error) => {
@@ -478,7 +524,7 @@ impl Machine for LibvirtMachine {
                 SocketAddr::from((found, port))
             }
         };
-        let connected = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(address)).await;
+        let connected = timeout(CONNECT_LIMIT, TcpStream::connect(address)).await;
         let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let stream = connected.map_err(|error| {
             if bridged {

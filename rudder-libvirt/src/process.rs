@@ -1,41 +1,88 @@
-//! Which process of this host runs a domain. Libvirt does not say, but names the domain in the command line, and hands on
-//! the lab's id in the environment (`domain`).
+//! Which process of this host runs a domain, and how it ended. Libvirt does not say, but names the domain in the command line,
+//! and hands on the lab's id in the environment (`domain`).
 
 use rudder_core::{backend::LabId, store::LAB_VARIABLE};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::{
+    fmt,
     fs::{self, File},
-    path::Path,
+    path::{Path, PathBuf},
 };
 use tokio::net::unix::pipe;
+
+/// How a process ended that did not end well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Broke {
+    Signal(u32),
+    Code(u32),
+}
+
+impl fmt::Display for Broke {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal(signal) => write!(f, "was killed by signal {signal}"),
+            Self::Code(code) => write!(f, "ended with exit code {code}"),
+        }
+    }
+}
 
 /// The process of a domain of a lab; `None` when none runs, or it is another user's.
 pub(crate) fn of_domain(domain: &str, lab: &LabId) -> Option<u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.find(|pid: &u32| runs(&Path::new("/proc").join(pid.to_string()), domain, lab))
+    pids.find(|pid: &u32| runs(&place(*pid), domain, lab))
 }
 
-/// Waits until the process of a domain has ended; for ever, where there is none that can be watched. Told by the kernel: nobody
-/// looks again and again.
-pub(crate) async fn ended(domain: String, lab: LabId) {
+/// A process that was found running, and whose end is told by the kernel: nobody looks again and again.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pid: u32,
+    handle: pipe::Receiver,
+}
+
+/// Finds the process of a domain that was just started, while it runs: one that has ended has no name any more.
+pub(crate) async fn find(domain: String, lab: LabId) -> Option<Found> {
     let open = move || {
         let pid = of_domain(&domain, &lab)?;
-        let process = Pid::from_raw(i32::try_from(pid).ok()?)?;
-        let handle = pidfd_open(process, PidfdFlags::empty()).ok()?;
+        let handle = pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()?;
         // It is still the same: its number was not given to another in between.
-        runs(&Path::new("/proc").join(pid.to_string()), &domain, &lab).then_some(handle)
+        runs(&place(pid), &domain, &lab).then_some((pid, handle))
     };
-    let handle = tokio::task::spawn_blocking(open).await.ok().flatten();
+    let (pid, handle) = tokio::task::spawn_blocking(open).await.ok().flatten()?;
     // A handle of a process becomes readable when it ends (pidfd_open(2)), as a pipe does: for the runtime they are the same.
-    let watched = handle.and_then(|handle| pipe::Receiver::from_file_unchecked(File::from(handle)).ok());
-    let readable = match &watched {
-        Some(watched) => watched.readable().await.is_ok(),
-        None => false,
-    };
-    if !readable {
-        std::future::pending::<()>().await;
+    let handle = pipe::Receiver::from_file_unchecked(File::from(handle)).ok()?;
+    Some(Found { pid, handle })
+}
+
+/// Waits until a process has ended; how, if it broke and that can still be read. For ever, where none was found.
+pub(crate) async fn ended(found: Option<Found>) -> Option<Broke> {
+    if let Some(Found { pid, handle }) = found
+        && handle.readable().await.is_ok()
+    {
+        return fs::read_to_string(place(pid).join("stat")).ok().and_then(|stat| broke(&stat));
     }
+    std::future::pending().await
+}
+
+/// How a process that nobody has taken note of yet broke, from its line in /proc (proc_pid_stat(5)). What ended well, and what this
+/// user may not know, look the same.
+fn broke(stat: &str) -> Option<Broke> {
+    // The name in the second field may contain anything; the state is the third field, the status the 52nd.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if !matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    let status: u32 = fields.nth(48)?.parse().ok()?;
+    // As wait(2) encodes it.
+    match (status & 0x7f, status >> 8 & 0xff) {
+        (0, 0) => None,
+        (0, code) => Some(Broke::Code(code)),
+        (signal, _) => Some(Broke::Signal(signal)),
+    }
+}
+
+fn place(pid: u32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string())
 }
 
 fn runs(process: &Path, domain: &str, lab: &LabId) -> bool {
@@ -47,4 +94,37 @@ fn runs(process: &Path, domain: &str, lab: &LabId) -> bool {
 
 fn has(list: &Path, wanted: impl Fn(&[u8]) -> bool) -> bool {
     fs::read(list).unwrap_or_default().split(|byte| *byte == 0).any(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn how_a_process_broke_is_read_before_anybody_takes_note_of_it() {
+        for (script, expected) in
+            [("kill -9 $$", Some(Broke::Signal(9))), ("exit 3", Some(Broke::Code(3))), ("exit 0", None)]
+        {
+            let mut child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+            let stat = place(child.id()).join("stat");
+            let read = loop {
+                let stat = fs::read_to_string(&stat).unwrap();
+                if stat.contains(") Z ") {
+                    break stat;
+                }
+                std::thread::yield_now();
+            };
+            assert_eq!(broke(&read), expected, "{read}");
+            child.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_process_that_runs_did_not_break() {
+        let stat = fs::read_to_string("/proc/self/stat").unwrap();
+        assert_eq!(broke(&stat), None);
+        assert_eq!(broke("1 (a) b) Z 1"), None);
+    }
 }

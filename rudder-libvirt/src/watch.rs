@@ -10,9 +10,14 @@
 use crate::{
     connection::{Connection, Failure, domain},
     machine::picture,
-    process,
+    process::{self, Broke, Found},
+    verdict::{Gone, Seen, died, told},
 };
-use rudder_core::backend::{Death, Exit, LabId, Stop};
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Fuse, FusedFuture as _},
+};
+use rudder_core::backend::{Death, Exit, Stop};
 use rudder_qemu::parts::Tpm;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
@@ -49,8 +54,8 @@ pub(crate) struct Watcher {
     pub(crate) connection: Arc<Connection>,
     /// The name of the domain.
     pub(crate) domain: String,
-    /// Its lab.
-    pub(crate) lab: LabId,
+    /// Its process, where that was found.
+    pub(crate) process: Option<Found>,
     pub(crate) orders: mpsc::UnboundedReceiver<Stop>,
     /// Its TPM.
     pub(crate) tpm: Option<Tpm>,
@@ -64,32 +69,6 @@ struct Request {
     limit: Duration,
     deadline: Instant,
     press: Instant,
-}
-
-/// What a look showed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Seen {
-    Running,
-    Panicked,
-    IoError,
-    Off { reason: i32 },
-}
-
-impl Seen {
-    /// What a state and its reason (virDomainState, virDomainPausedReason, virDomainCrashedReason) mean.
-    fn of(state: sys::virDomainState, reason: i32) -> Self {
-        match state {
-            sys::VIR_DOMAIN_CRASHED => Self::Panicked,
-            sys::VIR_DOMAIN_PAUSED if is(reason, sys::VIR_DOMAIN_PAUSED_IOERROR) => Self::IoError,
-            sys::VIR_DOMAIN_PAUSED if is(reason, sys::VIR_DOMAIN_PAUSED_CRASHED) => Self::Panicked,
-            sys::VIR_DOMAIN_SHUTOFF => Self::Off { reason },
-            _ => Self::Running,
-        }
-    }
-}
-
-fn is(reason: i32, constant: u32) -> bool {
-    u32::try_from(reason) == Ok(constant)
 }
 
 impl Watcher {
@@ -106,12 +85,24 @@ impl Watcher {
         let mut killed: Option<String> = None;
         let mut request: Option<Request> = None;
         let mut lost_since: Option<Instant> = None;
+        // One look at a time: libvirt keeps those waiting that ask for a domain which it is stopping.
         let mut look = Instant::now() + LOOK;
-        let gone = process::ended(self.domain.clone(), self.lab.clone());
-        tokio::pin!(gone);
-        let mut is_gone = false;
+        let mut looking: Fuse<BoxFuture<'static, _>> = Fuse::terminated();
+        let mut killing: Fuse<BoxFuture<'static, ()>> = Fuse::terminated();
+        let mut gone = process::ended(self.process.take()).boxed().fuse();
+        let mut gone_since: Option<(Instant, Option<Broke>)> = None;
+        let mut shutting_down = false;
         let mut tpm_ended: Option<(Instant, String)> = None;
         loop {
+            let mut patience = None;
+            if let Some((since, broke)) = gone_since {
+                let killed = killed.as_deref();
+                let known = Gone { since: since.elapsed(), broke, shutting_down, killed };
+                if let Some(exit) = known.conclude() {
+                    return exit;
+                }
+                patience = Some(since + known.patience());
+            }
             let press = request.as_ref().map(|request| request.press);
             let deadline = request.as_ref().map(|request| request.deadline);
             tokio::select! {
@@ -120,10 +111,12 @@ impl Watcher {
                         let now = Instant::now();
                         request.get_or_insert(Request { limit, deadline: now + limit, press: now });
                     }
+                    Stop::Kill if gone_since.is_some() => {}
                     Stop::Kill => {
                         killed.get_or_insert_with(|| "was told to end at once".to_owned());
-                        self.kill().await;
-                        look = Instant::now();
+                        if killing.is_terminated() {
+                            killing = self.kill().boxed().fuse();
+                        }
                     }
                 },
                 () = sleep_until(press.unwrap_or(look)), if press.is_some() => {
@@ -134,39 +127,46 @@ impl Watcher {
                 }
                 () = sleep_until(deadline.unwrap_or(look)), if deadline.is_some() => {
                     let limit = request.take().map_or(Duration::ZERO, |request| request.limit);
-                    killed.get_or_insert_with(|| format!("did not power off within {limit:?}"));
-                    self.kill().await;
+                    if gone_since.is_none() {
+                        killed.get_or_insert_with(|| format!("did not power off within {limit:?}"));
+                        if killing.is_terminated() {
+                            killing = self.kill().boxed().fuse();
+                        }
+                    }
+                }
+                () = &mut killing => look = Instant::now(),
+                broke = &mut gone => {
+                    gone_since = Some((Instant::now(), broke));
                     look = Instant::now();
                 }
-                () = &mut gone, if !is_gone => {
-                    is_gone = true;
-                    look = Instant::now();
-                }
+                () = sleep_until(patience.unwrap_or(look)), if patience.is_some() => {}
                 told = ended_of(&mut self.tpm), if self.tpm.is_some() && tpm_ended.is_none() => {
                     tpm_ended = Some((Instant::now(), told));
                 }
-                () = sleep_until(look) => {
-                    look = Instant::now() + if is_gone { LOOK_AGAIN } else { LOOK };
-                    match self.look().await {
+                () = sleep_until(look), if looking.is_terminated() => looking = self.look().boxed().fuse(),
+                seen = &mut looking => {
+                    look = Instant::now() + if gone_since.is_some() { LOOK_AGAIN } else { LOOK };
+                    match seen {
                         Ok(Seen::Running) => {
                             lost_since = None;
                             // It ends with its machine, which is seen a moment later.
                             if let Some((since, told)) = tpm_ended.take_if(|(since, _)| since.elapsed() >= TPM_LIMIT) {
                                 tracing::debug!(domain = self.domain, ?since, told, "a machine lost its TPM");
-                                self.kill().await;
+                                self.end(gone).await;
                                 return died(Death::Hypervisor, &format!("the TPM of the machine is gone: swtpm {told}"));
                             }
                         }
-                        Ok(Seen::Off { reason }) => return ended(reason, killed),
+                        Ok(Seen::ShuttingDown) => (shutting_down, lost_since) = (true, None),
+                        Ok(Seen::Off { reason }) => return told(reason, killed.as_deref()),
                         Ok(Seen::Panicked) => {
                             self.keep_picture().await;
-                            self.kill().await;
+                            self.end(gone).await;
                             return died(Death::GuestPanic, "the guest's kernel panicked");
                         }
                         Ok(Seen::IoError) => {
                             let full = self.is_disk_full().await;
                             self.keep_picture().await;
-                            self.kill().await;
+                            self.end(gone).await;
                             return match full {
                                 true => died(Death::HostDiskFull, "the host has no space left for the machine's disks"),
                                 false => died(Death::IoError, "the host could not read or write a disk of the machine"),
@@ -193,20 +193,35 @@ impl Watcher {
         }
     }
 
-    async fn look(&self) -> Result<Seen, Failure> {
-        let name = self.domain.clone();
-        self.connection
-            .ask(move |connect| {
+    fn look(&self) -> impl Future<Output = Result<Seen, Failure>> + use<> {
+        let (connection, name) = (Arc::clone(&self.connection), self.domain.clone());
+        async move {
+            let look = move |connect: &virt::connect::Connect| {
                 domain(connect, &name)?.get_state().map(|(state, reason)| Seen::of(state, reason))
-            })
-            .await
+            };
+            connection.ask(look).await
+        }
     }
 
-    async fn kill(&self) {
-        let name = self.domain.clone();
-        // One that ended by itself, or cannot be reached, is seen at the next look.
-        if let Err(failure) = self.connection.order(move |connect| domain(connect, &name)?.destroy()).await {
-            tracing::debug!(domain = self.domain, ?failure, "cannot destroy a domain");
+    fn kill(&self) -> impl Future<Output = ()> + use<> {
+        let (connection, name) = (Arc::clone(&self.connection), self.domain.clone());
+        async move {
+            let kill = {
+                let name = name.clone();
+                move |connect: &virt::connect::Connect| domain(connect, &name)?.destroy()
+            };
+            // One that ended by itself, or cannot be reached, is seen at the next look.
+            if let Err(failure) = connection.order(kill).await {
+                tracing::debug!(domain = name, ?failure, "cannot destroy a domain");
+            }
+        }
+    }
+
+    /// Ends the machine, and waits for its process's end or libvirt's word for it, whichever comes first.
+    async fn end(&self, gone: Fuse<BoxFuture<'static, Option<Broke>>>) {
+        tokio::select! {
+            () = self.kill() => {}
+            _ = gone => {}
         }
     }
 
@@ -261,60 +276,5 @@ async fn ended_of(tpm: &mut Option<Tpm>) -> String {
     match tpm {
         Some(tpm) => tpm.ended().await,
         None => std::future::pending().await,
-    }
-}
-
-fn died(cause: Death, detail: &str) -> Exit {
-    Exit::Died { cause, detail: detail.to_owned() }
-}
-
-/// How a machine that is off got there (virDomainShutoffReason).
-fn ended(reason: i32, killed: Option<String>) -> Exit {
-    if is(reason, sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN) {
-        return Exit::PoweredOff;
-    }
-    if let Some(why) = killed {
-        return Exit::Killed { why };
-    }
-    died(
-        Death::Hypervisor,
-        match u32::try_from(reason) {
-            Ok(sys::VIR_DOMAIN_SHUTOFF_DESTROYED) => "somebody destroyed the machine's domain",
-            Ok(sys::VIR_DOMAIN_SHUTOFF_CRASHED) => {
-                "QEMU ended, or was killed; libvirt's log of the domain says more"
-            }
-            Ok(sys::VIR_DOMAIN_SHUTOFF_DAEMON) => "QEMU ended while libvirt was not watching it",
-            Ok(sys::VIR_DOMAIN_SHUTOFF_SAVED) => "somebody saved the machine's domain",
-            Ok(sys::VIR_DOMAIN_SHUTOFF_MIGRATED) => "somebody moved the machine's domain to another host",
-            _ => "QEMU ended; libvirt does not say why",
-        },
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_end_is_told_by_its_reason() {
-        let reason = |constant: u32| i32::try_from(constant).unwrap_or(-1);
-        let shutdown = reason(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN);
-        let destroyed = reason(sys::VIR_DOMAIN_SHUTOFF_DESTROYED);
-        assert_eq!(ended(shutdown, Some("late".to_owned())), Exit::PoweredOff);
-        assert_eq!(ended(destroyed, Some("ours".to_owned())), Exit::Killed { why: "ours".to_owned() });
-        assert!(
-            matches!(ended(destroyed, None), Exit::Died { cause: Death::Hypervisor, detail } if detail.contains("somebody"))
-        );
-        let crashed = ended(reason(sys::VIR_DOMAIN_SHUTOFF_CRASHED), None);
-        assert!(matches!(crashed, Exit::Died { cause: Death::Hypervisor, .. }));
-    }
-
-    #[test]
-    fn a_paused_machine_is_in_trouble_only_for_some_reasons() {
-        let paused = |reason: u32| Seen::of(sys::VIR_DOMAIN_PAUSED, i32::try_from(reason).unwrap_or(-1));
-        assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_IOERROR), Seen::IoError);
-        assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_USER), Seen::Running);
-        assert_eq!(Seen::of(sys::VIR_DOMAIN_CRASHED, 0), Seen::Panicked);
-        assert_eq!(Seen::of(sys::VIR_DOMAIN_RUNNING, 1), Seen::Running);
     }
 }

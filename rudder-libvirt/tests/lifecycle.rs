@@ -5,19 +5,30 @@ mod common;
 #[path = "../../rudder-qemu/tests/common/sector.rs"]
 mod sector;
 
-use common::{Place, backend, blank_machine, eventually, qemus_of, sector_machine};
+use common::{Place, backend, blank_machine, daemon::orphans, eventually, qemus_of, sector_machine};
 use rudder_core::{
     ErrorKind,
-    backend::{Backend, Death, Exit, LabSpec, ModuleDraft, Progress, Retention, Stop},
+    backend::{Backend, Death, Exit, LabSpec, Machine, ModuleDraft, Progress, Retention, Stop},
     digest::Digest,
     module::{Provenance, TemplateMachine},
     plan::Bus,
 };
-use std::{sync::Arc, time::Duration};
+use rustix::process::{Pid, Signal, kill_process};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn killed(exit: &Exit) -> bool {
     matches!(exit, Exit::Killed { .. })
+}
+
+/// Waits until a guest listens for its power button.
+async fn ready(machine: &dyn Machine) {
+    while machine.serial_tail(100).await.unwrap() != b"ready" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -117,9 +128,7 @@ async fn every_end_is_told_from_the_others() {
     assert_eq!(off.serial_tail(3).await.unwrap(), b"bye");
 
     button.start().await.unwrap();
-    while button.serial_tail(100).await.unwrap() != b"ready" {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    ready(&**button).await;
     let exit = button.stop(Stop::Graceful { limit: Duration::from_secs(60) }).await.unwrap();
     assert_eq!(exit, Exit::PoweredOff);
 
@@ -130,8 +139,7 @@ async fn every_end_is_told_from_the_others() {
 
     rest.start().await.unwrap();
     let [qemu] = qemus_of(place.dir.path())[..] else { panic!("expected one QEMU") };
-    let pid = rustix::process::Pid::from_raw(qemu).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    kill_process(Pid::from_raw(qemu).unwrap(), Signal::KILL).unwrap();
     let exit = rest.wait().await.unwrap();
     assert!(matches!(exit, Exit::Died { cause: Death::Hypervisor, .. }), "{exit:?}");
     rest.start().await.unwrap();
@@ -141,6 +149,70 @@ async fn every_end_is_told_from_the_others() {
 
     lab.destroy().await.unwrap();
     drop((machines, lab));
+    place.assert_clean().await;
+}
+
+/// The processes of machines are orphans, and libvirt waits until the host's init has taken note of their end.
+#[tokio::test(flavor = "multi_thread")]
+async fn ends_are_told_when_the_hosts_init_is_slow() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let qemu = || {
+        let [qemu] = qemus_of(place.dir.path())[..] else { panic!("expected one QEMU") };
+        orphans::leave(qemu);
+        qemu
+    };
+    let is_held = |name: &str| {
+        // Also asking would wait.
+        let status =
+            place.dir.path().join(format!("libvirt/run/libvirt/qemu/run/rudder.{}.{name}.xml", lab.id()));
+        assert!(status.exists(), "expected libvirt not to have let go of {name} yet");
+    };
+
+    let rest = sector_machine(&*lab, &sector::rest(), Bus::Virtio, 1 << 20).await;
+    let rest = lab.create_machine(&rest).await.unwrap();
+    rest.start().await.unwrap();
+    let pid = qemu();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    let since = Instant::now();
+    let exit = rest.wait().await.unwrap();
+    assert!(since.elapsed() < Duration::from_secs(5), "it took {:?}", since.elapsed());
+    assert!(
+        matches!(&exit, Exit::Died { cause: Death::Hypervisor, detail } if detail.contains("signal 9")),
+        "{exit:?}"
+    );
+    is_held("guest");
+    // Whoever starts it again waits until libvirt has let go.
+    let again = tokio::spawn({
+        let rest = Arc::clone(&rest);
+        async move { rest.start().await }
+    });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!again.is_finished(), "expected the start to wait");
+    orphans::let_go(pid);
+    again.await.unwrap().unwrap();
+    let pid = qemu();
+    assert!(killed(&rest.stop(Stop::Kill).await.unwrap()));
+    is_held("guest");
+    orphans::let_go(pid);
+
+    // A guest that powers off is not dead, however late libvirt says so.
+    let mut off = sector_machine(&*lab, &sector::power_off_on_button(), Bus::Virtio, 1 << 20).await;
+    off.name = "off".to_owned();
+    let off = lab.create_machine(&off).await.unwrap();
+    off.start().await.unwrap();
+    ready(&*off).await;
+    let pid = qemu();
+    let late = tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        orphans::let_go(pid);
+    });
+    let exit = off.stop(Stop::Graceful { limit: Duration::from_secs(60) }).await.unwrap();
+    assert_eq!(exit, Exit::PoweredOff);
+    late.await.unwrap();
+
+    lab.destroy().await.unwrap();
+    drop((rest, off, lab));
     place.assert_clean().await;
 }
 

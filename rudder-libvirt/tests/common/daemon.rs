@@ -5,6 +5,9 @@
 //! network and mounts of their own.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
+#[path = "orphans.rs"]
+pub mod orphans;
+
 use std::{
     fs,
     os::unix::net::UnixStream,
@@ -118,6 +121,9 @@ impl Daemon {
             dir.join("libvirtd.log").display()
         );
         fs::write(&settings, text).unwrap();
+        if scope == Scope::Session {
+            orphans::adopt();
+        }
         let child = spawn(scope, dir, &settings);
         let mut daemon = Self { dir: dir.to_owned(), scope, child };
         daemon.wait();

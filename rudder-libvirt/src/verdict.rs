@@ -1,0 +1,175 @@
+//! What follows from what was seen of a machine: how it fares, and how it ended. Nothing here asks anybody.
+//!
+//! Libvirt tells best how a machine ended, but not always soon: it waits until the process is gone from the host's list, which
+//! the host's init may take its time for, and answers nothing about the domain meanwhile. The kernel tells at once that the
+//! process has ended. So what libvirt did not say after [`GRACE`] is concluded here. A guest that powered off by itself is
+//! never called dead: libvirt then ends QEMU, which ends well.
+
+use crate::process::Broke;
+use rudder_core::backend::{Death, Exit};
+use std::time::Duration;
+use virt::sys;
+
+/// How long libvirt has to say how a machine ended whose process is known to have ended.
+pub(crate) const GRACE: Duration = Duration::from_millis(750);
+/// The same for a process that ended well, or nobody knows how: whether its guest powered off only libvirt knows.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a look showed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Seen {
+    Running,
+    /// The guest powered off, and QEMU is about to end.
+    ShuttingDown,
+    Panicked,
+    IoError,
+    Off {
+        reason: i32,
+    },
+}
+
+impl Seen {
+    /// What a state and its reason (virDomainState, virDomainPausedReason, virDomainCrashedReason) mean.
+    pub(crate) fn of(state: sys::virDomainState, reason: i32) -> Self {
+        match state {
+            sys::VIR_DOMAIN_CRASHED => Self::Panicked,
+            sys::VIR_DOMAIN_PAUSED if is(reason, sys::VIR_DOMAIN_PAUSED_IOERROR) => Self::IoError,
+            sys::VIR_DOMAIN_PAUSED if is(reason, sys::VIR_DOMAIN_PAUSED_CRASHED) => Self::Panicked,
+            sys::VIR_DOMAIN_SHUTDOWN => Self::ShuttingDown,
+            sys::VIR_DOMAIN_SHUTOFF => Self::Off { reason },
+            _ => Self::Running,
+        }
+    }
+}
+
+fn is(reason: i32, constant: u32) -> bool {
+    u32::try_from(reason) == Ok(constant)
+}
+
+/// The death of a machine.
+pub(crate) fn died(cause: Death, detail: &str) -> Exit {
+    Exit::Died { cause, detail: detail.to_owned() }
+}
+
+/// How a machine ended that libvirt says is off, and for what reason (virDomainShutoffReason).
+pub(crate) fn told(reason: i32, killed: Option<&str>) -> Exit {
+    if is(reason, sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN) {
+        return Exit::PoweredOff;
+    }
+    if let Some(why) = killed {
+        return Exit::Killed { why: why.to_owned() };
+    }
+    died(
+        Death::Hypervisor,
+        match u32::try_from(reason) {
+            Ok(sys::VIR_DOMAIN_SHUTOFF_DESTROYED) => "somebody destroyed the machine's domain",
+            Ok(sys::VIR_DOMAIN_SHUTOFF_CRASHED) => {
+                "QEMU ended, or was killed; libvirt's log of the domain says more"
+            }
+            Ok(sys::VIR_DOMAIN_SHUTOFF_DAEMON) => "QEMU ended while libvirt was not watching it",
+            Ok(sys::VIR_DOMAIN_SHUTOFF_SAVED) => "somebody saved the machine's domain",
+            Ok(sys::VIR_DOMAIN_SHUTOFF_MIGRATED) => "somebody moved the machine's domain to another host",
+            _ => "QEMU ended; libvirt does not say why",
+        },
+    )
+}
+
+/// What is known of a machine whose process has ended, and of whose end libvirt has said nothing yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gone<'a> {
+    /// For how long it has been gone.
+    pub(crate) since: Duration,
+    /// How it broke, if it did and that is known.
+    pub(crate) broke: Option<Broke>,
+    /// Whether it was seen shutting down.
+    pub(crate) shutting_down: bool,
+    /// Why we had it ended, before it was gone.
+    pub(crate) killed: Option<&'a str>,
+}
+
+impl Gone<'_> {
+    /// How long libvirt is waited for.
+    pub(crate) fn patience(&self) -> Duration {
+        match (self.shutting_down, self.killed, self.broke) {
+            (true, _, _) | (false, None, Some(_)) => GRACE,
+            (false, Some(_), _) => Duration::ZERO,
+            (false, None, None) => PATIENCE,
+        }
+    }
+
+    /// How the machine ended, as far as that can be told without libvirt; `None`: libvirt is waited for.
+    pub(crate) fn conclude(&self) -> Option<Exit> {
+        let over = self.since >= self.patience();
+        over.then(|| match (self.shutting_down, self.killed, self.broke) {
+            (true, _, _) => Exit::PoweredOff,
+            (false, Some(why), _) => Exit::Killed { why: why.to_owned() },
+            (false, None, Some(broke)) => died(Death::Hypervisor, &format!("QEMU {broke}")),
+            (false, None, None) => died(Death::Hypervisor, "QEMU ended, and libvirt does not say why"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GONE: Gone<'static> =
+        Gone { since: Duration::ZERO, broke: None, shutting_down: false, killed: None };
+    const BROKE: Option<Broke> = Some(Broke::Signal(9));
+
+    #[test]
+    fn an_end_is_told_by_its_reason() {
+        let reason = |constant: u32| i32::try_from(constant).unwrap_or(-1);
+        let shutdown = reason(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN);
+        let destroyed = reason(sys::VIR_DOMAIN_SHUTOFF_DESTROYED);
+        assert_eq!(told(shutdown, Some("late")), Exit::PoweredOff);
+        assert_eq!(told(destroyed, Some("ours")), Exit::Killed { why: "ours".to_owned() });
+        assert!(
+            matches!(told(destroyed, None), Exit::Died { cause: Death::Hypervisor, detail } if detail.contains("somebody"))
+        );
+        let crashed = told(reason(sys::VIR_DOMAIN_SHUTOFF_CRASHED), None);
+        assert!(matches!(crashed, Exit::Died { cause: Death::Hypervisor, .. }));
+    }
+
+    #[test]
+    fn a_paused_machine_is_in_trouble_only_for_some_reasons() {
+        let paused = |reason: u32| Seen::of(sys::VIR_DOMAIN_PAUSED, i32::try_from(reason).unwrap_or(-1));
+        assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_IOERROR), Seen::IoError);
+        assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_USER), Seen::Running);
+        assert_eq!(Seen::of(sys::VIR_DOMAIN_CRASHED, 0), Seen::Panicked);
+        assert_eq!(Seen::of(sys::VIR_DOMAIN_RUNNING, 1), Seen::Running);
+        assert_eq!(Seen::of(sys::VIR_DOMAIN_SHUTDOWN, 1), Seen::ShuttingDown);
+    }
+
+    #[test]
+    fn a_process_that_broke_is_a_death_when_libvirt_stays_silent() {
+        assert_eq!(Gone { broke: BROKE, ..GONE }.conclude(), None, "libvirt has its grace");
+        let exit = Gone { broke: BROKE, since: GRACE, ..GONE }.conclude();
+        assert_eq!(exit, Some(died(Death::Hypervisor, "QEMU was killed by signal 9")));
+        let exit = Gone { broke: Some(Broke::Code(1)), since: GRACE, ..GONE }.conclude();
+        assert_eq!(exit, Some(died(Death::Hypervisor, "QEMU ended with exit code 1")));
+    }
+
+    #[test]
+    fn what_we_ended_is_told_at_once() {
+        for broke in [None, BROKE] {
+            let exit = Gone { broke, killed: Some("ours"), ..GONE }.conclude();
+            assert_eq!(exit, Some(Exit::Killed { why: "ours".to_owned() }));
+        }
+    }
+
+    #[test]
+    fn a_guest_that_powers_off_is_never_called_dead() {
+        for (broke, killed) in [(None, None), (BROKE, None), (None, Some("late")), (BROKE, Some("late"))] {
+            let gone = Gone { broke, killed, shutting_down: true, ..GONE };
+            assert_eq!(gone.conclude(), None, "libvirt has its grace");
+            assert_eq!(Gone { since: GRACE, ..gone }.conclude(), Some(Exit::PoweredOff));
+        }
+        // It may have done so between two looks: QEMU ended well, and libvirt is waited for.
+        for since in [GRACE, PATIENCE - Duration::from_millis(1)] {
+            assert_eq!(Gone { since, ..GONE }.conclude(), None);
+        }
+        let exit = Gone { since: PATIENCE, ..GONE }.conclude();
+        assert!(matches!(exit, Some(Exit::Died { cause: Death::Hypervisor, .. })), "{exit:?}");
+    }
+}
