@@ -2,20 +2,26 @@
 //!
 //! ```text
 //! make bench [RUNS=5]
+//! cargo bench --features libvirt --bench whole_build -- [--only qemu,libvirt] [--runs 5]
 //! ```
 //!
 //! One Debian VM with one trivial step, from nothing to a self-contained compressed disk:
 //!
 //! - *floor*: the same guest started by a plain qemu command line, one ssh login, the same step, poweroff, the same
 //!   `qemu-img convert`. No tool that boots the guest once can be faster.
-//! - *rudder*: the build example, in the release profile.
+//! - *qemu*: the build example, in the release profile.
+//! - *libvirt*: the same with `--backend libvirt`, on a libvirtd that is started for it and ends with it. Needs the feature `libvirt`.
 //! - *packer*: Packer from Debian's packages, with its QEMU builder.
 //!
-//! The runs are interleaved, so that a machine that gets slower or warmer does so for all three; figures are medians.
+//! The runs are interleaved, so that a machine that gets slower or warmer does so for all; figures are medians.
 //! Beside it: what Rudder's own process takes (peak of resident memory, CPU time; its children are not in it). Captures are
 //! measured by themselves in `capture.rs`.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)] // A program that prints, and ends where it cannot go on.
+
+#[cfg(feature = "libvirt")]
+#[path = "../rudder-libvirt/tests/common/daemon.rs"]
+mod daemon;
 
 use std::{
     collections::VecDeque,
@@ -32,46 +38,109 @@ const DISK: &str = "4G";
 const MEMORY_MIB: u32 = 1024;
 const CPUS: u32 = 2;
 
+/// What builds, in the order of the runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Contender {
+    Floor,
+    Qemu,
+    Libvirt,
+    Packer,
+}
+
+impl Contender {
+    const ALL: [Self; 4] = [Self::Floor, Self::Qemu, Self::Libvirt, Self::Packer];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Floor => "floor",
+            Self::Qemu => "qemu",
+            Self::Libvirt => "libvirt",
+            Self::Packer => "packer",
+        }
+    }
+}
+
+/// What the command line says: how many runs, and of what.
+fn options() -> (usize, Vec<Contender>) {
+    let (mut runs, mut chosen) = (5, Contender::ALL.to_vec());
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--bench" => {} // Cargo's own.
+            "--runs" => runs = arguments.next().expect("a number").parse().expect("a number"),
+            "--only" => {
+                let names = arguments.next().expect("names, with commas between them");
+                let find = |name| Contender::ALL.into_iter().find(|it| it.name() == name);
+                chosen = names
+                    .split(',')
+                    .map(|name| find(name).unwrap_or_else(|| panic!("no {name:?}")))
+                    .collect();
+            }
+            other => panic!("expected --runs N or --only NAME,…, but found {other:?}"),
+        }
+    }
+    if cfg!(not(feature = "libvirt")) && chosen.contains(&Contender::Libvirt) {
+        println!("libvirt is left out: this bench is compiled without the feature `libvirt`");
+        chosen.retain(|it| *it != Contender::Libvirt);
+    }
+    (runs, chosen)
+}
+
 fn main() {
-    // cargo bench passes flags of its own.
-    let runs = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(5_usize);
+    let (runs, chosen) = options();
     let bench = Bench::prepare();
-    println!("{}; {} runs of each, interleaved", bench.machine(), runs);
+    #[cfg(feature = "libvirt")]
+    let place = tempfile::tempdir().unwrap(); // The names of sockets must be short.
+    #[cfg(feature = "libvirt")]
+    let daemon = chosen.contains(&Contender::Libvirt).then(|| daemon::Daemon::start(place.path()));
+    #[cfg(feature = "libvirt")]
+    let uri = daemon.as_ref().map(daemon::Daemon::uri).unwrap_or_default();
+    #[cfg(not(feature = "libvirt"))]
+    let uri = String::new();
+    println!("{}; {runs} runs of each, interleaved", bench.machine());
 
     println!("warming up: Rudder takes the image into its store, the system its files into memory");
-    bench.rudder("warm-up");
-    let (mut floor, mut rudder, mut packer) = (Vec::new(), Vec::new(), Vec::new());
+    for contender in [Contender::Qemu, Contender::Libvirt] {
+        if chosen.contains(&contender) {
+            bench.rudder(contender, &uri, "warm-up");
+        }
+    }
+    let mut results: Vec<(Contender, Vec<Figures>)> =
+        chosen.into_iter().map(|contender| (contender, Vec::new())).collect();
     for run in 1..=runs {
-        floor.push(bench.floor());
-        rudder.push(bench.rudder(&run.to_string()));
-        packer.push(bench.packer());
-        println!(
-            "run {run}: floor {:.1} s · rudder {:.1} s · packer {:.1} s",
-            floor[run - 1].whole,
-            rudder[run - 1].whole,
-            packer[run - 1]
-        );
+        let mut line = Vec::new();
+        for (contender, results) in &mut results {
+            let figures = match contender {
+                Contender::Floor => bench.floor(),
+                Contender::Packer => Figures { whole: bench.packer(), parts: Vec::new() },
+                Contender::Qemu | Contender::Libvirt => bench.rudder(*contender, &uri, &run.to_string()),
+            };
+            line.push(format!("{} {:.1} s", contender.name(), figures.whole));
+            results.push(figures);
+        }
+        println!("run {run}: {}", line.join(" · "));
     }
 
-    let whole_floor = median(floor.iter().map(|run| run.whole));
-    let whole_rudder = median(rudder.iter().map(|run| run.whole));
-    let whole_packer = median(packer);
     println!("\nwhole build of one Debian VM, median of {runs}");
-    println!(
-        "  floor   {whole_floor:6.1} s   (greets after {:.1} s, login to off {:.1} s, convert {:.1} s)",
-        median(floor.iter().map(|run| run.login)),
-        median(floor.iter().map(|run| run.off)),
-        median(floor.iter().map(|run| run.convert))
-    );
-    println!("  rudder  {whole_rudder:6.1} s   {:.2} × floor", whole_rudder / whole_floor);
-    println!("  packer  {whole_packer:6.1} s   {:.2} × floor", whole_packer / whole_floor);
+    let of = |wanted| {
+        results.iter().find(|(contender, _)| *contender == wanted).map(|(_, figures)| whole(figures))
+    };
+    for (contender, figures) in &results {
+        let whole = whole(figures);
+        let ratios = [Contender::Floor, Contender::Qemu].into_iter().filter(|it| it != contender);
+        let ratios: String =
+            ratios.filter_map(|it| Some(format!("   {:.2} × {}", whole / of(it)?, it.name()))).collect();
+        println!("  {:8}{whole:6.1} s{ratios}", contender.name());
+        for (place, (what, unit, _)) in figures[0].parts.iter().enumerate() {
+            let part = median(figures.iter().map(|one| one.parts[place].2));
+            println!("            {what} {part:.2} {unit}");
+        }
+    }
+}
 
-    println!("\nRudder's own process during it");
-    println!(
-        "  peak memory {:.1} MiB, CPU {:.2} s",
-        median(rudder.iter().map(|run| run.peak_mib)),
-        median(rudder.iter().map(|run| run.cpu))
-    );
+/// The median of whole builds.
+fn whole(figures: &[Figures]) -> f64 {
+    median(figures.iter().map(|one| one.whole))
 }
 
 /// The middle value; of an even number the mean of the two in the middle. Seconds or whatever went in.
@@ -82,19 +151,10 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
 }
 
-/// Seconds of one run of the floor.
-struct Floor {
+/// One build: seconds of the whole, and what else is worth knowing, with its unit.
+struct Figures {
     whole: f64,
-    login: f64,
-    off: f64,
-    convert: f64,
-}
-
-/// One run of Rudder: seconds, and MiB.
-struct Rudder {
-    whole: f64,
-    peak_mib: f64,
-    cpu: f64,
+    parts: Vec<(&'static str, &'static str, f64)>,
 }
 
 /// What all runs share.
@@ -116,7 +176,7 @@ impl Bench {
         let build = program.ancestors().nth(2).unwrap().join("examples/build");
         assert!(
             build.exists(),
-            "this bench needs {}: cargo build --release --example build",
+            "this bench needs {}: cargo build --release --features libvirt --example build",
             build.display()
         );
         let dir = tempfile::Builder::new().prefix("bench.").tempdir_in(root.join("target")).unwrap();
@@ -181,7 +241,7 @@ impl Bench {
         ["-c", "-W", "-m", &jobs, "-o", "compression_type=zstd"].map(str::to_owned).to_vec()
     }
 
-    fn floor(&self) -> Floor {
+    fn floor(&self) -> Figures {
         let disk = self.path("floor.qcow2");
         let start = Instant::now();
         run(Command::new("qemu-img")
@@ -252,7 +312,12 @@ impl Bench {
         let off = start.elapsed();
         let convert = self.convert();
         let whole = start.elapsed().as_secs_f64();
-        Floor { whole, login: login.as_secs_f64(), off: (off - login).as_secs_f64(), convert }
+        let parts = vec![
+            ("greets after", "s", login.as_secs_f64()),
+            ("login to off", "s", (off - login).as_secs_f64()),
+            ("convert", "s", convert),
+        ];
+        Figures { whole, parts }
     }
 
     /// Seconds that `qemu-img convert` takes for the disk of the floor's last run.
@@ -268,14 +333,17 @@ impl Bench {
         took
     }
 
-    fn rudder(&self, run: &str) -> Rudder {
+    /// The build example on one of its backends; libvirt is at this URI.
+    fn rudder(&self, contender: Contender, uri: &str, run: &str) -> Figures {
+        let backend = contender.name();
         let start = Instant::now();
         let mut child = Process::start(
             Command::new(&self.build)
-                .args(["--events", "json", "--store"])
-                .arg(self.path("store"))
+                .args(["--backend", backend, "--events", "json", "--store"])
+                .arg(self.path(&format!("store-{backend}")))
                 .arg(self.path("manifest.yaml"))
                 .stdout(Stdio::piped())
+                .env("LIBVIRT_DEFAULT_URI", uri)
                 .stderr(fs::File::create(self.path("rudder.log")).unwrap()),
         );
         let output = child.0.stdout.take().unwrap();
@@ -295,10 +363,10 @@ impl Bench {
         let log = reader.join().unwrap();
         assert!(
             status.success(),
-            "run {run} of the build example failed ({status}):\n{}\n{log}",
+            "run {run} of the build example on {backend} failed ({status}):\n{}\n{log}",
             fs::read_to_string(self.path("rudder.log")).unwrap_or_default()
         );
-        Rudder { whole, peak_mib, cpu }
+        Figures { whole, parts: vec![("own peak of memory", "MiB", peak_mib), ("own CPU time", "s", cpu)] }
     }
 
     fn packer(&self) -> f64 {
