@@ -25,7 +25,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 use tokio::sync::RwLock;
@@ -145,6 +145,8 @@ pub(crate) struct LibvirtLab {
     footing: Arc<Footing>,
     store: Store,
     machines: Machines,
+    /// The number of the next machine: several may be defined at once, and each has files of its own.
+    numbers: AtomicUsize,
     /// Kept or destroyed: nothing is left to do when it is dropped.
     settled: AtomicBool,
 }
@@ -169,6 +171,7 @@ impl LibvirtLab {
             footing: Arc::new(footing),
             store: store.clone(),
             machines: Machines::default(),
+            numbers: AtomicUsize::new(0),
             settled: AtomicBool::new(false),
         };
         if offer.bridges {
@@ -277,13 +280,10 @@ impl Lab for LibvirtLab {
         for disk in &spec.disks {
             self.footing.ground.volume_size(&disk.volume.id).map_err(refuse)?;
         }
-        let number = {
-            let machines = self.machines();
-            if machines.iter().any(|machine| machine.name() == spec.name) {
-                return Err(self.taken(&spec.name));
-            }
-            machines.len()
-        };
+        if self.machines().iter().any(|machine| machine.name() == spec.name) {
+            return Err(self.taken(&spec.name));
+        }
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let machine = LibvirtMachine::define(&self.footing, spec, number).await.map_err(refuse)?;
         let machine = Arc::new(machine);
         let mut machines = self.machines();

@@ -152,6 +152,29 @@ async fn every_end_is_told_from_the_others() {
     place.assert_clean().await;
 }
 
+/// Machines that are defined at once have each its own files.
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_that_are_defined_at_once_do_not_meet() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let define = async |name: &str| {
+        let mut spec = sector_machine(&*lab, &sector::power_off(name), Bus::Virtio, 1 << 20).await;
+        spec.name = name.to_owned();
+        lab.create_machine(&spec).await.unwrap()
+    };
+    let (one, two, three) = tokio::join!(define("one"), define("two"), define("three"));
+    for machine in [&one, &two, &three] {
+        machine.start().await.unwrap();
+    }
+    for machine in [&one, &two, &three] {
+        assert_eq!(machine.wait().await.unwrap(), Exit::PoweredOff);
+        assert_eq!(machine.serial_tail(100).await.unwrap(), machine.name().as_bytes());
+    }
+    lab.destroy().await.unwrap();
+    drop((one, two, three, lab));
+    place.assert_clean().await;
+}
+
 /// The processes of machines are orphans, and libvirt waits until the host's init has taken note of their end.
 #[tokio::test(flavor = "multi_thread")]
 async fn ends_are_told_when_the_hosts_init_is_slow() {

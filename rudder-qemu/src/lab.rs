@@ -17,7 +17,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -30,6 +30,8 @@ pub(crate) struct QemuLab {
     ground: Arc<Ground>,
     store: Store,
     machines: Machines,
+    /// The number of the next machine: several may be defined at once, and each has files of its own.
+    numbers: AtomicUsize,
     kept: AtomicBool,
 }
 
@@ -40,6 +42,7 @@ impl QemuLab {
             ground: Arc::new(ground),
             store: store.clone(),
             machines: Machines::default(),
+            numbers: AtomicUsize::new(0),
             kept: AtomicBool::new(false),
         })
     }
@@ -93,13 +96,10 @@ impl Lab for QemuLab {
                 format!("expected a new name in lab {}, but found {:?} again", self.ground.id, spec.name);
             refuse(Error::new(ErrorKind::Conflict, message))
         };
-        let number = {
-            let machines = self.machines();
-            if machines.iter().any(|machine| machine.name() == spec.name) {
-                return Err(taken());
-            }
-            machines.len()
-        };
+        if self.machines().iter().any(|machine| machine.name() == spec.name) {
+            return Err(taken());
+        }
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let parent = match &spec.state_of {
             Some(parent) => Some(self.ground.parent(parent).await.map_err(refuse)?),
             None => None,

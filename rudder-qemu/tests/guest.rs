@@ -51,6 +51,29 @@ async fn a_guest_boots_from_every_bus_that_boots_and_powers_off() {
     place.assert_clean().await;
 }
 
+/// Machines that are defined at once have each its own files.
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_that_are_defined_at_once_do_not_meet() {
+    let place = Place::new().await;
+    let lab = place.lab().await;
+    let define = async |name: &str| {
+        let mut spec = sector_machine(&*lab, &sector::power_off(name), Bus::Virtio, DISK).await;
+        spec.name = name.to_owned();
+        lab.create_machine(&spec).await.unwrap()
+    };
+    let (one, two, three) = tokio::join!(define("one"), define("two"), define("three"));
+    for machine in [&one, &two, &three] {
+        machine.start().await.unwrap();
+    }
+    for machine in [&one, &two, &three] {
+        assert_eq!(machine.wait().await.unwrap(), Exit::PoweredOff);
+        assert_eq!(machine.serial_tail(100).await.unwrap(), machine.name().as_bytes());
+    }
+    lab.destroy().await.unwrap();
+    drop((one, two, three, lab));
+    place.assert_clean().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blank_disk_falls_through_to_the_cd_and_boots_once_it_is_installed() {
     let place = Place::new().await;
