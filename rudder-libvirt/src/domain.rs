@@ -1,55 +1,22 @@
 //! The XML of a domain (<https://libvirt.org/formatdomain.html>): from what a machine is made of to what libvirt defines.
 //! Nothing here touches the host.
 //!
-//! Everything sits where it sits on raw QEMU (the table in rudder-qemu's `command_line`), so that a guest finds its disks
-//! and cards at the same places whichever of the two built its module. Cards in the user
-//! network are given to QEMU as arguments, because libvirt's own user network forwards no ports (its `portForward` needs
-//! passt).
+//! Where its devices sit is in `places`, how each is written in `devices`. Cards in the user network are given to QEMU as
+//! arguments, because libvirt's own user network forwards no ports (its `portForward` needs passt).
 
-use crate::{label::Label, network::Card, offer::Offer, xml::Xml};
-use rudder_core::{Error, ErrorKind, Result, backend::LabId, plan::Bus, store::LAB_VARIABLE};
-use rudder_qemu::parts::Loader;
-use std::path::{Path, PathBuf};
-
-/// PCI slots.
-mod place {
-    pub(super) const VGA: usize = 0x02;
-    pub(super) const SCSI: usize = 0x03;
-    pub(super) const AHCI: usize = 0x04;
-    pub(super) const XHCI: usize = 0x05;
-    pub(super) const RNG: usize = 0x06;
-    pub(super) const VIRTIO_DISKS: usize = 0x08;
-    pub(super) const CARDS: usize = 0x10;
-    pub(super) const SEED: usize = 0x1a;
-}
-
-/// Functions of a PCI device.
-const FUNCTIONS: usize = 8;
-/// Ports of an AHCI controller.
-const AHCI_PORTS: usize = 6;
-/// Ports of an xHCI controller that are used.
-const XHCI_PORTS: usize = 8;
-/// The longest path of a socket, in bytes (unix(7), without the closing zero).
-const SOCKET_PATH: usize = 107;
-
-/// A disk of a domain.
-#[derive(Debug)]
-pub(crate) struct Disk {
-    /// Its file; absolute.
-    pub(crate) path: PathBuf,
-    pub(crate) bus: Bus,
-    /// Whether what is written to it is thrown away when the domain ends.
-    pub(crate) transient: bool,
-}
-
-/// Where the serial console goes.
-#[derive(Debug)]
-pub(crate) enum Serial {
-    /// A socket, and a file with all that was written.
-    Socket { socket: PathBuf, log: PathBuf },
-    /// A terminal of libvirt's, for `virsh console`.
-    Terminal,
-}
+use crate::{
+    devices::{
+        Disk, Serial, Tpm, Uefi, check_socket, write_card, write_disk, write_firmware, write_floppy,
+        write_medium, write_serial, write_tpm,
+    },
+    label::Label,
+    network::Card,
+    offer::Offer,
+    places::{Place, Places, address, pci, place},
+    xml::Xml,
+};
+use rudder_core::{Result, backend::LabId, plan::Bus, store::LAB_VARIABLE};
+use std::path::PathBuf;
 
 /// The cards of a domain.
 #[derive(Debug)]
@@ -58,31 +25,6 @@ pub(crate) enum Cards {
     Bridged(Vec<Card>),
     /// In QEMU's user network: its arguments.
     User(Vec<String>),
-}
-
-/// The firmware of a domain with UEFI.
-#[derive(Debug)]
-pub(crate) struct Uefi {
-    pub(crate) loader: Loader,
-    pub(crate) variables: Variables,
-}
-
-/// The variables of a domain's firmware.
-#[derive(Debug)]
-pub(crate) enum Variables {
-    /// This file.
-    Own(PathBuf),
-    /// A copy of this file, which libvirt keeps.
-    CopyOf(PathBuf),
-}
-
-/// The TPM of a domain.
-#[derive(Debug)]
-pub(crate) enum Tpm {
-    /// Somebody listens on this socket.
-    At(PathBuf),
-    /// One that libvirt makes and keeps.
-    OfLibvirt,
 }
 
 /// Everything that a domain is made of.
@@ -126,7 +68,7 @@ impl Domain<'_> {
         if let Some(Tpm::At(socket)) = &self.tpm {
             check_socket(socket)?;
         }
-        let mut places = Places { q35: self.is_q35(), ..Places::default() };
+        let mut places = Places::new(self.is_q35());
         let disks = self.disks.iter().map(|disk| places.take(disk.bus)).collect::<Result<Vec<_>>>()?;
         let cdrom_bus = self.cdrom_bus(places.units());
         let cdroms = self.cdroms.iter().map(|_| places.take(cdrom_bus)).collect::<Result<Vec<_>>>()?;
@@ -240,16 +182,7 @@ impl Domain<'_> {
     }
 
     fn devices(&self, xml: &mut Xml) {
-        match &self.serial {
-            Serial::Socket { socket, log } => xml.element("serial", &[("type", "unix")], |xml| {
-                xml.empty("source", &[("mode", "bind"), ("path", &text(socket))]);
-                xml.empty("log", &[("file", &text(log)), ("append", "off")]);
-                xml.empty("target", &[("port", "0")]);
-            }),
-            Serial::Terminal => {
-                xml.element("serial", &[("type", "pty")], |xml| xml.empty("target", &[("port", "0")]));
-            }
-        }
+        write_serial(xml, &self.serial);
         if let Cards::Bridged(cards) = &self.cards {
             for card in cards {
                 write_card(xml, card);
@@ -276,290 +209,5 @@ impl Domain<'_> {
                 address(xml, &pci(place::RNG, 0, false));
             });
         }
-    }
-}
-
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
-}
-
-fn check_socket(path: &Path) -> Result<()> {
-    let length = path.as_os_str().len();
-    if length <= SOCKET_PATH {
-        return Ok(());
-    }
-    let message = format!(
-        "expected a path of at most {SOCKET_PATH} bytes for a socket, but found {length}: {}",
-        path.display()
-    );
-    Err(Error::new(ErrorKind::InvalidInput, message).with_help("use a store with a shorter path"))
-}
-
-/// An address: the attributes of `address`.
-type Address = Vec<(&'static str, String)>;
-
-fn pci(slot: usize, function: usize, multifunction: bool) -> Address {
-    let mut address = vec![
-        ("type", "pci".to_owned()),
-        ("domain", "0".to_owned()),
-        ("bus", "0".to_owned()),
-        ("slot", slot.to_string()),
-        ("function", function.to_string()),
-    ];
-    if multifunction {
-        address.push(("multifunction", "on".to_owned()));
-    }
-    address
-}
-
-fn drive(controller: usize, bus: usize, target: usize, unit: usize) -> Address {
-    vec![
-        ("type", "drive".to_owned()),
-        ("controller", controller.to_string()),
-        ("bus", bus.to_string()),
-        ("target", target.to_string()),
-        ("unit", unit.to_string()),
-    ]
-}
-
-fn address(xml: &mut Xml, address: &Address) {
-    let attributes: Vec<(&str, &str)> = address.iter().map(|(key, value)| (*key, value.as_str())).collect();
-    xml.empty("address", &attributes);
-}
-
-fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool) {
-    xml.element("disk", &[("type", "file"), ("device", "disk")], |xml| {
-        // A lab's disks are thrown away when the host crashes: no flush has to reach its platters. Paused rather than
-        // told to the guest: the host's trouble would look like a broken disk there.
-        xml.empty(
-            "driver",
-            &[
-                ("name", "qemu"),
-                ("type", "qcow2"),
-                ("cache", "unsafe"),
-                ("error_policy", "stop"),
-                ("rerror_policy", "stop"),
-                ("discard", "unmap"),
-                ("detect_zeroes", "unmap"),
-            ],
-        );
-        xml.empty("source", &[("file", &text(&disk.path))]);
-        xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
-        if disk.transient {
-            // With a shared backing file it is opened for reading only, but plugged in late, which not every bus can do.
-            let shared = matches!(disk.bus, Bus::Virtio | Bus::Scsi | Bus::Usb);
-            xml.empty("transient", if shared { &[("shareBacking", "yes")] } else { &[] });
-        }
-        if boots {
-            xml.empty("boot", &[("order", "1")]);
-        }
-        address(xml, &place.address);
-    });
-}
-
-/// A medium that nobody writes to.
-fn write_medium(xml: &mut Xml, device: &str, path: &Path, place: &Place, order: Option<usize>) {
-    xml.element("disk", &[("type", "file"), ("device", device)], |xml| {
-        xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
-        xml.empty("source", &[("file", &text(path))]);
-        xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
-        xml.empty("readonly", &[]);
-        if let Some(order) = order {
-            xml.empty("boot", &[("order", &order.to_string())]);
-        }
-        address(xml, &place.address);
-    });
-}
-
-fn write_floppy(xml: &mut Xml, path: &Path) {
-    xml.element("disk", &[("type", "file"), ("device", "floppy")], |xml| {
-        xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
-        xml.empty("source", &[("file", &text(path))]);
-        xml.empty("target", &[("dev", "fda"), ("bus", "fdc")]);
-    });
-}
-
-fn write_firmware(xml: &mut Xml, uefi: &Uefi) {
-    let mut attributes = vec![("readonly", "yes"), ("type", "pflash")];
-    if uefi.loader.smm {
-        attributes.push(("secure", "yes"));
-    }
-    // Raw is what libvirt takes for granted; older ones know nothing else.
-    if uefi.loader.format != "raw" {
-        attributes.push(("format", &uefi.loader.format));
-    }
-    xml.text("loader", &attributes, &text(&uefi.loader.code));
-    match &uefi.variables {
-        Variables::Own(path) => xml.text("nvram", &[], &text(path)),
-        Variables::CopyOf(path) => xml.empty("nvram", &[("template", &text(path))]),
-    }
-}
-
-fn write_tpm(xml: &mut Xml, tpm: &Tpm) {
-    xml.element("tpm", &[("model", "tpm-crb")], |xml| match tpm {
-        Tpm::At(socket) => xml.element("backend", &[("type", "external")], |xml| {
-            xml.empty("source", &[("type", "unix"), ("mode", "connect"), ("path", &text(socket))]);
-        }),
-        Tpm::OfLibvirt => xml.empty("backend", &[("type", "emulator"), ("version", "2.0")]),
-    });
-}
-
-fn write_card(xml: &mut Xml, card: &Card) {
-    xml.element("interface", &[("type", "network")], |xml| {
-        xml.empty("mac", &[("address", &card.mac)]);
-        xml.empty("source", &[("network", &card.network)]);
-        xml.empty("model", &[("type", card.model)]);
-        // Without a boot ROM: nothing boots from the network, and loading it takes time.
-        xml.empty("rom", &[("enabled", "no")]);
-        address(xml, &pci(place::CARDS + usize::from(card.slot), 0, false));
-    });
-}
-
-fn bus_name(bus: Bus) -> &'static str {
-    match bus {
-        Bus::Virtio => "virtio",
-        Bus::Scsi => "scsi",
-        Bus::Sata => "sata",
-        Bus::Usb => "usb",
-        Bus::Ide => "ide",
-    }
-}
-
-/// Where a disk sits.
-#[derive(Debug)]
-struct Place {
-    /// The name that libvirt wants: `vda`, `sdb`. A guest may call it otherwise.
-    target: String,
-    /// As libvirt calls it.
-    bus: &'static str,
-    address: Address,
-}
-
-/// How many places of each bus are taken.
-#[derive(Debug, Default)]
-struct Places {
-    /// Whether the chipset's own controller is one of SATA, and not of IDE.
-    q35: bool,
-    virtio: usize,
-    scsi: usize,
-    sata: usize,
-    usb: usize,
-    ide: usize,
-    /// Names are given by prefix, which several buses share.
-    names: [usize; 3],
-}
-
-impl Places {
-    /// Units on the chipset's own disk controller: IDE's two channels of two, or six ports of SATA.
-    fn units(&self) -> usize {
-        if self.q35 { AHCI_PORTS } else { 4 }
-    }
-
-    /// The next place on a bus.
-    fn take(&mut self, bus: Bus) -> Result<Place> {
-        let (units, q35) = (self.units(), self.q35);
-        let (counter, limit) = match bus {
-            Bus::Virtio => (&mut self.virtio, FUNCTIONS * FUNCTIONS),
-            Bus::Scsi => (&mut self.scsi, 64),
-            Bus::Sata => (&mut self.sata, FUNCTIONS * AHCI_PORTS),
-            Bus::Usb => (&mut self.usb, FUNCTIONS * XHCI_PORTS),
-            Bus::Ide => (&mut self.ide, units),
-        };
-        let index = *counter;
-        if index >= limit {
-            let message = format!("expected at most {limit} disks on {}, but found more", bus_name(bus));
-            return Err(
-                Error::new(ErrorKind::InvalidInput, message).with_help("put the others on virtio or scsi")
-            );
-        }
-        *counter += 1;
-        let address = match bus {
-            Bus::Virtio => pci(place::VIRTIO_DISKS + index % FUNCTIONS, index / FUNCTIONS, true),
-            Bus::Scsi => drive(0, 0, index, 0),
-            // The chipset's own comes first.
-            Bus::Sata => drive(usize::from(q35) + index / AHCI_PORTS, 0, 0, index % AHCI_PORTS),
-            Bus::Usb => vec![
-                ("type", "usb".to_owned()),
-                ("bus", (index / XHCI_PORTS).to_string()),
-                ("port", (index % XHCI_PORTS + 1).to_string()),
-            ],
-            Bus::Ide if q35 => drive(0, 0, 0, index),
-            Bus::Ide => drive(0, index / 2, 0, index % 2),
-        };
-        let bus = if bus == Bus::Ide && q35 { "sata" } else { bus_name(bus) };
-        Ok(Place { target: self.name(bus), bus, address })
-    }
-
-    /// The next name of a disk: `vda` … `vdz`, `vdaa` …
-    fn name(&mut self, bus: &str) -> String {
-        let (prefix, index) = match bus {
-            "virtio" => ("vd", 0),
-            "ide" => ("hd", 2),
-            _ => ("sd", 1),
-        };
-        let mut number = self.names[index];
-        self.names[index] += 1;
-        let mut letters = Vec::new();
-        loop {
-            letters.push(char::from(b'a' + (number % 26) as u8));
-            match (number / 26).checked_sub(1) {
-                Some(rest) => number = rest,
-                None => break,
-            }
-        }
-        format!("{prefix}{}", letters.iter().rev().collect::<String>())
-    }
-
-    /// The controllers of what was taken.
-    fn controllers(&self, xml: &mut Xml) {
-        let mut write =
-            |kind: &str, index: usize, model: Option<&str>, ports: Option<usize>, at: Option<Address>| {
-                let (index, ports) = (index.to_string(), ports.map(|ports| ports.to_string()));
-                let mut attributes = vec![("type", kind), ("index", index.as_str())];
-                attributes.extend(model.map(|model| ("model", model)));
-                attributes.extend(ports.as_deref().map(|ports| ("ports", ports)));
-                xml.element("controller", &attributes, |xml| {
-                    if let Some(at) = &at {
-                        address(xml, at);
-                    }
-                });
-            };
-        if self.scsi > 0 {
-            write("scsi", 0, Some("virtio-scsi"), None, Some(pci(place::SCSI, 0, false)));
-        }
-        for index in 0..self.sata.div_ceil(AHCI_PORTS) {
-            let number = usize::from(self.q35) + index;
-            write("sata", number, None, None, Some(pci(place::AHCI, index, true)));
-        }
-        for index in 0..self.usb.div_ceil(XHCI_PORTS) {
-            write("usb", index, Some("qemu-xhci"), Some(XHCI_PORTS), Some(pci(place::XHCI, index, true)));
-        }
-        if self.usb == 0 {
-            write("usb", 0, Some("none"), None, None);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn disks_are_named_beyond_the_alphabet() {
-        let mut places = Places::default();
-        let names: Vec<String> = (0..64).map(|_| places.take(Bus::Virtio).unwrap().target).collect();
-        assert_eq!((names[0].as_str(), names[25].as_str(), names[26].as_str()), ("vda", "vdz", "vdaa"));
-        assert!(places.take(Bus::Virtio).unwrap_err().report().contains("at most 64 disks on virtio"));
-        assert_eq!(places.take(Bus::Scsi).unwrap().target, "sda");
-        assert_eq!(places.take(Bus::Sata).unwrap().target, "sdb");
-        assert_eq!(places.take(Bus::Ide).unwrap().target, "hda");
-    }
-
-    #[test]
-    fn a_path_that_is_too_long_for_a_socket_is_refused() {
-        assert!(check_socket(Path::new("/short")).is_ok());
-        let error = check_socket(Path::new(&"/long".repeat(40))).unwrap_err();
-        assert!(error.report().contains("shorter path"), "{}", error.report());
     }
 }

@@ -16,6 +16,7 @@
 
 mod backend;
 mod connection;
+mod devices;
 mod domain;
 mod lab;
 mod label;
@@ -23,6 +24,8 @@ mod machine;
 mod modules;
 mod network;
 mod offer;
+mod picture;
+mod places;
 mod process;
 mod verdict;
 mod watch;

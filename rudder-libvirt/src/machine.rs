@@ -1,21 +1,26 @@
 //! One VM in a lab: a domain of libvirt's, with its disks in the lab.
 
+mod launch;
+
+use self::launch::{Launched, Ways};
 use crate::{
-    connection::{Connection, Failure, domain},
-    domain::{self, Cards, Disk, Domain, Serial, Uefi, Variables},
+    connection::{Failure, domain},
+    devices::{self, Disk, Serial, Uefi, Variables},
+    domain::{Cards, Domain},
     lab::Footing,
     network,
-    process::{self, Found},
+    picture::picture,
+    process,
     watch::{Phase, Watcher},
 };
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Retention, Stop},
+    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Stop},
     media::http::{Caller, is_of_process},
     module::{CapturedDisk, CapturedState},
 };
-use rudder_qemu::parts::{MachineState, Tpm, board, card_arguments, connect_serial, read_forwards, tail};
+use rudder_qemu::parts::{MachineState, board, card_arguments, connect_serial, tail};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -29,17 +34,13 @@ use std::{
 use tokio::{
     net::{TcpStream, UnixStream},
     sync::{RwLock, RwLockReadGuard, mpsc, oneshot, watch},
-    time::{Instant, sleep, timeout, timeout_at},
+    time::timeout,
 };
 use tokio_util::task::AbortOnDropHandle;
-use virt::{connect::Connect, stream::Stream, sys};
+use virt::{connect::Connect, sys};
 
 /// How long a guest may take to answer when it is dialled.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-
-/// How long libvirt may take to let go of a machine that has ended before it is started again, and how often is looked.
-const REST_LIMIT: Duration = Duration::from_secs(30);
-const REST_LOOK: Duration = Duration::from_millis(20);
 
 /// A VM on libvirt.
 #[derive(Debug)]
@@ -69,35 +70,6 @@ struct Running {
     /// Of its TPM.
     released: Option<Arc<AtomicBool>>,
     _watcher: AbortOnDropHandle<()>,
-}
-
-/// What a domain that was powered on runs with.
-#[derive(Debug)]
-struct Launched {
-    ways: Ways,
-    process: Option<Found>,
-    tpm: Option<Tpm>,
-}
-
-/// The ways to the ports of a guest.
-#[derive(Debug, Clone)]
-enum Ways {
-    /// Ports of the host, and those of the guest that they lead to.
-    Forwarded(Vec<(u16, u16)>),
-    /// Its address on a bridge, once it was seen.
-    Bridged(Option<Ipv4Addr>),
-}
-
-impl Ways {
-    fn to(&self, port: u16) -> Option<SocketAddr> {
-        match self {
-            Self::Forwarded(forwards) => {
-                let (host, _) = forwards.iter().find(|(_, guest)| *guest == port)?;
-                Some(SocketAddr::from((Ipv4Addr::LOCALHOST, *host)))
-            }
-            Self::Bridged(address) => address.map(|address| SocketAddr::from((address, port))),
-        }
-    }
 }
 
 impl LibvirtMachine {
@@ -182,34 +154,6 @@ fn domain_name(lab: &str, number: usize, vm: &str) -> String {
     }
 }
 
-/// A picture of the screen of a domain that runs, as PNG.
-pub(crate) async fn picture(connection: &Arc<Connection>, name: &str) -> Result<Vec<u8>> {
-    let name = name.to_owned();
-    let take = move |connect: &Connect| {
-        let stream = Stream::new(connect, 0)?;
-        let kind = domain(connect, &name)?.screenshot(&stream, 0, 0)?;
-        let (mut bytes, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
-        loop {
-            match stream.recv(&mut buffer)? {
-                0 => break,
-                count => bytes.extend_from_slice(&buffer[..count]),
-            }
-        }
-        stream.finish()?;
-        Ok((kind, bytes))
-    };
-    let taken = connection.ask(take).await;
-    let (kind, bytes) =
-        taken.map_err(|failure| failure.into_error(ErrorKind::Protocol, "take a picture of the screen"))?;
-    if kind != "image/png" {
-        let message = format!("expected a picture in image/png from libvirt, but found {kind}");
-        return Err(
-            Error::new(ErrorKind::Unsupported, message).with_help("use QEMU 7.1 and libvirt 8.9, or later")
-        );
-    }
-    Ok(bytes)
-}
-
 impl Inner {
     /// The name of a file of it in the lab. Short, because a socket's path has at most 107 bytes (unix(7)).
     fn file(&self, suffix: &str) -> String {
@@ -240,7 +184,7 @@ impl Inner {
                 .state
                 .firmware()
                 .map(|(loader, variables)| Uefi { loader, variables: Variables::Own(variables) }),
-            tpm: self.state.tpm_socket().map(domain::Tpm::At),
+            tpm: self.state.tpm_socket().map(devices::Tpm::At),
             cdroms: self.spec.cdroms.clone(),
             floppy: self.spec.floppy.as_ref().map(|_| ground.path(&self.file("floppy.img"))),
             seed: self.spec.seed.as_ref().map(|_| ground.path(&self.file("seed.img"))),
@@ -296,98 +240,6 @@ impl Inner {
         }
     }
 
-    /// Powers the domain on.
-    async fn launch(&self) -> Result<Launched> {
-        let connection = &self.footing.connection;
-        for suffix in ["serial", "screen.png"] {
-            let path = self.footing.ground.path(&self.file(suffix));
-            match tokio::fs::remove_file(&path).await {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::io(format_args!("remove {} of the last run", path.display()), error));
-                }
-                _ => {}
-            }
-        }
-        // Ours, whoever writes it: a libvirt of the system may run as somebody else.
-        let log = self.footing.ground.path(&self.file("serial.log"));
-        let made = tokio::fs::File::create(&log).await;
-        made.map_err(|error| Error::io(format_args!("create {}", log.display()), error))?;
-        let flags = match self.footing.ground.retention() {
-            Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
-            Retention::MayBeKept => 0,
-        };
-        self.await_rest().await?;
-        let tpm = self.state.start_tpm().await?;
-        let name = self.domain.clone();
-        let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
-        let started = connection.order(start).await;
-        started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
-        let process = process::find(self.domain.clone(), self.footing.ground.id().clone()).await;
-        if self.footing.bridges().is_some() {
-            return Ok(Launched { ways: Ways::Bridged(None), process, tpm });
-        }
-        let forwards = self.read_forwards().await.map(Ways::Forwarded);
-        if forwards.is_err() {
-            let name = self.domain.clone();
-            // What failed is told; this only tidies up, and the end of the lab does so again.
-            let _ = connection.order(move |connect| domain(connect, &name)?.destroy()).await;
-        }
-        Ok(Launched { ways: forwards?, process, tpm })
-    }
-
-    /// Waits until libvirt has let go of the last run: its end may have been told before libvirt was done with it.
-    async fn await_rest(&self) -> Result<()> {
-        let held = |what: &str| {
-            let limit = REST_LIMIT.as_secs();
-            let message = format!(
-                "expected libvirt to let go of the machine's last run within {limit} s, but it {what}"
-            );
-            self.error(ErrorKind::LaunchFailed, message).with_help(
-                "its process may be one that the host's init does not take note of: look with virsh and ps",
-            )
-        };
-        let deadline = Instant::now() + REST_LIMIT;
-        loop {
-            let name = self.domain.clone();
-            let ask = move |connect: &Connect| domain(connect, &name)?.is_active();
-            let told = timeout_at(deadline, self.footing.connection.ask(ask)).await;
-            let told = told.map_err(|_| held("does not answer"))?;
-            let active =
-                told.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "look at the domain"))?;
-            if !active {
-                return Ok(());
-            }
-            if Instant::now() >= deadline {
-                return Err(held("still runs"));
-            }
-            sleep(REST_LOOK).await;
-        }
-    }
-
-    /// The ports that QEMU's user network forwards: the kernel chose those of the host.
-    async fn read_forwards(&self) -> Result<Vec<(u16, u16)>> {
-        if self.spec.ports.is_empty() || self.spec.nics.is_empty() {
-            return Ok(Vec::new());
-        }
-        let name = self.domain.clone();
-        let ask = move |connect: &Connect| {
-            domain(connect, &name)?
-                .qemu_monitor_command("info usernet", sys::VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
-        };
-        let told = self.footing.connection.ask(ask).await;
-        let told =
-            told.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "list forwarded ports"))?;
-        let forwards = read_forwards(&told);
-        match self.spec.ports.iter().find(|port| !forwards.iter().any(|(_, guest)| guest == *port)) {
-            None => Ok(forwards),
-            Some(port) => {
-                let message =
-                    format!("expected QEMU to forward a port to port {port} of the guest, but found none");
-                Err(self.error(ErrorKind::LaunchFailed, message))
-            }
-        }
-    }
-
     /// The guest's address on the bridge of its first card, as libvirt knows it now.
     async fn find_address(&self) -> Result<Option<Ipv4Addr>> {
         let Some(mac) = self.spec.nics.first().map(|nic| nic.mac.to_string()) else { return Ok(None) };
@@ -410,7 +262,7 @@ impl Inner {
     /// Says that it runs, and has it watched.
     fn run(&self, launched: Launched) {
         let Launched { ways, process, tpm } = launched;
-        let released = tpm.as_ref().map(Tpm::release_switch);
+        let released = tpm.as_ref().map(rudder_qemu::parts::Tpm::release_switch);
         let (orders, received) = mpsc::unbounded_channel();
         let watcher = Watcher {
             connection: Arc::clone(&self.footing.connection),

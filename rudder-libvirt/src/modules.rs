@@ -3,7 +3,8 @@
 
 use crate::{
     connection::{Connection, Refusal, remove_domain},
-    domain::{Cards, Disk, Domain, Serial, Tpm, Uefi, Variables},
+    devices::{Disk, Serial, Tpm, Uefi, Variables},
+    domain::{Cards, Domain},
     lab::{Footing, labelled, store_name, tidying},
     label::Label,
     offer::Offer,

@@ -9,7 +9,7 @@
 
 use crate::{
     connection::{Connection, Failure, domain},
-    machine::picture,
+    picture::picture,
     process::{self, Broke, Found},
     verdict::{Gone, Seen, died, told},
 };

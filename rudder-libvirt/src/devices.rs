@@ -1,0 +1,187 @@
+//! The devices of a domain, as XML: disks and media, the firmware, the serial console, the TPM, cards.
+
+use crate::{
+    network::Card,
+    places::{Place, address, pci, place},
+    xml::Xml,
+};
+use rudder_core::{Error, ErrorKind, Result, plan::Bus};
+use rudder_qemu::parts::Loader;
+use std::path::{Path, PathBuf};
+
+/// The longest path of a socket, in bytes (unix(7), without the closing zero).
+const SOCKET_PATH: usize = 107;
+
+/// A disk of a domain.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    /// Its file; absolute.
+    pub(crate) path: PathBuf,
+    pub(crate) bus: Bus,
+    /// Whether what is written to it is thrown away when the domain ends.
+    pub(crate) transient: bool,
+}
+
+/// Where the serial console goes.
+#[derive(Debug)]
+pub(crate) enum Serial {
+    /// A socket, and a file with all that was written.
+    Socket { socket: PathBuf, log: PathBuf },
+    /// A terminal of libvirt's, for `virsh console`.
+    Terminal,
+}
+
+/// The firmware of a domain with UEFI.
+#[derive(Debug)]
+pub(crate) struct Uefi {
+    pub(crate) loader: Loader,
+    pub(crate) variables: Variables,
+}
+
+/// The variables of a domain's firmware.
+#[derive(Debug)]
+pub(crate) enum Variables {
+    /// This file.
+    Own(PathBuf),
+    /// A copy of this file, which libvirt keeps.
+    CopyOf(PathBuf),
+}
+
+/// The TPM of a domain.
+#[derive(Debug)]
+pub(crate) enum Tpm {
+    /// Somebody listens on this socket.
+    At(PathBuf),
+    /// One that libvirt makes and keeps.
+    OfLibvirt,
+}
+
+pub(crate) fn write_serial(xml: &mut Xml, serial: &Serial) {
+    match serial {
+        Serial::Socket { socket, log } => xml.element("serial", &[("type", "unix")], |xml| {
+            xml.empty("source", &[("mode", "bind"), ("path", &text(socket))]);
+            xml.empty("log", &[("file", &text(log)), ("append", "off")]);
+            xml.empty("target", &[("port", "0")]);
+        }),
+        Serial::Terminal => {
+            xml.element("serial", &[("type", "pty")], |xml| xml.empty("target", &[("port", "0")]));
+        }
+    }
+}
+
+pub(crate) fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool) {
+    xml.element("disk", &[("type", "file"), ("device", "disk")], |xml| {
+        // A lab's disks are thrown away when the host crashes: no flush has to reach its platters. Paused rather than
+        // told to the guest: the host's trouble would look like a broken disk there.
+        xml.empty(
+            "driver",
+            &[
+                ("name", "qemu"),
+                ("type", "qcow2"),
+                ("cache", "unsafe"),
+                ("error_policy", "stop"),
+                ("rerror_policy", "stop"),
+                ("discard", "unmap"),
+                ("detect_zeroes", "unmap"),
+            ],
+        );
+        xml.empty("source", &[("file", &text(&disk.path))]);
+        xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
+        if disk.transient {
+            // With a shared backing file it is opened for reading only, but plugged in late, which not every bus can do.
+            let shared = matches!(disk.bus, Bus::Virtio | Bus::Scsi | Bus::Usb);
+            xml.empty("transient", if shared { &[("shareBacking", "yes")] } else { &[] });
+        }
+        if boots {
+            xml.empty("boot", &[("order", "1")]);
+        }
+        address(xml, &place.address);
+    });
+}
+
+/// A medium that nobody writes to.
+pub(crate) fn write_medium(xml: &mut Xml, device: &str, path: &Path, place: &Place, order: Option<usize>) {
+    xml.element("disk", &[("type", "file"), ("device", device)], |xml| {
+        xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
+        xml.empty("source", &[("file", &text(path))]);
+        xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
+        xml.empty("readonly", &[]);
+        if let Some(order) = order {
+            xml.empty("boot", &[("order", &order.to_string())]);
+        }
+        address(xml, &place.address);
+    });
+}
+
+pub(crate) fn write_floppy(xml: &mut Xml, path: &Path) {
+    xml.element("disk", &[("type", "file"), ("device", "floppy")], |xml| {
+        xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
+        xml.empty("source", &[("file", &text(path))]);
+        xml.empty("target", &[("dev", "fda"), ("bus", "fdc")]);
+    });
+}
+
+pub(crate) fn write_firmware(xml: &mut Xml, uefi: &Uefi) {
+    let mut attributes = vec![("readonly", "yes"), ("type", "pflash")];
+    if uefi.loader.smm {
+        attributes.push(("secure", "yes"));
+    }
+    // Raw is what libvirt takes for granted; older ones know nothing else.
+    if uefi.loader.format != "raw" {
+        attributes.push(("format", &uefi.loader.format));
+    }
+    xml.text("loader", &attributes, &text(&uefi.loader.code));
+    match &uefi.variables {
+        Variables::Own(path) => xml.text("nvram", &[], &text(path)),
+        Variables::CopyOf(path) => xml.empty("nvram", &[("template", &text(path))]),
+    }
+}
+
+pub(crate) fn write_tpm(xml: &mut Xml, tpm: &Tpm) {
+    xml.element("tpm", &[("model", "tpm-crb")], |xml| match tpm {
+        Tpm::At(socket) => xml.element("backend", &[("type", "external")], |xml| {
+            xml.empty("source", &[("type", "unix"), ("mode", "connect"), ("path", &text(socket))]);
+        }),
+        Tpm::OfLibvirt => xml.empty("backend", &[("type", "emulator"), ("version", "2.0")]),
+    });
+}
+
+pub(crate) fn write_card(xml: &mut Xml, card: &Card) {
+    xml.element("interface", &[("type", "network")], |xml| {
+        xml.empty("mac", &[("address", &card.mac)]);
+        xml.empty("source", &[("network", &card.network)]);
+        xml.empty("model", &[("type", card.model)]);
+        // Without a boot ROM: nothing boots from the network, and loading it takes time.
+        xml.empty("rom", &[("enabled", "no")]);
+        address(xml, &pci(place::CARDS + usize::from(card.slot), 0, false));
+    });
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+pub(crate) fn check_socket(path: &Path) -> Result<()> {
+    let length = path.as_os_str().len();
+    if length <= SOCKET_PATH {
+        return Ok(());
+    }
+    let message = format!(
+        "expected a path of at most {SOCKET_PATH} bytes for a socket, but found {length}: {}",
+        path.display()
+    );
+    Err(Error::new(ErrorKind::InvalidInput, message).with_help("use a store with a shorter path"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_path_that_is_too_long_for_a_socket_is_refused() {
+        assert!(check_socket(Path::new("/short")).is_ok());
+        let error = check_socket(Path::new(&"/long".repeat(40))).unwrap_err();
+        assert!(error.report().contains("shorter path"), "{}", error.report());
+    }
+}

@@ -1,0 +1,34 @@
+//! Pictures of the screen of a domain.
+
+use crate::connection::{Connection, domain};
+use rudder_core::{Error, ErrorKind, Result};
+use std::sync::Arc;
+use virt::{connect::Connect, stream::Stream};
+
+/// A picture of the screen of a domain that runs, as PNG.
+pub(crate) async fn picture(connection: &Arc<Connection>, name: &str) -> Result<Vec<u8>> {
+    let name = name.to_owned();
+    let take = move |connect: &Connect| {
+        let stream = Stream::new(connect, 0)?;
+        let kind = domain(connect, &name)?.screenshot(&stream, 0, 0)?;
+        let (mut bytes, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+        loop {
+            match stream.recv(&mut buffer)? {
+                0 => break,
+                count => bytes.extend_from_slice(&buffer[..count]),
+            }
+        }
+        stream.finish()?;
+        Ok((kind, bytes))
+    };
+    let taken = connection.ask(take).await;
+    let (kind, bytes) =
+        taken.map_err(|failure| failure.into_error(ErrorKind::Protocol, "take a picture of the screen"))?;
+    if kind != "image/png" {
+        let message = format!("expected a picture in image/png from libvirt, but found {kind}");
+        return Err(
+            Error::new(ErrorKind::Unsupported, message).with_help("use QEMU 7.1 and libvirt 8.9, or later")
+        );
+    }
+    Ok(bytes)
+}
