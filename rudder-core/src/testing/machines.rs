@@ -8,11 +8,14 @@ use crate::{
     ErrorKind,
     backend::{Death, Exit, Lab, Machine, Progress, Stop},
 };
-use futures::future::join_all;
+use futures::{StreamExt as _, TryStreamExt as _, future::join_all};
 use std::time::{Duration, Instant};
 
 /// How long is looked whether somebody who should wait does.
 const MOMENT: Duration = Duration::from_millis(100);
+
+/// How many machines are played with at a time: they are waited for more than they work.
+const AT_ONCE: usize = 3;
 
 /// What is done to a machine.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,14 +29,19 @@ enum Act {
 pub async fn start_wait_and_stop_come_in_every_order(rig: &Rig) -> Verdict {
     const ACTS: [Act; 3] = [Act::Start, Act::Wait, Act::Stop];
     let lab = rig.lab("orders").await?;
-    for order in 0..27_usize {
-        let acts = [ACTS[order / 9], ACTS[order / 3 % 3], ACTS[order % 3]];
-        let machine = rig.machine(&*lab, &format!("m{order}")).await?;
-        play(&*machine, acts).await.map_err(|problem| match problem {
-            super::NotPassed::Failed(why) => super::NotPassed::Failed(format!("{acts:?}: {why}")),
-            skipped => skipped,
-        })?;
-    }
+    let orders = futures::stream::iter(0..27_usize).map(Ok);
+    let played = orders.try_for_each_concurrent(AT_ONCE, |order| {
+        let lab = &lab;
+        async move {
+            let acts = [ACTS[order / 9], ACTS[order / 3 % 3], ACTS[order % 3]];
+            let machine = rig.machine(&**lab, &format!("m{order}")).await?;
+            play(&*machine, acts).await.map_err(|problem| match problem {
+                super::NotPassed::Failed(why) => super::NotPassed::Failed(format!("{acts:?}: {why}")),
+                skipped => skipped,
+            })
+        }
+    });
+    played.await?;
     lab.destroy().await.during("destroy the lab")
 }
 

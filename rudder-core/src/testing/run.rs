@@ -172,7 +172,7 @@ pub struct Options {
     pub reaction: Duration,
     /// How long what ends by itself may take to be gone. 10 s.
     pub settle: Duration,
-    /// Only tests of which `group: name` contains this.
+    /// Only tests of which `group: name` contains this, or one of several texts with `|` between them.
     pub only: Option<String>,
 }
 
@@ -194,7 +194,8 @@ impl Options {
         Self::default()
     }
 
-    /// Only tests of which `group: name` contains this. What is not tried is not held against the backend then.
+    /// Only tests of which `group: name` contains this, or one of several texts with `|` between them. What is not tried is
+    /// not held against the backend then.
     #[must_use]
     pub fn only(mut self, text: impl Into<String>) -> Self {
         self.only = Some(text.into());
@@ -229,7 +230,7 @@ pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
     let mut proven: BTreeSet<Capability> = BTreeSet::new();
     for test in tests() {
         let label = format!("{}: {}", test.group, test.name());
-        if options.only.as_ref().is_some_and(|only| !label.contains(only.as_str())) {
+        if options.only.as_ref().is_some_and(|only| !only.split('|').any(|text| label.contains(text))) {
             continue;
         }
         if !SHARING.contains(&test.group) {
