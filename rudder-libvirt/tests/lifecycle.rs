@@ -157,21 +157,25 @@ async fn every_end_is_told_from_the_others() {
 async fn machines_that_are_defined_at_once_do_not_meet() {
     let place = Place::new().await;
     let lab = place.lab().await;
-    let define = async |name: &str| {
+    let mut specs = Vec::new();
+    for name in ["one", "two", "three"] {
         let mut spec = sector_machine(&*lab, &sector::power_off(name), Bus::Virtio, 1 << 20).await;
         spec.name = name.to_owned();
-        lab.create_machine(&spec).await.unwrap()
-    };
-    let (one, two, three) = tokio::join!(define("one"), define("two"), define("three"));
-    for machine in [&one, &two, &three] {
+        let image = Arc::from(vec![0; 1 << 20].as_slice());
+        spec.seed = Some(rudder_core::backend::Seed::new(String::new(), Vec::new(), None, image));
+        specs.push(spec);
+    }
+    let defined = futures::future::join_all(specs.iter().map(|spec| lab.create_machine(spec))).await;
+    let machines: Vec<_> = defined.into_iter().map(Result::unwrap).collect();
+    for machine in &machines {
         machine.start().await.unwrap();
     }
-    for machine in [&one, &two, &three] {
+    for machine in &machines {
         assert_eq!(machine.wait().await.unwrap(), Exit::PoweredOff);
         assert_eq!(machine.serial_tail(100).await.unwrap(), machine.name().as_bytes());
     }
     lab.destroy().await.unwrap();
-    drop((one, two, three, lab));
+    drop((machines, lab));
     place.assert_clean().await;
 }
 
