@@ -71,6 +71,8 @@ fn packer(text: &str) -> f64 {
         "communicator": "ssh",
         "ssh_username": "nobody",
         "ssh_password": "none",
+        // Nobody answers: it gives up, and ends its machine.
+        "ssh_timeout": "1s",
         "qemuargs": [["-netdev", "user,id=user.0,hostfwd=tcp:127.0.0.1:{{ .SSHHostPort }}-:22"]],
     }]});
     let path = dir.path().join("packer.json");
@@ -91,12 +93,7 @@ fn packer(text: &str) -> f64 {
         log.push('\n');
         match begun {
             None if line.contains("Typing the boot command") => begun = Some(Instant::now()),
-            Some(begin) if took.is_zero() => {
-                took = begin.elapsed();
-                // Asked to end, Packer ends its machine, too.
-                let pid = rustix::process::Pid::from_child(&child);
-                rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
-            }
+            Some(begin) if took.is_zero() => took = begin.elapsed(),
             _ => {}
         }
     }
