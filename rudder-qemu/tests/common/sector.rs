@@ -35,14 +35,18 @@ fn say(text: &str) -> Vec<u8> {
 /// PM1a_CNT of the chipset, where the firmware puts it: SLP_EN with the type of S5.
 const POWER_OFF: &[u8] = &[0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef];
 
+/// INT 15h, function 86h: waits for so many microseconds, a million here. Libvirt takes a guest that is off before its start is over
+/// for one that did not start.
+const PAUSE: &[u8] = &[0xb4, 0x86, 0xb9, 0x0f, 0x00, 0xba, 0x40, 0x42, 0xcd, 0x15];
+
 /// Does nothing, for ever.
 pub fn rest() -> Vec<u8> {
     disk(&[REST])
 }
 
-/// Says this, and powers off.
+/// Says this, and powers off a moment later.
 pub fn power_off(text: &str) -> Vec<u8> {
-    disk(&[&say(text), POWER_OFF, REST])
+    disk(&[&say(text), PAUSE, POWER_OFF, REST])
 }
 
 /// Powers off when the power button is pressed: PM1a_EN, then PM1a_STS, bit 8.
