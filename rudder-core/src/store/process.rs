@@ -6,10 +6,18 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 use serde::{Deserialize, Serialize};
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 /// How long a killed process may take to be gone.
-const KILL_LIMIT_SECONDS: i64 = 10;
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often a process that has no words yet, or no more, is looked at.
+const SILENCE_STEP: Duration = Duration::from_millis(5);
 
 /// A process of this or an earlier boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,27 +71,38 @@ impl ProcessIdentity {
         if !self.is_running() {
             return Ok(false);
         }
-        if !names(self.pid, marker) {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                format!("process {} was recorded as part of {marker}, but nothing of it says so", self.pid),
-            )
-            .with_help("look at the process, and end it by hand if it is a left-over"));
+        let silence = Instant::now() + KILL_LIMIT;
+        loop {
+            match words(self.pid, marker) {
+                Words::Ours => break,
+                Words::Few if Instant::now() < silence => {
+                    if ends_within(&handle, SILENCE_STEP).map_err(failed)? {
+                        return Ok(false);
+                    }
+                }
+                Words::Few | Words::Others => return Err(self.stranger(marker)),
+            }
         }
         match pidfd_send_signal(&handle, Signal::KILL) {
             Ok(()) => {}
             Err(rustix::io::Errno::SRCH) => return Ok(false),
             Err(error) => return Err(failed(error)),
         }
-        let limit = Timespec { tv_sec: KILL_LIMIT_SECONDS, tv_nsec: 0 };
-        let gone = poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&limit)).map_err(failed)?;
-        if gone == 0 && self.is_running() {
+        if !ends_within(&handle, KILL_LIMIT).map_err(failed)? && self.is_running() {
             return Err(Error::new(
                 ErrorKind::TimedOut,
-                format!("process {} was killed, and is still there after {KILL_LIMIT_SECONDS} s", self.pid),
+                format!("process {} was killed, and is still there after {KILL_LIMIT:?}", self.pid),
             ));
         }
         Ok(true)
+    }
+
+    /// A process that was to be killed, but does not look like what it was recorded as.
+    fn stranger(&self, marker: &str) -> Error {
+        let message =
+            format!("process {} was recorded as part of {marker}, but nothing of it says so", self.pid);
+        Error::new(ErrorKind::Conflict, message)
+            .with_help("look at the process, and end it by hand if it is a left-over")
     }
 }
 
@@ -107,12 +126,41 @@ fn start_time(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok() // field 22
 }
 
-/// Whether a process carries this text in its command line, working directory or environment.
-fn names(pid: u32, marker: &str) -> bool {
+/// What a process can be told by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Words {
+    /// Its command line, environment or working directory holds the text that was looked for.
+    Ours,
+    /// It has a command line and an environment, and the text is not there.
+    Others,
+    /// One of them is empty. So they are for a moment between two programs, and on the way out.
+    Few,
+}
+
+/// Looks for a text in what a process says of itself.
+fn words(pid: u32, marker: &str) -> Words {
     let holds = |bytes: &[u8]| bytes.windows(marker.len()).any(|window| window == marker.as_bytes());
     let dir = Path::new("/proc").join(pid.to_string());
-    ["cmdline", "environ"].iter().any(|file| fs::read(dir.join(file)).is_ok_and(|bytes| holds(&bytes)))
-        || fs::read_link(dir.join("cwd")).is_ok_and(|cwd| holds(cwd.as_os_str().as_encoded_bytes()))
+    if fs::read_link(dir.join("cwd")).is_ok_and(|cwd| holds(cwd.as_os_str().as_encoded_bytes())) {
+        return Words::Ours;
+    }
+    let mut few = false;
+    // An environment that is cut short by the end of its process is not taken for whole: nobody has a command line then.
+    for file in ["environ", "cmdline"] {
+        match fs::read(dir.join(file)) {
+            Ok(bytes) if holds(&bytes) => return Words::Ours,
+            Ok(bytes) => few |= bytes.is_empty(),
+            // Not to be read by us is not the same as empty.
+            Err(error) => few |= error.kind() != io::ErrorKind::PermissionDenied,
+        }
+    }
+    if few { Words::Few } else { Words::Others }
+}
+
+/// Waits until a process has ended. Says whether it has.
+fn ends_within(process: &OwnedFd, limit: Duration) -> rustix::io::Result<bool> {
+    let limit = Timespec::try_from(limit).map_err(|_| rustix::io::Errno::INVAL)?;
+    poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)).map(|ended| ended > 0)
 }
 
 /// The processes, other than this one, whose environment has this variable with exactly this value.
@@ -155,14 +203,25 @@ mod tests {
         let mut child = Sleeper::new("lab-a1");
         let identity = ProcessIdentity::of(child.0.id()).unwrap();
         assert!(identity.is_running());
-        // Exec may still be under way: the environment is the child's own once sleep runs.
-        while !names(identity.pid, "lab-a1") {
-            std::thread::yield_now();
-        }
+        // Exec may still be under way: until the environment is the child's own, nothing is held against it.
         assert!(identity.kill("lab-a1").unwrap());
         assert!(!identity.is_running());
         assert!(!identity.kill("lab-a1").unwrap());
         child.0.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_on_its_way_out_is_no_stranger() {
+        for _ in 0..300 {
+            let child = Sleeper::new("lab-c3");
+            let identity = ProcessIdentity::of(child.0.id()).unwrap();
+            while words(identity.pid, "lab-c3") != Words::Ours {
+                std::thread::yield_now();
+            }
+            Command::new("kill").args(["-KILL", &identity.pid.to_string()]).status().unwrap();
+            identity.kill("lab-c3").unwrap();
+            assert!(!identity.is_running());
+        }
     }
 
     #[test]
