@@ -1,9 +1,12 @@
 //! Whole builds on QEMU whose inputs are wrong or break: what a person reads, and that nothing stays behind.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../rudder-qemu/tests/common/small_disk.rs"]
+mod small_disk;
 mod support;
 
-use std::{fs, path::Path, process::Command, sync::Arc};
+use small_disk::{SmallDisk, may_mount};
+use std::{fs, process::Command, sync::Arc};
 use support::{
     Bench, Running, guest_path,
     http::{Answer, Server},
@@ -112,20 +115,26 @@ fn what_qemu_cannot_do_yet_is_refused_at_its_line() {
 
 #[test]
 fn a_store_whose_disk_is_full() {
+    if !may_mount("a_store_whose_disk_is_full") {
+        return;
+    }
     let bench = Bench::new();
-    let mount = Mount::tmpfs(&bench.store(), "8m");
+    let small = SmallDisk::mount(&bench.store(), 8);
     let ended = bench.build(&tiny_manifest("input", ""));
     ended.expect_code(1).expect_text(&["No space left", &bench.store().display().to_string()]);
     assert_eq!(ended.outcome()["kind"], "host_disk_full");
     bench.expect_clean();
-    drop(mount);
+    drop(small);
 }
 
 #[test]
 fn a_disk_of_the_host_that_fills_while_the_machine_runs() {
+    if !may_mount("a_disk_of_the_host_that_fills_while_the_machine_runs") {
+        return;
+    }
     let bench = Bench::new();
     let room = fs::metadata(guest_path("tiny.qcow2")).unwrap().len() / 1024 / 1024 + 64;
-    let mount = Mount::tmpfs(&bench.store(), &format!("{room}m"));
+    let small = SmallDisk::mount(&bench.store(), room);
     let manifest = tiny_manifest(
         "input",
         "- {type: shell, name: fill, stepTimeout: 5m, shell: {inline: 'dd if=/dev/urandom of=/fill bs=1M count=300; sync'}}",
@@ -135,7 +144,7 @@ fn a_disk_of_the_host_that_fills_while_the_machine_runs() {
     ended.expect_code(1).expect_text(&["vm vm", "space"]);
     assert_eq!(ended.outcome()["kind"], "host_disk_full");
     bench.expect_clean();
-    drop(mount);
+    drop(small);
 }
 
 #[test]
@@ -159,23 +168,4 @@ fn two_builds_at_once_share_one_download() {
     );
     bench.expect_clean();
     other.expect_clean();
-}
-
-/// A small file system of its own.
-struct Mount(std::path::PathBuf);
-
-impl Mount {
-    fn tmpfs(at: &Path, size: &str) -> Self {
-        fs::create_dir_all(at).unwrap();
-        let mut command = Command::new("mount");
-        command.args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(at);
-        assert!(command.status().unwrap().success(), "mounting a tmpfs needs root");
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
 }
