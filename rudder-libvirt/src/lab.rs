@@ -25,7 +25,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 use tokio::sync::RwLock;
@@ -145,8 +145,8 @@ pub(crate) struct LibvirtLab {
     footing: Arc<Footing>,
     store: Store,
     machines: Machines,
-    /// The number of the next machine: several may be defined at once, and each has files of its own.
-    numbers: AtomicUsize,
+    /// How many machines were begun. Several may be asked for at once: they are defined one by one, each with files of its own.
+    begun: tokio::sync::Mutex<usize>,
     /// Kept or destroyed: nothing is left to do when it is dropped.
     settled: AtomicBool,
 }
@@ -171,7 +171,7 @@ impl LibvirtLab {
             footing: Arc::new(footing),
             store: store.clone(),
             machines: Machines::default(),
-            numbers: AtomicUsize::new(0),
+            begun: tokio::sync::Mutex::default(),
             settled: AtomicBool::new(false),
         };
         if offer.bridges {
@@ -182,12 +182,6 @@ impl LibvirtLab {
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<LibvirtMachine>>> {
         locked(&self.machines)
-    }
-
-    fn taken(&self, name: &str) -> Error {
-        let message =
-            format!("expected a new name in lab {}, but found {name:?} again", self.footing.ground.id());
-        Error::new(ErrorKind::Conflict, message).with_context("vm", name)
     }
 
     /// Serves files on the host's addresses of these networks, to their guests.
@@ -246,11 +240,9 @@ impl Lab for LibvirtLab {
     }
 
     fn versions(&self) -> BTreeMap<String, String> {
-        {
-            let mut versions = self.footing.ground.versions();
-            versions.extend(self.footing.offer.versions.clone());
-            versions
-        }
+        let mut versions = self.footing.ground.versions();
+        versions.extend(self.footing.offer.versions.clone());
+        versions
     }
 
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
@@ -280,17 +272,16 @@ impl Lab for LibvirtLab {
         for disk in &spec.disks {
             self.footing.ground.volume_size(&disk.volume.id).map_err(refuse)?;
         }
+        let mut begun = self.begun.lock().await;
         if self.machines().iter().any(|machine| machine.name() == spec.name) {
-            return Err(self.taken(&spec.name));
+            let lab = self.footing.ground.id();
+            let message = format!("expected a new name in lab {lab}, but found {:?} again", spec.name);
+            return Err(refuse(Error::new(ErrorKind::Conflict, message)));
         }
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        let machine = LibvirtMachine::define(&self.footing, spec, number).await.map_err(refuse)?;
-        let machine = Arc::new(machine);
-        let mut machines = self.machines();
-        if machines.iter().any(|machine| machine.name() == spec.name) {
-            return Err(self.taken(&spec.name));
-        }
-        machines.push(Arc::clone(&machine));
+        let number = *begun;
+        *begun += 1;
+        let machine = Arc::new(LibvirtMachine::define(&self.footing, spec, number).await.map_err(refuse)?);
+        self.machines().push(Arc::clone(&machine));
         Ok(machine)
     }
 

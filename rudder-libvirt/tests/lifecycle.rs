@@ -152,33 +152,6 @@ async fn every_end_is_told_from_the_others() {
     place.assert_clean().await;
 }
 
-/// Machines that are defined at once have each its own files.
-#[tokio::test(flavor = "multi_thread")]
-async fn machines_that_are_defined_at_once_do_not_meet() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
-    let mut specs = Vec::new();
-    for name in ["one", "two", "three"] {
-        let mut spec = sector_machine(&*lab, &sector::power_off(name), Bus::Virtio, 1 << 20).await;
-        spec.name = name.to_owned();
-        let image = Arc::from(vec![0; 1 << 20].as_slice());
-        spec.seed = Some(rudder_core::backend::Seed::new(String::new(), Vec::new(), None, image));
-        specs.push(spec);
-    }
-    let defined = futures::future::join_all(specs.iter().map(|spec| lab.create_machine(spec))).await;
-    let machines: Vec<_> = defined.into_iter().map(Result::unwrap).collect();
-    for machine in &machines {
-        machine.start().await.unwrap();
-    }
-    for machine in &machines {
-        assert_eq!(machine.wait().await.unwrap(), Exit::PoweredOff);
-        assert_eq!(machine.serial_tail(100).await.unwrap(), machine.name().as_bytes());
-    }
-    lab.destroy().await.unwrap();
-    drop((machines, lab));
-    place.assert_clean().await;
-}
-
 /// The processes of machines are orphans, and libvirt waits until the host's init has taken note of their end.
 #[tokio::test(flavor = "multi_thread")]
 async fn ends_are_told_when_the_hosts_init_is_slow() {

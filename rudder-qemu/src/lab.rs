@@ -17,7 +17,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -30,8 +30,8 @@ pub(crate) struct QemuLab {
     ground: Arc<Ground>,
     store: Store,
     machines: Machines,
-    /// The number of the next machine: several may be defined at once, and each has files of its own.
-    numbers: AtomicUsize,
+    /// How many machines were begun. Several may be asked for at once: they are defined one by one, each with files of its own.
+    begun: tokio::sync::Mutex<usize>,
     kept: AtomicBool,
 }
 
@@ -42,7 +42,7 @@ impl QemuLab {
             ground: Arc::new(ground),
             store: store.clone(),
             machines: Machines::default(),
-            numbers: AtomicUsize::new(0),
+            begun: tokio::sync::Mutex::default(),
             kept: AtomicBool::new(false),
         })
     }
@@ -91,26 +91,21 @@ impl Lab for QemuLab {
         for disk in &spec.disks {
             self.ground.volume_size(&disk.volume.id).map_err(refuse)?;
         }
-        let taken = || {
+        let mut begun = self.begun.lock().await;
+        if self.machines().iter().any(|machine| machine.name() == spec.name) {
             let message =
                 format!("expected a new name in lab {}, but found {:?} again", self.ground.id, spec.name);
-            refuse(Error::new(ErrorKind::Conflict, message))
-        };
-        if self.machines().iter().any(|machine| machine.name() == spec.name) {
-            return Err(taken());
+            return Err(refuse(Error::new(ErrorKind::Conflict, message)));
         }
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let number = *begun;
+        *begun += 1;
         let parent = match &spec.state_of {
             Some(parent) => Some(self.ground.parent(parent).await.map_err(refuse)?),
             None => None,
         };
         let machine = QemuMachine::define(Arc::clone(&self.ground), spec, number, parent).await;
         let machine = Arc::new(machine.map_err(refuse)?);
-        let mut machines = self.machines();
-        if machines.iter().any(|machine| machine.name() == spec.name) {
-            return Err(taken());
-        }
-        machines.push(Arc::clone(&machine));
+        self.machines().push(Arc::clone(&machine));
         Ok(machine)
     }
 

@@ -24,7 +24,7 @@ use std::{
     process::Stdio,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -50,6 +50,8 @@ pub(crate) struct QemuMachine {
     number: usize,
     phase: watch::Sender<Phase>,
     running: Mutex<Option<Running>>,
+    /// How many pictures of its screen were begun.
+    pictures: AtomicUsize,
     /// Held for reading while a disk is captured, for writing while the machine is started.
     disks: RwLock<()>,
 }
@@ -102,8 +104,8 @@ impl QemuMachine {
         }
         let phase = watch::Sender::new(Phase::Defined);
         let spec = spec.clone();
-        let (running, disks) = (Mutex::new(None), RwLock::new(()));
-        Ok(Self { ground, spec, files, flash, arguments, number, phase, running, disks })
+        let (running, pictures, disks) = (Mutex::new(None), AtomicUsize::new(0), RwLock::new(()));
+        Ok(Self { ground, spec, files, flash, arguments, number, phase, running, pictures, disks })
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
@@ -430,16 +432,23 @@ impl Machine for QemuMachine {
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {
-        let qmp = self.with_running(|running| running.qmp.clone());
-        let path = self.ground.path(&self.files.picture);
-        match qmp {
-            Ok(qmp) => qmp.screendump(&self.files.picture).await?,
+        let last = self.ground.path(&self.files.picture);
+        let failed = |error| Error::io(format_args!("read {}", last.display()), error);
+        match self.with_running(|running| running.qmp.clone()) {
+            Ok(qmp) => {
+                // Two may be taken at once: each is whole before it has the name of the last.
+                let number = self.pictures.fetch_add(1, Ordering::Relaxed);
+                let file = format!("{number}.{}", self.files.picture);
+                qmp.screendump(&file).await?;
+                let path = self.ground.path(&file);
+                let picture = tokio::fs::read(&path).await.map_err(failed)?;
+                tokio::fs::rename(&path, &last).await.map_err(failed)?;
+                Ok(picture)
+            }
             // A machine that died in sight left a last picture.
-            Err(error) if !path.exists() => return Err(error),
-            Err(_) => {}
+            Err(error) if !last.exists() => Err(error),
+            Err(_) => tokio::fs::read(&last).await.map_err(failed),
         }
-        let picture = tokio::fs::read(&path).await;
-        picture.map_err(|error| Error::io(format_args!("read {}", path.display()), error))
     }
 
     fn reachable_at(&self, port: u16) -> Option<SocketAddr> {

@@ -97,7 +97,7 @@ pub trait Lab: Debug + Send + Sync {
     /// A backend whose machines reach the host hands the site to the core's own server.
     async fn serve(&self, site: Site) -> Result<Served>;
 
-    /// Defines a machine. Does not start it. Its name must be new in the lab: else `Conflict`.
+    /// Defines a machine, also several at once. Does not start it. Its name must be new in the lab: else `Conflict`.
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>>;
 
     /// Makes a module of captured disks, all or nothing: whoever looks sees the old module of that name or the new one,
@@ -146,7 +146,7 @@ pub trait Machine: Debug + Send + Sync {
     /// ended. Empty where nothing is kept.
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>>;
 
-    /// A picture of the screen, as PNG. Of a machine that has ended: the last that there is of it, or `Conflict`. Needs [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
+    /// A picture of the screen, as PNG, also several at once. Of a machine that has ended: the last that there is of it, or `Conflict`. Needs [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
     async fn screenshot(&self) -> Result<Vec<u8>>;
 
     /// Where programs of the host reach a TCP port of the guest while it runs, also after its owner is gone; `None` where only

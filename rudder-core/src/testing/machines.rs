@@ -2,6 +2,7 @@
 
 use super::{
     Rig, Verdict,
+    guest::Prepared,
     verdict::{During as _, ensure, fail, refused, same},
 };
 use crate::{
@@ -9,7 +10,10 @@ use crate::{
     backend::{Death, Exit, Lab, Machine, Progress, Stop},
 };
 use futures::{StreamExt as _, TryStreamExt as _, future::join_all};
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// How long is looked whether somebody who should wait does.
 const MOMENT: Duration = Duration::from_millis(100);
@@ -197,6 +201,12 @@ pub async fn a_name_is_taken_once_in_a_lab(rig: &Rig) -> Verdict {
         ErrorKind::Conflict,
         "create a machine of the same name while it runs",
     )?;
+    let spec = rig.bare(&*lab, "twins").await?;
+    let (one, two) = futures::join!(lab.create_machine(&spec), lab.create_machine(&spec));
+    let (created, other) = if one.is_ok() { (one, two) } else { (two, one) };
+    let created = created.during("create one of two machines of the same name at once")?;
+    refused(other, ErrorKind::Conflict, "create the other")?;
+    created.start().await.during("start the one that was created, unhurt")?;
     lab.destroy().await.during("destroy the lab")
 }
 
@@ -252,7 +262,27 @@ pub async fn machines_live_side_by_side(rig: &Rig) -> Verdict {
     end_with(&*lab, &machines[0]).await
 }
 
-async fn end_with(lab: &dyn Lab, machine: &std::sync::Arc<dyn Machine>) -> Verdict {
+/// Machines that are created at once have each its own disk and seed.
+pub async fn machines_that_are_created_at_once_do_not_meet(rig: &Rig) -> Verdict {
+    let lab = rig.lab("at-once").await?;
+    let mut guests = Vec::new();
+    for name in ["one", "two"] {
+        guests.push((name, Prepared::new(rig, &*lab, name, None).await?));
+    }
+    let boots = guests.into_iter().map(|(name, guest)| {
+        let lab = Arc::clone(&lab);
+        async move { guest.boot(rig, lab).await.map(|booted| (name, booted)) }
+    });
+    // Each opens to its own key only; and a disk that both wrote to would not be started twice.
+    for booted in join_all(boots).await {
+        let (name, booted) = booted?;
+        let known_as = booted.run("hostname").await?;
+        same(&known_as.trim(), &name, "the name that a guest was given")?;
+    }
+    lab.destroy().await.during("destroy the lab")
+}
+
+async fn end_with(lab: &dyn Lab, machine: &Arc<dyn Machine>) -> Verdict {
     lab.destroy().await.during("destroy the lab")?;
     let exit = machine.wait().await.during("wait for a machine whose lab was destroyed")?;
     ensure!(matches!(exit, Exit::Killed { .. }), "expected Killed, but found {exit:?}");

@@ -85,7 +85,7 @@ impl Adapter for MemoryAdapter {
     fn guest(&self) -> Option<GuestImage> {
         let url = IMAGE.parse().ok()?;
         let mut guest = GuestImage::new(PlannedUrl { url, sha256: None });
-        guest.boots_within = Duration::from_secs(10);
+        guest.boots_within = Duration::from_secs(60);
         guest.echo = Some(Echo::new(ECHO, None));
         guest.cards = "cat /run/cards".to_owned();
         guest.serial_says = Some("Booting in memory".to_owned());

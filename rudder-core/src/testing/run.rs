@@ -75,6 +75,7 @@ pub fn tests() -> &'static [Test] {
             a_name_is_taken_once_in_a_lab,
             what_a_machine_cannot_do_now_is_refused,
             machines_live_side_by_side,
+            machines_that_are_created_at_once_do_not_meet [SourceUrl, CloudInit],
         }
         streams {
             a_guest_is_dialled_until_it_listens [SourceUrl, CloudInit],

@@ -5,7 +5,8 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
         Backend, BoxedStream, Exit, FetchRequest, Fetched, HostReport, ImportRequest, Imported, KeptLab, Lab,
-        LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop, Volume,
+        LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Seed, Served, Site, Stop,
+        Volume,
     },
     capability::{Capabilities, Capability},
     module::{CapturedDisk, CapturedState, Module},
@@ -44,6 +45,8 @@ pub(crate) enum Wrong {
     BelievesAnyDigest,
     /// Whoever imports the same image gets the same volume.
     SharesVolumes,
+    /// Machines that are created at once get the same seed.
+    MixesSeeds,
     /// Machines of the same name are stopped together, whatever their lab.
     MixesLabsUp,
     /// A running machine may be started.
@@ -121,6 +124,8 @@ struct Shared {
     machines: Mutex<Vec<Weak<dyn Machine>>>,
     /// The volume of each image.
     volumes: Mutex<BTreeMap<String, Volume>>,
+    /// The seed of the machine that was asked for last.
+    seed: Mutex<Option<Seed>>,
 }
 
 impl Shared {
@@ -131,6 +136,7 @@ impl Shared {
             labs: Mutex::default(),
             machines: Mutex::default(),
             volumes: Mutex::default(),
+            seed: Mutex::default(),
         }
     }
 
@@ -259,6 +265,11 @@ impl Lab for BrokenLab {
         let mut spec = spec.clone();
         if self.shared.is(Wrong::CleansNames) {
             spec.name.retain(|character| character.is_ascii_alphanumeric());
+        }
+        if self.shared.is(Wrong::MixesSeeds) {
+            lock(&self.shared.seed).clone_from(&spec.seed);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            spec.seed.clone_from(&lock(&self.shared.seed));
         }
         let inner = self.inner.create_machine(&spec).await?;
         lock(&self.shared.machines).push(Arc::downgrade(&inner));

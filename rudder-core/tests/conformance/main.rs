@@ -41,7 +41,7 @@ async fn the_backend_of_the_guide_keeps_the_contract() {
 }
 
 /// Each way of being wrong, and the checks that must find it; no other may.
-const FOUND_BY: [(Wrong, &[&str]); 14] = [
+const FOUND_BY: [(Wrong, &[&str]); 15] = [
     (Wrong::SeesDeathLate, &["death is seen in time"]),
     (Wrong::ReapsTheLiving, &["a living owner is never reaped"]),
     (Wrong::DestroysOnce, &["a lab is opened and destroyed twice", "a lab is destroyed from every state"]),
@@ -50,6 +50,7 @@ const FOUND_BY: [(Wrong, &[&str]); 14] = [
     (Wrong::FlipsABit, &["large transfers arrive whole"]),
     (Wrong::BelievesAnyDigest, &["a promised digest is verified"]),
     (Wrong::SharesVolumes, &["an image is imported by several at once"]),
+    (Wrong::MixesSeeds, &["machines that are created at once do not meet"]),
     (Wrong::MixesLabsUp, &["labs with the same names do not meet"]),
     (Wrong::StartsTwice, &["start wait and stop come in every order"]),
     (Wrong::PublishesParts, &["what a guest wrote is captured and inherited"]),

@@ -14,6 +14,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
+    time::Duration,
 };
 
 /// Set for the process that plays an owner: the directory of the store.
@@ -97,7 +98,16 @@ impl Adapter for ProcessesAdapter {
 
     async fn kill(&self, lab: &LabId, machine: &str) -> Result<()> {
         let is_it = |pid: &i32| has(*pid, LAB_VARIABLE, lab.as_str()) && has(*pid, "RUDDER_MACHINE", machine);
-        let pid = self.processes().into_iter().find(is_it).and_then(Pid::from_raw);
+        let find = || self.processes().into_iter().find(is_it).and_then(Pid::from_raw);
+        let mut pid = find();
+        // One that has only just begun may not have its environment yet.
+        for _ in 0..100 {
+            if pid.is_some() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            pid = find();
+        }
         let none = || Error::new(ErrorKind::NotFound, format!("expected a process of {lab}/{machine}"));
         let killed = kill_process(pid.ok_or_else(none)?, Signal::KILL);
         killed.map_err(|error| Error::io("kill a process", error.into()))
