@@ -121,7 +121,7 @@ fn a_guest_that_refuses_the_credentials() {
     let bench = Bench::new();
     let manifest = format!(
         "name: broken\nvms:\n  - name: vm\n    source: {{url: '{}'}}\n    resources: {{cpu: 1, memory: 256Mi}}\n    communicator: \
-         {{sshUsername: tester, sshPassword: not-the-password, sshTimeout: 25s}}\n",
+         {{sshUsername: tester, sshPassword: not-the-password, sshTimeout: 45s}}\n",
         tiny()
     );
     let ended = bench.build(&manifest);

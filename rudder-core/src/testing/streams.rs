@@ -212,11 +212,11 @@ impl Booted {
         let mut started = self.echoes.lock().await;
         if let Some(command) = echo.start.filter(|_| !*started) {
             self.run(&command).await?;
-            let answers = eventually(Duration::from_secs(20), || async {
+            let answers = eventually(EXCHANGE, || async {
                 let Ok(mut stream) = self.machine.dial(echo.port).await else { return Ok(false) };
                 Ok(answers(&mut stream).await)
             });
-            ensure!(answers.await?, "expected the guest's echo to answer within 20 s, but it did not");
+            ensure!(answers.await?, "expected the guest's echo to answer within {EXCHANGE:?}, but it did not");
         }
         *started = true;
         Ok(echo.port)
