@@ -36,23 +36,30 @@ pub enum Scope {
 const INSIDE: &str = "RUDDER_TEST_INSIDE";
 
 /// Whether this process is alone with a network and mounts of its own, in which a test may start a libvirtd of the system.
-/// If not, runs this one test again in such a process, to its end.
+/// If not, runs this one test again in such a process, to its end, as root: through sudo where it is not root yet, because in
+/// a namespace of users libvirtd may not choose the groups of a QEMU.
 pub fn in_namespaces(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         furnish();
         return true;
     }
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--", "unshare"]);
-    if !rustix::process::geteuid().is_root() {
-        command.args(["--user", "--map-root-user"]);
-    }
-    command.args(["--net", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]);
+    let path = format!("PATH={}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    // Sudo hands on no others.
+    let ours = std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"RUDDER_"));
+    let ours = ours.map(|(mut name, value)| {
+        name.push("=");
+        name.push(value);
+        name
+    });
+    let is_root = rustix::process::geteuid().is_root();
+    let mut command = Command::new(if is_root { "env" } else { "sudo" });
+    command.args((!is_root).then_some("env")).args([path, format!("{INSIDE}=1")]).args(ours);
+    command.args(["setpriv", "--pdeathsig", "KILL", "--"]);
+    command.args(["unshare", "--net", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]);
     // The first process of a namespace is whose children orphans become: a shell takes note of their end.
     command.args(["sh", "-c", "\"$@\"; exit $?", "sh"]);
     command.arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]);
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let status = command.env(INSIDE, "1").env("PATH", path).stdin(Stdio::null()).status().unwrap();
+    let status = command.stdin(Stdio::null()).status().unwrap();
     assert!(status.success(), "{test} in namespaces of its own: {status}");
     false
 }
@@ -78,9 +85,14 @@ fn furnish() {
         }
     }
     for place in ["/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"] {
-        if Path::new(place).is_dir() {
-            run("mount", &["-t", "tmpfs", "tmpfs", place]);
-        }
+        // Where a place is missing, all that is beside it is hidden: it cannot, or should not, be made on the host.
+        let place = Path::new(place).ancestors().find(|place| place.is_dir()).unwrap();
+        assert_ne!(
+            place,
+            Path::new("/etc"),
+            "expected /etc/libvirt: apt-get install libvirt-daemon-driver-qemu"
+        );
+        run("mount", &["-t", "tmpfs", "tmpfs", place.to_str().unwrap()]);
     }
     run("ip", &["link", "set", "lo", "up"]);
 }
