@@ -87,11 +87,7 @@ fn furnish() {
     for place in ["/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"] {
         // Where a place is missing, all that is beside it is hidden: it cannot, or should not, be made on the host.
         let place = Path::new(place).ancestors().find(|place| place.is_dir()).unwrap();
-        assert_ne!(
-            place,
-            Path::new("/etc"),
-            "expected /etc/libvirt: apt-get install libvirt-daemon-driver-qemu"
-        );
+        assert_ne!(place, Path::new("/etc"), "expected /etc/libvirt: apt-get install libvirt-clients");
         run("mount", &["-t", "tmpfs", "tmpfs", place.to_str().unwrap()]);
     }
     run("ip", &["link", "set", "lo", "up"]);
