@@ -244,12 +244,17 @@ async fn cancel_on_signal(canceller: Canceller) {
 async fn planned(document: &Document, file: &Path, backend: &Arc<dyn Backend>) -> Result<Planned> {
     let context = PlanContext::new(backend.capabilities())
         .with_modules(backend.modules().await?)
+        .with_damaged_modules(backend.damaged_modules().await?)
         .with_base_directory(file.parent().unwrap_or(file));
     Ok(plan(document, &context))
 }
 
 /// The module of this name.
 async fn module(backend: &dyn Backend, name: &str) -> Result<Module> {
+    if let Some(damaged) = backend.damaged_modules().await?.into_iter().find(|module| module.name == name) {
+        let message = format!("expected an earlier module {name} to lock the build to, but it is damaged");
+        return Err(Error::new(ErrorKind::InvalidInput, message).with_help(damaged.reason));
+    }
     let modules = backend.modules().await?;
     modules.into_iter().find(|module| module.name == name).ok_or_else(|| {
         let message = format!("expected an earlier module {name} to lock the build to, but there is none");

@@ -19,6 +19,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let context = PlanContext::new(backend.capabilities())
         .with_modules(backend.modules().await?)
+        .with_damaged_modules(backend.damaged_modules().await?)
         .with_base_directory(Path::new(&file).parent().ok_or("that is no file")?);
     for plan in prepare(&file, &std::fs::read(&file)?, &context).into_plans()? {
         let build = Build::new(plan, backend.clone()).start();

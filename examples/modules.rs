@@ -1,11 +1,13 @@
 //! Looks after the modules of a store.
 //!
 //! ```text
-//! cargo run --example modules -- [--backend qemu|libvirt|memory] [--store DIR] list | show NAME | remove NAME | gc
+//! cargo run --example modules -- [--backend qemu|libvirt|memory] [--store DIR] list | show NAME | remove NAME | gc |
+//!     repair NAME DIGEST
 //! ```
 //!
 //! `remove` also takes the id of a lab that a failed build kept. `gc` removes what dead builds left behind, and cached
-//! inputs that nothing needs. Exit code 0: done; 1: it failed, standard error says why; 2: wrong usage.
+//! inputs that nothing needs; what it does not know it leaves alone, and says so. `repair` says which version a module has, when
+//! that was lost. Exit code 0: done; 1: it failed, or a module is damaged, standard error says why; 2: wrong usage.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "build/hypervisor.rs"]
@@ -54,6 +56,13 @@ enum Action {
     },
     /// Removes what dead builds left behind, and cached inputs that nothing needs.
     Gc,
+    /// Says which version a module has, when that is not known any more.
+    Repair {
+        /// The name of the module.
+        name: String,
+        /// The digest of the version, or how it begins.
+        digest: String,
+    },
 }
 
 #[tokio::main]
@@ -68,19 +77,35 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let backend = arguments.backend.open(&arguments.store.unwrap_or_else(Store::default_root))?;
-    let backend = &*backend;
+    let store = arguments.store.unwrap_or_else(Store::default_root);
+    let backend = || arguments.backend.open(&store);
     match arguments.action {
-        Action::List => list(backend).await,
-        Action::Show { name, json } => show(backend, &name, json).await,
-        Action::Remove { name } => remove(backend, &name).await,
-        Action::Gc => gc(backend).await,
+        Action::List => list(&*backend()?).await,
+        Action::Show { name, json } => show(&*backend()?, &name, json).await,
+        Action::Remove { name } => remove(&*backend()?, &name).await,
+        Action::Gc => gc(&*backend()?).await,
+        Action::Repair { name, digest } => repair(&Store::open(&store)?, &name, &digest).await,
     }
+}
+
+async fn repair(store: &Store, name: &str, digest: &str) -> Result<ExitCode> {
+    let module = store.repair_module(name, digest).await?;
+    eprintln!("the version of module {name} is {} now", module.digest.short());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Tells of the modules that cannot be used. Success when there are none.
+async fn tell_damaged(backend: &dyn Backend) -> Result<ExitCode> {
+    let damaged = backend.damaged_modules().await?;
+    for module in &damaged {
+        eprintln!("error: module {} cannot be used: {}", module.name, module.reason);
+    }
+    Ok(if damaged.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn list(backend: &dyn Backend) -> Result<ExitCode> {
     let modules = backend.modules().await?;
-    if modules.is_empty() {
+    if modules.is_empty() && backend.damaged_modules().await?.is_empty() {
         eprintln!("no modules yet: build one with `cargo run --example build -- FILE`");
     }
     for module in modules {
@@ -101,10 +126,14 @@ async fn list(backend: &dyn Backend) -> Result<ExitCode> {
             println!("    {line}");
         }
     }
-    Ok(ExitCode::SUCCESS)
+    tell_damaged(backend).await
 }
 
 async fn show(backend: &dyn Backend, name: &str, json: bool) -> Result<ExitCode> {
+    if let Some(module) = backend.damaged_modules().await?.into_iter().find(|module| module.name == name) {
+        eprintln!("error: module {name} cannot be used: {}", module.reason);
+        return Ok(ExitCode::FAILURE);
+    }
     let module = backend.modules().await?.into_iter().find(|module| module.name == name);
     let module = module.ok_or_else(|| {
         Error::new(ErrorKind::NotFound, format!("there is no module {name:?}"))
@@ -182,6 +211,10 @@ async fn gc(backend: &dyn Backend) -> Result<ExitCode> {
     for line in &report.failed {
         eprintln!("could not remove {line}");
     }
+    for line in &report.warnings {
+        eprintln!("warning: {line}");
+    }
     println!("{} freed", human_bytes(report.freed));
-    Ok(if report.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let code = if backend.damaged_modules().await?.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    Ok(if report.failed.is_empty() { code } else { ExitCode::FAILURE })
 }

@@ -1,18 +1,19 @@
 //! The result of a build: template VMs, captured disks, provenance. `module.json` is this, as JSON.
 
 use crate::{
+    Error, ErrorKind, Result,
     digest::Digest,
     event::Timing,
     plan::{Bus, Firmware, PlannedNetwork, PlannedNic},
 };
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A module: halted template VMs, ready to be cloned as a group.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Module {
-    /// The version of this format; 1.
+    /// The version of this format; at most [`FORMAT`](Self::FORMAT).
     pub format: u32,
     /// Its name, a Name.
     pub name: String,
@@ -29,6 +30,89 @@ pub struct Module {
     /// Where its `module.json` is, for backends that have files. Not part of the record.
     #[serde(skip)]
     pub path: Option<PathBuf>,
+}
+
+impl Module {
+    /// The version of the format that is written, and the latest that is read.
+    pub const FORMAT: u32 = 1;
+
+    /// What helps when a module is damaged.
+    pub(crate) const REPAIR: &str = "restore the file from a copy, or build the module again";
+
+    /// Reads a record; `path` is where it is, for messages.
+    ///
+    /// # Errors
+    /// `Unsupported` for a later format; `InvalidInput` for what is no record, and for one that names files elsewhere.
+    pub(crate) fn from_record(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let no_json = |error| Self::damaged(path, "it is not what was written").with_source(error);
+        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_json)?;
+        // The number first: what else a later version writes is not for this one to judge.
+        match value.get("format").and_then(serde_json::Value::as_u64) {
+            None | Some(0) => return Err(Self::damaged(path, "it has no format number")),
+            Some(format) if format > u64::from(Self::FORMAT) => {
+                let message = format!(
+                    "expected a module of format {} or earlier in {}, but found format {format}",
+                    Self::FORMAT,
+                    path.display()
+                );
+                return Err(Error::new(ErrorKind::Unsupported, message).with_help(
+                    "a later version of Rudder made this module: use that version, or build the module again",
+                ));
+            }
+            Some(_) => {}
+        }
+        let module: Self = serde_json::from_value(value).map_err(no_json)?;
+        for machine in &module.machines {
+            let disks = machine.disks.iter().map(|disk| (&disk.file, &disk.format));
+            let state = machine.state.iter().map(|state| (&state.file, &state.format));
+            for (file, format) in disks.chain(state) {
+                if !is_file_name(file) {
+                    return Err(Self::damaged(path, &format!("it names the file {file:?}, which is not beside it")));
+                }
+                if !crate::units::is_name(format) {
+                    return Err(Self::damaged(path, &format!("it names the format {format:?}")));
+                }
+            }
+        }
+        Ok(module)
+    }
+
+    /// Says that a record cannot be used, and why.
+    pub(crate) fn damaged(path: &Path, found: &str) -> Error {
+        let message = format!("expected the record of a module in {}, but {found}", path.display());
+        Error::new(ErrorKind::InvalidInput, message).with_help(Self::REPAIR)
+    }
+
+    /// The files beside its record, with their sizes in bytes.
+    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.machines.iter().flat_map(|machine| {
+            let disks = machine.disks.iter().map(|disk| (disk.file.as_str(), disk.size));
+            disks.chain(machine.state.iter().map(|state| (state.file.as_str(), state.size)))
+        })
+    }
+}
+
+/// Whether this is the name of a file, and no path.
+fn is_file_name(text: &str) -> bool {
+    !text.contains(['/', '\0']) && !matches!(text, "" | "." | "..")
+}
+
+/// A module that is there and cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DamagedModule {
+    /// Its name.
+    pub name: String,
+    /// Why it cannot be used, and what helps; names the file.
+    pub reason: String,
+}
+
+impl DamagedModule {
+    /// A module that cannot be used, for this reason.
+    #[must_use]
+    pub fn new(name: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { name: name.into(), reason: reason.into() }
+    }
 }
 
 /// A halted VM of a module, with the base values that clones get.

@@ -2,8 +2,8 @@
 
 use crate::{
     connection::Connection,
-    lab::{LibvirtLab, labelled, remove_all_of, store_name, tidying},
-    label::Label,
+    lab::{LibvirtLab, labelled, remove_all_of, tidying},
+    label::{Label, Owner},
     modules, network,
     offer::Offer,
 };
@@ -12,7 +12,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
-    module::Module,
+    module::{DamagedModule, Module},
     store::{CollectPolicy, LabState, Store},
 };
 use rudder_qemu::{
@@ -137,13 +137,13 @@ impl LibvirtBackend {
 
     /// Ends and removes the domains and networks of labs whose owner is gone. Before their files go: what runs on them ends first.
     async fn reap_labelled(&self) -> Result<ReapReport> {
-        let own = store_name(&self.store);
+        let own = Owner::new(&self.store);
         // Looked for before the labs are listed: a lab is made before its first domain.
-        let name = own.clone();
+        let owner = own.clone();
         let labelled = self.connection.ask(move |connect| {
             let domains = labelled(connect)?.into_iter().map(|(_, label)| label);
             let networks = network::labelled(connect)?.into_iter().map(|(_, label)| label);
-            Ok(domains.chain(networks).filter(|label| label.store() == name).collect::<Vec<_>>())
+            Ok(domains.chain(networks).filter(|label| owner.owns(label)).collect::<Vec<_>>())
         });
         let labelled = labelled.await.map_err(tidying)?;
         let store = self.store.clone();
@@ -255,6 +255,9 @@ impl Backend for LibvirtBackend {
                 for what in report.failed {
                     tracing::warn!(what, "cannot remove what a dead owner left");
                 }
+                for what in report.warnings {
+                    tracing::warn!(what, "left alone in the store");
+                }
             }
             Err(error) => tracing::warn!(%error, "cannot look for what dead owners left"),
         }
@@ -266,9 +269,14 @@ impl Backend for LibvirtBackend {
         blocking(move || store.modules()).await
     }
 
+    async fn damaged_modules(&self) -> Result<Vec<DamagedModule>> {
+        let store = self.store.clone();
+        blocking(move || store.damaged_modules()).await
+    }
+
     async fn remove_module(&self, name: &str) -> Result<()> {
         self.store.remove_module(name).await?;
-        let (store, module) = (store_name(&self.store), name.to_owned());
+        let (store, module) = (Owner::new(&self.store), name.to_owned());
         let removed = self
             .connection
             .order(move |connect| modules::remove(connect, &store, |its, _| its == module))
@@ -296,11 +304,11 @@ impl Backend for LibvirtBackend {
         let state = blocking(move || {
             Ok(store.labs()?.into_iter().find(|lab| lab.id == wanted.as_str()).map(|lab| lab.state))
         });
-        if state.await? == Some(LabState::Living) {
-            let message = format!("lab {id} is in use by a living process");
-            return Err(Error::new(ErrorKind::Conflict, message));
+        if !matches!(state.await?, Some(LabState::Dead | LabState::Kept)) {
+            // It says why not.
+            return self.store.remove_lab(id.as_str()).await;
         }
-        let (own, lab) = (store_name(&self.store), id.clone());
+        let (own, lab) = (Owner::new(&self.store), id.clone());
         let removed = self.connection.order(move |connect| remove_all_of(connect, &own, &lab)).await;
         removed.map_err(tidying)?;
         self.store.remove_lab(id.as_str()).await

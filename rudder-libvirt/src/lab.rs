@@ -2,7 +2,7 @@
 
 use crate::{
     connection::{Connection, Failure, Refusal, remove_domain},
-    label::{self, Label},
+    label::{self, Label, Owner},
     machine::LibvirtMachine,
     modules,
     network::{self, Bridge},
@@ -38,7 +38,7 @@ pub(crate) struct Footing {
     pub(crate) connection: Arc<Connection>,
     pub(crate) offer: Arc<Offer>,
     /// The store that the lab is in, for labels.
-    pub(crate) store: String,
+    pub(crate) store: Owner,
     /// Its networks, where libvirt makes them.
     bridges: OnceLock<Vec<Bridge>>,
     /// Held for reading while libvirt makes something for the lab, whether or not its caller still waits; true: the lab is
@@ -54,7 +54,7 @@ impl Footing {
 
     /// The label of one of its machines, or, without a name, of its networks.
     pub(crate) fn label(&self, vm: &str) -> Label {
-        let (store, lab) = (self.store.clone(), self.ground.id().clone());
+        let (store, lab) = (self.store.of_labs(), self.ground.id().clone());
         Label::Lab { store, lab, vm: vm.to_owned(), owner: std::process::id() }
     }
 
@@ -117,17 +117,17 @@ pub(crate) fn labelled(connect: &Connect) -> Result<Vec<(Domain, Label)>, Refusa
 }
 
 /// Ends and removes the domains and networks of a lab, by their labels; what they are. May be repeated.
-pub(crate) fn remove_all_of(connect: &Connect, store: &str, id: &LabId) -> Result<Vec<String>, Refusal> {
+pub(crate) fn remove_all_of(connect: &Connect, store: &Owner, id: &LabId) -> Result<Vec<String>, Refusal> {
     let mut removed = Vec::new();
     for (domain, label) in labelled(connect)? {
-        if label.is_of(store, id) {
+        if store.owns_lab(&label, id) {
             let name = domain.get_name().unwrap_or_default();
             remove_domain(&domain)?;
             removed.push(format!("domain {name}"));
         }
     }
     for (network, label) in network::labelled(connect)? {
-        if label.is_of(store, id) {
+        if store.owns_lab(&label, id) {
             let name = network.get_name().unwrap_or_default();
             network::remove(&network)?;
             removed.push(format!("network {name}"));
@@ -163,7 +163,7 @@ impl LibvirtLab {
             ground: Arc::new(ground),
             connection: Arc::clone(connection),
             offer: Arc::clone(offer),
-            store: store_name(store),
+            store: Owner::new(store),
             bridges: OnceLock::new(),
             closed: Arc::default(),
         };
@@ -221,12 +221,6 @@ impl LibvirtLab {
                 )
         })
     }
-}
-
-/// A store, as labels name it.
-pub(crate) fn store_name(store: &Store) -> String {
-    let root = store.root();
-    root.canonicalize().unwrap_or_else(|_| root.to_owned()).to_string_lossy().into_owned()
 }
 
 fn locked(machines: &Machines) -> MutexGuard<'_, Vec<Arc<LibvirtMachine>>> {

@@ -1,7 +1,7 @@
 //! Labels: what Rudder writes into the metadata of the domains and networks that it makes. What carries none is never touched.
 
 use crate::xml::{Element, Xml, elements};
-use rudder_core::{backend::LabId, digest::Digest};
+use rudder_core::{backend::LabId, digest::Digest, store::Store};
 
 /// The namespace of the labels (Domain XML format, "metadata": an application has one of its own).
 pub(crate) const NAMESPACE: &str = "https://rudder-vm.github.io/libvirt/1";
@@ -11,8 +11,8 @@ pub(crate) const NAMESPACE: &str = "https://rudder-vm.github.io/libvirt/1";
 pub(crate) enum Label {
     /// A lab that a living process works in, or did.
     Lab {
-        /// The store that the lab is in: its directory.
-        store: String,
+        /// The store that the lab is in.
+        store: StoreLabel,
         lab: LabId,
         /// The machine; empty for a network.
         vm: String,
@@ -20,7 +20,51 @@ pub(crate) enum Label {
         owner: u32,
     },
     /// A published module.
-    Module { store: String, name: String, digest: Digest, vm: String },
+    Module { store: StoreLabel, name: String, digest: Digest, vm: String },
+}
+
+/// A store, as labels name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StoreLabel {
+    /// Its directory.
+    pub(crate) path: String,
+    /// [Which](Store::mark) store it is; empty in labels of earlier versions.
+    pub(crate) mark: String,
+}
+
+/// The store of a backend, as it knows its own labels.
+#[derive(Debug, Clone)]
+pub(crate) struct Owner(Store);
+
+impl Owner {
+    pub(crate) fn new(store: &Store) -> Self {
+        Self(store.clone())
+    }
+
+    fn path(&self) -> String {
+        self.0.root().to_string_lossy().into_owned()
+    }
+
+    /// The name of its store in the labels of labs: what runs there belongs to this very directory.
+    pub(crate) fn of_labs(&self) -> StoreLabel {
+        StoreLabel { path: self.path(), mark: self.0.mark() }
+    }
+
+    /// The name of its store in the labels of modules, which outlive the host's next start.
+    pub(crate) fn of_modules(&self) -> StoreLabel {
+        StoreLabel { path: self.path(), mark: self.0.name().to_owned() }
+    }
+
+    /// Whether a label is of its store: at the same path, in another container for example, there may be another store.
+    pub(crate) fn owns(&self, label: &Label) -> bool {
+        let store = label.store();
+        store.path == self.path() && (store.mark.is_empty() || self.0.recognises(&store.mark))
+    }
+
+    /// Whether a label is of this lab of its store.
+    pub(crate) fn owns_lab(&self, label: &Label, id: &LabId) -> bool {
+        matches!(label, Label::Lab { lab, .. } if lab == id) && self.owns(label)
+    }
 }
 
 impl Label {
@@ -34,13 +78,21 @@ impl Label {
                     namespace,
                     ("id", lab.as_str()),
                     ("vm", vm),
-                    ("store", store),
+                    ("store", &store.path),
+                    ("mark", &store.mark),
                     ("owner", &owner.to_string()),
                 ],
             ),
             Self::Module { store, name, digest, vm } => xml.empty(
                 "rudder:module",
-                &[namespace, ("name", name), ("digest", &digest.to_string()), ("vm", vm), ("store", store)],
+                &[
+                    namespace,
+                    ("name", name),
+                    ("digest", &digest.to_string()),
+                    ("vm", vm),
+                    ("store", &store.path),
+                    ("mark", &store.mark),
+                ],
             ),
         });
     }
@@ -62,7 +114,8 @@ impl Label {
 
     fn of(element: &Element) -> Option<Self> {
         let attribute = |name| element.attribute(name).map(str::to_owned);
-        let store = attribute("store")?;
+        let store =
+            StoreLabel { path: attribute("store")?, mark: attribute("mark").unwrap_or_default() };
         let vm = attribute("vm")?;
         Some(match element.name.as_str() {
             "lab" => Self::Lab {
@@ -80,13 +133,8 @@ impl Label {
         })
     }
 
-    /// Whether it belongs to this lab of a store.
-    pub(crate) fn is_of(&self, store: &str, id: &LabId) -> bool {
-        matches!(self, Self::Lab { store: its, lab, .. } if its == store && lab == id)
-    }
-
     /// The store that it belongs to.
-    pub(crate) fn store(&self) -> &str {
+    fn store(&self) -> &StoreLabel {
         match self {
             Self::Lab { store, .. } | Self::Module { store, .. } => store,
         }
@@ -100,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_label_is_read_as_it_was_written() {
-        let store = "/a \"b\" & <c>".to_owned();
+        let store = StoreLabel { path: "/a \"b\" & <c>".to_owned(), mark: "1/2/3".to_owned() };
         let lab = Label::Lab {
             store: store.clone(),
             lab: LabId::parse("web-0123456789ab").unwrap(),
@@ -121,5 +169,34 @@ mod tests {
         assert_eq!(Label::read("<other/>"), None);
         assert_eq!(Label::read("<lab store='/x' vm='a' id='../x' owner='1'/>"), None);
         assert_eq!(Label::read(""), None);
+    }
+
+    fn lab_of(store: StoreLabel) -> Label {
+        Label::Lab { store, lab: LabId::parse("web-0123456789ab").unwrap(), vm: String::new(), owner: 1 }
+    }
+
+    #[test]
+    fn a_label_is_of_the_very_store_and_of_no_other_at_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let open = || Owner::new(&Store::open(&path).unwrap());
+        let original = open();
+        let (lab, name) = (original.of_labs(), original.of_modules());
+        let module = Label::Module { store: name, name: "web".into(), digest: Digest::of(b"x"), vm: "a".into() };
+        let earlier = lab_of(StoreLabel { mark: String::new(), ..lab.clone() });
+        let lab = lab_of(lab);
+        assert!(open().owns(&lab) && open().owns(&module) && open().owns(&earlier));
+
+        // A copy in its place: machines are the original's; the domains of modules name files at this path.
+        let elsewhere = dir.path().join("elsewhere");
+        std::fs::rename(&path, &elsewhere).unwrap();
+        let copied = std::process::Command::new("cp").arg("-a").args([&elsewhere, &path]).status().unwrap();
+        assert!(copied.success());
+        assert!(!open().owns(&lab) && open().owns(&module));
+        assert!(!Owner::new(&Store::open(&elsewhere).unwrap()).owns(&module));
+
+        // Another store in its place.
+        std::fs::remove_dir_all(&path).unwrap();
+        assert!(!open().owns(&lab) && !open().owns(&module));
     }
 }

@@ -5,13 +5,14 @@ use crate::{
     connection::{Connection, Refusal, remove_domain},
     devices::{Disk, Serial, Tpm, Uefi, Variables},
     domain::{Cards, Domain},
-    lab::{Footing, labelled, store_name, tidying},
-    label::Label,
+    lab::{Footing, labelled, tidying},
+    label::{Label, Owner},
     offer::Offer,
 };
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{MachineDisk, MachineSpec, Volume},
+    digest::Digest,
     module::{Module, StateKind, TemplateMachine},
     store::Store,
 };
@@ -33,7 +34,7 @@ pub(crate) async fn show(footing: &Arc<Footing>, module: &Module) -> Result<()> 
 pub(crate) async fn define(
     connection: &Arc<Connection>,
     offer: &Offer,
-    store: &str,
+    store: &Owner,
     module: &Module,
 ) -> Result<()> {
     let texts = module
@@ -41,7 +42,7 @@ pub(crate) async fn define(
         .iter()
         .map(|machine| xml(offer, store, module, machine))
         .collect::<Result<Vec<_>>>()?;
-    let (store, name) = (store.to_owned(), module.name.clone());
+    let (store, name) = (store.clone(), module.name.clone());
     let replace = move |connect: &Connect| {
         remove(connect, &store, |its, _| its == name)?;
         texts.iter().try_for_each(|text| virt::domain::Domain::define_xml(connect, text).map(drop))
@@ -57,13 +58,13 @@ pub(crate) async fn define(
 /// Removes the domains of those modules of a store for whose name and digest this says so; their names.
 pub(crate) fn remove(
     connect: &Connect,
-    store: &str,
-    wanted: impl Fn(&str, &rudder_core::digest::Digest) -> bool,
+    store: &Owner,
+    wanted: impl Fn(&str, &Digest) -> bool,
 ) -> Result<Vec<String>, Refusal> {
     let mut removed = Vec::new();
     for (domain, label) in labelled(connect)? {
-        if let Label::Module { store: its, name, digest, .. } = &label
-            && its == store
+        if let Label::Module { name, digest, .. } = &label
+            && store.owns(&label)
             && wanted(name, digest)
         {
             let name = domain.get_name().unwrap_or_default();
@@ -81,16 +82,22 @@ pub(crate) async fn reconcile(
     offer: &Offer,
     store: &Store,
 ) -> Result<Vec<String>> {
-    let name = store_name(store);
-    let own = name.clone();
+    let owner = Owner::new(store);
+    let own = owner.clone();
     // Looked for before the modules are listed: a domain is defined when its module is there already.
     let shown = connection.ask(move |connect| {
         let labels = labelled(connect)?.into_iter().map(|(_, label)| label);
-        Ok(labels.filter(|label| label.store() == own).collect::<Vec<_>>())
+        Ok(labels.filter(|label| own.owns(label)).collect::<Vec<_>>())
     });
     let shown = shown.await.map_err(tidying)?;
     let listing = store.clone();
-    let modules = rudder_qemu::parts::blocking(move || listing.modules()).await?;
+    let listed = rudder_qemu::parts::blocking(move || Ok((listing.modules()?, listing.damaged_modules()?)));
+    let (modules, damaged) = listed.await?;
+    // What cannot be read now is not gone: its domains stay as they are.
+    let is_gone = move |name: &str, digest: &Digest, there: &[(String, Digest)]| {
+        !there.iter().any(|(its, one)| its == name && one == digest)
+            && !damaged.iter().any(|module| module.name == name)
+    };
     let is_shown = |module: &Module, machine: &TemplateMachine| {
         shown.iter().any(|label| {
             matches!(label, Label::Module { name, digest, vm, .. }
@@ -98,28 +105,26 @@ pub(crate) async fn reconcile(
         })
     };
     let mut done = Vec::new();
+    let there: Vec<_> = modules.iter().map(|one| (one.name.clone(), one.digest)).collect();
     let stale = shown.iter().any(|label| {
-        matches!(label, Label::Module { name, digest, .. }
-            if !modules.iter().any(|module| module.name == *name && module.digest == *digest))
+        matches!(label, Label::Module { name, digest, .. } if is_gone(name, digest, &there))
     });
     if stale {
-        let (own, there) =
-            (name.clone(), modules.iter().map(|one| (one.name.clone(), one.digest)).collect::<Vec<_>>());
-        let removed = connection.order(move |connect| {
-            remove(connect, &own, |name, digest| !there.iter().any(|(its, one)| its == name && one == digest))
-        });
+        let own = owner.clone();
+        let removed = connection
+            .order(move |connect| remove(connect, &own, |name, digest| is_gone(name, digest, &there)));
         let removed = removed.await.map_err(tidying)?;
         done.extend(removed.into_iter().map(|domain| format!("domain {domain} of a module that is gone")));
     }
     // Modules that another backend built are not ours to show.
     let ours = modules.iter().filter(|module| module.provenance.versions.contains_key("libvirt"));
     for module in ours.filter(|module| module.machines.iter().any(|machine| !is_shown(module, machine))) {
-        define(connection, offer, &name, module).await?;
+        define(connection, offer, &owner, module).await?;
     }
     Ok(done)
 }
 
-fn xml(offer: &Offer, store: &str, module: &Module, machine: &TemplateMachine) -> Result<String> {
+fn xml(offer: &Offer, store: &Owner, module: &Module, machine: &TemplateMachine) -> Result<String> {
     let directory = module.path.as_deref().and_then(Path::parent).ok_or_else(|| {
         Error::new(ErrorKind::NotFound, "expected the files of the module, but found none")
             .with_context("module", &module.name)
@@ -142,7 +147,7 @@ fn xml(offer: &Offer, store: &str, module: &Module, machine: &TemplateMachine) -
         name: &format!("{}.{}", module.name, machine.name),
         title: &format!("{} of module {}", machine.name, module.name),
         label: &Label::Module {
-            store: store.to_owned(),
+            store: store.of_modules(),
             name: module.name.clone(),
             digest: module.digest,
             vm: machine.name.clone(),

@@ -213,7 +213,7 @@ pub(crate) fn is_system(connection: &Arc<Connection>) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::xml::elements;
+    use crate::{label::StoreLabel, xml::elements};
 
     fn subnet(dhcp: bool) -> PlannedSubnet {
         PlannedSubnet {
@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn a_network_says_whose_it_is_and_what_it_hands_out() {
         let label = Label::Lab {
-            store: "/a&b".to_owned(),
+            store: StoreLabel { path: "/a&b".to_owned(), mark: "m".to_owned() },
             lab: LabId::parse("web-0123456789ab").unwrap(),
             vm: String::new(),
             owner: 1,

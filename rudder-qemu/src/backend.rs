@@ -10,7 +10,7 @@ use rudder_core::{
     Result,
     backend::{Backend, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
-    module::Module,
+    module::{DamagedModule, Module},
     store::{CollectPolicy, LabState, Store},
 };
 use std::{path::PathBuf, sync::Arc};
@@ -176,6 +176,9 @@ impl Backend for QemuBackend {
                 for what in report.failed {
                     tracing::warn!(what, "cannot remove what a dead owner left");
                 }
+                for what in report.warnings {
+                    tracing::warn!(what, "left alone in the store");
+                }
             }
             Err(error) => tracing::warn!(%error, "cannot look for what dead owners left"),
         }
@@ -185,6 +188,11 @@ impl Backend for QemuBackend {
     async fn modules(&self) -> Result<Vec<Module>> {
         let store = self.store.clone();
         blocking(move || store.modules()).await
+    }
+
+    async fn damaged_modules(&self) -> Result<Vec<DamagedModule>> {
+        let store = self.store.clone();
+        blocking(move || store.damaged_modules()).await
     }
 
     async fn remove_module(&self, name: &str) -> Result<()> {

@@ -14,7 +14,7 @@ pub use types::*;
 use crate::{
     Result,
     capability::Capabilities,
-    module::{CapturedDisk, CapturedState, Module},
+    module::{CapturedDisk, CapturedState, DamagedModule, Module},
 };
 use async_trait::async_trait;
 use std::{fmt::Debug, sync::Arc, time::Duration};
@@ -46,8 +46,14 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// `HostMissing` when something the lab needs is not here; nothing is left behind then.
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>>;
 
-    /// All modules, in the order of their names. May be repeated.
+    /// All modules that can be used, in the order of their names. May be repeated.
     async fn modules(&self) -> Result<Vec<Module>>;
+
+    /// The modules that are there and cannot be used, since their records or files are damaged or of a later version, in the order
+    /// of their names. May be repeated. A backend that cannot have any needs not say so.
+    async fn damaged_modules(&self) -> Result<Vec<DamagedModule>> {
+        Ok(Vec::new())
+    }
 
     /// Removes a module, all of it. Removing one that is not there is `NotFound`; one that a living lab builds on is `Conflict`.
     async fn remove_module(&self, name: &str) -> Result<()>;

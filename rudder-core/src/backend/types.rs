@@ -466,6 +466,9 @@ pub struct ReapReport {
     pub freed: u64,
     /// What should have been removed and could not be, and why.
     pub failed: Vec<String>,
+    /// What is not known well enough to be removed, or looks damaged: why it stays, and how to repair it.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 impl ReapReport {
@@ -474,6 +477,12 @@ impl ReapReport {
         self.removed.extend(other.removed);
         self.freed += other.freed;
         self.failed.extend(other.failed);
+        // Both may have met the same.
+        for warning in other.warnings {
+            if !self.warnings.contains(&warning) {
+                self.warnings.push(warning);
+            }
+        }
     }
 }
 

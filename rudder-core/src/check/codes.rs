@@ -46,7 +46,7 @@ codes! {
     UNKNOWN_SUBNET Error "unknown-subnet" "A subnet is named that `network.subnets` does not have."
     UNKNOWN_VPC Error "unknown-vpc" "A VPC is named that `network.vpcs` does not have."
     UNKNOWN_VM Error "unknown-vm" "A VM is named that does not exist."
-    UNKNOWN_MODULE Error "unknown-module" "A module is named that has not been built."
+    UNKNOWN_MODULE Error "unknown-module" "A module is named that has not been built, or is damaged."
     UNKNOWN_INPUT Error "unknown-input" "A key of a ConfigMap or Secret is named that was not given."
     IP_OUTSIDE_SUBNET Error "ip-outside-subnet" "The fixed address of a card is not inside its subnet."
     IP_TAKEN Error "ip-taken" "Two cards of one subnet have the same fixed address."

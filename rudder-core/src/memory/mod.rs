@@ -68,7 +68,8 @@ use crate::{
     Error, ErrorKind, Result,
     backend::{Backend, Death, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
-    module::Module,
+    module::{DamagedModule, Module},
+    store::Store,
 };
 use async_trait::async_trait;
 use display::Terminal;
@@ -115,6 +116,7 @@ struct Script {
 struct Registry {
     labs: BTreeMap<LabId, LabRecord>,
     modules: BTreeMap<String, Kept>,
+    damaged: Vec<DamagedModule>,
 }
 
 #[derive(Debug)]
@@ -265,14 +267,18 @@ impl MemoryBackend {
         self
     }
 
-    /// Also writes modules as files, at `DIR/memory/NAME/module.json`, and takes up those that are there.
+    /// Also writes modules as files, at `DIR/memory/NAME/module.json` of the store in this directory, and takes up those that are
+    /// there.
     ///
     /// # Errors
-    /// When what is there cannot be read.
+    /// As [`Store::open`]. Modules that cannot be used are [told](Backend::damaged_modules).
     pub fn store(self, directory: impl Into<PathBuf>) -> Result<Self> {
-        let directory = directory.into();
-        let found = shelf::load(&directory)?;
-        self.shared.registry().modules.extend(found.into_iter().map(|kept| (kept.module.name.clone(), kept)));
+        let directory = Store::open(directory)?.root().to_owned();
+        let shelf::Found { usable, damaged } = shelf::load(&directory)?;
+        let mut registry = self.shared.registry();
+        registry.modules.extend(usable.into_iter().map(|kept| (kept.module.name.clone(), kept)));
+        registry.damaged = damaged;
+        drop(registry);
         self.shared.script().shelf = Some(directory);
         Ok(self)
     }
@@ -390,7 +396,10 @@ impl Shared {
                 .map_err(|error| Error::new(ErrorKind::Internal, "a task panicked").with_source(error))??;
         }
         let module = kept.module.clone();
-        self.registry().modules.insert(module.name.clone(), kept);
+        let mut registry = self.registry();
+        registry.damaged.retain(|damaged| damaged.name != module.name);
+        registry.modules.insert(module.name.clone(), kept);
+        drop(registry);
         Ok(module)
     }
 
@@ -447,10 +456,15 @@ impl Backend for MemoryBackend {
         Ok(self.shared.registry().modules.values().map(|kept| kept.module.clone()).collect())
     }
 
+    async fn damaged_modules(&self) -> Result<Vec<DamagedModule>> {
+        Ok(self.shared.registry().damaged.clone())
+    }
+
     async fn remove_module(&self, name: &str) -> Result<()> {
         let shelf = self.shared.script().shelf.clone();
         let mut registry = self.shared.registry();
-        if !registry.modules.contains_key(name) {
+        let is_damaged = registry.damaged.iter().any(|module| module.name == name);
+        if !is_damaged && !registry.modules.contains_key(name) {
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!("expected a module {name}, but there is none"),
@@ -464,6 +478,7 @@ impl Backend for MemoryBackend {
         if let Some(shelf) = shelf {
             shelf::remove(&shelf, name)?;
         }
+        registry.damaged.retain(|module| module.name != name);
         registry.modules.remove(name);
         Ok(())
     }

@@ -1,14 +1,23 @@
 //! Modules as files, for those who want to see them: `DIR/memory/NAME/module.json`, and its disks beside it.
 
 use super::files::FileTree;
-use crate::{Error, ErrorKind, Result, digest::Digest, module::Module};
+use crate::{
+    Error, ErrorKind, Result,
+    digest::Digest,
+    module::{DamagedModule, Module},
+    store::durable,
+    units,
+};
 use std::{
     collections::HashMap,
     fs,
-    io::Write as _,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+/// The directory of all modules.
+const TOP: &str = "memory";
 
 /// The record of a module.
 const RECORD: &str = "module.json";
@@ -20,15 +29,22 @@ pub(super) struct Kept {
     pub(super) disks: HashMap<Digest, Arc<FileTree>>,
 }
 
+/// What there is on a shelf.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) usable: Vec<Kept>,
+    pub(super) damaged: Vec<DamagedModule>,
+}
+
 fn directory(shelf: &Path, name: &str) -> PathBuf {
-    shelf.join("memory").join(name)
+    shelf.join(TOP).join(name)
 }
 
 /// Writes a module: first its disks, named by their content, then its record by one rename.
 pub(super) fn save(shelf: &Path, kept: &mut Kept) -> Result<()> {
     let directory = directory(shelf, &kept.module.name);
-    fs::create_dir_all(&directory)
-        .map_err(|error| Error::io(format!("make {}", directory.display()), error))?;
+    durable::make_dir(&shelf.join(TOP))?;
+    durable::make_dir(&directory)?;
     for (digest, files) in &kept.disks {
         write(&directory.join(format!("{digest}.json")), &json(files)?)?;
     }
@@ -38,54 +54,76 @@ pub(super) fn save(shelf: &Path, kept: &mut Kept) -> Result<()> {
     write(&record, &text)?;
     kept.module.path = Some(record);
     // What the module of this name had before is of no use to anyone now.
-    for path in entries(&directory)? {
-        let digest = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
-        if digest.is_some_and(|digest: Digest| !kept.disks.contains_key(&digest)) {
+    remove_disks(&directory, |digest| !kept.disks.contains_key(digest))
+}
+
+/// Reads all modules.
+pub(super) fn load(shelf: &Path) -> Result<Found> {
+    let mut found = Found::default();
+    let top = shelf.join(TOP);
+    if fs::symlink_metadata(&top).is_err() {
+        return Ok(found);
+    }
+    durable::expect_dir(&top)?;
+    for directory in entries(&top)? {
+        let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let is_directory = fs::symlink_metadata(&directory).is_ok_and(|meta| meta.is_dir());
+        let record = directory.join(RECORD);
+        if !is_directory || !units::is_name(&name) || fs::symlink_metadata(&record).is_err() {
+            continue;
+        }
+        match load_one(&directory, &record, &name) {
+            Ok(kept) => found.usable.push(kept),
+            Err(error) => found.damaged.push(DamagedModule::new(name, error.report())),
+        }
+    }
+    Ok(found)
+}
+
+fn load_one(directory: &Path, record: &Path, name: &str) -> Result<Kept> {
+    let mut module = Module::from_record(record, &read(record)?)?;
+    if module.name != name {
+        return Err(Module::damaged(record, &format!("it is that of module {}", module.name)));
+    }
+    let mut disks = HashMap::new();
+    for disk in module.machines.iter().flat_map(|machine| &machine.disks) {
+        let path = directory.join(&disk.file);
+        let bytes = read(&path)?;
+        if Digest::of(&bytes) != disk.sha256 {
+            let message =
+                format!("expected {} to have sha256 {}, but it has not", path.display(), disk.sha256);
+            return Err(Error::new(ErrorKind::ChecksumMismatch, message).with_help(Module::REPAIR));
+        }
+        let files: FileTree = serde_json::from_slice(&bytes)
+            .map_err(|error| Module::damaged(&path, "it is no disk").with_source(error))?;
+        disks.insert(disk.sha256, Arc::new(files));
+    }
+    module.path = Some(record.to_owned());
+    Ok(Kept { module, disks })
+}
+
+/// Removes a module: what it consists of, and its directory when there is nothing else in it.
+pub(super) fn remove(shelf: &Path, name: &str) -> Result<()> {
+    let directory = directory(shelf, name);
+    durable::expect_dir(&directory)?;
+    // The record first: without it there is no module, whatever else is left.
+    remove_file(&directory.join(RECORD))?;
+    remove_disks(&directory, |_| true)?;
+    let _ = fs::remove_dir(&directory);
+    Ok(())
+}
+
+/// Removes the disks in a directory of which this is true.
+fn remove_disks(directory: &Path, unwanted: impl Fn(&Digest) -> bool) -> Result<()> {
+    for path in entries(directory)? {
+        let is_file = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let digest = name.strip_suffix(".json").and_then(|stem| stem.parse().ok());
+        if is_file && digest.is_some_and(|digest| unwanted(&digest)) {
             remove_file(&path)?;
         }
     }
     Ok(())
-}
-
-/// Reads all modules.
-pub(super) fn load(shelf: &Path) -> Result<Vec<Kept>> {
-    let top = shelf.join("memory");
-    if !top.exists() {
-        return Ok(Vec::new());
-    }
-    let mut all = Vec::new();
-    for directory in entries(&top)? {
-        let record = directory.join(RECORD);
-        if !record.exists() {
-            continue;
-        }
-        let mut module: Module =
-            serde_json::from_slice(&read(&record)?).map_err(|error| broken(&record, error))?;
-        let mut disks = HashMap::new();
-        for disk in module.machines.iter().flat_map(|machine| &machine.disks) {
-            let path = directory.join(&disk.file);
-            let bytes = read(&path)?;
-            if Digest::of(&bytes) != disk.sha256 {
-                let message =
-                    format!("expected {} to have sha256 {}, but it has not", path.display(), disk.sha256);
-                return Err(Error::new(ErrorKind::ChecksumMismatch, message));
-            }
-            let files: FileTree = serde_json::from_slice(&bytes).map_err(|error| broken(&path, error))?;
-            disks.insert(disk.sha256, Arc::new(files));
-        }
-        module.path = Some(record);
-        all.push(Kept { module, disks });
-    }
-    Ok(all)
-}
-
-/// Removes a module.
-pub(super) fn remove(shelf: &Path, name: &str) -> Result<()> {
-    let directory = directory(shelf, name);
-    // The record first: without it there is no module, whatever else is left.
-    remove_file(&directory.join(RECORD))?;
-    fs::remove_dir_all(&directory)
-        .map_err(|error| Error::io(format!("remove {}", directory.display()), error))
 }
 
 fn json(files: &FileTree) -> Result<Vec<u8>> {
@@ -94,14 +132,6 @@ fn json(files: &FileTree) -> Result<Vec<u8>> {
 
 fn internal(error: serde_json::Error) -> Error {
     Error::new(ErrorKind::Internal, "cannot write a module down").with_source(error)
-}
-
-fn broken(path: &Path, error: serde_json::Error) -> Error {
-    Error::new(
-        ErrorKind::InvalidInput,
-        format!("expected a module in {}, but cannot read it", path.display()),
-    )
-    .with_source(error)
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
@@ -115,7 +145,9 @@ fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|error| Error::io(format!("read {}", path.display()), error))
+    let mut bytes = Vec::new();
+    let read = durable::open_regular(path).and_then(|mut file| file.read_to_end(&mut bytes));
+    read.map(|_| bytes).map_err(|error| Error::io(format!("read {}", path.display()), error))
 }
 
 fn remove_file(path: &Path) -> Result<()> {

@@ -1,6 +1,9 @@
 //! What a plan is made against: the backend's capabilities, limits, named inputs, modules that exist.
 
-use crate::{capability::Capabilities, module::Module};
+use crate::{
+    capability::Capabilities,
+    module::{DamagedModule, Module},
+};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -18,6 +21,8 @@ pub struct PlanContext {
     pub inputs: Inputs,
     /// The modules that were built before, by name.
     pub modules: BTreeMap<String, Module>,
+    /// The modules that are there and cannot be used: their names, and why not.
+    pub damaged_modules: BTreeMap<String, String>,
     /// The name of a build that has none of its own: the stem of its file.
     pub default_name: Option<String>,
     /// The absolute directory that relative `file:` URLs (`file:images/base.qcow2`) start from.
@@ -33,6 +38,7 @@ impl PlanContext {
             limits: Limits::default(),
             inputs: Inputs::default(),
             modules: BTreeMap::new(),
+            damaged_modules: BTreeMap::new(),
             default_name: None,
             base_directory: None,
         }
@@ -42,6 +48,14 @@ impl PlanContext {
     #[must_use]
     pub fn with_modules(mut self, modules: impl IntoIterator<Item = Module>) -> Self {
         self.modules.extend(modules.into_iter().map(|module| (module.name.clone(), module)));
+        self
+    }
+
+    /// With these modules that cannot be used, so that a manifest that builds on one learns why; see
+    /// [`Backend::damaged_modules`](crate::backend::Backend::damaged_modules).
+    #[must_use]
+    pub fn with_damaged_modules(mut self, modules: impl IntoIterator<Item = DamagedModule>) -> Self {
+        self.damaged_modules.extend(modules.into_iter().map(|module| (module.name, module.reason)));
         self
     }
 

@@ -82,6 +82,11 @@ pub(super) fn references(
 fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, context: &PlanContext) {
     let Some(name) = reference.name.as_deref() else { return };
     let Some(module) = context.modules.get(name) else {
+        if let Some(reason) = context.damaged_modules.get(name) {
+            let message = format!("expected a module that can be used, but {name:?} is damaged: {reason}");
+            findings.report(&codes::UNKNOWN_MODULE, &at.key("name"), message);
+            return;
+        }
         let near = crate::check::nearest(name, context.modules.keys().map(String::as_str));
         let near = near.map(|near| format!("did you mean `{near}`? Otherwise ")).unwrap_or_default();
         findings

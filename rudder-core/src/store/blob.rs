@@ -10,7 +10,6 @@ use crate::{Error, ErrorKind, Result, digest::Digest, plan::PlannedUrl};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -88,7 +87,7 @@ impl Store {
     }
 
     pub(super) fn write_url_record(&self, url: &url::Url, record: &UrlRecord) -> Result<()> {
-        durable::write_json(&self.url_record_path(url), record, 0o600)
+        durable::write_json(&self.url_record_path(url), record)
     }
 
     pub(super) fn image_record(&self, served: &Digest) -> Result<Option<ImageRecord>> {
@@ -129,11 +128,10 @@ impl Store {
             return Ok(lease);
         }
         let dir = durable::parent(&path);
-        durable::make_dir(dir, 0o755)?;
+        durable::make_dir(dir)?;
         let enter = || -> std::io::Result<()> {
             let handle = File::open(file)?;
-            handle.set_permissions(fs::Permissions::from_mode(0o444))?;
-            handle.sync_all()?;
+            durable::seal(&handle)?;
             fs::rename(file, &path)
         };
         enter().map_err(|error| io_error("store", &path, error))?;
@@ -193,7 +191,7 @@ impl Store {
             virtual_size: image.virtual_size,
             served_size,
         };
-        durable::write_json(&self.image_record_path(served), &record, 0o644)?;
+        durable::write_json(&self.image_record_path(served), &record)?;
         Ok(record)
     }
 

@@ -3,6 +3,7 @@
 use super::{
     Store, Use, durable,
     durable::io_error,
+    entries,
     lock::{FileLock, Mode},
     part::Origin,
 };
@@ -10,7 +11,7 @@ use crate::{Result, backend::ReapReport, digest::Digest, module::InputRecord};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashSet,
-    fs::{self, File, TryLockError},
+    fs::{self, TryLockError},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -47,6 +48,8 @@ impl Store {
     /// Partial downloads that the next download can go on with stay. Never touches what a living owner has;
     /// may run in several processes at once.
     ///
+    /// What has no ledger, is not known to be replaced, or is not the store's stays, and is in the report.
+    ///
     /// # Errors
     /// File errors. What could not be removed is in the report.
     pub async fn reap(&self) -> Result<ReapReport> {
@@ -57,6 +60,12 @@ impl Store {
             store.reap_temporary_files(&mut report)?;
             store.sweep_downloads(None, &mut report)?;
             store.reap_modules(&mut report)?;
+            for module in store.damaged_modules()? {
+                report.warnings.push(format!("module {} cannot be used: {}", module.name, module.reason));
+            }
+            for path in entries::strangers(store.root())? {
+                report.warnings.push(format!("{} is not the store's: it is left alone", path.display()));
+            }
             Ok(report)
         })
         .await
@@ -97,8 +106,8 @@ impl Store {
 
     fn reap_temporary_files(&self, report: &mut ReapReport) -> Result<()> {
         let _judging = FileLock::wait(&self.lock_path("temporary"), Mode::Exclusive)?;
-        for (name, path) in self.entries(&self.downloads_dir(), |name| name.starts_with(".tmp-"))? {
-            let Ok(file) = File::open(&path) else { continue };
+        for (name, path) in self.files(&self.downloads_dir(), entries::is_temporary)? {
+            let Ok(file) = durable::open_regular(&path) else { continue };
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => continue,
@@ -112,9 +121,18 @@ impl Store {
     }
 
     fn collect_blobs(&self, policy: &CollectPolicy, report: &mut ReapReport) -> Result<()> {
+        let damaged = self.damaged_modules()?;
+        if !damaged.is_empty() {
+            let names: Vec<_> = damaged.iter().map(|module| module.name.as_str()).collect();
+            report.warnings.push(format!(
+                "cached inputs are kept: which of them these modules were made of is not known: {}",
+                names.join(", ")
+            ));
+            return Ok(());
+        }
         let needed = self.blobs_of_modules()?;
-        for (_, shelf) in self.entries(&self.root().join("blobs/sha256"), |_| true)? {
-            for (name, path) in self.entries(&shelf, |_| true)? {
+        for (shelf, directory) in self.directories(&self.root().join("blobs/sha256"), |_| true)? {
+            for (name, path) in self.files(&directory, |name| name.starts_with(&shelf))? {
                 let Ok(digest) = name.parse::<Digest>() else { continue };
                 if needed.contains(&digest) {
                     continue;
@@ -170,12 +188,12 @@ impl Store {
             earlier.keep_for_millis.saturating_sub(u64::try_from(age).unwrap_or(0))
         });
         let keep_for_millis = u64::try_from(keep_for.as_millis()).unwrap_or(u64::MAX).max(left);
-        durable::write_json(&path, &Promise { keep_for_millis, given: now }, 0o644)
+        durable::write_json(&path, &Promise { keep_for_millis, given: now })
     }
 
     /// Removes partial downloads that nobody works on: those that cannot be gone on with, and, with a policy, the others.
     fn sweep_downloads(&self, policy: Option<&CollectPolicy>, report: &mut ReapReport) -> Result<()> {
-        for (name, path) in self.entries(&self.downloads_dir(), |name| name.ends_with(".part"))? {
+        for (name, path) in self.files(&self.downloads_dir(), |name| is_record(name, ".part"))? {
             let key = name.trim_end_matches(".part");
             let Some(lock) = FileLock::attempt(&self.download_lock(key), Mode::Exclusive)? else { continue };
             let _lock = lock.transient();
@@ -197,7 +215,7 @@ impl Store {
     /// Removes records of images and URLs whose blobs are gone. A record that is missing is only made again.
     fn collect_records(&self) -> Result<()> {
         let mut served = HashSet::new();
-        for (name, path) in self.entries(&self.root().join("index/images"), |name| name.ends_with(".json"))? {
+        for (name, path) in self.files(&self.root().join("index/images"), |name| is_record(name, ".json"))? {
             let Ok(digest) = name.trim_end_matches(".json").parse::<Digest>() else { continue };
             match self.image_record(&digest)? {
                 Some(image) if self.blob_path(&image.stored).exists() => {
@@ -206,7 +224,7 @@ impl Store {
                 _ => durable::remove_file(&path)?,
             }
         }
-        for (_, path) in self.entries(&self.root().join("index/urls"), |name| name.ends_with(".json"))? {
+        for (_, path) in self.files(&self.root().join("index/urls"), |name| is_record(name, ".json"))? {
             let record = durable::read_json::<super::blob::UrlRecord>(&path)?;
             let useful = record.is_some_and(|record| {
                 served.contains(&record.served) || self.blob_path(&record.served).exists()
@@ -215,7 +233,7 @@ impl Store {
                 durable::remove_file(&path)?;
             }
         }
-        for (name, path) in self.entries(&self.root().join("index/kept"), |name| name.ends_with(".json"))? {
+        for (name, path) in self.files(&self.root().join("index/kept"), |name| is_record(name, ".json"))? {
             let digest = name.trim_end_matches(".json").parse::<Digest>();
             if !digest.is_ok_and(|digest| self.blob_path(&digest).exists()) {
                 durable::remove_file(&path)?;
@@ -223,6 +241,11 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Whether this is the name of a file of the store that is about a digest.
+fn is_record(name: &str, ending: &str) -> bool {
+    name.strip_suffix(ending).is_some_and(|stem| stem.parse::<Digest>().is_ok())
 }
 
 /// Whether something was not used for this long.

@@ -4,18 +4,89 @@ use crate::{Error, ErrorKind, Result};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     fs::{self, DirBuilder, File},
-    io::{self, Write},
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::Path,
 };
 
-/// Makes a directory and its parents; new ones get this mode.
-pub(super) fn make_dir(path: &Path, mode: u32) -> Result<()> {
+/// The mode of every directory of a store: its content may have been readable by its owner alone where it came from.
+pub(super) const DIRECTORY_MODE: u32 = 0o700;
+
+/// The mode of every file of a store.
+pub(super) const FILE_MODE: u32 = 0o600;
+
+/// The largest record that is read, in bytes.
+const LARGEST_RECORD: u64 = 64 << 20;
+
+/// Creates a directory and its missing parents, for their owner alone.
+///
+/// # Errors
+/// File errors; `Conflict` when something else is there, such as a symbolic link.
+pub(crate) fn make_dir(path: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
-        .mode(mode)
+        .mode(DIRECTORY_MODE)
         .create(path)
-        .map_err(|error| io_error("create directory", path, error))
+        .map_err(|error| io_error("create directory", path, error))?;
+    expect_dir(path)
+}
+
+/// Fails unless there is a directory at this path: a symbolic link to one could lead out of the store.
+pub(crate) fn expect_dir(path: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(path).map_err(|error| io_error("read", path, error))?;
+    if meta.is_dir() {
+        return Ok(());
+    }
+    let message =
+        format!("expected a directory at {}, but found {}", path.display(), kind_of(meta.file_type()));
+    Err(Error::new(ErrorKind::Conflict, message)
+        .with_help("move it out of the store; nothing was changed, and nothing behind it is touched"))
+}
+
+/// What a directory entry is, for messages.
+pub(super) fn kind_of(kind: fs::FileType) -> &'static str {
+    if kind.is_symlink() {
+        "a symbolic link"
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_file() {
+        "a file"
+    } else {
+        "something that is neither a file nor a directory"
+    }
+}
+
+/// Opens a regular file for reading: follows no symbolic link, and never waits as opening a FIFO would.
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let flags = i32::try_from(flags.bits()).map_err(io::Error::other)?;
+    let file = match fs::OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
+            return Err(io::Error::other("expected a regular file, but found a symbolic link"));
+        }
+        other => other?,
+    };
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() {
+        return Err(io::Error::other(format!("expected a regular file, but found {}", kind_of(kind))));
+    }
+    Ok(file)
+}
+
+/// Reads a regular file of moderate size.
+pub(super) fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open_regular(path)?.take(LARGEST_RECORD + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LARGEST_RECORD {
+        return Err(io::Error::other(format!("expected at most {}", human(LARGEST_RECORD))));
+    }
+    Ok(bytes)
+}
+
+/// Makes a finished file durable, and readable by its owner alone.
+pub(super) fn seal(file: &File) -> io::Result<()> {
+    file.set_permissions(fs::Permissions::from_mode(FILE_MODE))?;
+    file.sync_all()
 }
 
 /// Makes renames and unlinks inside this directory survive a power failure.
@@ -26,17 +97,16 @@ pub(super) fn sync_dir(path: &Path) -> Result<()> {
 }
 
 /// Writes a file so that a reader sees the old content or the new, whatever happens.
-pub(super) fn write_atomic(path: &Path, content: &[u8], mode: u32) -> Result<()> {
+pub(super) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     let dir = parent(path);
     let write = || -> io::Result<()> {
         let mut file = tempfile::Builder::new()
             .prefix(".tmp-")
-            .permissions(fs::Permissions::from_mode(mode))
+            .permissions(fs::Permissions::from_mode(FILE_MODE))
             .tempfile_in(dir)?;
         file.write_all(content)?;
-        // The umask may have taken bits away.
-        file.as_file().set_permissions(fs::Permissions::from_mode(mode))?;
-        file.as_file().sync_all()?;
+        // The umask may have cleared bits.
+        seal(file.as_file())?;
         file.persist(path).map_err(|error| error.error)?;
         Ok(())
     };
@@ -45,17 +115,17 @@ pub(super) fn write_atomic(path: &Path, content: &[u8], mode: u32) -> Result<()>
 }
 
 /// [`write_atomic`] of a value as JSON.
-pub(super) fn write_json<T: Serialize>(path: &Path, value: &T, mode: u32) -> Result<()> {
+pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let mut text = serde_json::to_vec_pretty(value).map_err(|error| {
         Error::new(ErrorKind::Internal, format!("cannot encode {}", path.display())).with_source(error)
     })?;
     text.push(b'\n');
-    write_atomic(path, &text, mode)
+    write_atomic(path, &text)
 }
 
-/// Reads a JSON file; `None` when it is not there, or is not what was written (the store then makes it anew).
+/// Reads a JSON file of the cache; `None` when it is missing, or is not what was written: the store then makes it anew.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    match fs::read(path) {
+    match read_regular(path) {
         Ok(bytes) => match serde_json::from_slice(&bytes) {
             Ok(value) => Ok(Some(value)),
             Err(error) => {
@@ -140,10 +210,10 @@ mod tests {
     fn a_written_file_replaces_the_old_one_and_leaves_nothing_beside_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("record.json");
-        write_json(&path, &1, 0o644).unwrap();
-        write_json(&path, &2, 0o644).unwrap();
+        write_json(&path, &1).unwrap();
+        write_json(&path, &2).unwrap();
         assert_eq!(read_json::<i32>(&path).unwrap(), Some(2));
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, FILE_MODE);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         fs::write(&path, "{").unwrap();
         assert_eq!(read_json::<i32>(&path).unwrap(), None);

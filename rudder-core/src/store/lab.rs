@@ -5,81 +5,34 @@
 //!          /lock        held by the owner for as long as it lives, however it dies
 //!          /ledger.json owner, purpose, processes, and the blobs and modules it needs
 //! ```
-//! A lab is made, judged and reaped under the lock `locks/labs`, so that nobody meets one that is half made.
+//! A lab is made, judged and reaped under the lock `locks/labs`, so that nobody meets one that is half made. What has no ledger that
+//! can be read is never removed, and a process is ended only when it belongs to this very directory: a copy of a store has the
+//! ledgers of the original, whose machines may run.
 
 use super::{
-    Lease, Store, Use, durable,
-    lock::{FileLock, Mode},
-    process::{self, ProcessIdentity},
+    Lease, Store, Use, durable, entries,
+    identity::DirectoryIdentity,
+    ledger::{self, LEDGER, LabEntry, LabState, Ledger, RecordedProcess},
+    lock::{Availability, FileLock, Mode},
+    process::{self, Belonging, ProcessIdentity},
 };
 use crate::{
     Error, ErrorKind, Result,
     backend::{LabId, ReapReport, Retention},
 };
-use serde::{Deserialize, Serialize};
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+/// The file that the owner of a lab has locked for as long as it lives.
+const LOCK: &str = "lock";
+
 /// The environment variable that marks a process as part of a lab; its value is the lab's id. A process that carries
 /// it is found and ended with a dead lab even when its owner died before it could record it.
 pub const LAB_VARIABLE: &str = "RUDDER_LAB";
-
-/// What is written down about a lab, so that others can clean up behind a dead owner.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct Ledger {
-    /// The lab.
-    pub id: LabId,
-    /// What it is for: the name of a build or clone.
-    pub purpose: String,
-    /// Who opened it.
-    pub owner: ProcessIdentity,
-    /// When.
-    pub created: jiff::Timestamp,
-    /// Whether it may be kept, and was.
-    pub kept: bool,
-    /// Processes that belong to it.
-    pub processes: Vec<RecordedProcess>,
-    /// Blobs and modules that it needs.
-    pub uses: Vec<Use>,
-}
-
-/// A process of a lab.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RecordedProcess {
-    /// What it is: `qemu of web`.
-    pub role: String,
-    /// Who it is.
-    #[serde(flatten)]
-    pub identity: ProcessIdentity,
-}
-
-/// Whether a lab is in use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LabState {
-    /// Its owner lives.
-    Living,
-    /// Its owner is gone; it is reaped.
-    Dead,
-    /// It was kept for inspection; it stays until it is removed.
-    Kept,
-}
-
-/// A lab that was found in the store.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LabEntry {
-    /// Its id: the name of its directory.
-    pub id: String,
-    /// Its directory.
-    pub path: PathBuf,
-    /// Whether it is in use.
-    pub state: LabState,
-    /// What is written down about it; `None` when its owner died before it wrote it.
-    pub ledger: Option<Ledger>,
-}
 
 /// The directory of a lab, held by its owner.
 ///
@@ -113,6 +66,19 @@ impl Held {
 
 impl LabDir {
     pub(super) fn create(store: &Store, id: &LabId, purpose: &str, retention: Retention) -> Result<Self> {
+        let path = store.labs_dir().join(id.as_str());
+        let _judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
+        if fs::symlink_metadata(&path).is_ok() {
+            return Err(Error::new(ErrorKind::Conflict, format!("there is already a lab {id}")));
+        }
+        durable::expect_dir(&store.labs_dir())?;
+        // It appears with its ledger: one without is none of ours.
+        let new = tempfile::Builder::new()
+            .prefix(".new-")
+            .permissions(fs::Permissions::from_mode(durable::DIRECTORY_MODE))
+            .tempdir_in(store.labs_dir())
+            .map_err(|error| durable::io_error("make a directory in", &store.labs_dir(), error))?;
+        let lock = FileLock::wait(&new.path().join(LOCK), Mode::Exclusive)?;
         let ledger = Ledger {
             id: id.clone(),
             purpose: purpose.to_owned(),
@@ -121,15 +87,12 @@ impl LabDir {
             kept: false,
             processes: Vec::new(),
             uses: Vec::new(),
+            directory: Some(DirectoryIdentity::of(new.path())?),
         };
-        let path = store.labs_dir().join(id.as_str());
-        let _judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
-        if path.exists() {
-            return Err(Error::new(ErrorKind::Conflict, format!("there is already a lab {id}")));
-        }
-        durable::make_dir(&path, 0o700)?;
-        let lock = FileLock::wait(&path.join("lock"), Mode::Exclusive)?;
-        durable::write_json(&path.join("ledger.json"), &ledger, 0o600)?;
+        durable::write_json(&new.path().join(LEDGER), &ledger)?;
+        fs::rename(new.path(), &path).map_err(|error| durable::io_error("create", &path, error))?;
+        // It has moved: there is nothing left to remove.
+        let _ = new.keep();
         Ok(Self {
             store: store.clone(),
             path,
@@ -159,7 +122,8 @@ impl LabDir {
     }
 
     /// Writes down a process, so that it is ended when the lab is destroyed, also by others after the owner died.
-    /// Its command line, working directory or environment ([`LAB_VARIABLE`]) must name the lab's id: nothing else is killed.
+    /// Its command line, working directory or environment ([`LAB_VARIABLE`]) must name the lab's id: nothing else is killed. It is
+    /// left alone by those who clean up a copy of the store.
     ///
     /// # Errors
     /// `NotFound` when the process has ended already; file errors.
@@ -211,7 +175,7 @@ impl LabDir {
         let mut held = self.held();
         let Some(lock) = held.lock.take() else { return Ok(()) };
         let mut report = ReapReport::default();
-        let outcome = remove(&self.store, &self.path, Some(&held.ledger), &mut report);
+        let outcome = remove(&self.store, &self.path, &held.ledger, &mut report);
         match outcome {
             Ok(()) => {
                 held.leases.clear();
@@ -233,7 +197,7 @@ impl LabDir {
         let mut held = self.held();
         held.check_open()?;
         change(&mut held);
-        durable::write_json(&self.path.join("ledger.json"), &held.ledger, 0o600)
+        durable::write_json(&self.path.join(LEDGER), &held.ledger)
     }
 }
 
@@ -265,8 +229,9 @@ impl Store {
         let _judging = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
         let mut labs = Vec::new();
         for (id, path) in self.lab_dirs()? {
-            let (state, ledger, _) = judge(&path)?;
-            labs.push(LabEntry { id, path, state, ledger });
+            if let Some(Judged { state, ledger, .. }) = judge(&path, &id)? {
+                labs.push(LabEntry { id, path, state, ledger: ledger.ok() });
+            }
         }
         Ok(labs)
     }
@@ -274,24 +239,26 @@ impl Store {
     /// Removes a lab that was kept, or whose owner is dead, with its processes.
     ///
     /// # Errors
-    /// `NotFound`; `Conflict` when its owner lives and did not keep it; a process that cannot be ended; file errors.
+    /// `NotFound`; `Conflict` when its owner lives and did not keep it; `InvalidInput` when its ledger cannot be read; a process
+    /// that cannot be ended; file errors.
     pub async fn remove_lab(&self, id: &str) -> Result<()> {
         let (store, id) = (self.clone(), id.to_owned());
         super::blocking(move || {
+            let missing =
+                || Error::new(ErrorKind::NotFound, format!("there is no lab {id} in the store"));
             let judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
             let found = store.lab_dirs()?.into_iter().find(|(name, _)| *name == id);
-            let (_, path) = found.ok_or_else(|| {
-                Error::new(ErrorKind::NotFound, format!("there is no lab {id} in the store"))
-            })?;
-            let (state, ledger, lock) = judge(&path)?;
+            let (_, path) = found.ok_or_else(missing)?;
+            let Judged { state, ledger, lock } = judge(&path, &id)?.ok_or_else(missing)?;
             if state == LabState::Living {
                 return Err(Error::new(
                     ErrorKind::Conflict,
                     format!("lab {id} is in use by a living process"),
                 ));
             }
+            let ledger = ledger?;
             drop(judging);
-            let outcome = remove(&store, &path, ledger.as_ref(), &mut ReapReport::default());
+            let outcome = remove(&store, &path, &ledger, &mut ReapReport::default());
             drop(lock);
             outcome
         })
@@ -300,25 +267,31 @@ impl Store {
 
     /// Removes the labs of dead owners: their processes, then their directories.
     pub(super) fn reap_labs(&self, report: &mut ReapReport) -> Result<()> {
-        for (_, path) in self.removed_lab_dirs()? {
-            // Nobody lives in what was taken out already; another may be removing it at this moment.
-            let size = durable::disk_usage(&path);
-            match durable::remove_tree(&path) {
-                Ok(()) => report.freed += size,
-                Err(error) => report.failed.push(error.report()),
+        let judging = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
+        // Nobody lives in what was taken out already, or not put in yet; another may be removing it at this moment.
+        let leftovers = self.directories(&self.labs_dir(), entries::is_leftover)?;
+        let mut dead = Vec::new();
+        for (id, path) in self.lab_dirs()? {
+            match judge(&path, &id)? {
+                Some(Judged { state: LabState::Dead, ledger: Ok(ledger), lock }) => {
+                    dead.push((id, path, ledger, lock));
+                }
+                Some(Judged { state: LabState::Unknown, ledger: Err(error), .. }) => {
+                    report.warnings.push(error.report());
+                }
+                _ => {}
             }
         }
-        let mut dead = Vec::new();
-        let judging = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
-        for (id, path) in self.lab_dirs()? {
-            let (state, ledger, lock) = judge(&path)?;
-            if state == LabState::Dead {
-                dead.push((id, path, ledger, lock));
-            }
+        // What is being made is made under the lock: what is there now was left.
+        for (_, path) in leftovers.iter().filter(|(name, _)| name.starts_with(".new-")) {
+            discard(path, report);
         }
         drop(judging);
+        for (_, path) in leftovers.iter().filter(|(name, _)| !name.starts_with(".new-")) {
+            discard(path, report);
+        }
         for (id, path, ledger, _lock) in dead {
-            if let Err(error) = remove(self, &path, ledger.as_ref(), report) {
+            if let Err(error) = remove(self, &path, &ledger, report) {
                 report.failed.push(format!("lab {id}: {}", error.report()));
             }
         }
@@ -326,48 +299,98 @@ impl Store {
     }
 
     /// What labs that are not dead need. Dead ones that were not reaped yet count too: their processes may still run.
-    pub(super) fn used_by_labs(&self) -> Result<Vec<(String, Use)>> {
+    /// `None`: a lab whose ledger cannot be read needs nobody knows what.
+    pub(super) fn used_by_labs(&self) -> Result<Vec<(String, Option<Use>)>> {
         let mut uses = Vec::new();
         for (id, path) in self.lab_dirs()? {
-            if let Some(ledger) = durable::read_json::<Ledger>(&path.join("ledger.json"))? {
-                uses.extend(ledger.uses.into_iter().map(|what| (id.clone(), what)));
+            match ledger::read(&path, &id) {
+                Ok(Some(ledger)) => uses.extend(ledger.uses.into_iter().map(|what| (id.clone(), Some(what)))),
+                Ok(None) => {}
+                Err(_) => uses.push((id, None)),
             }
         }
         Ok(uses)
     }
 
+    /// The directories of labs: those with a lock or a ledger. Anything else there is not ours.
     fn lab_dirs(&self) -> Result<Vec<(String, PathBuf)>> {
-        self.entries(&self.labs_dir(), |name| !name.starts_with('.'))
-    }
-
-    fn removed_lab_dirs(&self) -> Result<Vec<(String, PathBuf)>> {
-        self.entries(&self.labs_dir(), |name| name.starts_with(".removed-"))
+        let mut labs = self.directories(&self.labs_dir(), |name| LabId::parse(name).is_ok())?;
+        labs.retain(|(_, path)| {
+            [LEDGER, LOCK].iter().any(|file| fs::symlink_metadata(path.join(file)).is_ok())
+        });
+        Ok(labs)
     }
 }
 
-/// Whether a lab lives; its lock, if nobody had it. The caller holds `locks/labs`.
-fn judge(path: &Path) -> Result<(LabState, Option<Ledger>, Option<FileLock>)> {
-    let ledger = durable::read_json::<Ledger>(&path.join("ledger.json"))?;
-    let lock = FileLock::attempt(&path.join("lock"), Mode::Exclusive)?;
-    let state = match (&ledger, &lock) {
-        (Some(ledger), _) if ledger.kept => LabState::Kept,
-        (_, Some(_)) => LabState::Dead,
-        (_, None) => LabState::Living,
+/// What is known of a lab.
+struct Judged {
+    state: LabState,
+    /// What is written down about it, or why that cannot be read.
+    ledger: Result<Ledger>,
+    /// Its lock, if nobody had it.
+    lock: Option<FileLock>,
+}
+
+/// Whether a lab lives; `None` when it is gone by now. The caller holds `locks/labs`.
+fn judge(path: &Path, id: &str) -> Result<Option<Judged>> {
+    let ledger = match ledger::read(path, id) {
+        Ok(None) => return Ok(None),
+        Ok(Some(ledger)) => Ok(ledger),
+        Err(error) => Err(error),
     };
-    Ok((state, ledger, lock))
+    let availability = FileLock::look(&path.join(LOCK))?;
+    let is_held = matches!(availability, Availability::Held);
+    let is_missing = matches!(availability, Availability::Missing);
+    let state = match &ledger {
+        Ok(ledger) if ledger.kept => LabState::Kept,
+        _ if is_held => LabState::Living,
+        Err(_) => LabState::Unknown,
+        // Somebody removed the lock of a living owner.
+        Ok(ledger) if is_missing && is_of(ledger, path) && ledger.owner.is_running() => LabState::Living,
+        Ok(_) => LabState::Dead,
+    };
+    let lock = if let Availability::Free(lock) = availability { Some(lock) } else { None };
+    Ok(Some(Judged { state, ledger, lock }))
+}
+
+/// Whether a ledger was written for the directory that it is in.
+fn is_of(ledger: &Ledger, path: &Path) -> bool {
+    ledger.directory.is_some() && DirectoryIdentity::of(path).ok() == ledger.directory
+}
+
+/// Removes what is left of a lab's directory.
+fn discard(path: &Path, report: &mut ReapReport) {
+    let size = durable::disk_usage(path);
+    match durable::remove_tree(path) {
+        Ok(()) => report.freed += size,
+        Err(error) => report.failed.push(error.report()),
+    }
 }
 
 /// Ends the processes of a lab and removes its directory. The caller holds its lock, or it was kept.
-fn remove(store: &Store, path: &Path, ledger: Option<&Ledger>, report: &mut ReapReport) -> Result<()> {
-    let id = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    for process in ledger.into_iter().flat_map(|ledger| &ledger.processes) {
-        if process.identity.kill(&id)? {
-            report.removed.push(format!("process {} ({}) of lab {id}", process.identity.pid, process.role));
+fn remove(store: &Store, path: &Path, ledger: &Ledger, report: &mut ReapReport) -> Result<()> {
+    let id = ledger.id.as_str();
+    let here = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => Some(DirectoryIdentity::from_metadata(&meta)),
+        Ok(_) => return durable::expect_dir(path),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(durable::io_error("read", path, error)),
+    };
+    // Without a directory there is only what its owner knows by heart.
+    if let Some(directory) = here.or(ledger.directory) {
+        let lab = Belonging { id, directory, recorded: ledger.directory == Some(directory) };
+        for process in &ledger.processes {
+            if process.identity.kill(&lab)? {
+                report.removed.push(format!(
+                    "process {} ({}) of lab {id}",
+                    process.identity.pid, process.role
+                ));
+            }
         }
-    }
-    for identity in process::carrying(LAB_VARIABLE, &id) {
-        if identity.kill(&id)? {
-            report.removed.push(format!("process {} of lab {id}", identity.pid));
+        for identity in process::carrying(LAB_VARIABLE, id) {
+            if identity.kill(&lab)? {
+                report.removed.push(format!("process {} of lab {id}", identity.pid));
+            }
         }
     }
     // Gone for everybody by one rename; the rest is only space.

@@ -30,6 +30,17 @@ pub(super) enum Mode {
     Exclusive,
 }
 
+/// Whether a lock can be had.
+#[derive(Debug)]
+pub(super) enum Availability {
+    /// Nobody had it: it is held alone now.
+    Free(FileLock),
+    /// Somebody has it.
+    Held,
+    /// There is no file to lock.
+    Missing,
+}
+
 impl FileLock {
     /// Takes the lock, and waits for it as long as it takes: for locks that are held for moments.
     pub(super) fn wait(path: &Path, mode: Mode) -> Result<Self> {
@@ -65,6 +76,23 @@ impl FileLock {
         }
     }
 
+    /// Takes the lock alone if nobody has it. Creates nothing.
+    pub(super) fn look(path: &Path) -> Result<Availability> {
+        if !fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file()) {
+            return Ok(Availability::Missing);
+        }
+        let failed = |error| io_error("lock", path, error);
+        let file = match options().open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Availability::Missing),
+            other => other.map_err(failed)?,
+        };
+        match file.try_lock() {
+            Ok(()) => Ok(Availability::Free(Self { file, path: path.to_owned(), transient: false })),
+            Err(TryLockError::WouldBlock) => Ok(Availability::Held),
+            Err(TryLockError::Error(error)) => Err(failed(error)),
+        }
+    }
+
     /// Removes the file of a lock that is held alone once it is dropped.
     pub(super) fn transient(mut self) -> Self {
         self.transient = true;
@@ -96,12 +124,19 @@ impl Drop for FileLock {
     }
 }
 
+/// How files of locks are opened: a symbolic link could lead to a file of somebody else's.
+fn options() -> OpenOptions {
+    let flags = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or_default();
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(flags);
+    options
+}
+
 fn open(path: &Path) -> Result<File> {
-    let open =
-        || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+    let open = || options().create(true).truncate(false).mode(durable::FILE_MODE).open(path);
     match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            durable::make_dir(durable::parent(path), 0o700)?;
+            durable::make_dir(durable::parent(path))?;
             open()
         }
         other => other,
@@ -112,7 +147,7 @@ fn open(path: &Path) -> Result<File> {
 /// Whether the locked file is still the one that others find at this path.
 fn is_current(file: &File, path: &Path) -> Result<bool> {
     let own = file.metadata().map_err(|error| io_error("read", path, error))?;
-    match fs::metadata(path) {
+    match fs::symlink_metadata(path) {
         Ok(there) => Ok(there.ino() == own.ino() && there.dev() == own.dev()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(io_error("read", path, error)),

@@ -1,7 +1,8 @@
 //! The store: content-addressed local storage that local backends share. Inputs, modules, and the labs of running builds.
 //!
 //! ```text
-//! <store>/blobs/sha256/ab/abcd…       immutable inputs, named by the sha256 of what is stored; verified when they enter
+//! <store>/rudder-store.json            the marker that makes it a store: see `layout`
+//!        /blobs/sha256/ab/abcd…       immutable inputs, named by the sha256 of what is stored; verified when they enter
 //!        /index/urls/…                what a URL gave, and how to ask whether it still does
 //!        /index/images/…              which blob an image became, named by the sha256 of the bytes as served
 //!        /downloads/…                 partial downloads, resumable; one writer each
@@ -15,31 +16,43 @@
 //! - Any number of processes may use a store at once; a download that several want is made once.
 //! - What a [`Lease`] or the ledger of a lab names is not removed. A lease passes to a ledger without a gap
 //!   ([`LabDir::hold`]), so that nothing is collected between finding a blob and building on it.
+//! - Only what the store itself recorded is ever removed. Symbolic links are not followed. What it does not know stays, and is
+//!   named in the report ([`warnings`](crate::backend::ReapReport::warnings)) of whoever cleans up.
+//! - Nobody but its owner reads it: directories have mode 0700, files 0600.
 
 mod blob;
 mod collect;
 mod download;
-mod durable;
+pub(crate) mod durable;
+mod entries;
 mod fetch;
 mod format;
 mod http;
+mod identity;
 mod lab;
+mod layout;
+mod ledger;
 mod local;
 mod lock;
 mod modules;
 mod part;
 mod process;
+mod publish;
 mod unpack;
+mod versions;
 
 pub use self::{
     collect::CollectPolicy,
     format::ImageFormat,
-    lab::{LAB_VARIABLE, LabDir, LabEntry, LabState, Ledger, RecordedProcess},
+    identity::DirectoryIdentity,
+    lab::{LAB_VARIABLE, LabDir},
+    ledger::{LabEntry, LabState, Ledger, RecordedProcess},
     process::ProcessIdentity,
 };
 
 use self::{
     download::Wanted,
+    layout::Opened,
     lock::{FileLock, Mode},
 };
 use crate::{
@@ -48,6 +61,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{
     env,
+    fs::FileType,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Duration,
@@ -59,7 +73,7 @@ pub struct Store(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    root: PathBuf,
+    opened: Opened,
     options: StoreOptions,
     client: OnceLock<reqwest::Client>,
 }
@@ -170,10 +184,12 @@ impl Lease {
 }
 
 impl Store {
-    /// Opens the store in this directory, and makes it where it is not there yet.
+    /// Opens the store in this directory. Where there is no directory, or an empty one, it makes a store.
     ///
     /// # Errors
-    /// File errors.
+    /// `InvalidInput` for a directory that is not empty and no store, and for one of another user; `Unsupported` for the store of
+    /// a later version; `Conflict` where a directory of the store is something else, such as a symbolic link; file errors. A
+    /// directory that is refused is left unchanged.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
         Self::open_with(root, StoreOptions::default())
     }
@@ -181,24 +197,10 @@ impl Store {
     /// [`open`](Self::open) with other timeouts and limits.
     ///
     /// # Errors
-    /// File errors.
+    /// As [`open`](Self::open).
     pub fn open_with(root: impl Into<PathBuf>, options: StoreOptions) -> Result<Self> {
-        let root = root.into();
-        let root = std::path::absolute(&root).map_err(|error| durable::io_error("open", &root, error))?;
-        for (dir, mode) in [
-            ("", 0o755),
-            ("blobs/sha256", 0o755),
-            ("modules", 0o755),
-            ("index/urls", 0o700),
-            ("index/images", 0o755),
-            ("index/kept", 0o755),
-            ("downloads", 0o700),
-            ("labs", 0o755),
-            ("locks", 0o700),
-        ] {
-            durable::make_dir(&root.join(dir), mode)?;
-        }
-        Ok(Self(Arc::new(Inner { root, options, client: OnceLock::new() })))
+        let opened = layout::open(&root.into())?;
+        Ok(Self(Arc::new(Inner { opened, options, client: OnceLock::new() })))
     }
 
     /// Where the store of this user is: `$RUDDER_STORE`, else `rudder` in `$XDG_DATA_HOME`, else `~/.local/share/rudder`
@@ -215,10 +217,10 @@ impl Store {
         })
     }
 
-    /// Its directory.
+    /// Its directory, without symbolic links.
     #[must_use]
     pub fn root(&self) -> &Path {
-        &self.0.root
+        &self.0.opened.root
     }
 
     /// A disk image, unpacked and ready to be a backing file: from the cache, else from where the URL says.
@@ -311,29 +313,34 @@ impl Store {
             return Ok(Err("a running process".into()));
         };
         // Looked at under the lock: whoever had a lease has written it into the ledger before giving the lease back.
-        let user = self.used_by_labs()?.into_iter().find(|(_, used)| used == what);
+        let user =
+            self.used_by_labs()?.into_iter().find(|(_, used)| used.as_ref().is_none_or(|used| used == what));
         Ok(match user {
-            Some((lab, _)) => Err(format!("lab {lab}")),
+            Some((lab, Some(_))) => Err(format!("lab {lab}")),
+            Some((lab, None)) => Err(format!("perhaps lab {lab}, whose ledger cannot be read,")),
             None => Ok(lock),
         })
     }
 
-    /// The entries of a directory of the store whose names are wanted, in order; of one that is not there, none.
-    fn entries(&self, dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<(String, PathBuf)>> {
-        let listing = match std::fs::read_dir(dir) {
-            Ok(listing) => listing,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(durable::io_error("list", dir, error)),
-        };
-        let mut entries = Vec::new();
-        for entry in listing {
-            let entry = entry.map_err(|error| durable::io_error("list", dir, error))?;
-            if let Some(name) = entry.file_name().to_str().filter(|name| wanted(name)) {
-                entries.push((name.to_owned(), entry.path()));
-            }
-        }
-        entries.sort();
-        Ok(entries)
+    /// The directories in a directory of the store whose names are wanted, in order; of one that is not there, none.
+    /// A symbolic link is no directory.
+    fn directories(&self, dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<(String, PathBuf)>> {
+        self.entries(dir, |name, kind| kind.is_dir() && wanted(name))
+    }
+
+    /// The regular files in a directory of the store whose names are wanted, in order.
+    fn files(&self, dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<(String, PathBuf)>> {
+        self.entries(dir, |name, kind| kind.is_file() && wanted(name))
+    }
+
+    /// The entries of a directory of the store that are wanted, in order; of one that is not there, none.
+    fn entries(
+        &self,
+        dir: &Path,
+        wanted: impl Fn(&str, FileType) -> bool,
+    ) -> Result<Vec<(String, PathBuf)>> {
+        let entries = entries::list(dir)?.into_iter().filter(|(name, kind)| wanted(name, *kind));
+        Ok(entries.map(|(name, _)| (name.clone(), dir.join(name))).collect())
     }
 }
 

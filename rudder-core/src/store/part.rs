@@ -112,7 +112,7 @@ impl Part {
         self.hasher = Hasher::default();
         self.len = 0;
         if let Some(origin) = &origin {
-            durable::write_json(&self.path.with_extension("json"), origin, 0o600)?;
+            durable::write_json(&self.path.with_extension("json"), origin)?;
         }
         self.origin = origin;
         Ok(())

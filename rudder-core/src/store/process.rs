@@ -1,5 +1,6 @@
 //! Who a process is, so that it is never mistaken for a later one of the same number; ending one that is ours.
 
+use super::identity::DirectoryIdentity;
 use crate::{Error, ErrorKind, Result};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -55,9 +56,9 @@ impl ProcessIdentity {
         boot_id().is_ok_and(|boot| boot == self.boot_id) && start_time(self.pid) == Some(self.start_time)
     }
 
-    /// Kills it, if it is still the same process and its command line, directory or environment names `marker`, and
-    /// waits until it is gone. Says whether there was anything to kill.
-    pub(super) fn kill(&self, marker: &str) -> Result<bool> {
+    /// Kills it, if it is still the same process and belongs to this lab, and waits until it is gone. Says whether there was
+    /// anything to kill.
+    pub(super) fn kill(&self, lab: &Belonging<'_>) -> Result<bool> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(false) };
         let failed = |error: rustix::io::Errno| {
             Error::io(format_args!("kill process {}", self.pid), io::Error::from(error))
@@ -73,14 +74,16 @@ impl ProcessIdentity {
         }
         let silence = Instant::now() + KILL_LIMIT;
         loop {
-            match words(self.pid, marker) {
+            match words(self.pid, lab) {
                 Words::Ours => break,
                 Words::Few if Instant::now() < silence => {
                     if ends_within(&handle, SILENCE_STEP).map_err(failed)? {
                         return Ok(false);
                     }
                 }
-                Words::Few | Words::Others => return Err(self.stranger(marker)),
+                // A copy of a ledger names the processes of its original.
+                Words::Few | Words::Others if !lab.recorded => return Ok(false),
+                Words::Few | Words::Others => return Err(self.stranger(lab.id)),
             }
         }
         match pidfd_send_signal(&handle, Signal::KILL) {
@@ -137,24 +140,56 @@ enum Words {
     Few,
 }
 
-/// Looks for a text in what a process says of itself.
-fn words(pid: u32, marker: &str) -> Words {
-    let holds = |bytes: &[u8]| bytes.windows(marker.len()).any(|window| window == marker.as_bytes());
+/// What a process must belong to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Belonging<'a> {
+    /// The id of a lab.
+    pub(super) id: &'a str,
+    /// The directory of the lab.
+    pub(super) directory: DirectoryIdentity,
+    /// Whether its ledger was written for this very directory. Otherwise a process that names the id may be the original's: it
+    /// must work in the directory, or have one of its files open.
+    pub(super) recorded: bool,
+}
+
+impl Belonging<'_> {
+    /// Whether the directory at this path is the lab's.
+    fn is_at(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|meta| DirectoryIdentity::from_metadata(&meta) == self.directory)
+    }
+
+    /// Whether a process has a file of the directory open, wherever the directory was moved since.
+    fn has_open(&self, process: &Path) -> bool {
+        let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+        let mut paths = files.filter_map(|file| fs::read_link(file.path()).ok());
+        paths.any(|path| path.is_absolute() && path.ancestors().skip(1).any(|above| self.is_at(above)))
+    }
+}
+
+/// Looks for a lab in what a process says of itself.
+fn words(pid: u32, lab: &Belonging<'_>) -> Words {
+    let holds = |bytes: &[u8]| bytes.windows(lab.id.len()).any(|window| window == lab.id.as_bytes());
     let dir = Path::new("/proc").join(pid.to_string());
-    if fs::read_link(dir.join("cwd")).is_ok_and(|cwd| holds(cwd.as_os_str().as_encoded_bytes())) {
+    let cwd = dir.join("cwd");
+    let named = || fs::read_link(&cwd).is_ok_and(|cwd| holds(cwd.as_os_str().as_encoded_bytes()));
+    if lab.is_at(&cwd) || (lab.recorded && named()) {
         return Words::Ours;
     }
     let mut few = false;
     // An environment that is cut short by the end of its process is not taken for whole: nobody has a command line then.
     for file in ["environ", "cmdline"] {
         match fs::read(dir.join(file)) {
-            Ok(bytes) if holds(&bytes) => return Words::Ours,
+            Ok(bytes) if lab.recorded && holds(&bytes) => return Words::Ours,
             Ok(bytes) => few |= bytes.is_empty(),
             // Not to be read by us is not the same as empty.
             Err(error) => few |= error.kind() != io::ErrorKind::PermissionDenied,
         }
     }
-    if few { Words::Few } else { Words::Others }
+    match few {
+        true => Words::Few,
+        false if !lab.recorded && lab.has_open(&dir) => Words::Ours,
+        false => Words::Others,
+    }
 }
 
 /// Waits until a process has ended. Says whether it has.
@@ -198,15 +233,30 @@ mod tests {
         }
     }
 
+    fn here() -> DirectoryIdentity {
+        DirectoryIdentity::of(Path::new("/proc")).unwrap()
+    }
+
+    fn lab(id: &str) -> Belonging<'_> {
+        Belonging { id, directory: here(), recorded: true }
+    }
+
+    /// Waits until a child runs its own program: before, its environment is its parent's.
+    fn await_exec(child: &Child, id: &str) {
+        while words(child.id(), &lab(id)) != Words::Ours {
+            std::thread::yield_now();
+        }
+    }
+
     #[test]
     fn a_process_of_ours_is_killed() {
         let mut child = Sleeper::new("lab-a1");
         let identity = ProcessIdentity::of(child.0.id()).unwrap();
         assert!(identity.is_running());
         // Exec may still be under way: until the environment is the child's own, nothing is held against it.
-        assert!(identity.kill("lab-a1").unwrap());
+        assert!(identity.kill(&lab("lab-a1")).unwrap());
         assert!(!identity.is_running());
-        assert!(!identity.kill("lab-a1").unwrap());
+        assert!(!identity.kill(&lab("lab-a1")).unwrap());
         child.0.wait().unwrap();
     }
 
@@ -215,11 +265,9 @@ mod tests {
         for _ in 0..300 {
             let child = Sleeper::new("lab-c3");
             let identity = ProcessIdentity::of(child.0.id()).unwrap();
-            while words(identity.pid, "lab-c3") != Words::Ours {
-                std::thread::yield_now();
-            }
+            await_exec(&child.0, "lab-c3");
             Command::new("kill").args(["-KILL", &identity.pid.to_string()]).status().unwrap();
-            identity.kill("lab-c3").unwrap();
+            identity.kill(&lab("lab-c3")).unwrap();
             assert!(!identity.is_running());
         }
     }
@@ -229,10 +277,44 @@ mod tests {
         let child = Sleeper::new("lab-b2");
         let identity = ProcessIdentity::of(child.0.id()).unwrap();
         let earlier = ProcessIdentity { start_time: identity.start_time - 1, ..identity.clone() };
-        assert!(!earlier.kill("lab-b2").unwrap());
+        assert!(!earlier.kill(&lab("lab-b2")).unwrap());
         let other_boot = ProcessIdentity { boot_id: "another".into(), ..identity.clone() };
-        assert!(!other_boot.kill("lab-b2").unwrap());
-        assert_eq!(identity.kill("lab-nobody-has-this").unwrap_err().kind(), ErrorKind::Conflict);
+        assert!(!other_boot.kill(&lab("lab-b2")).unwrap());
+        assert_eq!(identity.kill(&lab("lab-nobody-has-this")).unwrap_err().kind(), ErrorKind::Conflict);
         assert!(identity.is_running());
+    }
+
+    #[test]
+    fn the_process_of_another_directory_is_left_alone_whatever_it_is_called() {
+        let child = Sleeper::new("lab-d4");
+        await_exec(&child.0, "lab-d4");
+        let identity = ProcessIdentity::of(child.0.id()).unwrap();
+        assert!(!identity.kill(&Belonging { recorded: false, ..lab("lab-d4") }).unwrap());
+        assert!(identity.is_running());
+    }
+
+    #[test]
+    fn a_process_that_works_in_a_directory_or_has_a_file_of_it_open_belongs_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let below = dir.path().join("below");
+        fs::create_dir(&below).unwrap();
+        let log = fs::File::create(below.join("log")).unwrap();
+        let directory = DirectoryIdentity::of(dir.path()).unwrap();
+        for inside in [true, false] {
+            let mut command = Command::new("sleep");
+            match inside {
+                true => command.arg("600").current_dir(dir.path()),
+                false => command.arg("600").stdout(log.try_clone().unwrap()),
+            };
+            let mut child = Sleeper(command.spawn().unwrap());
+            let identity = ProcessIdentity::of(child.0.id()).unwrap();
+            // Neither names the lab.
+            while words(identity.pid, &Belonging { recorded: false, directory, id: "x" }) == Words::Few {
+                std::thread::yield_now();
+            }
+            let lab = Belonging { id: "lab-e5-which-nobody-names", directory, recorded: false };
+            assert!(identity.kill(&lab).unwrap(), "inside: {inside}");
+            child.0.wait().unwrap();
+        }
     }
 }

@@ -13,7 +13,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
-    module::Module,
+    module::{DamagedModule, Module},
     store::{CollectPolicy, LabState, Store},
 };
 use std::{path::Path, sync::Arc};
@@ -81,6 +81,11 @@ impl Backend for Processes {
     async fn modules(&self) -> Result<Vec<Module>> {
         let store = self.store.clone();
         blocking(move || store.modules()).await
+    }
+
+    async fn damaged_modules(&self) -> Result<Vec<DamagedModule>> {
+        let store = self.store.clone();
+        blocking(move || store.damaged_modules()).await
     }
 
     async fn remove_module(&self, name: &str) -> Result<()> {

@@ -26,9 +26,20 @@ impl Child {
         Self::start_in(store, task, &[])
     }
 
+    /// The same, with files and directories that are made without these permissions.
+    pub(super) fn start_with_umask(store: &Path, task: &str, umask: &str) -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")]).arg(env::current_exe().unwrap());
+        Self::start_as(command, store, task, &[])
+    }
+
     /// The same with variables of its environment.
     pub(super) fn start_in(store: &Path, task: &str, variables: &[(&str, &str)]) -> Self {
-        let mut process = Command::new(env::current_exe().unwrap())
+        Self::start_as(Command::new(env::current_exe().unwrap()), store, task, variables)
+    }
+
+    fn start_as(mut command: Command, store: &Path, task: &str, variables: &[(&str, &str)]) -> Self {
+        let mut process = command
             .args(["--exact", "store::tests::child::as_a_child", "--nocapture", "--test-threads=1"])
             .env(STORE, store)
             .env(TASK, task)
@@ -125,6 +136,10 @@ async fn as_a_child() {
             let unrecorded = Command::new("sleep").arg("600").env(LAB_VARIABLE, id.as_str()).spawn().unwrap();
             say(format_args!("lab {id} {} {}", process.id(), unrecorded.id()));
             std::future::pending::<()>().await;
+        }
+        "publish-once" => {
+            gather::publish(&store, argument, b"once").await.unwrap();
+            say("published");
         }
         "publish" => {
             for round in 0u64.. {

@@ -54,7 +54,7 @@ fn disk_of(module: &Module) -> PathBuf {
 }
 
 /// Every file of a module is there, and is what its record says.
-fn assert_whole(module: &Module) {
+pub(super) fn assert_whole(module: &Module) {
     let content = fs::read(disk_of(module)).unwrap();
     assert_eq!(Digest::of(&content), module.machines[0].disks[0].sha256);
 }

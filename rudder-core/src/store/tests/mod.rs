@@ -3,11 +3,15 @@
 #![allow(clippy::unwrap_used)]
 
 mod child;
+mod copies;
+mod damage;
+mod directory;
 mod download;
 mod gather;
 mod image;
 mod secure;
 mod server;
+mod versions;
 
 use super::*;
 use crate::backend::ProgressEvent;
