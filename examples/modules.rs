@@ -215,6 +215,7 @@ async fn gc(backend: &dyn Backend) -> Result<ExitCode> {
         eprintln!("warning: {line}");
     }
     println!("{} freed", human_bytes(report.freed));
-    let code = if backend.damaged_modules().await?.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    let code =
+        if backend.damaged_modules().await?.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     Ok(if report.failed.is_empty() { code } else { ExitCode::FAILURE })
 }

@@ -67,7 +67,10 @@ impl Module {
             let state = machine.state.iter().map(|state| (&state.file, &state.format));
             for (file, format) in disks.chain(state) {
                 if !is_file_name(file) {
-                    return Err(Self::damaged(path, &format!("it names the file {file:?}, which is not beside it")));
+                    return Err(Self::damaged(
+                        path,
+                        &format!("it names the file {file:?}, which is not beside it"),
+                    ));
                 }
                 if !crate::units::is_name(format) {
                     return Err(Self::damaged(path, &format!("it names the format {format:?}")));

@@ -114,8 +114,7 @@ impl Label {
 
     fn of(element: &Element) -> Option<Self> {
         let attribute = |name| element.attribute(name).map(str::to_owned);
-        let store =
-            StoreLabel { path: attribute("store")?, mark: attribute("mark").unwrap_or_default() };
+        let store = StoreLabel { path: attribute("store")?, mark: attribute("mark").unwrap_or_default() };
         let vm = attribute("vm")?;
         Some(match element.name.as_str() {
             "lab" => Self::Lab {
@@ -182,7 +181,8 @@ mod tests {
         let open = || Owner::new(&Store::open(&path).unwrap());
         let original = open();
         let (lab, name) = (original.of_labs(), original.of_modules());
-        let module = Label::Module { store: name, name: "web".into(), digest: Digest::of(b"x"), vm: "a".into() };
+        let module =
+            Label::Module { store: name, name: "web".into(), digest: Digest::of(b"x"), vm: "a".into() };
         let earlier = lab_of(StoreLabel { mark: String::new(), ..lab.clone() });
         let lab = lab_of(lab);
         assert!(open().owns(&lab) && open().owns(&module) && open().owns(&earlier));

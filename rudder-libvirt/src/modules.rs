@@ -106,9 +106,9 @@ pub(crate) async fn reconcile(
     };
     let mut done = Vec::new();
     let there: Vec<_> = modules.iter().map(|one| (one.name.clone(), one.digest)).collect();
-    let stale = shown.iter().any(|label| {
-        matches!(label, Label::Module { name, digest, .. } if is_gone(name, digest, &there))
-    });
+    let stale = shown
+        .iter()
+        .any(|label| matches!(label, Label::Module { name, digest, .. } if is_gone(name, digest, &there)));
     if stale {
         let own = owner.clone();
         let removed = connection

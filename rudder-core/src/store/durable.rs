@@ -62,15 +62,19 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     let flags = i32::try_from(flags.bits()).map_err(io::Error::other)?;
     let file = match fs::OpenOptions::new().read(true).custom_flags(flags).open(path) {
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
-            return Err(io::Error::other("expected a regular file, but found a symbolic link"));
+            return Err(not_regular("a symbolic link"));
         }
         other => other?,
     };
     let kind = file.metadata()?.file_type();
     if !kind.is_file() {
-        return Err(io::Error::other(format!("expected a regular file, but found {}", kind_of(kind))));
+        return Err(not_regular(kind_of(kind)));
     }
     Ok(file)
+}
+
+fn not_regular(found: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("expected a regular file, but found {found}"))
 }
 
 /// Reads a regular file of moderate size.
@@ -78,7 +82,8 @@ pub(super) fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_regular(path)?.take(LARGEST_RECORD + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > LARGEST_RECORD {
-        return Err(io::Error::other(format!("expected at most {}", human(LARGEST_RECORD))));
+        let message = format!("expected at most {}", human(LARGEST_RECORD));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
     Ok(bytes)
 }
@@ -134,6 +139,10 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
             }
         },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            tracing::warn!(path = %path.display(), %error, "ignoring what is there in place of a record");
+            Ok(None)
+        }
         Err(error) => Err(io_error("read", path, error)),
     }
 }

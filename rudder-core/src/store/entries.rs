@@ -120,11 +120,7 @@ pub(super) fn strangers(root: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Visits what is in a directory, and below where a visit says so.
-fn walk(
-    directory: &Path,
-    room: Room,
-    visit: &mut dyn FnMut(&Path, Entry) -> Result<bool>,
-) -> Result<()> {
+fn walk(directory: &Path, room: Room, visit: &mut dyn FnMut(&Path, Entry) -> Result<bool>) -> Result<()> {
     for (name, kind) in list(directory)? {
         let path = directory.join(&name);
         let entry = classify(room, &name, kind, &path);
@@ -177,7 +173,9 @@ fn classify(room: Room, name: &str, kind: FileType, path: &Path) -> Entry {
                 _ => Entry::Foreign,
             },
             Room::Blobs => room_if(name == "sha256", Room::Shelves),
-            Room::Shelves => room_if(name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit()), Room::Shelf),
+            Room::Shelves => {
+                room_if(name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit()), Room::Shelf)
+            }
             Room::Index => room_if(name.bytes().all(|b| b.is_ascii_lowercase()), Room::Records),
             Room::Modules => room_if(units::is_name(name), Room::Module),
             // A copy that followed symbolic links has a directory there.
@@ -185,7 +183,9 @@ fn classify(room: Room, name: &str, kind: FileType, path: &Path) -> Entry {
             Room::Labs => room_if(is_leftover(name) || is_lab(name, path), Room::Whole),
             Room::Memory => room_if(units::is_name(name), Room::MemoryModule),
             Room::Whole => Entry::Room(Room::Whole),
-            Room::Shelf | Room::Records | Room::Downloads | Room::Locks | Room::MemoryModule => Entry::Foreign,
+            Room::Shelf | Room::Records | Room::Downloads | Room::Locks | Room::MemoryModule => {
+                Entry::Foreign
+            }
         };
     }
     // In a lab there are also the sockets of its machines.

@@ -244,8 +244,7 @@ impl Store {
     pub async fn remove_lab(&self, id: &str) -> Result<()> {
         let (store, id) = (self.clone(), id.to_owned());
         super::blocking(move || {
-            let missing =
-                || Error::new(ErrorKind::NotFound, format!("there is no lab {id} in the store"));
+            let missing = || Error::new(ErrorKind::NotFound, format!("there is no lab {id} in the store"));
             let judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
             let found = store.lab_dirs()?.into_iter().find(|(name, _)| *name == id);
             let (_, path) = found.ok_or_else(missing)?;
@@ -381,10 +380,9 @@ fn remove(store: &Store, path: &Path, ledger: &Ledger, report: &mut ReapReport) 
         let lab = Belonging { id, directory, recorded: ledger.directory == Some(directory) };
         for process in &ledger.processes {
             if process.identity.kill(&lab)? {
-                report.removed.push(format!(
-                    "process {} ({}) of lab {id}",
-                    process.identity.pid, process.role
-                ));
+                report
+                    .removed
+                    .push(format!("process {} ({}) of lab {id}", process.identity.pid, process.role));
             }
         }
         for identity in process::carrying(LAB_VARIABLE, id) {

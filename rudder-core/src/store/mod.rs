@@ -334,11 +334,7 @@ impl Store {
     }
 
     /// The entries of a directory of the store that are wanted, in order; of one that is not there, none.
-    fn entries(
-        &self,
-        dir: &Path,
-        wanted: impl Fn(&str, FileType) -> bool,
-    ) -> Result<Vec<(String, PathBuf)>> {
+    fn entries(&self, dir: &Path, wanted: impl Fn(&str, FileType) -> bool) -> Result<Vec<(String, PathBuf)>> {
         let entries = entries::list(dir)?.into_iter().filter(|(name, kind)| wanted(name, *kind));
         Ok(entries.map(|(name, _)| (name.clone(), dir.join(name))).collect())
     }

@@ -164,5 +164,7 @@ fn move_file(from: &Path, to: &Path) -> Result<()> {
         }
         other => other,
     };
-    moved.and_then(|()| durable::seal(&File::open(to)?)).map_err(|error| durable::io_error("publish", to, error))
+    moved
+        .and_then(|()| durable::seal(&File::open(to)?))
+        .map_err(|error| durable::io_error("publish", to, error))
 }

@@ -55,7 +55,8 @@ impl Store {
 
     /// The versions of a module, in the order of their digests.
     pub(super) fn versions(&self, name: &str) -> Result<Vec<Version>> {
-        let directories = self.directories(&self.module_dir(name), |entry| entry.parse::<Digest>().is_ok())?;
+        let directories =
+            self.directories(&self.module_dir(name), |entry| entry.parse::<Digest>().is_ok())?;
         let versions = directories.into_iter().filter_map(|(entry, path)| {
             let replaced = fs::symlink_metadata(path.join(REPLACED)).is_ok_and(|meta| meta.is_file());
             Some(Version { digest: entry.parse().ok()?, path, replaced })
@@ -215,13 +216,17 @@ fn repair(store: &Store, name: &str, digest: &str) -> Result<Module> {
                 None => (ErrorKind::NotFound, "none"),
                 Some(_) => (ErrorKind::InvalidInput, "several"),
             };
-            let message = format!("expected a version of module {name} that begins with {digest:?}, but found {found}");
+            let message =
+                format!("expected a version of module {name} that begins with {digest:?}, but found {found}");
             return Err(Error::new(kind, message).with_help(format!("there are: {}", digests.join(", "))));
         }
     };
     let _lock = FileLock::wait(&store.module_lock(name), Mode::Exclusive)?;
     let module = store.version(name, &version.digest)?.ok_or_else(|| {
-        Error::new(ErrorKind::NotFound, format!("the version {} of module {name} was just removed", version.digest))
+        Error::new(
+            ErrorKind::NotFound,
+            format!("the version {} of module {name} was just removed", version.digest),
+        )
     })?;
     for other in there.iter().filter(|other| other.digest != version.digest) {
         store.mark_replaced(name, &other.digest, &version.digest)?;

@@ -36,7 +36,10 @@ impl Kept {
     }
 
     fn running(&mut self) -> usize {
-        self.processes.iter_mut().filter_map(|process| process.try_wait().unwrap().is_none().then_some(())).count()
+        self.processes
+            .iter_mut()
+            .filter_map(|process| process.try_wait().unwrap().is_none().then_some(()))
+            .count()
     }
 }
 
@@ -66,7 +69,8 @@ async fn cleaning_up_a_copy_ends_nothing_of_the_original() {
         for swapped in [false, true] {
             let fixture = Fixture::new();
             let mut kept = Kept::new(&fixture.store, works_in_lab);
-            let (mut original, mut copied) = (fixture.store.root().to_owned(), fixture.dir.path().join("copy"));
+            let (mut original, mut copied) =
+                (fixture.store.root().to_owned(), fixture.dir.path().join("copy"));
             copy(&original, &copied);
             if swapped {
                 // The copy takes the place of the original, which lives on elsewhere.

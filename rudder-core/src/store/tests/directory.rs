@@ -188,7 +188,8 @@ fn a_marker_decides_and_a_later_or_damaged_one_is_refused() {
 
 #[test]
 fn a_symbolic_link_in_place_of_a_directory_of_the_store_is_refused() {
-    for directory in ["blobs", "blobs/sha256", "modules", "index", "index/urls", "downloads", "labs", "locks"] {
+    for directory in ["blobs", "blobs/sha256", "modules", "index", "index/urls", "downloads", "labs", "locks"]
+    {
         let fixture = Fixture::new();
         let root = fixture.store.root();
         let elsewhere = fixture.dir.path().join("elsewhere");

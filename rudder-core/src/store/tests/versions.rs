@@ -55,7 +55,9 @@ async fn a_module_whose_pointer_is_lost_is_kept_and_found() {
         // Nothing but the pointer was changed.
         let after = snapshot(fixture.dir.path());
         for (path, found) in &before {
-            assert!(*path == pointer || path.starts_with(store.root().join("locks")) || after[path] == *found);
+            assert!(
+                *path == pointer || path.starts_with(store.root().join("locks")) || after[path] == *found
+            );
         }
         // The name is as good as new.
         let next = publish(store, "base", b"two").await.unwrap();
@@ -159,7 +161,8 @@ async fn a_record_that_cannot_be_trusted_is_an_error_that_names_it_and_the_other
         }),
         ("\"..\"", ErrorKind::InvalidInput, |r| r["machines"][0]["disks"][0]["file"] = json!("..")),
         ("\"a/b\"", ErrorKind::InvalidInput, |r| {
-            let state = json!({"kind": "tpm", "file": "a/b", "format": "swtpm", "size": 1, "sha256": r["digest"]});
+            let state =
+                json!({"kind": "tpm", "file": "a/b", "format": "swtpm", "size": 1, "sha256": r["digest"]});
             r["machines"][0]["state"] = json!([state]);
         }),
         ("the format", ErrorKind::InvalidInput, |r| {
@@ -182,7 +185,10 @@ async fn a_record_that_cannot_be_trusted_is_an_error_that_names_it_and_the_other
         let error = store.module("base").unwrap_err();
         assert_eq!(error.kind(), kind, "{part}");
         let report = error.report();
-        assert!(report.contains(part) && report.contains(path.parent().unwrap().to_str().unwrap()), "{report}");
+        assert!(
+            report.contains(part) && report.contains(path.parent().unwrap().to_str().unwrap()),
+            "{report}"
+        );
         assert_eq!(store.lease_module("base", &module.digest).unwrap_err().kind(), kind, "{part}");
         assert_eq!(store.modules().unwrap(), std::slice::from_ref(&other), "{part}");
         let damaged = store.damaged_modules().unwrap();
@@ -201,7 +207,8 @@ async fn a_record_that_cannot_be_trusted_is_an_error_that_names_it_and_the_other
 
 #[tokio::test]
 async fn files_of_a_module_that_are_no_plain_whole_files_are_errors_that_name_them() {
-    for damage in ["short", "long", "missing", "link", "directory", "fifo", "record-link", "record-directory"] {
+    for damage in ["short", "long", "missing", "link", "directory", "fifo", "record-link", "record-directory"]
+    {
         let fixture = Fixture::new();
         let store = &fixture.store;
         let module = publish(store, "base", b"one").await.unwrap();
@@ -314,5 +321,8 @@ fn snapshot_of(
     all: &std::collections::BTreeMap<PathBuf, (u32, Vec<u8>)>,
     below: &Path,
 ) -> std::collections::BTreeMap<PathBuf, (u32, Vec<u8>)> {
-    all.iter().filter(|(path, _)| path.starts_with(below)).map(|(path, one)| (path.clone(), one.clone())).collect()
+    all.iter()
+        .filter(|(path, _)| path.starts_with(below))
+        .map(|(path, one)| (path.clone(), one.clone()))
+        .collect()
 }
