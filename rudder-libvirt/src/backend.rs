@@ -9,7 +9,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use rudder_core::{
-    Error, ErrorKind, Result,
+    ErrorKind, Result,
     backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
     module::{DamagedModule, Module},
