@@ -14,24 +14,31 @@
 //! A `handbuild` step prints its instructions and where a VNC viewer finds the display, and goes on at Enter: a line of
 //! standard input, which must be a terminal or a pipe.
 //!
-//! Exit codes: 0 built · 1 failed · 2 manifest refused, or used wrongly · 130 cancelled, after cleaning up.
-
-#![allow(clippy::print_stdout, clippy::print_stderr)] // A program prints.
+//! SIGINT (Ctrl-C), SIGTERM and SIGHUP (a terminal that is closed) cancel the build, and so does standard output when it cannot be
+//! written. The program ends when everything is cleaned up; the third signal ends it at once.
+//!
+//! Exit codes: 0 built · 1 failed · 2 manifest refused, or used wrongly · 130 cancelled by a signal, after cleaning up ·
+//! 141 cancelled because nobody reads standard output any more.
 
 #[path = "build/by_hand.rs"]
 mod by_hand;
 #[path = "build/hypervisor.rs"]
 mod hypervisor;
+#[path = "build/output.rs"]
+mod output;
 #[path = "build/screen.rs"]
 mod screen;
+#[path = "build/signals.rs"]
+mod signals;
 
 use by_hand::{ByHand, Said};
 use clap::{Parser, ValueEnum};
 use hypervisor::Hypervisor;
+use output::{Unwritten, print, tell};
 use rudder::{
     Error, ErrorKind, Result,
     backend::Backend,
-    build::{Build, BuildFailure, Canceller, FailurePolicy},
+    build::{Build, BuildFailure, FailurePolicy},
     diagnostic::{Diagnostic, render},
     event::EventKind,
     manifest::{Document, parse_named},
@@ -40,16 +47,15 @@ use rudder::{
     store::Store,
 };
 use screen::Screen;
+use signals::{CANCELLED, Signals};
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
 };
-use tokio::signal::unix::{SignalKind, signal};
 
 const FAILED: u8 = 1;
 const REFUSED: u8 = 2;
-const CANCELLED: u8 = 130;
 
 /// Builds the modules of a manifest file.
 #[derive(Parser)]
@@ -90,7 +96,7 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(End { code, message }) => {
             if !message.is_empty() {
-                eprintln!("{}", message.trim_end());
+                tell(message.trim_end());
             }
             ExitCode::from(code)
         }
@@ -115,6 +121,12 @@ impl From<Error> for End {
     }
 }
 
+impl From<Unwritten> for End {
+    fn from(error: Unwritten) -> Self {
+        Self { code: error.tell(FAILED), message: String::new() }
+    }
+}
+
 impl From<Box<BuildFailure>> for End {
     fn from(failure: Box<BuildFailure>) -> Self {
         // What failed was the last event, and is on the screen.
@@ -124,6 +136,7 @@ impl From<Box<BuildFailure>> for End {
 }
 
 async fn run(args: Args) -> Result<(), End> {
+    let signals = Signals::listen().map_err(|error| Error::io("listen to signals", error))?;
     let store = args.store.clone().unwrap_or_else(Store::default_root);
     let text = std::fs::read(&args.file)
         .map_err(|error| End::refused(format!("error: cannot read {}: {error}", args.file.display())))?;
@@ -162,19 +175,20 @@ async fn run(args: Args) -> Result<(), End> {
         if let OnFailure::Keep = args.on_failure {
             build = build.on_failure(FailurePolicy::Keep);
         }
-        let module = follow(build, args.events).await?;
+        let module = follow(build, args.events, &signals).await?;
         match &module.path {
-            Some(path) => println!("{}", path.display()),
-            None => println!("{}", module.name),
+            Some(path) => print(path.display())?,
+            None => print(&module.name)?,
         }
     }
     Ok(())
 }
 
 /// Runs a build, shows what happens, lets a person go on with what waits for one, and cancels when the user says so.
-async fn follow(build: Build, format: Option<EventFormat>) -> Result<Module, Box<BuildFailure>> {
+async fn follow(build: Build, format: Option<EventFormat>, signals: &Signals) -> Result<Module, End> {
     let build = build.start();
-    let interrupts = tokio::spawn(cancel_on_signal(build.canceller()));
+    signals.cancel(Some(build.canceller()));
+    let mut unwritten = None;
     let mut events = build.events();
     let mut screen = Screen::new(format.is_some());
     let mut by_hand = ByHand::default();
@@ -196,8 +210,12 @@ async fn follow(build: Build, format: Option<EventFormat>) -> Result<Module, Box
             }
         };
         let Some(event) = event else { break };
-        if let Some(EventFormat::Json) = format {
-            println!("{}", event.to_json());
+        if let (Some(EventFormat::Json), None) = (format, &unwritten) {
+            unwritten = print(event.to_json()).err();
+            if unwritten.is_some() {
+                // Whoever reads the events is gone: nobody would know what becomes of the build.
+                build.cancel();
+            }
         }
         screen.show(&event);
         let vm = event.vm.as_deref().unwrap_or_default();
@@ -211,32 +229,11 @@ async fn follow(build: Build, format: Option<EventFormat>) -> Result<Module, Box
             _ => {}
         }
     }
-    interrupts.abort();
-    build.outcome().await
-}
-
-/// Ctrl-C, SIGTERM and SIGHUP cancel; the second is told that cleaning up goes on, the third ends the program at once.
-async fn cancel_on_signal(canceller: Canceller) {
-    let listen = |kind| signal(kind).ok();
-    let (Some(mut int), Some(mut term), Some(mut hup)) =
-        (listen(SignalKind::interrupt()), listen(SignalKind::terminate()), listen(SignalKind::hangup()))
-    else {
-        return;
-    };
-    for count in 1.. {
-        tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-            _ = hup.recv() => {}
-        }
-        match count {
-            1 => {
-                eprintln!("cancelling: machines are ended and removed");
-                canceller.cancel();
-            }
-            2 => eprintln!("still cleaning up; once more leaves at once, and the rest to the next start"),
-            _ => std::process::exit(i32::from(CANCELLED)),
-        }
+    let outcome = build.outcome().await;
+    signals.cancel(None);
+    match unwritten {
+        Some(unwritten) => Err(unwritten.into()),
+        None => Ok(outcome?),
     }
 }
 
@@ -280,7 +277,7 @@ impl Source {
             return Err(End::refused(shown));
         }
         if !shown.is_empty() {
-            eprint!("{shown}");
+            tell(shown.trim_end());
         }
         Ok(())
     }

@@ -1,6 +1,4 @@
-//! The twenty lines of the README: a manifest becomes a module on QEMU.
-
-#![allow(clippy::print_stdout)] // A program prints.
+//! The program of the README: a manifest becomes a module on QEMU.
 
 use rudder::{
     backend::Backend,
@@ -9,7 +7,8 @@ use rudder::{
     qemu::QemuBackend,
     store::Store,
 };
-use std::{error::Error, path::Path, sync::Arc};
+use std::{error::Error, io::Write, path::Path, sync::Arc};
+use tokio::signal::unix::{SignalKind, signal};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -20,15 +19,29 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let context = PlanContext::new(backend.capabilities())
         .with_modules(backend.modules().await?)
         .with_damaged_modules(backend.damaged_modules().await?)
-        .with_base_directory(Path::new(&file).parent().ok_or("that is no file")?);
-    for plan in prepare(&file, &std::fs::read(&file)?, &context).into_plans()? {
+        .with_base_directory(Path::new(&file).parent().ok_or("expected a manifest file")?);
+    let prepared = prepare(&file, &std::fs::read(&file)?, &context);
+    let _ = write!(std::io::stderr(), "{}", prepared.render_warnings());
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    for plan in prepared.into_plans()? {
         let build = Build::new(plan, backend.clone()).start();
         let mut events = build.events();
-        while let Some(event) = events.next().await {
-            println!("{event}");
+        loop {
+            tokio::select! {
+                event = events.next() => match event {
+                    // Nobody reads any more, or the disk is full.
+                    Some(event) if writeln!(std::io::stdout(), "{event}").is_err() => build.cancel(),
+                    Some(_) => {}
+                    None => break,
+                },
+                _ = interrupt.recv() => build.cancel(),
+                _ = terminate.recv() => build.cancel(),
+                _ = hang_up.recv() => build.cancel(),
+            }
         }
-        let module = build.outcome().await?;
-        println!("{} holds {} machine(s)", module.name, module.machines.len());
+        build.outcome().await?;
     }
     Ok(())
 }

@@ -7,14 +7,17 @@
 //!
 //! `remove` also takes the id of a lab that a failed build kept. `gc` removes what dead builds left behind, and cached
 //! inputs that nothing needs; what it does not know it leaves alone, and says so. `repair` says which version a module has, when
-//! that was lost. Exit code 0: done; 1: it failed, or a module is damaged, standard error says why; 2: wrong usage.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
+//! that was lost. Exit code 0: done; 1: it failed, or a module is damaged, standard error says why; 2: wrong usage; 141: nobody reads
+//! standard output any more.
 
 #[path = "build/hypervisor.rs"]
 mod hypervisor;
+#[path = "build/output.rs"]
+mod output;
 
 use clap::{Parser, Subcommand};
 use hypervisor::Hypervisor;
+use output::{print, tell};
 use rudder::{
     Error, ErrorKind, Result,
     backend::{Backend, LabId},
@@ -22,7 +25,7 @@ use rudder::{
     store::Store,
     units::human_bytes,
 };
-use std::{path::PathBuf, process::ExitCode};
+use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
 
 /// Looks after the modules of a store.
 #[derive(Parser)]
@@ -67,16 +70,37 @@ enum Action {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Arguments::parse()).await {
-        Ok(code) => code,
+    let Done { shown, failed } = match run(Arguments::parse()).await {
+        Ok(done) => done,
         Err(error) => {
-            eprintln!("error: {}", error.report());
-            ExitCode::FAILURE
+            tell(format_args!("error: {}", error.report()));
+            return ExitCode::FAILURE;
         }
+    };
+    if !shown.is_empty()
+        && let Err(unwritten) = print(shown.trim_end())
+    {
+        return unwritten.tell(1).into();
     }
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-async fn run(arguments: Arguments) -> Result<ExitCode> {
+/// What an action shows on standard output, and whether a part of it failed.
+#[derive(Default)]
+struct Done {
+    shown: String,
+    failed: bool,
+}
+
+/// Adds a line.
+macro_rules! line {
+    ($done:expr, $($text:tt)+) => {
+        // A `String` takes whatever is written.
+        let _ = writeln!($done.shown, $($text)+);
+    };
+}
+
+async fn run(arguments: Arguments) -> Result<Done> {
     let store = arguments.store.unwrap_or_else(Store::default_root);
     let backend = || arguments.backend.open(&store);
     match arguments.action {
@@ -88,30 +112,32 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
     }
 }
 
-async fn repair(store: &Store, name: &str, digest: &str) -> Result<ExitCode> {
+async fn repair(store: &Store, name: &str, digest: &str) -> Result<Done> {
     let module = store.repair_module(name, digest).await?;
-    eprintln!("the version of module {name} is {} now", module.digest.short());
-    Ok(ExitCode::SUCCESS)
+    tell(format_args!("the version of module {name} is {} now", module.digest.short()));
+    Ok(Done::default())
 }
 
-/// Tells of the modules that cannot be used. Success when there are none.
-async fn tell_damaged(backend: &dyn Backend) -> Result<ExitCode> {
+/// Tells of the modules that cannot be used; whether there are any.
+async fn tell_damaged(backend: &dyn Backend) -> Result<bool> {
     let damaged = backend.damaged_modules().await?;
     for module in &damaged {
-        eprintln!("error: module {} cannot be used: {}", module.name, module.reason);
+        tell(format_args!("error: module {} cannot be used: {}", module.name, module.reason));
     }
-    Ok(if damaged.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(!damaged.is_empty())
 }
 
-async fn list(backend: &dyn Backend) -> Result<ExitCode> {
+async fn list(backend: &dyn Backend) -> Result<Done> {
+    let mut done = Done::default();
     let modules = backend.modules().await?;
     if modules.is_empty() && backend.damaged_modules().await?.is_empty() {
-        eprintln!("no modules yet: build one with `cargo run --example build -- FILE`");
+        tell("no modules yet: build one with `cargo run --example build -- FILE`");
     }
     for module in modules {
         let size: u64 = module.machines.iter().flat_map(|machine| &machine.disks).map(|disk| disk.size).sum();
         let machines = module.machines.len();
-        println!(
+        line!(
+            done,
             "{:<24} {}  {machines} VM{}  {:>10}  {}",
             module.name,
             module.digest.short(),
@@ -121,18 +147,19 @@ async fn list(backend: &dyn Backend) -> Result<ExitCode> {
         );
     }
     for lab in backend.kept_labs().await? {
-        println!("kept lab {}", lab.id);
-        for line in lab.access {
-            println!("    {line}");
+        line!(done, "kept lab {}", lab.id);
+        for access in lab.access {
+            line!(done, "    {access}");
         }
     }
-    tell_damaged(backend).await
+    done.failed = tell_damaged(backend).await?;
+    Ok(done)
 }
 
-async fn show(backend: &dyn Backend, name: &str, json: bool) -> Result<ExitCode> {
+async fn show(backend: &dyn Backend, name: &str, json: bool) -> Result<Done> {
     if let Some(module) = backend.damaged_modules().await?.into_iter().find(|module| module.name == name) {
-        eprintln!("error: module {name} cannot be used: {}", module.reason);
-        return Ok(ExitCode::FAILURE);
+        tell(format_args!("error: module {name} cannot be used: {}", module.reason));
+        return Ok(Done { failed: true, ..Done::default() });
     }
     let module = backend.modules().await?.into_iter().find(|module| module.name == name);
     let module = module.ok_or_else(|| {
@@ -140,82 +167,77 @@ async fn show(backend: &dyn Backend, name: &str, json: bool) -> Result<ExitCode>
             .with_help("`modules list` shows those that are there")
     })?;
     if json {
-        println!("{:#}", serde_json::json!(module));
-        return Ok(ExitCode::SUCCESS);
+        let mut done = Done::default();
+        line!(done, "{:#}", serde_json::json!(module));
+        return Ok(done);
     }
-    describe(&module);
-    Ok(ExitCode::SUCCESS)
+    Ok(describe(&module))
 }
 
-fn describe(module: &Module) {
-    println!("module   {}", module.name);
-    println!("digest   {}", module.digest);
-    println!("created  {}", module.created.strftime("%Y-%m-%d %H:%M:%S UTC"));
+fn describe(module: &Module) -> Done {
+    let mut done = Done::default();
+    line!(done, "module   {}", module.name);
+    line!(done, "digest   {}", module.digest);
+    line!(done, "created  {}", module.created.strftime("%Y-%m-%d %H:%M:%S UTC"));
     if let Some(path) = &module.path {
-        println!("record   {}", path.display());
+        line!(done, "record   {}", path.display());
     }
     for machine in &module.machines {
-        println!("machine  {} ({} cores, {})", machine.name, machine.cpus, human_bytes(machine.memory));
+        line!(done, "machine  {} ({} cores, {})", machine.name, machine.cpus, human_bytes(machine.memory));
         for disk in &machine.disks {
             let (size, virtual_size) = (human_bytes(disk.size), human_bytes(disk.virtual_size));
-            println!(
-                "  disk   {} {} of {virtual_size}, {}  sha256 {}",
-                disk.name, size, disk.file, disk.sha256
-            );
+            let (name, file, sha256) = (&disk.name, &disk.file, disk.sha256);
+            line!(done, "  disk   {name} {size} of {virtual_size}, {file}  sha256 {sha256}");
         }
         for state in &machine.state {
             let (kind, size) = (state.kind.name(), human_bytes(state.size));
-            println!("  state  {kind} {size}, {}  sha256 {}", state.file, state.sha256);
+            line!(done, "  state  {kind} {size}, {}  sha256 {}", state.file, state.sha256);
         }
     }
     for input in &module.provenance.inputs {
-        println!(
-            "input    {}: {}  {}  sha256 {}",
-            input.role,
-            input.url,
-            human_bytes(input.size),
-            input.sha256
-        );
+        let (role, url, size) = (&input.role, &input.url, human_bytes(input.size));
+        line!(done, "input    {role}: {url}  {size}  sha256 {}", input.sha256);
     }
     for (what, version) in &module.provenance.versions {
-        println!("version  {what} {version}");
+        line!(done, "version  {what} {version}");
     }
     for timing in &module.provenance.timings {
-        let of = timing.vm.as_deref().unwrap_or("build");
-        println!("timing   {of} {} {}.{:03} s", timing.phase, timing.millis / 1000, timing.millis % 1000);
+        let (of, phase) = (timing.vm.as_deref().unwrap_or("build"), &timing.phase);
+        line!(done, "timing   {of} {phase} {}.{:03} s", timing.millis / 1000, timing.millis % 1000);
     }
     for reason in &module.provenance.not_repeatable {
-        println!("not repeatable: {reason}");
+        line!(done, "not repeatable: {reason}");
     }
+    done
 }
 
-async fn remove(backend: &dyn Backend, name: &str) -> Result<ExitCode> {
+async fn remove(backend: &dyn Backend, name: &str) -> Result<Done> {
     if let Ok(id) = LabId::parse(name)
         && backend.kept_labs().await?.iter().any(|lab| lab.id == id)
     {
         backend.remove_lab(&id).await?;
-        eprintln!("removed lab {id}");
+        tell(format_args!("removed lab {id}"));
     } else {
         backend.remove_module(name).await?;
-        eprintln!("removed module {name}");
+        tell(format_args!("removed module {name}"));
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(Done::default())
 }
 
-async fn gc(backend: &dyn Backend) -> Result<ExitCode> {
+async fn gc(backend: &dyn Backend) -> Result<Done> {
     let mut report = backend.reap().await?;
     report.merge(backend.collect().await?);
-    for line in &report.removed {
-        println!("removed {line}");
+    let mut done = Done { failed: !report.failed.is_empty(), ..Done::default() };
+    for removed in &report.removed {
+        line!(done, "removed {removed}");
     }
-    for line in &report.failed {
-        eprintln!("could not remove {line}");
+    for failed in &report.failed {
+        tell(format_args!("could not remove {failed}"));
     }
-    for line in &report.warnings {
-        eprintln!("warning: {line}");
+    for warning in &report.warnings {
+        tell(format_args!("warning: {warning}"));
     }
-    println!("{} freed", human_bytes(report.freed));
-    let code =
-        if backend.damaged_modules().await?.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    Ok(if report.failed.is_empty() { code } else { ExitCode::FAILURE })
+    line!(done, "{} freed", human_bytes(report.freed));
+    done.failed |= !backend.damaged_modules().await?.is_empty();
+    Ok(done)
 }

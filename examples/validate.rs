@@ -5,11 +5,14 @@
 //! ```
 //!
 //! Findings go to standard error for people, or as JSON lines to standard output; `-` is standard input.
-//! Exit code 0: no errors; 1: errors; 2: a file could not be read, or wrong usage.
+//! Exit code 0: no errors; 1: errors; 2: a file could not be read, findings could not be written, or wrong usage; 141: nobody reads
+//! them any more.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for the command line")]
+#[path = "build/output.rs"]
+mod output;
 
 use clap::{ColorChoice, Parser};
+use output::{Unwritten, print, tell};
 use rudder::{
     check::check,
     diagnostic::{self, Colour, Diagnostic, Renderer},
@@ -55,18 +58,17 @@ fn main() -> ExitCode {
         let name = if is_stdin(file) { "<stdin>".to_owned() } else { file.display().to_string() };
         match read(file) {
             Ok(bytes) => {
-                if validate(&arguments, &name, &bytes, &mut totals).is_err() {
-                    // Nobody reads any more (`validate … | head`).
-                    return ExitCode::from(2);
+                if let Err(unwritten) = validate(&arguments, &name, &bytes, &mut totals) {
+                    return unwritten.tell(2).into();
                 }
             }
             Err(error) => {
-                eprintln!("error: cannot read {name}: {error}");
+                tell(format_args!("error: cannot read {name}: {error}"));
                 totals.unreadable += 1;
             }
         }
     }
-    eprintln!("{}", summary(&totals, arguments.files.len()));
+    tell(summary(&totals, arguments.files.len()));
     match totals {
         Totals { unreadable: 1.., .. } => ExitCode::from(2),
         Totals { errors: 1.., .. } => ExitCode::FAILURE,
@@ -89,7 +91,7 @@ fn read(file: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// Parses and checks one file, and shows what was found.
-fn validate(arguments: &Arguments, name: &str, bytes: &[u8], totals: &mut Totals) -> io::Result<()> {
+fn validate(arguments: &Arguments, name: &str, bytes: &[u8], totals: &mut Totals) -> Result<(), Unwritten> {
     let parsed = parse_named(name, bytes);
     let mut findings = parsed.diagnostics;
     for document in &parsed.documents {
@@ -100,7 +102,7 @@ fn validate(arguments: &Arguments, name: &str, bytes: &[u8], totals: &mut Totals
     totals.errors += findings.iter().filter(|finding| finding.is_error()).count();
     totals.warnings += findings.iter().filter(|finding| !finding.is_error()).count();
     if arguments.json {
-        return write_json(name, &findings);
+        return print_json(name, &findings);
     }
     if findings.is_empty() {
         return Ok(());
@@ -112,19 +114,19 @@ fn validate(arguments: &Arguments, name: &str, bytes: &[u8], totals: &mut Totals
     };
     let text = String::from_utf8_lossy(bytes);
     writeln!(io::stderr(), "{}", Renderer::new().colour(colour).render(&findings, name, &text))
+        .map_err(Unwritten)
 }
 
 /// Each finding as one line: the file, and the fields of a [`Diagnostic`].
-fn write_json(name: &str, findings: &[Diagnostic]) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+fn print_json(name: &str, findings: &[Diagnostic]) -> Result<(), Unwritten> {
     for finding in findings {
         let mut line = serde_json::Map::from_iter([("file".to_owned(), name.into())]);
-        if let serde_json::Value::Object(fields) = serde_json::to_value(finding)? {
+        if let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(finding) {
             line.extend(fields);
         }
-        writeln!(out, "{}", serde_json::Value::Object(line))?;
+        print(serde_json::Value::Object(line))?;
     }
-    out.flush()
+    Ok(())
 }
 
 fn summary(totals: &Totals, files: usize) -> String {

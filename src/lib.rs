@@ -18,3 +18,8 @@ pub use rudder_libvirt as libvirt;
 #[cfg(feature = "qemu")]
 #[doc(inline)]
 pub use rudder_qemu as qemu;
+
+/// The code of the guide.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/guide.md")]
+mod guide {}

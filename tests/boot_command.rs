@@ -57,7 +57,7 @@ fn a_text_that_never_appears() {
     let screen = screen(&outcome);
     assert!(screen.contains("grub> echo I am vm, ***\nI am vm, ***\n"), "{screen}");
     let typed = ended.event(|event| event["doing"] == "type \"echo I am vm, ***\"");
-    assert_eq!(typed.expect("what is typed is told")["action"], 3);
+    assert_eq!(typed.expect("what is typed is told")["action"], 4);
 }
 
 #[test]

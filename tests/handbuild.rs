@@ -36,11 +36,11 @@ async fn a_program_goes_on_with_a_paused_build() {
     let mut events = build.events();
     let mut told = Vec::new();
     while let Some(event) = events.next().await {
-        if let EventKind::Paused { step: 0, instructions, access } = &event.kind {
+        if let EventKind::Paused { step: 1, instructions, access } = &event.kind {
             assert_eq!(instructions, "Type something.");
             assert!(access.iter().any(|line| line.contains("display")), "{access:?}");
             let paused = build.paused().remove(0);
-            assert_eq!((paused.vm(), paused.step(), paused.instructions()), ("vm", 0, "Type something."));
+            assert_eq!((paused.vm(), paused.step(), paused.instructions()), ("vm", 1, "Type something."));
             let mut greeting = [0; 4];
             paused.machine().display().await.unwrap().read_exact(&mut greeting).await.unwrap();
             assert_eq!(&greeting, b"RFB ");
@@ -53,7 +53,7 @@ async fn a_program_goes_on_with_a_paused_build() {
     assert!(module.provenance.not_repeatable.contains(&why), "{:?}", module.provenance.not_repeatable);
     let written = fs::read_to_string(module.path.unwrap()).unwrap();
     assert!(written.contains(&why), "{written}");
-    assert!(told.iter().any(|kind| matches!(kind, EventKind::Resumed { step: 0, .. })));
+    assert!(told.iter().any(|kind| matches!(kind, EventKind::Resumed { step: 1, .. })));
     bench.expect_clean();
 }
 

@@ -113,14 +113,21 @@ impl ByHand {
                 futures::future::select_all(viewers).await.0
             }
         };
-        let (mut any, mut line) = (pin!(any), pin!(lines.recv()));
-        tokio::select! {
-            told = &mut any => Said::Tell(told),
-            line = &mut line => match line {
-                Some(()) => Said::Done(done),
-                None => Said::Nobody,
-            },
+        let said = {
+            let (mut any, mut line) = (pin!(any), pin!(lines.recv()));
+            tokio::select! {
+                told = &mut any => Said::Tell(told),
+                line = &mut line => match line {
+                    Some(()) => Said::Done(done),
+                    None => Said::Nobody,
+                },
+            }
+        };
+        if let Said::Done(_) = said {
+            // The end of standard input may follow at once: it no longer concerns this VM.
+            self.pauses.pop_front();
         }
+        said
     }
 }
 

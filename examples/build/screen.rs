@@ -1,5 +1,6 @@
 //! What a person sees of a build, on standard error: bars and colours of a terminal, or plain lines.
 
+use crate::output::tell;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use rudder::event::{Event, EventKind, Outcome};
 use std::{
@@ -37,7 +38,7 @@ impl Screen {
     pub(crate) fn show(&mut self, event: &Event) {
         match (&self.look, &event.kind) {
             (Look::Quiet, EventKind::Finished { outcome: Outcome::Failed(_) | Outcome::Cancelled, .. })
-            | (Look::Quiet, EventKind::Paused { .. } | EventKind::Resumed { .. }) => eprintln!("{event}"),
+            | (Look::Quiet, EventKind::Paused { .. } | EventKind::Resumed { .. }) => tell(event),
             (Look::Quiet, _) => {}
             (_, EventKind::Progress { task, done, total }) => self.progress(event, task, *done, *total),
             (Look::Terminal(bars), kind) => {
@@ -47,7 +48,7 @@ impl Screen {
                 // A screen that went away is no reason to stop building.
                 let _ = bars.println(event.to_string());
             }
-            (Look::Plain, _) => eprintln!("{event}"),
+            (Look::Plain, _) => tell(event),
         }
     }
 
@@ -55,7 +56,7 @@ impl Screen {
     pub(crate) fn say(&self, text: &str) {
         match &self.look {
             Look::Terminal(bars) => drop(bars.println(text)),
-            Look::Plain | Look::Quiet => eprintln!("{text}"),
+            Look::Plain | Look::Quiet => tell(text),
         }
     }
 
@@ -82,7 +83,7 @@ impl Screen {
                 let told = self.tenths.entry(key).or_insert(0);
                 if complete || tenth > *told {
                     *told = tenth;
-                    eprintln!("{event}");
+                    tell(event);
                 }
             }
         }

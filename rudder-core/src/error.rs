@@ -11,7 +11,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 
 /// What went wrong, in one word that programs may match on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -71,7 +73,8 @@ impl ErrorKind {
 
 /// Why an operation of Rudder failed.
 ///
-/// `Display` gives one sentence of this layer; [`report`](Self::report) gives everything a person needs.
+/// `Display` gives one sentence of this layer; [`report`](Self::report) gives everything a person needs. So does `Debug`
+/// (`{:?}`), because that is what Rust prints of an error that `main` returns; `{:#?}` gives the fields.
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -233,6 +236,9 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !f.alternate() {
+            return f.write_str(&self.report());
+        }
         f.debug_struct("Error")
             .field("kind", &self.0.kind)
             .field("message", &self.0.message)
@@ -279,6 +285,18 @@ mod tests {
             masked.report(),
             "url http://***@x: ***: cannot download\n  because: no *** here\n  help: do not write ***"
         );
-        assert!(!format!("{masked:?}").contains("s3cret"));
+        assert!(!format!("{masked:?}{masked:#?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn an_error_that_main_returns_reads_like_its_report() {
+        let error = Error::new(ErrorKind::NotFound, "expected \"a\",\nbut found \"b\"")
+            .with_context("vm", "web")
+            .with_help("look for \"a\"");
+        // What the standard library prints of `fn main() -> Result<(), Box<dyn Error>>`.
+        let boxed: Box<dyn StdError> = error.into();
+        let expected = "vm web: expected \"a\",\nbut found \"b\"\n  help: look for \"a\"";
+        assert_eq!(format!("{boxed:?}"), expected);
+        assert!(format!("{boxed:#?}").starts_with("Error {\n    kind: NotFound,"));
     }
 }

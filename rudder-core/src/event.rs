@@ -1,15 +1,27 @@
-//! What a build says while it runs; serialisable as JSON lines.
+//! What a build says while it runs; serialisable as JSON lines (`docs/events.md`).
+//!
+//! Steps, actions and attempts count from 1 everywhere, for programs as for people.
+
+mod build_id;
+mod schema;
+
+pub use build_id::BuildId;
+pub use schema::json_schema;
 
 use crate::{error::ErrorKind, module::InputRecord, units::human_bytes};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{fmt, path::PathBuf};
 
 /// One thing that happened.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Event {
+    /// The build that it happened in.
+    pub build_id: BuildId,
     /// Counts from 0 without gaps within a build; a gap in what a reader sees is what it was too slow for.
     pub seq: u64,
     /// When it happened (RFC 3339, UTC).
+    #[schemars(with = "String", extend("format" = "date-time"))]
     pub time: jiff::Timestamp,
     /// The VM it is about; absent: the build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -20,7 +32,7 @@ pub struct Event {
 }
 
 /// Phases of a build, with the names of the VirtualMachineBuild resource.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 #[allow(missing_docs)] // The names are the documentation: see docs/design.md.
 pub enum BuildPhase {
@@ -34,7 +46,7 @@ pub enum BuildPhase {
 }
 
 /// Phases of a VM, with the names of the VirtualMachineBuild resource.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 #[allow(missing_docs)]
 pub enum VmPhase {
@@ -51,7 +63,7 @@ pub enum VmPhase {
 }
 
 /// Where a line of output came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OutputStream {
     /// Standard output.
@@ -61,7 +73,7 @@ pub enum OutputStream {
 }
 
 /// How a command in a guest ended.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitStatus {
     /// It exited with this code.
@@ -88,7 +100,7 @@ impl std::fmt::Display for ExitStatus {
 }
 
 /// What happened.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum EventKind {
@@ -137,7 +149,7 @@ pub enum EventKind {
     },
     /// An action of the boot command begins.
     BootAction {
-        /// Its place in the boot command, from 0.
+        /// Its number in the boot command, from 1.
         action: usize,
         /// How many there are.
         of: usize,
@@ -167,14 +179,14 @@ pub enum EventKind {
     },
     /// A step begins.
     StepStarted {
-        /// Its place in the manifest, from 0.
+        /// Its number among the steps of its VM, from 1.
         step: usize,
         /// Its name, else its type.
         name: String,
     },
     /// A step wrote a line.
     StepOutput {
-        /// The step.
+        /// The number of the step, from 1.
         step: usize,
         /// Where it wrote.
         stream: OutputStream,
@@ -183,7 +195,7 @@ pub enum EventKind {
     },
     /// A step ended.
     StepFinished {
-        /// The step.
+        /// The number of the step, from 1.
         step: usize,
         /// Its name, else its type.
         name: String,
@@ -197,7 +209,7 @@ pub enum EventKind {
     },
     /// A step waits for a person, until [`BuildHandle::resume`](crate::build::BuildHandle::resume).
     Paused {
-        /// The step.
+        /// The number of the step, from 1.
         step: usize,
         /// What the person is to do, as the manifest says it.
         instructions: String,
@@ -206,7 +218,7 @@ pub enum EventKind {
     },
     /// The person is done, and the build goes on.
     Resumed {
-        /// The step.
+        /// The number of the step, from 1.
         step: usize,
         /// How long it was paused, in milliseconds.
         millis: u64,
@@ -242,7 +254,7 @@ pub enum EventKind {
 }
 
 /// How a build ended.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "result", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Outcome {
@@ -261,9 +273,12 @@ pub enum Outcome {
 }
 
 /// What a person needs at once to understand a failure.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct FailureReport {
+    /// The build that failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub build_id: Option<BuildId>,
     /// What went wrong, for programs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kind: Option<ErrorKind>,
@@ -275,7 +290,7 @@ pub struct FailureReport {
     /// The phase the VM was in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<VmPhase>,
-    /// The step, "2 (install)", counted from 1 as people do.
+    /// The step by number and name: "2 (install)".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
     /// How its command ended.
@@ -299,7 +314,7 @@ pub struct FailureReport {
 }
 
 /// A file that a build served.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct ServedFile {
     /// Its name.
@@ -316,7 +331,7 @@ impl ServedFile {
 }
 
 /// How long something took.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Timing {
     /// The VM; absent: the build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -370,17 +385,17 @@ impl fmt::Display for EventKind {
             Self::Notice { message } => f.write_str(message),
             Self::Warning { message } => write!(f, "warning: {message}"),
             Self::BootAction { action, of, doing } => {
-                write!(f, "boot command {} of {of}: {doing}", action + 1)
+                write!(f, "boot command {action} of {of}: {doing}")
             }
             Self::BootCommandDone { millis } => write!(f, "boot command done in {}", human_millis(*millis)),
             Self::GuestReady { millis } => write!(f, "logged in {} after power-on", human_millis(*millis)),
             Self::HttpRequest { method, path, status, bytes } => {
                 write!(f, "{method} {path}: {status}, {}B", human_bytes(*bytes))
             }
-            Self::StepStarted { step, name } => write!(f, "step {} ({name})", step + 1),
+            Self::StepStarted { step, name } => write!(f, "step {step} ({name})"),
             Self::StepOutput { line, .. } => write!(f, "| {line}"),
             Self::StepFinished { step, name, millis, success, exit } => {
-                write!(f, "step {} ({name}) ", step + 1)?;
+                write!(f, "step {step} ({name}) ")?;
                 match exit {
                     _ if *success => write!(f, "done in {}", human_millis(*millis)),
                     Some(exit) => write!(f, "failed after {} with {exit}", human_millis(*millis)),
@@ -388,12 +403,12 @@ impl fmt::Display for EventKind {
                 }
             }
             Self::Paused { step, instructions, access } => {
-                write!(f, "step {} is paused for a person to do this:", step + 1)?;
+                write!(f, "step {step} is paused for a person to do this:")?;
                 instructions.trim_end().lines().try_for_each(|line| write!(f, "\n  {line}"))?;
                 access.iter().try_for_each(|line| write!(f, "\n  {line}"))
             }
             Self::Resumed { step, millis } => {
-                write!(f, "step {} goes on after {}", step + 1, human_millis(*millis))
+                write!(f, "step {step} goes on after {}", human_millis(*millis))
             }
             Self::Retrying { attempt, of, reason } => {
                 write!(f, "starting attempt {attempt} of {of}; the one before failed: {reason}")

@@ -28,3 +28,7 @@ pub mod testing;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};
+
+// The crates whose types appear in the signatures of this one: who names them through here has the same versions.
+#[doc(no_inline)]
+pub use {async_trait, futures, jiff, serde_json, tokio, tokio_util, url};

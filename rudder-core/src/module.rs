@@ -238,7 +238,7 @@ impl Provenance {
 }
 
 /// An input of a build: what was asked for, and what came.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct InputRecord {
     /// What it is for: `source of VM web`, `file app.tar`…
     pub role: String,

@@ -120,6 +120,26 @@ fn the_readme_shows_the_embed_example() {
 }
 
 #[test]
+fn the_guide_shows_the_test_and_the_profile_as_they_are() {
+    let guide = read("docs/guide.md");
+    let test = read("tests/embedding.rs");
+    assert!(
+        guide.contains(&test[test.find("use ").unwrap()..]),
+        "docs/guide.md and tests/embedding.rs differ"
+    );
+    let workspace = read("Cargo.toml");
+    let optimised: Vec<&str> = workspace
+        .split("[profile.dev.package.")
+        .skip(1)
+        .filter_map(|rest| rest.split_once("]\nopt-level = 2")?.0.lines().next())
+        .collect();
+    assert!(optimised.len() > 10, "{optimised:?}");
+    let shown: Vec<&str> =
+        guide.lines().filter_map(|line| line.strip_suffix(" = { opt-level = 2 }")).collect();
+    assert_eq!(shown, optimised, "docs/guide.md and Cargo.toml differ");
+}
+
+#[test]
 fn the_manifests_of_the_readme_and_the_guide_have_no_mistakes() {
     for file in ["README.md", "docs/guide.md"] {
         let page = read(file);

@@ -87,7 +87,7 @@ impl LibvirtBackendBuilder {
         LibvirtBackend {
             store,
             connection: Arc::new(Connection::new(uri.unwrap_or_else(default_uri))),
-            programs,
+            programs: programs.rooted(),
             accelerator,
             capabilities: capabilities(),
             offer: OnceCell::new(),
@@ -293,7 +293,7 @@ impl Backend for LibvirtBackend {
         let store = self.store.clone();
         blocking(move || {
             let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
-            kept.map(|lab| Ok(KeptLab { id: LabId::parse(&lab.id)?, access: kept_access(&lab.path) }))
+            kept.map(|lab| Ok(KeptLab::read(LabId::parse(&lab.id)?, &lab.path, kept_access(&lab.path))))
                 .collect()
         })
         .await

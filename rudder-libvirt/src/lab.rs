@@ -300,7 +300,11 @@ impl Lab for LibvirtLab {
             machine.release();
         }
         self.settled.store(true, Ordering::Relaxed);
-        Ok(KeptLab { id: self.footing.ground.id().clone(), access })
+        Ok(KeptLab::new(self.footing.ground.id().clone(), access))
+    }
+
+    fn directory(&self) -> Option<std::path::PathBuf> {
+        Some(self.footing.ground.dir().path().to_owned())
     }
 
     async fn destroy(&self) -> Result<()> {

@@ -98,6 +98,7 @@ impl QemuBackendBuilder {
     #[must_use]
     pub fn build(self) -> QemuBackend {
         let Self { store, programs, accelerator } = self;
+        let programs = programs.rooted();
         QemuBackend { store, programs, accelerator, capabilities: capabilities(), host: OnceCell::new() }
     }
 }
@@ -203,7 +204,7 @@ impl Backend for QemuBackend {
         let store = self.store.clone();
         blocking(move || {
             let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
-            kept.map(|lab| Ok(KeptLab { id: LabId::parse(&lab.id)?, access: kept_access(&lab.path) }))
+            kept.map(|lab| Ok(KeptLab::read(LabId::parse(&lab.id)?, &lab.path, kept_access(&lab.path))))
                 .collect()
         })
         .await

@@ -37,6 +37,19 @@ pub struct Programs {
 }
 
 impl Programs {
+    /// The same, independent of the working directory of later. A name without a directory stays one.
+    #[must_use]
+    pub fn rooted(mut self) -> Self {
+        let Self { qemu, qemu_img, setpriv, swtpm, firmware } = &mut self;
+        let given = [qemu, qemu_img, setpriv, swtpm].into_iter().flatten();
+        for path in given.filter(|path| path.components().count() > 1).chain(firmware.iter_mut().flatten()) {
+            if let Ok(rooted) = std::path::absolute(&*path) {
+                *path = rooted;
+            }
+        }
+        self
+    }
+
     fn catalog(&self, qemu: &Path) -> Catalog {
         Catalog::read(self.firmware.clone().unwrap_or_else(|| firmware::directories(qemu)))
     }
@@ -366,6 +379,22 @@ fn free_space(store: &Path) -> HostFinding {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn programs_that_are_given_stay_where_they_were() {
+        let programs = Programs {
+            qemu: Some("bin/qemu".into()),
+            qemu_img: Some("qemu-img".into()),
+            swtpm: Some("./swtpm".into()),
+            firmware: Some(vec!["firmware".into()]),
+            ..Programs::default()
+        };
+        let (here, programs) = (std::env::current_dir().unwrap(), programs.rooted());
+        assert_eq!(programs.qemu, Some(here.join("bin/qemu")));
+        assert_eq!(programs.qemu_img.as_deref(), Some(Path::new("qemu-img")), "it is looked for in PATH");
+        assert_eq!(programs.swtpm, Some(here.join("swtpm")));
+        assert_eq!(programs.firmware, Some(vec![here.join("firmware")]));
+    }
 
     #[test]
     fn answers_are_read_from_among_events() {

@@ -15,6 +15,7 @@ use rudder_core::{
 };
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -121,7 +122,11 @@ impl Lab for QemuLab {
         for machine in &machines {
             machine.release();
         }
-        Ok(KeptLab { id: self.ground.id.clone(), access })
+        Ok(KeptLab::new(self.ground.id.clone(), access))
+    }
+
+    fn directory(&self) -> Option<PathBuf> {
+        Some(self.ground.dir.path().to_owned())
     }
 
     async fn destroy(&self) -> Result<()> {

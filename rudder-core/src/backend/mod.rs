@@ -7,17 +7,19 @@
 //! - **Errors** say what a person can do; a machine's death is reported by [`Machine::wait`], not by timeouts.
 //! - **Text** of a manifest reaches the hypervisor escaped, never as part of a command line.
 
+mod kept;
 mod types;
 
+pub use kept::{KeptLab, KeptLogin};
 pub use types::*;
 
 use crate::{
-    Result,
+    Error, ErrorKind, Result,
     capability::Capabilities,
     module::{CapturedDisk, CapturedState, DamagedModule, Module},
 };
 use async_trait::async_trait;
-use std::{fmt::Debug, sync::Arc, time::Duration};
+use std::{fmt::Debug, path::PathBuf, sync::Arc, time::Duration};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// A stream of bytes in both directions.
@@ -60,6 +62,14 @@ pub trait Backend: Debug + Send + Sync + 'static {
 
     /// The labs that were [kept](Lab::keep) for inspection and not yet removed. May be repeated.
     async fn kept_labs(&self) -> Result<Vec<KeptLab>>;
+
+    /// The machines of a lab that was [kept](Lab::keep), by this process or by another, in their order: their displays,
+    /// consoles and ports, as far as they run. May be repeated. A lab that is not there is `NotFound`; a backend that cannot
+    /// find machines again says `Unsupported`, as this default does.
+    async fn kept_machines(&self, id: &LabId) -> Result<Vec<Arc<dyn Machine>>> {
+        let message = format!("the backend {} cannot reach the machines of the kept lab {id}", self.name());
+        Err(Error::new(ErrorKind::Unsupported, message).with_help("use the command lines of `access`"))
+    }
 
     /// Removes a lab that was kept, all of it. One that is not there is `NotFound`; one that a living owner works in is
     /// `Conflict`.
@@ -113,6 +123,12 @@ pub trait Lab: Debug + Send + Sync {
     /// Lets the lab outlive its owner, for inspection: its machines keep running if they run. Says how to get in and how
     /// to remove it.
     async fn keep(&self) -> Result<KeptLab>;
+
+    /// The directory of the host that lives as long as the lab does, also when it is kept, and that only its owner can read:
+    /// the build leaves the key to a kept lab there, and [`KeptLab::read`] finds it. `None` where there is none.
+    fn directory(&self) -> Option<PathBuf> {
+        None
+    }
 
     /// Ends every machine and removes everything of the lab. May be repeated; works from every state. A lab that was
     /// kept is destroyed too.

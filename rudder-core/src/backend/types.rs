@@ -416,15 +416,6 @@ impl ModuleDraft {
     }
 }
 
-/// A lab that was kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeptLab {
-    /// Its id, for [`Backend::remove_lab`](super::Backend::remove_lab).
-    pub id: LabId,
-    /// How to get into each machine, a line each.
-    pub access: Vec<String>,
-}
-
 /// What is here, what is missing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]

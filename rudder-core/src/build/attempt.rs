@@ -17,6 +17,7 @@ use super::{
     BuildOptions,
     guard::Guard,
     locked::Lock,
+    machines::Machines,
     media::Media,
     pause::Pauses,
     sink::Sink,
@@ -24,7 +25,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    backend::{Backend, Lab, LabSpec, Machine, ModuleDraft, Retention},
+    backend::{Backend, Lab, LabSpec, ModuleDraft, Retention},
     capability::{Capabilities, Capability},
     event::{BuildPhase, EventKind, FailureReport, VmPhase},
     guest::BuildKey,
@@ -72,7 +73,7 @@ pub(super) struct Attempt {
     pub(super) key: BuildKey,
     pub(super) media: Media,
     /// The machines that were defined.
-    pub(super) machines: Mutex<Vec<Arc<dyn Machine>>>,
+    pub(super) machines: Arc<Machines>,
     /// Whether one was powered on.
     pub(super) started: AtomicBool,
     inputs: Mutex<Vec<InputRecord>>,
@@ -102,6 +103,7 @@ pub(super) struct Pending {
     pub(super) sink: Sink,
     pub(super) guard: Guard,
     pub(super) pauses: Arc<Pauses>,
+    pub(super) machines: Arc<Machines>,
 }
 
 /// The lab is open.
@@ -147,7 +149,7 @@ impl Pending {
         spec.needs = self.plan.machines.iter().flat_map(|planned| needs(&planned.hardware)).collect();
         // Torn in the middle, half a lab would be left that nobody holds.
         let lab = untorn(&self.guard, self.backend.open_lab(&spec)).await?;
-        let Self { plan, backend, options, sink, guard, pauses } = self;
+        let Self { plan, backend, options, sink, guard, pauses, machines } = self;
         Ok(Opened(Arc::new(Attempt {
             plan,
             backend,
@@ -158,7 +160,7 @@ impl Pending {
             pauses,
             key: BuildKey::generate(),
             media: Media::default(),
-            machines: Mutex::default(),
+            machines,
             started: AtomicBool::new(false),
             inputs: Mutex::default(),
         })))

@@ -69,7 +69,7 @@ impl BootCommand {
         let mut result = Ok(());
         for (action, what) in self.0.iter().enumerate() {
             let doing = describe(what);
-            let told = EventKind::BootAction { action, of, doing: doing.clone() };
+            let told = EventKind::BootAction { action: action + 1, of, doing: doing.clone() };
             sink.emit(Some(vm.name()), told);
             result = perform(&console, what).await.map_err(|error| {
                 error.with_context("boot command", format!("action {} of {of}: {doing}", action + 1))

@@ -4,12 +4,11 @@
 //! panic), it is destroyed, or kept when the caller asked for that, before the outcome is told.
 
 use super::{
-    Build, BuildFailure, BuildOptions, FailurePolicy,
+    Build, BuildFailure, BuildOptions, FailurePolicy, Shared,
     attempt::{Attempt, Failure, Pending},
     guard::{Guard, cancelled},
     keep::keep,
     limit::{Deadline, Verdict, after_failure},
-    pause::Pauses,
     sink::Sink,
 };
 use crate::{
@@ -31,7 +30,7 @@ pub(super) async fn run(
     build: Build,
     sink: Sink,
     cancel: CancellationToken,
-    pauses: Arc<Pauses>,
+    shared: &Shared,
 ) -> Result<Module, Box<BuildFailure>> {
     let Build { plan, backend, options } = build;
     let options = Arc::new(options);
@@ -47,7 +46,8 @@ pub(super) async fn run(
             sink: sink.clone(),
             // A failing VM stops the others of its attempt, not the attempts that follow.
             guard: Guard { halt: cancel.child_token(), deadline: deadline.clone() },
-            pauses: Arc::clone(&pauses),
+            pauses: Arc::clone(&shared.pauses),
+            machines: Arc::clone(&shared.machines),
         };
         let (result, opened) = one_attempt(pending).await;
         match result {
@@ -55,6 +55,7 @@ pub(super) async fn run(
                 sink.build_phase(BuildPhase::Succeeded);
                 if let Some(opened) = opened {
                     destroy(&opened.lab, &options, &sink).await;
+                    opened.machines.take();
                 }
                 sink.finished(Outcome::Built { module: module.name.clone(), path: module.path.clone() });
                 return Ok(module);
@@ -85,15 +86,18 @@ pub(super) async fn run(
             }
         }
     };
+    let machines = if kept.is_some() { shared.machines.take() } else { Vec::new() };
     let error = failure.error.with_context("build", &plan.name).map_text(|text| sink.mask(text));
     if error.kind() == ErrorKind::Cancelled {
         sink.finished(Outcome::Cancelled);
-        return Err(Box::new(BuildFailure { error, report: FailureReport::default(), kept }));
+        let report = FailureReport { build_id: Some(shared.id.clone()), ..FailureReport::default() };
+        return Err(Box::new(BuildFailure { error, report, kept, machines }));
     }
-    let report = FailureReport { kind: Some(error.kind()), message: error.report(), ..*failure.report };
+    let (kind, message) = (Some(error.kind()), error.report());
+    let report = FailureReport { build_id: Some(shared.id.clone()), kind, message, ..*failure.report };
     let report = sink.masked_report(report);
     sink.finished(Outcome::Failed(Box::new(report.clone())));
-    Err(Box::new(BuildFailure { error, report, kept }))
+    Err(Box::new(BuildFailure { error, report, kept, machines }))
 }
 
 /// One attempt, and what must be cleaned up behind it.
@@ -139,6 +143,7 @@ async fn clean_up(
         }
     }
     destroy(&attempt.lab, options, sink).await;
+    attempt.machines.take();
     None
 }
 

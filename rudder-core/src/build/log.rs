@@ -5,7 +5,7 @@
 //! bounds their number. Events that only pass by (progress, output, notices) share a ring; a reader that was too slow for
 //! some of them is told how many ([`EventKind::Lagged`]).
 
-use crate::event::{Event, EventKind};
+use crate::event::{BuildId, Event, EventKind};
 use futures::{Stream, stream::BoxStream};
 use std::{
     collections::VecDeque,
@@ -19,6 +19,7 @@ use tokio::sync::watch;
 /// The events so far, as far as they are kept.
 #[derive(Debug)]
 pub(super) struct Log {
+    build_id: BuildId,
     next: u64,
     lasting: Vec<Arc<Event>>,
     passing: VecDeque<Arc<Event>>,
@@ -35,15 +36,15 @@ pub(super) enum Read {
 }
 
 impl Log {
-    /// An empty log that keeps this many passing events.
-    pub(super) fn new(capacity: usize) -> Self {
-        Self { next: 0, lasting: Vec::new(), passing: VecDeque::new(), capacity }
+    /// An empty log of a build, which keeps this many passing events.
+    pub(super) fn new(build_id: BuildId, capacity: usize) -> Self {
+        Self { build_id, next: 0, lasting: Vec::new(), passing: VecDeque::new(), capacity }
     }
 
     /// Adds an event, and drops the oldest passing one when there are too many.
     pub(super) fn push(&mut self, time: jiff::Timestamp, vm: Option<String>, kind: EventKind) {
         let lasting = is_lasting(&kind);
-        let event = Arc::new(Event { seq: self.next, time, vm, kind });
+        let event = Arc::new(Event { build_id: self.build_id.clone(), seq: self.next, time, vm, kind });
         self.next += 1;
         if lasting {
             self.lasting.push(event);
@@ -66,7 +67,8 @@ impl Log {
             return Read::Event(Arc::clone(event));
         }
         let kind = EventKind::Lagged { missed: event.seq - seq };
-        Read::Event(Arc::new(Event { seq: event.seq - 1, time: event.time, vm: None, kind }))
+        let build_id = self.build_id.clone();
+        Read::Event(Arc::new(Event { build_id, seq: event.seq - 1, time: event.time, vm: None, kind }))
     }
 }
 
@@ -156,7 +158,7 @@ mod tests {
             capacity in 1usize..20,
             from in 0u64..50,
         ) {
-            let mut log = Log::new(capacity);
+            let mut log = Log::new(BuildId::random(), capacity);
             for (n, lasting) in lasting.iter().enumerate() {
                 let kind = if *lasting { EventKind::BuildPhase { phase: BuildPhase::Building } } else { passing(n as u64) };
                 log.push(jiff::Timestamp::UNIX_EPOCH, None, kind);
@@ -186,7 +188,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_ends_with_the_last_word_or_with_its_engine() {
-        let log = Arc::new(Mutex::new(Log::new(4)));
+        let log = Arc::new(Mutex::new(Log::new(BuildId::random(), 4)));
         let (pulse, seen) = watch::channel(());
         lock(&log).push(jiff::Timestamp::UNIX_EPOCH, None, passing(0));
         let mut first = Events::new(Arc::clone(&log), seen.clone());

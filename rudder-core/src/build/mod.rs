@@ -47,6 +47,7 @@ mod keep;
 mod limit;
 mod locked;
 mod log;
+mod machines;
 mod media;
 mod panic;
 mod pause;
@@ -54,23 +55,26 @@ mod sink;
 mod talk;
 mod vm;
 
+pub use keep::kept_machines;
 pub use log::Events;
+pub use machines::BuildMachine;
 pub use pause::PausedVm;
 
 use crate::{
     Error, ErrorKind, Result,
     backend::{Backend, KeptLab},
-    event::{Event, FailureReport},
+    event::{BuildId, Event, FailureReport},
     module::Module,
     plan::Plan,
     secret::Masker,
 };
 use locked::Lock;
+use machines::Machines;
 use pause::Pauses;
 use sink::Sink;
 use std::{
     fmt,
-    path::PathBuf,
+    path::{self, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -149,12 +153,16 @@ impl Build {
         self
     }
 
-    /// Where a failed build leaves what belongs to its report: screenshots (PNG), and with [`FailurePolicy::Keep`] the key to
-    /// get in. Made when needed; what is written is readable by its owner only, and is the caller's to remove.
+    /// The directory for what belongs to the report of a failed build: screenshots (PNG), and with [`FailurePolicy::Keep`] the
+    /// key to get in, where the backend has no directory for it. Created when needed; what is written is readable by its
+    /// owner only, and is the caller's to remove.
     ///
-    /// Without one, no screenshots are taken, and the key of a kept build goes to the directory for temporary files.
+    /// A relative path starts from the working directory of this moment, wherever the process goes later. Without a directory,
+    /// no screenshots are taken.
     pub fn report_dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.options.report_dir = Some(dir.into());
+        let dir = dir.into();
+        // Only an empty path, or a working directory that is gone, cannot be made absolute.
+        self.options.report_dir = Some(path::absolute(PathBuf::from(".").join(&dir)).unwrap_or(dir));
         self
     }
 
@@ -188,33 +196,52 @@ impl Build {
     /// # Panics
     /// Outside a Tokio runtime.
     pub fn start(self) -> BuildHandle {
-        let (sink, log, pulse) = Sink::new(Masker::new(&self.plan.secrets), self.options.event_capacity);
-        let cancel = CancellationToken::new();
+        let id = BuildId::random();
+        let masker = Masker::new(&self.plan.secrets);
+        let (sink, log, pulse) = Sink::new(id.clone(), masker, self.options.event_capacity);
+        let canceller = Canceller::default();
         let (tell, outcome) = oneshot::channel();
-        let (token, pauses) = (cancel.clone(), Arc::new(Pauses::default()));
-        let paused = Arc::clone(&pauses);
-        let span = tracing::info_span!("build", name = %self.plan.name, backend = self.backend.name());
+        let shared = Arc::new(Shared { id, pauses: Arc::default(), machines: Arc::default() });
+        let span = tracing::info_span!("build", id = %shared.id, name = %self.plan.name, backend = self.backend.name());
+        let (token, told) = (canceller.cancel.clone(), Arc::clone(&shared));
+        let ended = canceller.ended.clone().drop_guard();
         let work = async move {
             // Nobody may be listening any more: the build was cancelled by dropping its handle.
-            let _ = tell.send(engine::run(self, sink, token, paused).await);
+            let _ = tell.send(engine::run(self, sink, token, &told).await);
+            // Also when the runtime drops this task: then nothing of it is left either.
+            drop(ended);
         };
         tokio::spawn(tracing::Instrument::instrument(work, span));
-        BuildHandle { log, pulse, cancel, pauses, outcome }
+        BuildHandle { log, pulse, canceller, shared, outcome }
     }
 }
 
-/// A build that runs. Dropping it cancels the build, which then cleans up on its own.
+/// What a build that runs shares with its handle.
+#[derive(Debug)]
+struct Shared {
+    id: BuildId,
+    pauses: Arc<Pauses>,
+    machines: Arc<Machines>,
+}
+
+/// A build that runs. Dropping it cancels the build, which then cleans up on its own; [`Canceller::ended`] waits for that.
 #[derive(Debug)]
 #[must_use = "dropping the handle cancels the build"]
 pub struct BuildHandle {
     log: Arc<Mutex<log::Log>>,
     pulse: watch::Receiver<()>,
-    cancel: CancellationToken,
-    pauses: Arc<Pauses>,
+    canceller: Canceller,
+    shared: Arc<Shared>,
     outcome: oneshot::Receiver<Result<Module, Box<BuildFailure>>>,
 }
 
 impl BuildHandle {
+    /// The id of the build: its events and its report carry it.
+    #[must_use]
+    pub fn id(&self) -> &BuildId {
+        &self.shared.id
+    }
+
     /// What happens, from the first event on, whenever it is asked for. Any number of readers; none keeps the build alive,
     /// and none that is slow stalls it.
     #[must_use]
@@ -224,19 +251,41 @@ impl BuildHandle {
 
     /// Cancels the build. It cleans up before it ends. May be repeated.
     pub fn cancel(&self) {
-        self.cancel.cancel();
+        self.canceller.cancel();
     }
 
-    /// A way to cancel the build from elsewhere, a signal handler for instance. Does not keep the build alive.
+    /// A way to cancel the build from elsewhere, a signal handler for instance, and to wait for its end. Does not keep the
+    /// build alive.
     #[must_use]
     pub fn canceller(&self) -> Canceller {
-        Canceller(self.cancel.clone())
+        self.canceller.clone()
+    }
+
+    /// The machines of the current attempt that are defined by now, running or not: for their consoles, and for logging in
+    /// to their guests. Empty before the first is defined and after the build has ended.
+    #[must_use]
+    pub fn machines(&self) -> Vec<BuildMachine> {
+        self.shared.machines.list()
+    }
+
+    /// The machine of a VM.
+    ///
+    /// # Errors
+    /// `NotFound` when the current attempt has not defined a machine of this name.
+    pub fn machine(&self, vm: &str) -> Result<BuildMachine> {
+        self.machines().into_iter().find(|machine| machine.name() == vm).ok_or_else(|| {
+            Error::new(
+                ErrorKind::NotFound,
+                format!("expected VM {vm} to have a machine by now, but it has none"),
+            )
+            .with_help("wait for its phase `Booting`")
+        })
     }
 
     /// The VMs that wait for a person now, longest first.
     #[must_use]
     pub fn paused(&self) -> Vec<PausedVm> {
-        self.pauses.list()
+        self.shared.pauses.list()
     }
 
     /// Lets a VM that waits for a person go on.
@@ -244,7 +293,7 @@ impl BuildHandle {
     /// # Errors
     /// `Conflict` when no VM of this name waits for a person now.
     pub fn resume(&self, vm: &str) -> Result<()> {
-        self.pauses.resume(vm)
+        self.shared.pauses.resume(vm)
     }
 
     /// Waits for the end, cleaning up included. Dropping the future cancels the build.
@@ -255,30 +304,49 @@ impl BuildHandle {
         (&mut self.outcome).await.unwrap_or_else(|_| {
             let error =
                 Error::new(ErrorKind::Internal, "the Tokio runtime was shut down while the build ran");
-            Err(Box::new(BuildFailure { error, report: FailureReport::default(), kept: None }))
+            let report = FailureReport { build_id: Some(self.id().clone()), ..FailureReport::default() };
+            Err(Box::new(BuildFailure { error, report, kept: None, machines: Vec::new() }))
         })
     }
 }
 
 impl Drop for BuildHandle {
     fn drop(&mut self) {
-        self.cancel.cancel();
+        self.cancel();
     }
 }
 
-/// Cancels a build from elsewhere.
-#[derive(Debug, Clone)]
-pub struct Canceller(CancellationToken);
+/// Cancels a build from elsewhere, and knows when it has ended.
+#[derive(Debug, Clone, Default)]
+pub struct Canceller {
+    cancel: CancellationToken,
+    ended: CancellationToken,
+}
 
 impl Canceller {
     /// Cancels the build. It cleans up before it ends. May be repeated.
     pub fn cancel(&self) {
-        self.0.cancel();
+        self.cancel.cancel();
+    }
+
+    /// Waits until the build has ended and has cleaned up, whatever became of its handle. Any number of callers, also after
+    /// the fact.
+    ///
+    /// ```
+    /// # use rudder_core::build::BuildHandle;
+    /// async fn abandon(build: BuildHandle) {
+    ///     let canceller = build.canceller();
+    ///     drop(build);
+    ///     canceller.ended().await;
+    /// }
+    /// ```
+    pub async fn ended(&self) {
+        self.ended.cancelled().await;
     }
 }
 
-/// Why a build made no module. `Display` and `source` are those of its error.
-#[derive(Debug)]
+/// Why a build made no module. `Display` and `source` are those of its error; `Debug` (`{:?}`) is the whole report, because that
+/// is what Rust prints of an error that `main` returns.
 #[non_exhaustive]
 pub struct BuildFailure {
     /// What went wrong, without secrets.
@@ -287,6 +355,8 @@ pub struct BuildFailure {
     pub report: FailureReport,
     /// What was kept for inspection.
     pub kept: Option<KeptLab>,
+    /// The machines of what was kept, for this process.
+    pub machines: Vec<BuildMachine>,
 }
 
 impl BuildFailure {
@@ -294,6 +364,30 @@ impl BuildFailure {
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.error.kind() == ErrorKind::Cancelled
+    }
+}
+
+impl fmt::Debug for BuildFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { error, report, kept, machines } = self;
+        if f.alternate() {
+            let mut all = f.debug_struct("BuildFailure");
+            return all
+                .field("error", error)
+                .field("report", report)
+                .field("kept", kept)
+                .field("machines", machines)
+                .finish();
+        }
+        // A build that was cancelled, or lost its runtime, has no report beyond its error.
+        if report.message.is_empty() {
+            write!(f, "{error:?}")?
+        } else {
+            write!(f, "{report}")?
+        }
+        let Some(KeptLab { id, access, .. }) = kept else { return Ok(()) };
+        write!(f, "\n  kept for inspection as lab {id}:")?;
+        access.iter().try_for_each(|line| write!(f, "\n    {line}"))
     }
 }
 

@@ -25,7 +25,7 @@ impl PausedVm {
         self.machine.name()
     }
 
-    /// The step that waits, its place in the manifest from 0.
+    /// The number of the step that waits, from 1.
     #[must_use]
     pub fn step(&self) -> usize {
         self.step

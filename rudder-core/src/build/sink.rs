@@ -3,7 +3,9 @@
 use super::log::{Log, lock};
 use crate::{
     backend::{Progress, ProgressEvent},
-    event::{BuildPhase, EventKind, FailureReport, Outcome, OutputStream, ServedFile, Timing, VmPhase},
+    event::{
+        BuildId, BuildPhase, EventKind, FailureReport, Outcome, OutputStream, ServedFile, Timing, VmPhase,
+    },
     module::InputRecord,
     secret::Masker,
 };
@@ -52,8 +54,12 @@ struct Task {
 }
 
 impl Sink {
-    pub(super) fn new(masker: Masker, capacity: usize) -> (Self, Arc<Mutex<Log>>, watch::Receiver<()>) {
-        let log = Arc::new(Mutex::new(Log::new(capacity)));
+    pub(super) fn new(
+        build_id: BuildId,
+        masker: Masker,
+        capacity: usize,
+    ) -> (Self, Arc<Mutex<Log>>, watch::Receiver<()>) {
+        let log = Arc::new(Mutex::new(Log::new(build_id, capacity)));
         let (pulse, seen) = watch::channel(());
         let inner = Inner { log: Arc::clone(&log), pulse, masker, state: Mutex::default() };
         (Self(Arc::new(inner)), log, seen)

@@ -1,11 +1,11 @@
 //! What the engine says to a guest, and with what: seed, login, steps, switching off.
 
-use super::{attempt::Attempt, guard, panic::panicked, pause::pause, vm::Vm};
+use super::{attempt::Attempt, guard, machines::BuildMachine, panic::panicked, pause::pause, vm::Vm};
 use crate::{
     Error, ErrorKind, Result,
     backend::{Machine, Seed},
     event::{EventKind, ExitStatus, OutputStream},
-    guest::{BuildKey, Endpoint, Login, Session},
+    guest::{BuildKey, Login, Session},
     media::cloud_init::{self, SeedLogin},
     plan::{PlannedContent, PlannedMachine, StepAction},
     step::{self, Person, StepContext, StepOutcome},
@@ -30,14 +30,22 @@ pub(super) fn seed(attempt: &Attempt, planned: &PlannedMachine) -> Result<Option
     cloud_init::seed(&instance, &planned.name, &login, config).map(Some)
 }
 
+/// A machine of a VM, and how to log in to it.
+pub(super) fn reachable(
+    attempt: &Attempt,
+    planned: &PlannedMachine,
+    machine: Arc<dyn Machine>,
+) -> Result<BuildMachine> {
+    let communicator = &planned.communicator;
+    let login = Login::new(&communicator.username, key(attempt, planned)?);
+    let login = login.with_password(communicator.password.clone());
+    Ok(BuildMachine::new(machine, communicator.port, Some(login)))
+}
+
 /// Waits for a working login.
-pub(super) async fn log_in(vm: &Vm, machine: &Arc<dyn Machine>) -> Result<Session> {
-    let communicator = &vm.planned().communicator;
-    let key = key(&vm.attempt, vm.planned())?;
-    let login = Login::new(&communicator.username, key).with_password(communicator.password.clone());
-    let endpoint = Endpoint::of(Arc::clone(machine), communicator.port);
-    let opening = Session::open(endpoint, login, communicator.timeout);
-    vm.attempt.guard.watch(machine, "booting", opening).await
+pub(super) async fn log_in(vm: &Vm, defined: &BuildMachine) -> Result<Session> {
+    let opening = defined.session(vm.planned().communicator.timeout);
+    vm.attempt.guard.watch(defined.machine(), "booting", opening).await
 }
 
 /// A step that failed.
@@ -47,7 +55,7 @@ pub(super) struct StepFailure {
     pub(super) exit: Option<ExitStatus>,
 }
 
-/// Runs a step. However it ends, what it runs in the guest is ended too.
+/// Runs the step at this index. However it ends, what it runs in the guest is ended too.
 pub(super) async fn run_step(
     vm: &Vm,
     machine: &Arc<dyn Machine>,
@@ -55,8 +63,8 @@ pub(super) async fn run_step(
     index: usize,
 ) -> Result<(), StepFailure> {
     let (attempt, step) = (&vm.attempt, &vm.planned().steps[index]);
-    let (sink, name) = (&attempt.sink, vm.name());
-    sink.step_started(name, index, &step.name);
+    let (sink, name, number) = (&attempt.sink, vm.name(), index + 1);
+    sink.step_started(name, number, &step.name);
     let start = Instant::now();
     let fetched = match &step.action {
         StepAction::File { content: PlannedContent::Url(url), .. } => attempt.media.get(url),
@@ -64,13 +72,13 @@ pub(super) async fn run_step(
     };
     let person = match &step.action {
         StepAction::Handbuild { instructions } => Some(Person {
-            done: pause(vm, machine, index, instructions),
+            done: pause(vm, machine, number, instructions),
             login_limit: vm.planned().communicator.timeout,
         }),
         _ => None,
     };
     let deadline = attempt.guard.deadline.clone();
-    let mut output = |stream: OutputStream, line: &str| sink.output(name, index, stream, line);
+    let mut output = |stream: OutputStream, line: &str| sink.output(name, number, stream, line);
     let context = StepContext {
         session,
         output: &mut output,
@@ -81,7 +89,7 @@ pub(super) async fn run_step(
         fetched,
         person,
     };
-    let doing = format!("running step {} ({})", index + 1, step.name);
+    let doing = format!("running step {number} ({})", step.name);
     let StepOutcome { exit, result } = {
         let running = step::run(step, context);
         tokio::pin!(running);
@@ -109,7 +117,7 @@ pub(super) async fn run_step(
     let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
     let (success, told) = (result.is_ok(), exit.clone());
     let finished =
-        EventKind::StepFinished { step: index, name: step.name.clone(), millis, success, exit: told };
+        EventKind::StepFinished { step: number, name: step.name.clone(), millis, success, exit: told };
     sink.emit(Some(name), finished);
     result.map_err(|error| StepFailure { error, exit })
 }

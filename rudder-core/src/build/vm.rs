@@ -22,6 +22,7 @@ use super::{
     boot::BootCommand,
     evidence,
     guard::ended,
+    machines::BuildMachine,
     talk::{self, StepFailure},
 };
 use crate::{
@@ -50,7 +51,7 @@ pub(super) struct Planned(Vm);
 
 /// Its disks are imported, and the machine is defined.
 #[derive(Debug)]
-pub(super) struct Defined(Vm, Arc<dyn Machine>);
+pub(super) struct Defined(Vm, BuildMachine);
 
 /// It runs, and the guest let us log in.
 #[derive(Debug)]
@@ -136,12 +137,12 @@ impl Planned {
         let Self(vm) = self;
         vm.enter(VmPhase::SourceImporting);
         match Self::define(&vm).await {
-            Ok(machine) => Ok(Defined(vm, machine)),
+            Ok(defined) => Ok(Defined(vm, defined)),
             Err(error) => Err(vm.failed(None, error).await),
         }
     }
 
-    async fn define(vm: &Vm) -> Result<Arc<dyn Machine>> {
+    async fn define(vm: &Vm) -> Result<BuildMachine> {
         let (attempt, planned) = (&vm.attempt, vm.planned());
         let hardware = &planned.hardware;
         let mut spec = MachineSpec::new(&planned.name, hardware.cpus, hardware.memory);
@@ -162,8 +163,9 @@ impl Planned {
             spec.disks.push(MachineDisk { name: disk.name.clone(), bus: disk.bus, volume });
         }
         let machine = attempt.guard.wait(attempt.lab.create_machine(&spec)).await?;
-        super::log::lock(&attempt.machines).push(Arc::clone(&machine));
-        Ok(machine)
+        let defined = talk::reachable(attempt, planned, machine)?;
+        attempt.machines.add(defined.clone());
+        Ok(defined)
     }
 
     async fn volume(vm: &Vm, place: usize, disk: &PlannedDisk) -> Result<Volume> {
@@ -184,16 +186,17 @@ impl Planned {
 impl Defined {
     /// Powers it on, types its boot command, and logs in.
     pub(super) async fn boot(self) -> Result<Booted, Failure> {
-        let Self(vm, machine) = self;
-        match Self::log_in(&vm, &machine).await {
+        let Self(vm, defined) = self;
+        let machine = Arc::clone(defined.machine());
+        match Self::log_in(&vm, &defined).await {
             Ok(session) => Ok(Booted(vm, machine, session)),
             Err(error) => Err(vm.failed(Some(&machine), error).await),
         }
     }
 
-    async fn log_in(vm: &Vm, machine: &Arc<dyn Machine>) -> Result<Session> {
+    async fn log_in(vm: &Vm, defined: &BuildMachine) -> Result<Session> {
         vm.enter(VmPhase::Booting);
-        let guard = &vm.attempt.guard;
+        let (guard, machine) = (&vm.attempt.guard, defined.machine());
         let boot_command = BootCommand::of(&vm.attempt, vm.planned())?;
         vm.attempt.started.store(true, std::sync::atomic::Ordering::Relaxed);
         guard.wait(machine.start()).await?;
@@ -202,7 +205,7 @@ impl Defined {
             vm.enter(VmPhase::BootCommand);
             boot_command.run(vm, machine).await?;
         }
-        let session = talk::log_in(vm, machine).await?;
+        let session = talk::log_in(vm, defined).await?;
         let millis = u64::try_from(powered_on.elapsed().as_millis()).unwrap_or(u64::MAX);
         vm.attempt.sink.emit(Some(vm.name()), EventKind::GuestReady { millis });
         Ok(session)

@@ -78,6 +78,12 @@ impl LabCore {
         self.state().machines.clone()
     }
 
+    /// Its machines, as those who hold them see them.
+    pub(super) fn handles(self: &Arc<Self>) -> Vec<Arc<dyn Machine>> {
+        let handle = |core| Arc::new(MemoryMachine { core, lab: self.clone() }) as Arc<dyn Machine>;
+        self.machines().into_iter().map(handle).collect()
+    }
+
     pub(super) fn builds_on(&self, module: &str) -> bool {
         self.state().parents.contains(module)
     }
@@ -117,11 +123,15 @@ impl LabCore {
         let access = |machine: Arc<MachineCore>| {
             format!("VM {} is in the memory of this process: Machine::dial reaches it", machine.spec.name)
         };
-        KeptLab { id: self.id.clone(), access: running.map(access).collect() }
+        let access = running.map(access).collect();
+        match &self.state().directory {
+            Some(directory) => KeptLab::read(self.id.clone(), directory.path(), access),
+            None => KeptLab::new(self.id.clone(), access),
+        }
     }
 
-    /// Where fetched files are.
-    fn directory(&self) -> Result<std::path::PathBuf> {
+    /// Where fetched files are, and the key to a kept lab.
+    fn scratch(&self) -> Result<std::path::PathBuf> {
         let mut state = self.state();
         if let Some(directory) = &state.directory {
             return Ok(directory.path().to_owned());
@@ -312,7 +322,7 @@ impl Lab for MemoryLab {
         let sha256 = transfer(&source, url, progress).await?;
         let bytes =
             source.contents.unwrap_or_else(|| format!("invented for {}\n", shown(&url.url)).into_bytes());
-        let path = self.core.directory()?.join(Digest::of(url.url.as_str().as_bytes()).to_string());
+        let path = self.core.scratch()?.join(Digest::of(url.url.as_str().as_bytes()).to_string());
         let size = bytes.len() as u64;
         tokio::fs::write(&path, bytes)
             .await
@@ -408,6 +418,10 @@ impl Lab for MemoryLab {
         self.core.state().kept = true;
         self.core.shared.hold(&self.core);
         Ok(self.core.as_kept())
+    }
+
+    fn directory(&self) -> Option<std::path::PathBuf> {
+        self.core.scratch().ok()
     }
 
     async fn destroy(&self) -> Result<()> {

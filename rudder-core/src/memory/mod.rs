@@ -66,7 +66,7 @@ pub use script::{Fault, Guest, Operation, Response, Silence, Source};
 
 use crate::{
     Error, ErrorKind, Result,
-    backend::{Backend, Death, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    backend::{Backend, Death, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, ReapReport},
     capability::{Capabilities, Capability},
     module::{DamagedModule, Module},
     store::Store,
@@ -490,6 +490,16 @@ impl Backend for MemoryBackend {
             _ => None,
         });
         Ok(kept.collect())
+    }
+
+    async fn kept_machines(&self, id: &LabId) -> Result<Vec<Arc<dyn Machine>>> {
+        match self.shared.registry().labs.get(id) {
+            Some(LabRecord::Kept(core)) => Ok(core.handles()),
+            _ => {
+                let message = format!("expected a lab {id} that was kept, but there is none");
+                Err(Error::new(ErrorKind::NotFound, message))
+            }
+        }
     }
 
     async fn remove_lab(&self, id: &LabId) -> Result<()> {

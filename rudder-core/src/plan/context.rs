@@ -119,6 +119,50 @@ impl Default for Limits {
     }
 }
 
+/// Each takes a number, or `None` for no limit.
+impl Limits {
+    /// The usual limits: 50Gi for a disk, and no others.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Allows a VM at most this many cores.
+    #[must_use]
+    pub fn with_max_cpu(mut self, cores: impl Into<Option<u64>>) -> Self {
+        self.max_cpu = cores.into();
+        self
+    }
+
+    /// Allows a VM at most this much memory, in bytes.
+    #[must_use]
+    pub fn with_max_memory(mut self, bytes: impl Into<Option<u64>>) -> Self {
+        self.max_memory = bytes.into();
+        self
+    }
+
+    /// Allows disks of at most this size, in bytes.
+    #[must_use]
+    pub fn with_max_disk_size(mut self, bytes: impl Into<Option<u64>>) -> Self {
+        self.max_disk_size = bytes.into();
+        self
+    }
+
+    /// Allows a VM at most this many disks.
+    #[must_use]
+    pub fn with_max_disks(mut self, disks: impl Into<Option<usize>>) -> Self {
+        self.max_disks = disks.into();
+        self
+    }
+
+    /// Allows a build at most this many VMs.
+    #[must_use]
+    pub fn with_max_vms(mut self, vms: impl Into<Option<usize>>) -> Self {
+        self.max_vms = vms.into();
+        self
+    }
+}
+
 /// Keys of ConfigMaps and Secrets, given by the embedding program. Namespaces mean something to clusters only.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Inputs {

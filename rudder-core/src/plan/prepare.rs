@@ -71,6 +71,13 @@ impl Prepared {
         diagnostic::render(&self.diagnostics, &self.source_name, &self.text)
     }
 
+    /// The warnings about a manifest that is not refused, for a person; empty when there are none. Those about one that is
+    /// refused stand among its errors: see [`into_plans`](Self::into_plans).
+    #[must_use]
+    pub fn render_warnings(&self) -> String {
+        if self.has_errors() { String::new() } else { self.render() }
+    }
+
     /// The plans.
     ///
     /// # Errors

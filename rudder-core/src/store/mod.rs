@@ -106,6 +106,49 @@ impl Default for StoreOptions {
     }
 }
 
+impl StoreOptions {
+    /// The usual limits.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives a server this long to accept a connection.
+    #[must_use]
+    pub fn with_connect_timeout(mut self, limit: Duration) -> Self {
+        self.connect_timeout = limit;
+        self
+    }
+
+    /// Takes a transfer as broken after this long without a byte.
+    #[must_use]
+    pub fn with_stall_timeout(mut self, limit: Duration) -> Self {
+        self.stall_timeout = limit;
+        self
+    }
+
+    /// Tries a download this often, the first attempt included.
+    #[must_use]
+    pub fn with_attempts(mut self, attempts: u32) -> Self {
+        self.attempts = attempts;
+        self
+    }
+
+    /// Waits this long before the second attempt, and twice as long before each further one, up to 30 s.
+    #[must_use]
+    pub fn with_backoff(mut self, pause: Duration) -> Self {
+        self.backoff = pause;
+        self
+    }
+
+    /// Unpacks images of at most this size, in bytes.
+    #[must_use]
+    pub fn with_unpacked_limit(mut self, bytes: u64) -> Self {
+        self.unpacked_limit = bytes;
+        self
+    }
+}
+
 /// A disk image in the store that may serve as a backing file. Never write to it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]

@@ -172,7 +172,7 @@ async fn a_boot_command_ends_with_the_build_and_with_its_machine() {
         actions(),
         |build| build,
         |event, handle| {
-            if matches!(event.kind, EventKind::BootAction { action: 2, .. }) {
+            if matches!(event.kind, EventKind::BootAction { action: 3, .. }) {
                 handle.cancel();
             }
         },

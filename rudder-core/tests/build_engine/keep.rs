@@ -2,12 +2,13 @@
 
 use super::{build_with, plans::*, run};
 use rudder_core::{
+    ErrorKind,
     backend::Backend,
-    build::{Build, FailurePolicy},
+    build::{Build, BuildFailure, FailurePolicy, kept_machines},
     event::EventKind,
     memory::{Fault, MemoryBackend, Operation, Response},
 };
-use std::os::unix::fs::PermissionsExt;
+use std::{os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_build_is_kept_with_a_command_line_that_logs_in() {
@@ -32,6 +33,58 @@ async fn a_failed_build_is_kept_with_a_command_line_that_logs_in() {
 
     assert_eq!(backend.inventory().running.len(), 1, "it still runs");
     Backend::remove_lab(&backend, &kept.id).await.unwrap();
+    assert_eq!(backend.leftovers().await, Vec::<String>::new());
+}
+
+/// Builds on the backend itself, in whose labs there is a place for the key; keeps what fails.
+async fn kept(backend: &MemoryBackend, plan: serde_json::Value) -> Box<BuildFailure> {
+    let build = Build::new(read(plan), Arc::new(backend.clone())).on_failure(FailurePolicy::Keep);
+    build.start().outcome().await.expect_err("a failure")
+}
+
+#[tokio::test(start_paused = true)]
+async fn kept_labs_name_the_key_which_goes_with_the_lab() {
+    let backend = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::fails(3, "no\n")));
+    let failure = kept(&backend, plan(vec![vm("a", vec![shell("work", "work")])])).await;
+    let lab = failure.kept.clone().unwrap();
+    let key = lab.logins[0].key.clone().unwrap();
+    assert!(key.is_absolute());
+    assert_eq!(lab.access[0], format!("a: the key of root is {}", key.display()));
+    assert_eq!((lab.logins[0].vm.as_str(), lab.logins[0].username.as_str()), ("a", "root"));
+    assert_eq!(backend.kept_labs().await.unwrap(), [lab.clone()], "another process reads the same");
+    let shown = format!("{failure:?}");
+    assert!(
+        shown.contains(&format!("kept for inspection as lab {}:\n    a: the key of root is", lab.id)),
+        "{shown}"
+    );
+
+    backend.remove_lab(&lab.id).await.unwrap();
+    assert!(!key.exists(), "the key goes with its lab");
+    assert_eq!(backend.leftovers().await, Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_program_reaches_the_machines_of_a_kept_lab() {
+    let backend = MemoryBackend::new()
+        .machine("a", |guest| guest.screen("a kept screen").on("work", Response::fails(3, "no\n")));
+    let failure =
+        kept(&backend, plan(vec![vm("a", vec![shell("see", "echo seen >/seen"), shell("work", "work")])]))
+            .await;
+    let lab = backend.kept_labs().await.unwrap().remove(0);
+    // As this process got them with the failure, and as another finds them by the lab.
+    let found = kept_machines(&backend, &lab).await.unwrap();
+    for machines in [&failure.machines, &found] {
+        let [machine] = machines.as_slice() else { panic!("{machines:?}") };
+        assert_eq!(machine.name(), "a");
+        let guest = machine.guest(Duration::from_secs(60)).await.unwrap();
+        assert_eq!(guest.command("cat /seen").await.unwrap().stdout, "seen\n");
+        assert!(machine.console().text().await.unwrap().contains("a kept screen"));
+        guest.close().await;
+    }
+    backend.remove_lab(&lab.id).await.unwrap();
+    let gone = found[0].guest(Duration::from_secs(60)).await.unwrap_err();
+    assert_eq!(gone.kind(), ErrorKind::MachineDied, "{gone:?}");
+    assert_eq!(kept_machines(&backend, &lab).await.unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(backend.leftovers().await, Vec::<String>::new());
 }
 

@@ -10,6 +10,7 @@ mod failure;
 mod hooks;
 mod keep;
 mod limits;
+mod look;
 mod media;
 mod pause;
 mod plans;
@@ -76,6 +77,7 @@ pub async fn run(
     }
     for (place, event) in events.iter().enumerate() {
         assert_eq!(event.seq, place as u64, "a fast reader sees every event");
+        assert_eq!(&event.build_id, handle.id(), "every event names its build");
     }
     assert!(matches!(events.last().unwrap().kind, EventKind::Finished { .. }));
     let outcome = handle.outcome().await;

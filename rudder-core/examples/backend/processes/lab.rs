@@ -167,7 +167,11 @@ impl Lab for ProcessesLab {
         .await?;
         self.kept.store(true, Ordering::SeqCst);
         machines.iter().for_each(|machine| machine.release());
-        Ok(KeptLab { id: self.id.clone(), access })
+        Ok(KeptLab::new(self.id.clone(), access))
+    }
+
+    fn directory(&self) -> Option<PathBuf> {
+        Some(self.dir.path().to_owned())
     }
 
     async fn destroy(&self) -> Result<()> {

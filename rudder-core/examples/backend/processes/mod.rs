@@ -96,7 +96,8 @@ impl Backend for Processes {
         let store = self.store.clone();
         blocking(move || {
             let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
-            kept.map(|lab| Ok(KeptLab { id: LabId::parse(&lab.id)?, access: access_of(&lab.path) })).collect()
+            kept.map(|lab| Ok(KeptLab::read(LabId::parse(&lab.id)?, &lab.path, access_of(&lab.path))))
+                .collect()
         })
         .await
     }
