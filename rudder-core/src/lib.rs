@@ -20,6 +20,7 @@ pub mod media;
 pub mod memory;
 pub mod module;
 pub mod plan;
+pub mod runtime;
 pub mod secret;
 pub mod step;
 pub mod store;

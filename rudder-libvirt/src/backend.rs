@@ -130,6 +130,7 @@ impl LibvirtBackend {
     }
 
     async fn offer(&self) -> Result<Arc<Offer>> {
+        rudder_core::runtime::check()?;
         let ask =
             async { Offer::ask(&self.connection, &self.programs, self.accelerator).await.map(Arc::new) };
         self.offer.get_or_try_init(|| ask).await.cloned()
@@ -212,6 +213,7 @@ impl Backend for LibvirtBackend {
     }
 
     async fn diagnose(&self) -> Result<HostReport> {
+        rudder_core::runtime::check()?;
         let mut report = HostReport::default();
         let offer = Offer::ask(&self.connection, &self.programs, self.accelerator).await;
         let finding = match &offer {

@@ -120,6 +120,7 @@ impl QemuBackend {
     }
 
     async fn host(&self) -> Result<Arc<Host>> {
+        rudder_core::runtime::check()?;
         let examine = async { Host::examine(&self.programs, self.accelerator).await.map(Arc::new) };
         self.host.get_or_try_init(|| examine).await.cloned()
     }
@@ -165,6 +166,7 @@ impl Backend for QemuBackend {
     }
 
     async fn diagnose(&self) -> Result<HostReport> {
+        rudder_core::runtime::check()?;
         Ok(host::diagnose(&self.programs, self.accelerator, self.store.root()).await)
     }
 

@@ -363,6 +363,7 @@ fn driver(format: ImageFormat) -> &'static str {
 /// # Errors
 /// Those of the work.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    rudder_core::runtime::check()?;
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error)),

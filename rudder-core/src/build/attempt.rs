@@ -44,8 +44,10 @@ use std::{
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-/// How long a step that must not be torn (opening a lab, publishing) may go on after a cancellation.
+/// How long a step that must not be torn (opening a lab, publishing) may go on after a cancellation, and after the build's
+/// deadline.
 const UNTORN: Duration = Duration::from_secs(10);
+const UNTORN_AT_LIMIT: Duration = Duration::from_millis(750);
 
 /// A failed attempt.
 #[derive(Debug)]
@@ -342,9 +344,12 @@ async fn untorn<T>(guard: &Guard, thing: impl Future<Output = Result<T>>) -> Res
     tokio::pin!(thing);
     match guard.wait(async { Ok(thing.as_mut().await) }).await {
         Ok(result) => result,
-        Err(stopped) => match timeout(UNTORN, thing).await {
-            Ok(Ok(value)) => Ok(value),
-            _ => Err(stopped),
-        },
+        Err(stopped) => {
+            let grace = if stopped.kind() == ErrorKind::TimedOut { UNTORN_AT_LIMIT } else { UNTORN };
+            match timeout(grace, thing).await {
+                Ok(Ok(value)) => Ok(value),
+                _ => Err(stopped),
+            }
+        }
     }
 }

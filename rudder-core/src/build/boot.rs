@@ -1,6 +1,6 @@
 //! The boot command: what is typed on a machine's display, and waited for on it, between power-on and login.
 
-use super::{attempt::Attempt, vm::Vm};
+use super::{attempt::Attempt, guard::Limit, vm::Vm};
 use crate::{
     Error, ErrorKind, Result,
     backend::Machine,
@@ -59,10 +59,12 @@ impl BootCommand {
 
     /// Goes through it, from power-on. However it ends, no key stays down.
     pub(super) async fn run(self, vm: &Vm, machine: &Arc<dyn Machine>) -> Result<()> {
-        vm.attempt.guard.watch(machine, "typing the boot command", self.type_on(vm, machine)).await
+        let limit = Limit::default();
+        let typing = self.type_on(vm, machine, &limit);
+        vm.attempt.guard.watch(machine, "typing the boot command", &limit, typing).await
     }
 
-    async fn type_on(&self, vm: &Vm, machine: &Arc<dyn Machine>) -> Result<()> {
+    async fn type_on(&self, vm: &Vm, machine: &Arc<dyn Machine>, limit: &Limit) -> Result<()> {
         let (sink, start, of) = (&vm.attempt.sink, Instant::now(), self.0.len());
         // When this future is dropped, so is the console, which releases what it holds.
         let console = Console::new(Arc::clone(machine));
@@ -71,6 +73,10 @@ impl BootCommand {
             let doing = describe(what);
             let told = EventKind::BootAction { action: action + 1, of, doing: doing.clone() };
             sink.emit(Some(vm.name()), told);
+            limit.set(match what {
+                BootAction::WaitText { limit, .. } | BootAction::WaitSerial { limit, .. } => Some(*limit),
+                _ => None,
+            });
             result = perform(&console, what).await.map_err(|error| {
                 error.with_context("boot command", format!("action {} of {of}: {doing}", action + 1))
             });
@@ -78,8 +84,10 @@ impl BootCommand {
                 break;
             }
         }
-        let released = timeout(RELEASE, console.release_all()).await;
-        if let (true, Ok(Err(error))) = (result.is_ok(), released) {
+        // A failure is told at once: the console releases its keys when it is dropped.
+        if result.is_ok()
+            && let Ok(Err(error)) = timeout(RELEASE, console.release_all()).await
+        {
             result = Err(error.with_context("boot command", "releasing the keys that it holds"));
         }
         if result.is_ok() {

@@ -9,6 +9,7 @@ use super::{
     guard::{Guard, cancelled},
     keep::keep,
     limit::{Deadline, Verdict, after_failure},
+    machines::BuildMachine,
     sink::Sink,
 };
 use crate::{
@@ -87,17 +88,37 @@ pub(super) async fn run(
         }
     };
     let machines = if kept.is_some() { shared.machines.take() } else { Vec::new() };
-    let error = failure.error.with_context("build", &plan.name).map_text(|text| sink.mask(text));
+    Err(told(&plan.name, shared, &sink, failure, kept, machines))
+}
+
+/// The failure of a build that cannot even begin here.
+pub(super) fn unable(build: &Build, shared: &Shared, sink: &Sink, error: Error) -> Box<BuildFailure> {
+    let Build { plan, backend, .. } = build;
+    sink.started(&plan.name, &plan.digest.to_string(), backend.name(), 1);
+    sink.build_phase(BuildPhase::Failed);
+    told(&plan.name, shared, sink, Failure::from(error), None, Vec::new())
+}
+
+/// Tells that a build has failed, the last thing that it says.
+fn told(
+    build: &str,
+    shared: &Shared,
+    sink: &Sink,
+    failure: Failure,
+    kept: Option<KeptLab>,
+    machines: Vec<BuildMachine>,
+) -> Box<BuildFailure> {
+    let error = failure.error.with_context("build", build).map_text(|text| sink.mask(text));
     if error.kind() == ErrorKind::Cancelled {
         sink.finished(Outcome::Cancelled);
         let report = FailureReport { build_id: Some(shared.id.clone()), ..FailureReport::default() };
-        return Err(Box::new(BuildFailure { error, report, kept, machines }));
+        return Box::new(BuildFailure { error, report, kept, machines });
     }
     let (kind, message) = (Some(error.kind()), error.report());
     let report = FailureReport { build_id: Some(shared.id.clone()), kind, message, ..*failure.report };
     let report = sink.masked_report(report);
     sink.finished(Outcome::Failed(Box::new(report.clone())));
-    Err(Box::new(BuildFailure { error, report, kept, machines }))
+    Box::new(BuildFailure { error, report, kept, machines })
 }
 
 /// One attempt, and what must be cleaned up behind it.

@@ -9,10 +9,12 @@ use crate::{
 };
 use futures::FutureExt as _;
 use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
-/// How long a dying machine may take to give each piece of evidence.
+/// How long a dying machine may take to give all evidence together. The failure is known to readers of events by then.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How much of that its display may take; the rest is for a screenshot that the backend takes by other means.
+const DISPLAY_PATIENCE: Duration = Duration::from_secs(3);
 /// How much of the serial console is read, in bytes, and shown, in lines.
 const SERIAL_BYTES: usize = 16 * 1024;
 const SERIAL_LINES: usize = 40;
@@ -25,26 +27,32 @@ pub(super) async fn gather(
     screenshot: Option<&Path>,
     sink: &Sink,
 ) {
-    if let Ok(Ok(bytes)) = timeout(PATIENCE, machine.serial_tail(SERIAL_BYTES)).await {
+    let end = Instant::now() + PATIENCE;
+    let screen = async {
+        // Text and picture are of one moment where both can be had from the display.
+        if !capabilities.has(Capability::Display) || !runs(machine) {
+            return None;
+        }
+        let console = Console::new(Arc::clone(machine));
+        timeout(DISPLAY_PATIENCE, console.framebuffer()).await.ok()?.ok()
+    };
+    let (serial, frame) = futures::join!(timeout_at(end, machine.serial_tail(SERIAL_BYTES)), screen);
+    if let Ok(Ok(bytes)) = serial {
         // Masked as one text first: a secret may run over lines.
         let text = sink.mask(&plain_lines(&bytes).join("\n"));
         let lines: Vec<&str> = text.lines().collect();
         let shown = &lines[lines.len().saturating_sub(SERIAL_LINES)..];
         report.serial_tail = shown.iter().map(|line| (*line).to_owned()).collect();
     }
-    // Text and picture are of one moment where both can be had from the display.
     let mut png = None;
-    if capabilities.has(Capability::Display)
-        && runs(machine)
-        && let Ok(Ok(frame)) = timeout(PATIENCE, Console::new(Arc::clone(machine)).framebuffer()).await
-    {
+    if let Some(frame) = frame {
         let text = sink.mask(text::read(&frame).to_string().trim_end());
         report.screen = text.lines().map(str::to_owned).collect();
         png = frame.to_png().ok();
     }
     let Some(path) = screenshot else { return };
     if png.is_none() && capabilities.has(Capability::Screenshot) {
-        png = timeout(PATIENCE, machine.screenshot()).await.ok().and_then(Result::ok);
+        png = timeout_at(end, machine.screenshot()).await.ok().and_then(Result::ok);
     }
     let Some(png) = png else { return };
     match save(path, &png).await {

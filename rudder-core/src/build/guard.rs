@@ -1,17 +1,23 @@
 //! Waiting: always for one of four, the thing itself, the end of the machine, a cancellation, a deadline.
 
-use super::{limit::Deadline, panic::panicked};
+use super::{limit::Deadline, log::lock, panic::panicked};
 use crate::{
     Error, ErrorKind, Result,
     backend::{Death, Exit, Machine},
 };
-use std::{future::Future, sync::Arc, time::Duration};
-use tokio::time::timeout;
+use std::{
+    future::Future,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 /// How long a conversation that broke waits for the machine to explain it. A dead machine does so at once; a guest that
 /// switches itself off stops its SSH server first and is off some seconds later, without hardware acceleration many.
 const EXPLANATION: Duration = Duration::from_secs(15);
+/// How long a machine is asked whether it has ended when something failed on its own or at its limit.
+const GLANCE: Duration = Duration::from_millis(50);
 
 /// What every wait of a build watches beside the thing it waits for.
 #[derive(Debug, Clone)]
@@ -36,11 +42,13 @@ impl Guard {
         }
     }
 
-    /// Waits for something that needs the machine to run; `doing` ends the sentence "… while".
+    /// Waits for something that needs the machine to run and ends by itself at `limit`; `doing` ends the sentence
+    /// "… while".
     pub(super) async fn watch<T>(
         &self,
         machine: &Arc<dyn Machine>,
         doing: &str,
+        limit: &Limit,
         thing: impl Future<Output = Result<T>>,
     ) -> Result<T> {
         tokio::select! {
@@ -49,25 +57,54 @@ impl Guard {
             exit = machine.wait() => Err(ended(&exit?, doing)),
             result = thing => match result {
                 Ok(value) => Ok(value),
-                Err(error) => Err(explain(machine, doing, error).await),
+                Err(error) => Err(self.explain(machine, doing, limit, error).await),
             },
             error = panicked(machine, doing) => Err(error),
             () = self.deadline.passed() => Err(self.deadline.error()),
         }
     }
+
+    /// A conversation that broke because its machine ended is the machine's failure. The hypervisor may need a moment to
+    /// see it, which it gets until the next limit: what failed at its limit is told at once.
+    pub(super) async fn explain(
+        &self,
+        machine: &Arc<dyn Machine>,
+        doing: &str,
+        limit: &Limit,
+        error: Error,
+    ) -> Error {
+        let broke = matches!(
+            error.kind(),
+            ErrorKind::Protocol | ErrorKind::GuestUnreachable | ErrorKind::Io | ErrorKind::MachineDied
+        );
+        let left = limit.left().min(self.deadline.left(Instant::now()));
+        let patience = if broke { left.clamp(GLANCE, EXPLANATION) } else { GLANCE };
+        match timeout(patience, machine.wait()).await {
+            Ok(Ok(exit)) => ended(&exit, doing).with_source(error),
+            _ => error,
+        }
+    }
 }
 
-/// A conversation that broke because its machine ended is the machine's failure; the hypervisor may need a moment to see it.
-pub(super) async fn explain(machine: &Arc<dyn Machine>, doing: &str, error: Error) -> Error {
-    let broke = matches!(
-        error.kind(),
-        ErrorKind::Protocol | ErrorKind::GuestUnreachable | ErrorKind::Io | ErrorKind::MachineDied
-    );
-    // A step that failed on its own is told at once; the machine is asked all the same whether it has just ended.
-    let patience = if broke { EXPLANATION } else { Duration::from_millis(50) };
-    match timeout(patience, machine.wait()).await {
-        Ok(Ok(exit)) => ended(&exit, doing).with_source(error),
-        _ => error,
+/// When the thing that is waited for gives up by itself, where that is known.
+#[derive(Debug, Default)]
+pub(super) struct Limit(Mutex<Option<Instant>>);
+
+impl Limit {
+    /// A limit that passes after this time.
+    pub(super) fn after(time: Duration) -> Self {
+        let limit = Self::default();
+        limit.set(Some(time));
+        limit
+    }
+
+    /// Starts anew, with this time from now or without an end.
+    pub(super) fn set(&self, time: Option<Duration>) {
+        *lock(&self.0) = time.and_then(|time| Instant::now().checked_add(time));
+    }
+
+    fn left(&self) -> Duration {
+        lock(&self.0).map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()))
     }
 }
 

@@ -191,10 +191,8 @@ impl Build {
         self
     }
 
-    /// Starts it, as a task of the current Tokio runtime.
-    ///
-    /// # Panics
-    /// Outside a Tokio runtime.
+    /// Starts it, as a task of the current Tokio runtime. Without a runtime, or on one that was built without I/O or time,
+    /// the build fails at once, and its outcome says what is missing.
     pub fn start(self) -> BuildHandle {
         let id = BuildId::random();
         let masker = Masker::new(&self.plan.secrets);
@@ -202,9 +200,13 @@ impl Build {
         let canceller = Canceller::default();
         let (tell, outcome) = oneshot::channel();
         let shared = Arc::new(Shared { id, pauses: Arc::default(), machines: Arc::default() });
+        let ended = canceller.ended.clone().drop_guard();
+        if let Err(error) = crate::runtime::check() {
+            let _ = tell.send(Err(engine::unable(&self, &shared, &sink, error)));
+            return BuildHandle { log, pulse, canceller, shared, outcome };
+        }
         let span = tracing::info_span!("build", id = %shared.id, name = %self.plan.name, backend = self.backend.name());
         let (token, told) = (canceller.cancel.clone(), Arc::clone(&shared));
-        let ended = canceller.ended.clone().drop_guard();
         let work = async move {
             // Nobody may be listening any more: the build was cancelled by dropping its handle.
             let _ = tell.send(engine::run(self, sink, token, &told).await);

@@ -1,6 +1,14 @@
 //! What the engine says to a guest, and with what: seed, login, steps, switching off.
 
-use super::{attempt::Attempt, guard, machines::BuildMachine, panic::panicked, pause::pause, vm::Vm};
+use super::{
+    FailurePolicy,
+    attempt::Attempt,
+    guard::{self, Limit},
+    machines::BuildMachine,
+    panic::panicked,
+    pause::pause,
+    vm::Vm,
+};
 use crate::{
     Error, ErrorKind, Result,
     backend::{Machine, Seed},
@@ -14,6 +22,8 @@ use futures::FutureExt as _;
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout};
 
+/// How long a guest that may be kept has to end a step that was stopped, and to clean up after it.
+const SETTLE: Duration = Duration::from_secs(10);
 /// How long the output of a step whose machine has ended may take to arrive.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
@@ -44,8 +54,9 @@ pub(super) fn reachable(
 
 /// Waits for a working login.
 pub(super) async fn log_in(vm: &Vm, defined: &BuildMachine) -> Result<Session> {
-    let opening = defined.session(vm.planned().communicator.timeout);
-    vm.attempt.guard.watch(defined.machine(), "booting", opening).await
+    let timeout = vm.planned().communicator.timeout;
+    let limit = Limit::after(timeout);
+    vm.attempt.guard.watch(defined.machine(), "booting", &limit, defined.session(timeout)).await
 }
 
 /// A step that failed.
@@ -66,6 +77,8 @@ pub(super) async fn run_step(
     let (sink, name, number) = (&attempt.sink, vm.name(), index + 1);
     sink.step_started(name, number, &step.name);
     let start = Instant::now();
+    let limit = Limit::default();
+    limit.set(step.timeout);
     let fetched = match &step.action {
         StepAction::File { content: PlannedContent::Url(url), .. } => attempt.media.get(url),
         _ => None,
@@ -79,6 +92,28 @@ pub(super) async fn run_step(
     };
     let deadline = attempt.guard.deadline.clone();
     let mut output = |stream: OutputStream, line: &str| sink.output(name, number, stream, line);
+    let finished = |success: bool, exit: Option<ExitStatus>| {
+        let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let name = step.name.clone();
+        sink.emit(Some(vm.name()), EventKind::StepFinished { step: number, name, millis, success, exit });
+    };
+    // A step that is stopped is told to have failed before anybody waits for the guest to clean up.
+    let mut is_told = false;
+    let mut stopped = |error: &Error| {
+        is_told = true;
+        finished(false, None);
+        match error.kind() {
+            ErrorKind::TimedOut if attempt.guard.deadline.has_passed() => {
+                vm.announce(&attempt.guard.deadline.error());
+            }
+            _ => vm.announce(error),
+        }
+    };
+    let settle = match attempt.options.on_failure {
+        FailurePolicy::Keep => SETTLE,
+        // The guest goes with its machine.
+        FailurePolicy::Destroy => Duration::ZERO,
+    };
     let context = StepContext {
         session,
         output: &mut output,
@@ -88,6 +123,8 @@ pub(super) async fn run_step(
         variables: attempt.site_of(vm.planned()).map(site_variable).into_iter().collect(),
         fetched,
         person,
+        stopped: &mut stopped,
+        settle,
     };
     let doing = format!("running step {number} ({})", step.name);
     let StepOutcome { exit, result } = {
@@ -110,15 +147,13 @@ pub(super) async fn run_step(
             Err(attempt.guard.deadline.error())
         }
         Err(error) if error.kind() != ErrorKind::Cancelled && error.kind() != ErrorKind::TimedOut => {
-            Err(guard::explain(machine, &doing, error).await)
+            Err(attempt.guard.explain(machine, &doing, &limit, error).await)
         }
         other => other,
     };
-    let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let (success, told) = (result.is_ok(), exit.clone());
-    let finished =
-        EventKind::StepFinished { step: number, name: step.name.clone(), millis, success, exit: told };
-    sink.emit(Some(name), finished);
+    if !is_told {
+        finished(result.is_ok(), exit.clone());
+    }
     result.map_err(|error| StepFailure { error, exit })
 }
 

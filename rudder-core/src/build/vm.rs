@@ -94,7 +94,7 @@ impl Vm {
         let sink = &self.attempt.sink;
         let report = FailureReport {
             vm: Some(self.name().to_owned()),
-            phase: Some(sink.phase_of(self.name())),
+            phase: Some(VmPhase::Provisioning),
             step: Some(step),
             exit,
             output_tail: sink.output_tail(self.name()),
@@ -105,24 +105,36 @@ impl Vm {
 
     async fn gathered(&self, machine: Option<&Arc<dyn Machine>>, failure: Failure) -> Failure {
         let Failure { error, mut report } = failure;
-        let sink = &self.attempt.sink;
-        if error.kind() != ErrorKind::Cancelled {
-            // The others stop at once; gathering takes its time.
-            self.attempt.guard.halt.cancel();
-            if let Some(machine) = machine {
-                let attempt = &self.attempt;
-                let dir = attempt.options.report_dir.as_deref();
-                let id = attempt.lab.id().as_str();
-                let screenshot = dir.map(|dir| dir.join(format!("{id}-{}.png", self.name())));
-                let capabilities = attempt.backend.capabilities();
-                if matches!(report.phase, Some(VmPhase::Booting | VmPhase::BootCommand)) {
-                    report.served = attempt.served_to(self.name());
-                }
-                evidence::gather(&mut report, machine, capabilities, screenshot.as_deref(), sink).await;
+        self.announce(&error);
+        if error.kind() != ErrorKind::Cancelled
+            && let Some(machine) = machine
+        {
+            let attempt = &self.attempt;
+            let dir = attempt.options.report_dir.as_deref();
+            let id = attempt.lab.id().as_str();
+            let screenshot = dir.map(|dir| dir.join(format!("{id}-{}.png", self.name())));
+            let capabilities = attempt.backend.capabilities();
+            if matches!(report.phase, Some(VmPhase::Booting | VmPhase::BootCommand)) {
+                report.served = attempt.served_to(self.name());
             }
+            evidence::gather(&mut report, machine, capabilities, screenshot.as_deref(), &attempt.sink).await;
+        }
+        Failure { error, report }
+    }
+
+    /// Tells that this VM has failed, and why, and stops the others: at once, and once. Gathering evidence takes its time
+    /// afterwards.
+    pub(super) fn announce(&self, error: &Error) {
+        let sink = &self.attempt.sink;
+        if sink.phase_of(self.name()) == VmPhase::Failed {
+            return;
         }
         self.enter(VmPhase::Failed);
-        Failure { error, report }
+        if error.kind() != ErrorKind::Cancelled {
+            self.attempt.guard.halt.cancel();
+            let message = format!("failed: {error}");
+            sink.emit(Some(self.name()), EventKind::Notice { message });
+        }
     }
 }
 

@@ -105,6 +105,7 @@ impl Console {
     /// # Errors
     /// `TimedOut` after the limit, with the screen as text; else as of [`framebuffer`](Self::framebuffer).
     pub async fn wait_text(&self, text: &str, limit: Duration) -> Result<ScreenText> {
+        crate::runtime::check()?;
         let deadline = Instant::now() + limit;
         let mut shown: Option<ScreenText> = None;
         let mut seen = None;
@@ -146,6 +147,7 @@ impl Console {
 
     /// The connection that lives, or a new one.
     async fn link(&self) -> Result<Arc<Link>> {
+        crate::runtime::check()?;
         let mut slot = self.link.lock().await;
         if let Some(link) = slot.as_ref().filter(|link| link.check().is_ok()) {
             return Ok(link.clone());

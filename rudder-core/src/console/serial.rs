@@ -182,6 +182,7 @@ impl Console {
     /// # Errors
     /// `TimedOut` after the limit, with the last lines of the serial console; what [`Machine::serial_tail`] fails with.
     pub async fn wait_serial(&self, text: &str, limit: Duration) -> Result<()> {
+        crate::runtime::check()?;
         let deadline = Instant::now() + limit;
         let mut last = String::new();
         if let Ok(mut serial) = timeout_at(deadline, self.serial.lock()).await {

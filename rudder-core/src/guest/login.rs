@@ -134,6 +134,7 @@ impl Login {
     /// - `Authentication`: the guest answered, and refused the credentials to the end.
     /// - `Protocol`: it shows another host key than the pinned one; at once.
     pub async fn connect(&self, endpoint: &Endpoint, timeout: Duration) -> Result<Guest> {
+        crate::runtime::check()?;
         let start = Instant::now();
         let sight = Arc::new(Mutex::new(Sight::default()));
         match tokio::time::timeout(timeout, self.keep_trying(endpoint, &sight)).await {

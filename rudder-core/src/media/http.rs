@@ -113,6 +113,7 @@ impl Server {
         site: Site,
         admit: impl Fn(Caller) -> Admission + Send + Sync + 'static,
     ) -> Result<Self> {
+        crate::runtime::check()?;
         let failed =
             |error| Error::io(format_args!("listen on {address} for the files of httpDirectory"), error);
         let listener = TcpListener::bind(address).await.map_err(failed)?;

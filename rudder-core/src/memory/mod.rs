@@ -440,6 +440,7 @@ impl Backend for MemoryBackend {
     }
 
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
+        crate::runtime::check()?;
         self.shared.check(Operation::OpenLab)?;
         let core = Arc::new(LabCore::new(spec, self.shared.clone()));
         let mut registry = self.shared.registry();

@@ -9,5 +9,13 @@ pub(super) async fn run(session: &mut Session, person: Option<Person<'_>>) -> Re
     };
     done.await;
     // Hours may have passed, and the person may have restarted the guest or its network.
-    session.reconnect(login_limit).await
+    let reconnected = session.reconnect(login_limit).await;
+    reconnected.map_err(|error| match error.kind() {
+        // Its limit has passed, which needs no other explanation.
+        ErrorKind::GuestUnreachable => {
+            let message = "the guest could not be logged in to again after the person was done";
+            Error::new(ErrorKind::TimedOut, message).with_source(error)
+        }
+        _ => error,
+    })
 }

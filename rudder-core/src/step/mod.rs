@@ -1,7 +1,8 @@
 //! The steps of provisioning, run over a [`Session`].
 //!
 //! [`run`] does one step within its limits. However it ends, by itself, at its deadline or cancelled, what it had
-//! running in the guest is ended and what it put there for itself is removed before it returns.
+//! running in the guest is ended and what it put there for itself is removed before it returns, as far as that is done
+//! within [`StepContext::settle`].
 
 mod file;
 mod handbuild;
@@ -23,9 +24,6 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// After a step was stopped, its processes in the guest get so long to end.
-const SETTLE: Duration = Duration::from_secs(10);
-
 /// What a step works with.
 pub struct StepContext<'a> {
     /// The connection; a step that restarts the guest leaves a new one.
@@ -44,6 +42,10 @@ pub struct StepContext<'a> {
     pub fetched: Option<PathBuf>,
     /// Of a `handbuild` step: whom it waits for.
     pub person: Option<Person<'a>>,
+    /// Hears why the step is stopped, at once: before its processes in the guest have ended.
+    pub stopped: &'a mut (dyn FnMut(&Error) + Send),
+    /// How long the guest then has to end them and to clean up; zero where nobody needs the guest any more.
+    pub settle: Duration,
 }
 
 /// A person who works on a guest by hand.
@@ -85,8 +87,19 @@ impl From<Result<()>> for StepOutcome {
 
 /// Runs one step. Dropping the future stops it too, but then nobody waits until the guest is clean.
 pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
-    let StepContext { session, output, masker, deadline, cancel, variables, fetched, person } = context;
-    let limit = step.timeout.map(|timeout| Instant::now() + timeout);
+    let StepContext {
+        session,
+        output,
+        masker,
+        deadline,
+        cancel,
+        variables,
+        fetched,
+        person,
+        stopped: tell,
+        settle,
+    } = context;
+    let limit = step.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut maskers = [masker.pieces(), masker.pieces()];
     let mut masked = |stream: OutputStream, line: &str| {
         let pieces: &mut PieceMasker<'_> = &mut maskers[usize::from(stream == OutputStream::Stderr)];
@@ -106,7 +119,8 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
             () = sleep_until(limit) => timed_out(step.timeout, &seen),
         }
     };
-    before.settle(SETTLE).await;
+    tell(&stopped);
+    before.settle(settle).await;
     StepOutcome::from(Err(stopped))
 }
 

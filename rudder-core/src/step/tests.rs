@@ -62,6 +62,8 @@ async fn perform(
                 .into(),
             fetched: None,
             person: None,
+            stopped: &mut |_| {},
+            settle: Duration::from_secs(10),
         },
     )
     .await;

@@ -30,6 +30,7 @@ impl Got {
 impl Store {
     /// Brings what a URL gives into the store, unless it is there.
     pub(super) async fn obtain(&self, url: &PlannedUrl, wanted: Wanted, progress: &Progress) -> Result<Got> {
+        crate::runtime::check()?;
         // The promised bytes are here: then nobody is asked.
         if let Some(promised) = url.sha256
             && let Some(got) = self.held(&promised, wanted).await?

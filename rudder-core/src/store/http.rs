@@ -37,6 +37,7 @@ pub(super) fn client(options: &StoreOptions) -> Result<Client> {
         .tls_backend_preconfigured(tls)
         .user_agent(concat!("rudder/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(options.connect_timeout)
+        .dns_resolver(super::resolve::Resolver::system())
         .redirect(reqwest::redirect::Policy::limited(REDIRECTS))
         // Downloads are few and long. A connection that is kept would outlive the runtime that made it.
         .pool_max_idle_per_host(0)

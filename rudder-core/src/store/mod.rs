@@ -38,6 +38,7 @@ mod modules;
 mod part;
 mod process;
 mod publish;
+mod resolve;
 mod unpack;
 mod versions;
 
@@ -385,6 +386,7 @@ impl Store {
 
 /// Runs file work that may take long where it does not hold up the async runtime.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    crate::runtime::check()?;
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),

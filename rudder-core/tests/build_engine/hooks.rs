@@ -3,7 +3,7 @@
 use super::display::Display;
 use async_trait::async_trait;
 use rudder_core::{
-    Result,
+    Error, ErrorKind, Result,
     backend::{
         Backend, BoxedStream, Exit, FetchRequest, Fetched, HostReport, ImportRequest, Imported, KeptLab, Lab,
         LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop,
@@ -15,7 +15,10 @@ use rudder_core::{
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
 };
 
 /// What happens when an operation is reached, before it is done.
@@ -36,7 +39,17 @@ pub struct Hooked {
     hooks: Hooks,
     capabilities: Capabilities,
     display: Option<Display>,
+    faults: Arc<Faults>,
     specs: Specs,
+}
+
+/// What machines do not do.
+#[derive(Debug, Default)]
+pub struct Faults {
+    /// They never answer when they are asked for evidence.
+    mute: AtomicBool,
+    /// They no longer let anybody connect.
+    pub deaf: AtomicBool,
 }
 
 impl Hooked {
@@ -47,6 +60,7 @@ impl Hooked {
             hooks: Arc::new(hooks.to_vec()),
             capabilities,
             display: None,
+            faults: Arc::default(),
             specs: Specs::default(),
         }
     }
@@ -54,6 +68,19 @@ impl Hooked {
     /// What its machines were made of.
     pub fn specs(&self) -> Specs {
         Arc::clone(&self.specs)
+    }
+
+    /// What its machines do not do.
+    pub fn faults(&self) -> Arc<Faults> {
+        Arc::clone(&self.faults)
+    }
+
+    /// Its machines never answer when they are asked for evidence.
+    pub fn mute(mut self) -> Self {
+        let more = self.capabilities.iter().chain([Capability::Display, Capability::Screenshot]);
+        self.capabilities = Capabilities::new("memory", more);
+        self.faults.mute.store(true, SeqCst);
+        self
     }
 
     /// Its machines have this display.
@@ -69,10 +96,18 @@ impl Hooked {
 pub type Specs = Arc<Mutex<Vec<MachineSpec>>>;
 
 #[derive(Debug)]
-struct HookedLab(Arc<dyn Lab>, Hooks, Option<Display>, Specs);
+struct HookedLab(Arc<dyn Lab>, Hooks, Option<Display>, Specs, Arc<Faults>);
 
 #[derive(Debug)]
-struct HookedMachine(Arc<dyn Machine>, Hooks, Option<Display>);
+struct HookedMachine(Arc<dyn Machine>, Hooks, Option<Display>, Arc<Faults>);
+
+impl HookedMachine {
+    async fn evidence(&self) {
+        if self.3.mute.load(SeqCst) {
+            std::future::pending().await
+        }
+    }
+}
 
 async fn reach(hooks: &Hooks, operation: Operation) {
     match hooks.iter().find(|(of, _)| *of == operation) {
@@ -100,7 +135,7 @@ impl Backend for Hooked {
         reach(&self.hooks, Operation::OpenLab).await;
         let lab = self.inner.open_lab(spec).await?;
         let (hooks, specs) = (Arc::clone(&self.hooks), Arc::clone(&self.specs));
-        Ok(Arc::new(HookedLab(lab, hooks, self.display.clone(), specs)))
+        Ok(Arc::new(HookedLab(lab, hooks, self.display.clone(), specs, self.faults())))
     }
 
     async fn modules(&self) -> Result<Vec<Module>> {
@@ -156,7 +191,7 @@ impl Lab for HookedLab {
         reach(&self.1, Operation::CreateMachine).await;
         self.3.lock().unwrap().push(spec.clone());
         let machine = self.0.create_machine(spec).await?;
-        Ok(Arc::new(HookedMachine(machine, Arc::clone(&self.1), self.2.clone())))
+        Ok(Arc::new(HookedMachine(machine, Arc::clone(&self.1), self.2.clone(), Arc::clone(&self.4))))
     }
 
     async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
@@ -195,10 +230,14 @@ impl Machine for HookedMachine {
     }
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
+        if self.3.deaf.load(SeqCst) {
+            return Err(Error::new(ErrorKind::GuestUnreachable, "connection refused"));
+        }
         self.0.dial(port).await
     }
 
     async fn display(&self) -> Result<BoxedStream> {
+        self.evidence().await;
         match &self.2 {
             Some(display) => display.connect(),
             None => self.0.display().await,
@@ -210,10 +249,12 @@ impl Machine for HookedMachine {
     }
 
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
+        self.evidence().await;
         self.0.serial_tail(limit).await
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {
+        self.evidence().await;
         self.0.screenshot().await
     }
 

@@ -14,7 +14,9 @@ mod look;
 mod media;
 mod pause;
 mod plans;
+mod promptness;
 mod retry;
+mod runtimes;
 mod secrets;
 mod success;
 

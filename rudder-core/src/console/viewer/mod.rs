@@ -79,6 +79,7 @@ impl Viewer {
     }
 
     async fn behind(dial: Dial) -> Result<Self> {
+        crate::runtime::check()?;
         let failed = |error| Error::io("open a port for VNC viewers", error);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;

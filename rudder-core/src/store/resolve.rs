@@ -1,0 +1,72 @@
+//! Host names to addresses, in threads of their own: a name server that does not answer may hold up a lookup for minutes,
+//! and a lookup in the pool of the runtime would hold up the end of the program, too.
+
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use std::{
+    io,
+    net::{SocketAddr, ToSocketAddrs as _},
+    thread,
+};
+use tokio::sync::oneshot;
+
+/// Asks the operating system.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Resolver(fn(&str) -> io::Result<Vec<SocketAddr>>);
+
+impl Resolver {
+    /// The resolver of the operating system (getaddrinfo(3)).
+    pub(super) fn system() -> Self {
+        Self(|name| Ok((name, 0).to_socket_addrs()?.collect()))
+    }
+}
+
+impl Resolve for Resolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let (tell, told) = oneshot::channel();
+        let Self(ask) = *self;
+        let asking = thread::Builder::new().name("rudder-dns".to_owned()).spawn(move || {
+            // Nobody may be waiting any more.
+            let _ = tell.send(ask(name.as_str()));
+        });
+        Box::pin(async move {
+            asking?;
+            let addresses = told.await??;
+            Ok(Box::new(addresses.into_iter()) as Addrs)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::sync::{Condvar, Mutex};
+    use tokio::runtime::Builder;
+
+    static ANSWERS: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
+
+    fn silent(_: &str) -> io::Result<Vec<SocketAddr>> {
+        let (answers, changed) = &ANSWERS;
+        drop(changed.wait_while(answers.lock().unwrap(), |answers| !*answers).unwrap());
+        Ok(Vec::new())
+    }
+
+    #[test]
+    fn a_lookup_that_is_given_up_does_not_hold_up_the_end_of_the_runtime() {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let resolving = Resolver(silent).resolve("name.invalid".parse().unwrap());
+        let given_up = runtime.block_on(async { futures::poll!(resolving).is_pending() });
+        assert!(given_up);
+        // Would wait for ever if the lookup were one of its tasks.
+        drop(runtime);
+        *ANSWERS.0.lock().unwrap() = true;
+        ANSWERS.1.notify_all();
+    }
+
+    #[tokio::test]
+    async fn names_of_this_host_are_known() {
+        let found = Resolver::system().resolve("localhost".parse().unwrap()).await.unwrap();
+        assert!(found.into_iter().all(|address| address.ip().is_loopback()));
+    }
+}

@@ -1,0 +1,172 @@
+//! Whatever limit passes, the failure is told within a second of it, and evidence holds nobody up.
+
+use super::{display::Display, hooks::*, plans::*};
+use rudder_core::{
+    ErrorKind,
+    backend::Backend,
+    build::{Build, FailurePolicy},
+    event::{Event, EventKind, VmPhase},
+    memory::{MemoryBackend, Operation, Response, Silence},
+};
+use serde_json::{Value, json};
+use std::{
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::Duration,
+};
+use tokio::time::Instant;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// When a build that fails says so.
+#[derive(Debug)]
+struct Told {
+    /// Its first VM is told to have failed so long after the event from which the limit runs.
+    failed: Option<Duration>,
+    /// The outcome is there so long after it.
+    outcome: Duration,
+    kind: ErrorKind,
+    report: String,
+}
+
+/// Builds to the end. The clock starts with the build, and anew with each event that is like `since`.
+async fn time(
+    hooked: Hooked,
+    plan: Value,
+    policy: FailurePolicy,
+    since: impl Fn(&EventKind) -> bool,
+) -> Told {
+    let backend: Arc<dyn Backend> = Arc::new(hooked);
+    let mut begin = Instant::now();
+    let handle = Build::new(read(plan), backend).on_failure(policy).start();
+    let (mut reader, mut failed) = (handle.events(), None);
+    while let Some(Event { kind, .. }) = reader.next().await {
+        if matches!(kind, EventKind::VmPhase { phase: VmPhase::Failed }) {
+            failed.get_or_insert(begin.elapsed());
+        }
+        if since(&kind) {
+            begin = Instant::now();
+        }
+        if matches!(kind, EventKind::Paused { .. }) {
+            handle.resume("a").unwrap();
+        }
+    }
+    let failure = handle.outcome().await.unwrap_err();
+    Told { failed, outcome: begin.elapsed(), kind: failure.error.kind(), report: failure.report.to_string() }
+}
+
+/// From the start of the build.
+fn start(_: &EventKind) -> bool {
+    false
+}
+
+/// From the first step.
+fn step(kind: &EventKind) -> bool {
+    matches!(kind, EventKind::StepStarted { .. })
+}
+
+fn logs_in_within(millis: u64, steps: Vec<Value>) -> Value {
+    let mut machine = vm("a", steps);
+    machine["communicator"]["timeout"] = json!(millis);
+    plan(vec![machine])
+}
+
+fn limited(millis: u64, action: Value) -> Value {
+    json!({"name": "limited", "timeout": millis, "action": action})
+}
+
+fn waits(actions: Value) -> Value {
+    let mut machine = vm("a", vec![]);
+    machine["boot_command"] = actions;
+    plan(vec![machine])
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_limit_is_told_within_a_second() {
+    let silent = |how| MemoryBackend::new().machine("a", move |guest| guest.never_answers(how));
+    let hangs = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("").hangs()));
+    let idle = MemoryBackend::new().machine("a", |guest| guest.on("idle", Response::ok("")));
+    let rejects = MemoryBackend::new().machine("a", |guest| guest.rejects_credentials());
+    let well = MemoryBackend::new();
+    let of = |backend: &MemoryBackend| Hooked::new(backend, &[]);
+    let screen = |backend: &MemoryBackend| Hooked::new(backend, &[]).with_display(Display::showing("boot:"));
+    let stuck = |operation| Hooked::new(&MemoryBackend::new(), &[(operation, Hook::Hangs)]);
+    let quick = |mut plan: Value, millis: u64| {
+        plan["timeout"] = json!(millis);
+        plan
+    };
+    let work = || shell("work", "work");
+    let none = || plan(vec![vm("a", vec![])]);
+    let cases: Vec<(&str, Hooked, Value, u64, fn(&EventKind) -> bool)> = vec![
+        ("nobody listens", of(&silent(Silence::Refuses)), logs_in_within(3000, vec![]), 3, start),
+        ("nobody speaks", of(&silent(Silence::Accepts)), logs_in_within(3000, vec![]), 3, start),
+        ("refused", of(&rejects), logs_in_within(3000, vec![]), 3, start),
+        ("a step", of(&hangs), plan(vec![vm("a", vec![limited(4000, work()["action"].clone())])]), 4, step),
+        (
+            "a reboot",
+            of(&idle),
+            plan(vec![vm("a", vec![limited(4000, json!({"reboot": {"command": "idle"}}))])]),
+            4,
+            step,
+        ),
+        (
+            "a text that does not come",
+            screen(&well),
+            waits(json!([{"wait-text": {"text": "login:", "limit": 4000}}])),
+            4,
+            start,
+        ),
+        (
+            "a key held, and a line that does not come",
+            screen(&well),
+            waits(json!([{"hold": 0xffe3}, {"wait-serial": {"text": "login:", "limit": 4000}}])),
+            4,
+            |kind| matches!(kind, EventKind::BootAction { action: 1, .. }),
+        ),
+        ("the build, in a step", of(&hangs), quick(plan(vec![vm("a", vec![work()])]), 5000), 5, start),
+        ("the build, in a boot", of(&silent(Silence::Accepts)), quick(none(), 5000), 5, start),
+        ("the build, opening a lab", stuck(Operation::OpenLab), quick(none(), 5000), 5, start),
+        ("the build, in a download", stuck(Operation::Import), quick(none(), 5000), 5, start),
+        ("the build, starting", stuck(Operation::Start), quick(none(), 5000), 5, start),
+        ("the build, capturing", stuck(Operation::Capture), quick(none(), 5000), 5, start),
+        ("the build, publishing", stuck(Operation::Publish), quick(none(), 5000), 5, start),
+    ];
+    for (name, hooked, plan, limit, since) in cases {
+        let told = time(hooked, plan, FailurePolicy::Destroy, since).await;
+        let limit = Duration::from_secs(limit);
+        assert!(told.outcome >= limit && told.outcome <= limit + SECOND, "{name}: {told:?}");
+        assert!(told.failed.is_none_or(|failed| failed <= limit + SECOND), "{name}: {told:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_login_after_a_person_has_its_limit_too() {
+    let by_hand =
+        json!({"name": "by hand", "timeout": null, "action": {"handbuild": {"instructions": "do"}}});
+    let hooked = Hooked::new(&MemoryBackend::new(), &[]);
+    let faults = hooked.faults();
+    let since = move |kind: &EventKind| {
+        let paused = matches!(kind, EventKind::Paused { .. });
+        faults.deaf.fetch_or(paused, SeqCst);
+        paused
+    };
+    let told = time(hooked, logs_in_within(3000, vec![by_hand]), FailurePolicy::Destroy, since).await;
+    assert_eq!(told.kind, ErrorKind::TimedOut, "{told:?}");
+    assert!(told.report.contains("after the person was done"), "{told:?}");
+    assert!(told.outcome >= 3 * SECOND && told.outcome <= 4 * SECOND, "{told:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn evidence_that_does_not_come_holds_up_no_failure() {
+    let silent = MemoryBackend::new().machine("a", |guest| guest.never_answers(Silence::Accepts));
+    let hangs = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("").hangs()));
+    let limited = plan(vec![vm("a", vec![limited(4000, shell("work", "work")["action"].clone())])]);
+    for (backend, plan, limit, since) in [
+        (&silent, logs_in_within(3000, vec![]), 3, start as fn(&EventKind) -> bool),
+        (&hangs, limited, 4, step),
+    ] {
+        let told = time(Hooked::new(backend, &[]).mute(), plan, FailurePolicy::Destroy, since).await;
+        let limit = Duration::from_secs(limit);
+        assert!(told.failed.is_some_and(|failed| failed >= limit && failed <= limit + SECOND), "{told:?}");
+        assert!(told.outcome <= limit + 6 * SECOND, "{told:?}");
+    }
+}

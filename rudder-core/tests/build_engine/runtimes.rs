@@ -1,0 +1,84 @@
+//! Called without a runtime, or on one that drives neither I/O nor time: one error that says what is missing.
+
+use super::plans::*;
+use rudder_core::{
+    Error, ErrorKind,
+    backend::{Backend, LabSpec, Progress},
+    build::Build,
+    event::{Event, EventKind, Outcome},
+    guest::{BuildKey, Endpoint, Login, Session},
+    memory::MemoryBackend,
+    plan::PlannedUrl,
+    store::Store,
+};
+use std::{future::Future, sync::Arc, time::Duration};
+use tokio::runtime::Builder;
+
+/// Runs something where it cannot work.
+fn everywhere<T, F: Future<Output = T>>(work: impl Fn() -> F, look: impl Fn(T, &str)) {
+    look(futures::executor::block_on(work()), "found none");
+    for (mut builder, missing) in [
+        (Builder::new_current_thread(), "without I/O and time"),
+        (Builder::new_multi_thread(), "without I/O and time"),
+    ] {
+        look(builder.worker_threads(1).build().unwrap().block_on(work()), missing);
+        look(builder.enable_time().build().unwrap().block_on(work()), "without I/O");
+    }
+    let mut without_time = Builder::new_current_thread();
+    look(without_time.enable_io().build().unwrap().block_on(work()), "without time");
+}
+
+fn says(error: &Error, missing: &str) {
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error:?}");
+    assert!(error.to_string().ends_with(missing), "expected {missing}, but found {error}");
+    assert!(error.help().unwrap().contains("`enable_all`"), "{error:?}");
+    assert!(!error.is_retryable());
+}
+
+#[test]
+fn a_build_says_what_its_runtime_lacks() {
+    let build = || async {
+        let backend = Arc::new(MemoryBackend::new());
+        let handle = Build::new(read(plan(vec![vm("a", vec![])])), backend).start();
+        let (mut reader, mut events) = (handle.events(), Vec::new());
+        while let Some(event) = reader.next().await {
+            events.push(event);
+        }
+        (events, handle.outcome().await.unwrap_err())
+    };
+    everywhere(build, |(events, failure), missing| {
+        says(&failure.error, missing);
+        assert!(failure.report.message.contains("`enable_all`"), "{}", failure.report);
+        let told =
+            |event: &&Event| matches!(&event.kind, EventKind::Finished { outcome: Outcome::Failed(_), .. });
+        assert_eq!(events.iter().filter(told).count(), 1);
+        assert!(told(&events.last().unwrap()));
+    });
+}
+
+#[test]
+fn logging_in_the_store_and_labs_say_it_too() {
+    let login = || async {
+        let endpoint = Endpoint::new(|| unreachable!("nobody dials"));
+        let login = Login::new("root", BuildKey::generate());
+        Session::open(endpoint, login, Duration::from_secs(1)).await.unwrap_err()
+    };
+    everywhere(login, |error, missing| says(&error, missing));
+
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let url = serde_json::from_value::<PlannedUrl>(
+        serde_json::json!({"url": "http://127.0.0.1:9/image", "sha256": null}),
+    );
+    let url = url.unwrap();
+    let image = || async { store.image(&url, &Progress::none()).await.unwrap_err() };
+    everywhere(image, |error, missing| assert!(error.to_string().ends_with(missing), "{error}"));
+    let reap = || async { store.reap().await.unwrap_err() };
+    everywhere(reap, |error, missing| says(&error, missing));
+
+    let backend = MemoryBackend::new();
+    let network = read(plan(vec![vm("a", vec![])])).network;
+    let spec = LabSpec::new("web", network);
+    let open = || async { backend.open_lab(&spec).await.unwrap_err() };
+    everywhere(open, |error, missing| says(&error, missing));
+}
