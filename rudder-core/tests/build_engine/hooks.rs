@@ -104,7 +104,7 @@ struct HookedMachine(Arc<dyn Machine>, Hooks, Option<Display>, Arc<Faults>);
 impl HookedMachine {
     async fn evidence(&self) {
         if self.3.mute.load(SeqCst) {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

@@ -6,7 +6,7 @@ use rudder_core::{
     backend::Backend,
     build::{Build, FailurePolicy},
     event::{Event, EventKind, VmPhase},
-    memory::{MemoryBackend, Operation, Response, Silence},
+    memory::{Guest as MemoryGuest, MemoryBackend, Operation, Response, Silence},
 };
 use serde_json::{Value, json};
 use std::{
@@ -16,6 +16,9 @@ use std::{
 use tokio::time::Instant;
 
 const SECOND: Duration = Duration::from_secs(1);
+
+/// What a clock starts with.
+type Since = fn(&EventKind) -> bool;
 
 /// When a build that fails says so.
 #[derive(Debug)]
@@ -85,7 +88,7 @@ async fn every_limit_is_told_within_a_second() {
     let silent = |how| MemoryBackend::new().machine("a", move |guest| guest.never_answers(how));
     let hangs = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("").hangs()));
     let idle = MemoryBackend::new().machine("a", |guest| guest.on("idle", Response::ok("")));
-    let rejects = MemoryBackend::new().machine("a", |guest| guest.rejects_credentials());
+    let rejects = MemoryBackend::new().machine("a", MemoryGuest::rejects_credentials);
     let well = MemoryBackend::new();
     let of = |backend: &MemoryBackend| Hooked::new(backend, &[]);
     let screen = |backend: &MemoryBackend| Hooked::new(backend, &[]).with_display(Display::showing("boot:"));
@@ -96,7 +99,7 @@ async fn every_limit_is_told_within_a_second() {
     };
     let work = || shell("work", "work");
     let none = || plan(vec![vm("a", vec![])]);
-    let cases: Vec<(&str, Hooked, Value, u64, fn(&EventKind) -> bool)> = vec![
+    let cases: Vec<(&str, Hooked, Value, u64, Since)> = vec![
         ("nobody listens", of(&silent(Silence::Refuses)), logs_in_within(3000, vec![]), 3, start),
         ("nobody speaks", of(&silent(Silence::Accepts)), logs_in_within(3000, vec![]), 3, start),
         ("refused", of(&rejects), logs_in_within(3000, vec![]), 3, start),
@@ -160,10 +163,9 @@ async fn evidence_that_does_not_come_holds_up_no_failure() {
     let silent = MemoryBackend::new().machine("a", |guest| guest.never_answers(Silence::Accepts));
     let hangs = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("").hangs()));
     let limited = plan(vec![vm("a", vec![limited(4000, shell("work", "work")["action"].clone())])]);
-    for (backend, plan, limit, since) in [
-        (&silent, logs_in_within(3000, vec![]), 3, start as fn(&EventKind) -> bool),
-        (&hangs, limited, 4, step),
-    ] {
+    for (backend, plan, limit, since) in
+        [(&silent, logs_in_within(3000, vec![]), 3, start as Since), (&hangs, limited, 4, step)]
+    {
         let told = time(Hooked::new(backend, &[]).mute(), plan, FailurePolicy::Destroy, since).await;
         let limit = Duration::from_secs(limit);
         assert!(told.failed.is_some_and(|failed| failed >= limit && failed <= limit + SECOND), "{told:?}");
