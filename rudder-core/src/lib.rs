@@ -22,6 +22,7 @@ pub mod module;
 pub mod plan;
 pub mod runtime;
 pub mod secret;
+mod shell_frame;
 pub mod step;
 pub mod store;
 #[cfg(feature = "testing")]

@@ -1,14 +1,16 @@
-//! One command on one channel: its input, its output line by line, its end.
+//! One script on one channel: its input, its output line by line, its end. The login shell between it and us is told from it:
+//! see [`shell_frame`](crate::shell_frame).
 
 use super::{Guest, lines::Lines};
 use crate::{
     Error, ErrorKind, Result,
     event::{ExitStatus, OutputStream},
+    shell_frame::{Cutter, Frame},
 };
 use bytes::Bytes;
 use russh::{Channel, ChannelMsg, ChannelReadHalf, ChannelWriteHalf, Sig, client::Msg};
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 /// After the command ended, output is read on until nothing came for so long: a process that it left in the background
 /// may hold the output open for ever.
@@ -22,6 +24,8 @@ const STDERR: u32 = 1;
 const MAX_STARTS: usize = 8;
 /// A server that says nothing for so long after it closed a session is taken as gone.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long a login shell may take before it runs what it was asked to. One that waits for something never will.
+const BEGIN: Duration = Duration::from_secs(120);
 /// Of the output of [`Guest::command`], so much is kept of each stream.
 const MAX_KEPT: usize = 256 * 1024;
 
@@ -47,10 +51,11 @@ impl CommandOutput {
 }
 
 impl Guest {
-    /// Runs a command line with `/bin/sh`, without input, and collects what it says. For short commands.
+    /// Runs a script with `/bin/sh`, without input, and collects what it says. For short ones. It does not matter which login
+    /// shell the user has, nor what that says.
     ///
     /// # Errors
-    /// `GuestUnreachable` when the connection breaks; `Protocol` when the server refuses to run it.
+    /// `GuestUnreachable` when the connection breaks; `Protocol` when the server or the login shell does not run it.
     pub async fn command(&self, command: &str) -> Result<CommandOutput> {
         self.command_with_input(command, Bytes::new()).await
     }
@@ -58,9 +63,8 @@ impl Guest {
     pub(super) async fn command_with_input(&self, command: &str, input: Bytes) -> Result<CommandOutput> {
         let mut stdout = String::new();
         let mut stderr = String::new();
-        let line = format!("/bin/sh -c {}", quote(command));
         let status = self
-            .exec("a command ran", &line, input, &mut |stream, text| {
+            .shell("a command ran", command, input, &mut |stream, text| {
                 let kept = match stream {
                     OutputStream::Stdout => &mut stdout,
                     OutputStream::Stderr => &mut stderr,
@@ -74,7 +78,7 @@ impl Guest {
         Ok(CommandOutput { status, stdout, stderr })
     }
 
-    /// Runs a command line with `/bin/sh`, without input, and hands on its output while it runs.
+    /// Runs a script with `/bin/sh`, without input, and hands on its output while it runs.
     ///
     /// # Errors
     /// As [`command`](Self::command).
@@ -83,7 +87,7 @@ impl Guest {
         command: &str,
         output: &mut (dyn FnMut(OutputStream, &str) + Send),
     ) -> Result<ExitStatus> {
-        self.exec("a command ran", &format!("/bin/sh -c {}", quote(command)), Bytes::new(), output).await
+        self.shell("a command ran", command, Bytes::new(), output).await
     }
 
     pub(super) async fn open_channel(&self, what: &str) -> Result<Channel<Msg>> {
@@ -140,15 +144,16 @@ impl Guest {
         Ok(Start::Closed)
     }
 
-    /// Runs a line of the user's login shell. `what` completes "the connection broke while".
-    pub(super) async fn exec(
+    /// Runs a script with `/bin/sh`, which then reads this input. `what` completes "the connection broke while".
+    pub(super) async fn shell(
         &self,
         what: &str,
-        line: &str,
+        script: &str,
         input: Bytes,
         output: &mut (dyn FnMut(OutputStream, &str) + Send),
     ) -> Result<ExitStatus> {
-        let (reader, open, first) = match self.start(what, Request::Exec(line)).await? {
+        let frame = Frame::new();
+        let (reader, open, first) = match self.start(what, Request::Exec(&frame.line())).await? {
             Start::Begun(reader, open, first) => (reader, open, first),
             Start::Refused => {
                 return Err(Error::new(
@@ -170,15 +175,19 @@ impl Guest {
             }
         };
         let Some(writer) = &open.writer else { return Err(self.broken(what, None)) };
+        let begun = Notify::new();
         let writing = async {
+            // Not before: the start-up files of a login shell may read what is not meant for them.
+            begun.notified().await;
+            let script = Bytes::from(frame.input(script));
             // A command that does not read its input is no error: how it ended says more.
-            if writer.data_bytes(input).await.is_ok() {
+            if writer.data_bytes(script).await.is_ok() && writer.data_bytes(input).await.is_ok() {
                 let _ = writer.eof().await;
             }
             std::future::pending::<()>().await;
         };
         let ended = tokio::select! {
-            ended = self.read(what, reader, first, output) => ended,
+            ended = self.read(what, reader, first, &frame, &begun, output) => ended,
             () = writing => Err(self.broken(what, None)),
         };
         if let Some(writer) = open.finish() {
@@ -192,17 +201,25 @@ impl Guest {
         what: &str,
         mut reader: ChannelReadHalf,
         mut first: Option<ChannelMsg>,
+        frame: &Frame,
+        begun: &Notify,
         output: &mut (dyn FnMut(OutputStream, &str) + Send),
     ) -> Result<ExitStatus> {
-        let mut stdout = Lines::new(OutputStream::Stdout);
-        let mut stderr = Lines::new(OutputStream::Stderr);
+        let mut stdout = (frame.stdout(), Lines::new(OutputStream::Stdout));
+        let mut stderr = (frame.stderr(), Lines::new(OutputStream::Stderr));
+        // What the server says, which is how the login shell ended where that did not make way.
         let mut status = None;
         let mut last = None;
         let mut closed = false;
+        let begin = Instant::now() + BEGIN;
         loop {
             let message = match (first.take(), last) {
                 (Some(first), _) => Some(first),
-                (None, None) => reader.wait().await,
+                (None, None) if stdout.0.has_begun() => reader.wait().await,
+                (None, None) => match tokio::time::timeout_at(begin, reader.wait()).await {
+                    Ok(message) => message,
+                    Err(_) => return Err(self.not_begun(None, &[&stdout.0, &stderr.0])),
+                },
                 (None, Some(last)) => {
                     let until = (Instant::now() + GRACE).min(last);
                     match tokio::time::timeout_at(until, reader.wait()).await {
@@ -212,28 +229,43 @@ impl Guest {
                 }
             };
             match message {
-                Some(ChannelMsg::Data { data }) => stdout.push(&data, output),
-                Some(ChannelMsg::ExtendedData { data, ext: STDERR }) => stderr.push(&data, output),
+                Some(ChannelMsg::Data { data }) => {
+                    stdout.1.push(&stdout.0.push(&data), output);
+                    if stdout.0.has_begun() {
+                        begun.notify_one();
+                    }
+                }
+                Some(ChannelMsg::ExtendedData { data, ext: STDERR }) => {
+                    stderr.1.push(&stderr.0.push(&data), output);
+                }
                 Some(ChannelMsg::ExitStatus { exit_status }) => {
                     status = Some(ExitStatus::Code(exit_status));
-                    last = Some(Instant::now() + MAX_GRACE);
+                    last.get_or_insert(Instant::now() + MAX_GRACE);
                 }
                 Some(ChannelMsg::ExitSignal { signal_name, .. }) => {
                     status = Some(ExitStatus::Signal(signal_text(&signal_name)));
-                    last = Some(Instant::now() + MAX_GRACE);
+                    last.get_or_insert(Instant::now() + MAX_GRACE);
                 }
+                // A server closes after all output; background processes that hold the output open keep it from doing so.
                 Some(ChannelMsg::Close) => {
                     closed = true;
                     break;
                 }
-                None => break,
                 Some(_) => {}
+                None => break,
+            }
+            if stdout.0.has_ended() {
+                last.get_or_insert(Instant::now() + MAX_GRACE);
             }
         }
-        stdout.finish(output);
-        stderr.finish(output);
-        match status {
-            Some(status) => Ok(status),
+        for (cutter, lines) in [&mut stdout, &mut stderr] {
+            lines.push(&cutter.rest(), output);
+            lines.finish(output);
+        }
+        let has_begun = stdout.0.has_begun();
+        match stdout.0.status().or(status) {
+            Some(status) if has_begun => Ok(status),
+            Some(status) => Err(self.not_begun(Some(&status), &[&stdout.0, &stderr.0])),
             None if closed && self.answers().await => Err(Error::new(
                 ErrorKind::Protocol,
                 format!(
@@ -243,6 +275,29 @@ impl Guest {
             .with_help("did the step stop the SSH server? Look at the log of the guest's SSH server")),
             None => Err(self.broken(what, None)),
         }
+    }
+
+    /// The login shell did not run what it was asked to.
+    fn not_begun(&self, status: Option<&ExitStatus>, streams: &[&Cutter]) -> Error {
+        let said: Vec<String> =
+            streams.iter().map(|cutter| cutter.noise()).filter(|said| !said.is_empty()).collect();
+        let said = if said.is_empty() {
+            "it wrote nothing".to_owned()
+        } else {
+            format!("it wrote: {}", said.join("\n"))
+        };
+        let ended = match status {
+            Some(status) => format!("it ended with {status}"),
+            None => format!("it did not within {} s", BEGIN.as_secs()),
+        };
+        Error::new(
+            ErrorKind::Protocol,
+            format!("expected the login shell of user {:?} to run `/bin/sh`, but {ended}; {said}", self.user()),
+        )
+        .with_help(
+            "give the user a login shell that runs commands without a terminal, and start-up files that neither wait for input \
+             nor end the shell; or log in as another user",
+        )
     }
 
     /// Whether the connection still works.

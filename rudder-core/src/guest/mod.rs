@@ -4,11 +4,13 @@
 //! scripts and commands, uploads files, and switches the guest off. Everything is cancel-safe: dropping a future that
 //! runs something in the guest ends it there too, and [`Guest::settle`] waits until that is done.
 
+mod attempt;
 mod ending;
 mod exec;
 mod key;
 mod lines;
 mod login;
+mod pace;
 mod power;
 mod script;
 mod session;
@@ -27,8 +29,8 @@ pub use session::Session;
 pub use upload::Content;
 
 use crate::{Error, ErrorKind};
+use attempt::{Handler, Seen};
 use ending::Endings;
-use login::{Handler, Seen};
 use russh::client::Handle;
 use std::{
     fmt,

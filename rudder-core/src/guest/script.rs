@@ -2,8 +2,8 @@
 //!
 //! One channel does it all. A small command makes a private directory and reads a *bundle* from its standard input: a
 //! prelude of shell lines with the script behind them. When all of it has come, the prelude cuts off the script into a
-//! file of its own, exports the environment, and becomes (`exec`) the interpreter: so the exit status and the signal that
-//! the server reports are those of the script. Nothing of the environment or the script is part of a command line, where
+//! file of its own, exports the environment, and becomes (`exec`) the interpreter: so its exit status is that of the
+//! script. Nothing of the environment or the script is part of a command line, where
 //! every user of the guest could read it.
 //!
 //! A second channel removes the directory afterwards; when the run is dropped before its end, it also ends the processes.
@@ -167,7 +167,6 @@ impl Place {
         } else {
             String::new()
         };
-        // One line, and no exclamation mark: the login shell may be any.
         format!(
             "u=$(umask); umask 077; mkdir {dir} && {probe}cat >{dir}/bundle || \
              {{ rm -rf {dir}; echo \"{marker}: unusable\" >&2; exit 125; }}; \
@@ -181,8 +180,8 @@ impl Place {
 const CLEAN_UP: &str = r#"
 d=$1; how=$2
 as() { "$@" 2>/dev/null || sudo -n "$@" 2>/dev/null; }
-look() { l=; read -r l <"/proc/$1/stat" || return 1; set -- ${l##*) }; parent=$2; session=$4; }
-alive() { for v in $victims; do [ -d "/proc/$v" ] && look "$v" && return 0; done 2>/dev/null; return 1; }
+look() { l=; read -r l <"/proc/$1/stat" || return 1; set -- ${l##*) }; state=$1; parent=$2; session=$4; }
+alive() { for v in $victims; do [ -d "/proc/$v" ] && look "$v" && [ "$state" != Z ] && return 0; done 2>/dev/null; return 1; }
 if [ "$how" = kill ] && read -r p <"$d/pid" && look $$; then
     mine=$session
     if look "$p"; then
@@ -233,9 +232,9 @@ impl Drop for Leftover {
 }
 
 async fn clean_up(guest: Guest, dir: String, how: &'static str) {
-    let command = format!("/bin/sh -c {} rudder {} {how}", quote(CLEAN_UP.trim()), quote(&dir));
+    let command = format!("set -- {} {how}\n{}", quote(&dir), CLEAN_UP.trim());
     let mut ignore = |_: OutputStream, _: &str| {};
-    let cleaning = guest.exec("cleaning up", &command, Bytes::new(), &mut ignore);
+    let cleaning = guest.shell("cleaning up", &command, Bytes::new(), &mut ignore);
     // A guest that has gone down keeps nobody waiting.
     let done = tokio::time::timeout(Duration::from_secs(30), cleaning).await;
     if !matches!(done, Ok(Ok(_))) {
@@ -245,7 +244,8 @@ async fn clean_up(guest: Guest, dir: String, how: &'static str) {
 
 impl Guest {
     /// Runs a script, and hands on its output line by line while it runs; see [`MAX_LINE`](super::MAX_LINE) for long lines.
-    /// It has no input. Its directory is removed before this returns; a process that it left in the background goes on.
+    /// It has no input. A script that a signal ended may show that as shells do, as exit code 128 + the number of the signal.
+    /// Its directory is removed before this returns; a process that it left in the background goes on.
     ///
     /// Dropping the future ends the script and its children, and removes its directory: [`settle`](Guest::settle) waits
     /// for that.
@@ -293,14 +293,14 @@ impl Guest {
     ) -> Result<Option<ExitStatus>> {
         let place = Place::new(parent, token, script.execute_command.is_some());
         let bundle = script.bundle(&place)?;
-        let line = format!("/bin/sh -c {}", quote(&place.bootstrap(bundle.len())));
+        let bootstrap = place.bootstrap(bundle.len());
         let leftover = Leftover { guest: self.clone(), dir: Some(place.dir.clone()) };
         let mut ours = None;
         // Until the bundle stands, what is written is about the place; then it is the script's.
         let mut said = Vec::new();
         let prefix = format!("{}: ", place.marker);
         let status = self
-            .exec("a script ran", &line, bundle, &mut |stream, text| {
+            .shell("a script ran", &bootstrap, bundle, &mut |stream, text| {
                 if let Some(message) = text.strip_prefix(&prefix) {
                     ours = Some(message.to_owned());
                 } else if stream == OutputStream::Stderr && text.contains(&place.dir) && ours.is_none() {

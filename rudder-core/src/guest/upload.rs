@@ -2,9 +2,9 @@
 
 use super::{
     Guest, ending,
-    exec::{Request, Start, quote},
+    exec::{CommandOutput, Request, Start, quote},
 };
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, event::ExitStatus};
 use bytes::Bytes;
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use russh::{ChannelMsg, ChannelReadHalf, ChannelWriteHalf, client::Msg};
@@ -12,7 +12,7 @@ use russh_sftp::{
     client::{Config, RawSftpSession, error::Error as SftpError},
     protocol::{FileAttributes, OpenFlags, StatusCode},
 };
-use std::{borrow::Cow, io, path::Path};
+use std::{borrow::Cow, io, path::Path, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _},
     sync::mpsc,
@@ -24,6 +24,13 @@ use tokio_util::io::StreamReader;
 const CHUNK: usize = 32 * 1024;
 /// Writes under way: 2 MiB keep a fast link busy without a guest's memory being of interest.
 const IN_FLIGHT: usize = 64;
+
+/// How long removing what a failed upload left may take.
+const TIDY: Duration = Duration::from_secs(10);
+/// How scripts that place a file end, after sysexits.h: a directory stands there; it cannot be written; the user may not.
+const IS_DIRECTORY: u32 = 73;
+const NOT_WRITTEN: u32 = 74;
+const DENIED: u32 = 77;
 
 /// What is uploaded.
 #[derive(Debug, Clone, Copy)]
@@ -79,6 +86,10 @@ impl Guest {
             Some(sftp) => self.upload_over(&sftp, content, destination).await,
             None => self.upload_over(&Cat { guest: self }, content, destination).await,
         };
+        if uploaded.is_err() && !self.is_closed() {
+            // What was begun is removed before anybody looks for it.
+            self.settle(TIDY).await;
+        }
         uploaded.map_err(|error| error.with_context("file", destination))
     }
 
@@ -88,39 +99,45 @@ impl Guest {
             Err(Refusal::Failed(error)) => return Err(error),
             Err(Refusal::Denied) => {}
         }
-        // A file that only its maker can read, in a directory that the user may write to.
-        let made = self
-            .command("umask 077; mktemp /tmp/rudder-XXXXXXXXXX || mktemp /var/tmp/rudder-XXXXXXXXXX")
-            .await?;
-        let temporary = made.stdout.trim().to_owned();
-        if !made.status.success() || !temporary.starts_with('/') {
-            return Err(failed(format!("the guest has no room for a temporary file: {}", made.text())));
-        }
-        let leftover = Temporary { guest: self, path: Some(temporary.clone()) };
+        let (leftover, temporary) = self.temporary().await?;
         match way.put(content, &temporary).await {
             Ok(()) => {}
             Err(Refusal::Failed(error)) => return Err(error),
             Err(Refusal::Denied) => return Err(failed(format!("the guest refused to write {temporary}"))),
         }
         // `cat` keeps owner and mode of a file that stands there, and follows links as SFTP does.
-        let place = format!(
-            "mkdir -p {} && cat {temporary} >{} && wc -c <{}",
-            quote(parent(destination)),
-            quote(destination),
-            quote(destination)
-        );
         let size = content.open().await?.1;
-        let placed = self.command(&format!("sudo -n /bin/sh -c {}", quote(&place))).await?;
+        let script = place(&format!("cat {temporary}"), destination, size);
+        let placed = self.command(&format!("sudo -n /bin/sh -c {}", quote(&script))).await?;
         leftover.remove().await;
-        if !placed.status.success() {
-            return Err(failed(format!(
+        match placed.status {
+            ExitStatus::Code(0) => Ok(()),
+            ExitStatus::Code(IS_DIRECTORY) => Err(is_directory(destination)),
+            ExitStatus::Code(NOT_WRITTEN) => Err(not_written(destination, size, &placed)),
+            _ => Err(failed(format!(
                 "user {:?} may not write {destination}, and sudo could not either: {}",
                 self.user(),
                 placed.text()
             ))
-            .with_help("log in as root, or let the user run sudo without a password"));
+            .with_help("log in as root, or let the user run sudo without a password")),
         }
-        verify(destination, size, placed.stdout.trim().parse().ok())
+    }
+
+    /// A file that only its maker can read, in a directory that the user may write to. Its name is ours, so that nothing has to
+    /// be read to know it.
+    async fn temporary(&self) -> Result<(Leftover, String)> {
+        let mut why = String::new();
+        for directory in ["/tmp", "/var/tmp"] {
+            let path = format!("{directory}/rudder-{:016x}", rand::random::<u64>());
+            let leftover = Leftover::new(self, &path, Vec::new());
+            // Made anew, or not at all.
+            let made = self.command(&format!("umask 077; set -C; : >{path}")).await?;
+            if made.status.success() {
+                return Ok((leftover, path));
+            }
+            why = made.text();
+        }
+        Err(failed(format!("the guest has no room for a temporary file: {why}")))
     }
 
     /// `None`: the server has no SFTP.
@@ -134,7 +151,7 @@ impl Guest {
         let Some(writer) = open.finish() else { return Err(self.broken("a file was uploaded", None)) };
         let (replies, mut received) = mpsc::channel(16);
         let sending = writer.make_writer();
-        let receiving = tokio::spawn(receive(reader, replies));
+        let receiving = tokio::spawn(receive(reader, replies, Greeting::default()));
         let stream = tokio::io::join(
             StreamReader::new(futures::stream::poll_fn(move |cx| received.poll_recv(cx))),
             sending,
@@ -153,20 +170,58 @@ impl Guest {
 }
 
 /// Hands on what the server says, until it has closed the channel: only then its process has ended.
-async fn receive(mut reader: ChannelReadHalf, replies: mpsc::Sender<io::Result<Bytes>>) {
+async fn receive(
+    mut reader: ChannelReadHalf,
+    replies: mpsc::Sender<io::Result<Bytes>>,
+    mut greeting: Greeting,
+) {
     let mut replies = Some(replies);
     while let Some(message) = reader.wait().await {
         match message {
-            ChannelMsg::Data { data } => {
-                if let Some(replies) = &replies {
-                    // Nobody may want to know any more: the end is waited for all the same.
-                    let _ = replies.send(Ok(data)).await;
+            ChannelMsg::Data { data } => match greeting.push(data) {
+                Ok(data) => {
+                    if let Some(replies) = replies.as_ref().filter(|_| !data.is_empty()) {
+                        // Nobody may want to know any more: the end is waited for all the same.
+                        let _ = replies.send(Ok(data)).await;
+                    }
                 }
-            }
+                Err(NotSftp) => replies = None,
+            },
             ChannelMsg::Eof => replies = None,
             ChannelMsg::Close => break,
             _ => {}
         }
+    }
+}
+
+/// Finds the first packet of an SFTP server. sshd starts a server of its own program through the user's login shell, which may
+/// say something first.
+#[derive(Debug, Default)]
+struct Greeting {
+    found: bool,
+    held: Vec<u8>,
+}
+
+/// Something else than an SFTP server talks.
+#[derive(Debug, PartialEq, Eq)]
+struct NotSftp;
+
+impl Greeting {
+    /// What a login shell may say before its server speaks.
+    const MAX_NOISE: usize = 64 * 1024;
+
+    fn push(&mut self, data: Bytes) -> Result<Bytes, NotSftp> {
+        if self.found {
+            return Ok(data);
+        }
+        self.held.extend_from_slice(&data);
+        // SSH_FXP_VERSION, version 3 (draft-ietf-secsh-filexfer-02, 3 and 4): a length, 2, 3. Text has no zeros.
+        let is_start = |bytes: &[u8]| matches!(bytes, [0, 0, _, _, 2, 0, 0, 0, 3]);
+        if let Some(at) = self.held.windows(9).position(is_start) {
+            self.found = true;
+            return Ok(Bytes::from(self.held.split_off(at)));
+        }
+        if self.held.len() > Self::MAX_NOISE { Err(NotSftp) } else { Ok(Bytes::new()) }
     }
 }
 
@@ -227,7 +282,8 @@ impl Sftp<'_> {
         Ok(self.session.open(path, flags, FileAttributes::empty()).await?.handle)
     }
 
-    async fn make_parents(&self, path: &str) -> Result<(), Refusal> {
+    /// Makes the directories above a file; those that it made, the innermost first.
+    async fn make_parents(&self, path: &str) -> Result<Vec<String>, Refusal> {
         let mut missing = Vec::new();
         let mut next = parent(path);
         while next != "/" {
@@ -240,31 +296,40 @@ impl Sftp<'_> {
                 Err(error) => return Err(self.refusal(&format!("look at {next}"), error)),
             }
         }
-        for directory in missing.into_iter().rev() {
-            if let Err(error) = self.session.mkdir(directory, FileAttributes::empty()).await {
+        for directory in missing.iter().rev() {
+            if let Err(error) = self.session.mkdir(*directory, FileAttributes::empty()).await {
                 return Err(self.refusal(&format!("make the directory {directory}"), error));
             }
         }
-        Ok(())
+        Ok(missing.into_iter().map(str::to_owned).collect())
     }
 }
 
 impl Way for Sftp<'_> {
     async fn put(&self, content: Content<'_>, path: &str) -> Result<(), Refusal> {
         let what = format!("write {path}");
-        if let Ok(attrs) = self.session.stat(path).await
-            && attrs.attrs.is_dir()
-        {
-            return Err(Refusal::Failed(is_directory(path)));
-        }
-        let handle = match self.open(path).await {
+        // What stands there is somebody's: also a link that leads nowhere.
+        let is_new = match self.session.stat(path).await {
+            Ok(attrs) if attrs.attrs.is_dir() => return Err(Refusal::Failed(is_directory(path))),
+            Ok(_) => false,
+            Err(_) => matches!(
+                self.session.lstat(path).await,
+                Err(SftpError::Status(status)) if status.status_code == StatusCode::NoSuchFile
+            ),
+        };
+        let mut leftover = None;
+        let opened = match self.open(path).await {
             Err(SftpError::Status(status)) if status.status_code == StatusCode::NoSuchFile => {
-                self.make_parents(path).await?;
+                let made = self.make_parents(path).await?;
+                leftover = Some(Leftover::new(self.guest, path, made));
                 self.open(path).await
             }
             opened => opened,
+        };
+        let handle = opened.map_err(|error| self.refusal(&what, error))?;
+        if is_new && leftover.is_none() {
+            leftover = Some(Leftover::new(self.guest, path, Vec::new()));
         }
-        .map_err(|error| self.refusal(&what, error))?;
         let (mut reader, size) = content.open().await?;
         let mut writes = FuturesUnordered::new();
         let mut offset = 0u64;
@@ -296,6 +361,7 @@ impl Way for Sftp<'_> {
         let attrs = self.session.fstat(handle.clone()).await.map_err(|error| self.refusal(&what, error))?;
         self.session.close(handle).await.map_err(|error| self.refusal(&what, error))?;
         verify(path, size.max(offset), attrs.attrs.size)?;
+        leftover.into_iter().for_each(Leftover::keep);
         Ok(())
     }
 }
@@ -309,50 +375,80 @@ impl Way for Cat<'_> {
         let (mut reader, size) = content.open().await?;
         let mut bytes = Vec::new();
         reader.read_to_end(&mut bytes).await.map_err(|error| Error::io("read the file to upload", error))?;
-        let (directory, file) = (quote(parent(path)), quote(path));
-        // 77: denied, as sysexits.h has it; 73: something else stands in the way.
-        let command = format!(
-            "if [ -d {file} ]; then exit 73; fi; \
-             mkdir -p {directory} 2>/dev/null || exit 77; \
-             if [ -e {file} ]; then [ -w {file} ] || exit 77; else [ -w {directory} ] || exit 77; fi; \
-             cat >{file} && wc -c <{file}"
-        );
-        let output = self.guest.command_with_input(&command, Bytes::from(bytes)).await?;
+        let script = place("cat", path, size);
+        let output = self.guest.command_with_input(&script, Bytes::from(bytes)).await?;
         match output.status {
-            crate::event::ExitStatus::Code(0) => Ok(verify(path, size, output.stdout.trim().parse().ok())?),
-            crate::event::ExitStatus::Code(77) => Err(Refusal::Denied),
-            crate::event::ExitStatus::Code(73) => Err(Refusal::Failed(is_directory(path))),
-            _ => Err(Refusal::Failed(failed(format!("the guest could not write {path}: {}", output.text())))),
+            ExitStatus::Code(0) => Ok(()),
+            ExitStatus::Code(DENIED) => Err(Refusal::Denied),
+            ExitStatus::Code(IS_DIRECTORY) => Err(Refusal::Failed(is_directory(path))),
+            _ => Err(Refusal::Failed(not_written(path, size, &output))),
         }
     }
 }
 
-/// A temporary file in the guest, removed when done with.
-struct Temporary<'a> {
-    guest: &'a Guest,
-    path: Option<String>,
+/// A script that writes what `source` says to a file, makes its parents, and checks the size. What it made is gone when it
+/// failed.
+fn place(source: &str, path: &str, size: u64) -> String {
+    let (file, directory) = (quote(path), quote(parent(path)));
+    format!(
+        r#"f={file}; d={directory}
+[ -d "$f" ] && exit {IS_DIRECTORY}
+set --
+while [ ! -e "$d" ]; do set -- "$@" "$d"; d=${{d%/*}}; [ -n "$d" ] || d=/; done
+old=; if [ -e "$f" ] || [ -h "$f" ]; then old=yes; fi
+undo='[ -n "$old" ] || rm -f "$f"; [ $# = 0 ] || rmdir "$@" 2>/dev/null'
+trap 'eval "$undo"; exit {NOT_WRITTEN}' HUP INT TERM
+mkdir -p {directory} 2>/dev/null || {{ eval "$undo"; exit {DENIED}; }}
+if [ -e "$f" ]; then [ -w "$f" ] || exit {DENIED}
+elif [ ! -w {directory} ]; then eval "$undo"; exit {DENIED}; fi
+{source} >"$f" && [ "$(wc -c <"$f")" -eq {size} ] && exit 0
+eval "$undo"; exit {NOT_WRITTEN}"#
+    )
 }
 
-impl Temporary<'_> {
+/// What is removed from the guest unless it is kept: a file, and the directories that were made for it.
+struct Leftover {
+    guest: Guest,
+    remove: Option<String>,
+}
+
+impl Leftover {
+    fn new(guest: &Guest, path: &str, directories: Vec<String>) -> Self {
+        let mut remove = format!("rm -f {}", quote(path));
+        for directory in directories {
+            remove.push_str(&format!("; rmdir {} 2>/dev/null", quote(&directory)));
+        }
+        Self { guest: guest.clone(), remove: Some(remove) }
+    }
+
+    fn keep(mut self) {
+        self.remove = None;
+    }
+
     async fn remove(mut self) {
-        if let Some(path) = self.path.take() {
-            let _ = self.guest.command(&format!("rm -f {path}")).await;
+        if let Some(remove) = self.remove.take() {
+            let _ = self.guest.command(&remove).await;
         }
     }
 }
 
-impl Drop for Temporary<'_> {
+impl Drop for Leftover {
     fn drop(&mut self) {
-        if let Some(path) = self.path.take()
+        if let Some(remove) = self.remove.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             let guest = self.guest.clone();
             let removing = async move {
-                let _ = guest.command(&format!("rm -f {path}")).await;
+                let _ = guest.command(&remove).await;
             };
             self.guest.shared.cleanups.spawn_on(removing, &runtime);
         }
     }
+}
+
+fn not_written(path: &str, size: u64, output: &CommandOutput) -> Error {
+    failed(format!("the guest could not write {size} bytes to {path}: {}", output.text()))
+        .with_help("is the guest's disk full?")
 }
 
 fn verify(path: &str, expected: u64, found: Option<u64>) -> Result<()> {

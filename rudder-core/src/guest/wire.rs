@@ -1,4 +1,4 @@
-//! A stream that can be cut from outside and that tells whether anything came. The SSH library moves the stream into a
+//! A stream that can be cut from outside and that tells whether anything came, and what came first. The SSH library moves the stream into a
 //! task of its own; cutting it is how that task ends at once when its connection is dropped.
 
 use crate::backend::BoxedStream;
@@ -6,7 +6,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
@@ -22,9 +22,22 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 pub(super) struct WireWatch {
     cut: CancellationToken,
     received: Arc<watch::Sender<u64>>,
+    beginning: Arc<Mutex<Vec<u8>>>,
 }
 
+/// How many of the first bytes are kept: a line of a server that does not want to talk.
+const BEGINNING: usize = 200;
+
 impl WireWatch {
+    /// What a server said that is not SSH, for people: `Exceeded MaxStartups`, for example.
+    pub(super) fn text(&self) -> Option<String> {
+        let bytes = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&bytes);
+        let line = text.lines().map(str::trim).find(|line| !line.is_empty())?;
+        let shown: String = line.chars().filter(|c| !c.is_control()).collect();
+        (!shown.starts_with("SSH-")).then_some(shown)
+    }
+
     /// Bytes that came from the guest so far, and a way to hear of more.
     pub(super) fn received(&self) -> watch::Receiver<u64> {
         self.received.subscribe()
@@ -42,6 +55,7 @@ pub(super) struct Wire {
     inner: BoxedStream,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     received: Arc<watch::Sender<u64>>,
+    beginning: Arc<Mutex<Vec<u8>>>,
     count: AtomicU64,
 }
 
@@ -49,13 +63,15 @@ pub(super) struct Wire {
 pub(super) fn wire(inner: BoxedStream) -> (Wire, WireWatch) {
     let cut = CancellationToken::new();
     let received = Arc::new(watch::Sender::new(0));
+    let beginning = Arc::default();
     let wire = Wire {
         inner,
         cut: Box::pin(cut.clone().cancelled_owned()),
         received: Arc::clone(&received),
+        beginning: Arc::clone(&beginning),
         count: AtomicU64::new(0),
     };
-    (wire, WireWatch { cut, received })
+    (wire, WireWatch { cut, received, beginning })
 }
 
 impl Wire {
@@ -79,6 +95,11 @@ impl AsyncRead for Wire {
         let came = buf.filled().len() - before;
         if came > 0 {
             let all = self.count.fetch_add(came as u64, Ordering::Relaxed) + came as u64;
+            if all - (came as u64) < BEGINNING as u64 {
+                let mut beginning = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+                let room = BEGINNING.saturating_sub(beginning.len()).min(came);
+                beginning.extend_from_slice(&buf.filled()[before..before + room]);
+            }
             self.received.send_replace(all);
         }
         polled

@@ -7,6 +7,7 @@ use super::{
     sftp::Sftp,
     shell::{self, Shell},
 };
+use crate::shell_frame::{Sent, Served};
 use russh::{
     Channel, ChannelId, ChannelMsg, MethodKind, MethodSet, Sig,
     keys::PublicKey,
@@ -248,8 +249,14 @@ impl Exec {
     async fn run(self, channel: Channel<Msg>) -> Result<(), russh::Error> {
         let id = channel.id();
         let (mut reader, writer) = channel.split();
+        let served = Served::read(&self.command);
+        if let Some(served) = &served {
+            let (out, err) = served.begin();
+            writer.extended_data_bytes(1, err).await?;
+            writer.data_bytes(out).await?;
+        }
         let mut stdin = Vec::new();
-        if shell::reads_stdin(&self.command) {
+        if served.is_some() || shell::reads_stdin(&self.command) {
             while let Some(message) = reader.wait().await {
                 match message {
                     ChannelMsg::Data { data } => stdin.extend_from_slice(&data),
@@ -258,9 +265,16 @@ impl Exec {
                 }
             }
         }
+        let mut sent = None;
+        if served.is_some() {
+            let Some(mut script) = Sent::read(&stdin) else { return writer.close().await };
+            stdin = std::mem::take(&mut script.input);
+            sent = Some(script);
+        }
+        let script = sent.as_ref().map_or(&self.command, |sent| &sent.script);
         let acts = self.machine.with_files(|tree| {
             let host = &self.machine.spec.name;
-            Shell::new(tree, &self.boot.guest, &self.boot.id, host, &self.user, stdin).run(&self.command)
+            Shell::new(tree, &self.boot.guest, &self.boot.id, host, &self.user, stdin).run(script)
         });
         self.machine.say_what_was_written();
         let acts = acts.unwrap_or_else(|| vec![Act::Exit(127)]);
@@ -284,6 +298,11 @@ impl Exec {
                     Act::Hang => std::future::pending().await,
                     Act::Cut => self.cut.cancel(),
                     Act::Exit(code) => {
+                        if let Some(sent) = &sent {
+                            let (out, err) = sent.end(code);
+                            writer.data_bytes(out).await?;
+                            writer.extended_data_bytes(1, err).await?;
+                        }
                         writer.exit_status(code).await?;
                     }
                     Act::Signal(name) => self.signal(id, signal(&name)).await,

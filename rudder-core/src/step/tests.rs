@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::{guest::tests::sshd::Sshd, plan::PlannedStep};
+use crate::{
+    guest::tests::sshd::{Sshd, runs},
+    plan::PlannedStep,
+};
 use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
 /// A server whose `cat` tells the identity that stands in a file.
@@ -89,7 +92,7 @@ async fn a_step_ends_at_its_limit_and_its_processes_with_it() {
     let error = outcome.result.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert_eq!(error.to_string(), "the step did not end within its limit of 2 s, and was stopped");
-    assert!(!Path::new(&format!("/proc/{}", lines[0])).exists());
+    assert!(!runs(&lines[0]));
 }
 
 #[tokio::test]
@@ -111,7 +114,7 @@ async fn a_cancelled_step_ends_its_processes_before_it_returns() {
     canceller.await.unwrap();
     let error = outcome.result.unwrap_err();
     assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::Cancelled, "the step was cancelled"));
-    assert!(!Path::new(&format!("/proc/{}", std::fs::read_to_string(pid).unwrap().trim())).exists());
+    assert!(!runs(std::fs::read_to_string(pid).unwrap().trim()));
 }
 
 #[tokio::test]

@@ -4,4 +4,6 @@
 
 mod odd;
 mod openssh;
+mod patience;
+mod shells;
 pub(crate) mod sshd;

@@ -6,6 +6,7 @@ use crate::{
     event::ExitStatus,
     guest::{BuildKey, Content, Endpoint, Guest, Login, Script},
     secret::Secret,
+    shell_frame::{Sent, Served},
 };
 use russh::{
     Channel, ChannelId, MethodKind, MethodSet,
@@ -15,14 +16,15 @@ use std::{
     borrow::Cow,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
 };
+use tokio::io::DuplexStream;
 
 /// What a server does instead of what it should.
 #[derive(Clone, Default)]
-struct Odd {
+pub(super) struct Odd {
     /// So many sessions are closed when something is asked of them, without an answer. dropbear does that when a process
     /// of another session ends at that moment.
     closes: Arc<AtomicUsize>,
@@ -34,35 +36,46 @@ struct Odd {
     breaks: bool,
     /// The only way in; the key where none is given.
     way: Option<MethodKind>,
+    /// Commands do not begin.
+    waits: bool,
+    /// What came for the command that runs.
+    received: Vec<u8>,
+    /// Nobody is let in.
+    pub(super) shut: Arc<AtomicBool>,
 }
 
 impl Odd {
     fn endpoint(&self) -> Endpoint {
         let server = self.clone();
-        let key = BuildKey::generate().private();
+        let key = BuildKey::generate();
         Endpoint::new(move || {
             let (server, key) = (server.clone(), key.clone());
             Box::pin(async move {
                 let (ours, theirs) = tokio::io::duplex(64 * 1024);
-                let way = server.way.unwrap_or(MethodKind::PublicKey);
-                let config = Arc::new(server::Config {
-                    keys: vec![(*key).clone()],
-                    methods: MethodSet::from([way].as_slice()),
-                    auth_rejection_time: Duration::ZERO,
-                    auth_rejection_time_initial: Some(Duration::ZERO),
-                    ..server::Config::default()
-                });
-                tokio::spawn(async move {
-                    if let Ok(session) = server::run_stream(config, theirs, server).await {
-                        let _ = session.await;
-                    }
-                });
+                server.serve(&key, theirs);
                 Ok(Box::new(ours) as BoxedStream)
             })
         })
     }
 
-    fn login(&self) -> Login {
+    /// Serves one connection, with this host key.
+    pub(super) fn serve(self, key: &BuildKey, stream: DuplexStream) {
+        let way = self.way.unwrap_or(MethodKind::PublicKey);
+        let config = Arc::new(server::Config {
+            keys: vec![(*key.private()).clone()],
+            methods: MethodSet::from([way].as_slice()),
+            auth_rejection_time: Duration::ZERO,
+            auth_rejection_time_initial: Some(Duration::ZERO),
+            ..server::Config::default()
+        });
+        tokio::spawn(async move {
+            if let Ok(session) = server::run_stream(config, stream, self).await {
+                let _ = session.await;
+            }
+        });
+    }
+
+    pub(super) fn login(&self) -> Login {
         Login::new("user", BuildKey::generate()).with_password(Some(Secret::new("pass word")))
     }
 
@@ -82,6 +95,7 @@ impl Odd {
     }
 
     fn allows(&self, way: MethodKind, right: bool) -> Auth {
+        let right = right && !self.shut.load(SeqCst);
         if right && self.way.unwrap_or(MethodKind::PublicKey) == way { Auth::Accept } else { Auth::reject() }
     }
 }
@@ -133,7 +147,7 @@ impl server::Handler for Odd {
     async fn exec_request(
         &mut self,
         id: ChannelId,
-        _: &[u8],
+        line: &[u8],
         session: &mut Session,
     ) -> Result<(), Self::Error> {
         if self.closed(id, session)? {
@@ -143,10 +157,25 @@ impl server::Handler for Odd {
         if self.breaks {
             return Err(russh::Error::Disconnect);
         }
+        if self.waits {
+            return session.data(id, &b"Press enter to go on: "[..]);
+        }
+        self.received.clear();
+        let (out, err) = Served::read(std::str::from_utf8(line).unwrap()).unwrap().begin();
+        session.extended_data(id, 1, err.into_bytes())?;
+        session.data(id, out.into_bytes())
+    }
+
+    async fn data(&mut self, id: ChannelId, data: &[u8], session: &mut Session) -> Result<(), Self::Error> {
+        self.received.extend_from_slice(data);
+        let Some(sent) = Sent::read(&self.received) else { return Ok(()) };
         session.data(id, &b"said\n"[..])?;
         if !self.mute {
-            session.exit_status_request(id, 3)?;
+            session.data(id, sent.end(3).0.into_bytes())?;
+            session.extended_data(id, 1, sent.end(3).1.into_bytes())?;
+            session.exit_status_request(id, 0)?;
         }
+        self.received.clear();
         session.eof(id)?;
         session.close(id)
     }
@@ -194,6 +223,18 @@ async fn a_closed_session_and_a_broken_connection_are_told_apart() {
     let error = guest.run(&Script::new("anything"), |_, _| {}).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::GuestUnreachable);
     assert!(error.to_string().contains("the connection to the guest broke while a script ran"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_login_shell_that_waits_for_something_is_told() {
+    let guest = Odd { waits: true, ..Odd::default() }.guest().await;
+    let error = guest.command("anything").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Protocol);
+    let text = error.to_string();
+    assert!(
+        text.contains("the login shell of user \"user\"") && text.contains("Press enter to go on"),
+        "{text}"
+    );
 }
 
 #[tokio::test]

@@ -11,6 +11,12 @@ use std::{
     time::Duration,
 };
 
+/// Whether a process runs. One that has ended may stay as a zombie until the system's init looks after it.
+pub(crate) fn runs(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
+}
+
 pub(crate) struct Sshd {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) key: BuildKey,

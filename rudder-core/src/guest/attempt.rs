@@ -1,0 +1,386 @@
+//! One attempt at a login: dialling, the greeting, the key exchange, the credentials. Each stage has time of its own.
+
+use super::{
+    Guest,
+    login::{Endpoint, HostKeyPin, Login},
+    pace::{Pace, Setback},
+    wire,
+};
+use crate::{Error, ErrorKind};
+use russh::{
+    MethodKind, MethodSet,
+    client::{self, AuthResult, KeyboardInteractiveAuthResponse},
+    keys::{PrivateKeyWithHashAlg, PublicKeyOrCertificate},
+};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, timeout},
+};
+
+/// How long a server that has said a byte may take for the key exchange, and then for each round of credentials. Emulated
+/// guests under load take a minute; OpenSSH hangs up after two (sshd_config, `LoginGraceTime`).
+const STAGE: Duration = Duration::from_secs(150);
+/// A server that says nothing for so long may be one that is gone: others are tried beside it.
+const STALLED: Duration = Duration::from_secs(20);
+/// How often credentials are tried on one connection: OpenSSH hangs up after 6 failures (sshd_config, `MaxAuthTries`), and new
+/// connections would earn penalties (sshd_config, `PerSourcePenalties`).
+const MAX_TRIES: u32 = 5;
+
+/// How an attempt ended.
+pub(super) enum Ended {
+    LoggedIn(Box<Guest>),
+    Failed(Setback),
+    Fatal(Error),
+}
+
+/// What the attempts of one wait have in common.
+#[derive(Debug)]
+pub(super) struct Tries {
+    pub(super) pace: Mutex<Pace>,
+    /// Told when an attempt hears something, falls silent or ends.
+    pub(super) changed: Notify,
+    sight: Mutex<Sight>,
+}
+
+/// What was seen of a guest that did not let us in.
+#[derive(Debug, Default)]
+struct Sight {
+    /// In words, after "last seen: ".
+    last: Option<String>,
+    refused: Option<MethodSet>,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Tries {
+    pub(super) fn new(pace: Pace) -> Self {
+        Self { pace: Mutex::new(pace), changed: Notify::new(), sight: Mutex::default() }
+    }
+
+    pub(super) fn end(&self, number: u64, setback: Setback) {
+        lock(&self.pace).end(number, setback, Instant::now());
+        self.changed.notify_waiters();
+    }
+
+    fn heard(&self, number: u64) {
+        lock(&self.pace).heard(number, Instant::now());
+        self.changed.notify_waiters();
+    }
+
+    fn stalls(&self, number: u64) {
+        lock(&self.pace).stalls(number);
+        self.changed.notify_waiters();
+    }
+
+    fn saw(&self, what: impl Into<String>) {
+        lock(&self.sight).last = Some(what.into());
+    }
+
+    /// What a wait that is over says.
+    pub(super) fn error(&self, user: &str, password: bool, waited: Duration) -> Error {
+        let (seconds, sight) = (waited.as_secs_f64(), lock(&self.sight));
+        if let Some(methods) = &sight.refused {
+            let tried = if password { "the build's key and the password" } else { "the build's key" };
+            let offered: Vec<&str> = methods.iter().map(<&str>::from).collect();
+            let offered = if offered.is_empty() { "nothing more".to_owned() } else { offered.join(", ") };
+            return Error::new(
+                ErrorKind::Authentication,
+                format!(
+                    "the guest answered, but refused user {user:?} for {seconds:.0} s: tried {tried}; the server offers {offered}"
+                ),
+            )
+            .with_help(
+                "let cloud-init authorise the key (`cloudInit: {}` and the right `sshUsername`), \
+                 or give `sshPassword` or `sshPrivateKeySecret` that the image knows",
+            );
+        }
+        let last = sight.last.as_deref().unwrap_or("no connection could be made");
+        let times = match lock(&self.pace).attempts() {
+            1 => "1 attempt".to_owned(),
+            attempts => format!("{attempts} attempts"),
+        };
+        Error::new(
+            ErrorKind::GuestUnreachable,
+            format!("expected an SSH login within {seconds:.0} s, but the guest did not answer ({times}; last seen: {last})"),
+        )
+        .with_help(
+            "look at the serial console and the screenshot; does the image start an SSH server on `sshPort`, and is `sshTimeout` long enough?",
+        )
+    }
+}
+
+/// Tries once. `patience` is for the first byte.
+pub(super) async fn attempt(
+    login: Login,
+    endpoint: Endpoint,
+    tries: Arc<Tries>,
+    number: u64,
+    patience: Duration,
+) -> Ended {
+    let failed = |setback: Setback, what: String| {
+        tries.saw(what);
+        Ended::Failed(setback)
+    };
+    let given_up_for = |why: Option<String>| {
+        why.into_iter().for_each(|why| tries.saw(why));
+        Ended::Failed(Setback::GivenUp)
+    };
+    let end = Instant::now() + patience;
+    let dialled = tokio::select! {
+        dialled = endpoint.dial() => dialled,
+        why = given_up(&tries, number, end) => return given_up_for(why),
+    };
+    let stream = match dialled {
+        Ok(stream) => stream,
+        Err(error) if error.kind() == ErrorKind::GuestUnreachable || error.is_retryable() => {
+            return failed(Setback::Closed, first_cause(&error));
+        }
+        Err(error) => return Ended::Fatal(error),
+    };
+    let (wire, watch) = wire::wire(stream);
+    let received = watch.received();
+    let seen = Arc::new(Seen::default());
+    let handler = Handler { pin: login.pin.clone(), seen: Arc::clone(&seen) };
+    let connecting = client::connect_stream(Arc::new(config()), wire, handler);
+    let mut handle = tokio::select! {
+        connected = connecting => match connected {
+            Ok(handle) => handle,
+            Err(_) if lock(&seen.changed).is_some() => return Ended::Fatal(changed_key(&seen)),
+            Err(error) => {
+                let silent = *received.borrow() == 0;
+                return match (error, watch.text()) {
+                    (russh::Error::Disconnect | russh::Error::HUP | russh::Error::IO(_), _) if silent => {
+                        failed(Setback::Closed, "the connection was closed before the server said anything".to_owned())
+                    }
+                    (error, _) if silent => {
+                        failed(Setback::Closed, format!("the connection failed before the server said anything: {error}"))
+                    }
+                    (_, Some(text)) => failed(Setback::Broke, format!("the server hung up, and said: {text}")),
+                    (error, None) => {
+                        failed(Setback::Broke, format!("the server answered, but the key exchange failed: {error}"))
+                    }
+                };
+            }
+        },
+        why = silence(received.clone(), &tries, number, end, "the key exchange") => return given_up_for(why),
+    };
+    lock(&tries.pace).greeted();
+    tries.saw("the SSH server answered, but the login was not finished");
+    let mut count = 0;
+    loop {
+        let authenticating = authenticate(&mut handle, &login, &mut count);
+        let refused = tokio::select! {
+            outcome = authenticating => match outcome {
+                Ok(None) => break,
+                Ok(Some(methods)) => methods,
+                Err(error) => {
+                    return failed(Setback::Broke, format!("the connection broke during the login: {error}"));
+                }
+            },
+            why = silence(received.clone(), &tries, number, end, "the login") => return given_up_for(why),
+        };
+        {
+            let mut sight = lock(&tries.sight);
+            // A server that hangs up says nothing of its methods: what it said before counts.
+            if !refused.is_empty() || sight.refused.is_none() {
+                sight.refused = Some(refused);
+            }
+        }
+        if count >= MAX_TRIES || handle.is_closed() {
+            return Ended::Failed(Setback::Refused);
+        }
+        let pause = lock(&tries.pace).refused(Instant::now());
+        tokio::time::sleep(pause).await;
+    }
+    if let Some(key) = lock(&seen.key).as_deref() {
+        login.pin.pin(key);
+    }
+    Ended::LoggedIn(Box::new(Guest::new(handle, watch, seen, login.username.clone())))
+}
+
+/// Ends when an attempt on which nothing came should: its time is over, which is worth telling, or the server speaks on
+/// another.
+async fn given_up(tries: &Tries, number: u64, end: Instant) -> Option<String> {
+    loop {
+        let changed = tries.changed.notified();
+        if lock(&tries.pace).is_overtaken(number) {
+            return None;
+        }
+        tokio::select! {
+            () = changed => {}
+            () = tokio::time::sleep_until(end) => {
+                return Some("the connection was accepted, but the server said nothing".to_owned());
+            }
+        }
+    }
+}
+
+/// Ends when an attempt should: nothing has come until `end`, or what comes takes longer than a stage may.
+async fn silence(
+    mut received: watch::Receiver<u64>,
+    tries: &Tries,
+    number: u64,
+    end: Instant,
+    stage: &str,
+) -> Option<String> {
+    if *received.borrow_and_update() == 0 {
+        tokio::select! {
+            changed = received.changed() => if changed.is_err() {
+                // The connection is over, which whoever made it hears first.
+                std::future::pending::<()>().await;
+            },
+            why = given_up(tries, number, end) => return why,
+        }
+    }
+    let talk = async {
+        loop {
+            tries.heard(number);
+            match timeout(STALLED, received.changed()).await {
+                Ok(Ok(())) => continue,
+                Ok(Err(_)) => {}
+                Err(_) => {
+                    tries.stalls(number);
+                    if received.changed().await.is_ok() {
+                        continue;
+                    }
+                }
+            }
+            std::future::pending::<()>().await;
+        }
+    };
+    let _ = timeout(STAGE, talk).await;
+    Some(format!("the server answered, but {stage} did not end within {} s", STAGE.as_secs()))
+}
+
+/// One round of everything we have; `None`: let in, else what the server would still take.
+async fn authenticate(
+    handle: &mut client::Handle<Handler>,
+    login: &Login,
+    tries: &mut u32,
+) -> Result<Option<MethodSet>, russh::Error> {
+    let hash = if login.key.is_rsa() { handle.best_supported_rsa_hash().await?.flatten() } else { None };
+    let key = PrivateKeyWithHashAlg::new(login.key.private(), hash);
+    *tries += 1;
+    let mut methods = match handle.authenticate_publickey(&login.username, key).await? {
+        AuthResult::Success => return Ok(None),
+        AuthResult::Failure { remaining_methods, .. } => remaining_methods,
+    };
+    let Some(password) = &login.password else { return Ok(Some(methods)) };
+    if methods.contains(&MethodKind::Password) {
+        *tries += 1;
+        match handle.authenticate_password(&login.username, password.expose()).await? {
+            AuthResult::Success => return Ok(None),
+            AuthResult::Failure { remaining_methods, .. } => methods = remaining_methods,
+        }
+    }
+    if methods.contains(&MethodKind::KeyboardInteractive) {
+        *tries += 1;
+        let mut answer = handle.authenticate_keyboard_interactive_start(&login.username, None).await?;
+        // Any number of rounds is allowed, also with no prompts (RFC 4256, 3.2): more than a few are not for us.
+        for _ in 0..8 {
+            match answer {
+                KeyboardInteractiveAuthResponse::Success => return Ok(None),
+                KeyboardInteractiveAuthResponse::Failure { remaining_methods, .. } => {
+                    methods = remaining_methods;
+                    break;
+                }
+                KeyboardInteractiveAuthResponse::InfoRequest { prompts, .. } => {
+                    let answers = prompts.iter().map(|_| password.expose().to_owned()).collect();
+                    answer = handle.authenticate_keyboard_interactive_respond(answers).await?;
+                }
+            }
+        }
+    }
+    Ok(Some(methods))
+}
+
+fn config() -> client::Config {
+    client::Config {
+        client_id: russh::SshId::Standard(concat!("SSH-2.0-rudder_", env!("CARGO_PKG_VERSION")).into()),
+        // A guest that says nothing for over a minute is gone; one under load answers late.
+        keepalive_interval: Some(Duration::from_secs(15)),
+        keepalive_max: 4,
+        nodelay: true,
+        ..client::Config::default()
+    }
+}
+
+/// What a connection learned: shared between its handler, which the SSH library owns, and its guest.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    // The host key, as on the wire.
+    key: Mutex<Option<Vec<u8>>>,
+    // Set when it is not the pinned one: its fingerprint.
+    changed: Mutex<Option<String>>,
+    // Why the connection ended.
+    pub(super) ended: Mutex<Option<String>>,
+}
+
+fn changed_key(seen: &Seen) -> Error {
+    let fingerprint = lock(&seen.changed).clone().unwrap_or_default();
+    Error::new(
+        ErrorKind::Protocol,
+        format!("expected the host key that the guest showed before, but found another ({fingerprint})"),
+    )
+    .with_help(
+        "did a step make new host keys, or does another machine answer? Make host keys before the first login, or not at all",
+    )
+    .with_retryable(false)
+}
+
+/// The client's side of a connection.
+pub(super) struct Handler {
+    pin: HostKeyPin,
+    seen: Arc<Seen>,
+}
+
+impl client::Handler for Handler {
+    type Error = russh::Error;
+
+    async fn check_server_key(&mut self, key: &PublicKeyOrCertificate) -> Result<bool, Self::Error> {
+        let key = match key {
+            PublicKeyOrCertificate::PublicKey { key, .. } => key.clone(),
+            PublicKeyOrCertificate::Certificate(certificate) => certificate.public_key().clone().into(),
+        };
+        let bytes = key.to_bytes()?;
+        if !self.pin.allows(&bytes) {
+            *lock(&self.seen.changed) = Some(key.fingerprint(russh::keys::HashAlg::Sha256).to_string());
+            return Ok(false);
+        }
+        *lock(&self.seen.key) = Some(bytes);
+        Ok(true)
+    }
+
+    async fn disconnected(
+        &mut self,
+        reason: client::DisconnectReason<Self::Error>,
+    ) -> Result<(), Self::Error> {
+        let (words, result) = match reason {
+            client::DisconnectReason::ReceivedDisconnect(info) => {
+                (format!("the server hung up: {}", info.message), Ok(()))
+            }
+            client::DisconnectReason::Error(error) => (error.to_string(), Err(error)),
+        };
+        *lock(&self.seen.ended) = Some(words);
+        result
+    }
+}
+
+/// The innermost cause, which says what the operating system said.
+fn first_cause(error: &Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    if std::ptr::eq(cause, error as &dyn std::error::Error) {
+        error.to_string()
+    } else {
+        format!("{error}: {cause}")
+    }
+}

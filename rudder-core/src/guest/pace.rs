@@ -1,0 +1,265 @@
+//! When to try a login again. Decides, and does nothing: time comes from outside.
+//!
+//! A port that refuses costs a booting guest nothing, so it is tried often. Every connection that a server may have accepted
+//! costs the guest a process, which a guest under load takes seconds to start, and OpenSSH drops connections at random when 10
+//! of them have not logged in (sshd_config, `MaxStartups`). So they are few at a time, each is given time, and one that was
+//! given up still counts for a while.
+
+use std::{
+    collections::{BTreeSet, VecDeque},
+    time::Duration,
+};
+use tokio::time::Instant;
+
+/// Connections that a guest may have at a time without a login, those among them that were given up a moment ago.
+const MAX_UNAUTHENTICATED: usize = 6;
+/// So many of the first attempts follow each other at once: the guest may be up already, and have lost the first packets.
+const BURST: u64 = 4;
+/// How long one attempt, whichever is the oldest, is given for its first byte; OpenSSH itself hangs up at that age
+/// (sshd_config, `LoginGraceTime`).
+const PATIENT: Duration = Duration::from_secs(120);
+/// The pause after an attempt that the guest may be working on while it works on another one.
+const COMPANY: Duration = Duration::from_secs(20);
+
+/// Why an attempt ended without a login.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Setback {
+    /// No connection, or one that was closed before the server said anything: nobody listens yet.
+    Closed,
+    /// We gave it up.
+    GivenUp,
+    /// The server spoke, and hung up before the credentials were tried.
+    Broke,
+    /// The server did not accept the credentials.
+    Refused,
+}
+
+/// The attempts of one wait for a login.
+#[derive(Debug)]
+pub(super) struct Pace {
+    start: Instant,
+    not_before: Instant,
+    /// Not before this, whatever else happens: the server hung up or refused.
+    held_until: Instant,
+    attempts: u64,
+    open: usize,
+    /// Until when those that were given up may be on the guest's hands.
+    given_up: VecDeque<Instant>,
+    patient: Option<u64>,
+    /// The attempt that the server speaks on.
+    speaker: Option<u64>,
+    /// Attempts on which the server spoke, and has fallen silent.
+    stalled: BTreeSet<u64>,
+    last_heard: Option<Instant>,
+    breaking_since: Option<Instant>,
+    refused_since: Option<Instant>,
+}
+
+/// A pause in proportion to the time that was waited already.
+fn share(waited: Duration, share: u32, least: Duration, most: Duration) -> Duration {
+    (waited / share).clamp(least, most)
+}
+
+const fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+impl Pace {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            start: now,
+            not_before: now,
+            held_until: now,
+            attempts: 0,
+            open: 0,
+            given_up: VecDeque::new(),
+            patient: None,
+            speaker: None,
+            stalled: BTreeSet::new(),
+            last_heard: None,
+            breaking_since: None,
+            refused_since: None,
+        }
+    }
+
+    /// How many attempts began.
+    pub(super) fn attempts(&self) -> u64 {
+        self.attempts
+    }
+
+    /// When the next attempt may begin; `None`: not before something changes.
+    pub(super) fn next(&self, now: Instant) -> Option<Instant> {
+        if self.speaker.is_some() || self.open >= MAX_UNAUTHENTICATED {
+            return None;
+        }
+        let mut lingering = self.given_up.iter().copied().filter(|end| *end > now);
+        let over = (self.open + lingering.clone().count() + 1).saturating_sub(MAX_UNAUTHENTICATED);
+        // So many of those that were given up must be gone first.
+        let free = if over == 0 { Some(now) } else { lingering.nth(over - 1) };
+        free.map(|free| free.max(self.not_before).max(self.held_until))
+    }
+
+    /// Begins an attempt; its number, and how long it may wait for the first byte.
+    pub(super) fn begin(&mut self, now: Instant) -> (u64, Duration) {
+        self.attempts += 1;
+        self.open += 1;
+        self.given_up.retain(|end| *end > now);
+        let patience = self.patience(now);
+        let pause = match self.attempts {
+            _ if !self.stalled.is_empty() => COMPANY,
+            ..=BURST => millis(500),
+            // As often as there is room for another: attempts come evenly.
+            _ => (patience + self.linger(now)) / MAX_UNAUTHENTICATED as u32,
+        };
+        self.not_before = now + pause;
+        if self.patient.is_none() {
+            self.patient = Some(self.attempts);
+            return (self.attempts, PATIENT);
+        }
+        (self.attempts, patience)
+    }
+
+    /// How long an attempt may wait for its first byte: a guest that takes long to boot takes long to answer.
+    fn patience(&self, now: Instant) -> Duration {
+        share(now - self.start, 2, millis(5000), millis(60_000))
+    }
+
+    /// How long the guest may take to notice that we gave up.
+    fn linger(&self, now: Instant) -> Duration {
+        share(now - self.start, 4, millis(2000), millis(20_000))
+    }
+
+    /// Something came on this attempt.
+    pub(super) fn heard(&mut self, number: u64, now: Instant) {
+        self.stalled.remove(&number);
+        self.speaker.get_or_insert(number);
+        self.last_heard = Some(now);
+    }
+
+    /// Nothing came on it for a while: the guest may have restarted, so others may be tried beside it.
+    pub(super) fn stalls(&mut self, number: u64) {
+        if self.speaker == Some(number) {
+            self.speaker = None;
+        }
+        self.stalled.insert(number);
+    }
+
+    /// Whether the server speaks on another attempt than this.
+    pub(super) fn is_overtaken(&self, number: u64) -> bool {
+        self.speaker.is_some_and(|speaker| speaker != number)
+    }
+
+    /// The key exchange of an attempt has ended.
+    pub(super) fn greeted(&mut self) {
+        self.breaking_since = None;
+    }
+
+    /// How long to wait after credentials were refused.
+    pub(super) fn refused(&mut self, now: Instant) -> Duration {
+        let since = *self.refused_since.get_or_insert(now);
+        share(now - since, 4, millis(1000), millis(20_000))
+    }
+
+    /// An attempt ended without a login.
+    pub(super) fn end(&mut self, number: u64, setback: Setback, now: Instant) {
+        self.open -= 1;
+        self.stalled.remove(&number);
+        if self.speaker == Some(number) {
+            self.speaker = None;
+        }
+        if self.patient == Some(number) {
+            self.patient = None;
+        }
+        match setback {
+            Setback::Closed => {
+                let pause = match self.last_heard {
+                    // A guest that boots; this is the usual case, and must not cost time.
+                    None => share(now - self.start, 100, millis(100), millis(1000)),
+                    // One that restarts, or refuses us for a while.
+                    Some(heard) => share(now - heard, 20, millis(100), millis(5000)),
+                };
+                self.not_before = self.not_before.min(now + pause);
+            }
+            Setback::GivenUp => self.given_up.push_back(now + self.linger(now)),
+            Setback::Broke => {
+                let since = *self.breaking_since.get_or_insert(now);
+                let pause = share(now - since, 4, millis(1000), millis(20_000));
+                self.held_until = self.held_until.max(now + pause);
+            }
+            Setback::Refused => {
+                let pause = self.refused(now);
+                self.held_until = self.held_until.max(now + pause);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Attempts that all end in one way after a while; how many there are in so many seconds.
+    fn attempts(setback: Setback, takes: Duration, seconds: u64) -> u64 {
+        let start = Instant::now();
+        let (mut pace, mut now) = (Pace::new(start), start);
+        while let Some(next) = pace.next(now)
+            && next < start + Duration::from_secs(seconds)
+        {
+            now = next;
+            let (number, _) = pace.begin(now);
+            now += takes;
+            if setback != Setback::Closed {
+                pace.heard(number, now);
+            }
+            pace.end(number, setback, now);
+        }
+        pace.attempts()
+    }
+
+    #[test]
+    fn attempts_are_few_where_the_guest_pays_for_them() {
+        let moment = millis(1);
+        assert!((15..30).contains(&attempts(Setback::Broke, moment, 300)));
+        assert!((15..30).contains(&attempts(Setback::Refused, moment, 300)));
+        let closed = attempts(Setback::Closed, moment, 30);
+        assert!(closed > 150, "a port that refuses is tried often: {closed} times");
+    }
+
+    proptest! {
+        /// Whatever happens, and in whatever order.
+        #[test]
+        fn a_guest_never_has_many_connections_without_a_login(
+            steps in prop::collection::vec((0u64..4000, 0usize..8, 0u8..6), 1..400),
+        ) {
+            let start = Instant::now();
+            let (mut pace, mut now) = (Pace::new(start), start);
+            let mut open = Vec::new();
+            let mut given_up: Vec<Instant> = Vec::new();
+            for (wait, which, what) in steps {
+                now += millis(wait);
+                if pace.next(now).is_some_and(|next| next <= now) {
+                    open.push(pace.begin(now).0);
+                }
+                given_up.retain(|at| *at + millis(2000) > now);
+                prop_assert!(open.len() + given_up.len() <= MAX_UNAUTHENTICATED);
+                if open.is_empty() { continue }
+                let place = which % open.len();
+                let number = open[place];
+                match what {
+                    0 => pace.heard(number, now),
+                    1 => pace.stalls(number),
+                    what => {
+                        open.remove(place);
+                        let setback = [Setback::Closed, Setback::GivenUp, Setback::Broke, Setback::Refused];
+                        let setback = setback[usize::from(what - 2)];
+                        if setback == Setback::GivenUp { given_up.push(now) }
+                        pace.end(number, setback, now);
+                    }
+                }
+                // Something can always happen: an attempt is open, or the next has its time.
+                prop_assert!(!open.is_empty() || pace.next(now).is_some());
+            }
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! How a script and what it says travel through a login shell that nobody knows: both ends of it.
+//!
+//! An SSH server hands every command line to the user's login shell, which may be any (csh, fish, zsh, a wrapper), and which may
+//! write, before the command and after it, whatever its start-up files want. So
+//!
+//! - the line is always the same but for two random words. It has neither variables, newlines, backslashes nor
+//!   exclamation marks outside of what every shell takes literally in single quotes, and replaces the login shell by `/bin/sh`;
+//! - the script is not part of the line: `/bin/sh` reads it from its standard input, once it has said that it runs;
+//! - what comes before a random mark on each stream is the login shell's, and so is what comes after another one. How the script
+//!   ended stands behind the latter, since a wrapper may end in another way.
+//!
+//! ```text
+//! line    exec /bin/sh -c '… printf %s A B … read -r rudder; eval "$rudder"'
+//! output  Welcome to example.org!AB⏎ hello⏎ ENDO 0⏎ENDO⏎ bye
+//! input   loader ENDO⏎ echo hello⏎ ENDO⏎ what the script reads
+//! ```
+
+use crate::event::ExitStatus;
+use std::fmt::Write as _;
+
+/// What the marks of the streams begin with.
+const OUT: &str = "O";
+const ERR: &str = "E";
+/// Of what a login shell says before a script runs, so much is kept for an error.
+const MAX_NOISE: usize = 4096;
+
+/// The marks of one script.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Frame {
+    begin: String,
+    end: String,
+}
+
+impl Frame {
+    pub(crate) fn new() -> Self {
+        let word = || format!("{:016x}{:016x}", rand::random::<u64>(), rand::random::<u64>());
+        Self { begin: word(), end: word() }
+    }
+
+    /// The command line that an SSH server is asked to run.
+    pub(crate) fn line(&self) -> String {
+        let begin = &self.begin;
+        // In two words: a login shell that shows what it runs shows no mark.
+        format!(
+            "exec /bin/sh -c 'printf %s {ERR} {begin} >&2; echo >&2; printf %s {OUT} {begin}; echo; read -r rudder; eval \"$rudder\"'"
+        )
+    }
+
+    /// What is sent to its standard input in front of what the script reads, when it has begun.
+    pub(crate) fn input(&self, script: &str) -> String {
+        let end = &self.end;
+        // A shell tells of a child that a signal ended with a message of its own and 128 more than its number; of an exit code,
+        // with nothing.
+        let mut text = format!(
+            "{{ set +eux; }} 2>/dev/null; rudder=; rudder_n=$(printf '\\n_'); rudder_n=${{rudder_n%_}}; \
+             while IFS= read -r rudder_l && [ \"$rudder_l\" != {OUT}{end} ]; do rudder=$rudder$rudder_l$rudder_n; done; \
+             exec 3>&1 4>&2; rudder=$( {{ ( eval \"$rudder\" ) >&3 2>&4 3>&- 4>&-; echo \"$?\"; }} 2>&1 ); \
+             printf '%s\\n' \"{OUT}{end} $rudder\" {OUT}{end}; printf %s {ERR}{end} >&2\n"
+        );
+        let _ = write!(text, "{script}\n{OUT}{end}\n");
+        text
+    }
+
+    /// What cuts standard output out of what comes.
+    pub(crate) fn stdout(&self) -> Cutter {
+        Cutter::new(OUT, self)
+    }
+
+    /// What cuts standard error out of what comes.
+    pub(crate) fn stderr(&self) -> Cutter {
+        Cutter::new(ERR, self)
+    }
+}
+
+/// Cuts the output of a script out of one stream.
+#[derive(Debug)]
+pub(crate) struct Cutter {
+    begin: Vec<u8>,
+    end: Vec<u8>,
+    place: Place,
+    /// Before: what may be the beginning of the mark. Within: the same, of the other mark. After: what was said there.
+    held: Vec<u8>,
+    noise: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Before,
+    Within,
+    After,
+}
+
+impl Cutter {
+    fn new(stream: &str, frame: &Frame) -> Self {
+        Self {
+            begin: format!("{stream}{}\n", frame.begin).into_bytes(),
+            end: format!("{stream}{}", frame.end).into_bytes(),
+            place: Place::Before,
+            held: Vec::new(),
+            noise: Vec::new(),
+        }
+    }
+
+    /// Whether the script has begun.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.place != Place::Before
+    }
+
+    /// Whether the script has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.place == Place::After
+    }
+
+    /// Takes what came, and gives what of it, and of what was held back, is the script's.
+    pub(crate) fn push(&mut self, chunk: &[u8]) -> Vec<u8> {
+        self.held.extend_from_slice(chunk);
+        if self.place == Place::Before {
+            let Some(at) = find(&self.held, &self.begin) else {
+                let kept = beginning(&self.held, &self.begin);
+                self.noise.extend(self.held.drain(..self.held.len() - kept));
+                self.noise.drain(..self.noise.len().saturating_sub(MAX_NOISE));
+                return Vec::new();
+            };
+            self.noise.extend_from_slice(&self.held[..at]);
+            self.held.drain(..at + self.begin.len());
+            self.place = Place::Within;
+        }
+        if self.place == Place::After {
+            self.held.truncate(MAX_NOISE);
+            return Vec::new();
+        }
+        if let Some(at) = find(&self.held, &self.end) {
+            self.place = Place::After;
+            let rest = self.held.split_off(at);
+            return std::mem::replace(&mut self.held, rest[self.end.len()..].to_vec());
+        }
+        let kept = beginning(&self.held, &self.end);
+        let rest = self.held.split_off(self.held.len() - kept);
+        std::mem::replace(&mut self.held, rest)
+    }
+
+    /// What was held back of a script's output when nothing more comes.
+    pub(crate) fn rest(&mut self) -> Vec<u8> {
+        if self.place == Place::Within { std::mem::take(&mut self.held) } else { Vec::new() }
+    }
+
+    /// What the login shell said before the script began.
+    pub(crate) fn noise(&self) -> String {
+        let before = if self.has_begun() { &[][..] } else { &self.held };
+        String::from_utf8_lossy(&[&self.noise, before].concat()).trim().to_owned()
+    }
+
+    /// How the script ended, where that was said.
+    pub(crate) fn status(&self) -> Option<ExitStatus> {
+        if self.place != Place::After {
+            return None;
+        }
+        let text = &self.held[..find(&self.held, &self.end)?];
+        let text = String::from_utf8_lossy(text);
+        let mut lines = text.lines().filter(|line| !line.trim().is_empty());
+        let code = lines.next_back()?.trim().parse().ok()?;
+        let is_signal = code > 128 && lines.next().is_some();
+        Some(if is_signal { ExitStatus::Signal(signal(code - 128)) } else { ExitStatus::Code(code) })
+    }
+}
+
+/// The name of a signal as RFC 4254, 6.10 has it, by its number, where that is the same on all systems (POSIX, kill(1)) or on
+/// most.
+fn signal(number: u32) -> String {
+    let name = match number {
+        1 => "HUP",
+        2 => "INT",
+        3 => "QUIT",
+        4 => "ILL",
+        6 => "ABRT",
+        8 => "FPE",
+        9 => "KILL",
+        10 => "USR1",
+        11 => "SEGV",
+        12 => "USR2",
+        13 => "PIPE",
+        14 => "ALRM",
+        15 => "TERM",
+        _ => return number.to_string(),
+    };
+    name.to_owned()
+}
+
+fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
+    bytes.windows(what.len()).position(|window| window == what)
+}
+
+/// How many bytes at the end may be the beginning of this.
+fn beginning(bytes: &[u8], what: &[u8]) -> usize {
+    (1..what.len().min(bytes.len() + 1)).rev().find(|count| bytes.ends_with(&what[..*count])).unwrap_or(0)
+}
+
+/// The other end: a guest that understands the line without a shell.
+#[derive(Debug)]
+pub(crate) struct Served {
+    begin: String,
+}
+
+/// What was sent to a [`Served`] line.
+#[derive(Debug)]
+pub(crate) struct Sent {
+    end: String,
+    /// The script.
+    pub(crate) script: String,
+    /// What it reads.
+    pub(crate) input: Vec<u8>,
+}
+
+impl Served {
+    /// Reads a command line; `None` when it is another one.
+    pub(crate) fn read(line: &str) -> Option<Self> {
+        let rest = line.strip_prefix("exec /bin/sh -c 'printf %s E ")?;
+        let begin = rest.split(' ').next()?.to_owned();
+        let frame = Frame { begin, end: String::new() };
+        (frame.line() == line).then_some(Self { begin: frame.begin })
+    }
+
+    /// What is said when it runs, on standard output and on standard error.
+    pub(crate) fn begin(&self) -> (String, String) {
+        (format!("{OUT}{}\n", self.begin), format!("{ERR}{}\n", self.begin))
+    }
+}
+
+impl Sent {
+    /// Reads what was sent; `None` when it is not whole.
+    pub(crate) fn read(bytes: &[u8]) -> Option<Self> {
+        let first = bytes.iter().position(|c| *c == b'\n')?;
+        let loader = std::str::from_utf8(&bytes[..first]).ok()?;
+        let (_, end) = loader.rsplit_once(&format!(" {OUT}"))?;
+        let end = end.split(';').next()?.to_owned();
+        let mark = format!("\n{OUT}{end}\n");
+        let at = first + find(&bytes[first..], mark.as_bytes())?;
+        let script = String::from_utf8_lossy(bytes.get(first + 1..at).unwrap_or_default()).into_owned();
+        Some(Self { script, input: bytes[at + mark.len()..].to_vec(), end })
+    }
+
+    /// What is said at the end, on standard output and on standard error.
+    pub(crate) fn end(&self, code: u32) -> (String, String) {
+        let end = &self.end;
+        (format!("{OUT}{end} {code}\n{OUT}{end}\n"), format!("{ERR}{end}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_line_is_safe_in_every_shell() {
+        let line = Frame::new().line();
+        assert!(!line.contains(['\n', '!', '\\', '`', '#', '*', '?', '[', '{', '~', '^']), "{line}");
+        assert_eq!(line.matches('\'').count(), 2);
+        let outside: String = line.split('\'').step_by(2).collect();
+        assert_eq!(outside, "exec /bin/sh -c ");
+    }
+
+    #[test]
+    fn both_ends_understand_each_other() {
+        let frame = Frame::new();
+        let served = Served::read(&frame.line()).unwrap();
+        assert_eq!(served.begin, frame.begin);
+        assert!(Served::read("exec /bin/sh -c 'true'").is_none());
+        for (script, input) in [("echo a\necho b", &b"data\n"[..]), ("", b""), ("\n", b"\0")] {
+            let bytes = [frame.input(script).as_bytes(), input].concat();
+            let sent = Sent::read(&bytes).unwrap();
+            assert_eq!((&*sent.script, &*sent.input, &sent.end), (script, input, &frame.end));
+            assert!(Sent::read(&bytes[..bytes.len() - input.len() - 1]).is_none());
+        }
+    }
+
+    #[test]
+    fn how_it_ended_stands_behind_the_mark() {
+        for (said, expected) in [
+            ("0", Some(ExitStatus::Code(0))),
+            ("137", Some(ExitStatus::Code(137))),
+            ("Killed\n137", Some(ExitStatus::Signal("KILL".into()))),
+            ("sh: 1: terminated by 35\n163", Some(ExitStatus::Signal("35".into()))),
+            ("a warning\n3", Some(ExitStatus::Code(3))),
+            ("", None),
+        ] {
+            let frame = Frame::new();
+            let mut out = frame.stdout();
+            let end = format!("O{}", frame.end);
+            out.push(format!("O{}\ntext{end} {said}\n{end}\nbye, exit code 0", frame.begin).as_bytes());
+            assert_eq!(out.status(), expected, "{said:?}");
+        }
+    }
+
+    proptest! {
+        /// Whatever a login shell says around it, and however it is cut, the script's output comes out of it.
+        #[test]
+        fn the_output_is_cut_out_of_any_noise(
+            before in prop::collection::vec(any::<u8>(), 0..200),
+            text in prop::collection::vec(any::<u8>(), 0..200),
+            after in prop::collection::vec(any::<u8>(), 0..200),
+            sizes in prop::collection::vec(1usize..40, 1..80),
+            partial in 0usize..34,
+        ) {
+            let frame = Frame::new();
+            let (begin, end) = (format!("O{}\n", frame.begin), format!("O{}", frame.end));
+            // Parts of the marks that are none.
+            let before = [&before[..], &begin.as_bytes()[..partial.min(33)]].concat();
+            let text = [&text[..], &end.as_bytes()[..partial.min(32)]].concat();
+            let stream = [&before[..], begin.as_bytes(), &text, format!("{end} 5\n{end}\n").as_bytes(), &after].concat();
+            let mut out = frame.stdout();
+            let (mut found, mut rest, mut sizes) = (Vec::new(), &stream[..], sizes.into_iter().cycle());
+            while !rest.is_empty() {
+                let (chunk, more) = rest.split_at(sizes.next().unwrap().min(rest.len()));
+                found.extend(out.push(chunk));
+                rest = more;
+            }
+            prop_assert_eq!(found, text);
+            prop_assert_eq!(out.status(), Some(ExitStatus::Code(5)));
+        }
+
+        /// Output is handed on as soon as it cannot be a mark, also without the end of a line.
+        #[test]
+        fn output_is_not_held_back(text in "[a-zN-Z ]{1,100}") {
+            let frame = Frame::new();
+            let mut out = frame.stdout();
+            out.push(format!("O{}\n", frame.begin).as_bytes());
+            let held = usize::from(text.ends_with('O'));
+            prop_assert_eq!(out.push(text.as_bytes()), &text.as_bytes()[..text.len() - held]);
+        }
+    }
+}
