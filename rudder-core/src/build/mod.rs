@@ -383,9 +383,9 @@ impl fmt::Debug for BuildFailure {
         }
         // A build that was cancelled, or lost its runtime, has no report beyond its error.
         if report.message.is_empty() {
-            write!(f, "{error:?}")?
+            write!(f, "{error:?}")?;
         } else {
-            write!(f, "{report}")?
+            write!(f, "{report}")?;
         }
         let Some(KeptLab { id, access, .. }) = kept else { return Ok(()) };
         write!(f, "\n  kept for inspection as lab {id}:")?;

@@ -51,7 +51,7 @@ async fn kept_labs_name_the_key_which_goes_with_the_lab() {
     assert!(key.is_absolute());
     assert_eq!(lab.access[0], format!("a: the key of root is {}", key.display()));
     assert_eq!((lab.logins[0].vm.as_str(), lab.logins[0].username.as_str()), ("a", "root"));
-    assert_eq!(backend.kept_labs().await.unwrap(), [lab.clone()], "another process reads the same");
+    assert_eq!(backend.kept_labs().await.unwrap(), std::slice::from_ref(&lab), "others read the same");
     let shown = format!("{failure:?}");
     assert!(
         shown.contains(&format!("kept for inspection as lab {}:\n    a: the key of root is", lab.id)),
