@@ -25,8 +25,8 @@ pub(crate) struct Disk {
 /// Where the serial console goes.
 #[derive(Debug)]
 pub(crate) enum Serial {
-    /// A socket, and a file with all that was written.
-    Socket { socket: PathBuf, log: PathBuf },
+    /// A socket. No log of libvirt's: without its log daemon, that grows for as long as the guest writes.
+    Socket(PathBuf),
     /// A terminal of libvirt's, for `virsh console`.
     Terminal,
 }
@@ -58,9 +58,8 @@ pub(crate) enum Tpm {
 
 pub(crate) fn write_serial(xml: &mut Xml, serial: &Serial) {
     match serial {
-        Serial::Socket { socket, log } => xml.element("serial", &[("type", "unix")], |xml| {
+        Serial::Socket(socket) => xml.element("serial", &[("type", "unix")], |xml| {
             xml.empty("source", &[("mode", "bind"), ("path", &text(socket))]);
-            xml.empty("log", &[("file", &text(log)), ("append", "off")]);
             xml.empty("target", &[("port", "0")]);
         }),
         Serial::Terminal => {

@@ -62,7 +62,7 @@ impl Domain<'_> {
     /// # Errors
     /// `InvalidInput` when the machine cannot be put together: too many disks on a bus, a path that libvirt cannot hold.
     pub(crate) fn xml(&self) -> Result<String> {
-        if let Serial::Socket { socket, .. } = &self.serial {
+        if let Serial::Socket(socket) = &self.serial {
             check_socket(socket)?;
         }
         if let Some(Tpm::At(socket)) = &self.tpm {

@@ -294,7 +294,7 @@ impl Lab for LibvirtLab {
 
     async fn keep(&self) -> Result<KeptLab> {
         let machines = self.machines().clone();
-        let access: Vec<String> = machines.iter().flat_map(|machine| machine.access()).collect();
+        let access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
         self.footing.ground.keep(&access).await?;
         for machine in &machines {
             machine.release();

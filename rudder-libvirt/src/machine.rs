@@ -1,5 +1,6 @@
 //! One VM in a lab: a domain of libvirt's, with its disks in the lab.
 
+mod consoles;
 mod launch;
 
 use self::launch::{Launched, Ways};
@@ -20,7 +21,7 @@ use rudder_core::{
     media::http::{Caller, is_of_process},
     module::{CapturedDisk, CapturedState},
 };
-use rudder_qemu::parts::{MachineState, board, card_arguments, connect_serial, tail};
+use rudder_qemu::parts::{MachineState, SerialConsole, board, card_arguments};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -58,6 +59,8 @@ struct Inner {
     state: MachineState,
     phase: watch::Sender<Phase>,
     running: Mutex<Option<Running>>,
+    /// The serial console of its last run.
+    console: Mutex<Option<Arc<SerialConsole>>>,
     /// Held for reading while a disk is captured, for writing while the machine is started.
     disks: Arc<RwLock<()>>,
 }
@@ -83,6 +86,7 @@ impl LibvirtMachine {
             state: MachineState::prepare(&footing.ground, spec, number).await?,
             phase: watch::Sender::new(Phase::Defined),
             running: Mutex::default(),
+            console: Mutex::default(),
             disks: Arc::default(),
         };
         let seed = spec.seed.as_ref().map(|seed| ("seed.img", &seed.image));
@@ -129,11 +133,19 @@ impl LibvirtMachine {
         found.is_ok_and(|found| found.contains(&Some(address)))
     }
 
-    /// Lets its TPM outlive this process, as its domain does.
+    /// Lets its TPM outlive this process, as its domain does, and frees its serial console.
     pub(crate) fn release(&self) {
+        if let Some(console) = self.0.console() {
+            console.let_go();
+        }
         if let Some(Running { released: Some(switch), .. }) = &*self.0.running() {
             switch.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// How people get in once the lab is kept: its console then belongs to whoever connects to QEMU.
+    pub(crate) fn kept_access(&self) -> Vec<String> {
+        self.0.access_by("serial")
     }
 
     /// Drops its watcher; for when nobody can wait.
@@ -188,10 +200,7 @@ impl Inner {
             cdroms: self.spec.cdroms.clone(),
             floppy: self.spec.floppy.as_ref().map(|_| ground.path(&self.file("floppy.img"))),
             seed: self.spec.seed.as_ref().map(|_| ground.path(&self.file("seed.img"))),
-            serial: Serial::Socket {
-                socket: ground.path(&self.file("serial")),
-                log: ground.path(&self.file("serial.log")),
-            },
+            serial: Serial::Socket(ground.path(&self.file("serial"))),
             cards,
             owner: self.footing.offer.owner(),
             lab: Some(ground.id()),
@@ -261,7 +270,7 @@ impl Inner {
 
     /// Says that it runs, and has it watched.
     fn run(&self, launched: Launched) {
-        let Launched { ways, process, tpm } = launched;
+        let Launched { ways, process, tpm, console } = launched;
         let released = tpm.as_ref().map(rudder_qemu::parts::Tpm::release_switch);
         let (orders, received) = mpsc::unbounded_channel();
         let watcher = Watcher {
@@ -271,8 +280,10 @@ impl Inner {
             orders: received,
             tpm,
             phase: self.phase.clone(),
+            console: Arc::clone(&console),
             picture: self.footing.ground.path(&self.file("screen.png")),
         };
+        *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(console);
         let mut running = self.running();
         self.phase.send_replace(Phase::Running);
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
@@ -406,20 +417,11 @@ impl Machine for LibvirtMachine {
     }
 
     async fn serial(&self) -> Result<BoxedStream> {
-        self.0.ways()?;
-        let ground = &self.0.footing.ground;
-        let (record, socket) =
-            (ground.path(&self.0.file("serial.log")), ground.socket(&self.0.file("serial")));
-        let runs = |phase: &Phase| *phase == Phase::Running;
-        connect_serial(record, socket, self.0.phase.subscribe(), runs).await.map_err(|error| {
-            self.0.error(ErrorKind::Protocol, "cannot connect to the serial console").with_source(error)
-        })
+        self.0.connect_console().await
     }
 
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
-        let path = self.0.footing.ground.path(&self.0.file("serial.log"));
-        let limit = u64::try_from(limit).unwrap_or(u64::MAX);
-        tail(&path, limit).await.map_err(|error| Error::io(format_args!("read {}", path.display()), error))
+        Ok(self.0.console().map(|console| console.tail(limit)).unwrap_or_default())
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {
@@ -441,20 +443,8 @@ impl Machine for LibvirtMachine {
     }
 
     fn access(&self) -> Vec<String> {
-        let Ok(ways) = self.0.ways() else { return Vec::new() };
-        let (name, domain, uri) = (&self.0.spec.name, &self.0.domain, self.0.footing.connection.uri());
-        let ports = self.0.spec.ports.iter();
-        let reached = ports.filter_map(|port| Some((port, ways.to(*port)?)));
-        let mut lines: Vec<String> = reached
-            .map(|(port, at)| {
-                let (host, way) = (at.ip(), at.port());
-                format!("{name}: port {port} of the guest: {at} (ssh -p {way} USER@{host})")
-            })
-            .collect();
-        let serial = self.0.footing.ground.path(&self.0.file("serial"));
-        lines.push(format!("{name}: display: virt-viewer --connect '{uri}' --attach {domain}"));
-        lines.push(format!("{name}: serial console: nc -U {}", serial.display()));
-        lines
+        let is_free = self.0.console().is_some_and(|console| console.is_let_go());
+        self.0.access_by(if is_free { "serial" } else { "console" })
     }
 
     async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {

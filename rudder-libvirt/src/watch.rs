@@ -17,8 +17,11 @@ use futures::{
     FutureExt as _,
     future::{BoxFuture, Fuse, FusedFuture as _},
 };
-use rudder_core::backend::{Death, Exit, Stop};
-use rudder_qemu::parts::Tpm;
+use rudder_core::{
+    backend::{Death, Exit, Stop},
+    store::replace_file,
+};
+use rudder_qemu::parts::{SerialConsole, Tpm, blocking};
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
@@ -38,6 +41,9 @@ const PRESS_AGAIN: Duration = Duration::from_secs(10);
 const TPM_LIMIT: Duration = Duration::from_millis(500);
 /// How long the last picture of a machine that failed may take.
 const PICTURE_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long what the guest wrote last may take to be recorded.
+const CONSOLE_LIMIT: Duration = Duration::from_millis(500);
 
 /// Where a machine is in its life.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +66,7 @@ pub(crate) struct Watcher {
     /// Its TPM.
     pub(crate) tpm: Option<Tpm>,
     pub(crate) phase: watch::Sender<Phase>,
+    pub(crate) console: Arc<SerialConsole>,
     /// Where a last picture of the screen goes.
     pub(crate) picture: PathBuf,
 }
@@ -78,6 +85,8 @@ impl Watcher {
         if let Some(tpm) = &mut self.tpm {
             tpm.finish().await;
         }
+        // What the guest wrote last is still on its way.
+        let _ = timeout(CONSOLE_LIMIT, self.console.finished()).await;
         self.phase.send_replace(Phase::Ended(exit));
     }
 
@@ -238,9 +247,9 @@ impl Watcher {
 
     async fn keep_picture(&self) {
         let taken = timeout(PICTURE_LIMIT, picture(&self.connection, &self.domain)).await;
-        if let Ok(Ok(bytes)) = taken
-            && let Err(error) = tokio::fs::write(&self.picture, bytes).await
-        {
+        let Ok(Ok(bytes)) = taken else { return };
+        let path = self.picture.clone();
+        if let Err(error) = blocking(move || replace_file(&path, &bytes)).await {
             tracing::debug!(%error, "cannot keep the last picture of a machine");
         }
     }

@@ -60,9 +60,11 @@ pub(crate) struct Files {
     pub(crate) qmp: String,
     /// Of the display's socket.
     pub(crate) display: String,
-    /// Of the serial console's socket.
+    /// Of the serial console's socket, which serves one client at a time.
     pub(crate) serial: String,
-    /// Of what the guest wrote on its serial console.
+    /// Of the socket on which people share the serial console.
+    pub(crate) console: String,
+    /// Of the end of what the guest wrote on its serial console.
     pub(crate) serial_log: String,
     /// Of what QEMU says.
     pub(crate) log: String,
@@ -92,6 +94,7 @@ impl Files {
             qmp: file("qmp"),
             display: file("vnc"),
             serial: file("serial"),
+            console: file("console"),
             serial_log: file("serial.log"),
             log: file("qemu.log"),
             seed: file("seed.img"),
@@ -211,10 +214,8 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     line.option("-mon", "chardev=qmp,mode=control");
     line.option(
         "-chardev",
-        format!(
-            "socket,id=serial,path={},server=on,wait=off,logfile={},logappend=off",
-            files.serial, files.serial_log
-        ),
+        // No log of QEMU's: it grows for as long as the guest writes.
+        format!("socket,id=serial,path={},server=on,wait=off", files.serial),
     );
     line.option("-serial", "chardev:serial");
     if extras.panic {

@@ -19,7 +19,7 @@ use rudder_core::{
     media::http::{Admission, Caller, Server},
     module::InputRecord,
     plan::{PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
-    store::{ImageFormat, LAB_VARIABLE, LabDir, Lease, Store},
+    store::{ImageFormat, LAB_VARIABLE, LabDir, Lease, Store, replace_file},
 };
 use std::{
     collections::BTreeMap,
@@ -246,8 +246,7 @@ impl Ground {
         let (dir, record) = (Arc::clone(&self.dir), serde_json::json!(access).to_string());
         blocking(move || {
             let path = dir.path().join(ACCESS_FILE);
-            std::fs::write(&path, record)
-                .map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
+            replace_file(&path, record.as_bytes())?;
             dir.mark_kept()
         })
         .await

@@ -116,7 +116,7 @@ impl Lab for QemuLab {
 
     async fn keep(&self) -> Result<KeptLab> {
         let machines = self.machines().clone();
-        let access: Vec<String> = machines.iter().flat_map(|machine| machine.access()).collect();
+        let access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
         self.ground.keep(&access).await?;
         self.kept.store(true, Ordering::Relaxed);
         for machine in &machines {

@@ -1,14 +1,16 @@
 //! One VM in a lab: a QEMU process while it runs, disks in the lab when it does not.
 
+mod consoles;
+
 use crate::{
     command_line::{self, Extras, Files},
     lab::Ground,
     process::{Invocation, Lifetime, OwnedChild, describe},
     qmp::{Note, Qmp},
-    serial,
+    serial::SerialConsole,
     state::{self, Flash, Parent},
     tpm,
-    watch::{Companion, Phase, Watcher, last_words, tail},
+    watch::{Companion, Phase, Watcher, last_words},
 };
 use async_trait::async_trait;
 use rudder_core::{
@@ -29,7 +31,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    net::{TcpStream, UnixStream},
+    net::TcpStream,
     sync::{RwLock, RwLockReadGuard, mpsc, watch},
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -50,6 +52,8 @@ pub(crate) struct QemuMachine {
     number: usize,
     phase: watch::Sender<Phase>,
     running: Mutex<Option<Running>>,
+    /// The serial console of its last run.
+    console: Mutex<Option<Arc<SerialConsole>>>,
     /// How many pictures of its screen were begun.
     pictures: AtomicUsize,
     /// Held for reading while a disk is captured, for writing while the machine is started.
@@ -104,8 +108,9 @@ impl QemuMachine {
         }
         let phase = watch::Sender::new(Phase::Defined);
         let spec = spec.clone();
-        let (running, pictures, disks) = (Mutex::new(None), AtomicUsize::new(0), RwLock::new(()));
-        Ok(Self { ground, spec, files, flash, arguments, number, phase, running, pictures, disks })
+        let (running, console) = (Mutex::new(None), Mutex::new(None));
+        let (pictures, disks) = (AtomicUsize::new(0), RwLock::new(()));
+        Ok(Self { ground, spec, files, flash, arguments, number, phase, running, console, pictures, disks })
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
@@ -142,6 +147,9 @@ impl QemuMachine {
                 switch.store(true, Ordering::Relaxed);
             }
         }
+        if let Some(console) = self.console() {
+            console.let_go();
+        }
     }
 
     /// Drops its watcher, which kills its process unless that was released; for when nobody can wait.
@@ -160,8 +168,8 @@ impl QemuMachine {
     }
 
     async fn launch(&self) -> Result<Launched> {
-        let Files { qmp, display, serial, picture, tpm_socket, .. } = &self.files;
-        for file in [qmp, display, serial, picture, tpm_socket] {
+        let Files { qmp, display, serial, console, picture, tpm_socket, .. } = &self.files;
+        for file in [qmp, display, serial, console, picture, tpm_socket] {
             match tokio::fs::remove_file(self.ground.path(file)).await {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::io(format_args!("remove {file} of the last run"), error));
@@ -200,17 +208,42 @@ impl QemuMachine {
                     ));
                 }
             }
+            // Before it runs: nothing of what it writes is missed.
+            let console = self.attach_console().await?;
             qmp.cont().await?;
-            Ok((qmp, notes, forwards))
+            Ok((qmp, notes, forwards, console))
         };
         match tokio::time::timeout(LAUNCH_LIMIT, talk).await {
-            Ok(Ok((qmp, notes, forwards))) => Ok(Launched { child, tpm, qmp, notes, forwards }),
+            Ok(Ok((qmp, notes, forwards, console))) => {
+                Ok(Launched { child, tpm, qmp, notes, forwards, console })
+            }
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::new(
                 ErrorKind::LaunchFailed,
                 format!("expected QEMU to answer within {} s, but it did not", LAUNCH_LIMIT.as_secs()),
             )),
         }
+    }
+
+    /// How people get in once the lab is kept: its console then belongs to whoever connects to QEMU.
+    pub(crate) fn kept_access(&self) -> Vec<String> {
+        self.access_by(&self.files.serial)
+    }
+
+    /// How people get in, with the serial console on this socket.
+    fn access_by(&self, serial: &str) -> Vec<String> {
+        let Ok(forwards) = self.with_running(|running| running.forwards.clone()) else { return Vec::new() };
+        let name = &self.spec.name;
+        let mut lines: Vec<String> = forwards
+            .iter()
+            .map(|(host, guest)| {
+                format!("{name}: port {guest} of the guest: 127.0.0.1:{host} (ssh -p {host} USER@127.0.0.1)")
+            })
+            .collect();
+        let path = |file: &str| self.ground.path(file).display().to_string();
+        lines.push(format!("{name}: display: vncviewer {}", path(&self.files.display)));
+        lines.push(format!("{name}: serial console: nc -U {}", path(serial)));
+        lines
     }
 
     /// Starts its TPM, if it has one.
@@ -287,15 +320,6 @@ impl QemuMachine {
             self.error(ErrorKind::NotFound, format!("expected a disk of the machine, but found {name:?}"))
         })
     }
-
-    async fn open_socket(&self, file: &str, what: &str) -> Result<BoxedStream> {
-        self.with_running(|_| ())?;
-        let stream = UnixStream::connect(self.ground.socket(file)).await;
-        let stream = stream.map_err(|error| {
-            self.error(ErrorKind::Protocol, format!("cannot connect to the {what}")).with_source(error)
-        })?;
-        Ok(Box::new(stream))
-    }
 }
 
 struct Launched {
@@ -304,6 +328,7 @@ struct Launched {
     qmp: Qmp,
     notes: mpsc::UnboundedReceiver<Note>,
     forwards: Vec<(u16, u16)>,
+    console: Arc<SerialConsole>,
 }
 
 /// Puts a machine back where it was when starting it did not work out.
@@ -346,10 +371,11 @@ impl Machine for QemuMachine {
         }
         let mut starting = Starting { phase: &self.phase, before };
         let launched = self.launch().await.map_err(|error| error.with_context("vm", &self.spec.name))?;
-        let Launched { child, tpm, qmp, notes, forwards } = launched;
+        let Launched { child, tpm, qmp, notes, forwards, console } = launched;
         let (orders, received) = mpsc::unbounded_channel();
         let children = std::iter::once(&child).chain(tpm.iter().map(|tpm| &tpm.child));
         let (pid, released) = (child.pid(), children.map(OwnedChild::release_switch).collect());
+        *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&console));
         starting.before = None;
         self.phase.send_replace(Phase::Running);
         let watcher = Watcher {
@@ -360,7 +386,8 @@ impl Machine for QemuMachine {
             orders: received,
             phase: self.phase.clone(),
             log: self.ground.path(&self.files.log),
-            picture: self.files.picture.clone(),
+            console,
+            picture: self.ground.path(&self.files.picture),
         };
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
         *self.running() = Some(Running { pid, qmp, orders, released, forwards, _watcher: watcher });
@@ -416,39 +443,15 @@ impl Machine for QemuMachine {
     }
 
     async fn serial(&self) -> Result<BoxedStream> {
-        self.with_running(|_| ())?;
-        let (record, socket) =
-            (self.ground.path(&self.files.serial_log), self.ground.socket(&self.files.serial));
-        let runs = |phase: &Phase| *phase == Phase::Running;
-        serial::connect_serial(record, socket, self.phase.subscribe(), runs).await.map_err(|error| {
-            self.error(ErrorKind::Protocol, "cannot connect to the serial console").with_source(error)
-        })
+        self.connect_console().await
     }
 
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
-        let path = self.ground.path(&self.files.serial_log);
-        let limit = u64::try_from(limit).unwrap_or(u64::MAX);
-        tail(&path, limit).await.map_err(|error| Error::io(format_args!("read {}", path.display()), error))
+        Ok(self.console().map(|console| console.tail(limit)).unwrap_or_default())
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {
-        let last = self.ground.path(&self.files.picture);
-        let failed = |error| Error::io(format_args!("read {}", last.display()), error);
-        match self.with_running(|running| running.qmp.clone()) {
-            Ok(qmp) => {
-                // Two may be taken at once: each is whole before it has the name of the last.
-                let number = self.pictures.fetch_add(1, Ordering::Relaxed);
-                let file = format!("{number}.{}", self.files.picture);
-                qmp.screendump(&file).await?;
-                let path = self.ground.path(&file);
-                let picture = tokio::fs::read(&path).await.map_err(failed)?;
-                tokio::fs::rename(&path, &last).await.map_err(failed)?;
-                Ok(picture)
-            }
-            // A machine that died in sight left a last picture.
-            Err(error) if !last.exists() => Err(error),
-            Err(_) => tokio::fs::read(&last).await.map_err(failed),
-        }
+        self.picture().await
     }
 
     fn reachable_at(&self, port: u16) -> Option<SocketAddr> {
@@ -458,18 +461,7 @@ impl Machine for QemuMachine {
     }
 
     fn access(&self) -> Vec<String> {
-        let Ok(forwards) = self.with_running(|running| running.forwards.clone()) else { return Vec::new() };
-        let name = &self.spec.name;
-        let mut lines: Vec<String> = forwards
-            .iter()
-            .map(|(host, guest)| {
-                format!("{name}: port {guest} of the guest: 127.0.0.1:{host} (ssh -p {host} USER@127.0.0.1)")
-            })
-            .collect();
-        let path = |file: &str| self.ground.path(file).display().to_string();
-        lines.push(format!("{name}: display: vncviewer {}", path(&self.files.display)));
-        lines.push(format!("{name}: serial console: nc -U {}", path(&self.files.serial)));
-        lines
+        self.access_by(self.console_socket())
     }
 
     async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {

@@ -10,6 +10,5 @@ pub use crate::{
     host::{Host, Programs, diagnose},
     machine_state::{Loader, MachineState, Tpm, board, loader},
     qmp::read_forwards,
-    serial::connect_serial,
-    watch::tail,
+    serial::{SerialConsole, SerialPaths},
 };

@@ -11,11 +11,13 @@
 use crate::{
     process::{OwnedChild, describe},
     qmp::{Note, Qmp},
+    serial::SerialConsole,
 };
 use rudder_core::backend::{Death, Exit, Stop};
 use std::{
     path::{Path, PathBuf},
     process::ExitStatus,
+    sync::Arc,
     time::Duration,
 };
 use tokio::{
@@ -77,8 +79,9 @@ pub(crate) struct Watcher {
     pub(crate) phase: watch::Sender<Phase>,
     /// Where QEMU's messages go.
     pub(crate) log: PathBuf,
-    /// Where a last picture of the screen goes, relative to QEMU's directory.
-    pub(crate) picture: String,
+    pub(crate) console: Arc<SerialConsole>,
+    /// Where a last picture of the screen goes.
+    pub(crate) picture: PathBuf,
 }
 
 /// A guest that was asked to end.
@@ -103,7 +106,7 @@ impl Watcher {
                 status = self.child.wait() => break status,
                 note = self.notes.recv(), if !seen.hung_up => match note {
                     Some(note) => if seen.hear(note) {
-                        let _ = timeout(PICTURE_LIMIT, self.qmp.screendump(&self.picture)).await;
+                        self.take_last_picture().await;
                         self.child.kill();
                     },
                     // It has just ended, or is out of control.
@@ -156,7 +159,8 @@ impl Watcher {
                 let _ = timeout(QUIT_LIMIT, tpm.child.wait()).await;
             }
         }
-        // The last words are still on their way.
+        // What the guest wrote last is still on its way, and so are the last events.
+        let _ = timeout(HANG_UP_LIMIT, self.console.finished()).await;
         while let Ok(Some(note)) = timeout(HANG_UP_LIMIT, self.notes.recv()).await {
             seen.hear(note);
         }
@@ -167,6 +171,19 @@ impl Watcher {
         let exit = verdict(&seen, &ended, &last_words(&self.log).await);
         self.phase.send_replace(Phase::Ended(exit.clone()));
         exit
+    }
+
+    /// Takes a picture of a machine that failed. One that is cut short by the end of QEMU is not taken for a picture.
+    async fn take_last_picture(&self) {
+        let Some(name) = self.picture.file_name().and_then(|name| name.to_str()) else { return };
+        // Relative to QEMU's directory, which is the lab's.
+        let begun = format!("last.{name}");
+        if let Ok(Ok(())) = timeout(PICTURE_LIMIT, self.qmp.screendump(&begun)).await {
+            let renamed = tokio::fs::rename(self.picture.with_file_name(&begun), &self.picture).await;
+            if let Err(error) = renamed {
+                tracing::debug!(%error, "cannot keep the last picture of a machine");
+            }
+        }
     }
 
     /// Asks QEMU to end, which writes what it holds in memory; says when to kill it if it does not.
@@ -272,7 +289,7 @@ pub(crate) async fn last_words(log: &Path) -> String {
 ///
 /// # Errors
 /// File errors.
-pub async fn tail(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+pub(crate) async fn tail(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     use tokio::io::{AsyncReadExt, AsyncSeekExt};
     let mut file = match tokio::fs::File::open(path).await {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -8,9 +8,11 @@
 //! - **Text** of a manifest reaches the hypervisor escaped, never as part of a command line.
 
 mod kept;
+mod serial_ring;
 mod types;
 
 pub use kept::{KeptLab, KeptLogin};
+pub use serial_ring::SerialRing;
 pub use types::*;
 
 use crate::{

@@ -6,9 +6,10 @@ use crate::{
     capability::{Capabilities, Capability},
     console::{Console, text},
     event::FailureReport,
+    store::replace_file,
 };
 use futures::FutureExt as _;
-use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout, timeout_at};
 
 /// How long a dying machine may take to give all evidence together. The failure is known to readers of events by then.
@@ -73,10 +74,8 @@ pub(super) async fn save(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir)?;
         }
-        let mut options = std::fs::OpenOptions::new();
-        options.write(true).create(true).truncate(true);
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        options.open(&path)?.write_all(&bytes)
+        // Somebody may be looking at the one that an earlier build left there.
+        replace_file(&path, &bytes).map_err(std::io::Error::other)
     };
     tokio::task::spawn_blocking(write).await.map_err(std::io::Error::other)?
 }

@@ -17,6 +17,7 @@ use crate::{
     media::http::{self, Admission, Server},
     module::{InputRecord, Module},
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
+    store::replace_file,
 };
 use async_trait::async_trait;
 use std::{
@@ -324,9 +325,10 @@ impl Lab for MemoryLab {
             source.contents.unwrap_or_else(|| format!("invented for {}\n", shown(&url.url)).into_bytes());
         let path = self.core.scratch()?.join(Digest::of(url.url.as_str().as_bytes()).to_string());
         let size = bytes.len() as u64;
-        tokio::fs::write(&path, bytes)
-            .await
-            .map_err(|error| Error::io(format!("write {}", path.display()), error))?;
+        // Others may be reading what an earlier request of the same URL brought.
+        let target = path.clone();
+        let written = tokio::task::spawn_blocking(move || replace_file(&target, &bytes)).await;
+        written.map_err(|error| Error::new(ErrorKind::Internal, "a task panicked").with_source(error))??;
         let input = InputRecord { role: "file".into(), url: shown(&url.url), size, sha256 };
         Ok(Fetched { path, input })
     }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, Stop},
+    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, SerialRing, Stop},
     capability::Capability,
     digest::Digest,
     module::{CapturedDisk, CapturedState},
@@ -63,10 +63,10 @@ pub(super) struct Boot {
     pub(super) host_key: Arc<PrivateKey>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     boot: Option<Boot>,
-    serial: Vec<u8>,
+    serial: SerialRing,
 }
 
 /// What the handles of a machine share.
@@ -92,7 +92,7 @@ impl MachineCore {
             host_key: Arc::new(new_host_key()?),
             life: watch::Sender::new(Life::NeverStarted),
             serial_changed: watch::Sender::new(()),
-            state: Mutex::default(),
+            state: Mutex::new(State { boot: None, serial: SerialRing::new(SERIAL_LIMIT) }),
         })
     }
 
@@ -121,7 +121,7 @@ impl MachineCore {
         let mut state = self.state();
         let Some(boot) = state.boot.take() else { return };
         if let Exit::Died { cause: Death::GuestPanic, .. } = exit {
-            write_serial(&mut state.serial, b"Kernel panic - not syncing\n");
+            state.serial.push(b"Kernel panic - not syncing\n");
         }
         boot.power.cancel();
         self.unplug();
@@ -133,7 +133,7 @@ impl MachineCore {
     pub(super) fn say(&self, bytes: &[u8]) {
         let mut state = self.state();
         if state.boot.is_some() {
-            write_serial(&mut state.serial, bytes);
+            state.serial.push(bytes);
         }
         drop(state);
         self.serial_changed.send_replace(());
@@ -184,8 +184,8 @@ impl MachineCore {
         let terminal = Arc::new(Terminal::new(guest.clone()));
         self.shared.script().terminals.insert(self.spec.name.clone(), terminal.clone());
         let boot = self.new_boot(guest, terminal, &power)?;
-        state.serial.clear();
-        write_serial(&mut state.serial, &boot.guest.serial);
+        state.serial = SerialRing::new(SERIAL_LIMIT);
+        state.serial.push(&boot.guest.serial);
         let dies = boot.guest.dies_in_boot;
         let files = boot.guest.files.clone();
         state.boot = Some(boot);
@@ -245,7 +245,7 @@ impl MachineCore {
                 Ok(new) => {
                     let mut state = machine.state();
                     if state.boot.as_ref().is_some_and(|boot| boot.id == old.id) {
-                        write_serial(&mut state.serial, &new.guest.serial);
+                        state.serial.push(&new.guest.serial);
                         state.boot = Some(new);
                     }
                     drop(state);
@@ -284,12 +284,6 @@ impl MachineCore {
 fn new_host_key() -> Result<PrivateKey> {
     PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)
         .map_err(|error| Error::new(ErrorKind::Internal, "cannot make a host key").with_source(error))
-}
-
-fn write_serial(serial: &mut Vec<u8>, bytes: &[u8]) {
-    serial.extend_from_slice(bytes);
-    let over = serial.len().saturating_sub(SERIAL_LIMIT);
-    serial.drain(..over);
 }
 
 /// A machine of a [`MemoryBackend`](super::MemoryBackend).
@@ -383,10 +377,14 @@ impl Machine for MemoryMachine {
         tokio::spawn(async move {
             let _connection = connection;
             let mut changed = core.serial_changed.subscribe();
-            let mut sent = 0;
+            let mut position = 0;
             loop {
-                let fresh = core.state().serial.get(sent..).unwrap_or_default().to_vec();
-                sent += fresh.len();
+                let fresh = {
+                    let state = core.state();
+                    let fresh = state.serial.since(position);
+                    position = state.serial.end();
+                    fresh
+                };
                 let gone = boot.power.is_cancelled();
                 let write = async { far.write_all(&fresh).await.is_err() || far.flush().await.is_err() };
                 if write.await || gone {
@@ -407,9 +405,7 @@ impl Machine for MemoryMachine {
     }
 
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
-        let state = self.core.state();
-        let from = state.serial.len().saturating_sub(limit);
-        Ok(state.serial[from..].to_vec())
+        Ok(self.core.state().serial.tail(limit))
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {

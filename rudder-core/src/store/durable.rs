@@ -101,6 +101,21 @@ pub(super) fn sync_dir(path: &Path) -> Result<()> {
         .map_err(|error| io_error("synchronise directory", path, error))
 }
 
+/// Replaces a file, or makes it, readable by its owner only: whoever reads it, or has it open, sees all of the old content or
+/// all of the new. Unlike the store's own records it need not survive a power failure.
+///
+/// # Errors
+/// `HostDiskFull`; file errors.
+pub fn replace_file(path: &Path, content: &[u8]) -> Result<()> {
+    let replace = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(parent(path))?;
+        file.write_all(content)?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    };
+    replace().map_err(|error| io_error("write", path, error))
+}
+
 /// Writes a file so that a reader sees the old content or the new, whatever happens.
 pub(super) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     let dir = parent(path);
@@ -214,6 +229,24 @@ pub(super) fn human(bytes: u64) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_reader_of_a_file_that_is_replaced_sees_one_content() {
+        use std::io::Read as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        replace_file(&path, b"the old content").unwrap();
+        let mut open = File::open(&path).unwrap();
+        let mut begun = [0; 4];
+        open.read_exact(&mut begun).unwrap();
+        replace_file(&path, b"new").unwrap();
+        let mut rest = String::new();
+        open.read_to_string(&mut rest).unwrap();
+        assert_eq!((&begun, rest.as_str()), (b"the ", "old content"));
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
 
     #[test]
     fn a_written_file_replaces_the_old_one_and_leaves_nothing_beside_it() {

@@ -44,6 +44,7 @@ mod versions;
 
 pub use self::{
     collect::CollectPolicy,
+    durable::replace_file,
     format::ImageFormat,
     identity::DirectoryIdentity,
     lab::{LAB_VARIABLE, LabDir},

@@ -6,10 +6,11 @@ use crate::{
     process::{self, Found},
 };
 use rudder_core::{Error, ErrorKind, Result, backend::Retention};
-use rudder_qemu::parts::{Tpm, read_forwards};
+use rudder_qemu::parts::{SerialConsole, Tpm, read_forwards};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 use tokio::time::{Instant, sleep, timeout_at};
@@ -25,6 +26,7 @@ pub(super) struct Launched {
     pub(super) ways: Ways,
     pub(super) process: Option<Found>,
     pub(super) tpm: Option<Tpm>,
+    pub(super) console: Arc<SerialConsole>,
 }
 
 /// The ways to the ports of a guest.
@@ -53,7 +55,7 @@ impl Inner {
     pub(super) async fn launch(&self) -> Result<Launched> {
         self.await_rest().await?;
         let connection = &self.footing.connection;
-        for suffix in ["serial", "screen.png"] {
+        for suffix in ["serial", "console", "screen.png"] {
             let path = self.footing.ground.path(&self.file(suffix));
             match tokio::fs::remove_file(&path).await {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -62,30 +64,38 @@ impl Inner {
                 _ => {}
             }
         }
-        // Ours, whoever writes it: a libvirt of the system may run as somebody else.
-        let log = self.footing.ground.path(&self.file("serial.log"));
-        let made = tokio::fs::File::create(&log).await;
-        made.map_err(|error| Error::io(format_args!("create {}", log.display()), error))?;
         let flags = match self.footing.ground.retention() {
             Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
             Retention::MayBeKept => 0,
         };
         let tpm = self.state.start_tpm().await?;
         let name = self.domain.clone();
+        // Paused until its serial console is recorded: nothing of what it writes is missed.
+        let flags = flags | sys::VIR_DOMAIN_START_PAUSED;
         let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
         let started = connection.order(start).await;
         started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
         let process = process::find(self.domain.clone(), self.footing.ground.id().clone()).await;
-        if self.footing.bridges().is_some() {
-            return Ok(Launched { ways: Ways::Bridged(None), process, tpm });
-        }
-        let forwards = self.read_forwards().await.map(Ways::Forwarded);
-        if forwards.is_err() {
+        let rest = async {
+            let ways = match self.footing.bridges() {
+                Some(_) => Ways::Bridged(None),
+                None => Ways::Forwarded(self.read_forwards().await?),
+            };
+            let console = self.attach_console().await?;
             let name = self.domain.clone();
-            // What failed is told; this only tidies up, and the end of the lab does so again.
-            let _ = connection.order(move |connect| domain(connect, &name)?.destroy()).await;
+            let resumed = connection.order(move |connect| domain(connect, &name)?.resume().map(drop)).await;
+            resumed.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
+            Ok((ways, console))
+        };
+        match rest.await {
+            Ok((ways, console)) => Ok(Launched { ways, process, tpm, console }),
+            Err(error) => {
+                let name = self.domain.clone();
+                // What failed is told; this only tidies up, and the end of the lab does so again.
+                let _ = connection.order(move |connect| domain(connect, &name)?.destroy()).await;
+                Err(error)
+            }
         }
-        Ok(Launched { ways: forwards?, process, tpm })
     }
 
     /// Waits until libvirt has let go of the last run: its end may have been told before libvirt was done with it.

@@ -102,7 +102,7 @@ fn an_ordinary_machine() {
 -device VGA,bus=pci.0,addr=02.0
 -chardev socket,id=qmp,path=m0.qmp,server=on,wait=off
 -mon chardev=qmp,mode=control
--chardev socket,id=serial,path=m0.serial,server=on,wait=off,logfile=m0.serial.log,logappend=off
+-chardev socket,id=serial,path=m0.serial,server=on,wait=off
 -serial chardev:serial
 -device pvpanic
 -object rng-random,id=rng,filename=/dev/urandom

@@ -1,0 +1,77 @@
+//! What a guest wrote on its serial console, in files of bounded size: one that grows, and the one before it.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+use tokio::{
+    fs::{self, File},
+    io::AsyncWriteExt,
+};
+
+/// A record that keeps at least the last `kept` bytes and takes at most twice as many.
+#[derive(Debug)]
+pub(super) struct Record {
+    path: PathBuf,
+    older: PathBuf,
+    kept: u64,
+    size: u64,
+    /// `None` once it could not be written: the console goes on without.
+    file: Option<File>,
+}
+
+impl Record {
+    /// A new record; those that are there are removed.
+    pub(super) async fn create(path: PathBuf, kept: u64) -> io::Result<Self> {
+        let mut older = path.clone().into_os_string();
+        older.push(".0");
+        let older = PathBuf::from(older);
+        remove(&older).await?;
+        let file = Some(new_file(&path).await?);
+        Ok(Self { path, older, kept, size: 0, file })
+    }
+
+    /// Appends what was written.
+    pub(super) async fn append(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let room = usize::try_from(self.kept - self.size).unwrap_or(usize::MAX);
+            let (now, rest) = bytes.split_at(bytes.len().min(room));
+            if let Err(error) = self.try_append(now).await {
+                let path = self.path.display();
+                tracing::warn!(%error, %path, "a serial console is not recorded any more");
+                self.file = None;
+            }
+            if self.file.is_none() {
+                return;
+            }
+            bytes = rest;
+        }
+    }
+
+    async fn try_append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(file) = &mut self.file {
+            file.write_all(bytes).await?;
+            // Until then it is on its way, in a buffer of this process.
+            file.flush().await?;
+            self.size += bytes.len() as u64;
+        }
+        if self.size >= self.kept {
+            fs::rename(&self.path, &self.older).await?;
+            self.file = Some(new_file(&self.path).await?);
+            self.size = 0;
+        }
+        Ok(())
+    }
+}
+
+async fn new_file(path: &Path) -> io::Result<File> {
+    remove(path).await?;
+    fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).await
+}
+
+async fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path).await {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
