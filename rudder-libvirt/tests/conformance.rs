@@ -46,6 +46,12 @@ impl LibvirtAdapter {
         Ok(LibvirtBackend::builder(store).uri(&self.uri).accelerator(Accelerator::Tcg).build())
     }
 
+    /// The QEMU of a machine.
+    fn process(&self, lab: &LabId, machine: &str) -> Option<i32> {
+        let name = format!("guest=rudder.{lab}.{machine},");
+        qemus_of(&self.store).into_iter().find(|pid| command_line(*pid).contains(&name))
+    }
+
     /// A list of virsh's.
     fn list(&self, args: &[&str]) -> Vec<String> {
         let output = Command::new("virsh").args(["-c", &self.uri]).args(args).stdin(Stdio::null()).output();
@@ -100,10 +106,12 @@ impl Adapter for LibvirtAdapter {
         Ok(traces)
     }
 
+    async fn is_running(&self, lab: &LabId, machine: &str) -> Result<bool> {
+        Ok(self.process(lab, machine).is_some())
+    }
+
     async fn kill(&self, lab: &LabId, machine: &str) -> Result<()> {
-        let name = format!("guest=rudder.{lab}.{machine},");
-        let pid = qemus_of(&self.store).into_iter().find(|pid| command_line(*pid).contains(&name));
-        let pid = pid.and_then(Pid::from_raw).ok_or_else(|| {
+        let pid = self.process(lab, machine).and_then(Pid::from_raw).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("expected a process of {lab}/{machine}, but found none"))
         })?;
         kill_process(pid, Signal::KILL).map_err(|error| Error::io("kill QEMU", error.into()))

@@ -36,6 +36,12 @@ impl QemuAdapter {
     fn open(&self) -> Result<QemuBackend> {
         Ok(QemuBackend::builder(Store::open(&self.store)?).accelerator(Accelerator::Tcg).build())
     }
+
+    /// The QEMU of a machine.
+    fn process(&self, lab: &LabId, machine: &str) -> Option<i32> {
+        let name = format!("{lab}/{machine},");
+        processes_below(&self.store).into_iter().find(|pid| command_line(*pid).contains(&name))
+    }
 }
 
 /// The tiny guest, made by `make guests`.
@@ -72,10 +78,12 @@ impl Adapter for QemuAdapter {
         Ok(traces)
     }
 
+    async fn is_running(&self, lab: &LabId, machine: &str) -> Result<bool> {
+        Ok(self.process(lab, machine).is_some())
+    }
+
     async fn kill(&self, lab: &LabId, machine: &str) -> Result<()> {
-        let name = format!("{lab}/{machine},");
-        let pid = processes_below(&self.store).into_iter().find(|pid| command_line(*pid).contains(&name));
-        let pid = pid.and_then(Pid::from_raw).ok_or_else(|| {
+        let pid = self.process(lab, machine).and_then(Pid::from_raw).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("expected a process of {lab}/{machine}, but found none"))
         })?;
         kill_process(pid, Signal::KILL).map_err(|error| Error::io("kill QEMU", error.into()))

@@ -1,11 +1,28 @@
 //! The contract: what a hypervisor must give. A backend gives streams and disks; the core does the talking.
 //!
 //! # Contract
+//! The conformance suite (`rudder_core::testing`) asks for what is written here and in the documentation of each method, and for
+//! nothing else.
+//!
 //! - **Cancel safety.** Dropping the future of any method leaves only what [`Lab::destroy`] or [`Backend::reap`] removes.
 //! - **Ownership.** Everything a backend makes carries the id of its lab and of its owner (the process), so that `reap`
 //!   finds what dead owners left, and never touches what living ones use.
-//! - **Errors** say what a person can do; a machine's death is reported by [`Machine::wait`], not by timeouts.
-//! - **Text** of a manifest reaches the hypervisor escaped, never as part of a command line.
+//! - **Errors** say what a person can do; a machine's death is reported by [`Machine::wait`], not by timeouts. Their kinds are
+//!   part of the contract:
+//!
+//!   | kind | of what |
+//!   |---|---|
+//!   | `Conflict` | what cannot be done in this state: an id or a name that is taken, a machine that runs or does not, a module or a lab in use, a lab that was destroyed |
+//!   | `NotFound` | a module, lab, VM or disk that does not exist |
+//!   | `InvalidInput` | what can never be done: a name that the backend cannot hold, a port that the machine was not made with, a lab that was not opened to be kept |
+//!   | `Unsupported` | what the backend does not claim among its capabilities |
+//!   | `GuestUnreachable` | a guest that cannot be reached yet; the caller tries again |
+//! - **Time.** Every end of a machine, whoever brought it about, is reported within [`END_TOLD_WITHIN`].
+//! - **Progress** of one call: what is done of a task never decreases and never exceeds its total, the total never changes once it
+//!   is known, and the last that is reported of each task is that all of it is done.
+//! - **Names** and other text of a manifest reach the hypervisor escaped, never as part of a command line. Two names that
+//!   differ stay two, also when they are 63 characters long and differ in the last one only. A name that the backend cannot
+//!   hold is `InvalidInput`; it is never changed.
 
 mod kept;
 mod serial_ring;
@@ -24,7 +41,16 @@ use async_trait::async_trait;
 use std::{fmt::Debug, path::PathBuf, sync::Arc, time::Duration};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// A stream of bytes in both directions.
+/// How long after a machine has ended [`Machine::wait`] must have returned: after its guest powered off, after
+/// [`Machine::stop`] killed it, after what runs it died.
+pub const END_TOLD_WITHIN: Duration = Duration::from_secs(2);
+
+/// How much of the end of a serial console is kept at least, in bytes. A backend also bounds what it keeps, in memory and on disk,
+/// whatever the guest writes and however fast.
+pub const SERIAL_KEPT: usize = 64 << 10;
+
+/// A stream of bytes in both directions. Either side may end its own half and go on reading: what the other side sends after that
+/// arrives.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
@@ -41,13 +67,14 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// What it can do. Constant for the life of the value; what depends on the host is found when it is made.
     fn capabilities(&self) -> &Capabilities;
 
-    /// What is here, what is missing, and how to mend it. Starts nothing; may be repeated.
+    /// What exists on this host, what is missing, and how to fix it: at least one finding. Starts nothing; may be repeated.
     async fn diagnose(&self) -> Result<HostReport>;
 
     /// Opens the isolated place of one build or one clone. Also reaps what dead owners left, where that is cheap.
     ///
     /// # Errors
-    /// `HostMissing` when something the lab needs is not here; nothing is left behind then.
+    /// `HostMissing` when something the lab needs is missing; `Conflict` when the id is that of a lab that exists, also one
+    /// that was kept. Nothing is left behind then.
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>>;
 
     /// All modules that can be used, in the order of their names. May be repeated.
@@ -59,7 +86,10 @@ pub trait Backend: Debug + Send + Sync + 'static {
         Ok(Vec::new())
     }
 
-    /// Removes a module, all of it. Removing one that is not there is `NotFound`; one that a living lab builds on is `Conflict`.
+    /// Removes a module and all its files.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none of this name; `Conflict` when a living lab builds on it.
     async fn remove_module(&self, name: &str) -> Result<()>;
 
     /// The labs that were [kept](Lab::keep) for inspection and not yet removed. May be repeated.
@@ -73,8 +103,10 @@ pub trait Backend: Debug + Send + Sync + 'static {
         Err(Error::new(ErrorKind::Unsupported, message).with_help("use the command lines of `access`"))
     }
 
-    /// Removes a lab that was kept, all of it. One that is not there is `NotFound`; one that a living owner works in is
-    /// `Conflict`.
+    /// Removes a lab that was kept, all of it.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such lab; `Conflict` when a living owner works in it.
     async fn remove_lab(&self, id: &LabId) -> Result<()>;
 
     /// Removes what dead owners left behind, except labs that were kept: processes, files, networks, objects. Never
@@ -89,10 +121,10 @@ pub trait Backend: Debug + Send + Sync + 'static {
 /// The isolated place of one build or one clone: its networks, volumes and machines.
 #[async_trait]
 pub trait Lab: Debug + Send + Sync {
-    /// Its id, unique among all labs of the backend.
+    /// Its id: that of the [`LabSpec`] it was opened with. Unique among all labs of the backend.
     fn id(&self) -> &LabId;
 
-    /// Versions that belong into the provenance: `qemu` → `7.2.22`…
+    /// Versions that belong into the provenance: `qemu` → `7.2.22`… At least one: the hypervisor's own.
     fn versions(&self) -> std::collections::BTreeMap<String, String>;
 
     /// Brings a source into the lab: as a volume that a machine may write to, without changing what it came from.
@@ -101,29 +133,44 @@ pub trait Lab: Debug + Send + Sync {
     /// May be repeated: each call makes a volume of its own.
     ///
     /// # Errors
-    /// `Download`, `NotFound`, `ChecksumMismatch`, `InvalidImage`, `HostDiskFull`, and `InvalidInput` when `request.size`
-    /// is smaller than the image.
+    /// `Download`, `NotFound` (also of a module of another digest, and of a VM or a disk that a module does not have),
+    /// `ChecksumMismatch`, `InvalidImage`, `HostDiskFull`, and `InvalidInput` when `request.size` is smaller than the image or
+    /// a blank disk has none.
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported>;
 
     /// Brings the bytes of a URL (a file of the manifest, an ISO) to the host: verified, cached, as a path that may be read
-    /// as long as the lab lives. Requests of the same URL, in this or another process, share one download.
+    /// as long as the lab lives. Requests of the same URL, in this or another process, share one download. A file that was fetched
+    /// is never written to while the lab lives: others may be reading it.
+    ///
+    /// # Errors
+    /// `Download`, `NotFound`, `ChecksumMismatch`, `HostDiskFull`.
     async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched>;
 
     /// Serves files over HTTP to the machines of the lab and to nobody else, until the returned value is dropped or the
-    /// lab is destroyed. Needs [`Capability::HttpDirectory`](crate::capability::Capability::HttpDirectory).
+    /// lab is destroyed, whichever comes first. No other process of the host is answered, on whatever address. Needs [`Capability::HttpDirectory`](crate::capability::Capability::HttpDirectory).
     ///
     /// A backend whose machines reach the host hands the site to the core's own server.
     async fn serve(&self, site: Site) -> Result<Served>;
 
-    /// Defines a machine, also several at once. Does not start it. Its name must be new in the lab: else `Conflict`.
+    /// Defines a machine with the processors, memory, disks and NICs of the specification, also several at once. Does not
+    /// start it.
+    ///
+    /// # Errors
+    /// `Conflict` when the lab has a machine of this name or was destroyed; `InvalidInput` when the machine cannot be made.
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>>;
 
-    /// Makes a module of captured disks, all or nothing: whoever looks sees the old module of that name or the new one,
-    /// never a part. The disks belong to the module afterwards.
+    /// Makes a module of captured disks, all or nothing: readers see either the old module of that name or the new one, never
+    /// a partial one, and the old one stays when this fails. The disks belong to the module afterwards.
+    ///
+    /// # Errors
+    /// An error, whatever its kind but `Internal`, when a disk or state was not captured in this lab.
     async fn publish(&self, draft: ModuleDraft) -> Result<Module>;
 
-    /// Lets the lab outlive its owner, for inspection: its machines keep running if they run. Says how to get in and how
-    /// to remove it.
+    /// Lets the lab outlive its owner, for inspection: its machines keep running if they run. Says how to get in: at least a line
+    /// where a machine runs. May be repeated.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the lab was not opened with [`Retention::MayBeKept`]; `Conflict` when it was destroyed.
     async fn keep(&self) -> Result<KeptLab>;
 
     /// The directory of the host that lives as long as the lab does, also when it is kept, and that only its owner can read:
@@ -143,34 +190,59 @@ pub trait Machine: Debug + Send + Sync {
     /// Its name in the lab.
     fn name(&self) -> &str;
 
-    /// Powers it on. Of a running machine: `Conflict`. After it ended, it may be started again.
+    /// Powers it on. After it ended, it may be started again.
     ///
     /// # Errors
-    /// `LaunchFailed`, with what the hypervisor said.
+    /// `Conflict` when it runs, or when its lab was destroyed; `LaunchFailed`, with what the hypervisor said.
     async fn start(&self) -> Result<()>;
 
-    /// Waits until it ends, and says why; of a machine that has ended, at once. Any number of callers. Reported
-    /// within two seconds. A machine that was never started: `Conflict`.
+    /// Waits until it ends, and says why; of a machine that has ended, at once. Any number of callers, all of whom are told the
+    /// same, within [`END_TOLD_WITHIN`].
+    ///
+    /// # Errors
+    /// `Conflict` when it was never started.
     async fn wait(&self) -> Result<Exit>;
 
-    /// Makes it end. Of a machine that has ended: its exit, at once.
+    /// Makes it end, and says how it ended, as [`wait`](Self::wait) does. Of a machine that has ended: its exit, at once. Several
+    /// may ask at once, in different ways.
+    ///
+    /// # Errors
+    /// `Conflict` when it was never started.
     async fn stop(&self, how: Stop) -> Result<Exit>;
 
-    /// Connects to a TCP port of the guest, one of [`MachineSpec::ports`]. Fails at once (`GuestUnreachable`) when nobody
-    /// listens where the hypervisor can tell, otherwise the stream ends early; the caller tries again.
+    /// Connects to a TCP port of the guest, one of [`MachineSpec::ports`]; never to a port of the host. Where nobody listens in
+    /// the guest, the stream ends early, unless the hypervisor can tell; the caller tries again. Streams end with the machine.
+    ///
+    /// # Errors
+    /// `GuestUnreachable`, at once, when nobody listens and the hypervisor can tell; `Conflict` when the machine does not run;
+    /// `InvalidInput` when the port is not one of [`MachineSpec::ports`].
     async fn dial(&self, port: u16) -> Result<BoxedStream>;
 
-    /// Connects to the display, speaking RFB (RFC 6143) without authentication. Needs [`Capability::Display`](crate::capability::Capability::Display).
+    /// Connects to the display, speaking RFB (RFC 6143) without authentication; any number at once. Needs
+    /// [`Capability::Display`](crate::capability::Capability::Display).
+    ///
+    /// # Errors
+    /// `Conflict` when the machine does not run; `Unsupported` when this is not claimed.
     async fn display(&self) -> Result<BoxedStream>;
 
-    /// Connects to the serial console. Needs [`Capability::Serial`](crate::capability::Capability::Serial).
+    /// Connects to the serial console; any number at once. Each gets everything that the guest writes from then on, at least;
+    /// what is typed reaches the guest. One that does not read loses the oldest of more than [`SERIAL_KEPT`] bytes, and holds up
+    /// neither the guest nor other readers. Needs [`Capability::Serial`](crate::capability::Capability::Serial).
+    ///
+    /// # Errors
+    /// `Conflict` when the machine does not run; `Unsupported` when this is not claimed.
     async fn serial(&self) -> Result<BoxedStream>;
 
-    /// The last bytes, at most `limit`, that the guest wrote on its serial console since it was powered on, also after it
-    /// ended. Empty where nothing is kept.
+    /// The last bytes, at most `limit`, that the guest wrote on its serial console since it was powered on last, also after it
+    /// ended. At least [`SERIAL_KEPT`] bytes are kept where [`Capability::Serial`](crate::capability::Capability::Serial) is
+    /// claimed; elsewhere this may be empty. Never an error of state.
     async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>>;
 
-    /// A picture of the screen, as PNG, also several at once. Of a machine that has ended: the last that there is of it, or `Conflict`. Needs [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
+    /// A picture of the screen, as PNG, also several at once. Of a machine that has ended: the last that exists of it. Needs
+    /// [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
+    ///
+    /// # Errors
+    /// `Conflict` when the machine does not run and there is no last picture; `Unsupported` when this is not claimed.
     async fn screenshot(&self) -> Result<Vec<u8>>;
 
     /// Where programs of the host reach a TCP port of the guest while it runs, also after its owner is gone; `None` where only
@@ -183,19 +255,27 @@ pub trait Machine: Debug + Send + Sync {
     /// How a person gets in while it runs: command lines and addresses, a line each.
     fn access(&self) -> Vec<String>;
 
-    /// Captures a disk of a machine that has ended: self-contained, compressed, verified against what the VM wrote.
-    /// It stays in the lab until [`Lab::publish`]. May be repeated; the last counts.
+    /// Captures a disk of a machine that has ended: self-contained, compressed, verified against what the VM wrote, which
+    /// includes everything that its guest synchronised before it was killed. It stays in the lab until [`Lab::publish`]. May be
+    /// repeated, also after the machine has run again: each time the disk as it is then, and the last counts. Tells its progress.
+    ///
+    /// # Errors
+    /// `Conflict` while the machine runs; `NotFound` when it has no such disk; `HostDiskFull`.
     async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk>;
 
-    /// Captures what a machine that has ended keeps outside its disks: firmware variables, the state of its TPM. What it
-    /// has none of is not in the list. Each stays in the lab until [`Lab::publish`]. May be repeated; the last counts.
+    /// Captures what a machine that does not run keeps outside its disks: firmware variables, the state of its TPM. What it
+    /// has none of is not in the list. Of one that has not run yet: what it starts with, which is that of
+    /// [`MachineSpec::state_of`], byte for byte. Each stays in the lab until [`Lab::publish`]. May be repeated; the last counts.
+    ///
+    /// # Errors
+    /// `Conflict` while the machine runs.
     async fn capture_state(&self) -> Result<Vec<CapturedState>>;
 }
 
 /// How a machine is made to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// Presses the power button, and waits; after the limit, kills. What happened is in the [`Exit`].
+    /// Presses the power button, and waits; after the limit, and not before, kills. What happened is in the [`Exit`].
     Graceful {
         /// How long the guest may take.
         limit: Duration,

@@ -80,6 +80,12 @@ impl Terminal {
         self.changed.send_replace(());
     }
 
+    /// Shows lines below those that are there.
+    pub(super) fn show(&self, text: &str) {
+        self.state().screen.extend(text.lines().map(str::to_owned));
+        self.changed.send_replace(());
+    }
+
     pub(super) fn typed(&self) -> Typed {
         self.state().typed.clone()
     }

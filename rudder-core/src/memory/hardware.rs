@@ -9,6 +9,11 @@ use std::{fs::File, io::Read as _, path::Path, sync::PoisonError};
 const CONSOLE: &str = "/dev/ttyS0";
 /// The disks and their sizes, as proc(5) has them.
 const PARTITIONS: &str = "/proc/partitions";
+/// The screen: what is written there is shown on it.
+const SCREEN: &str = "/dev/tty1";
+/// The processors and the memory, as proc(5) has them.
+const PROCESSORS: &str = "/proc/cpuinfo";
+const MEMORY: &str = "/proc/meminfo";
 /// A line for each card: its hardware address, and its place.
 const CARDS: &str = "/run/cards";
 /// Where the content of a disk stands in the files of its volume, when it is not the boot disk.
@@ -34,6 +39,14 @@ fn cards(spec: &MachineSpec) -> String {
     spec.nics.iter().map(|nic| format!("{} slot{}\n", nic.mac, nic.slot)).collect()
 }
 
+fn processors(spec: &MachineSpec) -> String {
+    (0..spec.cpus).map(|number| format!("processor\t: {number}\nmodel name\t: memory\n\n")).collect()
+}
+
+fn memory(spec: &MachineSpec) -> String {
+    format!("MemTotal:       {} kB\n", spec.memory >> 10)
+}
+
 fn medium(path: &Path) -> Vec<u8> {
     let mut bytes = Vec::new();
     // A medium that cannot be read is an empty one.
@@ -47,6 +60,9 @@ impl MachineCore {
         let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
         let mut files = vec![
             (CONSOLE.to_owned(), Vec::new()),
+            (SCREEN.to_owned(), Vec::new()),
+            (PROCESSORS.to_owned(), processors(&self.spec).into_bytes()),
+            (MEMORY.to_owned(), memory(&self.spec).into_bytes()),
             (PARTITIONS.to_owned(), partitions(&self.spec).into_bytes()),
             (CARDS.to_owned(), cards(&self.spec).into_bytes()),
         ];
@@ -80,7 +96,7 @@ impl MachineCore {
                 remove(files, &device(index));
             }
             let discs = (0..self.spec.cdroms.len()).map(|index| format!("/dev/sr{index}"));
-            let fixed = [CONSOLE, PARTITIONS, CARDS, "/dev/fd0"].map(str::to_owned);
+            let fixed = [CONSOLE, SCREEN, PROCESSORS, MEMORY, PARTITIONS, CARDS, "/dev/fd0"].map(str::to_owned);
             discs.chain(fixed).for_each(|path| remove(files, &path));
         }
         for (id, content) in contents {
@@ -90,19 +106,26 @@ impl MachineCore {
         }
     }
 
-    /// Says on the serial console what was written there.
+    /// Says on the serial console and shows on the screen what was written there.
     pub(super) fn say_what_was_written(&self) {
-        let said = self.with_files(|files| {
-            let said = files.read(CONSOLE).unwrap_or_default().to_vec();
-            if !said.is_empty() {
-                files.put(CONSOLE, Vec::new(), 0o660);
-            }
-            said
-        });
-        if let Some(said) = said.filter(|said| !said.is_empty()) {
+        let written = self.with_files(|files| [take(files, CONSOLE), take(files, SCREEN)]);
+        let Some([said, shown]) = written else { return };
+        if !said.is_empty() {
             self.say(&said);
         }
+        if !shown.is_empty() {
+            self.show(&String::from_utf8_lossy(&shown));
+        }
     }
+}
+
+/// What was written into a device since this was asked last.
+fn take(files: &mut FileTree, device: &str) -> Vec<u8> {
+    let written = files.read(device).unwrap_or_default().to_vec();
+    if !written.is_empty() {
+        files.put(device, Vec::new(), 0o660);
+    }
+    written
 }
 
 fn remove(files: &mut FileTree, path: &str) {

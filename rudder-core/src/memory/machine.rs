@@ -139,6 +139,13 @@ impl MachineCore {
         self.serial_changed.send_replace(());
     }
 
+    /// Shows something on the screen, if it runs.
+    pub(super) fn show(&self, text: &str) {
+        if let Some(boot) = self.boot() {
+            boot.terminal.show(text);
+        }
+    }
+
     pub(super) fn die(&self, cause: Death) {
         let detail = match cause {
             Death::Hypervisor => "the hypervisor was killed by signal 9",

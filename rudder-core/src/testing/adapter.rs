@@ -21,12 +21,20 @@ pub trait Adapter: Debug + Send + Sync + 'static {
     /// The same backend as another process sees it: another value on the same state.
     async fn another(&self) -> Result<Arc<dyn Backend>>;
 
-    /// What there is of labs, seen from outside: processes, directories, sockets, networks, domains, a line each. A line
-    /// names the lab by its id where it can. Modules, cached inputs and what the host had before are not in it.
+    /// What there is of labs and modules, seen from outside: processes, directories, sockets, networks, domains, a line each. A
+    /// line of a lab names it by its id where it can; modules, and what is left of half-made or removed ones, have lines that
+    /// stay the same for as long as the module does. Cached inputs and what the host had before are not in it.
+    ///
+    /// The suite compares: after each test there must be no more than before, and a module that a test published is gone
+    /// from it once it was removed.
     async fn traces(&self) -> Result<Vec<String>>;
 
     /// Kills what runs a machine, as `kill -9` on its process would. Returns when that was asked for.
     async fn kill(&self, lab: &LabId, machine: &str) -> Result<()>;
+
+    /// Whether what runs a machine is there, seen from outside: its process, its pod. False for one that has ended or was never
+    /// started. The suite compares when this changes with when [`Machine::wait`](crate::backend::Machine::wait) tells of it.
+    async fn is_running(&self, lab: &LabId, machine: &str) -> Result<bool>;
 
     /// A guest that boots; `None`: what needs one is not tested.
     fn guest(&self) -> Option<GuestImage> {
@@ -86,6 +94,9 @@ pub struct GuestImage {
     /// A command that prints a line for each network card: its hardware address, a blank, and its place. Places, compared as
     /// text, are in the order of slots. That of Linux with `sysfs`.
     pub cards: String,
+    /// The file of its screen: a line that is written there is shown on the display. `None`: that the display is the guest's own
+    /// is not tested. That of the first virtual console of Linux.
+    pub screen: Option<String>,
     /// A boot command that logs in on its screen and writes the line `typed on the screen` into the file `/tmp/typed`;
     /// `None`: that keys reach it is not tested.
     pub boot_command: Option<Vec<String>>,
@@ -108,6 +119,7 @@ impl GuestImage {
             boots_within: Duration::from_secs(120),
             echo: None,
             serial_says: None,
+            screen: Some("/dev/tty1".to_owned()),
             boot_command: None,
             large: 16 << 20,
             cards: "cd /sys/class/net && for c in e*; do echo \"$(cat $c/address) $(readlink -f $c/device)\"; done"

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind,
-    backend::{BoxedStream, Machine, Site, Stop},
+    backend::{BoxedStream, Machine, SERIAL_KEPT, Site, Stop},
     capability::Capability,
 };
 use futures::future::join_all;
@@ -20,8 +20,8 @@ fn broken(what: &str) -> impl FnOnce(io::Error) -> NotPassed {
     move |error| NotPassed::Failed(format!("{what}: expected it to work, but found {error}"))
 }
 
-/// Reads until a text has come; fails when the stream ends before.
-async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> Verdict {
+/// Reads until a text has come, and gives all that has; fails when the stream ends before.
+pub(super) async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> Verdict<String> {
     let mut seen = Vec::new();
     let mut buffer = [0; 4096];
     let reading = async {
@@ -29,8 +29,9 @@ async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> Verdict {
             let read = stream.read(&mut buffer).await.map_err(broken("read the serial console"))?;
             ensure!(read > 0, "{who}: expected {text:?} on the serial console, but the stream ended");
             seen.extend_from_slice(&buffer[..read]);
-            if String::from_utf8_lossy(&seen).contains(text) {
-                return Ok(());
+            let said = String::from_utf8_lossy(&seen);
+            if said.contains(text) {
+                return Ok(said.into_owned());
             }
         }
     };
@@ -53,6 +54,35 @@ pub async fn the_last_words_on_the_serial_console_are_kept(rig: &Rig) -> Verdict
     }
     let short = booted.machine.serial_tail(5).await.during("read less of it")?;
     ensure!(short.len() <= 5, "expected at most 5 bytes, but found {}", short.len());
+    Ok(())
+}
+
+/// A reader of the serial console that does not read holds up neither the guest nor anybody else, however much the guest
+/// writes; what it wrote last is kept, and as much of it as the contract says.
+pub async fn a_reader_that_does_not_read_stops_nobody(rig: &Rig) -> Verdict {
+    const LINE: usize = 1000;
+    let booted = rig.shared().await?;
+    let open = || async { booted.machine.serial().await.during("connect to the serial console") };
+    let (idle, mut reader) = (open().await?, open().await?);
+    let line = "=".repeat(LINE - 1);
+    let lines = SERIAL_KEPT / LINE + 2;
+    let flood = format!("i=0; while [ $i -lt {lines} ]; do echo {line}; i=$((i+1)); done >/dev/ttyS0; sync");
+    let (wrote, heard) = futures::join!(
+        async {
+            booted.run(&flood).await?;
+            booted.run("echo after-the-flood >/dev/ttyS0").await
+        },
+        until(&mut reader, "after-the-flood", "who reads")
+    );
+    wrote?;
+    heard?;
+    let tail = booted.machine.serial_tail(SERIAL_KEPT).await.during("read the end of the serial console")?;
+    same(&tail.len(), &SERIAL_KEPT, "how much of the end of the serial console is kept")?;
+    ensure!(
+        String::from_utf8_lossy(&tail).contains("after-the-flood"),
+        "expected the last words to be kept, but found other ones"
+    );
+    drop(idle);
     Ok(())
 }
 
@@ -89,7 +119,7 @@ pub async fn what_is_typed_on_the_serial_console_arrives(rig: &Rig) -> Verdict {
         stream.flush().await
     };
     typed.await.map_err(broken("type on the serial console"))?;
-    until(&mut stream, "typed-by-the-suite", "who typed").await
+    until(&mut stream, "typed-by-the-suite", "who typed").await.map(drop)
 }
 
 /// Several look at the screen at once; each is told its size and gets a picture, also after another has left.

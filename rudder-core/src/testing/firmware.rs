@@ -109,6 +109,8 @@ async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: 
     spec.disks[0].volume = imported.volume;
     spec.state_of = Some(parent);
     let child = child_lab.create_machine(&spec).await.during("create a machine on a module's state")?;
+    let inherited = child.capture_state().await.during("capture the state of a machine that has not run")?;
+    same(&digests(&inherited), &digests(&state_of_parent), "what a child starts with")?;
     let state_of_child = state(&*child).await?;
     let kinds = |state: &[CapturedState]| state.iter().map(|state| state.kind).collect::<Vec<_>>();
     same(&kinds(&state_of_child), &kinds(&state_of_parent), "what a child keeps")?;

@@ -25,6 +25,7 @@ const USER: &str = "root";
 pub(super) struct Booted {
     pub(super) lab: Arc<dyn Lab>,
     pub(super) machine: Arc<dyn Machine>,
+    login: Login,
     session: Session,
     /// Whether its echo was started.
     pub(super) echoes: tokio::sync::Mutex<bool>,
@@ -81,8 +82,16 @@ impl Booted {
     ) -> Verdict<Self> {
         let endpoint = Endpoint::of(Arc::clone(&machine), SSH);
         let limit = rig.image()?.boots_within;
-        let session = Session::open(endpoint, login, limit).await.during("log in to the guest")?;
-        Ok(Self { lab, machine, session, echoes: tokio::sync::Mutex::default() })
+        let session = Session::open(endpoint, login.clone(), limit).await.during("log in to the guest")?;
+        Ok(Self { lab, machine, login, session, echoes: tokio::sync::Mutex::default() })
+    }
+
+    /// Starts a machine that has ended, and logs in.
+    pub(super) async fn boot_again(self, rig: &Rig) -> Verdict<Self> {
+        let Self { lab, machine, login, .. } = self;
+        machine.start().await.during("start a machine again")?;
+        greeted(&*machine, SSH, rig.image()?.boots_within).await?;
+        Self::log_in(rig, lab, machine, login).await
     }
 
     /// The connection.

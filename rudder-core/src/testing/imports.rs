@@ -2,17 +2,16 @@
 
 use super::{
     NotPassed, Rig, Verdict,
-    rig::{BLANK, lock},
+    rig::{BLANK, Heard},
     verdict::{During as _, ensure, fail, refused, same},
 };
 use crate::{
     Error, ErrorKind,
-    backend::{FetchRequest, ImportRequest, Progress, ProgressEvent},
+    backend::{FetchRequest, ImportRequest, Progress},
     digest::Digest,
     plan::{PlannedSource, PlannedUrl},
 };
 use futures::future::join_all;
-use std::sync::{Arc, Mutex};
 
 /// A digest that nothing has.
 fn wrong() -> Digest {
@@ -49,14 +48,14 @@ pub async fn blank_disks_have_their_size(rig: &Rig) -> Verdict {
 pub async fn an_image_is_imported_by_several_at_once(rig: &Rig) -> Verdict {
     let image = rig.image()?.image;
     let (one, two) = (rig.lab("importers").await?, rig.lab("importers").await?);
-    let heard = Arc::new(Mutex::new(Vec::new()));
-    let progress = Progress::new({
-        let heard = Arc::clone(&heard);
-        move |event| lock(&heard).push(event)
-    });
     let request = ImportRequest::new("web", "root", PlannedSource::Url(image), None);
     let labs = [&one, &two, &one, &two];
-    let imports = join_all(labs.map(|lab| lab.import(&request, &progress))).await;
+    let heard = [(); 4].map(|()| Heard::default());
+    let imports = labs.iter().zip(&heard).map(|(lab, heard)| {
+        let request = &request;
+        async move { lab.import(request, &heard.progress()).await }
+    });
+    let imports = join_all(imports).await;
     let mut all = Vec::new();
     for imported in imports {
         all.push(imported.during("import an image that others import, too")?);
@@ -75,10 +74,8 @@ pub async fn an_image_is_imported_by_several_at_once(rig: &Rig) -> Verdict {
         "expected two volumes in a lab, but found {:?}",
         all[0].volume
     );
-    for event in lock(&heard).iter() {
-        if let ProgressEvent::Bytes { done, total: Some(total), task } = event {
-            ensure!(done <= total, "{task}: expected at most {total} bytes, but found {done}");
-        }
+    for heard in &heard {
+        heard.check()?;
     }
     one.destroy().await.during("destroy the lab")?;
     two.destroy().await.during("destroy the other lab")
@@ -163,5 +160,58 @@ pub async fn files_are_fetched_and_verified(rig: &Rig) -> Verdict {
     }
     let fetched = lab.fetch(&request(Some(wrong())), &progress).await;
     refused(fetched, ErrorKind::ChecksumMismatch, "fetch a file of another digest")?;
+    let absent = url::Url::from_file_path(directory.path().join("absent"));
+    let Ok(absent) = absent else { fail!("expected a path that a URL can say") };
+    let absent = FetchRequest::new(PlannedUrl { url: absent, sha256: None });
+    match lab.fetch(&absent, &progress).await {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Download) => {}
+        other => fail!("a file that is not there: expected NotFound or Download, but found {other:?}"),
+    }
+    lab.destroy().await.during("destroy the lab")
+}
+
+/// A file that was fetched is not written to while the lab lives: not when others fetch it, and not by collecting.
+pub async fn a_fetched_file_stays_as_it_is(rig: &Rig) -> Verdict {
+    use std::{io::Read as _, os::unix::fs::MetadataExt as _};
+    let content = super::streams::noise(13, 1 << 20);
+    let io = |what: &'static str| move |error| Error::io(what, error);
+    let source = tempfile::NamedTempFile::new().map_err(io("make a file to be fetched"))?;
+    std::fs::write(source.path(), &content).map_err(io("make a file to be fetched"))?;
+    let Ok(url) = url::Url::from_file_path(source.path()) else { fail!("expected a path that a URL can say") };
+    let request = FetchRequest::new(PlannedUrl { url, sha256: None });
+    let (lab, progress) = (rig.lab("readers").await?, Progress::none());
+    let fetched = lab.fetch(&request, &progress).await.during("fetch a file")?;
+    let mut open = std::fs::File::open(&fetched.path).map_err(io("open a fetched file"))?;
+    let written = |file: &std::fs::File| {
+        let metadata = file.metadata().map_err(io("look at a fetched file"))?;
+        Verdict::Ok((metadata.len(), metadata.mtime(), metadata.mtime_nsec()))
+    };
+    let before = written(&open)?;
+    let mut read = vec![0; content.len() / 2];
+    open.read_exact(&mut read).map_err(io("read a fetched file"))?;
+    // Each reads as soon as it is told where, whatever the others are about.
+    let readers = (0..8).map(|_| async {
+        for _ in 0..4 {
+            let fetched = lab.fetch(&request, &progress).await.during("fetch a file that others read")?;
+            let found = tokio::fs::read(&fetched.path).await.map_err(io("read a fetched file"))?;
+            ensure!(
+                found == content,
+                "expected {} bytes of a fetched file, but found {} or other ones",
+                content.len(),
+                found.len()
+            );
+        }
+        Ok(())
+    });
+    join_all(readers).await.into_iter().collect::<Verdict>()?;
+    same(&written(&open)?, &before, "the size and the time of the last change of a file that is open")?;
+    open.read_to_end(&mut read).map_err(io("read a fetched file"))?;
+    ensure!(read == content, "expected the whole of a file that was open, but found other bytes");
+    let another = rig.adapter().another().await.during("open the backend once more")?;
+    for backend in [rig.backend(), &*another] {
+        backend.collect().await.during("collect what nothing needs")?;
+    }
+    let found = std::fs::read(&fetched.path).map_err(io("read a fetched file after collecting"))?;
+    ensure!(found == content, "expected the bytes of a fetched file after collecting, but found other ones");
     lab.destroy().await.during("destroy the lab")
 }

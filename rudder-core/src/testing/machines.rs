@@ -2,7 +2,6 @@
 
 use super::{
     Rig, Verdict,
-    guest::Prepared,
     verdict::{During as _, ensure, fail, refused, same},
 };
 use crate::{
@@ -103,7 +102,10 @@ async fn play(machine: &dyn Machine, acts: [Act; 3]) -> Verdict {
 pub async fn any_number_may_wait(rig: &Rig) -> Verdict {
     let lab = rig.lab("waiters").await?;
     let machine = rig.running(&*lab, "web").await?;
-    let (exits, stopped) = futures::join!(join_all((0..8).map(|_| machine.wait())), machine.stop(Stop::Kill));
+    let waiting = async { futures::join!(join_all((0..8).map(|_| machine.wait())), machine.stop(Stop::Kill)) };
+    let Ok((exits, stopped)) = tokio::time::timeout(rig.options().patience, waiting).await else {
+        fail!("expected all who wait to be told, but some wait still after {:?}", rig.options().patience)
+    };
     let stopped = stopped.during("stop a machine")?;
     for exit in exits {
         same(&exit.during("wait for a machine")?, &stopped, "the exit that one of many was told")?;
@@ -117,11 +119,16 @@ pub async fn several_may_stop_a_machine(rig: &Rig) -> Verdict {
     let lab = rig.lab("stoppers").await?;
     let machine = rig.running(&*lab, "web").await?;
     let limit = Duration::from_secs(30);
-    let (one, two, three) = futures::join!(
-        machine.stop(Stop::Graceful { limit }),
-        machine.stop(Stop::Kill),
-        machine.stop(Stop::Kill)
-    );
+    let stopping = async {
+        futures::join!(
+            machine.stop(Stop::Graceful { limit }),
+            machine.stop(Stop::Kill),
+            machine.stop(Stop::Kill)
+        )
+    };
+    let Ok((one, two, three)) = tokio::time::timeout(rig.options().patience, stopping).await else {
+        fail!("expected all who stop a machine to be told, but some wait still after {:?}", rig.options().patience)
+    };
     let one = one.during("stop a machine gracefully")?;
     same(&two.during("kill it meanwhile")?, &one, "the exit that the second was told")?;
     same(&three.during("kill it again")?, &one, "the exit that the third was told")?;
@@ -133,11 +140,16 @@ pub async fn a_graceful_stop_ends_after_its_limit(rig: &Rig) -> Verdict {
     let lab = rig.lab("graceful").await?;
     let machine = rig.running(&*lab, "web").await?;
     let limit = Duration::from_millis(300);
-    let stopped = tokio::time::timeout(Duration::from_secs(30), machine.stop(Stop::Graceful { limit })).await;
+    let began = Instant::now();
+    let stopped = tokio::time::timeout(rig.options().patience, machine.stop(Stop::Graceful { limit })).await;
     let Ok(exit) = stopped else { fail!("expected the machine to be killed after {limit:?}, but it runs") };
+    let took = began.elapsed();
     match exit.during("stop a machine gracefully")? {
         Exit::PoweredOff => {}
-        Exit::Killed { why } => ensure!(!why.is_empty(), "expected the reason of the kill, but found none"),
+        Exit::Killed { why } => {
+            ensure!(!why.is_empty(), "expected the reason of the kill, but found none");
+            ensure!(took >= limit, "expected {limit:?} before the kill, but it came after {took:?}");
+        }
         other => fail!("expected PoweredOff or Killed, but found {other:?}"),
     }
     lab.destroy().await.during("destroy the lab")
@@ -260,26 +272,6 @@ pub async fn machines_live_side_by_side(rig: &Rig) -> Verdict {
         ensure!(waited.is_err(), "expected the others to run on, but found {waited:?}");
     }
     end_with(&*lab, &machines[0]).await
-}
-
-/// Machines that are created at once have each its own disk and seed.
-pub async fn machines_that_are_created_at_once_do_not_meet(rig: &Rig) -> Verdict {
-    let lab = rig.lab("at-once").await?;
-    let mut guests = Vec::new();
-    for name in ["one", "two"] {
-        guests.push((name, Prepared::new(rig, &*lab, name, None).await?));
-    }
-    let boots = guests.into_iter().map(|(name, guest)| {
-        let lab = Arc::clone(&lab);
-        async move { guest.boot(rig, lab).await.map(|booted| (name, booted)) }
-    });
-    // Each opens to its own key only; and a disk that both wrote to would not be started twice.
-    for booted in join_all(boots).await {
-        let (name, booted) = booted?;
-        let known_as = booted.run("hostname").await?;
-        same(&known_as.trim(), &name, "the name that a guest was given")?;
-    }
-    lab.destroy().await.during("destroy the lab")
 }
 
 async fn end_with(lab: &dyn Lab, machine: &Arc<dyn Machine>) -> Verdict {

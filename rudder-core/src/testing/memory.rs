@@ -66,12 +66,14 @@ impl Adapter for MemoryAdapter {
 
     async fn traces(&self) -> Result<Vec<String>> {
         let inventory = self.backend.inventory();
+        let modules = inventory.modules.iter().map(|module| format!("module {module}"));
         // Connections and tasks belong to machines: what is left of them without any is left behind.
         if inventory.running.is_empty() {
-            return Ok(inventory.leftovers());
+            return Ok(inventory.leftovers().into_iter().chain(modules).collect());
         }
         let machines = inventory.running.iter().map(|machine| format!("machine {machine}"));
-        Ok(inventory.labs.iter().map(|lab| format!("lab {lab}")).chain(machines).collect())
+        let labs = inventory.labs.iter().map(|lab| format!("lab {lab}"));
+        Ok(labs.chain(machines).chain(modules).collect())
     }
 
     async fn kill(&self, lab: &LabId, machine: &str) -> Result<()> {
@@ -80,6 +82,10 @@ impl Adapter for MemoryAdapter {
         }
         let message = format!("expected VM {machine} to run in lab {lab}, but it does not");
         Err(Error::new(ErrorKind::NotFound, message))
+    }
+
+    async fn is_running(&self, lab: &LabId, machine: &str) -> Result<bool> {
+        Ok(self.backend.inventory().running.contains(&format!("{lab}/{machine}")))
     }
 
     fn guest(&self) -> Option<GuestImage> {

@@ -35,6 +35,7 @@ pub mod machines;
 mod memory;
 pub mod modules;
 pub mod owners;
+pub mod pairs;
 mod report;
 mod rig;
 mod run;

@@ -3,21 +3,18 @@
 use super::{
     Rig, Verdict,
     guest::{Booted, Prepared},
-    rig::{BLANK, SSH, lock, network},
+    rig::{BLANK, Heard, SSH, network},
     verdict::{During as _, ensure, fail, fails, refused, same},
 };
 use crate::{
     Error, ErrorKind,
-    backend::{Exit, ImportRequest, Lab, Machine, MachineDisk, ModuleDraft, Progress, ProgressEvent, Stop},
+    backend::{Exit, ImportRequest, Lab, Machine, MachineDisk, ModuleDraft, Progress, Stop},
     capability::Capability,
     digest::Digest,
     module::{CapturedDisk, Module, Provenance, TemplateMachine},
     plan::{Bus, Firmware, PlannedBuildRef, PlannedSource},
 };
-use std::{
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 use tokio::io::AsyncReadExt as _;
 
 /// How long a guest may take to power off.
@@ -91,25 +88,14 @@ pub async fn a_capture_says_what_it_is(rig: &Rig) -> Verdict {
     let machine = lab.create_machine(&spec).await.during("create a machine")?;
     machine.start().await.during("start a machine")?;
     machine.stop(Stop::Kill).await.during("stop a machine")?;
-    let heard = Arc::new(Mutex::new(Vec::new()));
-    let progress = Progress::new({
-        let heard = Arc::clone(&heard);
-        move |event| lock(&heard).push(event)
-    });
     for _ in 0..2 {
-        let disk = machine.capture("root", &progress).await.during("capture a disk")?;
+        let heard = Heard::default();
+        let disk = machine.capture("root", &heard.progress()).await.during("capture a disk")?;
         same(&disk.name.as_str(), &"root", "the name of a captured disk")?;
         same(&disk.bus, &spec.disks[0].bus, "the bus of a captured disk")?;
         same(&disk.virtual_size, &BLANK, "the size of a captured disk")?;
         ensure!(disk.size > 0 && !disk.format.is_empty(), "expected a file of a format, but found {disk:?}");
-    }
-    let last = lock(&heard).iter().rev().find_map(|event| match event {
-        ProgressEvent::Bytes { done, total, .. } => Some((*done, *total)),
-        ProgressEvent::Notice(_) => None,
-    });
-    match last {
-        Some((done, Some(total))) => same(&done, &total, "what was done of a capture at its end")?,
-        other => fail!("expected to be told how far a capture is, but found {other:?}"),
+        ensure!(heard.check()?, "expected to be told how far a capture is, but nothing was told");
     }
     machine.start().await.during("start a machine whose disk was captured")?;
     lab.destroy().await.during("destroy the lab")
@@ -137,6 +123,17 @@ pub async fn a_module_is_published_seen_and_removed(rig: &Rig) -> Verdict {
         whole(&modules[0]).await?;
     }
     another.remove_module("base").await.during("remove a module")?;
+    for backend in [rig.backend(), &*another] {
+        let modules = backend.modules().await.during("list modules")?;
+        ensure!(modules.is_empty(), "expected no module once it was removed, but found {modules:?}");
+    }
+    if let Some(directory) = module.path.as_deref().and_then(|record| record.parent()) {
+        ensure!(
+            !directory.exists(),
+            "expected nothing of a removed module, but {} is still there",
+            directory.display()
+        );
+    }
     let again = rig.backend().remove_module("base").await;
     refused(again, ErrorKind::NotFound, "remove a module that is gone")?;
     refused(
@@ -192,6 +189,27 @@ pub async fn a_disk_that_was_not_captured_is_not_published(rig: &Rig) -> Verdict
     let modules = rig.backend().modules().await.during("list modules")?;
     ensure!(modules.is_empty(), "expected no module, but found {modules:?}");
     lab.destroy().await.during("destroy the lab")
+}
+
+/// A module stays as it is when what was to take its place cannot be published, and only what was captured takes it.
+pub async fn a_module_stays_when_its_successor_cannot_be_published(rig: &Rig) -> Verdict {
+    let lab = rig.lab("first").await?;
+    let first = published(rig, &*lab, "base").await?;
+    lab.destroy().await.during("destroy the lab")?;
+    let lab = rig.lab("second").await?;
+    let machine = halted(rig, &*lab, "db").await?;
+    let disk = captured(&*machine).await?;
+    let mut invented = disk.clone();
+    invented.name = "data".to_owned();
+    invented.file = "no-such-file".to_owned();
+    invented.sha256 = Digest::of(b"invented");
+    let published = lab.publish(draft("base", vec![template("db", vec![disk, invented])])).await;
+    fails(published, "publish a disk that was not captured over a module")?;
+    let modules = rig.backend().modules().await.during("list modules")?;
+    same(&modules, &vec![first], "the module that stays")?;
+    whole(&modules[0]).await?;
+    lab.destroy().await.during("destroy the lab")?;
+    rig.backend().remove_module("base").await.during("remove the module")
 }
 
 /// A module that a living lab builds on stays; what is asked of it and not there is told.
@@ -266,11 +284,20 @@ pub async fn what_a_guest_wrote_is_captured_and_inherited(rig: &Rig) -> Verdict 
     let rest = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut Vec::new())).await;
     ensure!(rest.is_ok(), "expected a connection to end with its machine, but it stands after 20 s");
 
+    let first = captured(&*booted.machine).await?;
+    // What counts is what was written until the last capture; that the guest synchronised it is enough.
+    let booted = booted.boot_again(rig).await?;
+    booted.run("printf 'in the second run\\n' >/srv/again && sync").await?;
+    booted.machine.stop(Stop::Kill).await.during("stop the second run")?;
     let mut disks = Vec::new();
     for name in std::iter::once("root").chain(names.iter().map(String::as_str)) {
         let disk = booted.machine.capture(name, &Progress::none()).await;
         disks.push(disk.during(&format!("capture disk {name}"))?);
     }
+    ensure!(
+        disks[0].sha256 != first.sha256,
+        "expected another digest of a disk that was written to, but found that of the first capture"
+    );
     let wanted = draft("written", vec![template("web", disks)]);
     let module = booted.lab.publish(wanted).await.during("publish what was captured")?;
     booted.lab.destroy().await.during("destroy the lab")?;
@@ -299,6 +326,8 @@ async fn inherit(rig: &Rig, module: &Module, names: &[String], files: &[String])
     }
     let booted: Booted = prepared.boot(rig, lab).await?;
     same(&booted.run("cat /srv/written").await?.trim(), &"on the root disk", "what a child found")?;
+    let again = booted.run("cat /srv/again").await?;
+    same(&again.trim(), &"in the second run", "what a child found of the second run")?;
     for (name, file) in names.iter().rev().zip(files) {
         let found = booted.run(&format!("head -n 1 {file}")).await?;
         same(&found.trim(), &format!("on {name}").as_str(), "what a child found on a second disk")?;

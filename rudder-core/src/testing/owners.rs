@@ -211,6 +211,7 @@ pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
     let machine = rig.running(&*lab, "web").await?;
     let kept = lab.keep().await.during("keep a lab")?;
     same(&kept.id, &spec.id, "the id of a kept lab")?;
+    same(&lab.keep().await.during("keep it again")?, &kept, "what is said of it when it is kept again")?;
     ensure!(!kept.access.is_empty(), "expected how to get into a kept lab, but found nothing");
     drop((machine, lab));
     let another = rig.adapter().another().await.during("open the backend once more")?;
@@ -224,6 +225,7 @@ pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
         traces.iter().any(|line| line.contains(kept.id.as_str())),
         "expected the kept lab to be there after its owner left, but found only {traces:?}"
     );
+    refused(rig.backend().open_lab(&spec).await, ErrorKind::Conflict, "open a lab of the id of a kept one")?;
     rig.adapter().kill(&kept.id, "web").await.during("find the machine of the kept lab running")?;
     another.remove_lab(&kept.id).await.during("remove a kept lab")?;
     rig.expect_nothing_left("after a kept lab was removed").await?;

@@ -4,18 +4,21 @@ use super::{
     Adapter, GuestImage, NotPassed, Options, Verdict,
     guest::{Booted, Prepared},
     hardware::equip,
-    verdict::{During as _, fail},
+    pairs::{self, Pair},
+    verdict::{During as _, ensure, fail},
 };
 use crate::{
-    backend::{Backend, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec, Progress},
+    backend::{Backend, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec, Progress, ProgressEvent},
     capability::Capability,
     check::DEFAULT_SUBNET,
     digest::Digest,
     plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedVpc},
     units::MacAddress,
 };
+use futures::{FutureExt as _, future::BoxFuture};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, TcpListener},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -27,6 +30,75 @@ pub(super) const BLANK: u64 = 16 << 20;
 /// How often something that comes about by itself is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// Groups that share a guest; they follow each other.
+const SHARING: [&str; 4] = ["streams", "consoles", "hardware", "served"];
+/// The group that shares two.
+const PAIRS: &str = "pairs";
+
+/// Guests that several tests share.
+#[derive(Debug)]
+struct Kept<T> {
+    /// Why they cannot be had, once that was tried: it would take as long again for every test.
+    value: tokio::sync::Mutex<Option<Result<Arc<T>, String>>>,
+    /// The id of their lab.
+    lab: Mutex<Option<String>>,
+}
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self { value: tokio::sync::Mutex::default(), lab: Mutex::default() }
+    }
+}
+
+impl<T> Kept<T> {
+    async fn get(
+        &self,
+        rig: &Rig,
+        name: &str,
+        boot: for<'a> fn(&'a Rig, Arc<dyn Lab>) -> BoxFuture<'a, Verdict<T>>,
+    ) -> Verdict<Arc<T>> {
+        let mut value = self.value.lock().await;
+        match &*value {
+            Some(Ok(value)) => return Ok(Arc::clone(value)),
+            Some(Err(why)) => fail!("the guest that tests of this group share: {why}"),
+            None => {}
+        }
+        // Unless it says otherwise below, it was cut short.
+        *value = Some(Err("it did not boot in time".to_owned()));
+        let lab = rig.lab(name).await?;
+        *lock(&self.lab) = Some(lab.id().to_string());
+        match boot(rig, Arc::clone(&lab)).await {
+            Ok(booted) => {
+                let booted = Arc::new(booted);
+                *value = Some(Ok(Arc::clone(&booted)));
+                Ok(booted)
+            }
+            Err(problem) => {
+                if let NotPassed::Failed(why) = &problem {
+                    *value = Some(Err(why.clone()));
+                } else {
+                    *value = None;
+                }
+                // That it failed is told already.
+                let _ = lab.destroy().await;
+                *lock(&self.lab) = None;
+                Err(problem)
+            }
+        }
+    }
+
+    /// Destroys their lab; whether there was one.
+    async fn close(&self, lab: impl Fn(&T) -> &Arc<dyn Lab>) -> Verdict<bool> {
+        let value = self.value.lock().await.take();
+        let result = match value {
+            Some(Ok(value)) => lab(&value).destroy().await.during("destroy the lab of a shared guest"),
+            Some(Err(_)) | None => return Ok(lock(&self.lab).take().is_some()),
+        };
+        *lock(&self.lab) = None;
+        result.map(|()| true)
+    }
+}
+
 /// A backend on which tests are made.
 #[derive(Debug)]
 pub struct Rig {
@@ -35,9 +107,10 @@ pub struct Rig {
     options: Options,
     /// What there was before the test.
     before: Mutex<BTreeSet<String>>,
-    shared: tokio::sync::Mutex<Option<Arc<Booted>>>,
-    /// The id of the shared guest's lab.
-    shared_lab: Mutex<Option<String>>,
+    shared: Kept<Booted>,
+    pair: Kept<Pair>,
+    /// Listens on the host's loopback, at a port that the shared guest is dialled at.
+    host_port: Option<TcpListener>,
 }
 
 impl Rig {
@@ -50,8 +123,11 @@ impl Rig {
             backend,
             options,
             before: Mutex::default(),
-            shared: tokio::sync::Mutex::default(),
-            shared_lab: Mutex::default(),
+            shared: Kept::default(),
+            pair: Kept::default(),
+            host_port: TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+                .ok()
+                .filter(|listener| listener.set_nonblocking(true).is_ok()),
         }
     }
 
@@ -87,33 +163,41 @@ impl Rig {
 
     /// A guest that runs, shared by the tests of a group. They leave it as they found it.
     pub(super) async fn shared(&self) -> Verdict<Arc<Booted>> {
-        let mut shared = self.shared.lock().await;
-        if let Some(booted) = &*shared {
-            return Ok(Arc::clone(booted));
-        }
-        let lab = self.lab("shared").await?;
-        *lock(&self.shared_lab) = Some(lab.id().to_string());
+        self.shared.get(self, "shared", |rig, lab| rig.boot_shared(lab).boxed()).await
+    }
+
+    async fn boot_shared(&self, lab: Arc<dyn Lab>) -> Verdict<Booted> {
         let mut prepared = Prepared::new(self, &*lab, "web", None).await?;
+        prepared.spec.ports.extend(self.host_port());
         equip(self, &*lab, &mut prepared.spec).await?;
-        let booted = Arc::new(prepared.boot(self, lab).await?);
-        *shared = Some(Arc::clone(&booted));
-        Ok(booted)
+        prepared.boot(self, lab).await
     }
 
-    /// Whether a shared guest runs.
-    pub(super) fn is_sharing(&self) -> bool {
-        lock(&self.shared_lab).is_some()
+    /// Two guests that run, shared by the tests of a group.
+    pub(super) async fn pair(&self) -> Verdict<Arc<Pair>> {
+        self.pair.get(self, "pair", |rig, lab| pairs::boot(rig, lab).boxed()).await
     }
 
-    /// Destroys the shared guest's lab.
-    pub(super) async fn close_shared(&self) -> Verdict {
-        let booted = self.shared.lock().await.take();
-        let result = match booted {
-            Some(booted) => booted.lab.destroy().await.during("destroy the lab of the shared guest"),
-            None => Ok(()),
-        };
-        *lock(&self.shared_lab) = None;
-        result
+    /// The port at which this process listens on the host's loopback.
+    pub(super) fn host_port(&self) -> Option<u16> {
+        Some(self.host_port.as_ref()?.local_addr().ok()?.port())
+    }
+
+    /// Whether somebody connected to [`host_port`](Self::host_port).
+    pub(super) fn was_reached(&self) -> bool {
+        self.host_port.as_ref().is_some_and(|listener| listener.accept().is_ok())
+    }
+
+    /// Destroys the labs of guests that tests of other groups than this one share; whether there were any.
+    pub(super) async fn close_shared(&self, group: &str) -> Verdict<bool> {
+        let mut closed = false;
+        if !SHARING.contains(&group) {
+            closed |= self.shared.close(|booted| &booted.lab).await?;
+        }
+        if group != PAIRS {
+            closed |= self.pair.close(|pair| &pair[0].lab).await?;
+        }
+        Ok(closed)
     }
 
     /// A new lab on the network of a manifest that declares none.
@@ -175,8 +259,9 @@ impl Rig {
 
     async fn traces(&self) -> Verdict<BTreeSet<String>> {
         let traces = self.adapter.traces().await.during("look at what there is of labs")?;
-        let shared = lock(&self.shared_lab).clone();
-        let is_shared = |line: &String| shared.as_ref().is_some_and(|id| line.contains(id));
+        let shared: Vec<String> =
+            [&self.shared.lab, &self.pair.lab].into_iter().filter_map(|lab| lock(lab).clone()).collect();
+        let is_shared = |line: &String| shared.iter().any(|id| line.contains(id));
         Ok(traces.into_iter().filter(|line| !is_shared(line)).collect())
     }
 
@@ -224,6 +309,44 @@ impl Rig {
                 let _ = self.backend.remove_module(&module.name).await;
             }
         }
+    }
+}
+
+/// What is told of the progress of one call.
+#[derive(Debug, Default)]
+pub(super) struct Heard(Arc<Mutex<Vec<ProgressEvent>>>);
+
+impl Heard {
+    /// Progress that is heard here.
+    pub(super) fn progress(&self) -> Progress {
+        let heard = Arc::clone(&self.0);
+        Progress::new(move |event| lock(&heard).push(event))
+    }
+
+    /// What was told keeps the contract: of each task, what is done never decreases or exceeds the total, a total never changes, and
+    /// in the end all is done. Whether anything was told.
+    pub(super) fn check(&self) -> Verdict<bool> {
+        let mut tasks: BTreeMap<String, (u64, Option<u64>)> = BTreeMap::new();
+        for event in lock(&self.0).iter() {
+            let ProgressEvent::Bytes { task, done, total } = event else { continue };
+            let (before, known) = tasks.entry(task.clone()).or_default();
+            ensure!(done >= before, "{task}: expected at least {before} bytes done, but found {done}");
+            ensure!(
+                known.is_none() || known == total,
+                "{task}: expected the total to stay {known:?}, but found {total:?}"
+            );
+            if let Some(total) = total {
+                ensure!(done <= total, "{task}: expected at most {total} bytes, but found {done}");
+            }
+            (*before, *known) = (*done, *total);
+        }
+        for (task, (done, total)) in &tasks {
+            ensure!(
+                total.is_none_or(|total| total == *done),
+                "{task}: expected all of {total:?} bytes in the end, but found {done}"
+            );
+        }
+        Ok(!tasks.is_empty())
     }
 }
 

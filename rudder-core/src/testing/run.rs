@@ -2,9 +2,9 @@
 
 use super::{
     Adapter, NotPassed, Outcome, Report, Rig, TestReport, Verdict, builds, consoles, dropped, firmware,
-    hardware, imports, labs, machines, modules, owners, served, streams, texts, verdict::ensure,
+    hardware, imports, labs, machines, modules, owners, pairs, served, streams, texts, verdict::ensure,
 };
-use crate::capability::Capability;
+use crate::{backend::END_TOLD_WITHIN, capability::Capability};
 use futures::{FutureExt as _, future::BoxFuture};
 use std::{
     collections::BTreeSet,
@@ -75,11 +75,17 @@ pub fn tests() -> &'static [Test] {
             a_name_is_taken_once_in_a_lab,
             what_a_machine_cannot_do_now_is_refused,
             machines_live_side_by_side,
+        }
+        pairs {
             machines_that_are_created_at_once_do_not_meet [SourceUrl, CloudInit],
+            processors_and_memory_are_as_asked_for [SourceUrl, CloudInit],
+            consoles_are_those_of_their_own_machine [SourceUrl, CloudInit],
+            a_power_off_is_told_in_time [SourceUrl, CloudInit],
         }
         streams {
             a_guest_is_dialled_until_it_listens [SourceUrl, CloudInit],
             a_closed_port_refuses [SourceUrl, CloudInit],
+            a_port_of_the_host_is_not_the_guests [SourceUrl, CloudInit],
             many_connections_at_once [SourceUrl, CloudInit],
             large_transfers_arrive_whole [SourceUrl, CloudInit],
             half_of_a_connection_may_be_closed [SourceUrl, CloudInit],
@@ -88,6 +94,7 @@ pub fn tests() -> &'static [Test] {
         consoles {
             consoles_say_what_they_cannot_do,
             the_last_words_on_the_serial_console_are_kept [SourceUrl, CloudInit, Serial],
+            a_reader_that_does_not_read_stops_nobody [SourceUrl, CloudInit, Serial],
             several_read_the_serial_console [SourceUrl, CloudInit, Serial],
             what_is_typed_on_the_serial_console_arrives [SourceUrl, CloudInit, Serial],
             several_look_at_the_screen [SourceUrl, CloudInit, Display],
@@ -106,6 +113,7 @@ pub fn tests() -> &'static [Test] {
         }
         served {
             files_are_served_to_the_guest [SourceUrl, CloudInit, HttpDirectory],
+            what_is_served_is_for_machines_of_its_lab_and_ends_with_it [HttpDirectory],
         }
         imports {
             blank_disks_have_their_size [SourceBlank],
@@ -114,12 +122,14 @@ pub fn tests() -> &'static [Test] {
             a_promised_digest_is_verified [SourceUrl],
             a_bad_image_is_refused [SourceUrl],
             files_are_fetched_and_verified,
+            a_fetched_file_stays_as_it_is,
         }
         modules {
             a_capture_says_what_it_is,
             a_module_is_published_seen_and_removed,
             a_module_takes_the_place_of_another,
             a_disk_that_was_not_captured_is_not_published,
+            a_module_stays_when_its_successor_cannot_be_published,
             a_module_in_use_stays [SourceBlank, SourceBuildRef],
             what_a_guest_wrote_is_captured_and_inherited [SourceUrl, CloudInit, SourceBuildRef],
         }
@@ -149,6 +159,7 @@ pub fn tests() -> &'static [Test] {
         }
         texts {
             odd_names_work_or_are_refused,
+            long_names_stay_apart,
             an_image_of_an_odd_name_is_imported [SourceUrl],
         }
         builds {
@@ -160,17 +171,16 @@ pub fn tests() -> &'static [Test] {
     TESTS
 }
 
-/// Groups that share a guest; they follow each other.
-const SHARING: [&str; 4] = ["streams", "consoles", "hardware", "served"];
-
 /// How the suite is run.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Options {
     /// How long a test may take before it counts as failed. 4 min.
     pub limit: Duration,
-    /// How soon the death of a machine must be seen. 2 s, as the contract says.
+    /// How soon the end of a machine must be told: [`END_TOLD_WITHIN`], as the contract says.
     pub reaction: Duration,
+    /// How long what should come soon may take before it counts as never. 30 s.
+    pub patience: Duration,
     /// How long what ends by itself may take to be gone. 10 s.
     pub settle: Duration,
     /// Only tests of which `group: name` contains this, or one of several texts with `|` between them.
@@ -181,7 +191,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             limit: Duration::from_secs(240),
-            reaction: Duration::from_secs(2),
+            reaction: END_TOLD_WITHIN,
+            patience: Duration::from_secs(30),
             settle: Duration::from_secs(10),
             only: None,
         }
@@ -234,9 +245,7 @@ pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
         if options.only.as_ref().is_some_and(|only| !only.split('|').any(|text| label.contains(text))) {
             continue;
         }
-        if !SHARING.contains(&test.group) {
-            close(&rig, &mut report).await;
-        }
+        close(&rig, test.group, &mut report).await;
         let began = Instant::now();
         let missing = test.needs.iter().find(|need| !capabilities.has(**need));
         let outcome = match missing {
@@ -254,7 +263,7 @@ pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
             took: began.elapsed(),
         });
     }
-    close(&rig, &mut report).await;
+    close(&rig, "", &mut report).await;
     if !report.partial {
         report.unproven = capabilities.iter().filter(|claimed| !proven.contains(claimed)).collect();
     }
@@ -273,14 +282,13 @@ async fn unavailable(rig: &Rig) -> Option<String> {
     if missing.is_empty() { None } else { Some(missing.join("; ")) }
 }
 
-/// Ends the guest that the tests of a group shared; what is wrong with that is laid on the last of them.
-async fn close(rig: &Rig, report: &mut Report) {
-    if !rig.is_sharing() {
-        return;
-    }
+/// Ends guests that tests of other groups shared; what is wrong with that is laid on the last of them.
+async fn close(rig: &Rig, group: &str, report: &mut Report) {
     let closed = async {
-        rig.close_shared().await?;
-        rig.expect_nothing_left("after the tests with a shared guest").await
+        if rig.close_shared(group).await? {
+            rig.expect_nothing_left("after the tests with a shared guest").await?;
+        }
+        Ok(())
     };
     if let Err(NotPassed::Failed(why)) = closed.await
         && let Some(last) = report.tests.last_mut()

@@ -13,6 +13,8 @@ use crate::{
 };
 use std::{
     collections::BTreeMap,
+    net::Ipv4Addr,
+    process::Stdio,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -73,6 +75,51 @@ pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
     let found = get(rig, &booted, &url).await?;
     ensure!(found.is_none(), "expected nothing once serving ended, but found {found:?}");
     Ok(())
+}
+
+/// What is served is for the machines of the lab: nobody else on the host is answered, while it is served and once its lab is
+/// gone.
+pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Rig) -> Verdict {
+    const SECRET: &str = "for the machines of this lab only";
+    let lab = rig.lab("served").await?;
+    let machine = rig.running(&*lab, "web").await?;
+    let files = BTreeMap::from([("file".to_owned(), SiteFile::Bytes(Arc::from(SECRET.as_bytes())))]);
+    let served = lab.serve(Site::new(files, |_| {})).await.during("serve files")?;
+    let mut addresses = vec![Ipv4Addr::LOCALHOST];
+    // Of others than its own addresses the host knows nothing.
+    let is_of_host = |address: &&Ipv4Addr| std::net::TcpListener::bind((**address, 0)).is_ok();
+    addresses.extend(served.addresses.values().filter(is_of_host));
+    let hears = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
+    for address in &addresses {
+        let told = match rig.adapter().owners() {
+            // This process is none of its machines.
+            Owners::Process(_) => {
+                fetch(&format!("http://{address}:{}/file", served.port)).await?.unwrap_or_default()
+            }
+            Owners::Handle => ask_as_another_process(*address, served.port).await?,
+        };
+        ensure!(!hears(&told), "{address}: expected nobody but machines to be answered, but this process was");
+    }
+    lab.destroy().await.during("destroy the lab")?;
+    for address in &addresses {
+        let told = fetch(&format!("http://{address}:{}/file", served.port)).await?.unwrap_or_default();
+        ensure!(!hears(&told), "{address}: expected nobody to be answered once the lab is gone, but somebody was");
+    }
+    drop((served, machine));
+    Ok(())
+}
+
+/// What another process of this host is answered.
+async fn ask_as_another_process(address: Ipv4Addr, port: u16) -> Verdict<Vec<u8>> {
+    let script = r#"exec 3<>"/dev/tcp/$0/$1" && printf 'GET /file HTTP/1.0\r\n\r\n' >&3 && cat <&3"#;
+    let mut command = tokio::process::Command::new("bash");
+    command.args(["-c", script, &address.to_string(), &port.to_string()]).stdin(Stdio::null());
+    command.kill_on_drop(true);
+    let Ok(output) = tokio::time::timeout(PATIENCE, command.output()).await else {
+        fail!("expected another process to be refused within {PATIENCE:?}, but it waits")
+    };
+    // Refused, it fails.
+    Ok(output.map_err(|error| Error::io("start bash", error))?.stdout)
 }
 
 /// What a guest gets from a URL: the digest of the body of a good answer.

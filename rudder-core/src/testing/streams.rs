@@ -13,11 +13,21 @@ use crate::{
 };
 use futures::future::join_all;
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// How long one exchange may take on a slow host.
-const EXCHANGE: Duration = Duration::from_secs(100);
+/// How long an exchange may make no progress on a slow host.
+const STALL: Duration = Duration::from_secs(30);
+/// How long the stream of a port on which nobody listens may stand.
+const ENDS: Duration = Duration::from_secs(20);
+/// How long the guest's echo may take until it listens.
+const LISTENS: Duration = Duration::from_secs(100);
+/// How long the end of one half may take to be answered at least, and in how many exchanges of other connections: on a slow host,
+/// these take longer, too.
+const HALF_CLOSE: (Duration, usize) = (Duration::from_secs(3), 20);
 
 /// Dialling a guest that does not listen yet fails as such or gives a stream that ends early; trying again works once it
 /// does, and a login with the key of the seed, too.
@@ -34,11 +44,11 @@ pub async fn a_closed_port_refuses(rig: &Rig) -> Verdict {
         Err(error) => same(&error.kind(), &ErrorKind::GuestUnreachable, "dial a closed port"),
         Ok(mut stream) => {
             let mut byte = [0];
-            let read = tokio::time::timeout(Duration::from_secs(20), stream.read(&mut byte)).await;
+            let read = tokio::time::timeout(ENDS, stream.read(&mut byte)).await;
             match read {
                 Ok(Ok(0) | Err(_)) => Ok(()),
                 Ok(Ok(_)) => fail!("a closed port: expected its stream to end, but found a byte"),
-                Err(_) => fail!("a closed port: expected its stream to end, but it stands after 20 s"),
+                Err(_) => fail!("a closed port: expected its stream to end, but it stands after {ENDS:?}"),
             }
         }
     }
@@ -93,13 +103,58 @@ pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
         stream.read_to_end(&mut returned).await?;
         std::io::Result::Ok(returned)
     };
-    match tokio::time::timeout(EXCHANGE, sent).await {
-        Ok(Ok(returned)) => {
-            same(&returned.as_slice(), &&b"the last words"[..], "what came after half closing")
+    let patience = async {
+        let began = Instant::now();
+        for number in 0.. {
+            if number >= HALF_CLOSE.1 && began.elapsed() >= HALF_CLOSE.0 {
+                return Ok(number);
+            }
+            // The guest does this much meanwhile, so it had the time to see the end of the other.
+            let mut other = booted.machine.dial(port).await.during("dial beside")?;
+            ensure!(answers(&mut other).await, "expected an answer beside the connection, but none came");
         }
-        Ok(Err(error)) => fail!("half closing: expected the answer, but found {error}"),
-        Err(_) => fail!("half closing: expected the other side to end, but it stands after {EXCHANGE:?}"),
+        Ok(0)
+    };
+    tokio::select! {
+        biased;
+        sent = sent => match sent {
+            Ok(returned) => {
+                same(&returned.as_slice(), &&b"the last words"[..], "what came after half closing")
+            }
+            Err(error) => fail!("half closing: expected the answer, but found {error}"),
+        },
+        others = patience => {
+            let others = others?;
+            fail!(
+                "half closing: expected the other side to end, but it stands while the guest answered {others} \
+                 other connections"
+            )
+        }
     }
+}
+
+/// A port of the guest is the guest's, whoever listens at that number on the host.
+pub async fn a_port_of_the_host_is_not_the_guests(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    let Some(port) = rig.host_port() else { fail!("expected to listen on the host's loopback, but cannot") };
+    match booted.machine.dial(port).await {
+        Err(error) => same(&error.kind(), &ErrorKind::GuestUnreachable, "dial a closed port")?,
+        Ok(mut stream) => {
+            let mut byte = [0];
+            tokio::select! {
+                read = stream.read(&mut byte) => ensure!(
+                    !matches!(read, Ok(1..)),
+                    "dial port {port} of the guest: expected the stream to end, but found a byte"
+                ),
+                reached = eventually(ENDS, || async { Ok(rig.was_reached()) }) => match reached? {
+                    true => fail!("dial port {port} of the guest: expected nobody there, but reached the host"),
+                    false => fail!("dial port {port} of the guest: expected the stream to end, but it stands"),
+                }
+            }
+        }
+    }
+    ensure!(!rig.was_reached(), "dial port {port} of the guest: expected nobody there, but reached the host");
+    Ok(())
 }
 
 /// A connection that is cut in the middle hurts no other, and a new one works.
@@ -148,25 +203,30 @@ fn failed(why: String) -> super::NotPassed {
     super::NotPassed::Failed(why)
 }
 
-/// Sends everything while it reads everything, until both sides have ended.
+/// Sends everything while it reads as much. Whether the other side ends afterwards is another test's question.
 async fn exchange(stream: BoxedStream, bytes: Vec<u8>) -> Verdict<Vec<u8>> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let expected = bytes.len();
     let sending = async {
         writer.write_all(&bytes).await?;
-        writer.flush().await?;
-        writer.shutdown().await
+        writer.flush().await
     };
     let reading = async {
-        let mut returned = Vec::with_capacity(expected);
-        reader.read_to_end(&mut returned).await.map(|_| returned)
-    };
-    match tokio::time::timeout(EXCHANGE, async { futures::try_join!(sending, reading) }).await {
-        Ok(Ok(((), returned))) => Ok(returned),
-        Ok(Err(error)) => fail!("an exchange of {expected} bytes: expected them back, but found {error}"),
-        Err(_) => {
-            fail!("an exchange of {expected} bytes: expected its end, but it goes on after {EXCHANGE:?}")
+        let mut returned = vec![0; expected];
+        let mut filled = 0;
+        while filled < expected {
+            let read = tokio::time::timeout(STALL, reader.read(&mut returned[filled..])).await;
+            match read.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))? {
+                0 => break,
+                count => filled += count,
+            }
         }
+        returned.truncate(filled);
+        std::io::Result::Ok(returned)
+    };
+    match futures::try_join!(sending, reading) {
+        Ok(((), returned)) => Ok(returned),
+        Err(error) => fail!("an exchange of {expected} bytes: expected them back, but found {error}"),
     }
 }
 
@@ -212,13 +272,13 @@ impl Booted {
         let mut started = self.echoes.lock().await;
         if let Some(command) = echo.start.filter(|_| !*started) {
             self.run(&command).await?;
-            let answers = eventually(EXCHANGE, || async {
+            let answers = eventually(LISTENS, || async {
                 let Ok(mut stream) = self.machine.dial(echo.port).await else { return Ok(false) };
                 Ok(answers(&mut stream).await)
             });
             ensure!(
                 answers.await?,
-                "expected the guest's echo to answer within {EXCHANGE:?}, but it did not"
+                "expected the guest's echo to answer within {LISTENS:?}, but it did not"
             );
         }
         *started = true;

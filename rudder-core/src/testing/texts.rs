@@ -12,6 +12,7 @@ use crate::{
     backend::{ImportRequest, Lab, LabSpec, Progress, Stop},
     plan::{PlannedSource, PlannedUrl},
 };
+use std::time::Duration;
 
 /// Names that mean something to a shell, a file system, a command line of QEMU, an XML text, a query or a printf.
 const ODD: [&str; 12] = [
@@ -54,6 +55,50 @@ pub async fn odd_names_work_or_are_refused(rig: &Rig) -> Verdict {
         module(rig, &*lab, name).await?;
         lab.destroy().await.during("destroy a lab with odd names in it")?;
         rig.expect_nothing_left(&format!("after the name {name:?}")).await?;
+    }
+    Ok(())
+}
+
+/// The longest a name may be: a label of the Domain Name System (RFC 1123).
+const LONGEST: usize = 63;
+
+/// Names of the greatest length that differ in their last character only stay two: machines, disks and modules.
+pub async fn long_names_stay_apart(rig: &Rig) -> Verdict {
+    let names = ["a", "b"].map(|last| format!("{}{last}", "n".repeat(LONGEST - 1)));
+    let lab = rig.lab(&names[0]).await?;
+    let mut machines = Vec::new();
+    for name in &names {
+        let mut spec = rig.bare(&*lab, name).await?;
+        spec.disks[0].name.clone_from(name);
+        let other = names.iter().find(|other| *other != name).unwrap_or(name);
+        spec.disks.push(rig.blank(&*lab, name, other).await?);
+        let machine = lab.create_machine(&spec).await.during("create a machine of a long name")?;
+        same(&machine.name(), &name.as_str(), "the name of a machine")?;
+        machine.start().await.during("start a machine of a long name")?;
+        machines.push(machine);
+    }
+    machines[0].stop(Stop::Kill).await.during("stop one of two machines")?;
+    let waits = tokio::time::timeout(Duration::from_millis(200), machines[1].wait()).await;
+    ensure!(waits.is_err(), "expected the other machine to run on, but found {waits:?}");
+    machines[1].stop(Stop::Kill).await.during("stop the other")?;
+    for (machine, module) in machines.iter().zip(&names) {
+        let mut disks = Vec::new();
+        for name in &names {
+            let disk = machine.capture(name, &Progress::none()).await.during("capture a disk of a long name")?;
+            same(&disk.name, name, "the name of a captured disk")?;
+            disks.push(disk);
+        }
+        let published = lab.publish(draft(module, vec![template(machine.name(), disks)])).await;
+        published.during("publish a module of a long name")?;
+    }
+    lab.destroy().await.during("destroy the lab")?;
+    let modules = rig.backend().modules().await.during("list modules")?;
+    let found: Vec<_> = modules.iter().map(|module| module.name.clone()).collect();
+    same(&found, &names.to_vec(), "the names of the modules")?;
+    for module in &modules {
+        same(&module.machines[0].name, &module.name, "the VM of a module")?;
+        whole(module).await?;
+        rig.backend().remove_module(&module.name).await.during("remove a module of a long name")?;
     }
     Ok(())
 }

@@ -96,6 +96,11 @@ impl Adapter for ProcessesAdapter {
         Ok(traces)
     }
 
+    async fn is_running(&self, lab: &LabId, machine: &str) -> Result<bool> {
+        let is_it = |pid: &i32| has(*pid, LAB_VARIABLE, lab.as_str()) && has(*pid, "RUDDER_MACHINE", machine);
+        Ok(self.processes().iter().any(is_it))
+    }
+
     async fn kill(&self, lab: &LabId, machine: &str) -> Result<()> {
         let is_it = |pid: &i32| has(*pid, LAB_VARIABLE, lab.as_str()) && has(*pid, "RUDDER_MACHINE", machine);
         let find = || self.processes().into_iter().find(is_it).and_then(Pid::from_raw);

@@ -1,0 +1,179 @@
+//! Two guests that boot at once in one lab: each has its own processors, memory, name, disks and consoles, and the power-off of
+//! one is told in time while the other runs on.
+
+use super::{
+    Rig, Verdict,
+    guest::{Booted, Prepared},
+    verdict::{During as _, ensure, fail, same},
+};
+use crate::{
+    backend::{Exit, Stop},
+    capability::Capability,
+    console::Console,
+};
+use futures::future::join_all;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// The names of the two.
+const NAMES: [&str; 2] = ["one", "two"];
+/// How long what a guest wrote may take to appear on its screen.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a guest may take to power off.
+const POWER_OFF: Duration = Duration::from_secs(90);
+/// The interval between looks at whether a machine is there from outside.
+const LOOK: Duration = Duration::from_millis(10);
+/// What the first guest writes before it powers off.
+const LAST_WORDS: &str = "last-words-of-one";
+
+/// Two guests that run, the second with one more processor and twice the memory.
+pub(super) type Pair = [Booted; 2];
+
+/// Boots the two at once.
+pub(super) async fn boot(rig: &Rig, lab: Arc<dyn crate::backend::Lab>) -> Verdict<Pair> {
+    let mut prepared = Vec::new();
+    for (index, name) in NAMES.into_iter().enumerate() {
+        let mut guest = Prepared::new(rig, &*lab, name, None).await?;
+        if index == 1 {
+            guest.spec.cpus += 1;
+            guest.spec.memory *= 2;
+        }
+        prepared.push(guest);
+    }
+    let boots = prepared.into_iter().map(|guest| guest.boot(rig, Arc::clone(&lab)));
+    let mut booted = join_all(boots).await.into_iter();
+    match (booted.next(), booted.next()) {
+        (Some(one), Some(two)) => Ok([one?, two?]),
+        _ => fail!("expected two guests, but found fewer"),
+    }
+}
+
+/// Machines that are created at once have each its own disk, seed and name.
+pub async fn machines_that_are_created_at_once_do_not_meet(rig: &Rig) -> Verdict {
+    // Each opens to its own key only; and a disk that both wrote to would not be started twice.
+    let pair = rig.pair().await?;
+    for (booted, name) in pair.iter().zip(NAMES) {
+        same(&booted.run("hostname").await?.trim(), &name, "the name that a guest was given")?;
+        booted.run(&format!("echo {name} >/srv/whose")).await?;
+    }
+    for (booted, name) in pair.iter().zip(NAMES) {
+        same(&booted.run("cat /srv/whose").await?.trim(), &name, "what a guest wrote on its disk")?;
+    }
+    Ok(())
+}
+
+/// Each guest has as many processors and as much memory as was asked for.
+pub async fn processors_and_memory_are_as_asked_for(rig: &Rig) -> Verdict {
+    let pair = rig.pair().await?;
+    let image = rig.image()?;
+    let wanted = [(image.cpus, image.memory), (image.cpus + 1, image.memory * 2)];
+    for (booted, (cpus, memory)) in pair.iter().zip(wanted) {
+        let name = booted.machine.name();
+        let processors = booted.run("cat /proc/cpuinfo").await?;
+        let found = processors.lines().filter(|line| line.starts_with("processor")).count();
+        same(&found, &(cpus as usize), &format!("the number of processors of {name}"))?;
+        // `MemTotal:  245678 kB` (proc(5)): without what the firmware and the kernel took for themselves.
+        let told = booted.run("cat /proc/meminfo").await?;
+        let total = told.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+        let total = total.and_then(|total| total.split_whitespace().next()?.parse::<u64>().ok());
+        let Some(total) = total.map(|kib| kib << 10) else {
+            fail!("expected the memory of {name} in /proc/meminfo, but found {told:?}")
+        };
+        ensure!(
+            total <= memory && total > memory / 10 * 6,
+            "the memory of {name}: expected about {memory} bytes, but found {total}"
+        );
+    }
+    Ok(())
+}
+
+/// What a guest writes on its serial console and its screen appears there, and not on those of the other.
+pub async fn consoles_are_those_of_their_own_machine(rig: &Rig) -> Verdict {
+    let pair = rig.pair().await?;
+    let has = |capability| rig.backend().capabilities().has(capability);
+    // The end of what each writes is the same: a mistake is seen at once.
+    let mark = |name: &str, what: &str| format!("{name}-wrote-on-{what}");
+    let mut streams = Vec::new();
+    if has(Capability::Serial) {
+        for booted in pair.iter() {
+            streams.push(booted.machine.serial().await.during("connect to the serial console")?);
+        }
+        for (booted, name) in pair.iter().zip(NAMES) {
+            booted.run(&format!("echo {} >/dev/ttyS0", mark(name, "serial"))).await?;
+        }
+        for (index, (booted, name)) in pair.iter().zip(NAMES).enumerate() {
+            let (own, foreign) = (mark(name, "serial"), mark(NAMES[1 - index], "serial"));
+            let heard = super::consoles::until(&mut streams[index], &mark("", "serial"), name).await?;
+            let tail = booted.machine.serial_tail(4096).await.during("read the end of the serial console")?;
+            for said in [&*heard, &*String::from_utf8_lossy(&tail)] {
+                ensure!(said.contains(&own), "{name}: expected {own:?} on its serial console, but found {said:?}");
+                ensure!(!said.contains(&foreign), "{name}: found what the other wrote: {said:?}");
+            }
+        }
+    }
+    if let (true, Some(screen)) = (has(Capability::Display), rig.image()?.screen) {
+        for (booted, name) in pair.iter().zip(NAMES) {
+            booted.run(&format!("echo {} >{screen}", mark(name, "screen"))).await?;
+        }
+        for (index, (booted, name)) in pair.iter().zip(NAMES).enumerate() {
+            let (own, foreign) = (mark(name, "screen"), mark(NAMES[1 - index], "screen"));
+            let console = Console::new(Arc::clone(&booted.machine));
+            let found = console.wait_text(&mark("", "screen"), PATIENCE).await;
+            let found = found.during(&format!("{name}: wait for what it wrote on its screen"))?.to_string();
+            ensure!(found.contains(&own), "{name}: expected {own:?} on its screen, but found:\n{found}");
+            ensure!(!found.contains(&foreign), "{name}: found what the other wrote on its screen:\n{found}");
+        }
+    }
+    Ok(())
+}
+
+/// When a guest powers off by itself, whoever waits is told so within the limit of the contract, its last words are kept, and the
+/// other machine runs on until its own power button is pressed.
+pub async fn a_power_off_is_told_in_time(rig: &Rig) -> Verdict {
+    let pair = rig.pair().await?;
+    let [one, two] = &*pair;
+    let serial = rig.backend().capabilities().has(Capability::Serial);
+    let speak = if serial { format!("echo {LAST_WORDS} >/dev/ttyS0; ") } else { String::new() };
+    let told = async {
+        let exit = one.machine.wait().await;
+        (exit, Instant::now())
+    };
+    let gone = async {
+        // The connection may end before the command does.
+        drop(one.guest().command(&format!("{speak}sync; poweroff")).await);
+        while rig.adapter().is_running(one.lab.id(), one.machine.name()).await? {
+            tokio::time::sleep(LOOK).await;
+        }
+        crate::Result::Ok(Instant::now())
+    };
+    let both = tokio::time::timeout(POWER_OFF, async { futures::join!(told, gone) }).await;
+    let Ok(((exit, told), gone)) = both else {
+        fail!("expected a guest to power off, and to be told so, within {POWER_OFF:?}")
+    };
+    same(&exit.during("wait for a guest that powers off")?, &Exit::PoweredOff, "how the guest ended")?;
+    let took = told.saturating_duration_since(gone.during("look whether the machine is there")?);
+    ensure!(
+        took <= rig.options().reaction,
+        "expected a power-off to be told within {:?}, but it took {took:?}",
+        rig.options().reaction
+    );
+    let again = tokio::time::timeout(PATIENCE, one.machine.wait()).await;
+    let Ok(again) = again else { fail!("expected an ended machine to say so at once, but it did not") };
+    same(&again.during("wait again")?, &Exit::PoweredOff, "what a late one was told")?;
+    if serial {
+        let tail = one.machine.serial_tail(4096).await.during("read its last words")?;
+        let tail = String::from_utf8_lossy(&tail);
+        ensure!(tail.contains(LAST_WORDS), "expected {LAST_WORDS:?} after its end, but found {tail:?}");
+    }
+    same(&two.run("hostname").await?.trim(), &NAMES[1], "the name of the guest that runs on")?;
+    let stopped = two.machine.stop(Stop::Graceful { limit: POWER_OFF }).await;
+    same(&stopped.during("press the power button")?, &Exit::PoweredOff, "how the other guest ended")?;
+    one.machine.start().await.during("start a machine that powered off")?;
+    let tail = one.machine.serial_tail(1 << 20).await.during("read what it wrote since")?;
+    let tail = String::from_utf8_lossy(&tail);
+    ensure!(!tail.contains(LAST_WORDS), "expected nothing of the last run, but found {tail:?}");
+    one.machine.stop(Stop::Kill).await.during("stop it")?;
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! A connection that is wrong in one way.
+
+use super::{Shared, Wrong};
+use rudder_core::backend::BoxedStream;
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// A connection that may be wrong.
+pub(super) struct Crooked {
+    /// `None` once it is closed.
+    inner: Option<BoxedStream>,
+    shared: Arc<Shared>,
+    /// Bytes that were read.
+    read: usize,
+    _hold: Option<Arc<()>>,
+}
+
+impl Crooked {
+    pub(super) fn new(inner: BoxedStream, shared: Arc<Shared>, hold: Option<Arc<()>>) -> Self {
+        Self { inner: Some(inner), shared, read: 0, _hold: hold }
+    }
+}
+
+/// The byte that is wrong.
+const WRONG_BYTE: usize = (1 << 20) + 7;
+
+fn closed() -> io::Error {
+    io::ErrorKind::BrokenPipe.into()
+}
+
+impl AsyncRead for Crooked {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let Some(inner) = &mut self.inner else { return Poll::Ready(Ok(())) };
+        let before = buffer.filled().len();
+        ready!(Pin::new(inner).poll_read(context, buffer))?;
+        let bytes = &mut buffer.filled_mut()[before..];
+        let count = bytes.len();
+        if let (Some(place), true) = (WRONG_BYTE.checked_sub(self.read), self.shared.is(Wrong::FlipsABit))
+            && let Some(byte) = bytes.get_mut(place)
+        {
+            *byte ^= 1;
+        }
+        self.read += count;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Crooked {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.inner {
+            Some(inner) => Pin::new(inner).poll_write(context, bytes),
+            None => Poll::Ready(Err(closed())),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.inner {
+            Some(inner) => Pin::new(inner).poll_flush(context),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.shared.is(Wrong::ClosesBothHalves) {
+            self.inner = None;
+        }
+        if self.shared.is(Wrong::LosesHalfClose) {
+            return Poll::Ready(Ok(()));
+        }
+        match &mut self.inner {
+            Some(inner) => Pin::new(inner).poll_shutdown(context),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+}
