@@ -12,7 +12,7 @@ use super::{
     files::FileTree,
     lab::{LabCore, Volumes},
     script::{Act, Guest, Operation, Silence},
-    ssh,
+    ssh, streams,
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -27,11 +27,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::{
-    io::{AsyncWriteExt, DuplexStream},
-    sync::watch,
-    time::Instant,
-};
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// How much of the serial console is kept.
@@ -98,6 +94,17 @@ impl MachineCore {
 
     pub(super) fn is_running(&self) -> bool {
         *self.life.borrow() == Life::Running
+    }
+
+    /// Of what was written on the serial console since it was powered on, what follows a position; and the position behind it.
+    pub(super) fn written_since(&self, position: u64) -> (Vec<u8>, u64) {
+        let state = self.state();
+        (state.serial.since(position), state.serial.end())
+    }
+
+    /// Changes with everything that is written on the serial console.
+    pub(super) fn serial_changes(&self) -> watch::Receiver<()> {
+        self.serial_changed.subscribe()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -350,9 +357,9 @@ impl Machine for MemoryMachine {
         let (near, far) = tokio::io::duplex(64 << 10);
         let connection = self.core.shared.connection();
         if boot.guest.silence == Some(Silence::Accepts) {
-            hold(far, boot.token.clone(), connection);
+            streams::hold(far, boot.token.clone(), connection);
         } else if echoes {
-            echo(far, boot.token.clone(), connection);
+            streams::echo(far, boot.token.clone(), connection);
         } else {
             ssh::serve(self.core.clone(), boot, far);
         }
@@ -378,36 +385,8 @@ impl Machine for MemoryMachine {
         let boot = self.core.boot().ok_or_else(|| {
             Error::new(ErrorKind::Conflict, format!("expected VM {} to run, but it is off", self.name()))
         })?;
-        let (near, mut far) = tokio::io::duplex(64 << 10);
-        let core = self.core.clone();
-        let connection = core.shared.connection();
-        tokio::spawn(async move {
-            let _connection = connection;
-            let mut changed = core.serial_changed.subscribe();
-            let mut position = 0;
-            loop {
-                let fresh = {
-                    let state = core.state();
-                    let fresh = state.serial.since(position);
-                    position = state.serial.end();
-                    fresh
-                };
-                let gone = boot.power.is_cancelled();
-                let write = async { far.write_all(&fresh).await.is_err() || far.flush().await.is_err() };
-                if write.await || gone {
-                    break;
-                }
-                tokio::select! {
-                    () = boot.power.cancelled() => {}
-                    ok = changed.changed() => if ok.is_err() { break },
-                    // What is typed on the console is shown, as a terminal does, and forgotten; its end is the end.
-                    typed = typed(&mut far) => match typed {
-                        Some(typed) => core.say(&typed),
-                        None => break,
-                    },
-                }
-            }
-        });
+        let (near, far) = tokio::io::duplex(64 << 10);
+        streams::console(self.core.clone(), boot.power, far);
         Ok(Box::new(near))
     }
 
@@ -467,46 +446,6 @@ impl Machine for MemoryMachine {
         }
         Ok(Vec::new())
     }
-}
-
-/// What the other side sends; `None` when it is gone.
-async fn typed(stream: &mut DuplexStream) -> Option<Vec<u8>> {
-    use tokio::io::AsyncReadExt as _;
-    let mut buffer = [0; 256];
-    match stream.read(&mut buffer).await {
-        Ok(count @ 1..) => Some(buffer[..count].to_vec()),
-        _ => None,
-    }
-}
-
-/// Sends back what comes, until that ends.
-fn echo(far: DuplexStream, token: CancellationToken, connection: super::Counted) {
-    tokio::spawn(async move {
-        let _connection = connection;
-        let (mut reader, mut writer) = tokio::io::split(far);
-        let echoing = async {
-            // A side that is gone ends it; there is nobody to tell.
-            let _ = tokio::io::copy(&mut reader, &mut writer).await;
-            let _ = writer.shutdown().await;
-        };
-        tokio::select! {
-            () = token.cancelled() => {}
-            () = echoing => {}
-        }
-    });
-}
-
-/// Holds a connection open and says nothing.
-fn hold(mut far: DuplexStream, token: CancellationToken, connection: super::Counted) {
-    tokio::spawn(async move {
-        let _connection = connection;
-        loop {
-            tokio::select! {
-                () = token.cancelled() => break,
-                typed = typed(&mut far) => if typed.is_none() { break },
-            }
-        }
-    });
 }
 
 fn unsupported(capability: Capability) -> Error {

@@ -58,6 +58,7 @@ mod sftp;
 mod shelf;
 mod shell;
 mod ssh;
+mod streams;
 #[cfg(test)]
 mod tests;
 

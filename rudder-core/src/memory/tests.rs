@@ -451,3 +451,28 @@ async fn fetched_files_are_gone_with_their_lab() {
     lab.destroy().await.unwrap();
     assert!(!fetched.path.exists());
 }
+
+#[tokio::test]
+async fn a_reader_of_the_serial_console_goes_on_beyond_what_is_kept() {
+    let rig = started(|guest| guest).await;
+    let machine = &rig.machine;
+    let core = rig.backend.shared.registry().labs.values().next().unwrap().core().unwrap().machines().remove(0);
+    let mut reader = machine.serial().await.unwrap();
+    let piece = vec![b'x'; 64 << 10];
+    let mut read = vec![0; piece.len()];
+    // More than is kept, taken as it comes; then more at once than is kept.
+    for _ in 0..20 {
+        core.say(&piece);
+        reader.read_exact(&mut read).await.unwrap();
+    }
+    for _ in 0..20 {
+        core.say(&piece);
+    }
+    core.say(b"the end");
+    assert_eq!(machine.serial_tail(7).await.unwrap(), b"the end");
+    assert!(machine.serial_tail(usize::MAX).await.unwrap().len() <= 1 << 20);
+    machine.stop(Stop::Kill).await.unwrap();
+    let mut rest = Vec::new();
+    reader.read_to_end(&mut rest).await.unwrap();
+    assert!(rest.ends_with(b"the end"));
+}

@@ -49,6 +49,12 @@ pub fn power_off(text: &str) -> Vec<u8> {
     disk(&[&say(text), PAUSE, POWER_OFF, REST])
 }
 
+/// Writes this on the serial console again and again, as fast as it can.
+pub fn write_without_end(text: &str) -> Vec<u8> {
+    // jmp 0:0x7c00
+    disk(&[&say(text), &[0xea, 0x00, 0x7c, 0x00, 0x00]])
+}
+
 /// Powers off when the power button is pressed: PM1a_EN, then PM1a_STS, bit 8.
 pub fn power_off_on_button() -> Vec<u8> {
     let wait = [
