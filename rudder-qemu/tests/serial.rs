@@ -39,7 +39,8 @@ async fn what_a_guest_writes_without_end_is_bounded() {
     spec.retention = Retention::MayBeKept;
     let lab = place.backend.open_lab(&spec).await.unwrap();
     let guest = sector::write_without_end("a line of a guest that never rests\r\n");
-    let machine = lab.create_machine(&sector_machine(&*lab, &guest, Bus::Virtio, 1 << 20).await).await.unwrap();
+    let machine =
+        lab.create_machine(&sector_machine(&*lab, &guest, Bus::Virtio, 1 << 20).await).await.unwrap();
     machine.start().await.unwrap();
     let directory = place.dir.path().join("labs").join(spec.id.as_str());
     let idle = machine.serial().await.unwrap();

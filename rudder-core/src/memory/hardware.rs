@@ -96,7 +96,8 @@ impl MachineCore {
                 remove(files, &device(index));
             }
             let discs = (0..self.spec.cdroms.len()).map(|index| format!("/dev/sr{index}"));
-            let fixed = [CONSOLE, SCREEN, PROCESSORS, MEMORY, PARTITIONS, CARDS, "/dev/fd0"].map(str::to_owned);
+            let fixed =
+                [CONSOLE, SCREEN, PROCESSORS, MEMORY, PARTITIONS, CARDS, "/dev/fd0"].map(str::to_owned);
             discs.chain(fixed).for_each(|path| remove(files, &path));
         }
         for (id, content) in contents {

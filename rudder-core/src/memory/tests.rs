@@ -456,7 +456,8 @@ async fn fetched_files_are_gone_with_their_lab() {
 async fn a_reader_of_the_serial_console_goes_on_beyond_what_is_kept() {
     let rig = started(|guest| guest).await;
     let machine = &rig.machine;
-    let core = rig.backend.shared.registry().labs.values().next().unwrap().core().unwrap().machines().remove(0);
+    let core =
+        rig.backend.shared.registry().labs.values().next().unwrap().core().unwrap().machines().remove(0);
     let mut reader = machine.serial().await.unwrap();
     let piece = vec![b'x'; 64 << 10];
     let mut read = vec![0; piece.len()];

@@ -177,7 +177,9 @@ pub async fn a_fetched_file_stays_as_it_is(rig: &Rig) -> Verdict {
     let io = |what: &'static str| move |error| Error::io(what, error);
     let source = tempfile::NamedTempFile::new().map_err(io("make a file to be fetched"))?;
     std::fs::write(source.path(), &content).map_err(io("make a file to be fetched"))?;
-    let Ok(url) = url::Url::from_file_path(source.path()) else { fail!("expected a path that a URL can say") };
+    let Ok(url) = url::Url::from_file_path(source.path()) else {
+        fail!("expected a path that a URL can say")
+    };
     let request = FetchRequest::new(PlannedUrl { url, sha256: None });
     let (lab, progress) = (rig.lab("readers").await?, Progress::none());
     let fetched = lab.fetch(&request, &progress).await.during("fetch a file")?;

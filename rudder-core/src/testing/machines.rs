@@ -102,7 +102,8 @@ async fn play(machine: &dyn Machine, acts: [Act; 3]) -> Verdict {
 pub async fn any_number_may_wait(rig: &Rig) -> Verdict {
     let lab = rig.lab("waiters").await?;
     let machine = rig.running(&*lab, "web").await?;
-    let waiting = async { futures::join!(join_all((0..8).map(|_| machine.wait())), machine.stop(Stop::Kill)) };
+    let waiting =
+        async { futures::join!(join_all((0..8).map(|_| machine.wait())), machine.stop(Stop::Kill)) };
     let Ok((exits, stopped)) = tokio::time::timeout(rig.options().patience, waiting).await else {
         fail!("expected all who wait to be told, but some wait still after {:?}", rig.options().patience)
     };
@@ -127,7 +128,10 @@ pub async fn several_may_stop_a_machine(rig: &Rig) -> Verdict {
         )
     };
     let Ok((one, two, three)) = tokio::time::timeout(rig.options().patience, stopping).await else {
-        fail!("expected all who stop a machine to be told, but some wait still after {:?}", rig.options().patience)
+        fail!(
+            "expected all who stop a machine to be told, but some wait still after {:?}",
+            rig.options().patience
+        )
     };
     let one = one.during("stop a machine gracefully")?;
     same(&two.during("kill it meanwhile")?, &one, "the exit that the second was told")?;

@@ -108,7 +108,10 @@ pub async fn consoles_are_those_of_their_own_machine(rig: &Rig) -> Verdict {
             let heard = super::consoles::until(&mut streams[index], &mark("", "serial"), name).await?;
             let tail = booted.machine.serial_tail(4096).await.during("read the end of the serial console")?;
             for said in [&*heard, &*String::from_utf8_lossy(&tail)] {
-                ensure!(said.contains(&own), "{name}: expected {own:?} on its serial console, but found {said:?}");
+                ensure!(
+                    said.contains(&own),
+                    "{name}: expected {own:?} on its serial console, but found {said:?}"
+                );
                 ensure!(!said.contains(&foreign), "{name}: found what the other wrote: {said:?}");
             }
         }

@@ -8,7 +8,9 @@ use super::{
     verdict::{During as _, ensure, fail},
 };
 use crate::{
-    backend::{Backend, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec, Progress, ProgressEvent},
+    backend::{
+        Backend, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec, Progress, ProgressEvent,
+    },
     capability::Capability,
     check::DEFAULT_SUBNET,
     digest::Digest,

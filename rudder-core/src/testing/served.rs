@@ -98,12 +98,18 @@ pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Ri
             }
             Owners::Handle => ask_as_another_process(*address, served.port).await?,
         };
-        ensure!(!hears(&told), "{address}: expected nobody but machines to be answered, but this process was");
+        ensure!(
+            !hears(&told),
+            "{address}: expected nobody but machines to be answered, but this process was"
+        );
     }
     lab.destroy().await.during("destroy the lab")?;
     for address in &addresses {
         let told = fetch(&format!("http://{address}:{}/file", served.port)).await?.unwrap_or_default();
-        ensure!(!hears(&told), "{address}: expected nobody to be answered once the lab is gone, but somebody was");
+        ensure!(
+            !hears(&told),
+            "{address}: expected nobody to be answered once the lab is gone, but somebody was"
+        );
     }
     drop((served, machine));
     Ok(())

@@ -276,10 +276,7 @@ impl Booted {
                 let Ok(mut stream) = self.machine.dial(echo.port).await else { return Ok(false) };
                 Ok(answers(&mut stream).await)
             });
-            ensure!(
-                answers.await?,
-                "expected the guest's echo to answer within {LISTENS:?}, but it did not"
-            );
+            ensure!(answers.await?, "expected the guest's echo to answer within {LISTENS:?}, but it did not");
         }
         *started = true;
         Ok(echo.port)

@@ -84,7 +84,8 @@ pub async fn long_names_stay_apart(rig: &Rig) -> Verdict {
     for (machine, module) in machines.iter().zip(&names) {
         let mut disks = Vec::new();
         for name in &names {
-            let disk = machine.capture(name, &Progress::none()).await.during("capture a disk of a long name")?;
+            let disk =
+                machine.capture(name, &Progress::none()).await.during("capture a disk of a long name")?;
             same(&disk.name, name, "the name of a captured disk")?;
             disks.push(disk);
         }

@@ -55,8 +55,7 @@ impl BrokenLab {
         let failed = |source| rudder_core::Error::io("listen", source);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
         let port = listener.local_addr().map_err(failed)?.port();
-        let (destroyed, forever) =
-            (Arc::clone(&self.destroyed), self.shared.is(Wrong::ServesWithoutItsLab));
+        let (destroyed, forever) = (Arc::clone(&self.destroyed), self.shared.is(Wrong::ServesWithoutItsLab));
         let server = tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
                 if destroyed.load(Ordering::SeqCst) && !forever {

@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        Backend, Fetched, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, Progress, ProgressEvent, ReapReport,
-        Seed, Volume,
+        Backend, Fetched, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, Progress, ProgressEvent,
+        ReapReport, Seed, Volume,
     },
     capability::{Capabilities, Capability},
     module::{CapturedDisk, Module},
