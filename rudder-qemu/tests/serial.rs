@@ -6,7 +6,7 @@ mod common;
 
 use common::{Place, sector, sector_machine};
 use rudder_core::{
-    backend::{Backend, LabSpec, Machine, Retention, SERIAL_KEPT, Stop},
+    backend::{Backend, LabSpec, Retention, SERIAL_KEPT, Stop},
     plan::Bus,
 };
 use std::{os::unix::fs::MetadataExt, path::Path};

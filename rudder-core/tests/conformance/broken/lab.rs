@@ -189,7 +189,7 @@ impl Lab for BrokenLab {
     async fn keep(&self) -> Result<KeptLab> {
         match self.inner.keep().await {
             Err(error) if error.kind() == ErrorKind::InvalidInput && self.shared.is(Wrong::KeepsAnyLab) => {
-                Ok(KeptLab { id: self.inner.id().clone(), access: Vec::new() })
+                Ok(KeptLab::new(self.inner.id().clone(), Vec::new()))
             }
             kept => kept,
         }
