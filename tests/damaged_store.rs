@@ -1,0 +1,107 @@
+//! What the examples say and do when the store is not as they left it. Needs no machine.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use rudder::{
+    backend::{LabId, ModuleDraft, Retention},
+    digest::Digest,
+    module::{Module, Provenance},
+    plan::PlannedNetwork,
+    store::Store,
+};
+use std::fs;
+use support::{Bench, one_vm};
+
+/// Publishes a module of one small disk.
+async fn publish(bench: &Bench, name: &str, content: &[u8]) -> Module {
+    let store = Store::open(bench.store()).unwrap();
+    let lab = store.create_lab(&LabId::new(name), name, Retention::EndWithOwner).unwrap();
+    fs::write(lab.path().join("disk"), content).unwrap();
+    let size = content.len();
+    let machine = serde_json::json!({
+        "name": "vm", "cpus": 1, "memory": 64 << 20, "firmware": "bios", "tpm": false, "nics": [],
+        "disks": [{
+            "name": "root", "bus": "virtio", "file": "disk", "format": "raw", "virtual_size": size, "size": size,
+            "sha256": Digest::of(content),
+        }],
+    });
+    let machines = vec![serde_json::from_value(machine).unwrap()];
+    let provenance = Provenance::new("", Digest::of(b""));
+    let draft = ModuleDraft::new(name, machines, PlannedNetwork::default(), provenance);
+    store.publish(&lab, draft).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_damaged_module_is_named_by_every_command_and_the_others_stay_usable() {
+    let bench = Bench::new();
+    let record = publish(&bench, "base", b"one").await.path.unwrap();
+    let text = fs::read_to_string(&record).unwrap();
+    for (damaged, reason) in [
+        (text.replace("\"format\": 1", "\"format\": 2"), "found format 2"),
+        (text.replace("vm.root.raw", "../../x"), "../../x"),
+        ("{".to_owned(), "not what was written"),
+    ] {
+        fs::write(&record, damaged).unwrap();
+        let file = record.to_str().unwrap();
+        for command in [&["list"][..], &["show", "base"], &["gc"]] {
+            let (code, _, error) = bench.run("modules", command);
+            assert_eq!(code, 1, "{command:?}: {error}");
+            assert!(error.contains(file) && error.contains(reason), "{command:?}: {error}");
+            assert!(!error.contains("no modules yet"), "{error}");
+        }
+        let ended = bench.build(&one_vm("layer", "{buildRef: {name: base}}", ""));
+        assert_ne!(ended.code, 0);
+        assert!(ended.stderr.contains(file), "{}", ended.stderr);
+        assert!(record.exists());
+    }
+    publish(&bench, "good", b"two").await;
+    let (code, list, _) = bench.run("modules", &["list"]);
+    assert!(code == 1 && list.contains("good"), "{list}");
+    assert_eq!(bench.run("modules", &["show", "good"]).0, 0);
+    assert_eq!(bench.run("modules", &["remove", "base"]).0, 0);
+    assert_eq!(bench.run("modules", &["gc"]).0, 0);
+    bench.expect_clean();
+}
+
+#[tokio::test]
+async fn a_lost_pointer_is_repaired_by_saying_which_version_it_is() {
+    let bench = Bench::new();
+    let first = publish(&bench, "base", b"one").await;
+    let (_, lease) = Store::open(bench.store()).unwrap().lease_module("base", &first.digest).unwrap();
+    publish(&bench, "base", b"two").await;
+    drop(lease);
+    fs::remove_file(first.path.as_ref().unwrap().with_file_name("replaced")).unwrap();
+    fs::remove_file(bench.store().join("modules/base/current")).unwrap();
+    let (code, _, error) = bench.run("modules", &["list"]);
+    assert!(
+        code == 1 && error.contains("modules repair base ") && error.contains(&first.digest.short()),
+        "{error}"
+    );
+    let (code, _, error) = bench.run("modules", &["gc"]);
+    assert!(code == 1 && error.contains("modules repair base"), "{error}");
+    assert_eq!(bench.run("modules", &["repair", "base", &first.digest.short()]).0, 0);
+    let (code, list, _) = bench.run("modules", &["list"]);
+    assert!(code == 0 && list.contains(&first.digest.short()), "{list}");
+    assert_eq!(bench.run("modules", &["gc"]).0, 0);
+    bench.expect_clean();
+}
+
+#[test]
+fn a_build_and_gc_refuse_a_directory_that_is_no_store() {
+    for backend in ["qemu", "memory"] {
+        let bench = Bench::new();
+        let (thesis, hidden) =
+            (bench.store().join("labs/thesis"), bench.store().join("modules/x/.terraform"));
+        fs::create_dir_all(&thesis).unwrap();
+        fs::create_dir_all(&hidden).unwrap();
+        let (code, _, error) = bench.run("modules", &["--backend", backend, "gc"]);
+        assert!(code == 1 && error.contains("rudder-store.json"), "{error}");
+        let mut command = bench.command(&one_vm("web", "{blank: {}}", ""));
+        command.args(["--backend", backend]);
+        let output = command.output().unwrap();
+        assert!(!output.status.success());
+        assert!(thesis.exists() && hidden.exists());
+        assert_eq!(fs::read_dir(bench.store()).unwrap().count(), 2);
+    }
+}
