@@ -13,7 +13,7 @@ use crate::{
     media::cloud_init::{SeedLogin, seed},
     plan::{PlannedCloudInit, PlannedSource},
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// A port that machines are made with, and on which no guest listens: discard (RFC 863).
 pub(super) const CLOSED: u16 = 9;
@@ -36,6 +36,8 @@ pub(super) struct Booted {
 pub(super) struct Prepared {
     pub(super) spec: MachineSpec,
     pub(super) login: Login,
+    /// How long from power-on to a login, at most.
+    pub(super) boots_within: Duration,
 }
 
 impl Prepared {
@@ -60,14 +62,14 @@ impl Prepared {
         let instance = format!("{}-{name}", lab.id());
         let seeded = seed(&instance, name, &seed_login, &PlannedCloudInit::default());
         spec.seed = Some(seeded.during("make a seed")?);
-        Ok(Self { spec, login: Login::new(USER, key) })
+        Ok(Self { spec, login: Login::new(USER, key), boots_within: image.boots_within })
     }
 
     /// Creates it, starts it, and logs in.
     pub(super) async fn boot(self, rig: &Rig, lab: Arc<dyn Lab>) -> Verdict<Booted> {
         let machine = lab.create_machine(&self.spec).await.during("create a machine")?;
         machine.start().await.during("start a machine")?;
-        greeted(&*machine, SSH, rig.image()?.boots_within).await?;
+        greeted(&*machine, SSH, self.boots_within).await?;
         Booted::log_in(rig, lab, machine, self.login).await
     }
 }

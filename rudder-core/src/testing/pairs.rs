@@ -36,6 +36,8 @@ pub(super) async fn boot(rig: &Rig, lab: Arc<dyn crate::backend::Lab>) -> Verdic
     let mut prepared = Vec::new();
     for (index, name) in NAMES.into_iter().enumerate() {
         let mut guest = Prepared::new(rig, &*lab, name, None).await?;
+        // They share the host.
+        guest.boots_within = guest.boots_within * 3 / 2;
         if index == 1 {
             guest.spec.cpus += 1;
             guest.spec.memory *= 2;
