@@ -5,6 +5,7 @@
 //! when the connection broke under it. An order is not: it may have been carried out.
 
 use rudder_core::{Error, ErrorKind, Result};
+use rudder_qemu::parts::without_advice;
 use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard, Once, PoisonError},
@@ -45,7 +46,8 @@ impl Failure {
                     ErrorNumber::NoSupport | ErrorNumber::OperationUnsupported => ErrorKind::Unsupported,
                     _ => kind,
                 };
-                let said = refusal.message().trim();
+                let said = without_advice(refusal.message());
+                let said = said.trim();
                 let full = said.contains("No space left on device");
                 let kind = if full { ErrorKind::HostDiskFull } else { kind };
                 Error::new(kind, format!("cannot {what}: libvirt: {said}"))

@@ -6,7 +6,7 @@ use crate::{
     capture::{self, Captured},
     command_line,
     host::Host,
-    image::{self, Backing},
+    image::{self, Backing, Base},
     process::{Invocation, Lifetime},
     state::Parent,
 };
@@ -19,7 +19,7 @@ use rudder_core::{
     media::http::{Admission, Caller, Server},
     module::InputRecord,
     plan::{PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
-    store::{ImageFormat, LAB_VARIABLE, LabDir, Lease, Store, replace_file},
+    store::{LAB_VARIABLE, LabDir, Lease, Store, replace_file},
 };
 use std::{
     collections::BTreeMap,
@@ -181,7 +181,7 @@ impl Ground {
             PlannedSource::Blank => {
                 self.volume(None, request.size).await.map(|volume| Imported { volume, input: None })
             }
-            PlannedSource::BuildRef(parent) => self.import_module(parent, request).await,
+            PlannedSource::BuildRef(parent) => self.import_module(parent, request, progress).await,
             other => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("machines on QEMU cannot have this yet: a source such as {other:?}"),
@@ -290,16 +290,12 @@ impl Ground {
         request: &ImportRequest,
         progress: &Progress,
     ) -> Result<Imported> {
-        let image = self.store.image(url, progress).await?;
-        self.hold(image.lease).await?;
-        let format = driver(image.format);
-        let size = match image.format {
-            // Headers that the store reads as QEMU does.
-            ImageFormat::Raw | ImageFormat::Qcow2 => image.virtual_size,
-            _ => image::virtual_size(self, &image.path, format).await?,
-        };
-        let backing = Backing { path: &image.path, format };
-        let volume = self.volume(Some((backing, size)), request.size).await?;
+        let image = self.store.image_for(url, request.size, progress).await?;
+        self.hold(image.lease.clone()).await?;
+        let copy = format!("v{}.base", self.next_volume.fetch_add(1, Ordering::Relaxed));
+        let base = Base::of(self, &image, &copy, progress).await?;
+        let backing = Backing { path: &base.path, format: base.format };
+        let volume = self.volume(Some((backing, base.size)), request.size).await?;
         let input = InputRecord { role: format!("source of VM {}", request.machine), ..image.input };
         Ok(Imported { volume, input: Some(input) })
     }
@@ -311,19 +307,21 @@ impl Ground {
         self.hold(lease).await?;
         let missing =
             |what: String| Error::new(ErrorKind::NotFound, what).with_context("module", &parent.module);
-        let directory = module.path.as_deref().and_then(Path::parent).map(Path::to_owned);
-        let directory = directory
-            .ok_or_else(|| missing("expected the files of the module, but found none".to_owned()))?;
-        let machine = module.machines.into_iter().find(|machine| machine.name == parent.vm);
+        let machine = module.machines.iter().find(|machine| machine.name == parent.vm).cloned();
         let machine = machine
             .ok_or_else(|| missing(format!("expected a VM {:?} in the module, but found none", parent.vm)))?;
-        Ok(Parent { machine, directory })
+        Ok(Parent { machine, module, store: self.store.clone() })
     }
 
-    async fn import_module(&self, parent: &PlannedBuildRef, request: &ImportRequest) -> Result<Imported> {
+    async fn import_module(
+        &self,
+        parent: &PlannedBuildRef,
+        request: &ImportRequest,
+        progress: &Progress,
+    ) -> Result<Imported> {
         let missing =
             |what: String| Error::new(ErrorKind::NotFound, what).with_context("module", &parent.module);
-        let Parent { machine, directory } = self.parent(parent).await?;
+        let Parent { machine, module, store } = self.parent(parent).await?;
         let disk = match &request.parent_disk {
             None => machine.disks.first(),
             Some(name) => machine.disks.iter().find(|disk| disk.name == *name),
@@ -332,7 +330,11 @@ impl Ground {
             let wanted = request.parent_disk.as_deref().unwrap_or("its boot disk");
             missing(format!("expected disk {wanted} of VM {} in the module, but found none", parent.vm))
         })?;
-        let path = directory.join(&disk.file);
+        let (wanted, progress) = (disk.clone(), progress.clone());
+        let path = blocking(move || {
+            store.captured_file(&module, &wanted.file, wanted.size, &wanted.sha256, &progress)
+        })
+        .await?;
         let backing = Backing { path: &path, format: &disk.format };
         let volume = self.volume(Some((backing, disk.virtual_size)), request.size).await?;
         let input = InputRecord {
@@ -342,18 +344,6 @@ impl Ground {
             sha256: disk.sha256,
         };
         Ok(Imported { volume, input: Some(input) })
-    }
-}
-
-/// A format, as QEMU calls it.
-fn driver(format: ImageFormat) -> &'static str {
-    match format {
-        ImageFormat::Qcow2 => "qcow2",
-        ImageFormat::Vmdk => "vmdk",
-        ImageFormat::Vdi => "vdi",
-        ImageFormat::Vhd => "vpc",
-        ImageFormat::Vhdx => "vhdx",
-        _ => "raw",
     }
 }
 

@@ -1,4 +1,14 @@
-//! Disk images, through qemu-img: what they are, and overlays on what is in the store.
+//! Disk images, through qemu-img: overlays on what is in the store, and what they stand on.
+
+mod base;
+mod map;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use {
+    base::Base,
+    map::{Extent, map},
+};
 
 use crate::{capture::damaged, ground::Ground};
 use rudder_core::{Error, ErrorKind, Result, units::human_bytes};
@@ -53,39 +63,6 @@ fn whole(size: u64) -> String {
     human_bytes(size.next_multiple_of(unit))
 }
 
-/// What a guest sees of an image, in bytes, as QEMU reads it.
-pub(crate) async fn virtual_size(ground: &Ground, image: &Path, format: &str) -> Result<u64> {
-    let command = ground.qemu_img().args(["info", "--output=json", "-f", format]).args([image]);
-    let finished = command.run(None).await?;
-    if !finished.status.success() {
-        let error = finished.failure("read the image");
-        return Err(Error::new(
-            ErrorKind::InvalidImage,
-            format!("expected a {format} image, but QEMU cannot read it"),
-        )
-        .with_source(error));
-    }
-    let info: serde_json::Value = serde_json::from_slice(&finished.stdout).unwrap_or_default();
-    let extents = info["format-specific"]["data"]["extents"].as_array();
-    let foreign = extents
-        .into_iter()
-        .flatten()
-        .any(|extent| extent["filename"].as_str().is_none_or(|name| Path::new(name) != image));
-    if foreign || info.get("backing-filename").is_some() {
-        return Err(Error::new(
-            ErrorKind::InvalidImage,
-            "expected an image that is complete in itself, but found one that refers to other files",
-        )
-        .with_help("convert it with qemu-img convert, and use the result"));
-    }
-    info["virtual-size"].as_u64().ok_or_else(|| {
-        Error::new(
-            ErrorKind::Protocol,
-            "expected the virtual size of an image from qemu-img info, but found none",
-        )
-    })
-}
-
 /// Checks the structure of a captured disk.
 pub(crate) async fn check(ground: &Ground, file: &str) -> Result<()> {
     let finished = ground.qemu_img().args(["check", "-q", "-f", "qcow2", file]).run(None).await?;
@@ -93,20 +70,4 @@ pub(crate) async fn check(ground: &Ground, file: &str) -> Result<()> {
         return Ok(());
     }
     Err(damaged("its structure is not sound").with_source(finished.failure("check the captured disk")))
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn a_disk_is_never_smaller_than_its_image() {
-        assert_eq!(size_over(1000, None).unwrap(), 1024);
-        assert_eq!(size_over(1024, Some(2048)).unwrap(), 2048);
-        assert_eq!(
-            size_over(3 << 30, Some(1 << 30)).unwrap_err().report(),
-            "expected a disk at least as large as its image, 3Gi, but found 1Gi\n  help: set the disk's size to 3Gi or more"
-        );
-    }
 }

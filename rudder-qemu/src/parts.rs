@@ -9,6 +9,7 @@ pub use crate::{
     ground::{Ground, blocking, kept_access},
     host::{Host, Programs, diagnose},
     machine_state::{Loader, MachineState, Tpm, board, loader},
+    process::without_advice,
     qmp::read_forwards,
     serial::{SerialConsole, SerialPaths},
 };

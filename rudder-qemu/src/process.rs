@@ -187,7 +187,7 @@ impl Finished {
 
     /// What it said, as an error.
     pub(crate) fn failure(&self, what: &str) -> Error {
-        let said = String::from_utf8_lossy(&self.stderr);
+        let said = without_advice(&String::from_utf8_lossy(&self.stderr));
         let said = said.trim();
         // strerror(3) in the C locale; qemu-img has no other way to say it.
         let full = said.contains("No space left on device") || said.contains("Disk quota exceeded");
@@ -200,6 +200,18 @@ impl Finished {
             error
         }
     }
+}
+
+/// What QEMU's programs said, without what they advise: they would have the user repair a file in place, and the files are
+/// those of the store, which must never change.
+pub fn without_advice(said: &str) -> String {
+    let advice = |line: &&str| {
+        let line = line.to_ascii_lowercase();
+        ["qemu-img check", "qemu-img amend", "qemu-img rebase", "-r all", "-r leaks", "to replay the log"]
+            .iter()
+            .any(|part| line.contains(part))
+    };
+    said.lines().filter(|line| !advice(line)).collect::<Vec<_>>().join("\n")
 }
 
 /// How a process ended, for people.
@@ -327,6 +339,15 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::HostDiskFull);
         let error = sh("kill -9 $$", Lifetime::Kept).run(None).await.unwrap().success("convert").unwrap_err();
         assert_eq!(error.to_string(), "cannot convert: sh: was ended by signal 9 (SIGKILL)");
+    }
+
+    #[test]
+    fn advice_to_repair_files_of_the_store_is_not_passed_on() {
+        let said = "qemu-img: Could not open 'a.vhdx': VHDX image file 'a.vhdx' opened read-only, but contains a log that needs \
+                    to be replayed\nTo replay the log, run:\nqemu-img check -r all 'a.vhdx'\n";
+        let left = without_advice(said);
+        assert!(left.ends_with("needs to be replayed"), "{left}");
+        assert_eq!(without_advice("one\ntwo\n"), "one\ntwo");
     }
 
     #[tokio::test]

@@ -8,19 +8,14 @@ use crate::{
     tpm,
 };
 use rudder_core::{
-    Error, ErrorKind, Result,
-    backend::MachineSpec,
+    Error, Result,
+    backend::{MachineSpec, Progress},
     digest::Digest,
-    module::{CapturedState, StateKind, TemplateMachine},
+    module::{CapturedState, Module, StateKind, TemplateMachine},
     plan::Firmware,
+    store::Store,
 };
-use std::{
-    fs,
-    io::Write,
-    os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs, io::Write, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc};
 
 /// The format of a TPM's state: the file in which swtpm keeps it.
 const TPM_FORMAT: &str = "swtpm";
@@ -29,8 +24,9 @@ const TPM_FORMAT: &str = "swtpm";
 #[derive(Debug)]
 pub(crate) struct Parent {
     pub(crate) machine: TemplateMachine,
-    /// Where its files are.
-    pub(crate) directory: PathBuf,
+    /// The module, and the store that its files are in.
+    pub(crate) module: Module,
+    pub(crate) store: Store,
 }
 
 impl Parent {
@@ -45,24 +41,10 @@ impl Parent {
         self.state(StateKind::FirmwareVariables).filter(|_| same)
     }
 
-    /// The bytes of a state, which must be those that were captured.
+    /// The bytes of a state, which are those that were captured.
     fn read(&self, state: &CapturedState) -> Result<Vec<u8>> {
-        let path = self.directory.join(&state.file);
-        let bytes = read(&path)?;
-        let found = Digest::of(&bytes);
-        if found == state.sha256 {
-            return Ok(bytes);
-        }
-        Err(Error::new(
-            ErrorKind::InvalidImage,
-            format!(
-                "expected the bytes {} in {}, but found {}",
-                state.sha256.short(),
-                path.display(),
-                found.short()
-            ),
-        )
-        .with_help("the module was changed since it was published: build it again"))
+        let progress = Progress::none();
+        read(&self.store.captured_file(&self.module, &state.file, state.size, &state.sha256, &progress)?)
     }
 }
 

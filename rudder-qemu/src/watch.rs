@@ -9,7 +9,7 @@
 //! One task per running machine owns the process; dropping the task kills it, unless it was released.
 
 use crate::{
-    process::{OwnedChild, describe},
+    process::{OwnedChild, describe, without_advice},
     qmp::{Note, Qmp},
     serial::SerialConsole,
 };
@@ -280,7 +280,7 @@ fn verdict(seen: &Seen, ended: &Ended, last_words: &str) -> Exit {
 /// The end of what QEMU said, as one line.
 pub(crate) async fn last_words(log: &Path) -> String {
     let bytes = tail(log, TOLD_OUTPUT).await.unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
+    let text = without_advice(&String::from_utf8_lossy(&bytes));
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     lines[lines.len().saturating_sub(10)..].join(" | ")
 }

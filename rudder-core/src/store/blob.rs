@@ -4,9 +4,11 @@ use super::{
     ImageFormat, Lease, Store, Use, durable,
     durable::io_error,
     format::{self, Recognised},
-    unpack::{self, Packing},
+    record,
+    unpack::{self, Packing, Stop},
+    verified::Condition,
 };
-use crate::{Error, ErrorKind, Result, digest::Digest, plan::PlannedUrl};
+use crate::{Error, ErrorKind, Result, backend::Progress, digest::Digest, plan::PlannedUrl};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
@@ -57,7 +59,7 @@ pub(super) enum Validator {
         last_modified: Option<String>,
     },
     /// What the file system says of a file.
-    File(super::local::FileIdentity),
+    File(super::local::SourceIdentity),
 }
 
 impl Store {
@@ -67,7 +69,7 @@ impl Store {
         self.root().join("blobs/sha256").join(&hex[..2]).join(hex)
     }
 
-    fn image_record_path(&self, served: &Digest) -> PathBuf {
+    pub(super) fn image_record_path(&self, served: &Digest) -> PathBuf {
         self.root().join("index/images").join(format!("{served}.json"))
     }
 
@@ -83,47 +85,70 @@ impl Store {
     }
 
     pub(super) fn url_record(&self, url: &url::Url) -> Result<Option<UrlRecord>> {
-        durable::read_json(&self.url_record_path(url))
+        record::read(&self.url_record_path(url))
     }
 
     pub(super) fn write_url_record(&self, url: &url::Url, record: &UrlRecord) -> Result<()> {
-        durable::write_json(&self.url_record_path(url), record)
+        record::write(&self.url_record_path(url), record)
     }
 
     pub(super) fn image_record(&self, served: &Digest) -> Result<Option<ImageRecord>> {
-        durable::read_json(&self.image_record_path(served))
+        record::read(&self.image_record_path(served))
     }
 
-    /// Takes a lease of a blob of this size (any size: `None`), if it is here.
-    pub(super) fn lease_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<Lease>> {
+    /// Takes a lease of a blob of this size (any size: `None`), if it is here and holds what its name says. One that does
+    /// not counts as absent, and is told.
+    pub(super) fn lease_blob(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<Option<Lease>> {
         let path = self.blob_path(digest);
-        if !path.exists() {
+        if path.symlink_metadata().is_err() {
             return Ok(None);
         }
+        // Examined under the lease: it may have been collected while we waited for it.
         let lease = Lease::take(self, Use::Blob(*digest))?;
-        // Looked at again under the lease: it may have been collected while we waited for it.
-        Ok(match fs::metadata(&path) {
-            Ok(meta) if size.is_none_or(|size| size == meta.len()) => Some(lease),
-            _ => None,
-        })
+        match self.examine(&path, digest, size, progress, stop)? {
+            Condition::Sound => Ok(Some(lease)),
+            Condition::Missing => Ok(None),
+            Condition::Damaged(why) => {
+                progress.notice(format!(
+                    "the cached file {} is damaged: {why}; fetching it again",
+                    path.display()
+                ));
+                Ok(None)
+            }
+        }
     }
 
     /// The image that these served bytes became, if it is here.
-    pub(super) fn known_image(&self, served: &Digest) -> Result<Option<(ImageRecord, Lease)>> {
+    pub(super) fn known_image(
+        &self,
+        served: &Digest,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<Option<(ImageRecord, Lease)>> {
         let Some(record) = self.image_record(served)? else {
             return Ok(None);
         };
-        let lease = self.lease_blob(&record.stored, Some(record.stored_size))?;
-        Ok(lease.map(|lease| (record, lease)))
+        let lease = self.lease_blob(&record.stored, Some(record.stored_size), progress, stop)?;
+        let Some(lease) = lease else { return Ok(None) };
+        // Only the image itself says what it is: records may be older than the rules.
+        let Recognised { format, virtual_size, .. } =
+            format::recognise_file(&self.blob_path(&record.stored))?;
+        Ok(Some((ImageRecord { format, virtual_size, ..record }, lease)))
     }
 
     /// Makes a finished file of the store's file system a blob. Its digest was computed from what was written.
     pub(super) fn insert_blob(&self, file: &Path, digest: &Digest) -> Result<Lease> {
         let path = self.blob_path(digest);
         let lease = Lease::take(self, Use::Blob(*digest))?;
-        let size = |path: &Path| fs::metadata(path).map(|meta| meta.len());
-        let new = size(file).map_err(|error| io_error("read", file, error))?;
-        if size(&path).is_ok_and(|there| there == new) {
+        let size = fs::metadata(file).map_err(|error| io_error("read", file, error))?.len();
+        let there = self.examine(&path, digest, Some(size), &Progress::none(), &Stop::default())?;
+        if there == Condition::Sound {
             durable::remove_file(file)?;
             return Ok(lease);
         }
@@ -132,26 +157,39 @@ impl Store {
         let enter = || -> std::io::Result<()> {
             let handle = File::open(file)?;
             durable::seal(&handle)?;
+            if path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
+                // Whoever made a directory there may want it back.
+                fs::rename(&path, dir.join(format!("{digest}.aside-{:08x}", rand::random::<u32>())))?;
+            }
+            // Replaces what was damaged; who has it open keeps it.
             fs::rename(file, &path)
         };
         enter().map_err(|error| io_error("store", &path, error))?;
         durable::sync_dir(dir)?;
+        self.note_verified(&path, digest);
         Ok(lease)
     }
 
     /// Recognises the image in a blob, unpacks it where it is packed, and notes what it became.
-    pub(super) fn image_of_blob(&self, served: &Digest, lease: Lease) -> Result<(ImageRecord, Lease)> {
+    pub(super) fn image_of_blob(
+        &self,
+        served: &Digest,
+        lease: Lease,
+        disk: Option<u64>,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<(ImageRecord, Lease)> {
         let path = self.blob_path(served);
         let size = fs::metadata(&path).map_err(|error| io_error("read", &path, error))?.len();
         match Packing::of_file(&path)? {
             None => {
                 let image = format::recognise_file(&path)?;
-                Ok((self.note_image(served, size, *served, size, &image)?, lease))
+                Ok((self.note_image(served, size, *served, size, &image, progress)?, lease))
             }
             Some(packing) => {
                 let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
-                let unpacked = unpack::unpack(self, packing, file, &unpack::Stop::default())?;
-                self.enter_unpacked(served, size, unpacked)
+                let unpacked = unpack::unpack(self, packing, file, disk, progress, stop)?;
+                self.enter_unpacked(served, size, unpacked, progress)
             }
         }
     }
@@ -162,6 +200,7 @@ impl Store {
         served: &Digest,
         served_size: u64,
         unpacked: unpack::Unpacked,
+        progress: &Progress,
     ) -> Result<(ImageRecord, Lease)> {
         if let Some(inner) = Packing::of_file(unpacked.path())? {
             return Err(Error::new(
@@ -173,7 +212,7 @@ impl Store {
         let image = format::recognise_file(unpacked.path())?;
         let (digest, size) = (unpacked.digest(), unpacked.size());
         let lease = self.insert_blob(unpacked.path(), &digest)?;
-        Ok((self.note_image(served, served_size, digest, size, &image)?, lease))
+        Ok((self.note_image(served, served_size, digest, size, &image, progress)?, lease))
     }
 
     fn note_image(
@@ -183,7 +222,11 @@ impl Store {
         stored: Digest,
         stored_size: u64,
         image: &Recognised,
+        progress: &Progress,
     ) -> Result<ImageRecord> {
+        if let Some(remark) = &image.remark {
+            progress.notice(remark.clone());
+        }
         let record = ImageRecord {
             stored,
             stored_size,
@@ -191,7 +234,7 @@ impl Store {
             virtual_size: image.virtual_size,
             served_size,
         };
-        durable::write_json(&self.image_record_path(served), &record)?;
+        record::write(&self.image_record_path(served), &record)?;
         Ok(record)
     }
 

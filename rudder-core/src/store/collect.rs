@@ -1,11 +1,14 @@
 //! What nothing needs any more: what dead owners left, and cached inputs.
 
 use super::{
-    Store, Use, durable,
+    Store, Use,
+    blob::{ImageRecord, UrlRecord},
+    durable,
     durable::io_error,
     entries,
     lock::{FileLock, Mode},
     part::Origin,
+    record,
 };
 use crate::{Result, backend::ReapReport, digest::Digest, module::InputRecord};
 use serde::{Deserialize, Serialize};
@@ -130,7 +133,12 @@ impl Store {
             ));
             return Ok(());
         }
-        let needed = self.blobs_of_modules()?;
+        let (needed, damaged) = self.blobs_of_modules()?;
+        if !damaged.is_empty() {
+            // Which blobs they name is not known: none is removed that might be one of them.
+            report.warnings.extend(damaged);
+            return Ok(());
+        }
         for (shelf, directory) in self.directories(&self.root().join("blobs/sha256"), |_| true)? {
             for (name, path) in self.files(&directory, |name| name.starts_with(&shelf))? {
                 let Ok(digest) = name.parse::<Digest>() else { continue };
@@ -153,18 +161,24 @@ impl Store {
     }
 
     /// The blobs that published modules were made of: to make them again without a download. Not their ISOs, which are large
-    /// and have a time of their own.
-    fn blobs_of_modules(&self) -> Result<HashSet<Digest>> {
-        let mut needed = HashSet::new();
+    /// and have a time of their own. Also what keeps that from being known.
+    fn blobs_of_modules(&self) -> Result<(HashSet<Digest>, Vec<String>)> {
+        let (mut needed, mut damaged) = (HashSet::new(), Vec::new());
         for module in self.modules()? {
             for input in module.provenance.inputs.into_iter().filter(|input| input.role != InputRecord::ISO) {
                 needed.insert(input.sha256);
                 if let Some(image) = self.image_record(&input.sha256)? {
                     needed.insert(image.stored);
+                } else if record::is_damaged::<ImageRecord>(&self.image_record_path(&input.sha256))? {
+                    damaged.push(format!(
+                        "cached files: {} is damaged; build module {} again to renew it",
+                        self.image_record_path(&input.sha256).display(),
+                        module.name
+                    ));
                 }
             }
         }
-        Ok(needed)
+        Ok((needed, damaged))
     }
 
     fn promise_path(&self, digest: &Digest) -> PathBuf {
@@ -173,7 +187,11 @@ impl Store {
 
     /// How long a blob stays after its last use, by what was promised.
     fn promised(&self, digest: &Digest) -> Result<Duration> {
-        let promise = durable::read_json::<Promise>(&self.promise_path(digest))?;
+        let path = self.promise_path(digest);
+        if record::is_damaged::<Promise>(&path)? {
+            return Ok(Duration::MAX);
+        }
+        let promise = record::read::<Promise>(&path)?;
         Ok(promise.map_or(Duration::ZERO, |promise| Duration::from_millis(promise.keep_for_millis)))
     }
 
@@ -183,12 +201,12 @@ impl Store {
         let _one_at_a_time = FileLock::wait(&self.lock_path("kept"), Mode::Exclusive)?;
         let now = jiff::Timestamp::now();
         // Of an earlier promise, what is left of it.
-        let left = durable::read_json::<Promise>(&path)?.map_or(0, |earlier| {
+        let left = record::read::<Promise>(&path)?.map_or(0, |earlier| {
             let age = now.as_millisecond().saturating_sub(earlier.given.as_millisecond());
             earlier.keep_for_millis.saturating_sub(u64::try_from(age).unwrap_or(0))
         });
         let keep_for_millis = u64::try_from(keep_for.as_millis()).unwrap_or(u64::MAX).max(left);
-        durable::write_json(&path, &Promise { keep_for_millis, given: now })
+        record::write(&path, &Promise { keep_for_millis, given: now })
     }
 
     /// Removes partial downloads that nobody works on: those that cannot be gone on with, and, with a policy, the others.
@@ -197,15 +215,15 @@ impl Store {
             let key = name.trim_end_matches(".part");
             let Some(lock) = FileLock::attempt(&self.download_lock(key), Mode::Exclusive)? else { continue };
             let _lock = lock.transient();
-            let record = path.with_extension("json");
-            let resumable =
-                durable::read_json::<Origin>(&record)?.is_some_and(|origin| origin.if_range.is_some());
+            let origin = path.with_extension("json");
+            let resumable = record::read::<Origin>(&origin)?.is_some_and(|origin| origin.if_range.is_some());
             let unwanted = policy.is_some_and(|policy| old_enough(None, &path, policy.unused_for));
             if resumable && !unwanted {
                 continue;
             }
             report.freed += durable::disk_usage(&path);
-            durable::remove_file(&record)?;
+            durable::remove_file(&origin)?;
+            durable::remove_file(&path.with_extension("sum"))?;
             durable::remove_file(&path)?;
             report.removed.push(format!("partial download {}", &key[..key.len().min(12)]));
         }
@@ -221,11 +239,15 @@ impl Store {
                 Some(image) if self.blob_path(&image.stored).exists() => {
                     served.insert(digest);
                 }
+                // Of a damaged one it is not known what it names: it is written anew when it is needed.
+                None if record::is_damaged::<ImageRecord>(&path)? => {
+                    served.insert(digest);
+                }
                 _ => durable::remove_file(&path)?,
             }
         }
         for (_, path) in self.files(&self.root().join("index/urls"), |name| is_record(name, ".json"))? {
-            let record = durable::read_json::<super::blob::UrlRecord>(&path)?;
+            let record = record::read::<UrlRecord>(&path)?;
             let useful = record.is_some_and(|record| {
                 served.contains(&record.served) || self.blob_path(&record.served).exists()
             });
@@ -239,7 +261,7 @@ impl Store {
                 durable::remove_file(&path)?;
             }
         }
-        Ok(())
+        self.collect_verified()
     }
 }
 

@@ -6,7 +6,6 @@ use super::{
     blocking, durable,
     durable::human,
     fetch::Got,
-    format,
     http::{self, Answer, Ask, Failure},
     lock::{FileLock, Mode},
     masked,
@@ -39,8 +38,24 @@ const QUEUE: usize = 8;
 /// What is wanted of a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
-    Image,
+    Image {
+        /// How large the disk is that is made of it, in bytes, where that is known.
+        disk: Option<u64>,
+    },
     File,
+}
+
+impl Wanted {
+    pub(super) fn is_image(self) -> bool {
+        matches!(self, Self::Image { .. })
+    }
+
+    pub(super) fn disk(self) -> Option<u64> {
+        match self {
+            Self::Image { disk } => disk,
+            Self::File => None,
+        }
+    }
 }
 
 /// How a transfer ended that did not fail.
@@ -61,12 +76,12 @@ struct Job<'a> {
 }
 
 /// A download that is whole.
-struct Received {
-    part: Part,
-    served: Digest,
+pub(super) struct Received {
+    pub(super) part: Part,
+    pub(super) served: Digest,
     resumed: bool,
     /// The unpacked image, if it came packed, and how often the download had started over when its unpacking began.
-    unpacked: Option<(u32, Result<Option<Unpacked>>)>,
+    pub(super) unpacked: Option<(u32, Result<Option<Unpacked>>)>,
 }
 
 type Unpacking = oneshot::Receiver<(u32, Result<Option<Unpacked>>)>;
@@ -84,13 +99,13 @@ impl Store {
         let lock = Arc::new(self.wait_for_others(&key, url, progress).await?);
         // Whoever we waited for may have brought what we want.
         if let Some(promised) = url.sha256
-            && let Some(got) = self.held(&promised, wanted).await?
+            && let Some(got) = self.held(&promised, wanted, progress).await?
         {
             return Ok(got);
         }
         let known = self.url_record(&url.url)?;
         let usable = match &known {
-            Some(record) => match self.held(&record.served, wanted).await {
+            Some(record) => match self.held(&record.served, wanted, progress).await {
                 // What came the last time is no image: the server may have the right one by now.
                 Err(error) if error.kind() == ErrorKind::InvalidImage => None,
                 held => held?,
@@ -124,8 +139,8 @@ impl Store {
                 again = true;
                 continue;
             }
-            let (store, url) = (self.clone(), url.clone());
-            return blocking(move || store.enter(&url, received, wanted)).await;
+            let (store, url, progress) = (self.clone(), url.clone(), progress.clone());
+            return blocking(move || store.enter(&url, received, wanted, &progress)).await;
         }
     }
 
@@ -170,12 +185,18 @@ impl Store {
             })
             .await?
         };
+        if part.was_damaged() {
+            progress.notice(format!(
+                "{}: what was downloaded of it before has changed since; downloading it anew",
+                masked(&url.url)
+            ));
+        }
         let stop = Stop::default();
         let _stop = stop.on_drop();
         let growth = part.growth();
         let _end = EndOnDrop(growth.clone());
         let mut unpacking = match wanted {
-            Wanted::Image => Some(self.unpack_along(&part, &stop)?),
+            Wanted::Image { disk } => Some(self.unpack_along(&part, disk, progress, &stop)?),
             Wanted::File => None,
         };
         let mut unpacked = None;
@@ -214,9 +235,14 @@ impl Store {
                     early = handle => unpacked_along(early)?,
                 };
                 unpacking = None;
-                // No need to receive what there is no room for. All else is judged when the checksum is.
+                // No need to receive what there is no room for, on the host or on the disk. All else is judged when the
+                // checksum is.
                 match early {
-                    (_, Err(error)) if error.kind() == ErrorKind::HostDiskFull => return Err(error),
+                    (_, Err(error))
+                        if matches!(error.kind(), ErrorKind::HostDiskFull | ErrorKind::InvalidInput) =>
+                    {
+                        return Err(error);
+                    }
                     early => unpacked = Some(early),
                 }
             };
@@ -347,8 +373,15 @@ impl Store {
     }
 
     /// Unpacks a download while it comes, on a thread of its own.
-    fn unpack_along(&self, part: &Part, stop: &Stop) -> Result<Unpacking> {
-        let (store, path, growth, stop) = (self.clone(), part.path().to_owned(), part.growth(), stop.clone());
+    fn unpack_along(
+        &self,
+        part: &Part,
+        disk: Option<u64>,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<Unpacking> {
+        let (store, path, growth) = (self.clone(), part.path().to_owned(), part.growth());
+        let (progress, stop) = (progress.clone(), stop.clone());
         let (sender, receiver) = oneshot::channel();
         let work = move || {
             let mut follower = match growth.follow(&path) {
@@ -362,7 +395,8 @@ impl Store {
                 (Err(error), _) => Err(unpack::read_error(error)),
                 (Ok(_), None) => Ok(None),
                 (Ok(_), Some(packing)) => {
-                    unpack::unpack(&store, packing, Cursor::new(head).chain(follower), &stop).map(Some)
+                    let source = Cursor::new(head).chain(follower);
+                    unpack::unpack(&store, packing, source, disk, &progress, &stop).map(Some)
                 }
             };
             (restarts, outcome)
@@ -373,72 +407,6 @@ impl Store {
             .spawn(move || sender.send(work()))
             .map_err(|error| Error::io("start a thread", error))?;
         Ok(receiver)
-    }
-
-    /// Makes a whole download a blob, after it was judged.
-    fn enter(&self, url: &PlannedUrl, received: Received, wanted: Wanted) -> Result<Got> {
-        let Received { part, served, unpacked, .. } = received;
-        let size = part.len();
-        let origin = part.origin();
-        let record = UrlRecord {
-            url: masked(&url.url),
-            served,
-            size,
-            fetched: jiff::Timestamp::now(),
-            validator: Validator::Http {
-                etag: origin.and_then(|origin| origin.etag.clone()),
-                last_modified: origin.and_then(|origin| origin.last_modified.clone()),
-            },
-        };
-        if let Err(mut mismatch) = Self::verify(url, &served) {
-            if wanted == Wanted::Image
-                && Packing::of_file(part.path())?.is_none()
-                && let Err(error) = format::recognise_file(part.path())
-            {
-                mismatch = mismatch.with_help(format!("what came is no image: {error}; check the URL"));
-            }
-            self.insert_blob(part.path(), &served)?;
-            self.write_url_record(&url.url, &record)?;
-            part.discard()?;
-            return Err(mismatch);
-        }
-        let got = match (wanted, Packing::of_file(part.path())?) {
-            (Wanted::File, _) => Got::file(served, size, self.insert_blob(part.path(), &served)?),
-            (Wanted::Image, None) => {
-                // What is no image is not worth keeping: the server may have the right one the next time.
-                if let Err(error) = format::recognise_file(part.path()) {
-                    part.discard()?;
-                    return Err(error);
-                }
-                let lease = self.insert_blob(part.path(), &served)?;
-                Got::image(served, self.image_of_blob(&served, lease)?)
-            }
-            (Wanted::Image, Some(packing)) => {
-                let unpacked = match unpacked {
-                    Some((restarts, Ok(Some(unpacked)))) if restarts == part.growth().restarts() => {
-                        Ok(unpacked)
-                    }
-                    // It was begun on what came before the download started over, or it failed: this is the whole.
-                    _ => std::fs::File::open(part.path())
-                        .map_err(|error| durable::io_error("read", part.path(), error))
-                        .and_then(|file| unpack::unpack(self, packing, file, &Stop::default())),
-                };
-                let entered = unpacked.and_then(|unpacked| self.enter_unpacked(&served, size, unpacked));
-                match entered {
-                    Ok(entered) => Got::image(served, entered),
-                    Err(error) => {
-                        // What is no image is not worth keeping; what found no room to be unpacked is.
-                        if error.kind() == ErrorKind::InvalidImage {
-                            part.discard()?;
-                        }
-                        return Err(error);
-                    }
-                }
-            }
-        };
-        self.write_url_record(&url.url, &record)?;
-        part.discard()?;
-        Ok(got)
     }
 }
 

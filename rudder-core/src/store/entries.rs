@@ -201,7 +201,7 @@ fn classify(room: Room, name: &str, kind: FileType, path: &Path) -> Entry {
                 Room::Root => name == MARKER || name.starts_with(MARKER_TEMPORARY),
                 Room::Shelf => is_digest(name),
                 Room::Records => stem(".json") || is_temporary(name),
-                Room::Downloads => stem(".json") || stem(".part") || is_temporary(name),
+                Room::Downloads => [".json", ".part", ".sum"].into_iter().any(stem) || is_temporary(name),
                 Room::Locks => {
                     ["labs", "temporary", "kept"].contains(&name)
                         || ["blob-", "module-", "download-"].iter().any(|prefix| name.starts_with(prefix))

@@ -26,7 +26,7 @@ pub(super) const MARKER_TEMPORARY: &str = ".rudder-store-";
 const FORMAT: u32 = 1;
 
 /// The directories of a store, parents first.
-const DIRECTORIES: [&str; 10] = [
+const DIRECTORIES: [&str; 11] = [
     "blobs",
     "blobs/sha256",
     "modules",
@@ -34,6 +34,7 @@ const DIRECTORIES: [&str; 10] = [
     "index/urls",
     "index/images",
     "index/kept",
+    "index/verified",
     "downloads",
     "labs",
     "locks",

@@ -8,32 +8,25 @@ use super::{
     fetch::Got,
     masked,
     unpack::{self, CHUNK, Packing, SparseWriter, Stop},
+    verified::FileIdentity,
 };
 use crate::{Error, ErrorKind, Result, backend::Progress, digest::Hasher, plan::PlannedUrl};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
     io::Read,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-/// What the file system says of a file; another content has another identity.
+/// Which file it was, and what it was then.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct FileIdentity {
+pub(super) struct SourceIdentity {
     path: PathBuf,
-    device: u64,
-    inode: u64,
-    size: u64,
-    /// Nanoseconds since 1970.
-    modified: i128,
-    changed: i128,
+    #[serde(flatten)]
+    file: FileIdentity,
 }
 
-/// The clock of a file system ticks every 10 ms at worst: a change this soon after a look may leave the time as it was.
-const CLOCK_TICK_NANOS: i128 = 100_000_000;
-
-impl FileIdentity {
+impl SourceIdentity {
     fn of(path: &Path) -> Result<Self> {
         let read = |error| io_error("read", path, error);
         let path = fs::canonicalize(path).map_err(read)?;
@@ -44,20 +37,7 @@ impl FileIdentity {
                 format!("expected a file, but found something else at {}", path.display()),
             ));
         }
-        let nanos = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
-        Ok(Self {
-            path,
-            device: meta.dev(),
-            inode: meta.ino(),
-            size: meta.len(),
-            modified: nanos(meta.mtime(), meta.mtime_nsec()),
-            changed: nanos(meta.ctime(), meta.ctime_nsec()),
-        })
-    }
-
-    /// Whether a change after this moment is sure to show.
-    fn settled_by(&self, moment: jiff::Timestamp) -> bool {
-        moment.as_nanosecond() - self.modified.max(self.changed) > CLOCK_TICK_NANOS
+        Ok(Self { path, file: FileIdentity::of(&meta) })
     }
 }
 
@@ -82,11 +62,11 @@ impl Store {
         if let Some(record) = self.unchanged(url, &path)? {
             Self::verify(url, &record.served)?;
             let known = match wanted {
-                Wanted::Image => {
-                    self.known_image(&record.served)?.map(|known| Got::image(record.served, known))
-                }
+                Wanted::Image { .. } => self
+                    .known_image(&record.served, progress, stop)?
+                    .map(|known| Got::image(record.served, known)),
                 Wanted::File => self
-                    .lease_blob(&record.served, Some(record.size))?
+                    .lease_blob(&record.served, Some(record.size), progress, stop)?
                     .map(|lease| Got::file(record.served, record.size, lease)),
             };
             if let Some(known) = known {
@@ -98,26 +78,26 @@ impl Store {
         Self::verify(url, &served)?;
         match (wanted, copied) {
             (Wanted::File, Copied::Blob(lease)) => Ok(Got::file(served, record.size, lease)),
-            (Wanted::Image, Copied::Blob(lease)) => {
-                Ok(Got::image(served, self.image_of_blob(&served, lease)?))
+            (Wanted::Image { disk }, Copied::Blob(lease)) => {
+                Ok(Got::image(served, self.image_of_blob(&served, lease, disk, progress, stop)?))
             }
             (_, Copied::Packed(packing)) => {
-                if let Some(known) = self.known_image(&served)? {
+                if let Some(known) = self.known_image(&served, progress, stop)? {
                     return Ok(Got::image(served, known));
                 }
                 let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
-                let unpacked = unpack::unpack(self, packing, file, stop)?;
+                let unpacked = unpack::unpack(self, packing, file, wanted.disk(), progress, stop)?;
                 self.check_unchanged(&record, &path)?;
-                Ok(Got::image(served, self.enter_unpacked(&served, record.size, unpacked)?))
+                Ok(Got::image(served, self.enter_unpacked(&served, record.size, unpacked, progress)?))
             }
         }
     }
 
     /// What is known of this file, if it is still the same.
     fn unchanged(&self, url: &PlannedUrl, path: &Path) -> Result<Option<UrlRecord>> {
-        let now = FileIdentity::of(path)?;
+        let now = SourceIdentity::of(path)?;
         Ok(self.url_record(&url.url)?.filter(|record| {
-            matches!(&record.validator, Validator::File(then) if *then == now && then.settled_by(record.fetched))
+            matches!(&record.validator, Validator::File(then) if *then == now && then.file.settled_by(record.fetched))
         }))
     }
 
@@ -131,10 +111,10 @@ impl Store {
         stop: &Stop,
     ) -> Result<(UrlRecord, Copied)> {
         let fetched = jiff::Timestamp::now();
-        let identity = FileIdentity::of(path)?;
+        let identity = SourceIdentity::of(path)?;
         let task = format!("copy {}", masked(&url.url));
         let read = |error| io_error("read", path, error);
-        let packing = if wanted == Wanted::Image { Packing::of_file(path)? } else { None };
+        let packing = if wanted.is_image() { Packing::of_file(path)? } else { None };
         let mut source = File::open(path).map_err(read)?;
         let temp = if packing.is_none() { Some(self.temp_file()?) } else { None };
         let mut out = temp.as_ref().map(|temp| SparseWriter::new(temp.as_file()));
@@ -152,7 +132,7 @@ impl Store {
                 out.write(&chunk[..count]).map_err(|error| io_error("write", temp.path(), error))?;
             }
             done += count as u64;
-            progress.bytes(&task, done, Some(identity.size));
+            progress.bytes(&task, done, Some(identity.file.size));
         }
         let served = hasher.finish();
         let record = UrlRecord {
@@ -176,7 +156,7 @@ impl Store {
     }
 
     fn check_unchanged(&self, record: &UrlRecord, path: &Path) -> Result<()> {
-        let now = Validator::File(FileIdentity::of(path)?);
+        let now = Validator::File(SourceIdentity::of(path)?);
         if now == record.validator {
             return Ok(());
         }

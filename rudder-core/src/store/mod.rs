@@ -5,6 +5,7 @@
 //!        /blobs/sha256/ab/abcd…       immutable inputs, named by the sha256 of what is stored; verified when they enter
 //!        /index/urls/…                what a URL gave, and how to ask whether it still does
 //!        /index/images/…              which blob an image became, named by the sha256 of the bytes as served
+//!        /index/verified/…            which files hold what they should, see `verified`
 //!        /downloads/…                 partial downloads, resumable; one writer each
 //!        /modules/<name>/<digest>/    see `modules`
 //!        /labs/<id>/                  see `lab`
@@ -24,6 +25,7 @@ mod blob;
 mod collect;
 mod download;
 pub(crate) mod durable;
+mod enter;
 mod entries;
 mod fetch;
 mod format;
@@ -38,8 +40,10 @@ mod modules;
 mod part;
 mod process;
 mod publish;
+mod record;
 mod resolve;
 mod unpack;
+mod verified;
 mod versions;
 
 pub use self::{
@@ -277,7 +281,22 @@ impl Store {
     /// `NotFound`, `Download`, `ChecksumMismatch` (the bytes stay in the store, for a manifest with a corrected
     /// checksum), `InvalidImage`, `HostDiskFull`, `InvalidInput` for another scheme.
     pub async fn image(&self, url: &PlannedUrl, progress: &Progress) -> Result<StoredImage> {
-        let got = self.obtain(url, Wanted::Image, progress).await.map_err(|error| about(url, error))?;
+        self.image_for(url, None, progress).await
+    }
+
+    /// [`image`](Self::image) for a disk of this size in bytes: unpacking stops as soon as more has come out than such a
+    /// disk can hold.
+    ///
+    /// # Errors
+    /// As `image`; `InvalidInput` when a packed image is larger than the disk.
+    pub async fn image_for(
+        &self,
+        url: &PlannedUrl,
+        disk: Option<u64>,
+        progress: &Progress,
+    ) -> Result<StoredImage> {
+        let wanted = Wanted::Image { disk };
+        let got = self.obtain(url, wanted, progress).await.map_err(|error| about(url, error))?;
         let Some(image) = got.image else {
             return Err(about(url, Error::new(ErrorKind::Internal, "an image was wanted, and a file came")));
         };

@@ -1,13 +1,14 @@
 //! A partial download: the bytes so far, what they are part of, and reading along while they grow.
 //!
-//! `downloads/<key>.part` holds the bytes as served, `downloads/<key>.json` says of what. One writer each, by the lock
-//! `locks/download-<key>`; when it dies, the next one goes on where it stopped.
+//! `downloads/<key>.part` holds the bytes as served, `downloads/<key>.json` says of what, and `downloads/<key>.sum` how many
+//! of them were written and their digest. One writer each, by the lock `locks/download-<key>`; when it dies, the next one
+//! goes on where it stopped, unless the bytes have changed since.
 
 use super::{
     Store, durable,
     durable::io_error,
     lock::FileLock,
-    process,
+    process, record,
     unpack::{CHUNK, SparseWriter},
 };
 use crate::{
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
@@ -47,8 +48,12 @@ pub(super) struct Origin {
 pub(super) struct Part {
     path: PathBuf,
     file: File,
+    /// Eight bytes of length, and the digest.
+    sum: File,
     hasher: Hasher,
     len: u64,
+    /// Whether the bytes that were there had changed since they were written.
+    damaged: bool,
     origin: Option<Origin>,
     growth: Growth,
     /// Held by whoever writes, also by a thread that still does when nobody waits for it any more.
@@ -60,28 +65,24 @@ impl Part {
     /// was written before a crash may be used, because the whole is compared with a checksum.
     pub(super) fn open(store: &Store, key: &str, trusted: bool, lock: Arc<FileLock>) -> Result<Self> {
         let path = store.part_path(key);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|error| io_error("open", &path, error))?;
+        let file = open_to_write(&path)?;
+        let sum = open_to_write(&path.with_extension("sum"))?;
         let boot_id = process::boot_id()?;
-        let origin = durable::read_json::<Origin>(&path.with_extension("json"))?
+        let origin = record::read::<Origin>(&path.with_extension("json"))?
             .filter(|origin| origin.if_range.is_some() && (trusted || origin.boot_id == boot_id));
         let mut part = Self {
             path,
             file,
+            sum,
             hasher: Hasher::default(),
             len: 0,
+            damaged: false,
             origin,
             growth: Growth::default(),
             _lock: lock,
         };
         if part.origin.is_some() {
-            part.read_back()?;
+            part.read_back(trusted)?;
         }
         if part.len == 0 {
             part.restart(None)?;
@@ -90,17 +91,45 @@ impl Part {
         Ok(part)
     }
 
-    fn read_back(&mut self) -> Result<()> {
+    /// Reads what was written before. Leaves nothing of it when it is not what was written. `trusted`: the sum may be missing.
+    fn read_back(&mut self, trusted: bool) -> Result<()> {
+        let failed = |path: &Path, error| io_error("read", path, error);
+        let length = self.file.metadata().map_err(|error| failed(&self.path, error))?.len();
+        let mut sum = [0; 40];
+        let written = match self.sum.read_exact_at(&mut sum, 0) {
+            Ok(()) => {
+                let (length, digest) = sum.split_at(8);
+                Some((u64::from_be_bytes(length.try_into().unwrap_or_default()), digest))
+            }
+            // Written before there were sums, or by a writer that died before its first.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
+            Err(error) => return Err(failed(&self.path.with_extension("sum"), error)),
+        };
+        let end = match written {
+            Some((written, _)) => written,
+            None if trusted => length,
+            None => return Ok(()),
+        };
         let mut chunk = vec![0; CHUNK];
-        loop {
-            match self.file.read(&mut chunk).map_err(|error| io_error("read", &self.path, error))? {
-                0 => return Ok(()),
+        while self.len < end {
+            let wanted = usize::try_from(end - self.len).map_or(CHUNK, |left| left.min(CHUNK));
+            match self.file.read(&mut chunk[..wanted]).map_err(|error| failed(&self.path, error))? {
+                0 => break,
                 count => {
                     self.hasher.update(&chunk[..count]);
                     self.len += count as u64;
                 }
             }
         }
+        self.damaged = written.is_some_and(|(written, digest)| {
+            written != self.len || digest != self.hasher.clone().finish().as_bytes()
+        });
+        if self.damaged {
+            self.len = 0;
+            return Ok(());
+        }
+        // What a writer wrote that died before it wrote the sum.
+        self.file.set_len(self.len).map_err(|error| io_error("write", &self.path, error))
     }
 
     /// Throws away what is there; what comes from now on is this.
@@ -108,11 +137,14 @@ impl Part {
         // In this order: bytes are never described by a record that is not theirs.
         durable::remove_file(&self.path.with_extension("json"))?;
         self.growth.restarted();
-        self.file.set_len(0).map_err(|error| io_error("write", &self.path, error))?;
+        self.file
+            .set_len(0)
+            .and_then(|()| self.sum.set_len(0))
+            .map_err(|error| io_error("write", &self.path, error))?;
         self.hasher = Hasher::default();
         self.len = 0;
         if let Some(origin) = &origin {
-            durable::write_json(&self.path.with_extension("json"), origin)?;
+            record::write(&self.path.with_extension("json"), origin)?;
         }
         self.origin = origin;
         Ok(())
@@ -126,6 +158,10 @@ impl Part {
                 out.write(&bytes)?;
                 self.hasher.update(&bytes);
                 self.len = out.set_len()?;
+                let mut sum = [0; 40];
+                sum[..8].copy_from_slice(&self.len.to_be_bytes());
+                sum[8..].copy_from_slice(self.hasher.clone().finish().as_bytes());
+                self.sum.write_all_at(&sum, 0)?;
                 self.growth.reached(self.len);
             }
             Ok(())
@@ -140,6 +176,11 @@ impl Part {
 
     pub(super) fn len(&self) -> u64 {
         self.len
+    }
+
+    /// Whether bytes were there that had changed since they were written; nothing of them is left.
+    pub(super) fn was_damaged(&self) -> bool {
+        self.damaged
     }
 
     pub(super) fn origin(&self) -> Option<&Origin> {
@@ -163,8 +204,25 @@ impl Part {
     /// Removes it: it became something else, or is of no use.
     pub(super) fn discard(&self) -> Result<()> {
         durable::remove_file(&self.path.with_extension("json"))?;
+        durable::remove_file(&self.path.with_extension("sum"))?;
         durable::remove_file(&self.path)
     }
+}
+
+/// Opens a file of the download, which is never anything but a plain file.
+fn open_to_write(path: &Path) -> Result<File> {
+    use rustix::fs::OFlags;
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
+    let open = || {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.custom_flags(flags.cast_signed()).open(path)
+    };
+    let plain = path.symlink_metadata().map_or(true, |meta| meta.is_file());
+    if !plain {
+        durable::remove_file(path)?;
+    }
+    open().map_err(|error| io_error("open", path, error))
 }
 
 impl Store {

@@ -3,6 +3,7 @@
 use super::{
     LabDir, Store, durable,
     lock::{FileLock, Mode},
+    verified::captured_files,
     versions::{RECORD, REPLACED},
 };
 use crate::{
@@ -82,6 +83,10 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
         // It has moved: there is nothing left to remove.
         let _ = draft_dir.keep();
         durable::sync_dir(&dir)?;
+    }
+    // Their digests were computed when they were captured.
+    for (file, _, sha256) in captured_files(&module.machines) {
+        store.note_verified(&target.join(file), sha256);
     }
     // Where it is not known which version was current, none is known to be replaced.
     if let Ok(Some(earlier)) = store.current(&name)

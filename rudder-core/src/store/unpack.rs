@@ -1,31 +1,40 @@
 //! Unpacking of gz, xz, zst and bz2 in a stream, with holes where there is nothing but zeros.
 
+mod room;
+mod source;
+mod sparse;
+
+pub(in crate::store) use self::sparse::SparseWriter;
+
+use self::{room::Room, source::Source};
 use super::{Store, durable, durable::io_error};
 use crate::{
     Error, ErrorKind, Result,
+    backend::Progress,
     digest::{Digest, Hasher},
 };
-use async_compression::tokio::bufread::{BzDecoder, GzipDecoder, XzDecoder, ZstdDecoder};
+use async_compression::{
+    tokio::bufread::{BzDecoder, GzipDecoder, XzDecoder, ZstdDecoder},
+    zstd::DParameter,
+};
 use std::{
     fmt,
     fs::File,
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, Read},
     path::Path,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll},
 };
-use tokio::io::{AsyncRead, AsyncReadExt, BufReader, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// How much is read, hashed and written at a time.
 pub(super) const CHUNK: usize = 256 * 1024;
-/// What unpacking xz may take: `xz -9` needs 65 MiB; the file says how much, and may ask for gigabytes.
+/// What unpacking xz may take, in bytes: `xz -9` needs 65 MiB; the file says how much, and may ask for gigabytes.
 const XZ_MEMORY: u64 = 128 << 20;
-/// Runs of zeros of this many bytes, at such an offset, are left out of the file.
-const HOLE: usize = 4096;
+/// The largest window of a zstd file, as a power of two in bytes: what `zstd` itself accepts unless told otherwise.
+const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// How an image is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,77 +134,122 @@ impl Unpacked {
     }
 }
 
-/// Unpacks a stream into a temporary file of the store. Blocks.
+/// Unpacks a stream into a temporary file of the store. Blocks. `disk`: how large the disk is that is made of it, where that
+/// is known; nothing is written that it has no room for.
 pub(super) fn unpack(
     store: &Store,
     packing: Packing,
     source: impl Read + Unpin,
+    disk: Option<u64>,
+    progress: &Progress,
     stop: &Stop,
 ) -> Result<Unpacked> {
-    let source = BufReader::with_capacity(CHUNK, Blocking(source));
+    let temp = store.temp_file()?;
+    let mut source = Source::new(source);
+    let mut target = Target {
+        packing,
+        room: Room::new(store.options().unpacked_limit, disk),
+        path: temp.path(),
+        out: SparseWriter::new(temp.as_file()),
+        hasher: Hasher::default(),
+        chunk: vec![0; CHUNK],
+    };
+    let broken = |error| broken(packing, error);
     // The decoders are asynchronous, their source is not: polling them needs no runtime, only this thread.
     futures::executor::block_on(async {
-        match packing {
-            Packing::Gzip => {
-                let mut decoder = GzipDecoder::new(source);
-                decoder.multiple_members(true);
-                drain(store, packing, decoder, stop).await
+        loop {
+            match packing {
+                Packing::Gzip => target.fill(GzipDecoder::new(&mut source), stop).await?,
+                Packing::Xz => target.fill(XzDecoder::with_mem_limit(&mut source, XZ_MEMORY), stop).await?,
+                Packing::Zstd => {
+                    let limit = [DParameter::window_log_max(ZSTD_WINDOW_LOG)];
+                    target.fill(ZstdDecoder::with_params(&mut source, &limit), stop).await?;
+                }
+                Packing::Bzip2 => target.fill(BzDecoder::new(&mut source), stop).await?,
             }
-            Packing::Xz => {
-                let mut decoder = XzDecoder::with_mem_limit(source, XZ_MEMORY);
-                decoder.multiple_members(true);
-                drain(store, packing, decoder, stop).await
+            if packing == Packing::Xz {
+                // Between and behind its streams, the format allows zeros (1.1, 2.2).
+                source.skip_zeros().map_err(broken)?;
             }
-            Packing::Zstd => {
-                let mut decoder = ZstdDecoder::new(source);
-                decoder.multiple_members(true);
-                drain(store, packing, decoder, stop).await
-            }
-            Packing::Bzip2 => {
-                let mut decoder = BzDecoder::new(source);
-                decoder.multiple_members(true);
-                drain(store, packing, decoder, stop).await
+            // Another member follows, as in `cat a.gz b.gz`.
+            if Packing::recognise(source.peek(Packing::MAGIC_LENGTH).map_err(broken)?) != Some(packing) {
+                break Ok(());
             }
         }
-    })
-}
-
-async fn drain(
-    store: &Store,
-    packing: Packing,
-    mut decoder: impl AsyncRead + Unpin,
-    stop: &Stop,
-) -> Result<Unpacked> {
-    let limit = store.options().unpacked_limit;
-    let temp = store.temp_file()?;
-    let mut out = SparseWriter::new(temp.as_file());
-    let mut hasher = Hasher::default();
-    let mut chunk = vec![0; CHUNK];
-    loop {
-        stop.check()?;
-        let count = decoder.read(&mut chunk).await.map_err(|error| broken(packing, error))?;
-        if count == 0 {
-            break;
-        }
-        hasher.update(&chunk[..count]);
-        out.write(&chunk[..count]).map_err(|error| io_error("write", temp.path(), error))?;
-        if out.len() > limit {
-            return Err(Error::new(
-                ErrorKind::InvalidImage,
-                format!("expected at most {} in the {packing} file, but found more", durable::human(limit)),
-            )
-            .with_help("raise StoreOptions::unpacked_limit if the image is really this large"));
+    })?;
+    match (source.count_rest(stop)?, packing) {
+        (0, _) => {}
+        // As gunzip and bunzip2 do; images for routers have their metadata there.
+        (rest, Packing::Gzip | Packing::Bzip2) => progress
+            .notice(format!("{} behind the end of the {packing} data were ignored", durable::human(rest))),
+        (rest, Packing::Xz | Packing::Zstd) => {
+            let rest = durable::human(rest);
+            let found =
+                format!("expected a whole {packing} file, but found {rest} that are not {packing} behind it");
+            return Err(Error::new(ErrorKind::InvalidImage, found)
+                .with_help("check that the file is what its author made, and pack it again"));
         }
     }
+    let Target { out, hasher, .. } = target;
     let size = out.finish().map_err(|error| io_error("write", temp.path(), error))?;
     Ok(Unpacked { file: temp, packing, digest: hasher.finish(), size })
 }
 
+/// Where unpacked bytes go.
+struct Target<'a> {
+    packing: Packing,
+    room: Room,
+    path: &'a Path,
+    out: SparseWriter<'a>,
+    hasher: Hasher,
+    chunk: Vec<u8>,
+}
+
+impl Target<'_> {
+    /// Writes all that a decoder gives.
+    async fn fill(&mut self, mut decoder: impl AsyncRead + Unpin, stop: &Stop) -> Result<()> {
+        loop {
+            stop.check()?;
+            let count = decoder.read(&mut self.chunk).await.map_err(|error| broken(self.packing, error))?;
+            if count == 0 {
+                return Ok(());
+            }
+            let bytes = &self.chunk[..count];
+            self.room.take(bytes, self.packing)?;
+            self.hasher.update(bytes);
+            self.out.write(bytes).map_err(|error| io_error("write", self.path, error))?;
+        }
+    }
+}
+
 fn broken(packing: Packing, error: io::Error) -> Error {
     // The source says what is wrong with itself; everything else comes from the decoder.
-    match error.downcast::<Error>() {
-        Ok(own) => own,
-        Err(error) => Error::new(
+    let error = match error.downcast::<Error>() {
+        Ok(own) => return own,
+        Err(error) => error,
+    };
+    // Neither library has a type for it that is passed on to here.
+    let said = error.to_string();
+    match packing {
+        Packing::Xz if said.contains("memory limit") => Error::new(
+            ErrorKind::InvalidImage,
+            format!(
+                "expected xz data that can be unpacked with {} of memory, but found data that needs more",
+                durable::human(XZ_MEMORY)
+            ),
+        )
+        .with_help("pack it again with `xz -9` or a lower level: its dictionary is then 64 MiB at most"),
+        Packing::Zstd if said.contains("too much memory") => Error::new(
+            ErrorKind::InvalidImage,
+            format!(
+                "expected zstd data with a window of at most {}, but found a larger window",
+                durable::human(1 << ZSTD_WINDOW_LOG)
+            ),
+        )
+        .with_help(format!(
+            "pack it again with `zstd --long={ZSTD_WINDOW_LOG}`, or without --long and --ultra"
+        )),
+        _ => Error::new(
             ErrorKind::InvalidImage,
             format!("expected a whole {packing} file, but found one that is broken"),
         )
@@ -209,87 +263,4 @@ pub(super) fn read_error(error: io::Error) -> Error {
         Ok(own) => own,
         Err(error) => Error::io("read the packed file", error),
     }
-}
-
-/// A blocking reader as an asynchronous one, for use on a thread that may block.
-struct Blocking<R>(R);
-
-impl<R: Read + Unpin> AsyncRead for Blocking<R> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let count = self.0.read(buf.initialize_unfilled())?;
-        buf.advance(count);
-        Poll::Ready(Ok(()))
-    }
-}
-
-/// Writes a file from its begin, and leaves holes where there are only zeros.
-#[derive(Debug)]
-pub(super) struct SparseWriter<'a> {
-    file: &'a File,
-    len: u64,
-}
-
-impl<'a> SparseWriter<'a> {
-    /// Writes to an empty file.
-    pub(super) fn new(file: &'a File) -> Self {
-        Self::resume(file, 0)
-    }
-
-    /// Goes on behind the first `len` bytes.
-    pub(super) fn resume(file: &'a File, len: u64) -> Self {
-        Self { file, len }
-    }
-
-    /// Makes the file as long as what was written so far.
-    pub(super) fn set_len(&self) -> io::Result<u64> {
-        self.file.set_len(self.len)?;
-        Ok(self.len)
-    }
-
-    /// How much was written, holes included.
-    pub(super) fn len(&self) -> u64 {
-        self.len
-    }
-
-    pub(super) fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            // Up to the next multiple of the hole size.
-            let to_edge = HOLE - usize::try_from(self.len % HOLE as u64).unwrap_or(0);
-            let (piece, _) = bytes.split_at(to_edge.min(bytes.len()));
-            if is_zero(piece) {
-                self.len += piece.len() as u64;
-                bytes = &bytes[piece.len()..];
-                continue;
-            }
-            // All blocks up to the next that is nothing but zeros, in one call.
-            let mut end = piece.len();
-            while end < bytes.len() {
-                let next = &bytes[end..bytes.len().min(end + HOLE)];
-                if is_zero(next) {
-                    break;
-                }
-                end += next.len();
-            }
-            let mut file = self.file;
-            file.seek(SeekFrom::Start(self.len))?;
-            file.write_all(&bytes[..end])?;
-            self.len += end as u64;
-            bytes = &bytes[end..];
-        }
-        Ok(())
-    }
-
-    /// Makes the file as long as what was written, and says how long that is.
-    pub(super) fn finish(self) -> io::Result<u64> {
-        self.set_len()
-    }
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    let chunks = bytes.chunks_exact(16);
-    chunks.remainder().iter().all(|byte| *byte == 0) && chunks.into_iter().all(|chunk| chunk == [0; 16])
 }

@@ -11,7 +11,7 @@ mod tests;
 
 use crate::{
     ground::{Ground, blocking},
-    image,
+    image::{self, Extent},
 };
 use futures::{StreamExt, TryStreamExt, stream};
 use nbd::{Client, Export};
@@ -21,11 +21,10 @@ use rudder_core::{
     backend::Progress,
     digest::{Digest, Hasher},
 };
-use serde::Deserialize;
 use std::{
     fs::{self, File},
     io::{self, BufWriter, Read},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 use tokio::sync::mpsc;
@@ -167,48 +166,14 @@ fn threads() -> usize {
 
 /// The chunks of an image that do not read as zeroes, from the first to the last.
 async fn occupied(ground: &Ground, image: &str) -> Result<Vec<u64>> {
-    /// A line of `qemu-img map --output=json`, in bytes.
-    #[derive(Deserialize)]
-    struct Extent {
-        start: u64,
-        length: u64,
-        zero: bool,
-    }
-    let (mut chunks, mut strange) = (Vec::new(), false);
-    let mut line = Vec::new();
-    let command = ground.qemu_img().args(["map", "--output=json", "-f", "qcow2", image]);
-    // Of a large disk that is used everywhere there are millions: none is kept.
-    let mut take = |line: &[u8]| {
-        let text = line.trim_ascii();
-        let text = text.strip_prefix(b"[").unwrap_or(text);
-        let text = text.strip_suffix(b"]").unwrap_or(text);
-        let text = text.strip_suffix(b",").unwrap_or(text);
-        match serde_json::from_slice::<Extent>(text) {
-            Ok(extent) if extent.zero || extent.length == 0 => {}
-            Ok(Extent { start, length, .. }) => {
-                let first = chunks.last().map_or(0, |last| last + 1).max(start / CHUNK as u64);
-                chunks.extend(first..=(start + length - 1) / CHUNK as u64);
-            }
-            Err(_) => strange |= !text.is_empty(),
+    let mut chunks = Vec::new();
+    let take = |Extent { start, length, zero, .. }| {
+        if !zero && length > 0 {
+            let first = chunks.last().map_or(0, |last| last + 1).max(start / CHUNK as u64);
+            chunks.extend(first..=(start + length - 1) / CHUNK as u64);
         }
     };
-    let finished = command
-        .run_watched(None, |mut piece| {
-            while let Some(end) = piece.iter().position(|byte| *byte == b'\n') {
-                line.extend_from_slice(&piece[..end]);
-                take(&line);
-                line.clear();
-                piece = &piece[end + 1..];
-            }
-            line.extend_from_slice(piece);
-        })
-        .await?;
-    take(&line);
-    finished.success("ask what is on the disk")?;
-    if strange {
-        let message = "expected a list of extents from qemu-img map, but found something else";
-        return Err(Error::new(ErrorKind::Protocol, message));
-    }
+    image::map(ground, Path::new(image), "qcow2", take).await?;
     Ok(chunks)
 }
 

@@ -3,7 +3,7 @@
 
 use crate::{
     ground::Ground,
-    process::{OwnedChild, describe},
+    process::{OwnedChild, describe, without_advice},
 };
 use rudder_core::{Error, ErrorKind, Result};
 use std::{
@@ -87,7 +87,7 @@ impl Export {
 
     /// Whatever went wrong, with what qemu-nbd says about it.
     fn failure(&self, what: &str) -> Error {
-        let said = fs::read_to_string(&self.said).unwrap_or_default();
+        let said = without_advice(&fs::read_to_string(&self.said).unwrap_or_default());
         let said = said.trim();
         let said = if said.is_empty() { what } else { said };
         Error::new(ErrorKind::Io, format!("cannot read the disk: qemu-nbd: {said}"))

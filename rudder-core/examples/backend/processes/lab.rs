@@ -16,7 +16,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -82,7 +82,11 @@ impl ProcessesLab {
             None => machine.disks.first(),
         };
         let disk = disk.ok_or_else(|| missing("the disk"))?;
-        let directory = module.path.as_deref().and_then(Path::parent).ok_or_else(|| missing("files"))?;
+        // A disk that was damaged since is never built upon.
+        let (store, found, wanted) = (self.store.clone(), module.clone(), disk.clone());
+        let check =
+            move || store.captured_file(&found, &wanted.file, wanted.size, &wanted.sha256, &Progress::none());
+        let path = blocking(check).await?;
         let size = request.size.unwrap_or(disk.virtual_size);
         if size < disk.virtual_size {
             let message = format!("expected at least {} bytes, but found {size}", disk.virtual_size);
@@ -94,7 +98,7 @@ impl ProcessesLab {
             size: disk.size,
             sha256: disk.sha256,
         };
-        let volume = self.volume(Some(directory.join(&disk.file)), size).await?;
+        let volume = self.volume(Some(path), size).await?;
         Ok(Imported { volume, input: Some(input) })
     }
 }

@@ -11,7 +11,7 @@ fn recognise(bytes: &[u8]) -> Result<Recognised> {
 }
 
 fn accepted(bytes: &[u8], format: ImageFormat, virtual_size: u64) {
-    assert_eq!(recognise(bytes).unwrap(), Recognised { format, virtual_size });
+    assert_eq!(recognise(bytes).unwrap(), Recognised { format, virtual_size, remark: None });
     // Cut anywhere, it is refused or recognised, and never a panic or an I/O error.
     for length in (0..bytes.len()).step_by(97) {
         if let Err(error) = recognise(&bytes[..length]) {
@@ -117,13 +117,28 @@ fn vdi_vhd_and_vhdx_stand_alone_or_are_refused() {
     };
     accepted(&vdi(1), ImageFormat::Vdi, GIB);
     refused(&vdi(4), "a snapshot of another image");
+    // Two blocks of 1 MiB, of which nothing is there.
+    let mut cut = vdi(1);
+    cut[0x178..0x17c].copy_from_slice(&(1_u32 << 20).to_le_bytes());
+    cut[0x184..0x188].copy_from_slice(&2_u32.to_le_bytes());
+    refused(&cut, "cut short or damaged");
 
-    let vhd = |at: usize, size: usize, kind: u8| {
-        image(size, &[(at, b"conectix"), (at + 48, &GIB.to_be_bytes()), (at + 63, &[kind])])
+    let footer = |kind: u8, size: u64| {
+        let mut footer = image(512, &[(0, b"conectix"), (48, &size.to_be_bytes()), (63, &[kind])]);
+        let sum = !footer.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+        footer[64..68].copy_from_slice(&sum.to_be_bytes());
+        footer
     };
-    accepted(&vhd(0, 2048, 3), ImageFormat::Vhd, GIB);
-    assert_eq!(recognise(&vhd(2048, 2560, 2)).unwrap().format, ImageFormat::Vhd);
-    refused(&vhd(0, 2048, 4), "has a parent image");
+    let dynamic = |kind: u8| image(2560, &[(0, &footer(kind, GIB)), (2048, &footer(kind, GIB))]);
+    accepted(&dynamic(3), ImageFormat::Vhd, GIB);
+    refused(&dynamic(4), "has a parent image");
+    refused(&dynamic(3)[..2048], "cut short or damaged");
+    let fixed = image(2560, &[(2048, &footer(2, 2048))]);
+    assert_eq!(recognise(&fixed).unwrap().virtual_size, 2048);
+    refused(&image(2560, &[(2048, &footer(2, 4096))]), "cut short or damaged");
+    let mut flipped = fixed.clone();
+    flipped[2048 + 53] ^= 1;
+    refused(&flipped, "cut short or damaged");
 
     let vhdx = |parameters: u8| {
         image(
@@ -145,7 +160,10 @@ fn vdi_vhd_and_vhdx_stand_alone_or_are_refused() {
         )
     };
     let whole = vhdx(0);
-    assert_eq!(recognise(&whole).unwrap(), Recognised { format: ImageFormat::Vhdx, virtual_size: GIB });
+    assert_eq!(
+        recognise(&whole).unwrap(),
+        Recognised { format: ImageFormat::Vhdx, virtual_size: GIB, remark: None }
+    );
     refused(&whole[..200_000], "cut short or damaged");
     refused(&vhdx(2), "has a parent image");
 }
@@ -160,6 +178,134 @@ fn raw_is_what_looks_like_a_disk() {
     // A data disk without any sign of one, and an empty one.
     disk(4096, &[(0, &[0, 1, 2, 3, 0xff])]);
     disk(512, &[]);
+}
+
+fn gpt(sectors: u64) -> Vec<u8> {
+    image(
+        usize::try_from(sectors * 512).unwrap(),
+        &[
+            (510, &[0x55, 0xaa]),
+            (512, b"EFI PART"),
+            (536, &1_u64.to_le_bytes()),
+            (544, &(sectors - 1).to_le_bytes()),
+        ],
+    )
+}
+
+#[test]
+fn bytes_behind_a_disk_are_told() {
+    accepted(&gpt(64), ImageFormat::Raw, 64 * 512);
+    let behind = |bytes: &[u8]| [gpt(64), bytes.to_vec()].concat();
+    let error = recognise(&behind(&[7; 100])).unwrap_err();
+    assert_eq!(
+        error.report(),
+        "expected a disk of whole sectors, but found a GPT disk that ends at byte 32768 and 100 bytes after it\n  help: \
+         cut off what does not belong to the disk: truncate -s 32768 FILE"
+    );
+    let remark = recognise(&behind(&[7; 512])).unwrap().remark.unwrap();
+    assert_eq!(remark, "512 bytes follow the end of a GPT disk; they become a part of the disk");
+    // A disk that was enlarged.
+    assert_eq!(recognise(&behind(&[0; 512])).unwrap().remark, None);
+    let remark = recognise(&gpt(64)[..16 * 1024]).unwrap().remark.unwrap();
+    assert!(remark.contains("looks cut short"), "{remark}");
+    refused(&gpt(64)[..16_000], "is cut short after 16000");
+    let mbr = |size: usize| {
+        image(
+            size,
+            &[(450, &[0x83]), (454, &1_u32.to_le_bytes()), (458, &3_u32.to_le_bytes()), (510, &[0x55, 0xaa])],
+        )
+    };
+    accepted(&mbr(2048), ImageFormat::Raw, 2048);
+    refused(&mbr(2148), "an MBR disk that ends at byte 2048 and 100 bytes after it");
+}
+
+#[test]
+fn other_formats_are_named_and_say_what_to_do() {
+    let named = |bytes: &[u8], what: &str, help: &str| {
+        let error = recognise(bytes).unwrap_err();
+        assert_eq!(error.to_string(), format!("expected a disk image, but found {what}"));
+        assert!(error.help().unwrap().contains(help), "{error:?}");
+    };
+    // Also where there is the signature of a boot sector.
+    let begins = |with: &[u8]| image(4096, &[(0, with), (510, &[0x55, 0xaa])]);
+    let convert = |driver: &str| format!("qemu-img convert -f {driver} -O qcow2 FILE disk.qcow2");
+    named(&begins(b"QED\0"), "a QED image", &convert("qed"));
+    named(&begins(b"WithoutFreeSpace"), "a Parallels image", &convert("parallels"));
+    named(&begins(b"WithouFreSpacExt"), "a Parallels image", &convert("parallels"));
+    named(&begins(b"Bochs Virtual HD Image"), "a Bochs image", &convert("bochs"));
+    named(&begins(b"#!/bin/sh\n#V2.0 Format\n"), "a cloop image", &convert("cloop"));
+    named(&begins(b"LUKS\xba\xbe\0\x02"), "a disk that is encrypted with LUKS", "cryptsetup open");
+    named(&begins(b"\x3a\xff\x26\xed\x01\0"), "an Android sparse image", "simg2img");
+    named(&begins(b"MSWIM\0\0\0"), "a Windows image (WIM), which holds files and no disk", "ISO");
+    named(&begins(b"EVF\x09\x0d\x0a\xff\0"), "an EnCase image (EWF)", "ewfexport");
+    named(&begins(b"AFF10\r\n\0"), "an AFF image", "affconvert");
+    named(&begins(b"hsqs"), "a squashfs file system, which is no disk that boots", "unsquashfs");
+    named(&begins(b"7z\xbc\xaf\x27\x1c"), "a 7z archive", "take the disk image out");
+    named(&begins(b"Rar!\x1a\x07"), "a rar archive", "take the disk image out");
+    named(&begins(b"\x7fELF"), "a program or kernel (ELF)", "check that the URL");
+    named(
+        &image(1024, &[(0, b"MZ"), (510, &[0x55, 0xaa]), (514, b"HdrS")]),
+        "a Linux kernel",
+        "check that the URL",
+    );
+    named(&image(4096, &[(3584, b"koly\0\0\0\x04")]), "a disk image of macOS (DMG)", &convert("dmg"));
+    // Signs that are too short to count against that of a boot sector.
+    named(&image(4096, &[(0, b"MZ")]), "a program of Windows or UEFI", "check that the URL");
+    named(
+        &image(4096, &[(0, b"\x5d\0\0\x80")]),
+        "an lzma file, which is not supported (use xz)",
+        "unpack it",
+    );
+    assert!(recognise(&begins(b"MZ")).is_ok() && recognise(&begins(b"\x1f\x9d")).is_ok());
+}
+
+#[test]
+fn text_that_came_instead_of_an_image_is_named() {
+    let named = |text: &str, what: &str| {
+        let error = recognise(text.as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), format!("expected a disk image, but found {what}"), "{text}");
+    };
+    named("\u{feff}\r\n<!-- x --><html>", "a web page");
+    named("<script>location='/login'</script>", "a web page");
+    named("<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code></Error>", "an XML document");
+    named("{\"message\": \"Not Found\"}", "a JSON document");
+    named(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+        "a pointer of Git LFS, which stands for the file",
+    );
+    named("-----BEGIN PGP SIGNATURE-----\n", "a signature or key");
+    named("d8:announce35:udp://tracker", "a torrent file");
+    named("404: not found", "a text file");
+}
+
+#[test]
+fn an_appliance_says_which_disk_to_take_out() {
+    let entry = |name: &str, size: usize, posix: bool| {
+        let mut header = image(
+            512,
+            &[(0, name.as_bytes()), (100, b"0000644\0"), (124, format!("{size:011o}\0").as_bytes())],
+        );
+        if posix {
+            header[257..265].copy_from_slice(b"ustar\x0000");
+        }
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        header.resize(512 + size.next_multiple_of(512), 0);
+        header
+    };
+    for posix in [true, false] {
+        let ova = [entry("web.ovf", 700, posix), entry("web-disk1.vmdk", 100, posix), vec![0; 1024]].concat();
+        let error = recognise(&ova).unwrap_err();
+        assert_eq!(
+            error.report(),
+            "expected a disk image, but found an appliance (OVA, a tar archive)\n  help: take the disk out, and give that: \
+             tar -xf FILE web-disk1.vmdk"
+        );
+    }
+    let error = recognise(&[entry("$(reboot).img", 0, true), vec![0; 1024]].concat()).unwrap_err();
+    assert_eq!(error.to_string(), "expected a disk image, but found a tar archive");
+    assert!(!error.help().unwrap().contains("reboot"), "{error:?}");
 }
 
 #[test]

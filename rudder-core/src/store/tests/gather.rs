@@ -14,7 +14,12 @@ pub(super) async fn publish(store: &Store, name: &str, content: &[u8]) -> Result
     publish_from(store, name, content, Vec::new()).await
 }
 
-async fn publish_from(store: &Store, name: &str, content: &[u8], inputs: Vec<InputRecord>) -> Result<Module> {
+pub(super) async fn publish_from(
+    store: &Store,
+    name: &str,
+    content: &[u8],
+    inputs: Vec<InputRecord>,
+) -> Result<Module> {
     let lab = store.create_lab(&LabId::new(name), name, Retention::EndWithOwner)?;
     fs::write(lab.path().join("captured"), content).unwrap();
     let disk = CapturedDisk {

@@ -98,6 +98,132 @@ async fn broken_and_bottomless_packages_are_refused() {
 }
 
 #[tokio::test]
+async fn bytes_behind_a_gzip_or_bzip2_stream_are_ignored_and_told() {
+    for packing in ALL {
+        let fixture = Fixture::new();
+        let disk = raw_disk(100_352);
+        let mut served = pack(packing, &disk).await;
+        // Padding of a tape is nothing to talk about.
+        served.extend([0; 512]);
+        let url = fixture.write("padded", &served);
+        let (progress, heard) = listening();
+        let padded = fixture.store.image(&planned(&url, None), &progress).await;
+        let notices = |heard: &Mutex<Vec<ProgressEvent>>| {
+            let heard = heard.lock().unwrap();
+            let notices = heard.iter().filter_map(|event| match event {
+                ProgressEvent::Notice(notice) => Some(notice.clone()),
+                _ => None,
+            });
+            notices.collect::<Vec<_>>()
+        };
+        assert_eq!(fs::read(padded.unwrap().path).unwrap(), disk, "{packing}");
+        assert_eq!(notices(&heard), Vec::<String>::new(), "{packing}");
+        // As OpenWrt's images have it.
+        served.extend(b"FWx0 {\"metadata_version\": \"1.1\"}");
+        let url = fixture.write("more", &served);
+        let more = fixture.store.image(&planned(&url, Some(Digest::of(&served))), &progress).await;
+        if matches!(packing, Packing::Gzip | Packing::Bzip2) {
+            let more = more.unwrap();
+            assert_eq!(fs::read(&more.path).unwrap(), disk);
+            assert_eq!(more.input.sha256, Digest::of(&served));
+            let told = format!("544 bytes behind the end of the {packing} data were ignored");
+            assert_eq!(notices(&heard), [told]);
+        } else {
+            let error = more.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidImage);
+            assert!(error.to_string().contains(&format!("that are not {packing} behind it")), "{error}");
+        }
+    }
+}
+
+/// What `zstd --long=31` and `xz --lzma2=dict=1536MiB` write.
+#[tokio::test]
+async fn what_needs_too_much_memory_to_be_unpacked_says_which_limit_and_what_to_do() {
+    let fixture = Fixture::new();
+    // A frame with a window of 2 GiB, and an empty last block (RFC 8878, 3.1.1).
+    let zstd = [0x28, 0xb5, 0x2f, 0xfd, 0, 21 << 3, 1, 0, 0];
+    let error = fixture.image(&fixture.write("long.zst", &zstd), None).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "expected zstd data with a window of at most 128.0 MiB, but found a larger window"
+    );
+    assert!(error.help().unwrap().contains("zstd --long=27"), "{error:?}");
+    // The header of a stream without checks, and of a block with LZMA2 and a dictionary of 1.5 GiB (.xz format, 2.1 and 3.1).
+    let mut xz = b"\xfd7zXZ\0\0\0\xff\x12\xd9\x41".to_vec();
+    let block = [2, 0, 0x21, 1, 37, 0, 0, 0];
+    xz.extend(block);
+    xz.extend(crc32(&block).to_le_bytes());
+    xz.extend([0; 64]);
+    let error = fixture.image(&fixture.write("dictionary.xz", &xz), None).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "expected xz data that can be unpacked with 128.0 MiB of memory, but found data that needs more"
+    );
+    assert!(error.help().unwrap().contains("xz -9"), "{error:?}");
+}
+
+/// CRC-32 (ISO 3309).
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg()))
+    })
+}
+
+#[tokio::test]
+async fn unpacking_stops_at_what_the_disk_has_room_for() {
+    for packing in ALL {
+        let fixture = Fixture::new();
+        let room = 1 << 20;
+        let import = async |name: &str, image: &[u8]| {
+            let url = fixture.write(name, &pack(packing, image).await);
+            fixture.store.image_for(&planned(&url, None), Some(room), &Progress::none()).await
+        };
+        let fits = import("fits", &sparse_disk()[..1 << 20]).await.unwrap();
+        assert_eq!(fits.virtual_size, room);
+        let error = import("large", &vec![0; 16 << 20]).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        let told = error.to_string();
+        // It stopped within a piece of the limit.
+        let count = told.rsplit("at least ").next().unwrap();
+        assert!(told.starts_with("expected an image for a disk of 1.0 MiB, but found at least "), "{told}");
+        assert!(count.starts_with("1.0 MiB") || count.starts_with("1.2 MiB"), "{told}");
+        assert!(error.help().unwrap().contains("raise the size of the disk"), "{error:?}");
+        // A format that says how large its disk is, is refused by that.
+        let mut qcow2 = vec![0; 1024];
+        qcow2[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        qcow2[24..32].copy_from_slice(&(10_u64 << 30).to_be_bytes());
+        let error = import("qcow2", &qcow2).await.unwrap_err();
+        let told = format!(
+            "expected an image for a disk of 1.0 MiB, but found a qcow2 image of 10.0 GiB in the {packing} file"
+        );
+        assert_eq!(error.to_string(), told);
+        fixture.assert_no_leftovers();
+    }
+}
+
+#[tokio::test]
+async fn a_download_for_a_disk_that_is_too_small_is_not_unpacked_and_goes_on_for_a_larger_one() {
+    let disk = sparse_disk();
+    let served = pack(Packing::Gzip, &disk).await;
+    let server = Server::start({
+        let served = served.clone();
+        move |asked, _| Reply::file(asked, &served, "\"p\"")
+    });
+    let fixture = Fixture::new();
+    let url = planned(&server.url("disk.gz"), None);
+    let import = |size: u64| {
+        let url = &url;
+        let store = &fixture.store;
+        async move { store.image_for(url, Some(size), &Progress::none()).await }
+    };
+    let error = import(1 << 20).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(fixture.names("blobs/sha256"), Vec::<String>::new());
+    assert_eq!(fs::read(import(8 << 20).await.unwrap().path).unwrap(), disk);
+    fixture.assert_no_leftovers();
+}
+
+#[tokio::test]
 async fn what_is_no_image_is_refused_and_not_kept() {
     let server = Server::start(|_, number| match number {
         0 | 1 => Reply::ok(b"<!DOCTYPE html><html><body>Sign in</body></html>").with("ETag", "\"e\""),
@@ -110,8 +236,8 @@ async fn what_is_no_image_is_refused_and_not_kept() {
     assert_eq!(
         error.report(),
         format!(
-            "url {url}: expected a disk image, but found a web page\n  help: check that the URL gives qcow2, raw, vmdk, \
-             vdi, vhd or vhdx, plain or packed with gz, xz, zst or bz2"
+            "url {url}: expected a disk image, but found a web page\n  help: open the URL in a browser: it may \
+             want a login, or be a page about the image"
         )
     );
     fixture.assert_no_leftovers();

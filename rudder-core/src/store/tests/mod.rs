@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod child;
+mod content;
 mod copies;
 mod damage;
 mod directory;
