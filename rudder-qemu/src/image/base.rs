@@ -111,11 +111,13 @@ impl Base {
         command.args([self.path.as_os_str(), copy.as_ref()]).run(None).await?.success("copy the VHDX")?;
         let repaired =
             ground.qemu_img().args(["check", "-q", "-r", "all", "-f", self.format, copy]).run(None).await?;
-        let copied = Self { path: ground.path(copy), ..self };
-        if repaired.status.success() && virtual_size(ground, &copied.path, copied.format).await.is_ok() {
-            return Ok(copied);
+        let path = ground.path(copy);
+        if repaired.status.success()
+            && let Ok(size) = virtual_size(ground, &path, self.format).await
+        {
+            return Ok(Self { path, size, ..self });
         }
-        let _ = fs::remove_file(&copied.path);
+        let _ = fs::remove_file(&path);
         Err(refusal.with_help(
             "open the original with the program that wrote it, close it, and use it again; or convert it there",
         ))

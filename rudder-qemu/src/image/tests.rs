@@ -194,18 +194,24 @@ async fn an_image_that_was_cut_short_is_refused() {
     place.raw();
     let formats: [(&str, &[&str]); 7] = [
         ("qcow2", &[]),
+        ("qcow2", &["-c"]),
         ("vmdk", &["-o", "subformat=monolithicSparse"]),
         ("vmdk", &["-o", "subformat=streamOptimized"]),
         ("vdi", &[]),
-        ("vhdx", &[]),
         ("vpc", &["-o", "subformat=dynamic,force_size=on"]),
         ("vpc", &["-o", "subformat=fixed,force_size=on"]),
     ];
-    for (format, options) in formats {
+    // Of a VHDX, whole blocks of 8 MiB are more than the disk at its end.
+    let vhdx = (place.convert("vhdx", &[]), "vhdx", vec![9 << 20]);
+    let cut = formats.into_iter().map(|(format, options)| {
         let image = place.convert(format, options);
-        for length in [image.len() - 64 * 1024, image.len() / 2 / 512 * 512] {
+        let lengths = vec![image.len() - 64 * 1024, image.len() / 2 / 512 * 512];
+        (image, format, lengths)
+    });
+    for (image, format, lengths) in cut.chain([vhdx]).collect::<Vec<_>>() {
+        for length in lengths {
             let error = place.import(&image[..length], None).await.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::InvalidImage, "{format} {options:?}: {error:?}");
+            assert_eq!(error.kind(), ErrorKind::InvalidImage, "{format} cut to {length}: {error:?}");
         }
     }
 }

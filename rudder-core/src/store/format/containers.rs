@@ -22,6 +22,9 @@ impl Image {
         if !(9..=21).contains(&cluster_bits) || header_length < 72 || header_length >= 1 << cluster_bits {
             return Err(damaged("QCOW2").into());
         }
+        // Of a table that is missing at the end, QEMU would read zeros: an empty disk.
+        let table = u64::from(self.be32(36)?) * 8;
+        self.reaches("QCOW2", self.be64(40)?.saturating_add(table))?;
         let mut offset = header_length;
         while offset + 8 <= 1 << cluster_bits {
             let (kind, length) = (self.be32(offset)?, u64::from(self.be32(offset + 4)?));

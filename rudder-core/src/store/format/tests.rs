@@ -70,6 +70,8 @@ fn qcow2_stands_alone_or_is_refused() {
     refused(&qcow2(&[(79, &[2])]), "is marked as corrupt");
     refused(&qcow2(&[(7, &[1])]), "has version 1");
     refused(&qcow2(&[(24, &[0; 8])]), "a qcow2 image of 0 bytes");
+    // Its first table is where the file does not reach.
+    refused(&qcow2(&[(36, &2_u32.to_be_bytes()), (40, &4088_u64.to_be_bytes())]), "cut short or damaged");
     refused(&qcow2(&[(100, &[0xff; 4])]), "cut short or damaged");
     refused(b"QFI\xfb\0\0\0\x03", "cut short or damaged");
 }
