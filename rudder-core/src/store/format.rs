@@ -208,7 +208,7 @@ fn not_an_image(found: &str) -> Error {
 fn damaged(format: &str) -> Error {
     invalid(
         format!("expected a whole {format} image, but found one that is cut short or damaged"),
-        "check the image with qemu-img check, and download it anew",
+        "fetch the image again from where it was made; an image that is still open there is not whole",
     )
 }
 

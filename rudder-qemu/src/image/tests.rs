@@ -192,15 +192,15 @@ async fn a_vhd_is_as_large_as_it_says_whatever_its_geometry_and_its_creator() {
 async fn an_image_that_was_cut_short_is_refused() {
     let place = Place::new().await;
     place.raw();
-    let formats: [(&str, &[&str]); 7] = [
+    let formats: [(&str, &[&str]); 6] = [
         ("qcow2", &[]),
         ("qcow2", &["-c"]),
         ("vmdk", &["-o", "subformat=monolithicSparse"]),
         ("vmdk", &["-o", "subformat=streamOptimized"]),
         ("vdi", &[]),
         ("vpc", &["-o", "subformat=dynamic,force_size=on"]),
-        ("vpc", &["-o", "subformat=fixed,force_size=on"]),
     ];
+    // A fixed VHD without its end cannot be told from a raw disk.
     // Of a VHDX, whole blocks of 8 MiB are more than the disk at its end.
     let vhdx = (place.convert("vhdx", &[]), "vhdx", vec![9 << 20]);
     let cut = formats.into_iter().map(|(format, options)| {
