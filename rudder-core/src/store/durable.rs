@@ -1,7 +1,7 @@
 //! Files that are whole or not there: atomic writing, directories made durable, and what a full disk says.
 
 use crate::{Error, ErrorKind, Result};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::Serialize;
 use std::{
     fs::{self, DirBuilder, File},
     io::{self, Read, Write},
@@ -143,25 +143,6 @@ pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     write_atomic(path, &text)
 }
 
-/// Reads a JSON file of the cache; `None` when it is missing, or is not what was written: the store then makes it anew.
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    match read_regular(path) {
-        Ok(bytes) => match serde_json::from_slice(&bytes) {
-            Ok(value) => Ok(Some(value)),
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "ignoring a record that cannot be read");
-                Ok(None)
-            }
-        },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-            tracing::warn!(path = %path.display(), %error, "ignoring what is there in place of a record");
-            Ok(None)
-        }
-        Err(error) => Err(io_error("read", path, error)),
-    }
-}
-
 /// Removes a file; one that is not there is fine.
 pub(super) fn remove_file(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
@@ -254,11 +235,9 @@ mod tests {
         let path = dir.path().join("record.json");
         write_json(&path, &1).unwrap();
         write_json(&path, &2).unwrap();
-        assert_eq!(read_json::<i32>(&path).unwrap(), Some(2));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "2\n");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, FILE_MODE);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        fs::write(&path, "{").unwrap();
-        assert_eq!(read_json::<i32>(&path).unwrap(), None);
     }
 
     #[test]
