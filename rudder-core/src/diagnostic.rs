@@ -1,9 +1,12 @@
 //! One finding about a manifest: what, where, how bad, and how to mend it. Returned, never printed.
 
+mod redact;
 mod render;
 
+pub(crate) use redact::is_secret_key;
 pub use render::{Colour, Renderer, render};
 
+use crate::{secret::redact_urls, visible::cut};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -81,9 +84,9 @@ impl Diagnostic {
         Self {
             code: code.to_owned(),
             severity,
-            path: path.to_string(),
+            path: bounded(path.to_string()),
             span,
-            message: message.into(),
+            message: bounded(redact_urls(&message.into()).into_owned()),
             help: None,
         }
     }
@@ -102,10 +105,52 @@ impl Diagnostic {
     }
 }
 
+/// Characters of a message; what a message repeats is cut before, so that this is seldom reached.
+const MAX_MESSAGE: usize = 2000;
+
+fn bounded(text: String) -> String {
+    match cut(&text, MAX_MESSAGE) {
+        Some(start) => format!("{start}…"),
+        None => text,
+    }
+}
+
+/// How many findings are given about a file; behind them, one says how many more there are.
+pub const MAX_FINDINGS: usize = 1000;
+
+/// Leaves out what is beyond [`MAX_FINDINGS`] of findings in order, warnings first, and says so; `more` were left out before.
+pub(crate) fn limit(diagnostics: &mut Vec<Diagnostic>, more: usize) {
+    const CODE: &str = "too-many";
+    let said = diagnostics.iter().any(|diagnostic| diagnostic.code == CODE);
+    if diagnostics.len() <= MAX_FINDINGS + usize::from(said) && more == 0 {
+        return;
+    }
+    let errors = diagnostics.iter().filter(|diagnostic| diagnostic.is_error()).count();
+    diagnostics.retain(|diagnostic| diagnostic.code != CODE);
+    let (mut errors_left, mut warnings_left) = (MAX_FINDINGS, MAX_FINDINGS.saturating_sub(errors));
+    let before = diagnostics.len();
+    diagnostics.retain(|diagnostic| {
+        let left = if diagnostic.is_error() { &mut errors_left } else { &mut warnings_left };
+        let keep = *left > 0;
+        *left = left.saturating_sub(1);
+        keep
+    });
+    let more = more + before - diagnostics.len();
+    let message = match more {
+        0 => "there is more wrong than is shown here".to_owned(),
+        1 => "and 1 more, which is not shown".to_owned(),
+        more => format!("and {more} more, which are not shown"),
+    };
+    let severity = if errors > 0 { Severity::Error } else { Severity::Warning };
+    diagnostics.push(Diagnostic::new(severity, CODE, "", None, message));
+}
+
 /// Puts findings into the order of the text, and leaves out what was said before.
 pub fn sort(diagnostics: &mut Vec<Diagnostic>) {
-    // Those without a place come first; the order of equal ones stays.
-    diagnostics.sort_by_key(|diagnostic| diagnostic.span.map(|span| (span.start, span.end)));
+    // Those without a place come first; the order of equal ones stays. That there are more comes last.
+    diagnostics.sort_by_key(|diagnostic| {
+        (diagnostic.code == "too-many", diagnostic.span.map(|span| (span.start, span.end)))
+    });
     let mut seen = std::collections::HashSet::new();
     diagnostics.retain(|diagnostic| {
         let Diagnostic { code, path, span, message, .. } = diagnostic;

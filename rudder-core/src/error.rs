@@ -3,6 +3,7 @@
 //! An error says its own layer only; the chain is in [`source`](std::error::Error::source) and is printed once, at
 //! the edge, by [`Error::report`]. No type of a dependency appears in it.
 
+use crate::visible::{visible, visible_line};
 use std::{borrow::Cow, error::Error as StdError, fmt};
 
 /// A result with Rudder's [`Error`].
@@ -189,12 +190,18 @@ impl Error {
         self
     }
 
-    /// The whole story for a person: context, message, causes, help; several lines, no trailing newline.
+    /// The whole story for a person: context, message, causes, help; several lines, no trailing newline. Control characters are
+    /// shown, not obeyed: see [`visible`](crate::visible).
     #[must_use]
     pub fn report(&self) -> String {
+        visible(&self.story()).into_owned()
+    }
+
+    /// [`report`](Self::report) as it is, for programs.
+    pub(crate) fn story(&self) -> String {
         let mut out = String::new();
         for (key, value) in self.0.context.iter().rev() {
-            out.push_str(&format!("{key} {value}: "));
+            out.push_str(&format!("{key} {}: ", visible_line(value)));
         }
         out.push_str(&self.0.message);
         let mut cause = self.source();
@@ -230,7 +237,7 @@ impl StdError for Cause {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.message)
+        f.write_str(&visible(&self.0.message))
     }
 }
 
@@ -271,6 +278,18 @@ mod tests {
             "vm web: disk rootdisk: cannot write /x\n  because: no storage space\n  help: free some space"
         );
         assert_eq!(error.to_string(), "cannot write /x");
+    }
+
+    #[test]
+    fn control_characters_of_an_error_are_shown() {
+        let inner = std::io::Error::other("in\x1b[2Jner");
+        let error = Error::new(ErrorKind::Io, "a\x1b]52;c;eA==\x07b").with_context("file", "x\ny\u{202e}");
+        let error = error.with_help("h\u{9b}elp").with_source(inner);
+        assert_eq!(error.to_string(), "a␛]52;c;eA==␇b");
+        assert_eq!(
+            error.report(),
+            "file x␊y<U+202E>: a␛]52;c;eA==␇b\n  because: in␛[2Jner\n  help: h<U+009B>elp"
+        );
     }
 
     #[test]

@@ -8,10 +8,18 @@ mod schema;
 pub use build_id::BuildId;
 pub use schema::json_schema;
 
-use crate::{error::ErrorKind, module::InputRecord, units::human_bytes};
+use crate::{
+    error::ErrorKind,
+    module::InputRecord,
+    units::human_bytes,
+    visible::{Visible, visible_line, visible_output},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt::{self, Write as _},
+    path::PathBuf,
+};
 
 /// One thing that happened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -355,18 +363,21 @@ fn human_millis(millis: u64) -> String {
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(vm) = &self.vm {
-            write!(f, "{vm}: ")?;
+            write!(f, "{}: ", visible_line(vm))?;
         }
         self.kind.fmt(f)
     }
 }
 
-/// One line for a person (a failure: several).
+/// One line for a person (a failure: several). Control characters are shown, not obeyed: see [`visible`](crate::visible).
 impl fmt::Display for EventKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Whatever is written: nothing reaches a terminal that is not shown. Values in a line do not end it.
+        let f = &mut Visible(f);
         match self {
             Self::BuildStarted { build, plan, backend, attempt } => {
-                write!(f, "building {build} on {backend} (plan {})", plan.get(..12).unwrap_or(plan))?;
+                let plan = visible_line(plan.get(..12).unwrap_or(plan));
+                write!(f, "building {} on {} (plan {plan})", visible_line(build), visible_line(backend))?;
                 if *attempt > 1 { write!(f, ", attempt {attempt}") } else { Ok(()) }
             }
             Self::BuildPhase { phase } => write!(f, "{phase:?}"),
@@ -374,28 +385,36 @@ impl fmt::Display for EventKind {
             Self::Progress { task, done, total } => match total {
                 Some(total) if *total > 0 => {
                     let percent = u128::from(*done) * 100 / u128::from(*total);
-                    write!(f, "{task}: {} of {} ({percent} %)", human_bytes(*done), human_bytes(*total))
+                    write!(
+                        f,
+                        "{}: {} of {} ({percent} %)",
+                        visible_line(task),
+                        human_bytes(*done),
+                        human_bytes(*total)
+                    )
                 }
-                _ => write!(f, "{task}: {}", human_bytes(*done)),
+                _ => write!(f, "{}: {}", visible_line(task), human_bytes(*done)),
             },
             Self::Input(input) => {
                 let digest = input.sha256.short();
-                write!(f, "{}: {} ({}, sha256 {digest}…)", input.role, input.url, human_bytes(input.size))
+                let (role, url) = (visible_line(&input.role), visible_line(&input.url));
+                write!(f, "{role}: {url} ({}, sha256 {digest}…)", human_bytes(input.size))
             }
             Self::Notice { message } => f.write_str(message),
             Self::Warning { message } => write!(f, "warning: {message}"),
             Self::BootAction { action, of, doing } => {
-                write!(f, "boot command {action} of {of}: {doing}")
+                write!(f, "boot command {action} of {of}: {}", visible_line(doing))
             }
             Self::BootCommandDone { millis } => write!(f, "boot command done in {}", human_millis(*millis)),
             Self::GuestReady { millis } => write!(f, "logged in {} after power-on", human_millis(*millis)),
             Self::HttpRequest { method, path, status, bytes } => {
+                let (method, path) = (visible_line(method), visible_line(path));
                 write!(f, "{method} {path}: {status}, {}B", human_bytes(*bytes))
             }
-            Self::StepStarted { step, name } => write!(f, "step {step} ({name})"),
-            Self::StepOutput { line, .. } => write!(f, "| {line}"),
+            Self::StepStarted { step, name } => write!(f, "step {step} ({})", visible_line(name)),
+            Self::StepOutput { line, .. } => write!(f, "| {}", visible_output(line)),
             Self::StepFinished { step, name, millis, success, exit } => {
-                write!(f, "step {step} ({name}) ")?;
+                write!(f, "step {step} ({}) ", visible_line(name))?;
                 match exit {
                     _ if *success => write!(f, "done in {}", human_millis(*millis)),
                     Some(exit) => write!(f, "failed after {} with {exit}", human_millis(*millis)),
@@ -404,8 +423,11 @@ impl fmt::Display for EventKind {
             }
             Self::Paused { step, instructions, access } => {
                 write!(f, "step {step} is paused for a person to do this:")?;
-                instructions.trim_end().lines().try_for_each(|line| write!(f, "\n  {line}"))?;
-                access.iter().try_for_each(|line| write!(f, "\n  {line}"))
+                instructions
+                    .trim_end()
+                    .lines()
+                    .try_for_each(|line| write!(f, "\n  {}", visible_line(line)))?;
+                access.iter().try_for_each(|line| write!(f, "\n  {}", visible_line(line)))
             }
             Self::Resumed { step, millis } => {
                 write!(f, "step {step} goes on after {}", human_millis(*millis))
@@ -414,15 +436,16 @@ impl fmt::Display for EventKind {
                 write!(f, "starting attempt {attempt} of {of}; the one before failed: {reason}")
             }
             Self::Kept { lab, access } => {
-                write!(f, "kept for inspection as lab {lab}")?;
-                access.iter().try_for_each(|line| write!(f, "\n  {line}"))
+                write!(f, "kept for inspection as lab {}", visible_line(lab))?;
+                access.iter().try_for_each(|line| write!(f, "\n  {}", visible_line(line)))
             }
             Self::Lagged { missed } => write!(f, "… {missed} events left out …"),
             Self::Finished { outcome, .. } => match outcome {
                 Outcome::Built { module, path: Some(path) } => {
-                    write!(f, "built module {module}: {}", path.display())
+                    let path = path.display().to_string();
+                    write!(f, "built module {}: {}", visible_line(module), visible_line(&path))
                 }
-                Outcome::Built { module, path: None } => write!(f, "built module {module}"),
+                Outcome::Built { module, path: None } => write!(f, "built module {}", visible_line(module)),
                 Outcome::Failed(report) => write!(f, "failed: {report}"),
                 Outcome::Cancelled => f.write_str("cancelled"),
             },
@@ -433,6 +456,7 @@ impl fmt::Display for EventKind {
 /// The whole of it for a person, on several lines, without a trailing newline.
 impl fmt::Display for FailureReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let f = &mut Visible(f);
         f.write_str(&self.message)?;
         if let Some(phase) = self.phase {
             write!(f, "\n  phase: {phase:?}")?;
@@ -445,13 +469,14 @@ impl fmt::Display for FailureReport {
         {
             if !lines.is_empty() {
                 write!(f, "\n  {what}, last lines:")?;
-                lines.iter().try_for_each(|line| write!(f, "\n    | {line}"))?;
+                lines.iter().try_for_each(|line| write!(f, "\n    | {}", visible_output(line)))?;
             }
         }
         if !self.served.is_empty() {
             f.write_str("\n  served files:")?;
         }
         for ServedFile { name, requests } in &self.served {
+            let name = visible_line(name);
             match requests {
                 0 => write!(f, "\n    | {name}: never asked for")?,
                 1 => write!(f, "\n    | {name}: once")?,
@@ -461,8 +486,90 @@ impl fmt::Display for FailureReport {
         // A wait for a text says itself what it saw instead.
         if !self.screen.is_empty() && !self.message.contains(&self.screen.join("\n")) {
             f.write_str("\n  screen:")?;
-            self.screen.iter().try_for_each(|line| write!(f, "\n    | {line}"))?;
+            self.screen.iter().try_for_each(|line| write!(f, "\n    | {}", visible_line(line)))?;
         }
-        self.screenshot.iter().try_for_each(|path| write!(f, "\n  screenshot: {}", path.display()))
+        self.screenshot
+            .iter()
+            .try_for_each(|path| write!(f, "\n  screenshot: {}", visible_line(&path.display().to_string())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::visible::is_hidden;
+    use proptest::prelude::*;
+
+    /// Every kind of event that holds a text, with this text wherever one can be.
+    fn events(text: &str) -> Vec<EventKind> {
+        let text = || text.to_owned();
+        let sha256 = crate::digest::Digest::of(b"");
+        let input = InputRecord { role: text(), url: text(), size: 1, sha256 };
+        let report = FailureReport {
+            message: text(),
+            exit: Some(ExitStatus::Signal(text())),
+            output_tail: vec![text(), text()],
+            serial_tail: vec![text()],
+            served: vec![ServedFile::new(text(), 2)],
+            screen: vec![text()],
+            screenshot: Some(text().into()),
+            ..FailureReport::default()
+        };
+        let finished = |outcome| EventKind::Finished { outcome, timings: Vec::new() };
+        vec![
+            EventKind::BuildStarted { build: text(), plan: text(), backend: text(), attempt: 2 },
+            EventKind::Progress { task: text(), done: 1, total: Some(2) },
+            EventKind::Progress { task: text(), done: 1, total: None },
+            EventKind::Input(input),
+            EventKind::Notice { message: text() },
+            EventKind::Warning { message: text() },
+            EventKind::BootAction { action: 0, of: 1, doing: text() },
+            EventKind::HttpRequest { method: text(), path: text(), status: 200, bytes: 1 },
+            EventKind::StepStarted { step: 0, name: text() },
+            EventKind::StepOutput { step: 0, stream: OutputStream::Stdout, line: text() },
+            EventKind::StepFinished {
+                step: 0,
+                name: text(),
+                millis: 1,
+                success: false,
+                exit: Some(ExitStatus::Signal(text())),
+            },
+            EventKind::Paused { step: 0, instructions: text(), access: vec![text()] },
+            EventKind::Retrying { attempt: 2, of: 3, reason: text() },
+            EventKind::Kept { access: vec![text()], lab: text() },
+            finished(Outcome::Built { module: text(), path: Some(text().into()) }),
+            finished(Outcome::Failed(Box::new(report))),
+        ]
+    }
+
+    fn event(kind: EventKind, vm: &str) -> Event {
+        Event { seq: 0, time: jiff::Timestamp::UNIX_EPOCH, vm: Some(vm.to_owned()), kind }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_an_event_says_a_person_is_shown_it_and_a_program_gets_it(
+            text in "(\\x1b\\[2J|\\x1b\\]52;c;aGk=\\x07|\u{202e}|\u{9b}|\r|\n|.|[\u{0}-\u{9f}]|[\u{200b}-\u{206f}]|[\u{e0000}-\u{e007f}]){0,12}"
+        ) {
+            for kind in events(&text) {
+                let event = event(kind, &text);
+                let shown = event.to_string();
+                prop_assert!(!shown.chars().any(|c| is_hidden(c) && c != '\n'), "{:?}", shown);
+                let json = serde_json::to_string(&event).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Event>(&json).unwrap(), event);
+            }
+        }
+    }
+
+    #[test]
+    fn a_value_cannot_end_its_line_and_colours_of_output_are_left_out() {
+        let started = EventKind::StepStarted { step: 0, name: "a\nbuilt module b".into() };
+        assert_eq!(event(started, "v\r").to_string(), "v␍: step 1 (a␊built module b)");
+        let line = "\x1b[32mok\x1b[0m \x1b[2Jx".to_owned();
+        let output = EventKind::StepOutput { step: 0, stream: OutputStream::Stdout, line };
+        assert_eq!(output.to_string(), "| ok ␛[2Jx");
+        let paused = EventKind::Paused { step: 0, instructions: "one\r\n\x07two".into(), access: vec![] };
+        assert_eq!(paused.to_string(), "step 1 is paused for a person to do this:\n  one\n  ␇two");
     }
 }

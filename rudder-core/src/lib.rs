@@ -28,6 +28,7 @@ pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod units;
+pub mod visible;
 
 pub use error::{Error, ErrorKind, Result};
 

@@ -182,7 +182,7 @@ pub struct MachineDisk {
 }
 
 /// A NoCloud seed (cloud-init documentation, datasource NoCloud): what stands in its files.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Seed {
     /// `meta-data`.
@@ -193,6 +193,13 @@ pub struct Seed {
     pub network_config: Option<String>,
     /// The same as a medium: a file system labelled `cidata`, for backends that attach media.
     pub image: Arc<[u8]>,
+}
+
+impl fmt::Debug for Seed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // User data may hold secrets.
+        f.debug_struct("Seed").field("meta_data", &self.meta_data).finish_non_exhaustive()
+    }
 }
 
 impl Seed {

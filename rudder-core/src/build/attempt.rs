@@ -34,6 +34,7 @@ use crate::{
 };
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use std::{
+    collections::HashSet,
     future::Future,
     sync::{
         Arc, Mutex,
@@ -284,9 +285,10 @@ fn wanted(plan: &Plan) -> Vec<(&str, &PlannedUrl)> {
         _ => None,
     });
     let mut wanted: Vec<(&str, &PlannedUrl)> = Vec::new();
+    let mut known = HashSet::new();
     for (name, content) in served.chain(put) {
         if let PlannedContent::Url(url) = content
-            && !wanted.iter().any(|(_, known)| *known == url)
+            && known.insert(url)
         {
             wanted.push((name, url));
         }

@@ -77,7 +77,7 @@ pub(super) async fn run(
                             break (Failure::from(cancelled()), None);
                         }
                         attempt = next;
-                        let reason = failure.error.report();
+                        let reason = failure.error.story();
                         sink.emit(
                             None,
                             EventKind::Retrying { attempt, of: plan.retries.saturating_add(1), reason },
@@ -114,7 +114,7 @@ fn told(
         let report = FailureReport { build_id: Some(shared.id.clone()), ..FailureReport::default() };
         return Box::new(BuildFailure { error, report, kept, machines });
     }
-    let (kind, message) = (Some(error.kind()), error.report());
+    let (kind, message) = (Some(error.kind()), error.story());
     let report = FailureReport { build_id: Some(shared.id.clone()), kind, message, ..*failure.report };
     let report = sink.masked_report(report);
     sink.finished(Outcome::Failed(Box::new(report.clone())));

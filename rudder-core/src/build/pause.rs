@@ -11,11 +11,18 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// A VM that waits for a person.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct PausedVm {
     machine: Arc<dyn Machine>,
     step: usize,
     instructions: Arc<str>,
+}
+
+impl std::fmt::Debug for PausedVm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The instructions may hold secrets.
+        f.debug_struct("PausedVm").field("vm", &self.vm()).field("step", &self.step).finish_non_exhaustive()
+    }
 }
 
 impl PausedVm {

@@ -274,7 +274,7 @@ impl Sink {
 
     /// A failure report without secrets.
     pub(super) fn masked_report(&self, report: FailureReport) -> FailureReport {
-        let lines = |lines: Vec<String>| lines.iter().map(|line| self.mask(line)).collect();
+        let lines = |lines: Vec<String>| self.0.masker.mask_lines(lines);
         FailureReport {
             message: self.mask(&report.message),
             step: report.step.map(|step| self.mask(&step)),

@@ -3,11 +3,13 @@
 use super::{
     codes,
     findings::{Findings, Zero},
+    scripts,
     vm::{SourceKind, source_kind},
 };
 use crate::{
     manifest::{KeyRef, Path, ValueFrom, Vm},
     plan::GuestShell,
+    visible::Quoted,
 };
 
 /// The shell of a VM's guest; `None` for one that does not exist, which is reported once.
@@ -38,7 +40,7 @@ pub(super) fn communicator(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) 
         findings.report(
             &codes::INVALID_VALUE,
             &at.key("sshUsername"),
-            format!("expected the name of a user, but found {user:?}"),
+            format!("expected the name of a user, but found {user:?}", user = Quoted(user)),
         );
     }
     if let Some(port) = communicator.ssh_port
@@ -64,6 +66,9 @@ pub(super) fn cloud_init(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
                 findings.exclusive(&at, "userData", "userDataFrom");
             }
             value_from(findings, from, &at.key("userDataFrom"));
+        }
+        if let Some(text) = cloud_init.user_data.as_deref() {
+            scripts::user_data(findings, text, &at.key("userData"));
         }
         return;
     }

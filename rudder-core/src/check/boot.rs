@@ -45,12 +45,22 @@ pub(super) fn unserved(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<
     }
 }
 
+/// No variable has a longer name, blanks included.
+const MAX_TEMPLATE: usize = 64;
+
 /// Every `{{…}}` of a text, and what is inside without blanks.
 fn templates(text: &str) -> impl Iterator<Item = (Range<usize>, &str)> {
-    text.match_indices("{{").filter_map(move |(start, _)| {
-        let body = &text[start + 2..];
-        let body = &body[..body.find("}}")?];
-        Some((start..start + body.len() + 4, body.trim()))
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        loop {
+            let start = at + text[at..].find("{{")?;
+            // The next may begin inside of what is no template.
+            at = start + 2;
+            let window = &text[at..text.floor_char_boundary(at + MAX_TEMPLATE)];
+            if let Some(length) = window.find("}}") {
+                return Some((start..at + length + 2, window[..length].trim()));
+            }
+        }
     })
 }
 
@@ -121,6 +131,11 @@ fn place(
     element: &Path<'_>,
 ) {
     let finding = findings.report(code, element, message);
+    // Where it stands in a long text is not worth counting its characters for each of many.
+    if range.start > 64 * 1024 {
+        finding.help = Some(help);
+        return;
+    }
     finding.help = Some(help);
     if let Some(span) = &mut finding.span {
         // Where the text stands in the source as it is, or between quotes, offsets in it are offsets in the source.

@@ -8,6 +8,7 @@ use super::{
 use crate::{
     manifest::{CloneSpec, Path},
     units::is_name,
+    visible::Quoted,
 };
 
 pub(super) fn spec(findings: &mut Findings<'_>, spec: &CloneSpec, at: &Path<'_>) {
@@ -40,7 +41,7 @@ pub(super) fn spec(findings: &mut Findings<'_>, spec: &CloneSpec, at: &Path<'_>)
             .report(
                 &codes::INVALID_VALUE,
                 &at.key("ageAnchor"),
-                format!("expected a time as in RFC 3339, but found {anchor:?}"),
+                format!("expected a time as in RFC 3339, but found {anchor:?}", anchor = Quoted(anchor)),
             )
             .help = Some("for example `2026-01-31T12:00:00Z`".to_owned());
     }

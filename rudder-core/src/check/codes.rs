@@ -75,6 +75,8 @@ codes! {
     UNUSED_FILE Warning "unused-file" "A file is declared, and nothing uses it."
     DEPRECATED_FIELD Warning "deprecated-field" "A field is read and has no effect any more."
     INEFFECTIVE_FIELD Warning "ineffective-field" "A field has no effect where it stands."
+    USER_DATA_IGNORED Warning "user-data-ignored" "User data is such that cloud-init ignores it."
+    LINE_ENDS Warning "line-ends" "A script has carriage returns that its shell takes for parts of commands."
     NO_LOGIN Warning "no-login" "Nothing lets Rudder log in to the guest: SSH is likely never to answer."
 }
 

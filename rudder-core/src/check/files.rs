@@ -7,6 +7,8 @@ use super::{
 use crate::{
     digest::Digest,
     manifest::{BuildSpec, File, FileNames, Iso, Path},
+    secret::redact_written,
+    visible::{Quoted, cut},
 };
 use std::{
     cell::RefCell,
@@ -18,16 +20,17 @@ use url::Url;
 #[derive(Debug)]
 pub(super) struct Names<'m> {
     files: HashMap<&'m str, &'m File>,
+    sorted: Vec<&'m str>,
     used: RefCell<HashSet<&'m str>>,
 }
 
 impl<'m> Names<'m> {
     pub(super) fn of(spec: &'m BuildSpec) -> Self {
         let files = spec.files.iter().rev();
-        Self {
-            files: files.filter_map(|file| Some((file.name.as_deref()?, file))).collect(),
-            used: RefCell::default(),
-        }
+        let files: HashMap<_, _> = files.filter_map(|file| Some((file.name.as_deref()?, file))).collect();
+        let mut sorted: Vec<&str> = files.keys().copied().collect();
+        sorted.sort_unstable();
+        Self { files, sorted, used: RefCell::default() }
     }
 
     /// Notes that something uses a file, which must be there.
@@ -38,8 +41,7 @@ impl<'m> Names<'m> {
                 Some(file)
             }
             None => {
-                let mut names: Vec<&str> = self.files.keys().copied().collect();
-                names.sort_unstable();
+                let names = self.sorted.iter().copied();
                 findings.unknown_reference(&codes::UNKNOWN_FILE, at, "an entry of `files`", name, names);
                 None
             }
@@ -83,7 +85,7 @@ pub(super) fn unused(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_
                 .report(
                     &codes::UNUSED_FILE,
                     &files.index(index).key("name"),
-                    format!("nothing uses the file {name:?}"),
+                    format!("nothing uses the file {name:?}", name = Quoted(name)),
                 )
                 .help = Some("name it in a file step, `floppy` or `httpDirectory`, or remove it".to_owned());
         }
@@ -150,9 +152,7 @@ pub(super) fn download(
     let at = parent.key("url");
     match checked_url(written) {
         Err(problem) => {
-            let help = "write http://, https:// or file:/// and where it is".to_owned();
-            let finding = findings.report(&codes::INVALID_URL, &at, problem);
-            finding.help = Some(help);
+            findings.report(&codes::INVALID_URL, &at, problem).help = Some(url_help(written).to_owned());
         }
         Ok(url) => {
             if let Some(unpinned) = unpinned(&url) {
@@ -203,29 +203,51 @@ pub(super) fn checksum_of_nothing(findings: &mut Findings<'_>, parent: &Path<'_>
 
 /// Reads a URL that can be fetched; else says why not. Never shows a password in it.
 pub(crate) fn checked_url(written: &str) -> Result<Url, String> {
-    let shown = || {
-        let text: String = written.chars().take(120).collect();
-        // Between `//` and `@` there may be a password.
-        match (text.find("//"), text.rfind('@')) {
-            (Some(start), Some(end)) if start + 2 < end => {
-                format!("{:?}", format!("{}***{}", &text[..start + 2], &text[end..]))
-            }
-            _ => format!("{text:?}"),
-        }
-    };
+    let shown = || format!("{:?}", Quoted(&redact_written(cut(written, 2000).unwrap_or(written))));
+    let is_break = |c: char| matches!(c, '\t' | '\n' | '\r');
+    if written.contains(is_break) || written.trim() != written {
+        return Err(format!(
+            "expected a URL without blanks around it and line breaks in it, but found {}",
+            shown()
+        ));
+    }
     let url = Url::parse(written)
         .map_err(|_| format!("expected an http, https or file URL, but found {}", shown()))?;
     match url.scheme() {
         "http" | "https" => Ok(url),
-        "file" if url.host_str().is_some_and(|host| !host.is_empty()) => {
-            Err(format!("expected file:/// and an absolute path, but found {}", shown()))
-        }
-        "file" => Ok(url),
+        "file" => match written.find(['#', '?', '\\']) {
+            // They would end the path, or stand for a slash.
+            Some(at) => {
+                let found = &written[at..=at];
+                Err(format!(
+                    "expected a path in the file URL, but found `{found}` in it, which {}",
+                    MEANING[usize::from(found == "\\")]
+                ))
+            }
+            None if url.host_str().is_some_and(|host| !host.is_empty()) => {
+                Err(format!("expected file:/// and an absolute path, but found {}", shown()))
+            }
+            None => Ok(url),
+        },
         other => {
             let near = nearest(other, ["http", "https", "file"]);
             let near = near.map(|near| format!(" (did you mean {near}?)")).unwrap_or_default();
             Err(format!("expected an http, https or file URL, but found {}{near}", shown()))
         }
+    }
+}
+
+/// What `#` and `?`, and a backslash, mean in a URL.
+const MEANING: [&str; 2] = ["ends the path", "stands for a slash"];
+
+/// What to do about a URL that cannot be fetched.
+fn url_help(written: &str) -> &'static str {
+    if written.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("file:"))
+        && written.contains(['#', '?', '\\'])
+    {
+        "in a URL, write `%23` for `#`, `%3F` for `?` and `%5C` for a backslash"
+    } else {
+        "write http://, https:// or file:/// and where it is"
     }
 }
 
@@ -305,6 +327,10 @@ mod tests {
         assert_eq!(problem, "expected an http, https or file URL, but found \"ftp://***@example.org/x\"");
         assert!(checked_url("file://server/share").is_err());
         assert!(checked_url("file:///srv/image.qcow2").is_ok());
+        for url in ["file:///srv/a#b.img", "file:a?b", "FILE:///a\\b", " https://h/x", "https://h/\tx"] {
+            assert!(checked_url(url).is_err(), "{url}");
+        }
+        assert!(checked_url("file:///srv/a%23b%3F.img").is_ok());
         assert!(checked_url("htps://x").unwrap_err().ends_with("(did you mean https?)"));
     }
 }

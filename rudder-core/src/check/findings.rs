@@ -5,6 +5,7 @@ use crate::{
     diagnostic::{self, Diagnostic},
     manifest::{Document, Manifest, Path, Scalar},
     units::{ParseError, Quantity, is_name, parse_duration},
+    visible::Quoted,
 };
 use std::{collections::HashMap, time::Duration};
 
@@ -13,11 +14,28 @@ use std::{collections::HashMap, time::Duration};
 pub(crate) struct Findings<'d> {
     document: &'d Document,
     found: Vec<Diagnostic>,
+    /// How many were found beyond the limit, and the last of them.
+    more: usize,
+    last: Option<Diagnostic>,
+    has_errors: bool,
+    /// How many more words are compared to suggest one.
+    comparisons: usize,
 }
+
+/// How many words are compared with what was found, for all suggestions about a document: a long list of names, and as many
+/// that are not among them, would take long otherwise.
+const MAX_COMPARISONS: usize = 100_000;
 
 impl<'d> Findings<'d> {
     pub(crate) fn new(document: &'d Document) -> Self {
-        Self { document, found: Vec::new() }
+        Self {
+            document,
+            found: Vec::new(),
+            more: 0,
+            last: None,
+            has_errors: false,
+            comparisons: MAX_COMPARISONS,
+        }
     }
 
     pub(crate) fn document(&self) -> &'d Document {
@@ -29,12 +47,13 @@ impl<'d> Findings<'d> {
     }
 
     pub(crate) fn has_errors(&self) -> bool {
-        self.found.iter().any(Diagnostic::is_error)
+        self.has_errors
     }
 
     /// All findings in the order of the text, each once.
     pub(crate) fn finish(mut self) -> Vec<Diagnostic> {
         diagnostic::sort(&mut self.found);
+        diagnostic::limit(&mut self.found, self.more);
         self.found
     }
 
@@ -45,6 +64,14 @@ impl<'d> Findings<'d> {
         at: &Path<'_>,
         message: impl Into<String>,
     ) -> &mut Diagnostic {
+        let is_error = code.severity == diagnostic::Severity::Error;
+        // The first error is kept whatever came before it.
+        let is_first_error = is_error && !self.has_errors;
+        self.has_errors |= is_error;
+        if self.found.len() >= diagnostic::MAX_FINDINGS && !is_first_error {
+            self.more += 1;
+            return self.last.insert(Diagnostic::error(code.name, "", None, ""));
+        }
         let span = self.document.locate_nearest(at);
         let make = match code.severity {
             diagnostic::Severity::Error => Diagnostic::error,
@@ -53,6 +80,19 @@ impl<'d> Findings<'d> {
         let index = self.found.len();
         self.found.push(make(code.name, at, span, message.into()));
         &mut self.found[index]
+    }
+
+    /// The known word that is nearest to what was found, if one is near and not too many were compared.
+    pub(crate) fn suggestion<'k>(
+        &mut self,
+        found: &str,
+        known: impl ExactSizeIterator<Item = &'k str>,
+    ) -> Option<&'k str> {
+        if self.found.len() >= diagnostic::MAX_FINDINGS {
+            return None;
+        }
+        self.comparisons = self.comparisons.checked_sub(known.len())?;
+        nearest(found, known)
     }
 
     /// Whether the author wrote something there: also when it had the wrong type and was already reported.
@@ -84,7 +124,8 @@ impl<'d> Findings<'d> {
             && !is_name(name)
         {
             let message = format!(
-                "expected a name of at most 63 lower-case letters, digits and inner hyphens, but found {name:?}"
+                "expected a name of at most 63 lower-case letters, digits and inner hyphens, but found {:?}",
+                Quoted(name)
             );
             let suggestion = name_like(name);
             let finding = self.report(&codes::INVALID_NAME, at, message);
@@ -116,7 +157,10 @@ impl<'d> Findings<'d> {
                 self.report(
                     &codes::DUPLICATE_NAME,
                     &element.key("name"),
-                    format!("expected a unique name of a {what}, but found {name:?} again"),
+                    format!(
+                        "expected a unique name of a {what}, but found {name:?} again",
+                        name = Quoted(name)
+                    ),
                 )
                 .help = Some(first);
             } else {
@@ -134,14 +178,25 @@ impl<'d> Findings<'d> {
         found: &str,
         known: impl IntoIterator<Item = &'n str>,
     ) {
+        if self.found.len() >= diagnostic::MAX_FINDINGS && self.has_errors {
+            self.more += 1;
+            return;
+        }
         let known: Vec<&str> = known.into_iter().filter(|name| !name.is_empty()).collect();
-        let help = match nearest(found, known.iter().copied()) {
+        let help = match self.suggestion(found, known.iter().copied()) {
             Some(near) => format!("did you mean `{near}`?"),
             None if known.is_empty() => "there is none".to_owned(),
-            None if known.len() <= 8 => format!("there are: {}", known.join(", ")),
+            None if known.len() <= 8 && known.iter().all(|name| name.len() <= 80) => {
+                format!("there are: {}", known.join(", "))
+            }
             None => format!("there are {}, none of a similar name", known.len()),
         };
-        self.report(code, at, format!("expected the name of {what}, but found {found:?}")).help = Some(help);
+        self.report(
+            code,
+            at,
+            format!("expected the name of {what}, but found {found:?}", found = Quoted(found)),
+        )
+        .help = Some(help);
     }
 
     /// Notes that a value is none of those that are possible.
@@ -152,8 +207,12 @@ impl<'d> Findings<'d> {
             [] => "nothing".to_owned(),
         };
         let help = nearest(found, possible.iter().copied()).map(|near| format!("did you mean `{near}`?"));
-        self.report(&codes::INVALID_VALUE, at, format!("expected {expected}, but found {found:?}")).help =
-            help;
+        self.report(
+            &codes::INVALID_VALUE,
+            at,
+            format!("expected {expected}, but found {found:?}", found = Quoted(found)),
+        )
+        .help = help;
     }
 
     /// Notes that two fields stand side by side of which only one may.

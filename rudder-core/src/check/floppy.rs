@@ -5,7 +5,10 @@ use super::{
     files::{Names, references},
     findings::Findings,
 };
-use crate::manifest::{FileNames, Path};
+use crate::{
+    manifest::{FileNames, Path},
+    visible::Quoted,
+};
 use std::collections::HashMap;
 
 /// What a 1.44 MB floppy holds (FAT12 as every `mkfs.fat` makes it): 2880 sectors of 512 bytes, less boot sector, two
@@ -76,7 +79,10 @@ pub(super) fn floppy(findings: &mut Findings<'_>, list: &FileNames, at: &Path<'_
             findings.report(
                 &codes::INVALID_FILE_NAME,
                 &at.key("name"),
-                format!("expected a name that a FAT floppy can hold, but found {name:?}"),
+                format!(
+                    "expected a name that a FAT floppy can hold, but found {name:?}",
+                    name = Quoted(name)
+                ),
             );
         }
         if let Some(first) = seen.insert(name.to_lowercase(), name) {
@@ -85,7 +91,9 @@ pub(super) fn floppy(findings: &mut Findings<'_>, list: &FileNames, at: &Path<'_
                     &codes::DUPLICATE_NAME,
                     &at.key("name"),
                     format!(
-                        "expected a unique name of a file on the floppy, but found {name:?} beside {first:?}"
+                        "expected a unique name of a file on the floppy, but found {:?} beside {:?}",
+                        Quoted(name),
+                        Quoted(first)
                     ),
                 )
                 .help = Some("FAT does not tell upper from lower case".to_owned());

@@ -13,14 +13,16 @@ mod files;
 mod findings;
 mod floppy;
 mod network;
+mod scripts;
 mod step;
 mod vm;
 
 pub(crate) use access::shell;
 pub(crate) use files::{checked_url, unpinned, unpinned_image};
-pub(crate) use findings::{Findings, duration, nearest, quantity};
+pub(crate) use findings::{Findings, duration, quantity};
 pub(crate) use floppy::{FloppyUse, TOO_LARGE_HELP as FLOPPY_HELP};
 pub(crate) use network::{DEFAULT_SUBNET, model};
+pub(crate) use scripts::{script, user_data};
 pub(crate) use step::{StepKind, step_kind};
 pub(crate) use vm::{DEFAULT_DISK, DEFAULT_DISK_SIZE, SourceKind, bus, source_kind};
 

@@ -9,9 +9,10 @@ use crate::{
     manifest::{BuildSpec, Network, Nic, Path},
     plan::NicModel,
     units::{Cidr, MacAddress},
+    visible::{Quoted, cut},
 };
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::Ipv4Addr,
 };
 
@@ -23,6 +24,7 @@ pub(crate) const DEFAULT_SUBNET: (&str, &str) = ("default", "10.0.2.0/24");
 pub(super) struct Declared<'m> {
     vpcs: Vec<&'m str>,
     subnets: Vec<&'m str>,
+    known_vpcs: HashSet<&'m str>,
     known_subnets: HashSet<&'m str>,
 }
 
@@ -34,8 +36,9 @@ impl<'m> Declared<'m> {
             vpcs.extend(network.vpcs.iter().filter_map(|vpc| vpc.name.as_deref()));
             subnets.extend(network.subnets.iter().filter_map(|subnet| subnet.name.as_deref()));
         }
+        let known_vpcs = vpcs.iter().copied().collect();
         let known_subnets = subnets.iter().copied().collect();
-        Self { vpcs, subnets, known_subnets }
+        Self { vpcs, subnets, known_vpcs, known_subnets }
     }
 
     fn subnet(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
@@ -53,7 +56,7 @@ impl<'m> Declared<'m> {
     }
 
     fn vpc(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
-        if !self.vpcs.contains(&name) {
+        if !self.known_vpcs.contains(name) {
             let known = self.vpcs.iter().copied();
             findings.unknown_reference(&codes::UNKNOWN_VPC, at, "an entry of `network.vpcs`", name, known);
         }
@@ -71,7 +74,7 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
     let subnets = at.key("subnets");
     findings.unique("subnet", &subnets, network.subnets.iter().map(|subnet| subnet.name.as_deref()));
     // Per VPC, the networks seen so far.
-    let mut seen: HashMap<Option<&str>, Vec<(Cidr, usize)>> = HashMap::new();
+    let mut seen: HashMap<Option<&str>, Taken> = HashMap::new();
     for (index, subnet) in network.subnets.iter().enumerate() {
         let at = subnets.index(index);
         findings.required_name(subnet.name.as_deref(), &at, "cards refer to it");
@@ -92,18 +95,18 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
                     Ok(cidr) => {
                         narrow(findings, cidr, unmanaged, &cidr_at);
                         let others = seen.entry(subnet.vpc.as_deref()).or_default();
-                        if let Some((other, first)) = others.iter().find(|(other, _)| other.overlaps(cidr)) {
-                            let first = network.subnets[*first].name.as_deref().unwrap_or("another");
+                        if let Some((other, first)) = others.take(cidr, index) {
+                            let first = network.subnets[first].name.as_deref().unwrap_or("another");
                             let message = format!(
                                 "expected a network apart from those of its VPC, but found {cidr}, \
-                                 which shares addresses with {other} of {first}"
+                                 which shares addresses with {other} of {}",
+                                cut(first, 80).unwrap_or(first)
                             );
                             findings.report(&codes::SUBNETS_OVERLAP, &cidr_at, message).help = Some(
                                 "subnets of one VPC route to each other; those of different VPCs may overlap"
                                     .to_owned(),
                             );
                         }
-                        others.push((cidr, index));
                     }
                 }
             }
@@ -114,7 +117,10 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
                     findings.report(
                         &codes::INVALID_IP,
                         &at.key("dns"),
-                        format!("expected IPv4 addresses between commas, but found {server:?}"),
+                        format!(
+                            "expected IPv4 addresses between commas, but found {server:?}",
+                            server = Quoted(server)
+                        ),
                     );
                 }
             }
@@ -130,6 +136,28 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
                 }
             }
         }
+    }
+}
+
+/// The networks of a VPC that were seen so far, by their first address; none has addresses of another.
+#[derive(Default)]
+struct Taken(BTreeMap<u32, (Cidr, usize)>);
+
+impl Taken {
+    /// Takes a network; what it shares addresses with, if anything. Of two networks that do, one is inside of the other.
+    fn take(&mut self, cidr: Cidr, index: usize) -> Option<(Cidr, usize)> {
+        let (first, last) = (u32::from(cidr.network()), u32::from(cidr.broadcast()));
+        let before = self.0.range(..=first).next_back().map(|(_, other)| *other);
+        if let Some(around) = before.filter(|(other, _)| other.overlaps(cidr)) {
+            return Some(around);
+        }
+        let inside: Vec<u32> = self.0.range(first..=last).map(|(start, _)| *start).collect();
+        let other = inside.first().and_then(|start| self.0.get(start).copied());
+        for start in inside {
+            self.0.remove(&start);
+        }
+        self.0.insert(first, (cidr, index));
+        other
     }
 }
 
@@ -204,7 +232,8 @@ pub(super) fn nics(
                     format!("expected a slot of 1 to 9, but found {slot}"),
                 );
             } else if let Some(first) = slots.insert(slot, index) {
-                let other = nics[first].name.clone().unwrap_or_else(|| format!("nics[{first}]"));
+                let other = nics[first].name.as_deref().map(|name| cut(name, 80).unwrap_or(name).to_owned());
+                let other = other.unwrap_or_else(|| format!("nics[{first}]"));
                 findings.report(
                     &codes::SLOT_TAKEN,
                     &at,
@@ -220,7 +249,7 @@ pub(super) fn nics(
                 .report(
                     &codes::INVALID_IP,
                     &at.key("ip"),
-                    format!("expected an IPv4 address, but found {ip:?}"),
+                    format!("expected an IPv4 address, but found {ip:?}", ip = Quoted(ip)),
                 )
                 .help = help;
         }
@@ -258,6 +287,9 @@ pub(super) fn overrides(
             Some(name) => network.vpc(findings, name, &at.key("name")),
         }
     }
+    let declared = spec.network.iter().flat_map(|network| &network.subnets);
+    let declared: HashMap<&str, _> =
+        declared.filter_map(|subnet| Some((subnet.name.as_deref()?, subnet))).collect();
     let subnets = at.key("subnets");
     findings.unique("subnet", &subnets, overrides.subnets.iter().map(|subnet| subnet.name.as_deref()));
     for (index, one) in overrides.subnets.iter().enumerate() {
@@ -277,8 +309,7 @@ pub(super) fn overrides(
                 known,
             );
         }
-        let base = spec.network.iter().flat_map(|network| &network.subnets);
-        let base = base.into_iter().find(|subnet| subnet.name.as_deref() == Some(name));
+        let base = declared.get(name);
         if one.unmanaged == Some(true)
             && let Some(base) = base.filter(|base| base.unmanaged != Some(true))
             && let Some(cidr) = base.cidr.as_deref().and_then(|cidr| cidr.parse::<Cidr>().ok())
@@ -359,17 +390,16 @@ struct Addresses<'m> {
 
 impl<'m> Addresses<'m> {
     fn new(spec: &'m BuildSpec, build: bool) -> Self {
+        let overrides =
+            spec.build_overrides.iter().filter(|_| build).flat_map(|overrides| &overrides.subnets);
+        let overrides: HashMap<&str, bool> =
+            overrides.filter_map(|one| Some((one.name.as_deref()?, one.unmanaged?))).collect();
         let mut subnets = HashMap::new();
         let mut first = None;
         for subnet in spec.network.iter().flat_map(|network| &network.subnets) {
             let Some(name) = subnet.name.as_deref() else { continue };
             first = first.or(Some(name));
-            let mut unmanaged = subnet.unmanaged == Some(true);
-            if build {
-                let overrides = spec.build_overrides.iter().flat_map(|overrides| &overrides.subnets);
-                let mut named = overrides.filter(|one| one.name.as_deref() == Some(name));
-                unmanaged = named.find_map(|one| one.unmanaged).unwrap_or(unmanaged);
-            }
+            let unmanaged = overrides.get(name).copied().unwrap_or(subnet.unmanaged == Some(true));
             if let Some(cidr) = subnet.cidr.as_deref().and_then(|cidr| cidr.parse().ok()) {
                 subnets.insert(name, (cidr, unmanaged));
             }

@@ -4,11 +4,16 @@ use super::{
     access, codes,
     files::Names,
     findings::{Findings, Zero},
+    scripts,
 };
 use crate::{
     manifest::{FileStep, Path, Provisioner, ShellStep},
     plan::GuestShell,
+    visible::Quoted,
 };
+
+/// Characters of the name of a step.
+const MAX_NAME: usize = 200;
 
 /// What a provisioner is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,9 +74,21 @@ pub(super) fn step(
         (Some(other), None) => findings.unknown_value(&at.key("type"), other, &StepKind::TYPES),
         (Some(_), Some(kind)) => blocks(findings, step, kind, at),
     }
+    if let Some(name) = step.name.as_deref()
+        && name.chars().count() > MAX_NAME
+    {
+        findings.report(
+            &codes::INVALID_VALUE,
+            &at.key("name"),
+            format!(
+                "expected a name of at most {MAX_NAME} characters, but found {name:?}",
+                name = Quoted(name)
+            ),
+        );
+    }
     findings.duration(step.step_timeout.as_ref(), &at.key("stepTimeout"), Zero::Refused);
     if let Some(block) = &step.shell {
-        shell(findings, block, &at.key("shell"));
+        shell(findings, block, &at.key("shell"), guest);
     }
     if let Some(block) = &step.file {
         file(findings, block, &at.key("file"), names, guest);
@@ -101,7 +118,10 @@ pub(super) fn step(
                 findings.report(
                     &codes::INVALID_VALUE,
                     &filters.index(index),
-                    format!("expected `include:` or `exclude:` and an expression, but found {filter:?}"),
+                    format!(
+                        "expected `include:` or `exclude:` and an expression, but found {filter:?}",
+                        filter = Quoted(filter)
+                    ),
                 );
             }
         }
@@ -155,7 +175,7 @@ fn blocks(findings: &mut Findings<'_>, step: &Provisioner, kind: StepKind, at: &
     }
 }
 
-fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &Path<'_>) {
+fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &Path<'_>, guest: Option<GuestShell>) {
     match (&step.inline, &step.script_from) {
         (Some(_), Some(_)) => findings.exclusive(at, "inline", "scriptFrom"),
         (None, None) if !findings.written(false, &at.key("scriptFrom")) => {
@@ -169,46 +189,11 @@ fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &Path<'_>) {
     if let Some(command) = step.execute_command.as_deref() {
         execute_command(findings, command, &at.key("executeCommand"));
     }
-    for (name, value) in step.env.iter().flatten() {
-        let env = at.key("env");
-        let Some(name) = name.as_str() else {
-            findings.report(
-                &codes::INVALID_VALUE,
-                &env,
-                "expected names of variables as text, but found another key",
-            );
-            continue;
-        };
-        let at = env.key(name);
-        if name.is_empty() || name.contains(['=', '\0', '\n']) {
-            findings.report(
-                &codes::INVALID_VALUE,
-                &at,
-                format!("expected the name of an environment variable, but found {name:?}"),
-            );
-        }
-        match value {
-            serde_yaml::Value::String(text) if text.contains('\0') => {
-                findings.report(&codes::INVALID_VALUE, &at, "expected text without NUL, but found one");
-            }
-            serde_yaml::Value::String(_) | serde_yaml::Value::Number(_) | serde_yaml::Value::Bool(_) => {}
-            other => {
-                let found = match other {
-                    serde_yaml::Value::Null => "nothing",
-                    serde_yaml::Value::Sequence(_) => "a list",
-                    _ => "a mapping",
-                };
-                findings
-                    .report(
-                        &codes::INVALID_VALUE,
-                        &at,
-                        format!(
-                            "expected text, a number or a boolean for the variable {name}, but found {found}"
-                        ),
-                    )
-                    .help = Some("an empty value is written as `\"\"`".to_owned());
-            }
-        }
+    if let Some(lines) = &step.inline {
+        scripts::script(findings, &lines.text(), &at.key("inline"), guest);
+    }
+    if let Some(env) = &step.env {
+        scripts::environment(findings, env, &at.key("env"), guest);
     }
 }
 
@@ -289,7 +274,10 @@ fn file(
             .report(
                 &codes::DESTINATION_NOT_ABSOLUTE,
                 &at,
-                format!("expected an absolute path in the guest, but found {destination:?}"),
+                format!(
+                    "expected an absolute path in the guest, but found {destination:?}",
+                    destination = Quoted(destination)
+                ),
             )
             .help = Some(format!("for example `{example}`"));
     } else if destination.contains('\0') || destination.ends_with(['/', '\\']) {
@@ -297,7 +285,10 @@ fn file(
             .report(
                 &codes::INVALID_VALUE,
                 &at,
-                format!("expected the path of a file, but found {destination:?}"),
+                format!(
+                    "expected the path of a file, but found {destination:?}",
+                    destination = Quoted(destination)
+                ),
             )
             .help = Some(format!("it ends with the name of the file, for example `{example}`"));
     }

@@ -11,6 +11,7 @@ use super::{
 use crate::{
     manifest::{Disk, Path, Resources, Scalar, Source, Vm},
     plan::Bus,
+    visible::Quoted,
 };
 
 /// The name of the disk of a VM that declares none.
@@ -157,7 +158,7 @@ fn container_disk(findings: &mut Findings<'_>, image: &str, at: &Path<'_>) {
             .report(
                 &codes::INVALID_VALUE,
                 at,
-                format!("expected the reference of an OCI image, but found {image:?}"),
+                format!("expected the reference of an OCI image, but found {image:?}", image = Quoted(image)),
             )
             .help = Some("for example `quay.io/containerdisks/debian:12`, without a scheme".to_owned());
     } else if let Some(unpinned) = files::unpinned_image(image) {

@@ -1,15 +1,14 @@
 //! Findings for people: message, place, the line of the source with the value underlined, help.
 
-use super::{Diagnostic, Severity, Span, sort};
-use std::fmt::Write as _;
+use super::{Diagnostic, Severity, Span, redact::hidden, sort};
+use crate::visible::{visible_line, write_visible};
+use std::{borrow::Cow, fmt::Write as _, ops::Range};
 use unicode_width::UnicodeWidthChar as _;
 
 /// Columns of source that are shown at most.
 const MAX_COLUMNS: usize = 120;
 /// Columns in front of the value that are kept when a line is cut.
 const COLUMNS_BEFORE: usize = 50;
-/// Columns of a tab: what stands in front of a caret must have the same width on every terminal.
-const TAB: usize = 4;
 
 /// Renders findings as plain text, in the order of the source, each once; see [`Renderer`].
 ///
@@ -42,7 +41,7 @@ pub enum Colour {
 }
 
 /// How findings are rendered. Whatever stands in the source, nothing but printable characters comes out, in lines of bounded length,
-/// and values of keys that say `password` are not shown.
+/// and neither values of keys that say that they are secret nor passwords and tokens in URLs are shown.
 #[derive(Debug, Clone, Default)]
 pub struct Renderer {
     colour: Colour,
@@ -67,11 +66,13 @@ impl Renderer {
     pub fn render(&self, diagnostics: &[Diagnostic], source_name: &str, source_text: &str) -> String {
         let mut diagnostics = diagnostics.to_vec();
         sort(&mut diagnostics);
-        let shown = diagnostics.iter().map(|diagnostic| self.one(diagnostic, source_name, source_text));
+        let hidden = if diagnostics.is_empty() { Vec::new() } else { hidden(source_text) };
+        let source = Source { name: source_name, text: source_text, hidden };
+        let shown = diagnostics.iter().map(|diagnostic| self.one(diagnostic, &source));
         shown.collect::<Vec<_>>().join("\n")
     }
 
-    fn one(&self, diagnostic: &Diagnostic, source_name: &str, source_text: &str) -> String {
+    fn one(&self, diagnostic: &Diagnostic, source: &Source<'_>) -> String {
         const BLUE: &str = "\x1b[1;34m";
         let (name, colour) = match diagnostic.severity {
             Severity::Error => ("error", "\x1b[1;31m"),
@@ -83,7 +84,7 @@ impl Renderer {
             "" => String::new(),
             path => format!(" ({})", clean(path)),
         };
-        let name = clean(source_name);
+        let name = clean(source.name);
         // Writing to a String does not fail.
         let mut line = |text: String| {
             let _ = writeln!(out, "{}", text.trim_end());
@@ -99,7 +100,7 @@ impl Renderer {
         let indent = " ".repeat(number.len());
         let bar = self.paint(BLUE, "|");
         line(format!("{indent}{} {name}:{number}:{}{path}", self.paint(BLUE, "-->"), span.column));
-        if let Some(snippet) = Snippet::of(span, source_text) {
+        if let Some(snippet) = Snippet::of(span, source) {
             line(format!("{indent} {bar}"));
             line(format!("{} {bar} {}", self.paint(BLUE, &number), snippet.text));
             let carets = self.paint(colour, &"^".repeat(snippet.width));
@@ -119,6 +120,21 @@ impl Renderer {
     }
 }
 
+/// What findings are about.
+struct Source<'s> {
+    name: &'s str,
+    text: &'s str,
+    /// What is not shown of it, in order.
+    hidden: Vec<Range<usize>>,
+}
+
+impl Source<'_> {
+    fn is_hidden(&self, at: usize) -> bool {
+        let place = self.hidden.partition_point(|range| range.end <= at);
+        self.hidden.get(place).is_some_and(|range| range.contains(&at))
+    }
+}
+
 /// The shown part of the first line of a span.
 struct Snippet {
     text: String,
@@ -130,7 +146,8 @@ struct Snippet {
 
 impl Snippet {
     /// `None` when the text is not the one the span is about.
-    fn of(span: Span, source: &str) -> Option<Self> {
+    fn of(span: Span, about: &Source<'_>) -> Option<Self> {
+        let source = about.text;
         let start = floor(source, span.start);
         if span.start > source.len() {
             return None;
@@ -151,18 +168,27 @@ impl Snippet {
         let before = if cut_before { before } else { before.trim_start_matches('\u{feff}') };
         let marked = floor(after, span.end.saturating_sub(start).min(after.len()));
 
-        let cells = cells(before, after);
+        let cell = |(at, c): (usize, char)| if about.is_hidden(at) { "*".to_owned() } else { printable(c) };
+        let first = start - before.len();
+        let line = before.char_indices().map(|(at, c)| (first + at, c));
+        let line = line.chain(after.char_indices().map(|(at, c)| (start + at, c)));
+        let cells: Vec<String> = line.map(cell).collect();
         let front = before.chars().count();
         let marked = front + after[..marked].trim_end().chars().count();
-        let columns = |cells: &[String]| cells.iter().map(|cell| width(cell)).sum::<usize>();
-        let fits = columns(&cells) <= MAX_COLUMNS && !cut_before && !cut_after;
+        let widths: Vec<usize> = cells.iter().map(|cell| width(cell)).collect();
+        let columns = |range: Range<usize>| widths[range].iter().sum::<usize>();
+        let fits = columns(0..cells.len()) <= MAX_COLUMNS && !cut_before && !cut_after;
         let (mut first, mut last) = (0, cells.len());
         if !fits {
-            while columns(&cells[first..front]) > COLUMNS_BEFORE {
+            let mut shown = columns(0..front);
+            while shown > COLUMNS_BEFORE {
+                shown -= widths[first];
                 first += 1;
             }
-            while last > front && columns(&cells[first..last]) > MAX_COLUMNS {
+            let mut shown = columns(first..last);
+            while last > front && shown > MAX_COLUMNS {
                 last -= 1;
+                shown -= widths[last];
             }
         }
         let left = if first > 0 || cut_before { "…" } else { "" };
@@ -170,40 +196,10 @@ impl Snippet {
         let marked = marked.clamp(front, last);
         Some(Self {
             text: format!("{left}{}{right}", cells[first..last].concat()),
-            before: columns(&cells[first..front]) + left.chars().count(),
-            width: columns(&cells[front..marked]).max(1),
+            before: columns(first..front) + left.chars().count(),
+            width: columns(front..marked).max(1),
         })
     }
-}
-
-/// One printable cell per character of a line, with the value of a password as stars.
-fn cells(before: &str, after: &str) -> Vec<String> {
-    let line = [before, after].concat();
-    let hidden = secrets(&line);
-    let cell = |(at, c): (usize, char)| {
-        if hidden.iter().any(|range| range.contains(&at)) { "*".to_owned() } else { printable(c) }
-    };
-    line.char_indices().map(cell).collect()
-}
-
-/// Where the values of keys that end in `password` stand in a line.
-fn secrets(line: &str) -> Vec<std::ops::Range<usize>> {
-    let lower = line.to_ascii_lowercase();
-    let mut found = Vec::new();
-    for (at, word) in lower.match_indices("password") {
-        let rest = &line[at + word.len()..];
-        let Some(value) = rest.trim_start_matches(['"', '\'']).trim_start().strip_prefix(':') else {
-            continue;
-        };
-        let value = value.trim_start();
-        let start = line.len() - value.len();
-        let length = match value.chars().next() {
-            Some(quote @ ('"' | '\'')) => value[1..].find(quote).map_or(value.len(), |end| end + 2),
-            _ => value.find([',', '}']).unwrap_or(value.len()),
-        };
-        found.push(start..start + length);
-    }
-    found
 }
 
 /// The last place at or before this one that does not split a character.
@@ -219,25 +215,20 @@ fn width(cell: &str) -> usize {
     cell.chars().map(|c| c.width().unwrap_or(1)).sum()
 }
 
-/// A character as a terminal may have it: nothing that moves the cursor, hides, or turns the direction of text.
+/// A character as a terminal may have it.
 fn printable(c: char) -> String {
-    match c {
-        '\t' => " ".repeat(TAB),
-        '\0'..='\x1f' => char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}').to_string(),
-        '\x7f' => '\u{2421}'.to_string(),
-        '\u{80}'..='\u{9f}'
-        | '\u{200b}'..='\u{200f}'
-        | '\u{2028}'..='\u{202e}'
-        | '\u{2060}'..='\u{206f}'
-        | '\u{feff}'
-        | '\u{fff9}'..='\u{fffb}' => '\u{fffd}'.to_string(),
-        c => c.to_string(),
-    }
+    let mut cell = String::new();
+    // Writing to a String does not fail.
+    let _ = write_visible(c, &mut cell);
+    cell
 }
 
 /// A text of a finding in one line.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c == '\n' { " ".to_owned() } else { printable(c) }).collect()
+fn clean(text: &str) -> Cow<'_, str> {
+    if text.contains('\n') {
+        return Cow::Owned(visible_line(&text.replace('\n', " ")).into_owned());
+    }
+    visible_line(text)
 }
 
 #[cfg(test)]

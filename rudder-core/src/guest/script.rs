@@ -20,17 +20,23 @@ use std::{collections::BTreeMap, fmt::Write as _, sync::Arc, time::Duration};
 /// The user's home is tried last.
 const PLACES: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 
-/// A script and how it is run.
-#[derive(Debug, Clone)]
+/// A script and how it is run. `Debug` shows neither the text nor values of the environment.
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Script {
     /// The text. A `#!` first line says what runs it; without one bash does with `set -e`, or sh where there is no bash.
-    /// A text whose first line ends with CR LF gets the line ends that Unix shells understand.
+    /// A text whose first line ends with CR LF gets the line ends that Unix shells understand; a byte order mark is left out.
     pub text: Arc<str>,
     /// Its environment. Names are those of shell variables.
     pub env: BTreeMap<String, String>,
     /// A line of shell that runs it, with `{{ .Command }}` for the path of the script.
     pub execute_command: Option<String>,
+}
+
+impl std::fmt::Debug for Script {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Script").field("env", &self.env.keys()).finish_non_exhaustive()
+    }
 }
 
 impl Script {
@@ -125,9 +131,11 @@ impl Script {
     }
 
     fn unix_text(&self) -> std::borrow::Cow<'_, str> {
-        match self.text.split_once('\n') {
-            Some((first, _)) if first.ends_with('\r') => self.text.replace("\r\n", "\n").into(),
-            _ => (&*self.text).into(),
+        // A byte order mark in front of `#!` keeps the kernel from seeing it.
+        let text = self.text.strip_prefix('\u{feff}').unwrap_or(&self.text);
+        match text.split_once('\n') {
+            Some((first, _)) if first.ends_with('\r') => text.replace("\r\n", "\n").into(),
+            _ => text.into(),
         }
     }
 }

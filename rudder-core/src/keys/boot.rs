@@ -1,6 +1,7 @@
 //! The grammar of boot commands: from the strings of a manifest to pieces and mistakes.
 
 use super::{NAMED, named_key, us_stroke, wait};
+use crate::visible::cut;
 use std::time::Duration;
 
 /// The templates that a boot command may hold, by name.
@@ -68,9 +69,15 @@ pub struct BootMistake {
     pub range: std::ops::Range<usize>,
     /// What kind of mistake.
     pub kind: BootMistakeKind,
-    /// What stands there.
+    /// What stands there; cut where it is long.
     pub found: String,
 }
+
+/// Mistakes of one boot command that are told; those behind them are not looked for.
+const MAX_MISTAKES: usize = 1000;
+
+/// Characters of what a mistake repeats.
+const MAX_FOUND: usize = 80;
 
 /// Reads a boot command: its pieces, and its mistakes. Each element is read on its own, but a hold may end in a later one.
 ///
@@ -79,6 +86,8 @@ pub struct BootMistake {
 ///
 /// `<` opens a token where `>` follows a word (`<enter>`), or a character and `On` or `Off` (`<aOn>`, `<<On>`); any other
 /// `<` is typed. So `["<", "b>"]` types what `["<b>"]` would take for a token.
+///
+/// The work is linear in the length of the text. At most a thousand mistakes are told.
 pub fn parse_boot_command<'a>(
     elements: impl IntoIterator<Item = &'a str>,
 ) -> (Vec<BootToken>, Vec<BootMistake>) {
@@ -100,11 +109,14 @@ struct Parser {
     held: Vec<(u32, BootMistake)>,
     /// The element that is read.
     index: usize,
+    /// Nothing closes a template from here on.
+    unclosed: bool,
 }
 
 impl Parser {
     fn element(&mut self, index: usize, text: &str) {
         self.index = index;
+        self.unclosed = false;
         let mut at = 0;
         while let Some(character) = text[at..].chars().next() {
             let rest = &text[at..];
@@ -121,7 +133,7 @@ impl Parser {
         let length = character.len_utf8();
         if us_stroke(character).is_none() {
             let found = character.escape_debug().to_string();
-            self.mistake(at..at + length, BootMistakeKind::Untypable, found);
+            self.mistake(at..at + length, BootMistakeKind::Untypable, &found);
         }
         self.push_text(character.encode_utf8(&mut [0; 4]));
         length
@@ -134,7 +146,7 @@ impl Parser {
                 Some(stroke) => stroke.keysym,
                 None => {
                     let found = character.escape_debug().to_string();
-                    self.mistake(at..at + length, BootMistakeKind::Untypable, found);
+                    self.mistake(at..at + length, BootMistakeKind::Untypable, &found);
                     return Some(length);
                 }
             };
@@ -144,11 +156,15 @@ impl Parser {
         if let Some(read) = wait::for_text(rest) {
             return Some(self.wait_for_text(at, rest, read));
         }
-        let body = &rest[1..1 + rest[1..].find('>')?];
+        // A token holds no `<`: what was looked at here is not looked at again from the next one.
+        let body = &rest[1..1 + rest[1..].find(['<', '>'])?];
+        if rest[1 + body.len()..].starts_with('<') {
+            return None;
+        }
         let length = body.len() + 2;
         let is_word = !body.is_empty() && body.chars().all(|c| c.is_alphanumeric() || c == '.');
         let is_wait = body.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("wait"));
-        let opens = is_word || is_wait && !body.contains('<');
+        let opens = is_word || is_wait;
         if !opens {
             return None;
         }
@@ -156,14 +172,14 @@ impl Parser {
         if is_wait {
             match wait::duration(&body[4..]) {
                 Some(duration) => self.tokens.push(BootToken::Wait(duration)),
-                None => self.mistake(range, BootMistakeKind::UnknownToken, rest[..length].to_owned()),
+                None => self.mistake(range, BootMistakeKind::UnknownToken, &rest[..length]),
             }
         } else if let Some(keysym) = named_key(body) {
             self.tokens.push(BootToken::Press(keysym));
         } else if let Some((keysym, down)) = named_hold(body) {
             self.hold(range, &rest[..length], keysym, down);
         } else {
-            self.mistake(range, BootMistakeKind::UnknownToken, rest[..length].to_owned());
+            self.mistake(range, BootMistakeKind::UnknownToken, &rest[..length]);
         }
         Some(length)
     }
@@ -180,8 +196,7 @@ impl Parser {
                 });
             }
             Err((kind, range)) => {
-                let found = rest[range.clone()].to_owned();
-                self.mistake(at + range.start..at + range.end, kind, found);
+                self.mistake(at + range.start..at + range.end, kind, &rest[range]);
             }
         }
         length
@@ -190,6 +205,7 @@ impl Parser {
     /// A text between quotes: those that are written twice stand for one, and templates are written one way.
     fn waited_for(&mut self, at: usize, raw: &str, quote: char) -> String {
         let (mut text, mut done) = (String::new(), 0);
+        let outside = std::mem::take(&mut self.unclosed);
         while let Some(character) = raw[done..].chars().next() {
             let rest = &raw[done..];
             if let Some((template, length)) = self.read_template(at + done, rest) {
@@ -200,6 +216,7 @@ impl Parser {
                 done += if character == quote { 2 } else { character.len_utf8() };
             }
         }
+        self.unclosed = outside;
         text
     }
 
@@ -212,26 +229,32 @@ impl Parser {
 
     /// The template at the start of `rest`, written one way (nothing, when it is a mistake), and its length there.
     fn read_template(&mut self, at: usize, rest: &str) -> Option<(String, usize)> {
-        let body = rest.strip_prefix("{{")?;
-        let body = &body[..body.find("}}")?];
+        let body = rest.strip_prefix("{{").filter(|_| !self.unclosed)?;
+        let Some(length) = body.find("}}") else {
+            self.unclosed = true;
+            return None;
+        };
+        let body = &body[..length];
         let length = body.len() + 4;
         let variable = body.trim().strip_prefix('.').filter(|name| BOOT_VARIABLES.contains(name));
         if let Some(name) = variable {
             return Some((format!("{{{{ .{name} }}}}"), length));
         }
-        self.mistake(at..at + length, BootMistakeKind::UnknownVariable, rest[..length].to_owned());
+        self.mistake(at..at + length, BootMistakeKind::UnknownVariable, &rest[..length]);
         Some((String::new(), length))
     }
 
     fn hold(&mut self, range: std::ops::Range<usize>, found: &str, keysym: u32, down: bool) {
         let position = self.held.iter().position(|(held, _)| *held == keysym);
         let mistake = |kind| BootMistake { element: self.index, range, kind, found: found.to_owned() };
+        let told = self.mistakes.len() < MAX_MISTAKES;
         match (down, position) {
             (true, None) => self.held.push((keysym, mistake(BootMistakeKind::UnclosedHold))),
             (true, Some(_)) => {}
             (false, Some(position)) => {
                 self.held.remove(position);
             }
+            (false, None) if !told => {}
             (false, None) => {
                 let mistake = mistake(BootMistakeKind::NotHeld);
                 self.mistakes.push(mistake);
@@ -251,7 +274,14 @@ impl Parser {
         }
     }
 
-    fn mistake(&mut self, range: std::ops::Range<usize>, kind: BootMistakeKind, found: String) {
+    fn mistake(&mut self, range: std::ops::Range<usize>, kind: BootMistakeKind, found: &str) {
+        if self.mistakes.len() >= MAX_MISTAKES {
+            return;
+        }
+        let found = match cut(found, MAX_FOUND) {
+            Some(short) => format!("{short}…"),
+            None => found.to_owned(),
+        };
         self.mistakes.push(BootMistake { element: self.index, range, kind, found });
     }
 }
@@ -444,6 +474,39 @@ mod tests {
         assert_eq!(mistakes(&["ab<leftCtrlOn>c"]), [(0, 2, BootMistakeKind::UnclosedHold)]);
         assert_eq!(mistakes(&["a", "<aOff>"]), [(1, 0, BootMistakeKind::NotHeld)]);
         assert_eq!(mistakes(&["é"]), [(0, 0, BootMistakeKind::Untypable)]);
+    }
+
+    /// Each of these took time with the square of its length: a test that hangs is seen.
+    #[test]
+    fn what_never_closes_is_read_in_time_that_grows_with_its_length() {
+        for (piece, tail) in [
+            ("<", ""),
+            ("{", ""),
+            ("{{", ""),
+            ("<a", ""),
+            ("<wait", ""),
+            ("<wait ", ""),
+            ("<waitText '", ""),
+            ("<waitText", ""),
+            ("{{ ", "}"),
+            ("<{{", ">"),
+            ("<<", ">"),
+            ("é", ""),
+            ("<aOff>", ""),
+            ("<leftShiftOn>", ""),
+            ("<waitText '{{'>", ""),
+            ("<waitText 'a' ", ""),
+            ("''", ""),
+            ("<x.", ""),
+        ] {
+            for head in ["", "<waitText '"] {
+                let text = format!("{head}{}{tail}", piece.repeat((1 << 18) / piece.len()));
+                let (tokens, mistakes) = parse_boot_command([text.as_str()]);
+                assert!(mistakes.len() <= MAX_MISTAKES + 200, "{head}{piece}");
+                assert!(mistakes.iter().all(|mistake| mistake.found.chars().count() <= MAX_FOUND + 1));
+                assert!(!tokens.is_empty() || !mistakes.is_empty());
+            }
+        }
     }
 
     #[test]

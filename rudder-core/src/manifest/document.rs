@@ -2,7 +2,7 @@
 
 use super::{Manifest, path::Path, yaml::Tree};
 use crate::diagnostic::{Diagnostic, Span};
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 /// What a file holds, and what is wrong with it.
 #[derive(Debug, Clone)]
@@ -23,11 +23,20 @@ impl Parsed {
 }
 
 /// One manifest, with the places of its values where it was read from text.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Document {
     manifest: Manifest,
     source_name: Option<Arc<str>>,
     tree: Option<Arc<Tree>>,
+}
+
+impl fmt::Debug for Document {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Document")
+            .field("manifest", &self.manifest)
+            .field("source_name", &self.source_name)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Document {

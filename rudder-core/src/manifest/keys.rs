@@ -1,7 +1,7 @@
 //! Keys that no field has. What is known comes from the JSON Schema, which comes from the types.
 
 use super::{
-    Manifest,
+    Manifest, UnknownKeys,
     path::{PathSegment, write_segments},
     schema,
     yaml::{Kind, MAX_FINDINGS, NodeId, Tree},
@@ -77,20 +77,27 @@ impl Shapes {
     }
 }
 
-/// Warns of every key that no field has, in the order of the text.
-pub(super) fn check(tree: &Tree, manifest: &Manifest, diagnostics: &mut Vec<Diagnostic>) {
+/// Reports every key that no field has, in the order of the text: a misspelt one is an error, another a warning unless it is to be
+/// refused as well.
+pub(super) fn check(
+    tree: &Tree,
+    manifest: &Manifest,
+    unknown: UnknownKeys,
+    diagnostics: &mut Vec<Diagnostic>,
+) {
     let shape = match manifest {
         Manifest::Resource(_) => SHAPES.build,
         Manifest::Bare(_) => SHAPES.bare,
         Manifest::Clone(_) => SHAPES.clone,
     };
-    let mut walk = Walk { tree, diagnostics, path: Vec::new() };
+    let mut walk = Walk { tree, diagnostics, unknown, path: Vec::new() };
     walk.visit(tree.root, shape);
 }
 
 struct Walk<'t> {
     tree: &'t Tree,
     diagnostics: &'t mut Vec<Diagnostic>,
+    unknown: UnknownKeys,
     path: Vec<PathSegment<'t>>,
 }
 
@@ -129,12 +136,30 @@ impl Walk<'_> {
         // Writing to a String does not fail.
         let _ = write_segments(&self.path, &mut path);
         let short: String = name.chars().take(80).collect();
-        let message = format!("no field is called `{short}` here; it is ignored");
-        let span = self.tree.node(key).span;
-        let mut diagnostic = Diagnostic::warning("unknown-key", path, Some(span), message);
-        diagnostic.help = nearest(name, fields).map(|near| format!("did you mean `{near}`?"));
+        let span = Some(self.tree.node(key).span);
+        let near = nearest(name, fields);
+        // What is meant by a key that is nearly another is known: ignoring it would make another machine.
+        let is_misspelt = near.is_some_and(|near| is_misspelling(name, near));
+        let mut diagnostic = if is_misspelt || self.unknown == UnknownKeys::Refuse {
+            Diagnostic::error("unknown-key", path, span, format!("no field is called `{short}` here"))
+        } else {
+            let message = format!("no field is called `{short}` here; it is ignored");
+            Diagnostic::warning("unknown-key", path, span, message)
+        };
+        diagnostic.help = near.map(|near| format!("did you mean `{near}`?"));
         self.diagnostics.push(diagnostic);
     }
+}
+
+/// Whether a key is another but for capitals, `-` and `_`, or one letter that is missing, wrong, too many or in the wrong place.
+fn is_misspelling(name: &str, field: &str) -> bool {
+    let (name, field) = (plain(name), plain(field));
+    // Of two letters, one is half of the word.
+    name == field || field.len() > 2 && strsim::damerau_levenshtein(&name, &field) <= 1
+}
+
+fn plain(text: &str) -> String {
+    text.replace(['-', '_'], "").to_lowercase()
 }
 
 /// The field that the author most likely meant: without regard to case, `-` and `_`, or a few letters away.
@@ -142,7 +167,6 @@ fn nearest<'f>(name: &str, fields: &'f HashMap<String, usize>) -> Option<&'f str
     if name.len() > 64 {
         return None;
     }
-    let plain = |text: &str| text.replace(['-', '_'], "").to_lowercase();
     let wanted = plain(name);
     let near = |field: &'f String| {
         let field_plain = plain(field);

@@ -7,7 +7,9 @@
 //! Field names and meanings follow the RudderVirt `VirtualMachineBuild` resource (`ruddervirt.io/v1alpha1`); see
 //! `docs/manifest.md`.
 
+mod debug;
 mod document;
+mod file;
 mod keys;
 mod network;
 mod parse;
@@ -19,8 +21,9 @@ mod vm;
 mod yaml;
 
 pub use document::{Document, Parsed};
+pub use file::{MAX_BYTES, read_file};
 pub use network::{BuildOverrides, Network, Subnet, SubnetOverride, VmOverride, Vpc, VpcOverride};
-pub use parse::{parse, parse_named};
+pub use parse::{UnknownKeys, parse, parse_named, parse_with};
 pub use path::{Path, PathSegment};
 pub use scalar::Scalar;
 pub use schema::json_schema;
@@ -42,7 +45,7 @@ pub type Unknown = serde_yaml::Mapping;
 pub const API_VERSION: &str = "ruddervirt.io/v1alpha1";
 
 /// One document of a manifest file, in the form it was written in.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 #[non_exhaustive]
 pub enum Manifest {
@@ -55,7 +58,7 @@ pub enum Manifest {
 }
 
 /// The Kubernetes resource form around a spec.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, bound(deserialize = "S: Default + Deserialize<'de>"))]
 #[schemars(rename = "{S}Resource", bound = "S: Default + Serialize + JsonSchema")]
 pub struct Resource<S> {
@@ -82,7 +85,7 @@ pub struct Resource<S> {
 }
 
 /// The metadata of a resource.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Metadata {
     /// The name of the build, and of the module it makes.
@@ -106,7 +109,7 @@ pub struct Metadata {
 }
 
 /// The bare form: a [`BuildSpec`] with an optional name on top.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct BareBuild {
     /// The name of the build; left out, the file's stem.
@@ -118,7 +121,7 @@ pub struct BareBuild {
 }
 
 /// What a build is made of.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct BuildSpec {
     /// The VMs; at least one; they boot and provision side by side.
@@ -162,7 +165,7 @@ pub struct BuildSpec {
 }
 
 /// A file of the build: its name, and exactly one of `inline` and `url`.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct File {
     /// Unique; also the name on the floppy and the path under the HTTP server.
@@ -184,7 +187,7 @@ pub struct File {
 }
 
 /// A running copy of a module.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CloneSpec {
     /// The module to clone.
@@ -224,7 +227,7 @@ pub struct CloneSpec {
 }
 
 /// The way of a clone out to the internet.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EgressGateway {
     /// Whether there is one.

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// VPCs and subnets; left out: one of each, DHCP, internet.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Network {
     /// Networks that do not reach each other.
@@ -21,7 +21,7 @@ pub struct Network {
 }
 
 /// A private network.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Vpc {
     /// Required, unique, a Name.
@@ -37,7 +37,7 @@ pub struct Vpc {
 }
 
 /// A segment of a VPC.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Subnet {
     /// Required, unique, a Name.
@@ -65,7 +65,7 @@ pub struct Subnet {
 }
 
 /// What is true during the build only.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct BuildOverrides {
     /// By the name of a VPC.
@@ -84,7 +84,7 @@ pub struct BuildOverrides {
 }
 
 /// What differs for a VPC.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct VpcOverride {
     /// An existing VPC.
@@ -100,7 +100,7 @@ pub struct VpcOverride {
 }
 
 /// What differs for a subnet.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SubnetOverride {
     /// An existing subnet.
@@ -116,7 +116,7 @@ pub struct SubnetOverride {
 }
 
 /// What differs for a VM.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct VmOverride {
     /// An existing VM.

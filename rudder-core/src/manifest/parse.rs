@@ -25,19 +25,39 @@ pub(super) const CLONE_KIND: &str = "VirtualMachineClone";
 /// let finding = &parsed.diagnostics[0];
 /// assert_eq!((finding.code.as_str(), finding.path.as_str()), ("unknown-key", "vms[0].tmp"));
 /// assert_eq!(finding.help.as_deref(), Some("did you mean `tpm`?"));
+/// assert!(finding.is_error(), "a machine without TPM is not what was meant");
 /// ```
 #[must_use]
 pub fn parse(bytes: &[u8]) -> Parsed {
-    parse_source(None, bytes)
+    parse_source(None, bytes, UnknownKeys::Warn)
 }
 
 /// [`parse`], with the name of the file, which names a build that has no name of its own.
 #[must_use]
 pub fn parse_named(source_name: &str, bytes: &[u8]) -> Parsed {
-    parse_source(Some(source_name.into()), bytes)
+    parse_source(Some(source_name.into()), bytes, UnknownKeys::Warn)
 }
 
-fn parse_source(source_name: Option<Arc<str>>, bytes: &[u8]) -> Parsed {
+/// [`parse_named`], strictly or not.
+#[must_use]
+pub fn parse_with(source_name: &str, bytes: &[u8], unknown: UnknownKeys) -> Parsed {
+    parse_source(Some(source_name.into()), bytes, unknown)
+}
+
+/// What becomes of a manifest with keys that Rudder does not know.
+///
+/// A key that is another but for a capital or one letter is an error in any case: ignoring `secureboot` would make another machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum UnknownKeys {
+    /// They are ignored, with a warning: a manifest may say more than this version of Rudder reads.
+    #[default]
+    Warn,
+    /// They are errors.
+    Refuse,
+}
+
+fn parse_source(source_name: Option<Arc<str>>, bytes: &[u8], unknown: UnknownKeys) -> Parsed {
     let read::Read { trees, mut diagnostics } = read::read(bytes);
     let mut documents = Vec::new();
     for mut tree in trees {
@@ -46,7 +66,7 @@ fn parse_source(source_name: Option<Arc<str>>, bytes: &[u8]) -> Parsed {
             continue;
         }
         if let Some(manifest) = manifest(&mut tree, &mut diagnostics) {
-            keys::check(&tree, &manifest, &mut diagnostics);
+            keys::check(&tree, &manifest, unknown, &mut diagnostics);
             documents.push(Document::new(manifest, source_name.clone(), tree));
         }
     }
@@ -58,8 +78,11 @@ fn parse_source(source_name: Option<Arc<str>>, bytes: &[u8]) -> Parsed {
     }
     diagnostic::sort(&mut diagnostics);
     if diagnostics.len() >= MAX_FINDINGS {
+        // What was not looked for may be an error.
+        let message = "there is more wrong than is shown here";
+        let more = Diagnostic::error("too-many", "", None, message);
         diagnostics.truncate(MAX_FINDINGS);
-        diagnostics.push(Diagnostic::error("too-many", "", None, "there is more wrong than is shown here"));
+        diagnostics.push(more);
     }
     Parsed { documents, diagnostics }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use std::fmt;
 
 /// A step of provisioning: `type`, and the block of that name.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Provisioner {
     /// shell, file, reboot, windows-update or handbuild.
@@ -40,7 +40,7 @@ pub struct Provisioner {
 }
 
 /// A script: `inline`, or `scriptFrom`.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ShellStep {
     /// The script, or its lines.
@@ -63,7 +63,7 @@ pub struct ShellStep {
 }
 
 /// A file put into the guest: exactly one of `fileRef` and `source`.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FileStep {
     /// The name of an entry of the top-level `files`.
@@ -82,7 +82,7 @@ pub struct FileStep {
 }
 
 /// A restart of the guest.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RebootStep {
     /// Default `sudo reboot`; PowerShell: `shutdown /r /f /t 0`.
@@ -95,7 +95,7 @@ pub struct RebootStep {
 }
 
 /// Windows updates: search, install, reboot, until nothing matches.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct WindowsUpdateStep {
     /// The search of the Windows Update Agent.
@@ -114,7 +114,7 @@ pub struct WindowsUpdateStep {
 }
 
 /// Work of a person.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct HandbuildStep {
     /// Required: every click, key and value.
@@ -127,7 +127,7 @@ pub struct HandbuildStep {
 }
 
 /// A value from a ConfigMap or Secret: exactly one.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ValueFrom {
     /// A key of a ConfigMap.
@@ -143,7 +143,7 @@ pub struct ValueFrom {
 }
 
 /// A key of a ConfigMap or Secret.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct KeyRef {
     /// The object.
@@ -162,7 +162,7 @@ pub struct KeyRef {
 }
 
 /// A text, or a list of lines that are joined with newlines.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Lines {
     /// The text as it stands.

@@ -1,11 +1,12 @@
 //! One VM of a manifest: source, hardware, communicator, media.
 
 use super::{KeyRef, Provisioner, Scalar, Unknown, ValueFrom};
+use crate::secret::Secret;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A VM of the module.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Vm {
     /// Required, a Name; other VMs of the build resolve it.
@@ -57,7 +58,7 @@ pub struct Vm {
 }
 
 /// What a boot disk starts from: exactly one of these.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Source {
     /// A disk image behind http, https or file.
@@ -85,7 +86,7 @@ pub struct Source {
 }
 
 /// A VM of a module built before.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct BuildRef {
     /// The module.
@@ -104,7 +105,7 @@ pub struct BuildRef {
 }
 
 /// A volume in the cluster.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SourcePvc {
     /// The PersistentVolumeClaim.
@@ -120,7 +121,7 @@ pub struct SourcePvc {
 }
 
 /// Cores and memory.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Resources {
     /// A Quantity; the guest sees it rounded up, at least 1.
@@ -136,7 +137,7 @@ pub struct Resources {
 }
 
 /// A disk.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Disk {
     /// Required, unique, a Name.
@@ -158,7 +159,7 @@ pub struct Disk {
 }
 
 /// How to talk to the guest.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Communicator {
     /// `ssh`, the only one.
@@ -175,7 +176,8 @@ pub struct Communicator {
     pub ssh_port: Option<i64>,
     /// Tried beside the key. A secret.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub ssh_password: Option<String>,
+    #[schemars(with = "Option<String>")]
+    pub ssh_password: Option<Secret>,
     /// The key to log in with; left out, a fresh ed25519 pair per build.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ssh_private_key_secret: Option<KeyRef>,
@@ -189,7 +191,7 @@ pub struct Communicator {
 }
 
 /// A NoCloud seed.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CloudInit {
     /// Delivered as written, in whatever form cloud-init takes.
@@ -208,7 +210,7 @@ pub struct CloudInit {
 }
 
 /// A network card.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Nic {
     /// What overrides refer to.
@@ -236,7 +238,7 @@ pub struct Nic {
 }
 
 /// UEFI firmware.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EfiFirmware {
     /// Default false.
@@ -249,7 +251,7 @@ pub struct EfiFirmware {
 }
 
 /// A CD-ROM.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Iso {
     /// Required: http, https or file.
@@ -265,7 +267,7 @@ pub struct Iso {
 }
 
 /// A list of files of the build.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FileNames {
     /// Entries of the top-level `files`.
@@ -278,7 +280,7 @@ pub struct FileNames {
 }
 
 /// A file of the build.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FileRef {
     /// The name of an entry of the top-level `files`.

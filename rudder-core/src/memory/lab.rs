@@ -17,6 +17,7 @@ use crate::{
     media::http::{self, Admission, Server},
     module::{InputRecord, Module},
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
+    secret::public_url,
     store::replace_file,
 };
 use async_trait::async_trait;
@@ -189,7 +190,7 @@ impl LabCore {
         }
         let input = InputRecord {
             role: format!("source of VM {}", request.machine),
-            url: shown(&url.url),
+            url: public_url(&url.url),
             size: source.served,
             sha256,
         };
@@ -216,9 +217,9 @@ fn large_enough(request: &ImportRequest, source: u64) -> Result<u64> {
 async fn transfer(source: &Source, url: &PlannedUrl, progress: &Progress) -> Result<Digest> {
     const PIECES: u32 = 10;
     if let Some(fault) = source.fault.as_ref().filter(|fault| fault.budget.take()) {
-        return Err(fault.error().with_context("url", shown(&url.url)));
+        return Err(fault.error().with_context("url", public_url(&url.url)));
     }
-    let task = format!("download {}", shown(&url.url));
+    let task = format!("download {}", public_url(&url.url));
     for piece in 0..PIECES {
         progress.bytes(&task, source.served * u64::from(piece) / u64::from(PIECES), Some(source.served));
         if !source.takes.is_zero() {
@@ -236,22 +237,12 @@ async fn transfer(source: &Source, url: &PlannedUrl, progress: &Progress) -> Res
                 return Ok(found);
             }
             let message = format!("expected sha256 {promised}, but found {found}");
-            Err(Error::new(ErrorKind::ChecksumMismatch, message).with_context("url", shown(&url.url)))
+            Err(Error::new(ErrorKind::ChecksumMismatch, message).with_context("url", public_url(&url.url)))
         }
         // Invented bytes have whatever checksum the manifest promises.
         Some(promised) => Ok(promised),
         None => Ok(found),
     }
-}
-
-/// A URL without its password.
-fn shown(url: &url::Url) -> String {
-    let mut url = url.clone();
-    if url.password().is_some() {
-        // Fails for URLs that cannot have one, and these have none.
-        let _ = url.set_password(Some("***"));
-    }
-    url.into()
 }
 
 /// The handle of a lab that its owner holds: when the last is dropped, the owner is dead.
@@ -321,10 +312,15 @@ impl Lab for MemoryLab {
                 source.contents(bytes.map_err(|error| Error::io(format!("read {}", path.display()), error))?);
         }
         let sha256 = transfer(&source, url, progress).await?;
-        let bytes =
-            source.contents.unwrap_or_else(|| format!("invented for {}\n", shown(&url.url)).into_bytes());
+        let bytes = source
+            .contents
+            .unwrap_or_else(|| format!("invented for {}\n", public_url(&url.url)).into_bytes());
         let path = self.core.scratch()?.join(Digest::of(url.url.as_str().as_bytes()).to_string());
         let size = bytes.len() as u64;
+        tokio::fs::write(&path, bytes)
+            .await
+            .map_err(|error| Error::io(format!("write {}", path.display()), error))?;
+        let input = InputRecord { role: "file".into(), url: public_url(&url.url), size, sha256 };
         // Others may be reading what an earlier request of the same URL brought.
         let target = path.clone();
         let written = tokio::task::spawn_blocking(move || replace_file(&target, &bytes)).await;

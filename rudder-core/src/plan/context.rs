@@ -2,6 +2,7 @@
 
 use crate::{
     capability::Capabilities,
+    manifest::UnknownKeys,
     module::{DamagedModule, Module},
 };
 use std::{
@@ -25,6 +26,8 @@ pub struct PlanContext {
     pub damaged_modules: BTreeMap<String, String>,
     /// The name of a build that has none of its own: the stem of its file.
     pub default_name: Option<String>,
+    /// What [`prepare`](super::prepare) does about keys that Rudder does not know.
+    pub unknown_keys: UnknownKeys,
     /// The absolute directory that relative `file:` URLs (`file:images/base.qcow2`) start from.
     pub base_directory: Option<PathBuf>,
 }
@@ -40,6 +43,7 @@ impl PlanContext {
             modules: BTreeMap::new(),
             damaged_modules: BTreeMap::new(),
             default_name: None,
+            unknown_keys: UnknownKeys::default(),
             base_directory: None,
         }
     }
@@ -77,6 +81,13 @@ impl PlanContext {
     #[must_use]
     pub fn with_default_name(mut self, name: impl Into<String>) -> Self {
         self.default_name = Some(name.into());
+        self
+    }
+
+    /// With keys that Rudder does not know as errors, or as warnings.
+    #[must_use]
+    pub fn with_unknown_keys(mut self, unknown_keys: UnknownKeys) -> Self {
+        self.unknown_keys = unknown_keys;
         self
     }
 

@@ -17,10 +17,16 @@ use crate::{
     keys::{BootToken, parse_boot_command},
     manifest::{
         BuildSpec, Communicator, FileNames, FileStep, Provisioner, Resources, ShellStep, ValueFrom, Vm,
+        VmOverride,
     },
-    secret::Secret,
+    secret::{Secret, secrets_of, values},
 };
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 /// The default of `sshTimeout`.
 const SSH_TIMEOUT: Duration = Duration::from_secs(5 * 60);
@@ -33,6 +39,10 @@ pub(super) struct Maker<'m> {
     pub(super) spec: &'m BuildSpec,
     pub(super) macs: Macs<'m>,
     pub(super) secrets: Vec<Secret>,
+    pub(super) known_secrets: HashSet<Secret>,
+    /// The overrides of each VM, and the place of each file, by name.
+    pub(super) overrides: HashMap<&'m str, Vec<&'m VmOverride>>,
+    pub(super) file_places: HashMap<String, usize>,
     pub(super) not_repeatable: Vec<String>,
     pub(super) files: Vec<PlannedFile>,
 }
@@ -48,6 +58,7 @@ impl Maker<'_> {
                 }
                 _ => return None,
             };
+            self.file_places.insert(name.clone(), self.files.len());
             self.files.push(PlannedFile { name, content });
         }
         Some(())
@@ -56,16 +67,7 @@ impl Maker<'_> {
     /// A URL that is downloaded for `role`.
     fn url(&mut self, url: &str, checksum: Option<&str>, role: &str) -> Option<PlannedUrl> {
         let url = super::resolve_url(url, self.context).ok()?;
-        if let Some(password) = url.password().filter(|password| !password.is_empty()) {
-            self.secrets.push(Secret::new(password));
-            // As it stands in the manifest, where an escaped form stands in the URL.
-            let bytes: Vec<u8> = percent_decode(password);
-            if let Ok(plain) = String::from_utf8(bytes)
-                && plain != password
-            {
-                self.secrets.push(Secret::new(plain));
-            }
-        }
+        secrets_of(&url).iter().for_each(|secret| self.remember(secret));
         let sha256 = match checksum {
             Some(checksum) => Some(checksum.parse().ok()?),
             None => {
@@ -82,22 +84,31 @@ impl Maker<'_> {
     /// The value of a named input; remembered as a secret where it is one.
     fn input(&mut self, from: &ValueFrom) -> Option<Arc<[u8]>> {
         let (kind, reference, _) = reference::input(from)?;
-        self.named(kind, reference.name.as_deref()?, reference.key.as_deref()?)
+        let bytes = self.named(kind, reference.name.as_deref()?, reference.key.as_deref()?)?;
+        // Scripts, user data and files carry secrets in them, which turn up alone.
+        if kind == InputKind::Secret
+            && let Ok(text) = std::str::from_utf8(&bytes)
+        {
+            values(text).iter().for_each(|value| self.remember(value));
+        }
+        Some(bytes)
     }
 
     fn named(&mut self, kind: InputKind, name: &str, key: &str) -> Option<Arc<[u8]>> {
         let bytes = self.context.inputs.get(kind, name, key)?;
-        if kind == InputKind::Secret
-            && let Ok(text) = std::str::from_utf8(bytes)
-        {
-            self.remember(text);
+        if kind == InputKind::Secret {
+            match std::str::from_utf8(bytes) {
+                Ok(text) => self.remember(text),
+                // Bytes that are no text show in base64 alone.
+                Err(_) => self.remember(&BASE64_STANDARD_NO_PAD.encode(bytes)),
+            }
         }
         Some(bytes.into())
     }
 
     fn remember(&mut self, secret: &str) {
         let secret = Secret::new(secret.trim_end_matches(['\r', '\n']));
-        if !secret.expose().is_empty() && !self.secrets.contains(&secret) {
+        if !secret.expose().is_empty() && self.known_secrets.insert(secret.clone()) {
             self.secrets.push(secret);
         }
     }
@@ -113,8 +124,7 @@ impl Maker<'_> {
         let nics = self.macs.cards(&name, &vm.nics, &[], template_network)?;
         let template = self.hardware(vm, nics)?;
         let mut hardware = template.clone();
-        let overrides = self.spec.build_overrides.iter().flat_map(|overrides| &overrides.vms);
-        for one in overrides.filter(|one| one.name.as_deref() == Some(name.as_str())) {
+        for one in self.overrides.get(name.as_str()).into_iter().flatten() {
             if let Some(resources) = &one.resources {
                 let (cpus, memory) = amounts(resources)?;
                 hardware.cpus = cpus.unwrap_or(hardware.cpus);
@@ -255,8 +265,8 @@ impl Maker<'_> {
     fn communicator(&mut self, vm: &Vm) -> Option<PlannedCommunicator> {
         let default = Communicator::default();
         let written = vm.communicator.as_ref().unwrap_or(&default);
-        if let Some(password) = written.ssh_password.as_deref() {
-            self.remember(password);
+        if let Some(password) = &written.ssh_password {
+            self.remember(password.expose());
         }
         let private_key = match &written.ssh_private_key_secret {
             None => None,
@@ -269,7 +279,7 @@ impl Maker<'_> {
             shell: shell(vm)?,
             username: written.ssh_username.clone().unwrap_or_else(|| "root".to_owned()),
             port: u16::try_from(written.ssh_port.unwrap_or(22)).ok()?,
-            password: written.ssh_password.as_ref().map(Secret::new),
+            password: written.ssh_password.clone(),
             private_key,
             timeout: match &written.ssh_timeout {
                 Some(timeout) => duration(timeout).ok()?,
@@ -336,7 +346,7 @@ impl Maker<'_> {
     fn file(&mut self, step: &FileStep) -> Option<StepAction> {
         let (content, label) = match (step.file_ref.as_deref(), &step.source) {
             (Some(name), None) => {
-                let file = self.files.iter().find(|file| file.name == name)?;
+                let file = &self.files[*self.file_places.get(name)?];
                 (file.content.clone(), name.to_owned())
             }
             (None, Some(from)) => {
@@ -385,30 +395,4 @@ fn boot_command(written: &[String], vm: &str) -> Option<Vec<BootAction>> {
         BootToken::WaitSerial { text, limit } => BootAction::WaitSerial { text: named(&text), limit },
     };
     Some(tokens.into_iter().map(action).collect())
-}
-
-/// Undoes percent encoding (RFC 3986, 2.1).
-fn percent_decode(text: &str) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let hex = match (first, tail) {
-            (b'%', [high, low, ..]) => {
-                let digit = |c: u8| char::from(c).to_digit(16);
-                digit(*high).zip(digit(*low)).and_then(|(high, low)| u8::try_from(high * 16 + low).ok())
-            }
-            _ => None,
-        };
-        match hex {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &tail[2..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    bytes
 }

@@ -19,6 +19,7 @@
 //! ```
 
 mod context;
+mod debug;
 mod limits;
 mod machine;
 mod network;
@@ -38,8 +39,12 @@ use crate::{
     digest::Digest,
     manifest::{BuildSpec, Document, Manifest, Path},
     units::is_name,
+    visible::Quoted,
 };
-use std::time::Duration;
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 use support::Support;
 use url::Url;
 
@@ -119,7 +124,10 @@ fn name(findings: &mut Findings<'_>, context: &PlanContext) -> Option<String> {
                 .report(
                     &codes::INVALID_NAME,
                     &field,
-                    format!("expected the name of the file to be a name for the build, but found {other:?}"),
+                    format!(
+                        "expected the name of the file to be a name for the build, but found {other:?}",
+                        other = Quoted(other)
+                    ),
                 )
                 .help = Some(format!("write `{field}: …`, of lower-case letters, digits and inner hyphens"));
             None
@@ -153,9 +161,15 @@ fn make(
         spec,
         macs: network::Macs::new(name, spec),
         secrets: Vec::new(),
+        known_secrets: HashSet::new(),
+        overrides: HashMap::new(),
+        file_places: HashMap::new(),
         not_repeatable: Vec::new(),
         files: Vec::with_capacity(spec.files.len()),
     };
+    for one in spec.build_overrides.iter().flat_map(|overrides| &overrides.vms) {
+        maker.overrides.entry(one.name.as_deref()?).or_default().push(one);
+    }
     maker.files()?;
     let mut machines = Vec::with_capacity(spec.vms.len());
     for vm in &spec.vms {
@@ -189,12 +203,16 @@ fn make(
 fn resolve_url(written: &str, context: &PlanContext) -> Result<Url, String> {
     let Some(path) = relative_file(written) else { return checked_url(written) };
     let Some(base) = &context.base_directory else {
-        return Err(format!("expected file:/// and an absolute path, but found {written:?}"));
+        return Err(format!(
+            "expected file:/// and an absolute path, but found {written:?}",
+            written = Quoted(written)
+        ));
     };
     let base = Url::from_directory_path(base)
         .map_err(|()| format!("expected an absolute base directory, but found {}", base.display()))?;
     // As any reference is resolved (RFC 3986, section 5.2); `./` keeps `a:b` from being a scheme.
-    base.join(&format!("./{path}")).map_err(|error| format!("expected a path, but found {path:?}: {error}"))
+    base.join(&format!("./{path}"))
+        .map_err(|error| format!("expected a path, but found {path:?}: {error}", path = Quoted(path)))
 }
 
 /// The path of a `file:` URL that is relative.

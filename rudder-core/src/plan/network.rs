@@ -7,7 +7,10 @@ use crate::{
     manifest::{BuildSpec, Nic},
     units::MacAddress,
 };
-use std::{collections::HashSet, net::Ipv4Addr};
+use std::{
+    collections::{HashMap, HashSet},
+    net::Ipv4Addr,
+};
 
 /// The name of the VPC and of the subnet that nobody declared.
 const AUTOMATIC: &str = DEFAULT_SUBNET.0;
@@ -60,15 +63,19 @@ pub(super) fn base(spec: &BuildSpec) -> Option<PlannedNetwork> {
 pub(super) fn overridden(spec: &BuildSpec, base: &PlannedNetwork) -> Option<PlannedNetwork> {
     let mut network = base.clone();
     let Some(overrides) = &spec.build_overrides else { return Some(network) };
+    let vpcs: HashMap<_, _> = place_of(base.vpcs.iter().map(|vpc| vpc.name.as_str()));
+    let subnets: HashMap<_, _> = place_of(base.subnets.iter().map(|subnet| subnet.name.as_str()));
+    let declared = spec.network.iter().flat_map(|network| &network.subnets);
+    let declared: HashMap<_, _> =
+        declared.filter_map(|subnet| Some((subnet.name.as_deref()?, subnet))).collect();
     for one in &overrides.vpcs {
-        let vpc = network.vpcs.iter_mut().find(|vpc| Some(vpc.name.as_str()) == one.name.as_deref())?;
+        let vpc = &mut network.vpcs[*vpcs.get(one.name.as_deref()?)?];
         vpc.internet = one.internet.unwrap_or(vpc.internet);
     }
     for one in &overrides.subnets {
         let name = one.name.as_deref()?;
-        let subnet = network.subnets.iter_mut().find(|subnet| subnet.name == name)?;
-        let written = spec.network.iter().flat_map(|network| &network.subnets);
-        let written = written.into_iter().find(|subnet| subnet.name.as_deref() == Some(name))?;
+        let subnet = &mut network.subnets[*subnets.get(name)?];
+        let written = declared.get(name)?;
         subnet.unmanaged = one.unmanaged.unwrap_or(subnet.unmanaged);
         // What has no effect while a guest serves the subnet has one again when none does.
         subnet.dhcp = written.dhcp.unwrap_or(true) && !subnet.unmanaged;
@@ -76,6 +83,10 @@ pub(super) fn overridden(spec: &BuildSpec, base: &PlannedNetwork) -> Option<Plan
         subnet.dns = dns.split(',').filter_map(|server| server.trim().parse().ok()).collect();
     }
     Some(network)
+}
+
+fn place_of<'n>(names: impl Iterator<Item = &'n str>) -> HashMap<&'n str, usize> {
+    names.enumerate().map(|(place, name)| (name, place)).collect()
 }
 
 /// The hardware addresses of a build: unique, and the same whenever the same build is planned.

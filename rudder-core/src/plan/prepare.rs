@@ -4,13 +4,14 @@ use super::{Plan, PlanContext, plan};
 use crate::{
     Error, ErrorKind, Result,
     check::codes,
-    diagnostic::{self, Diagnostic, Severity},
-    manifest::{Path, parse_named},
+    diagnostic::{self, Diagnostic, MAX_FINDINGS, Severity, limit},
+    manifest::{Path, parse_with},
+    visible::Quoted,
 };
-use std::collections::HashSet;
+use std::{collections::HashSet, fmt};
 
 /// The plans of a manifest file, and everything that was found.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Prepared {
     /// A plan for each document, in order; none when any diagnostic is an error.
@@ -25,20 +26,23 @@ pub struct Prepared {
 /// no name of its own, and it is shown in front of findings. The file itself is not read.
 #[must_use]
 pub fn prepare(source_name: &str, bytes: &[u8], context: &PlanContext) -> Prepared {
-    let parsed = parse_named(source_name, bytes);
+    let parsed = parse_with(source_name, bytes, context.unknown_keys);
     let mut diagnostics = parsed.diagnostics;
     let mut plans = Vec::with_capacity(parsed.documents.len());
     let mut names = HashSet::new();
     for document in &parsed.documents {
         let planned = plan(document, context);
         diagnostics.extend(planned.diagnostics);
+        if diagnostics.len() > 4 * MAX_FINDINGS {
+            limit(&mut diagnostics, 0);
+        }
         let Some(plan) = planned.plan else { continue };
         if !names.insert(plan.name.clone()) {
             let code = codes::DUPLICATE_NAME;
             let root = Path::root();
             let message = format!(
                 "expected a name of its own for each build of a file, but found {:?} again",
-                plan.name
+                Quoted(&plan.name)
             );
             let finding = Diagnostic::error(code.name, root, document.locate(root), message);
             diagnostics.push(finding.with_help("write `name:`, or `metadata.name` in the resource form"));
@@ -46,11 +50,22 @@ pub fn prepare(source_name: &str, bytes: &[u8], context: &PlanContext) -> Prepar
         plans.push(plan);
     }
     diagnostic::sort(&mut diagnostics);
+    limit(&mut diagnostics, 0);
     if diagnostics.iter().any(Diagnostic::is_error) {
         plans.clear();
     }
     let text = String::from_utf8_lossy(bytes).into_owned();
     Prepared { plans, diagnostics, source_name: source_name.to_owned(), text }
+}
+
+impl fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Prepared")
+            .field("plans", &self.plans)
+            .field("diagnostics", &self.diagnostics)
+            .field("source_name", &self.source_name)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Prepared {

@@ -2,9 +2,10 @@
 
 use super::{PlanContext, context::InputKind};
 use crate::{
-    check::{Findings, codes},
+    check::{self, Findings, codes},
     manifest::{BuildRef, BuildSpec, KeyRef, Path, ValueFrom, Vm},
     module::{Module, TemplateMachine},
+    visible::Quoted,
 };
 
 /// The module and VM that a `buildRef` names, when they exist.
@@ -64,13 +65,23 @@ pub(super) fn references(
         }
         if let Some(from) = vm.cloud_init.as_ref().and_then(|cloud_init| cloud_init.user_data_from.as_ref()) {
             let at = at.key("cloudInit");
-            value_from(findings, from, &at.key("userDataFrom"), Form::Text, context);
+            let at = at.key("userDataFrom");
+            value_from(findings, from, &at, Form::Text, context);
+            if let Some(text) = text(from, context) {
+                check::user_data(findings, text, &at);
+            }
         }
         let steps = at.key("provisioners");
+        let shell = check::shell(vm);
         for (index, step) in vm.provisioners.iter().enumerate() {
             let at = steps.index(index);
             if let Some(from) = step.shell.as_ref().and_then(|shell| shell.script_from.as_ref()) {
-                value_from(findings, from, &at.key("shell").key("scriptFrom"), Form::Text, context);
+                let at = at.key("shell");
+                let at = at.key("scriptFrom");
+                value_from(findings, from, &at, Form::Text, context);
+                if let Some(text) = text(from, context) {
+                    check::script(findings, text, &at, shell);
+                }
             }
             if let Some(from) = step.file.as_ref().and_then(|file| file.source.as_ref()) {
                 value_from(findings, from, &at.key("file").key("source"), Form::Bytes, context);
@@ -83,17 +94,20 @@ fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, c
     let Some(name) = reference.name.as_deref() else { return };
     let Some(module) = context.modules.get(name) else {
         if let Some(reason) = context.damaged_modules.get(name) {
-            let message = format!("expected a module that can be used, but {name:?} is damaged: {reason}");
+            let message = format!("expected a module that can be used, but {:?} is damaged: {reason}", Quoted(name));
             findings.report(&codes::UNKNOWN_MODULE, &at.key("name"), message);
             return;
         }
-        let near = crate::check::nearest(name, context.modules.keys().map(String::as_str));
+        let near = findings.suggestion(name, context.modules.keys().map(String::as_str));
         let near = near.map(|near| format!("did you mean `{near}`? Otherwise ")).unwrap_or_default();
         findings
             .report(
                 &codes::UNKNOWN_MODULE,
                 &at.key("name"),
-                format!("expected the name of a module that was built before, but found {name:?}"),
+                format!(
+                    "expected the name of a module that was built before, but found {name:?}",
+                    name = Quoted(name)
+                ),
             )
             .help = Some(format!("{near}build the manifest named {name} first; it must succeed"));
         return;
@@ -134,13 +148,18 @@ fn inherited_disks(
                     &codes::DUPLICATE_NAME,
                     &disks.index(index).key("name"),
                     format!(
-                        "expected a unique name of a disk, but found {name:?}, which is inherited from {} of the module {}",
-                        machine.name, module.name
-                    ),
+                        "expected a unique name of a disk, but found {name:?}, which is inherited from {} of the module {}", machine.name, module.name, name = Quoted(name)),
                 )
                 .help = Some("with `buildRef`, every disk listed is an extra blank one".to_owned());
         }
     }
+}
+
+/// The text of a named input that was given and is one.
+fn text<'c>(from: &ValueFrom, context: &'c PlanContext) -> Option<&'c str> {
+    let (kind, reference, _) = input(from)?;
+    let bytes = context.inputs.get(kind, reference.name.as_deref()?, reference.key.as_deref()?)?;
+    std::str::from_utf8(bytes).ok()
 }
 
 fn value_from(

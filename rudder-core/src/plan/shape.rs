@@ -15,6 +15,7 @@ use super::{
 };
 use crate::digest::{Digest, Hasher};
 use serde::Serialize;
+use std::collections::HashMap;
 
 /// The digest of what this plan makes; its own `digest` does not count.
 pub(super) fn digest(plan: &Plan) -> Digest {
@@ -39,9 +40,10 @@ pub(super) fn digest(plan: &Plan) -> Digest {
     shape.list("machines", machines, Shape::machine);
     shape.group("network", |shape| shape.network(network));
     shape.group("template-network", |shape| shape.network(template_network));
-    shape.list("http-files", http_files, |shape, name| shape.named_file(name, files));
+    let files: HashMap<&str, &PlannedFile> = files.iter().map(|file| (file.name.as_str(), file)).collect();
+    shape.list("http-files", http_files, |shape, name| shape.named_file(name, &files));
     for machine in machines {
-        shape.list("floppy", &machine.floppy, |shape, name| shape.named_file(name, files));
+        shape.list("floppy", &machine.floppy, |shape, name| shape.named_file(name, &files));
     }
     shape.0.finish()
 }
@@ -201,12 +203,10 @@ impl Shape {
         });
     }
 
-    fn named_file(&mut self, wanted: &str, files: &[PlannedFile]) {
+    fn named_file(&mut self, wanted: &str, files: &HashMap<&str, &PlannedFile>) {
         self.text("name", wanted);
-        for PlannedFile { name, content } in files {
-            if name == wanted {
-                self.content(content);
-            }
+        if let Some(PlannedFile { name: _, content }) = files.get(wanted) {
+            self.content(content);
         }
     }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc, time::Duration};
 
 /// What will be done.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Plan {
     /// The name of the build and of the module it makes.
@@ -237,7 +237,7 @@ pub struct PlannedBuildRef {
 }
 
 /// Bytes behind a URL.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PlannedUrl {
     /// http, https or file.
     pub url: url::Url,
@@ -255,7 +255,7 @@ pub struct PlannedFile {
 }
 
 /// Bytes, or where they are.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum PlannedContent {
     /// The bytes themselves.
@@ -265,7 +265,7 @@ pub enum PlannedContent {
 }
 
 /// A NoCloud seed, as the author wants it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedCloudInit {
     /// Delivered as written.
     pub user_data: Option<Arc<str>>,
@@ -313,7 +313,7 @@ pub struct PlannedStep {
 }
 
 /// What a step does.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum StepAction {
@@ -357,7 +357,7 @@ pub enum StepAction {
 }
 
 /// An action of a boot command. Keys are X11 keysyms, as RFB sends them (RFC 6143, 7.5.4).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum BootAction {

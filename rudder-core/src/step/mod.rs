@@ -100,28 +100,53 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
         settle,
     } = context;
     let limit = step.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-    let mut maskers = [masker.pieces(), masker.pieces()];
-    let mut masked = |stream: OutputStream, line: &str| {
-        let pieces: &mut PieceMasker<'_> = &mut maskers[usize::from(stream == OutputStream::Stderr)];
-        let more = line.len() >= crate::guest::MAX_LINE;
-        output(stream, &pieces.mask(line, more));
-    };
+    let mut lines = MaskedLines { pieces: [masker.pieces(), masker.pieces()], output };
+    let mut masked = |stream: OutputStream, line: &str| lines.push(stream, line);
     // A session that a dropped step leaves behind is the one that was there before, or the new one: never none.
     let before = session.guest().clone();
     let seen = reboot::Seen::default();
-    let stopped = {
+    let ended = {
         let given = Given { variables, fetched, person };
         let working = act(&step.action, session, &mut masked, given, &seen);
         tokio::select! {
-            outcome = working => return outcome,
-            () = cancel.cancelled() => Error::new(ErrorKind::Cancelled, "the step was cancelled"),
-            () = deadline => timed_out(None, &seen),
-            () = sleep_until(limit) => timed_out(step.timeout, &seen),
+            outcome = working => Ok(outcome),
+            () = cancel.cancelled() => Err(Error::new(ErrorKind::Cancelled, "the step was cancelled")),
+            () = deadline => Err(timed_out(None, &seen)),
+            () = sleep_until(limit) => Err(timed_out(step.timeout, &seen)),
         }
     };
-    tell(&stopped);
-    before.settle(settle).await;
-    StepOutcome::from(Err(stopped))
+    drop(lines);
+    match ended {
+        Ok(outcome) => outcome,
+        Err(stopped) => {
+            tell(&stopped);
+            before.settle(settle).await;
+            StepOutcome::from(Err(stopped))
+        }
+    }
+}
+
+/// The output of a step on its way to whoever hears it: what may be the beginning of a secret waits for the next line, or for
+/// the end, which is when this is dropped.
+struct MaskedLines<'a, 'm> {
+    pieces: [PieceMasker<'m>; 2],
+    output: &'a mut (dyn FnMut(OutputStream, &str) + Send),
+}
+
+impl MaskedLines<'_, '_> {
+    fn push(&mut self, stream: OutputStream, line: &str) {
+        let more = line.len() >= crate::guest::MAX_LINE;
+        let pieces = &mut self.pieces[usize::from(stream == OutputStream::Stderr)];
+        pieces.push(line, more, &mut |line| (self.output)(stream, line));
+    }
+}
+
+impl Drop for MaskedLines<'_, '_> {
+    fn drop(&mut self) {
+        for (pieces, stream) in self.pieces.iter_mut().zip([OutputStream::Stdout, OutputStream::Stderr]) {
+            pieces.finish(&mut |line| (self.output)(stream, line));
+        }
+    }
 }
 
 /// What only some kinds of step take.

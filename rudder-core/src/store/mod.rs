@@ -423,24 +423,9 @@ fn about(url: &PlannedUrl, error: Error) -> Error {
     error.with_context("url", masked(&url.url))
 }
 
-/// A URL without what must not be shown: its password, and values of its query that sign or authorise.
+/// A URL without what must not be shown.
 fn masked(url: &url::Url) -> String {
-    const PUBLIC: [&str; 8] = ["version", "v", "arch", "format", "name", "file", "path", "release"];
-    let mut url = url.clone();
-    if url.password().is_some() {
-        let _ = url.set_password(Some("***"));
-    }
-    if url.query().is_some() {
-        let pairs: Vec<(String, String)> = url.query_pairs().into_owned().collect();
-        let mut query = url.query_pairs_mut();
-        query.clear();
-        for (key, value) in &pairs {
-            let shown = value.is_empty() || PUBLIC.contains(&key.to_ascii_lowercase().as_str());
-            query.append_pair(key, if shown { value } else { "***" });
-        }
-    }
-    url.set_fragment(None);
-    url.to_string()
+    crate::secret::public_url(url)
 }
 
 #[cfg(test)]

@@ -4,14 +4,15 @@
 //! is given, so one pass finds all of them. When there were any, a second pass leaves the refused values out.
 //! Elements of lists keep their placeholder, so that the places of the others do not change.
 
-use super::{Kind, MAX_FINDINGS, NodeId, Tree, Value};
+use super::{Kind, MAX_FINDINGS, NodeId, Tree, Value, trap};
 use crate::{
-    diagnostic::Diagnostic,
+    diagnostic::{Diagnostic, is_secret_key},
     manifest::{
         path::{PathSegment, write_segments},
         scalar::SCALAR,
         step::LINES,
     },
+    visible::cut,
 };
 use serde::de::{self, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use std::{cell::RefCell, fmt};
@@ -138,7 +139,7 @@ impl<'t> Reader<'_, 't> {
 
     fn found(&self) -> String {
         // Values of fields that hold secrets are not repeated.
-        let is_secret = matches!(self.context.path.borrow().last(), Some(Step::Name("sshPassword")));
+        let is_secret = self.is_secret();
         let what = match self.kind() {
             Kind::Scalar(_, Value::Null) => return "nothing".to_owned(),
             Kind::Scalar(_, Value::Bool(value)) => return value.to_string(),
@@ -154,8 +155,23 @@ impl<'t> Reader<'_, 't> {
         } else if matches!(self.kind(), Kind::Scalar(_, Value::Text | Value::Merge)) {
             format!("{what} {}", quoted(text))
         } else {
-            format!("{what} {text}")
+            format!("{what} {}", cut(text, 60).unwrap_or(text))
         }
+    }
+
+    /// Whether the value, or something that holds it, is one that is not shown.
+    fn is_secret(&self) -> bool {
+        let path = self.context.path.borrow();
+        path.iter().any(|step| matches!(step, Step::Name(key) if is_secret_key(key)))
+    }
+
+    /// The first line of what is written here.
+    fn written(&self) -> &'t str {
+        let tree = self.context.tree;
+        let span = tree.node(tree.follow(self.node)).span;
+        let rest = tree.source.get(span.start..).unwrap_or_default();
+        let rest = cut(rest, 500).unwrap_or(rest);
+        rest.lines().next().unwrap_or_default()
     }
 
     /// Records that something else was expected here.
@@ -163,7 +179,28 @@ impl<'t> Reader<'_, 't> {
         let text = self.context.tree.scalar_text(self.node).unwrap_or_default();
         let short = text.len() <= 60 && !text.contains('\n');
         let help = match (expected, self.kind()) {
-            ("text", Kind::Scalar(_, Value::Null)) => None,
+            ("text", Kind::Scalar(_, Value::Null)) => {
+                Some("an empty text is written `\"\"`; a text that begins with `#` goes in quotes".to_owned())
+            }
+            (
+                "text" | "text or a number" | "text or a list of lines",
+                Kind::Mapping(_) | Kind::Sequence(_),
+            ) => match self.is_secret() {
+                true => Some("write the whole in quotes".to_owned()),
+                false => Some(trap::about_value(self.written())),
+            },
+            ("a mapping", Kind::Scalar(_, Value::Text)) => trap::without_blank(text),
+            ("an integer", Kind::Scalar(_, Value::Text))
+                if text.starts_with('0')
+                    && text.len() <= 20
+                    && text.bytes().all(|byte| byte.is_ascii_digit()) =>
+            {
+                let number = text.trim_start_matches('0');
+                Some(format!(
+                    "write it without zeros in front: {}",
+                    if number.is_empty() { "0" } else { number }
+                ))
+            }
             ("text", Kind::Scalar(..)) => Some("write it in quotes: ".to_owned()),
             ("an integer", Kind::Scalar(_, Value::Text))
                 if matches!(super::scalar::resolve(text), Value::Int(_)) =>
@@ -181,7 +218,7 @@ impl<'t> Reader<'_, 't> {
             }
             _ => None,
         };
-        let is_secret = matches!(self.context.path.borrow().last(), Some(Step::Name("sshPassword")));
+        let is_secret = self.is_secret();
         let help = help.map(|help| match help.strip_suffix("quotes: ") {
             Some(start) if is_secret || !short => format!("{start}quotes"),
             Some(_) => format!("{help}\"{text}\""),

@@ -1,7 +1,10 @@
 //! Bytes to text: size, encoding, byte order mark.
 
-use super::{MAX_BYTES, number};
-use crate::diagnostic::{Diagnostic, Span};
+use super::number;
+use crate::{
+    diagnostic::{Diagnostic, Span},
+    manifest::file::MAX_BYTES,
+};
 
 /// The text of a file, or why it has none.
 pub(super) fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {

@@ -8,16 +8,17 @@ mod decode;
 mod entries;
 pub(super) mod read;
 mod scalar;
+mod trap;
 pub(super) mod write;
 
 pub(super) use scalar::Value;
 
+pub(super) use crate::diagnostic::MAX_FINDINGS;
+
 use super::path::{Path, PathSegment};
 use crate::diagnostic::Span;
-use std::sync::Arc;
+use std::{collections::HashMap, fmt, sync::Arc};
 
-/// Bytes of a file.
-pub(super) const MAX_BYTES: usize = 16 * 1024 * 1024;
 /// Levels of lists and mappings inside each other, aliases followed.
 pub(super) const MAX_DEPTH: u8 = 64;
 /// Nodes of a file as written.
@@ -26,20 +27,29 @@ pub(super) const MAX_NODES: usize = 400_000;
 pub(super) const MAX_WEIGHT: u64 = 128 * 1024 * 1024;
 /// Documents of a file.
 pub(super) const MAX_DOCUMENTS: usize = 1000;
-/// Findings about the syntax and the types of a file.
-pub(super) const MAX_FINDINGS: usize = 1000;
+/// Mappings of more entries than this are searched by an index.
+const MAX_SEARCHED: usize = 16;
 
 /// The place of a node in its tree.
 pub(super) type NodeId = u32;
 
 /// One document.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Tree {
     pub(super) source: Arc<str>,
     pub(super) nodes: Vec<Node>,
     pub(super) root: NodeId,
     /// The bytes of the source that belong to this document.
     pub(super) range: (usize, usize),
+    /// Of large mappings, the place of each entry by its key.
+    index: HashMap<NodeId, HashMap<Box<str>, usize>>,
+}
+
+impl fmt::Debug for Tree {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The source may hold secrets.
+        write!(f, "Tree({} nodes)", self.nodes.len())
+    }
 }
 
 /// A value and where it stands.
@@ -72,6 +82,23 @@ pub(super) enum Text {
 }
 
 impl Tree {
+    fn new(source: Arc<str>, nodes: Vec<Node>, root: NodeId, range: (usize, usize)) -> Self {
+        let mut tree = Self { source, nodes, root, range, index: HashMap::new() };
+        for (id, node) in tree.nodes.iter().enumerate() {
+            if let Kind::Mapping(entries) = &node.kind
+                && entries.len() > MAX_SEARCHED
+            {
+                let mut places = HashMap::with_capacity(entries.len());
+                for (place, (key, _)) in entries.iter().enumerate() {
+                    let key = tree.scalar_text(*key).unwrap_or_default();
+                    places.entry(key.into()).or_insert(place);
+                }
+                tree.index.insert(number(id), places);
+            }
+        }
+        tree
+    }
+
     pub(super) fn node(&self, id: NodeId) -> &Node {
         &self.nodes[id as usize]
     }
@@ -109,7 +136,11 @@ impl Tree {
 
     /// The key and the value of this name in a mapping.
     pub(super) fn entry(&self, id: NodeId, name: &str) -> Option<(NodeId, NodeId)> {
-        self.entries(id).iter().copied().find(|(key, _)| self.scalar_text(*key) == Some(name))
+        let entries = self.entries(id);
+        if let Some(places) = self.index.get(&self.follow(id)) {
+            return entries.get(*places.get(name)?).copied();
+        }
+        entries.iter().copied().find(|(key, _)| self.scalar_text(*key) == Some(name))
     }
 
     pub(super) fn is_null(&self, id: NodeId) -> bool {

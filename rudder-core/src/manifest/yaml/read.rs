@@ -2,14 +2,19 @@
 
 use super::{
     Kind, MAX_DEPTH, MAX_DOCUMENTS, MAX_FINDINGS, MAX_NODES, MAX_WEIGHT, Node, NodeId, Text, Tree, Value,
-    decode::decode, number, scalar::resolve,
+    decode::decode, number, scalar::resolve, trap,
 };
 use crate::{
     diagnostic::{Diagnostic, Span},
     manifest::path::{PathSegment, write_segments},
+    visible::cut,
 };
 use granit_parser::{ErrorKind, Event, Parser, ScalarStyle, Tag};
-use std::{borrow::Cow, collections::HashMap, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 /// What a mapping weighs beside its entries: about the size of the largest struct of a manifest.
 const MAPPING_WEIGHT: u64 = 1024;
@@ -68,6 +73,8 @@ pub(super) struct Reader {
     stack: Vec<Frame>,
     root: Option<NodeId>,
     anchors: HashMap<usize, NodeId>,
+    /// Scalars with an anchor that nothing has named so far, by anchor, with their paths.
+    unused_anchors: BTreeMap<usize, (Span, String)>,
     document_start: usize,
     documents: usize,
     /// Nodes and weight of the documents before.
@@ -87,6 +94,7 @@ impl Reader {
             stack: Vec::new(),
             root: None,
             anchors: HashMap::new(),
+            unused_anchors: BTreeMap::new(),
             document_start: 0,
             documents: 0,
             nodes_before: 0,
@@ -145,6 +153,7 @@ impl Reader {
             }
             Event::Alias(anchor) => match self.anchors.get(&anchor) {
                 Some(target) => {
+                    self.unused_anchors.remove(&anchor);
                     let target = match self.nodes[*target as usize].kind {
                         Kind::Alias(further) => further,
                         _ => *target,
@@ -162,13 +171,17 @@ impl Reader {
             Event::UnresolvedAlias(name) => {
                 let name: String = name.chars().take(80).collect();
                 let message = format!("expected an anchor `&{name}` before this alias, but found none");
-                self.report("yaml-alias", span, message, None);
+                let help = format!("a text that begins with `*` goes in quotes: '*{name}…'");
+                self.report("yaml-alias", span, message, Some(&help));
                 self.add_absent(span)
             }
             Event::Scalar(text, style, anchor, tag) => {
                 let (value, known) = self.scalar_value(&text, style, tag.as_deref(), tag_span);
                 let weight = NODE_WEIGHT + text.len() as u64;
                 let text = self.keep(text);
+                if anchor != 0 && self.unused_anchors.len() < MAX_FINDINGS {
+                    self.unused_anchors.insert(anchor, (span, self.path(None)));
+                }
                 self.add(span, Kind::Scalar(text, value), weight, 0, !known, anchor)
             }
             Event::SequenceStart(_, anchor, tag) => {
@@ -204,12 +217,33 @@ impl Reader {
             return;
         }
         let path = self.path(None);
+        let info = error.info().to_string();
+        let info = cut(&info, 200).unwrap_or(&info);
         let mut diagnostic =
-            Diagnostic::error("yaml-syntax", path, Some(span), format!("this is not YAML: {}", error.info()));
-        if error.info().contains("tab") {
-            diagnostic = diagnostic.with_help("indent with blanks: YAML does not take tabs there");
-        }
+            Diagnostic::error("yaml-syntax", path, Some(span), format!("this is not YAML: {info}"));
+        diagnostic.help = if info.contains("tab") {
+            Some("indent with blanks: YAML does not take tabs there".to_owned())
+        } else {
+            // What is wrong may be seen only in the next line.
+            self.line_at(span.start).and_then(trap::about_line).or_else(|| {
+                let before = self.source[..span.start.min(self.source.len())].trim_end().len();
+                self.line_at(before).and_then(trap::about_line)
+            })
+        };
         self.diagnostics.push(diagnostic);
+    }
+
+    /// The line around a place; `None` where it is too long to be looked at.
+    fn line_at(&self, at: usize) -> Option<&str> {
+        const FAR: usize = 2000;
+        let source = &self.source;
+        let at = source.floor_char_boundary(at.min(source.len()));
+        let from = source.floor_char_boundary(at.saturating_sub(FAR));
+        let to = source.floor_char_boundary(at.saturating_add(FAR));
+        let start = source[from..at].rfind('\n').map(|newline| from + newline + 1);
+        let start = start.or_else(|| (from == 0).then_some(0))?;
+        let end = source[at..to].find('\n').map_or(to, |length| at + length);
+        Some(&source[start..end])
     }
 
     pub(super) fn report(&mut self, code: &str, span: Span, message: String, help: Option<&str>) {
@@ -314,7 +348,7 @@ impl Reader {
             "yaml-tag",
             span,
             message,
-            Some("leave the tag out; text that looks like a number goes in quotes"),
+            Some("leave the tag out; a text that begins with `!`, or looks like a number, goes in quotes"),
         );
     }
 
@@ -431,7 +465,12 @@ impl Reader {
                         let message = "expected a plain key, but found a list or mapping".to_owned();
                         // Reported outside of the borrow of the frame.
                         self.nodes[id as usize].kind = Kind::Sequence(Box::default());
-                        self.report("yaml-key", span, message, Some("keys are text"));
+                        let help =
+                            match self.source.get(span.start..).is_some_and(|rest| rest.starts_with('{')) {
+                                true => "a text that begins with `{` goes in quotes: '{{ … }}'",
+                                false => "keys are text",
+                            };
+                        self.report("yaml-key", span, message, Some(help));
                     }
                 }
             },
@@ -450,10 +489,18 @@ impl Reader {
         self.nodes_before += nodes.len();
         self.stack.clear();
         self.anchors.clear();
+        for (span, path) in std::mem::take(&mut self.unused_anchors).into_values() {
+            if self.diagnostics.len() < MAX_FINDINGS {
+                let message =
+                    "expected an alias that names this anchor, but found none: the text lacks its `&…`";
+                let finding = Diagnostic::warning("unused-anchor", path, Some(span), message);
+                self.diagnostics.push(finding.with_help("a text that begins with `&` goes in quotes"));
+            }
+        }
         if let Some(root) = self.root.take() {
             self.weight_before = self.weight_before.saturating_add(nodes[root as usize].weight);
             let range = (self.document_start, end);
-            self.trees.push(Tree { source: Arc::clone(&self.source), nodes, root, range });
+            self.trees.push(Tree::new(Arc::clone(&self.source), nodes, root, range));
         }
         self.document_start = end;
     }

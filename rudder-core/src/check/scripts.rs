@@ -1,0 +1,348 @@
+//! Texts that the guest runs: scripts, their environment, and user data for cloud-init. What cannot work, or would be ignored, is
+//! said at its line instead of in the middle of a build.
+
+use super::{codes, findings::Findings};
+use crate::{manifest::Path, plan::GuestShell, visible::Quoted};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use serde_yaml::Value;
+
+/// What a variable and its value take at most: `MAX_ARG_STRLEN` of Linux, with the `=` and the end (execve(2)).
+const MAX_VARIABLE: usize = 128 * 1024 - 2;
+/// What an environment takes at most: half of what Linux gives arguments and environment with a stack of 8 MiB.
+const MAX_ENVIRONMENT: usize = 1024 * 1024;
+
+/// Variables that shells do not let anybody set: `export` of one ends the shell (bash(1), dash(1)).
+const READ_ONLY: [&str; 7] = ["BASHOPTS", "BASH_VERSINFO", "EUID", "OPTIND", "PPID", "SHELLOPTS", "UID"];
+/// Variables that shells set themselves, whatever the environment says.
+const SET_BY_SHELL: [&str; 16] = [
+    "_",
+    "BASHPID",
+    "BASH_ARGC",
+    "BASH_ARGV",
+    "BASH_COMMAND",
+    "BASH_LINENO",
+    "BASH_SOURCE",
+    "BASH_SUBSHELL",
+    "DIRSTACK",
+    "FUNCNAME",
+    "GROUPS",
+    "HISTCMD",
+    "IFS",
+    "LINENO",
+    "PIPESTATUS",
+    "SHLVL",
+];
+
+/// The text of a script.
+pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, guest: Option<GuestShell>) {
+    if text.contains('\0') {
+        findings.report(
+            &codes::INVALID_VALUE,
+            at,
+            "expected a script, but found a NUL character in it, which no shell reads",
+        );
+    }
+    if guest == Some(GuestShell::Powershell) {
+        return;
+    }
+    let mut lines = text.split('\n').peekable();
+    // Where the first line ends with CR LF, all are converted.
+    let is_dos = lines.peek().is_some_and(|first| first.ends_with('\r')) && text.contains('\n');
+    let wrong = lines.enumerate().find(|(_, line)| match is_dos {
+        true => line.trim_end_matches('\r').contains('\r'),
+        false => line.contains('\r'),
+    });
+    if let Some((place, _)) = wrong {
+        findings
+            .report(
+                &codes::LINE_ENDS,
+                at,
+                format!(
+                    "expected every line of the script to end with LF, but found a CR in line {}: the shell takes it for a \
+                     part of the command",
+                    place + 1
+                ),
+            )
+            .help = Some("save it with LF; when all lines end with CR LF, they are converted".to_owned());
+    }
+}
+
+/// The variables of a script.
+pub(super) fn environment(
+    findings: &mut Findings<'_>,
+    env: &serde_yaml::Mapping,
+    at: &Path<'_>,
+    guest: Option<GuestShell>,
+) {
+    let mut size = 0usize;
+    for (name, value) in env {
+        let Some(name) = name.as_str() else {
+            findings
+                .report(
+                    &codes::INVALID_VALUE,
+                    at,
+                    "expected names of variables as text, but found another key",
+                )
+                .help = Some("write the name in quotes".to_owned());
+            continue;
+        };
+        let at = at.key(name);
+        variable_name(findings, name, &at, guest);
+        let length = match value {
+            Value::String(text) => {
+                if text.contains('\0') {
+                    findings.report(&codes::INVALID_VALUE, &at, "expected text without NUL, but found one");
+                }
+                text.len()
+            }
+            Value::Number(_) | Value::Bool(_) => 32,
+            other => {
+                let found = match other {
+                    Value::Null => "nothing",
+                    Value::Sequence(_) => "a list",
+                    _ => "a mapping",
+                };
+                findings
+                    .report(
+                        &codes::INVALID_VALUE,
+                        &at,
+                        format!(
+                            "expected text, a number or a boolean for the variable {name:?}, but found {found}",
+                            name = Quoted(name)
+                        ),
+                    )
+                    .help = Some("an empty value is written as `\"\"`".to_owned());
+                0
+            }
+        };
+        let length = name.len() + length;
+        size = size.saturating_add(length + 2);
+        if length > MAX_VARIABLE {
+            too_large(findings, &at, "a variable", MAX_VARIABLE, length);
+        }
+    }
+    if size > MAX_ENVIRONMENT {
+        too_large(findings, at, "an environment", MAX_ENVIRONMENT, size);
+    }
+}
+
+fn too_large(findings: &mut Findings<'_>, at: &Path<'_>, what: &str, limit: usize, found: usize) {
+    findings
+        .report(
+            &codes::INVALID_VALUE,
+            at,
+            format!("expected {what} of at most {limit} bytes, but found {found}: the guest could start no command"),
+        )
+        .help = Some("put large texts into the guest with a file step".to_owned());
+}
+
+/// A name that a shell can export. Others exist in the environments of processes, but no shell passes them on reliably.
+fn variable_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>, guest: Option<GuestShell>) {
+    let is_shell_name = !name.is_empty()
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && !name.starts_with(|c: char| c.is_ascii_digit());
+    if guest == Some(GuestShell::Powershell) {
+        if name.is_empty() || name.contains(['=', '\0', '\n']) {
+            let message = format!(
+                "expected the name of an environment variable, but found {name:?}",
+                name = Quoted(name)
+            );
+            findings.report(&codes::INVALID_VALUE, at, message);
+        }
+    } else if !is_shell_name {
+        findings
+            .report(
+                &codes::INVALID_VALUE,
+                at,
+                format!(
+                    "expected a variable's name of letters, digits and `_` that does not begin with a digit, but found {name:?}",
+                    name = Quoted(name)
+                ),
+            )
+            .help = Some(match like_shell_name(name) {
+            Some(near) => format!("for example `{near}`; or set it inside of the script: `env '{name}=…' command`"),
+            None => "shells cannot export other names".to_owned(),
+        });
+    } else if READ_ONLY.contains(&name) {
+        findings
+            .report(
+                &codes::INVALID_VALUE,
+                at,
+                format!("expected a variable that may be set, but found {name}, which belongs to the shell"),
+            )
+            .help = Some("give it another name".to_owned());
+    } else if SET_BY_SHELL.contains(&name) {
+        findings
+            .report(
+                &codes::INEFFECTIVE_FIELD,
+                at,
+                format!("the variable {name} has no effect: the shell sets it itself"),
+            )
+            .help = Some("give it another name".to_owned());
+    }
+}
+
+/// `spring.profiles.active` as `SPRING_PROFILES_ACTIVE`, which Spring and others read for it.
+fn like_shell_name(name: &str) -> Option<String> {
+    if name.len() > 80 || name.chars().any(char::is_control) || name.contains('\'') {
+        return None;
+    }
+    let letter = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
+    let like: String = name.chars().map(letter).collect();
+    let like = like.trim_start_matches(|c: char| c.is_ascii_digit());
+    like.contains(|c: char| c != '_').then(|| like.to_owned())
+}
+
+/// What user data may begin with (cloud-init documentation, user data formats), in lower case.
+const HEADERS: [&str; 9] = [
+    "#!",
+    "#cloud-config",
+    "#cloud-boothook",
+    "#include",
+    "#part-handler",
+    "#upstart-job",
+    "## template: jinja",
+    "## template:jinja",
+    "##template: jinja",
+];
+
+/// User data: what cloud-init would ignore.
+pub(crate) fn user_data(findings: &mut Findings<'_>, text: &str, at: &Path<'_>) {
+    if let Some((message, help)) = ignored(text) {
+        findings.report(&codes::USER_DATA_IGNORED, at, format!("{message}: cloud-init ignores it")).help =
+            Some(help);
+    }
+}
+
+/// Why cloud-init would ignore user data, and what to do about it. Nothing of the text is repeated: it may hold secrets.
+fn ignored(text: &str) -> Option<(String, String)> {
+    if text.trim().is_empty() {
+        return None;
+    }
+    let found = |message: &str, help: &str| Some((message.to_owned(), help.to_owned()));
+    if text.starts_with('\u{feff}') {
+        let message = "expected user data that begins with a header, but found a byte order mark before it";
+        return found(message, "save it as UTF-8 without a byte order mark");
+    }
+    let start = text.trim_start();
+    let head = start[..start.floor_char_boundary(4096)].to_ascii_lowercase();
+    if is_mime(&head) {
+        return None;
+    }
+    if !HEADERS.iter().any(|header| head.starts_with(header)) {
+        let message =
+            "expected user data that begins with `#cloud-config`, `#!` or another header, but found none";
+        let help = match encoded(start) {
+            true => "write it as it is, not in base64".to_owned(),
+            false => "begin it with the line `#cloud-config`, or with `#!` and the interpreter of a script"
+                .to_owned(),
+        };
+        return Some((message.to_owned(), help));
+    }
+    if head.starts_with("#!") && start.len() < text.len() {
+        return found(
+            "expected `#!` at the very beginning of the script, but found blank lines before it",
+            "remove them: in YAML, begin the text right behind `|`",
+        );
+    }
+    let is_config = head.strip_prefix("#cloud-config").is_some_and(|rest| !rest.starts_with('-'));
+    if !is_config || start.len() > 1 << 20 {
+        return None;
+    }
+    match serde_yaml::from_str::<Value>(start) {
+        Ok(Value::Mapping(_) | Value::Null) => None,
+        Ok(_) => found(
+            "expected a mapping behind `#cloud-config`, but found something else",
+            "write `key: value` lines",
+        ),
+        // Later keys win there.
+        Err(error) if error.to_string().contains("duplicate") => None,
+        Err(error) => {
+            let place =
+                error.location().map(|place| format!(" in its line {}", place.line())).unwrap_or_default();
+            Some((
+                format!("expected YAML behind `#cloud-config`, but found a mistake{place}"),
+                "check its indentation and quotes".to_owned(),
+            ))
+        }
+    }
+}
+
+/// A MIME archive, as cloud-init finds one; `head` is in lower case.
+fn is_mime(head: &str) -> bool {
+    let is_header = |line: &str| {
+        line.starts_with("from ")
+            || line.split_once(':').is_some_and(|(name, _)| {
+                !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            })
+    };
+    head.contains("mime-version:") && head.lines().next().is_some_and(is_header)
+}
+
+/// Whether a text is base64 of user data, or of user data that was compressed.
+fn encoded(text: &str) -> bool {
+    let digits: String = text.chars().filter(|c| !c.is_whitespace()).take(16).collect();
+    digits.len() == 16
+        && BASE64_STANDARD.decode(&digits).is_ok_and(|bytes| {
+            bytes.starts_with(b"#") || bytes.starts_with(&[0x1f, 0x8b]) || bytes.starts_with(b"Content-")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cloud_init_ignores_is_told_from_what_it_takes() {
+        for text in [
+            "#cloud-config\npackages: [vim]\n",
+            "#cloud-config",
+            "\n\n#cloud-config\n{}\n",
+            "#Cloud-Config\na: 1\n",
+            "#cloud-config\r\na: 1\r\n",
+            "#!/bin/sh\necho\n",
+            "#cloud-config-archive\n- x\n",
+            "#include\nhttp://x\n",
+            "#include-once\nhttp://x\n",
+            "#cloud-boothook\n",
+            "#part-handler\n",
+            "## template: jinja\n#cloud-config\n{{ x }}: [\n",
+            "MIME-Version: 1.0\nContent-Type: text/x-shellscript\n\n#!/bin/sh\n",
+            "Content-Type: multipart/mixed; boundary=x\nMIME-Version: 1.0\n\n--x\n",
+            "",
+            "  \n",
+            "#cloud-config\na: 1\na: 2\n",
+        ] {
+            assert_eq!(ignored(text), None, "{text:?}");
+        }
+        for text in [
+            "\u{feff}#cloud-config\na: 1\n",
+            "packages: [vim]\n",
+            "# cloud-config\na: 1\n",
+            "cloud-config\na: 1\n",
+            "---\n#cloud-config\na: 1\n",
+            "echo hello\n",
+            "\n#!/bin/sh\n",
+            "#cloud-config\n- a\n",
+            "#cloud-config\na: [\n",
+            "#cloud-config\n\ta: 1\n",
+            "I2Nsb3VkLWNvbmZpZwphOiAxCg==\n",
+            "H4sIAAAAAAAAA1NOzskvTdFNzs9Ly0znAgB\n",
+            "{}",
+            "# mime-version: 1.0\n",
+        ] {
+            assert!(ignored(text).is_some(), "{text:?}");
+        }
+        let help = |text: &str| ignored(text).map(|(_, help)| help).unwrap_or_default();
+        assert!(help("I2Nsb3VkLWNvbmZpZwphOiAxCg==\n").contains("base64"));
+        assert!(!format!("{:?}", ignored("password: hunter2\n")).contains("hunter2"));
+    }
+
+    #[test]
+    fn a_name_for_shells_is_offered() {
+        assert_eq!(like_shell_name("spring.profiles.active").as_deref(), Some("SPRING_PROFILES_ACTIVE"));
+        assert_eq!(like_shell_name("9a-b").as_deref(), Some("A_B"));
+        assert_eq!(like_shell_name("..."), None);
+        assert_eq!(like_shell_name("a\nb"), None);
+    }
+}

@@ -1,0 +1,266 @@
+//! Where a source holds what must not be shown when a line of it is quoted: values of keys that say that they are secret, and
+//! what authorises in URLs.
+//!
+//! The source may not be YAML at all, which is what a finding is about then; so it is read for keys and the values behind them,
+//! in every form that a value has, and in doubt more is hidden.
+
+use crate::secret::url_secrets;
+use regex::Regex;
+use std::{collections::HashSet, ops::Range, sync::LazyLock};
+
+/// Words in keys whose values are secret, without `-` and `_`, in lower case.
+const WORDS: [&str; 10] = [
+    "password",
+    "passwd",
+    "passphrase",
+    "token",
+    "secret",
+    "apikey",
+    "accesskey",
+    "privatekey",
+    "credential",
+    "passwort",
+];
+
+/// Keys of the manifest that say where a secret is, not what it is.
+const REFERENCES: [&str; 2] = ["sshprivatekeysecret", "secretref"];
+
+/// A key and what separates it from its value, in YAML, JSON, shells and files of settings.
+#[expect(clippy::unwrap_used, reason = "a constant, which every test of this file compiles")]
+static KEY: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r#"["']?([A-Za-z_][A-Za-z0-9_.-]{0,63})["']?[ \t]*(?:\n[ \t]*)?([:=])"#).unwrap()
+});
+
+/// Whether the value of a key is not shown: it says so, or is a misspelling of one that does.
+pub(crate) fn is_secret_key(key: &str) -> bool {
+    if key.len() > 64 {
+        return false;
+    }
+    let plain: String =
+        key.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase();
+    if REFERENCES.contains(&plain.as_str()) {
+        return false;
+    }
+    let is_near = |known: &str| {
+        plain.len().abs_diff(known.len()) <= 2 && strsim::damerau_levenshtein(&plain, known) <= 2
+    };
+    WORDS.iter().any(|word| plain.contains(word)) || is_near("sshpassword") || is_near("password")
+}
+
+/// The ranges of a source that are not shown: in order, not touching.
+pub(super) fn hidden(source: &str) -> Vec<Range<usize>> {
+    let mut found = url_secrets(source);
+    let mut aliases = HashSet::new();
+    for captures in KEY.captures_iter(source) {
+        let (Some(key), Some(separator)) = (captures.get(1), captures.get(2)) else { continue };
+        if !is_secret_key(key.as_str()) {
+            continue;
+        }
+        let reader = Reader { source, key: key.start() };
+        if separator.as_str() == "=" {
+            found.push(separator.end()..reader.word(separator.end()));
+        } else {
+            let (value, alias) = reader.value(separator.end());
+            aliases.extend(alias);
+            found.push(value);
+        }
+    }
+    // What an alias stands for is written elsewhere.
+    if !aliases.is_empty() {
+        for (at, _) in source.match_indices('&') {
+            let name = anchor_name(&source[at + 1..]);
+            if aliases.contains(name) {
+                let line = source[..at].rfind('\n').map_or(0, |end| end + 1);
+                let reader = Reader { source, key: line + indent(&source[line..]) };
+                found.push(reader.value(at + 1 + name.len()).0);
+            }
+        }
+    }
+    crate::secret::merge(found)
+}
+
+fn anchor_name(text: &str) -> &str {
+    &text[..text.find(|c: char| c.is_whitespace() || ",[]{}".contains(c)).unwrap_or(text.len())]
+}
+
+fn indent(line: &str) -> usize {
+    line.len() - line.trim_start_matches([' ', '-', '?']).len()
+}
+
+/// Reads the value behind a key.
+struct Reader<'s> {
+    source: &'s str,
+    /// Where the key begins.
+    key: usize,
+}
+
+impl<'s> Reader<'s> {
+    /// The column of the key, in bytes.
+    fn column(&self) -> usize {
+        self.key - self.source[..self.key].rfind('\n').map_or(0, |end| end + 1)
+    }
+
+    fn line_end(&self, from: usize) -> usize {
+        self.source[from..].find('\n').map_or(self.source.len(), |length| from + length)
+    }
+
+    /// The end of a word of a shell that begins here.
+    fn word(&self, from: usize) -> usize {
+        let rest = &self.source[from..];
+        match rest.chars().next() {
+            Some(quote @ ('"' | '\'')) => self.quoted(from, quote),
+            _ => rest
+                .find(|c: char| c.is_whitespace() || ";\"'".contains(c))
+                .map_or(self.source.len(), |end| from + end),
+        }
+    }
+
+    /// The value that stands behind this place, and the name of the alias that it is.
+    fn value(&self, from: usize) -> (Range<usize>, Option<&'s str>) {
+        let skip = |at: usize| {
+            at + self.source[at..].len() - self.source[at..].trim_start_matches([' ', '\t', '\r']).len()
+        };
+        let mut start = skip(from);
+        // Anchors and tags in front of it.
+        while self.source[start..].starts_with(['&', '!']) {
+            let length = anchor_name(&self.source[start..]).len();
+            start = skip(start + length.max(1));
+        }
+        let rest = &self.source[start..];
+        let end = match rest.chars().next() {
+            Some('*') => {
+                let name = anchor_name(&rest[1..]);
+                return (start..start + 1 + name.len(), Some(name));
+            }
+            Some(quote @ ('"' | '\'')) => self.quoted(start, quote),
+            Some('[' | '{') => self.flow(start),
+            Some('|' | '>' | '#' | '\n') | None => self.block(self.line_end(start)),
+            Some(_) => self.plain(start),
+        };
+        (start..end.max(start), None)
+    }
+
+    /// The end of a text in quotes; of one that is not closed, the end of the source.
+    fn quoted(&self, start: usize, quote: char) -> usize {
+        let bytes = self.source.as_bytes();
+        let mut at = start + 1;
+        while at < bytes.len() {
+            match bytes[at] {
+                b'\\' if quote == '"' => at += 1,
+                byte if byte == quote as u8 => {
+                    if quote == '"' || bytes.get(at + 1) != Some(&b'\'') {
+                        return at + 1;
+                    }
+                    at += 1;
+                }
+                _ => {}
+            }
+            at += 1;
+        }
+        self.source.len()
+    }
+
+    /// The end of a list or mapping in brackets.
+    fn flow(&self, start: usize) -> usize {
+        let bytes = self.source.as_bytes();
+        let (mut at, mut depth) = (start, 0usize);
+        while at < bytes.len() {
+            match bytes[at] {
+                b'[' | b'{' => depth += 1,
+                b']' | b'}' => {
+                    depth -= 1;
+                    if depth == 0 {
+                        return at + 1;
+                    }
+                }
+                quote @ (b'"' | b'\'') => {
+                    at = self.quoted(at, char::from(quote));
+                    continue;
+                }
+                _ => {}
+            }
+            at += 1;
+        }
+        self.source.len()
+    }
+
+    /// The end of a text without quotes.
+    fn plain(&self, start: usize) -> usize {
+        let line_end = self.line_end(start);
+        let line = self.source[..self.key].rfind('\n').map_or(0, |end| end + 1);
+        let in_flow = self.source[line..self.key].contains(['{', '[', ',']);
+        if in_flow {
+            let end = self.source[start..line_end].find([',', '}', ']']);
+            return end.map_or(line_end, |end| start + end);
+        }
+        // A text may go on in lines that are indented deeper.
+        self.block(line_end)
+    }
+
+    /// The end of the lines behind this one that belong to the value: those that are indented deeper than the key, and elements
+    /// of a list below it.
+    fn block(&self, mut end: usize) -> usize {
+        let column = self.column();
+        while end < self.source.len() {
+            let next = self.line_end(end + 1);
+            let line = &self.source[end + 1..next];
+            let depth = line.len() - line.trim_start_matches([' ', '\t']).len();
+            let belongs = line.trim().is_empty()
+                || depth > column
+                || depth == column && line[depth..].starts_with("- ");
+            if !belongs {
+                break;
+            }
+            end = next;
+        }
+        end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is left of a source.
+    fn shown(source: &str) -> String {
+        let mut shown = source.to_owned();
+        for range in hidden(source).into_iter().rev() {
+            shown.replace_range(range, "***");
+        }
+        shown
+    }
+
+    #[test]
+    fn every_form_of_a_secret_value_is_hidden_and_what_follows_is_not() {
+        for (source, expected) in [
+            ("sshPassword: hunter2 # hunter2\nx: 1\n", "sshPassword: ***\nx: 1\n"),
+            ("sshPassword: \"a\\\"hunter2\\\\\" # c", "sshPassword: *** # c"),
+            ("sshPassword: 'a''hunter2' # c", "sshPassword: *** # c"),
+            ("{sshPassword: hunter2, x: 1}", "{sshPassword: ***, x: 1}"),
+            ("{\"sshPassword\": \"hun, }ter2\", x: 1}", "{\"sshPassword\": ***, x: 1}"),
+            ("sshPassword: |\n  hunter2\n\n  hunter2\nx: 1", "sshPassword: ***\nx: 1"),
+            ("- sshPassword: >-\n    hunter2\n  x: 1", "- sshPassword: ***\n  x: 1"),
+            ("sshPassword: hunter2\n  hunter2\nx: 1", "sshPassword: ***\nx: 1"),
+            ("sshPassword:\n  hunter2\nx: 1", "sshPassword: ***\nx: 1"),
+            ("sshPassword: [hunter2, \"]\", hunter2]\nx: 1", "sshPassword: ***\nx: 1"),
+            ("passwords:\n- hunter2\n- hunter2\nx: 1", "passwords: ***\nx: 1"),
+            ("a: &p hunter2\nsshPassword: *p\nb: 1", "a: &p ***\nsshPassword: ***\nb: 1"),
+            ("a: {x: &p \"hunter2\", y: 1}\nsshPassword: *p", "a: {x: &p ***, y: 1}\nsshPassword: ***"),
+            ("sshPassword: &p !!str hunter2\nb: 1", "sshPassword: &p !!str ***\nb: 1"),
+            ("? sshPassword\n: hunter2\nb: 1", "? sshPassword\n: ***\nb: 1"),
+            ("sshPasswrod: hunter2\nx: 1", "sshPasswrod: ***\nx: 1"),
+            ("export DB_PASSWORD=hunter2 X=1", "export DB_PASSWORD=*** X=1"),
+            ("GITHUB_TOKEN='hunter2 x' y", "GITHUB_TOKEN=*** y"),
+            ("url: https://me:hunter2@h/x?sig=hunter2&arch=a", "url: https://***@h/x?sig=***&arch=a"),
+            ("sshPrivateKeySecret: {name: keys, key: id}", "sshPrivateKeySecret: {name: keys, key: id}"),
+            ("secretRef:\n  name: x\n", "secretRef:\n  name: x\n"),
+            ("sshPassword: \"hunter2\nhunter2", "sshPassword: ***"),
+            ("sshUsername: me\nsshPort: 22\n", "sshUsername: me\nsshPort: 22\n"),
+        ] {
+            let shown = shown(source);
+            assert!(!shown.contains("hunter2") && !shown.contains("ter2"), "{shown}");
+            let tight = |text: &str| text.replace(' ', "");
+            assert_eq!(tight(&shown), tight(expected));
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! What looks like text and is something else to YAML, and what to do about it: quote it.
+
+use crate::{diagnostic::is_secret_key, visible::cut};
+
+/// A longer text is not repeated in quotes.
+const MAX_SHOWN: usize = 60;
+
+/// What the beginning of a text means to YAML.
+fn meaning(text: &str) -> Option<&'static str> {
+    Some(match text.chars().next()? {
+        '"' | '\'' => "text in quotes ends with them",
+        '[' | '{' => "a text that begins with a bracket is a list or a mapping",
+        '*' => "a text that begins with `*` is an alias",
+        '&' => "a text that begins with `&` is an anchor",
+        '!' => "a text that begins with `!` is a tag",
+        '|' | '>' => "a text that begins with `|` or `>` is a block",
+        '%' => "a text cannot begin with `%`",
+        '@' | '`' => "a text cannot begin with `@` or a backtick",
+        ',' | ']' | '}' => "a text cannot begin with a comma or a closing bracket",
+        _ => return None,
+    })
+}
+
+/// The text as a scalar in quotes; nothing where it is long.
+fn quoted(text: &str) -> Option<String> {
+    (!text.is_empty() && cut(text, MAX_SHOWN).is_none() && !text.contains(char::is_control))
+        .then(|| format!("'{}'", text.replace('\'', "''")))
+}
+
+fn advice(why: &str, text: &str) -> String {
+    match quoted(text) {
+        Some(quoted) => format!("{why}: write the whole in quotes, {quoted}"),
+        None => format!("{why}: write the whole in quotes, or as a block behind `|`"),
+    }
+}
+
+/// Help about a value that should be text, and that YAML takes for a list or a mapping; `text` is its first line.
+pub(super) fn about_value(text: &str) -> String {
+    let text = text.trim_end();
+    let why = meaning(text).unwrap_or("`: `, or a colon at the end, makes a mapping of it");
+    advice(why, text)
+}
+
+/// Help about a line that is no YAML.
+pub(super) fn about_line(line: &str) -> Option<String> {
+    let mut text = line.trim();
+    while let Some(rest) = text.strip_prefix("- ") {
+        text = rest.trim_start();
+    }
+    let mut key = "";
+    if let Some((start, value)) = text.split_once(": ")
+        && start.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+    {
+        (key, text) = (start, value.trim_start());
+    }
+    if is_secret_key(key) {
+        return Some("write the whole value in quotes".to_owned());
+    }
+    if let Some(why) = meaning(text) {
+        return Some(advice(why, text));
+    }
+    if text.contains(": ") || text.ends_with(':') && !key.is_empty() {
+        return Some(advice("`: ` in a text makes a mapping of it", text));
+    }
+    without_blank(text)
+}
+
+/// Help about `key:value`, which is text.
+pub(super) fn without_blank(text: &str) -> Option<String> {
+    let (key, value) = text.split_once(':')?;
+    let is_key = !key.is_empty()
+        && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+    let help = match quoted(value) {
+        Some(_) if !is_secret_key(key) => format!("write a blank behind the colon: `{key}: {value}`"),
+        _ => "write a blank behind the colon".to_owned(),
+    };
+    (is_key && !value.starts_with(['/', ' ']) && !value.is_empty()).then_some(help)
+}

@@ -1,0 +1,241 @@
+//! Dumps of bytes, as people and programs print them, read back: `xxd`, `hexdump`, `od` in all its bases, arrays of C, Rust and
+//! Python, characters one by one. Offsets in front of lines and text columns behind them are left out, so that a secret is found
+//! that goes over the end of a line.
+
+use super::view::{Unit, View};
+
+/// What a text may be when it is a dump.
+#[derive(Debug, Default)]
+pub(super) struct Dumps {
+    /// As hexadecimal digits in lower case.
+    pub(super) hex: Vec<View>,
+    /// As bytes.
+    pub(super) bytes: Vec<View>,
+}
+
+/// A run of letters and digits; places are in the view.
+#[derive(Debug, Clone, Copy)]
+struct Word {
+    start: usize,
+    end: usize,
+    /// Blanks in front of it.
+    gap: usize,
+    /// A bar stands in front of it, behind the word before.
+    bar: bool,
+}
+
+/// Whether numbers in front of lines are taken for offsets. Both are tried: a number may be either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Offsets {
+    Skip,
+    Read,
+}
+
+/// Everything that a text, of which the ends of lines are kept, may be as a dump.
+pub(super) fn dumps(text: &View) -> Dumps {
+    let mut dumps = Dumps::default();
+    let units = &text.0;
+    let digits = units.iter().filter(|unit| unit.byte.is_ascii_hexdigit()).count();
+    let blanks = units.iter().filter(|unit| matches!(unit.byte, b' ' | b'\t' | b',')).count();
+    let lines: Vec<(usize, usize)> = lines(units);
+    if digits >= 8 {
+        let words: Vec<Vec<Word>> = lines.iter().map(|(start, end)| words(units, *start, *end)).collect();
+        for offsets in [Offsets::Skip, Offsets::Read] {
+            numbers(units, &lines, &words, offsets, &mut dumps);
+        }
+    }
+    if blanks >= 3 {
+        dumps.bytes.push(characters(units, &lines, Offsets::Skip));
+        dumps.bytes.push(characters(units, &lines, Offsets::Read));
+    }
+    dumps.hex.retain(|view| view.0.len() >= 8);
+    dumps.bytes.retain(|view| view.0.len() >= 3);
+    dumps
+}
+
+fn lines(units: &[Unit]) -> Vec<(usize, usize)> {
+    let mut lines = Vec::new();
+    let mut start = 0;
+    for line in units.split_inclusive(|unit| unit.byte == b'\n') {
+        let end = start + line.len();
+        lines.push((start, if line.last().is_some_and(|unit| unit.byte == b'\n') { end - 1 } else { end }));
+        start = end;
+    }
+    lines
+}
+
+fn words(units: &[Unit], start: usize, end: usize) -> Vec<Word> {
+    let mut words = Vec::new();
+    let (mut at, mut gap, mut bar) = (start, 0, false);
+    while at < end {
+        let is_word = |unit: &Unit| unit.byte.is_ascii_alphanumeric() || unit.byte >= 0x80;
+        if is_word(&units[at]) {
+            let first = at;
+            while at < end && is_word(&units[at]) {
+                at += 1;
+            }
+            words.push(Word { start: first, end: at, gap, bar });
+            (gap, bar) = (0, false);
+            continue;
+        }
+        match units[at].byte {
+            b' ' | b'\t' => gap += 1,
+            byte => {
+                bar |= matches!(byte, b'|' | b'>');
+                gap = 0;
+            }
+        }
+        at += 1;
+    }
+    words
+}
+
+fn is_hex(units: &[Unit]) -> bool {
+    !units.is_empty() && units.iter().all(|unit| unit.byte.is_ascii_hexdigit())
+}
+
+/// The digits of a word in hexadecimal, without `0x`.
+fn hex_digits(units: &[Unit], word: Word) -> Option<&[Unit]> {
+    let units = &units[word.start..word.end];
+    let digits = match units {
+        [zero, x, rest @ ..] if zero.byte == b'0' && x.byte | 0x20 == b'x' => rest,
+        _ => units,
+    };
+    (digits.len() >= 2 && is_hex(digits)).then_some(digits)
+}
+
+/// Where the data of a line of a dump is: how many of its words are the offset, and how many are no text column.
+fn data(units: &[Unit], words: &[Word]) -> std::ops::Range<usize> {
+    let Some(first) = words.first().filter(|_| words.len() > 1) else { return 0..words.len() };
+    let is_offset = first.end - first.start >= 4 && is_hex(&units[first.start..first.end]);
+    if !is_offset {
+        return 0..words.len();
+    }
+    // xxd writes a colon, and two blanks in front of its text; hexdump and od write bars around theirs.
+    let colon = units.get(first.end).is_some_and(|unit| unit.byte == b':');
+    let is_text = |(place, word): (usize, &Word)| {
+        let is_first = place == 0;
+        word.bar
+            || colon && !is_first && word.gap >= 2
+            || hex_digits(units, *word).is_none() && !is_decimal(units, *word)
+    };
+    let end = words[1..].iter().enumerate().position(is_text).map_or(words.len(), |at| at + 1);
+    1..end
+}
+
+fn is_decimal(units: &[Unit], word: Word) -> bool {
+    units[word.start..word.end].iter().all(|unit| unit.byte.is_ascii_digit())
+}
+
+/// Reads the numbers of all lines, in every base and width.
+fn numbers(
+    units: &[Unit],
+    lines: &[(usize, usize)],
+    words: &[Vec<Word>],
+    offsets: Offsets,
+    dumps: &mut Dumps,
+) {
+    const SHAPES: [(u32, usize); 8] = [(8, 1), (8, 2), (8, 4), (8, 8), (10, 1), (10, 2), (10, 4), (10, 8)];
+    let (mut big, mut little, mut text) = (View::default(), View::default(), View::default());
+    let mut values: [View; 8] = Default::default();
+    for ((_, line_end), words) in lines.iter().zip(words) {
+        let data = match offsets {
+            Offsets::Skip => data(units, words),
+            Offsets::Read => 0..words.len(),
+        };
+        for word in &words[data.clone()] {
+            match hex_digits(units, *word) {
+                Some(digits) => {
+                    let lower = |unit: &Unit| Unit { byte: unit.byte.to_ascii_lowercase(), ..*unit };
+                    big.0.extend(digits.iter().map(lower));
+                    match digits.len() {
+                        4 | 8 | 16 => little.0.extend(digits.rchunks(2).flatten().map(lower)),
+                        _ => little.0.extend(digits.iter().map(lower)),
+                    }
+                }
+                None => {
+                    big.push_break();
+                    little.push_break();
+                }
+            }
+            for ((base, width), view) in SHAPES.iter().zip(&mut values) {
+                match number(units, *word, *base, *width) {
+                    Some(value) => {
+                        let (start, end) = (units[word.start].start, units[word.end - 1].end);
+                        let bytes = value.to_le_bytes();
+                        view.0.extend(bytes[..*width].iter().map(|byte| Unit { byte: *byte, start, end }));
+                    }
+                    None => view.push_break(),
+                }
+            }
+        }
+        if offsets == Offsets::Skip && data.end < words.len() {
+            text.0.extend(column(&units[words[data.end - 1].end..*line_end]));
+        }
+    }
+    dumps.hex.extend([big, little]);
+    dumps.bytes.push(text);
+    dumps.bytes.extend(values);
+}
+
+/// The text column of a line, from behind the data: without the blanks and bars around it.
+fn column(units: &[Unit]) -> &[Unit] {
+    let blank = |unit: &Unit| matches!(unit.byte, b' ' | b'\t');
+    let start = units.iter().position(|unit| !blank(unit)).unwrap_or(units.len());
+    match &units[start..] {
+        [open, rest @ .., close] if matches!((open.byte, close.byte), (b'|', b'|') | (b'>', b'<')) => rest,
+        rest => rest,
+    }
+}
+
+/// A number of so many bytes, as `od` prints it.
+fn number(units: &[Unit], word: Word, base: u32, width: usize) -> Option<u64> {
+    let digits = &units[word.start..word.end];
+    let fits = match (base, width) {
+        // Octal numbers are padded with zeros.
+        (8, 1) => digits.len() == 3,
+        (8, 2) => digits.len() == 6,
+        (8, 4) => digits.len() == 11,
+        (8, _) => digits.len() == 22,
+        _ => digits.len() <= 20,
+    };
+    let text = fits.then(|| digits.iter().map(|unit| char::from(unit.byte)).collect::<String>())?;
+    let value = u64::from_str_radix(&text, base).ok()?;
+    (width == 8 || value < 1 << (8 * width)).then_some(value)
+}
+
+/// Characters that stand one by one, with blanks between them, as `od -c` prints them.
+fn characters(units: &[Unit], lines: &[(usize, usize)], offsets: Offsets) -> View {
+    let mut view = View::default();
+    for (start, end) in lines {
+        let line = &units[*start..*end];
+        let words =
+            line.split(|unit| matches!(unit.byte, b' ' | b'\t' | b',')).filter(|word| !word.is_empty());
+        let is_offset = |word: &[Unit]| offsets == Offsets::Skip && word.len() >= 6 && is_hex(word);
+        for (place, word) in words.enumerate() {
+            match word {
+                [_] => view.0.push(word[0]),
+                word if place == 0 && is_offset(word) => {}
+                [quote, unit, close] if quote.byte == close.byte && matches!(quote.byte, b'\'' | b'"') => {
+                    view.0.push(*unit);
+                }
+                // Blanks and control characters by name (`od -a`), and by escape.
+                [slash, _] if slash.byte == b'\\' => {}
+                [s, p] if (s.byte, p.byte) == (b's', b'p') || (s.byte, p.byte) == (b'n', b'l') => {}
+                [first, .., last] if word.len() == 3 => {
+                    let digits: String = word.iter().map(|unit| char::from(unit.byte)).collect();
+                    match u8::from_str_radix(&digits, 8) {
+                        Ok(byte) => view.0.push(Unit { byte, start: first.start, end: last.end }),
+                        Err(_) => view.push_break(),
+                    }
+                }
+                // One character of several bytes.
+                [first, .., last] if word.len() <= 4 && first.byte >= 0xc0 && first.start == last.start => {
+                    view.0.extend_from_slice(word);
+                }
+                _ => view.push_break(),
+            }
+        }
+    }
+    view
+}

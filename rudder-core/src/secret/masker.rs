@@ -1,0 +1,260 @@
+//! The masker: secrets, brought into every view, are looked for in the same views of a text.
+
+use super::{
+    PieceMasker, Secret,
+    dump::dumps,
+    matcher::Matcher,
+    merge,
+    parts::parts,
+    replace, url,
+    view::{Lines, View, has_escapes, one_alphabet, plain, unescaped},
+};
+use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
+use std::{borrow::Cow, collections::BTreeSet, fmt, fmt::Write as _, ops::Range};
+
+/// Encoded forms are masked for texts of at least so many bytes: the encoding of less stands elsewhere by chance.
+const MIN_ENCODED: usize = 4;
+/// A secret in which blanks stand is masked without them from this length on.
+const MIN_SQUEEZED: usize = 6;
+/// Secrets have encoded forms up to so many bytes together; what is more is masked as it is and escaped.
+const MAX_ENCODED: usize = 256 * 1024;
+/// No form of a secret is taken to be longer than this, in bytes.
+const MAX_FORM: usize = 16 * 1024;
+
+/// Takes secrets out of any text.
+///
+/// Matches a secret, and each of its lines, as they are, and
+/// - with any of their characters escaped, however often: by backslashes (JSON, YAML, C, shells, `Debug`), as `\u00e9`, `\xe9`,
+///   `\351`, `%E9`, `+`, `&quot;`, or in the quotes of shells and YAML (`'\''`, `''`);
+/// - with colours, cursor movements and characters without width inside, and wrapped over several lines;
+/// - inside base64 of something larger, in each of the three alignments, in both alphabets, in lines of any length, and of
+///   UTF-16 as PowerShell takes it;
+/// - in dumps: hexadecimal in either case and with any separators, as `xxd`, `hexdump` and `od` lay it out in any base, with
+///   offsets and text columns, and characters one by one.
+///
+/// User information and tokens in the queries of URLs are masked whether or not they are known to be secret.
+///
+/// Secrets, and lines of secrets, of fewer than 3 characters are not masked; encoded forms need 4 bytes. The work is linear in
+/// the length of the text, and does not depend on the number of secrets.
+#[derive(Clone, Default)]
+pub struct Masker {
+    /// As it stands, and as bytes that a dump stands for.
+    plain: Option<Matcher>,
+    unescaped: Option<Matcher>,
+    base64: Option<Matcher>,
+    hex: Option<Matcher>,
+}
+
+impl Masker {
+    /// A masker of these secrets.
+    pub fn new<'a>(secrets: impl IntoIterator<Item = &'a Secret>) -> Self {
+        let mut all = BTreeSet::new();
+        for secret in secrets {
+            all.extend(parts(secret.expose()));
+        }
+        let (mut as_is, mut unquoted, mut base64, mut hex) =
+            (BTreeSet::new(), BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let mut encoded = 0;
+        for part in &all {
+            let view = plain(part, Lines::Join);
+            let bytes: Vec<u8> = view.bytes().collect();
+            unquoted.insert(unescaped(&view).bytes().collect());
+            let squeezed: Vec<u8> = bytes.iter().copied().filter(|byte| *byte != b' ').collect();
+            if squeezed.len() >= MIN_SQUEEZED {
+                as_is.insert(squeezed);
+            }
+            encoded += part.len();
+            if part.len() >= MIN_ENCODED && encoded <= MAX_ENCODED {
+                for line in [part.as_bytes(), &bytes] {
+                    let digits = line.iter().fold(String::new(), |mut digits, byte| {
+                        // Writing to a String does not fail.
+                        let _ = write!(digits, "{byte:02x}");
+                        digits
+                    });
+                    hex.insert(digits.into_bytes());
+                    base64_cores(line, &mut base64);
+                }
+                let utf16: Vec<u8> = part.encode_utf16().flat_map(u16::to_le_bytes).collect();
+                base64_cores(&utf16, &mut base64);
+            }
+            as_is.insert(bytes);
+        }
+        Self {
+            plain: Matcher::new(as_is),
+            unescaped: Matcher::new(unquoted),
+            base64: Matcher::new(base64),
+            hex: Matcher::new(hex),
+        }
+    }
+
+    /// The text without secrets: each is replaced by `***`.
+    #[must_use]
+    pub fn mask<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        let ranges = self.find(text);
+        if ranges.is_empty() { Cow::Borrowed(text) } else { replace(text, &ranges).into() }
+    }
+
+    /// Lines that belong together without secrets, also those that go over the end of a line.
+    #[must_use]
+    pub fn mask_lines(&self, lines: Vec<String>) -> Vec<String> {
+        let mut masked = Vec::with_capacity(lines.len());
+        let mut pieces = self.pieces();
+        for line in lines {
+            pieces.push(&line.replace('\n', " "), false, &mut |line| masked.push(line.to_owned()));
+        }
+        pieces.finish(&mut |line| masked.push(line.to_owned()));
+        masked
+    }
+
+    /// A masker for lines that come one after the other, long ones in pieces.
+    #[must_use]
+    pub fn pieces(&self) -> PieceMasker<'_> {
+        PieceMasker::new(self)
+    }
+
+    /// No form of a secret is longer than this, in bytes.
+    pub(super) fn longest(&self) -> usize {
+        // A byte takes at most a dozen characters in any form.
+        let longest = self.plain.as_ref().map_or(0, Matcher::longest);
+        (longest * 16).min(MAX_FORM)
+    }
+
+    /// Where secrets stand: in order, not touching.
+    pub(super) fn find(&self, text: &str) -> Vec<Range<usize>> {
+        self.scan(text, None)
+    }
+
+    /// [`find`](Self::find), and where secrets begin that may go on behind the end.
+    pub(super) fn find_open(&self, text: &str) -> (Vec<Range<usize>>, Open) {
+        let mut open = Open::default();
+        (self.scan(text, Some(&mut open)), open)
+    }
+
+    fn scan(&self, text: &str, mut open: Option<&mut Open>) -> Vec<Range<usize>> {
+        let mut found = Vec::new();
+        url::find(text, &mut found);
+        self.views(text, &mut |matcher, view, form| {
+            matcher.find(view.bytes(), |range| {
+                let range = if form == Form::Base64 { with_neighbours(view, range) } else { range };
+                found.push(view.source(&range));
+            });
+            if let Some(open) = open.as_deref_mut() {
+                open.look(matcher, view, form);
+            }
+        });
+        merge(found)
+    }
+
+    /// Every view of a text in which secrets may be found, with what finds them.
+    fn views(&self, text: &str, see: &mut dyn FnMut(&Matcher, &View, Form)) {
+        let Some(as_is) = &self.plain else { return };
+        let view = plain(text, Lines::Join);
+        see(as_is, &view, Form::Plain);
+        if text.contains(['\x1b', '\u{9b}']) {
+            // What a terminal takes for the end of a control sequence may be the beginning of a secret.
+            let without = text.replace('\x1b', "\0").replace('\u{9b}', "\0\0");
+            see(as_is, &plain(&without, Lines::Join), Form::Plain);
+        }
+        let mut encoded = vec![one_alphabet(&view, b'\n')];
+        if let Some(matcher) = &self.unescaped
+            && has_escapes(&view)
+        {
+            let view = unescaped(&view);
+            see(matcher, &view, Form::Plain);
+            if self.base64.is_some() {
+                // A plus was taken for a blank.
+                encoded.push(one_alphabet(&view, b' '));
+            }
+        }
+        if let Some(matcher) = &self.base64 {
+            encoded.iter().for_each(|view| see(matcher, view, Form::Base64));
+        }
+        if let Some(matcher) = &self.hex {
+            let dumps = if text.contains('\n') { dumps(&plain(text, Lines::Keep)) } else { dumps(&view) };
+            dumps.hex.iter().for_each(|view| see(matcher, view, Form::Hex));
+            dumps.bytes.iter().for_each(|view| see(as_is, view, Form::Dump));
+        }
+    }
+}
+
+impl fmt::Debug for Masker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Masker")
+    }
+}
+
+/// Where secrets begin that may go on behind the end of a text.
+#[derive(Debug, Default)]
+pub(super) struct Open {
+    /// The first of them.
+    pub(super) any: Option<usize>,
+    /// The first of which so much is there that it is no chance.
+    pub(super) hold: Option<usize>,
+}
+
+impl Open {
+    fn look(&mut self, matcher: &Matcher, view: &View, form: Form) {
+        let first = view.0.len().saturating_sub(matcher.longest());
+        let tail: Vec<u8> = view.0[first..].iter().map(|unit| unit.byte).collect();
+        let Some(at) = matcher.open_at(&tail) else { return };
+        let start = view.0[first + at].start as usize;
+        let earlier = |known: Option<usize>| Some(known.map_or(start, |known| known.min(start)));
+        self.any = earlier(self.any);
+        if tail.len() - at >= form.least() {
+            self.hold = earlier(self.hold);
+        }
+    }
+}
+
+/// The form that a view shows secrets in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Plain,
+    Base64,
+    Hex,
+    Dump,
+}
+
+impl Form {
+    /// From how many bytes on the end of a line may be the beginning of a secret.
+    fn least(self) -> usize {
+        match self {
+            Self::Plain | Self::Dump => 3,
+            Self::Base64 | Self::Hex => 4,
+        }
+    }
+}
+
+/// A match in base64 with the characters beside it, which hold bits of the secret too.
+fn with_neighbours(view: &View, range: Range<usize>) -> Range<usize> {
+    let is_digit = |at: usize| {
+        view.0
+            .get(at)
+            .is_some_and(|unit| unit.byte.is_ascii_alphanumeric() || matches!(unit.byte, b'+' | b'/'))
+    };
+    let Range { mut start, mut end } = range;
+    if start > 0 && is_digit(start - 1) {
+        start -= 1;
+    }
+    if is_digit(end) {
+        end += 1;
+    }
+    while end < range.end + 3 && view.0.get(end).is_some_and(|unit| unit.byte == b'=') {
+        end += 1;
+    }
+    start..end
+}
+
+/// Base64 of whatever has these bytes in it: the characters that depend on them alone.
+fn base64_cores(bytes: &[u8], into: &mut BTreeSet<Vec<u8>>) {
+    for before in 0..3usize {
+        let mut padded = vec![0; before];
+        padded.extend_from_slice(bytes);
+        let (first, last) = ((before * 8).div_ceil(6), padded.len() * 8 / 6);
+        let encoded = BASE64_STANDARD_NO_PAD.encode(&padded);
+        let core = &encoded.as_bytes()[first.min(last)..last];
+        if core.len() >= 4 {
+            into.insert(core.to_vec());
+        }
+    }
+}
