@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --example build -- [--backend qemu|libvirt|memory] [--store DIR] [--events json]
-//!                              [--on-failure destroy|keep] [--locked] FILE
+//!                              [--on-failure destroy|keep] [--locked] [--strict] FILE
 //! ```
 //!
 //! `libvirt` is there with `--features libvirt`; `LIBVIRT_DEFAULT_URI` says which one.
@@ -37,22 +37,17 @@ use hypervisor::Hypervisor;
 use output::{Unwritten, print, tell};
 use rudder::{
     Error, ErrorKind, Result,
-    backend::Backend,
     build::{Build, BuildFailure, FailurePolicy},
     diagnostic::{Diagnostic, render},
     event::EventKind,
-    manifest::{Document, parse_named},
+    manifest::{UnknownKeys, parse_with, read_file},
     module::Module,
-    plan::{PlanContext, Planned, plan},
+    plan::{PlanContext, plan},
     store::Store,
 };
 use screen::Screen;
 use signals::{CANCELLED, Signals};
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-};
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 const FAILED: u8 = 1;
 const REFUSED: u8 = 2;
@@ -75,6 +70,9 @@ struct Args {
     /// Refuses inputs that changed since the module of the same name was built.
     #[arg(long)]
     locked: bool,
+    /// Refuses keys that no field has.
+    #[arg(long)]
+    strict: bool,
     /// The manifest.
     file: PathBuf,
 }
@@ -138,19 +136,23 @@ impl From<Box<BuildFailure>> for End {
 async fn run(args: Args) -> Result<(), End> {
     let signals = Signals::listen().map_err(|error| Error::io("listen to signals", error))?;
     let store = args.store.clone().unwrap_or_else(Store::default_root);
-    let text = std::fs::read(&args.file)
-        .map_err(|error| End::refused(format!("error: cannot read {}: {error}", args.file.display())))?;
+    let text = read_file(&args.file).map_err(|error| End::refused(format!("error: {}", error.report())))?;
     let file = Source { name: args.file.display().to_string(), text };
     let backend = args.backend.open(&store)?;
 
     // All documents are looked at before the first is built.
-    let parsed = parse_named(&file.name, &file.text);
+    let unknown_keys = if args.strict { UnknownKeys::Refuse } else { UnknownKeys::Warn };
+    let parsed = parse_with(&file.name, &file.text, unknown_keys);
     file.judge(&parsed.diagnostics)?;
+    let mut context = PlanContext::new(backend.capabilities())
+        .with_modules(backend.modules().await?)
+        .with_damaged_modules(backend.damaged_modules().await?)
+        .with_base_directory(args.file.parent().unwrap_or(&args.file));
     let mut findings = Vec::new();
     for (place, document) in parsed.documents.iter().enumerate() {
         // A module that an earlier document of the file makes is not there yet.
         let to_come = |finding: &Diagnostic| place > 0 && finding.code == "unknown-module";
-        let found = planned(document, &args.file, &backend).await?.diagnostics;
+        let found = plan(document, &context).diagnostics;
         findings.extend(found.into_iter().filter(|finding| !to_come(finding)));
     }
     file.judge(&findings)?;
@@ -160,16 +162,16 @@ async fn run(args: Args) -> Result<(), End> {
 
     for document in &parsed.documents {
         // Planned again: an earlier document may have built the module that this one builds on.
-        let planned = planned(document, &args.file, &backend).await?;
+        let planned = plan(document, &context);
         let Some(plan) = planned.plan else {
             return Err(End::refused(render(&planned.diagnostics, &file.name, &file.text())));
         };
         if let Some(nobody) = by_hand::nobody_for(&plan) {
             return Err(End::refused(nobody));
         }
-        let earlier = if args.locked { Some(module(&*backend, &plan.name).await?) } else { None };
+        let earlier = if args.locked { Some(earlier(&context, &plan.name)?) } else { None };
         let mut build = Build::new(plan, Arc::clone(&backend)).report_dir(store.join("reports"));
-        if let Some(earlier) = &earlier {
+        if let Some(earlier) = earlier {
             build = build.locked(earlier);
         }
         if let OnFailure::Keep = args.on_failure {
@@ -180,6 +182,8 @@ async fn run(args: Args) -> Result<(), End> {
             Some(path) => print(path.display())?,
             None => print(&module.name)?,
         }
+        // The documents behind it may build on it.
+        context = context.with_modules([module]);
     }
     Ok(())
 }
@@ -237,23 +241,13 @@ async fn follow(build: Build, format: Option<EventFormat>, signals: &Signals) ->
     }
 }
 
-/// The plan of a document, against what the backend can do and has now.
-async fn planned(document: &Document, file: &Path, backend: &Arc<dyn Backend>) -> Result<Planned> {
-    let context = PlanContext::new(backend.capabilities())
-        .with_modules(backend.modules().await?)
-        .with_damaged_modules(backend.damaged_modules().await?)
-        .with_base_directory(file.parent().unwrap_or(file));
-    Ok(plan(document, &context))
-}
-
-/// The module of this name.
-async fn module(backend: &dyn Backend, name: &str) -> Result<Module> {
-    if let Some(damaged) = backend.damaged_modules().await?.into_iter().find(|module| module.name == name) {
+/// The module of this name that was built before.
+fn earlier<'c>(context: &'c PlanContext, name: &str) -> Result<&'c Module> {
+    if let Some(reason) = context.damaged_modules.get(name) {
         let message = format!("expected an earlier module {name} to lock the build to, but it is damaged");
-        return Err(Error::new(ErrorKind::InvalidInput, message).with_help(damaged.reason));
+        return Err(Error::new(ErrorKind::InvalidInput, message).with_help(reason.clone()));
     }
-    let modules = backend.modules().await?;
-    modules.into_iter().find(|module| module.name == name).ok_or_else(|| {
+    context.modules.get(name).ok_or_else(|| {
         let message = format!("expected an earlier module {name} to lock the build to, but there is none");
         Error::new(ErrorKind::NotFound, message).with_help("build once without `--locked`")
     })

@@ -24,8 +24,9 @@ use rudder::{
     module::Module,
     store::Store,
     units::human_bytes,
+    visible::visible_line,
 };
-use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 /// Looks after the modules of a store.
 #[derive(Parser)]
@@ -95,8 +96,9 @@ struct Done {
 /// Adds a line.
 macro_rules! line {
     ($done:expr, $($text:tt)+) => {
-        // A `String` takes whatever is written.
-        let _ = writeln!($done.shown, $($text)+);
+        // A record may hold what a server or a guest said: it is shown, not obeyed.
+        $done.shown.push_str(&visible_line(&format!($($text)+)));
+        $done.shown.push('\n');
     };
 }
 
@@ -168,7 +170,7 @@ async fn show(backend: &dyn Backend, name: &str, json: bool) -> Result<Done> {
     })?;
     if json {
         let mut done = Done::default();
-        line!(done, "{:#}", serde_json::json!(module));
+        done.shown = format!("{:#}", serde_json::json!(module));
         return Ok(done);
     }
     Ok(describe(&module))

@@ -1,7 +1,7 @@
 //! Says everything that is wrong with manifests, without building anything.
 //!
 //! ```sh
-//! cargo run --example validate -- [--json] FILE...
+//! cargo run --example validate -- [--json] [--strict] FILE...
 //! ```
 //!
 //! Findings go to standard error for people, or as JSON lines to standard output; `-` is standard input.
@@ -14,9 +14,10 @@ mod output;
 use clap::{ColorChoice, Parser};
 use output::{Unwritten, print, tell};
 use rudder::{
+    Error, Result,
     check::check,
     diagnostic::{self, Colour, Diagnostic, Renderer},
-    manifest::parse_named,
+    manifest::{MAX_BYTES, UnknownKeys, parse_with, read_file},
 };
 use std::{
     io::{self, IsTerminal as _, Read as _, Write as _},
@@ -24,8 +25,8 @@ use std::{
     process::ExitCode,
 };
 
-/// A file is not read further than this: the parser refuses what is larger than 16 MiB.
-const MAX_READ: u64 = (16 << 20) + 1;
+/// Standard input is not read further than this: the parser refuses what is larger.
+const MAX_READ: u64 = MAX_BYTES as u64 + 1;
 
 /// Check manifests and say everything that is wrong with them.
 #[derive(Debug, Parser)]
@@ -34,6 +35,9 @@ struct Arguments {
     /// Write findings to standard output, one JSON object per line.
     #[arg(long)]
     json: bool,
+    /// Take keys that no field has for errors.
+    #[arg(long)]
+    strict: bool,
     /// Colour the findings.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     color: ColorChoice,
@@ -63,7 +67,7 @@ fn main() -> ExitCode {
                 }
             }
             Err(error) => {
-                tell(format_args!("error: cannot read {name}: {error}"));
+                tell(format_args!("error: {}", error.report()));
                 totals.unreadable += 1;
             }
         }
@@ -80,19 +84,19 @@ fn is_stdin(file: &Path) -> bool {
     file.as_os_str() == "-"
 }
 
-fn read(file: &Path) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    if is_stdin(file) {
-        io::stdin().lock().take(MAX_READ).read_to_end(&mut bytes)?;
-    } else {
-        std::fs::File::open(file)?.take(MAX_READ).read_to_end(&mut bytes)?;
+fn read(file: &Path) -> Result<Vec<u8>> {
+    if !is_stdin(file) {
+        return read_file(file);
     }
-    Ok(bytes)
+    let mut bytes = Vec::new();
+    let read = io::stdin().lock().take(MAX_READ).read_to_end(&mut bytes);
+    read.map(|_| bytes).map_err(|error| Error::io("read standard input", error))
 }
 
 /// Parses and checks one file, and shows what was found.
 fn validate(arguments: &Arguments, name: &str, bytes: &[u8], totals: &mut Totals) -> Result<(), Unwritten> {
-    let parsed = parse_named(name, bytes);
+    let unknown_keys = if arguments.strict { UnknownKeys::Refuse } else { UnknownKeys::Warn };
+    let parsed = parse_with(name, bytes, unknown_keys);
     let mut findings = parsed.diagnostics;
     for document in &parsed.documents {
         findings.extend(check(document));

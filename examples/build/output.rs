@@ -1,5 +1,6 @@
 //! What the examples print. Printing never panics: a stream may be closed, full, or a terminal that is gone.
 
+use rudder::visible::visible;
 use std::{
     fmt::Display,
     io::{self, ErrorKind, Write as _, stderr, stdout},
@@ -10,7 +11,8 @@ const NOBODY_READS: u8 = 141;
 
 /// Writes lines for people to standard error. When it cannot be written, nobody is there to miss them.
 pub(crate) fn tell(text: impl Display) {
-    let _ = writeln!(stderr().lock(), "{text}");
+    // What guests and servers said is shown, not obeyed.
+    let _ = writeln!(stderr().lock(), "{}", visible(&text.to_string()));
 }
 
 /// Writes lines for programs to standard output.

@@ -2,7 +2,10 @@
 
 use crate::output::tell;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use rudder::event::{Event, EventKind, Outcome};
+use rudder::{
+    event::{Event, EventKind, Outcome},
+    visible::visible_line,
+};
 use std::{
     collections::HashMap,
     io::{IsTerminal, stderr},
@@ -67,8 +70,8 @@ impl Screen {
             Look::Terminal(bars) => {
                 let bar = self.bars.entry(key.clone()).or_insert_with(|| {
                     let bar = bars.add(ProgressBar::new(0).with_style(style()));
-                    bar.set_prefix(event.vm.clone().unwrap_or_default());
-                    bar.set_message(task.to_owned());
+                    bar.set_prefix(visible_line(event.vm.as_deref().unwrap_or_default()).into_owned());
+                    bar.set_message(visible_line(task).into_owned());
                     bar
                 });
                 bar.set_length(total.unwrap_or(done));

@@ -30,7 +30,7 @@ fn assert_bounded(text: &str) -> Prepared {
 #[test]
 fn many_findings_are_counted_and_not_listed() {
     let mut vms = "vms:\n".to_owned();
-    for _ in 0..60_000 {
+    for _ in 0..20_000 {
         vms.push_str("- {}\n");
     }
     let prepared = assert_bounded(&vms);
@@ -66,7 +66,7 @@ fn warnings_never_hide_the_error_among_them() {
 
 #[test]
 fn long_values_are_cut_wherever_they_are_repeated() {
-    let long = "x".repeat(4 << 20);
+    let long = "x".repeat(1 << 20);
     for text in [
         format!("vms:\n- name: {long}\n"),
         format!("vms:\n- &vm {{name: {long}}}\n- *vm\n- *vm\n"),
@@ -87,7 +87,7 @@ fn long_values_are_cut_wherever_they_are_repeated() {
         format!("apiVersion: {long}\nkind: {long}\n"),
         format!("vms: *{long}\n"),
         format!("vms: !{long} x\n"),
-        format!("timeout: {}\nvms: []\n", "0s".repeat(1 << 20)),
+        format!("timeout: {}\nvms: []\n", "0s".repeat(1 << 18)),
         format!(
             "network: {{subnets: [{{name: {long}, cidr: 10.0.0.0/24}}, {{name: b, cidr: 10.0.0.0/24, vpc: {long}}}]}}\nvms: []\n"
         ),
@@ -98,19 +98,19 @@ fn long_values_are_cut_wherever_they_are_repeated() {
 
 #[test]
 fn findings_on_one_long_line_cost_no_more_than_on_many() {
-    assert_bounded(&format!("vms: [{}]", "{tpm: 5}, ".repeat(30_000)));
-    assert_bounded(&format!("vms: [{{bootCommand: ['{}']}}]", "<nokey>".repeat(100_000)));
-    assert_bounded(&format!("vms: [{{bootCommand: [{}]}}]", "'<nokey>', ".repeat(30_000)));
+    assert_bounded(&format!("vms: [{}]", "{tpm: 5}, ".repeat(10_000)));
+    assert_bounded(&format!("vms: [{{bootCommand: ['{}']}}]", "<nokey>".repeat(30_000)));
+    assert_bounded(&format!("vms: [{{bootCommand: [{}]}}]", "'<nokey>', ".repeat(10_000)));
 }
 
 #[test]
 fn long_lists_of_names_are_compared_in_bounded_work() {
     let mut text = "files:\n".to_owned();
-    for n in 0..20_000 {
+    for n in 0..8_000 {
         writeln!(text, "- {{name: file-{n}, inline: x}}").unwrap();
     }
     text.push_str("vms:\n- name: a\n  provisioners:\n");
-    for n in 0..20_000 {
+    for n in 0..8_000 {
         writeln!(text, "  - {{type: file, file: {{fileRef: other-{n}, destination: /x}}}}").unwrap();
     }
     assert_bounded(&text);
@@ -134,11 +134,11 @@ fn subnets_files_and_overrides_are_looked_up_not_searched() {
 #[test]
 fn a_mapping_of_many_keys_is_searched_by_an_index() {
     let mut text = String::new();
-    for n in 0..60_000 {
+    for n in 0..20_000 {
         writeln!(text, "x{n}-unknown: 1").unwrap();
     }
     text.push_str("vms:\n");
-    for _ in 0..40_000 {
+    for _ in 0..20_000 {
         text.push_str("- {}\n");
     }
     assert!(parse(text.as_bytes()).documents.len() <= 1);

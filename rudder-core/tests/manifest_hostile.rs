@@ -45,6 +45,7 @@ fn what_is_not_yaml_is_said_with_its_place() {
       |
     3 |
       | ^
+      = help: text in quotes ends with them: write the whole in quotes, '"a'
     "#);
     insta::assert_snapshot!(shown("vms: a: b\n"), @r#"
     error[yaml-syntax]: this is not YAML: mapping values are not allowed in this context
@@ -52,6 +53,7 @@ fn what_is_not_yaml_is_said_with_its_place() {
       |
     1 | vms: a: b
       |       ^
+      = help: `: ` in a text makes a mapping of it: write the whole in quotes, 'a: b'
     "#);
     insta::assert_snapshot!(shown("%YAML 3.0\n---\nvms: []\n"), @r#"
     error[yaml-syntax]: this is not YAML: unsupported YAML major version
@@ -96,7 +98,7 @@ fn other_encodings_are_named() {
 fn a_byte_order_mark_and_carriage_returns_are_fine() {
     let text = "\u{feff}vms:\r\n- name: web\r\n  tmp: true\r\n";
     insta::assert_snapshot!(shown(text), @r#"
-    warning[unknown-key]: no field is called `tmp` here; it is ignored
+    error[unknown-key]: no field is called `tmp` here
      --> m.yaml:3:3 (vms[0].tmp)
       |
     3 |   tmp: true
@@ -173,6 +175,7 @@ fn the_form_of_a_document_is_checked() {
       |
     1 | apiVersion: [1]
       |             ^^^
+      = help: a text that begins with a bracket is a list or a mapping: write the whole in quotes, '[1]'
 
     error[missing-field]: expected `kind: VirtualMachineBuild`, but found none
      --> m.yaml:2:1 (kind)
@@ -209,14 +212,14 @@ fn tags_keys_and_aliases() {
       |
     1 | vms: !list
       |      ^^^^^
-      = help: leave the tag out; text that looks like a number goes in quotes
+      = help: leave the tag out; a text that begins with `!`, or looks like a number, goes in quotes
 
     error[yaml-tag]: expected a value that needs no tag, but found the tag `!!python/object:os.system`
      --> m.yaml:2:9 (vms[0].name)
       |
     2 | - name: !!python/object:os.system a
       |         ^^^^^^^^^^^^^^^^^^^^^^^^^
-      = help: leave the tag out; text that looks like a number goes in quotes
+      = help: leave the tag out; a text that begins with `!`, or looks like a number, goes in quotes
     "#);
     insta::assert_snapshot!(shown("vms:\n- ? [a, b]\n  : c\n  name: a\n"), @r#"
     error[yaml-key]: expected a plain key, but found a list or mapping
@@ -232,6 +235,7 @@ fn tags_keys_and_aliases() {
       |
     1 | vms: *there
       |      ^^^^^^
+      = help: a text that begins with `*` goes in quotes: '*there…'
 
     error[yaml-alias]: expected a value, but found an alias inside the value that it names
      --> m.yaml:2:15 (files[0])

@@ -51,9 +51,9 @@ files: ~
     8:27 `vms[0].communicator.sshPort` error[wrong-type]: expected an integer, but found the text "22" (write it without quotes: 22)
     8:46 `vms[0].communicator.sshPassword` error[wrong-type]: expected text, but found an integer (write it in quotes)
     9:17 `vms[0].bootCommand[0]` error[wrong-type]: expected text, but found the integer 1 (write it in quotes: "1")
-    9:24 `vms[0].bootCommand[2]` error[wrong-type]: expected text, but found nothing
+    9:24 `vms[0].bootCommand[2]` error[wrong-type]: expected text, but found nothing (an empty text is written `""`; a text that begins with `#` goes in quotes)
     10:8 `vms[0].tpm` error[wrong-type]: expected `true` or `false`, but found the text "yes" (write `true`, without quotes)
-    13:21 `vms[0].provisioners[0].shell.inline` error[wrong-type]: expected text or a list of lines, but found a mapping
+    13:21 `vms[0].provisioners[0].shell.inline` error[wrong-type]: expected text or a list of lines, but found a mapping (a text that begins with a bracket is a list or a mapping: write the whole in quotes, '{a: 1}')
     13:34 `vms[0].provisioners[0].shell.env` error[wrong-type]: expected a mapping, but found a list
     14:5 `vms[0].provisioners[1]` error[wrong-type]: expected a mapping, but found the text "just text"
     15:3 `vms[1]` error[wrong-type]: expected a mapping, but found nothing

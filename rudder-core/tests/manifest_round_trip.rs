@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use proptest::prelude::*;
-use rudder_core::manifest::{json_schema, parse};
+use rudder_core::manifest::{Parsed, json_schema, parse};
 use serde_yaml::{Mapping, Value};
 
 /// Text of all kinds, above all the kind that looks like something else.
@@ -235,6 +235,11 @@ fn flow(value: &Value) -> String {
     }
 }
 
+/// Whether anything but a misspelt key is wrong: what keys are called is by chance here.
+fn is_refused(parsed: &Parsed) -> bool {
+    parsed.diagnostics.iter().any(|finding| finding.is_error() && finding.code != "unknown-key")
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -242,7 +247,7 @@ proptest! {
     fn what_was_written_comes_back(document in document()) {
         let text = flow(&document);
         let first = parse(text.as_bytes());
-        prop_assert!(!first.has_errors(), "{:#?}\n{text}", first.diagnostics);
+        prop_assert!(!is_refused(&first), "{:#?}\n{text}", first.diagnostics);
         prop_assert_eq!(first.documents.len(), 1);
         let again = first.documents[0].manifest().to_yaml().unwrap();
         // Nothing is lost, nothing is added, nothing changes its type …
@@ -250,7 +255,7 @@ proptest! {
         prop_assert_eq!(&value, &document, "{}\n{}", text, again);
         // … and it is the same manifest, which writes itself the same way.
         let second = parse(again.as_bytes());
-        prop_assert!(!second.has_errors(), "{:#?}\n{again}", second.diagnostics);
+        prop_assert!(!is_refused(&second), "{:#?}\n{again}", second.diagnostics);
         prop_assert_eq!(first.documents[0].manifest(), second.documents[0].manifest());
         prop_assert_eq!(&second.documents[0].manifest().to_yaml().unwrap(), &again);
     }
@@ -260,7 +265,7 @@ proptest! {
         for document in parse(text.as_bytes()).documents {
             let again = document.manifest().to_yaml().unwrap();
             let second = parse(again.as_bytes());
-            prop_assert!(!second.has_errors(), "{:#?}\n{again}", second.diagnostics);
+            prop_assert!(!is_refused(&second), "{:#?}\n{again}", second.diagnostics);
             for second in second.documents {
                 prop_assert_eq!(document.manifest(), second.manifest());
             }

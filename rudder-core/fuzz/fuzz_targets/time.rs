@@ -32,7 +32,7 @@ fuzz_target!(|input: (&[u8], &[u8], &[u8], u8)| {
         return;
     }
     let time = |length: usize| {
-        let bytes = [head, &piece.repeat(length / piece.len()), tail].concat();
+        let bytes = [head, piece.repeat(length / piece.len()).as_slice(), tail].concat();
         let text = String::from_utf8_lossy(&bytes);
         let start = Instant::now();
         match subject % 5 {

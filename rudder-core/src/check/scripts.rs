@@ -160,6 +160,7 @@ fn variable_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>, guest: 
                 ),
             )
             .help = Some(match like_shell_name(name) {
+            Some(near) if name.contains('=') => format!("for example `{near}`"),
             Some(near) => format!("for example `{near}`; or set it inside of the script: `env '{name}=…' command`"),
             None => "shells cannot export other names".to_owned(),
         });

@@ -130,14 +130,21 @@ impl<'s> Reader<'s> {
         let end = match rest.chars().next() {
             Some('*') => {
                 let name = anchor_name(&rest[1..]);
-                return (start..start + 1 + name.len(), Some(name));
+                return (start..self.rest_of_line(start + 1 + name.len()), Some(name));
             }
-            Some(quote @ ('"' | '\'')) => self.quoted(start, quote),
+            Some(quote @ ('"' | '\'')) => self.rest_of_line(self.quoted(start, quote)),
             Some('[' | '{') => self.flow(start),
             Some('|' | '>' | '#' | '\n') | None => self.block(self.line_end(start)),
             Some(_) => self.plain(start),
         };
         (start..end.max(start), None)
+    }
+
+    /// The end of a value that was meant to go on: behind it stands what is neither a comment nor the next value.
+    fn rest_of_line(&self, end: usize) -> usize {
+        let line_end = self.line_end(end);
+        let rest = self.source[end..line_end].trim_start();
+        if rest.is_empty() || rest.starts_with([',', '}', ']', '#', ':']) { end } else { line_end }
     }
 
     /// The end of a text in quotes; of one that is not closed, the end of the source.

@@ -94,7 +94,8 @@ fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, c
     let Some(name) = reference.name.as_deref() else { return };
     let Some(module) = context.modules.get(name) else {
         if let Some(reason) = context.damaged_modules.get(name) {
-            let message = format!("expected a module that can be used, but {:?} is damaged: {reason}", Quoted(name));
+            let message =
+                format!("expected a module that can be used, but {:?} is damaged: {reason}", Quoted(name));
             findings.report(&codes::UNKNOWN_MODULE, &at.key("name"), message);
             return;
         }

@@ -101,7 +101,7 @@ fn hex_digits(units: &[Unit], word: Word) -> Option<&[Unit]> {
         [zero, x, rest @ ..] if zero.byte == b'0' && x.byte | 0x20 == b'x' => rest,
         _ => units,
     };
-    (digits.len() >= 2 && is_hex(digits)).then_some(digits)
+    is_hex(digits).then_some(digits)
 }
 
 /// Where the data of a line of a dump is: how many of its words are the offset, and how many are no text column.

@@ -175,8 +175,9 @@ fn add(value: &str, found: &mut BTreeSet<String>) {
     let value = value.trim_matches(|c: char| "\"'`;,".contains(c));
     let is_variable = value.starts_with('$') || value.starts_with('-') || value.starts_with("{{");
     let is_path = value.starts_with('/') && !value[1..].chars().any(|c| c.is_ascii_digit());
+    let is_syntax = SYNTAX.contains(&value);
     let is_number = value.len() < 6 && value.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
-    if value.len() >= 4 && !is_variable && !is_path && !is_number && !COMMON.contains(&value) {
+    if value.len() >= 4 && !is_variable && !is_path && !is_number && !is_syntax && !COMMON.contains(&value) {
         found.insert(value.to_owned());
     }
 }

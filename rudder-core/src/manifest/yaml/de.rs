@@ -150,7 +150,8 @@ impl<'t> Reader<'_, 't> {
             Kind::Mapping(_) | Kind::Alias(_) => return "a mapping".to_owned(),
         };
         let text = self.context.tree.scalar_text(self.node).unwrap_or_default();
-        if is_secret {
+        // `sshPassword:hunter2` without a blank is a text.
+        if is_secret || text.split_once(':').is_some_and(|(key, _)| is_secret_key(key)) {
             what.replace("the ", if what.ends_with("integer") { "an " } else { "a " })
         } else if matches!(self.kind(), Kind::Scalar(_, Value::Text | Value::Merge)) {
             format!("{what} {}", quoted(text))
@@ -169,7 +170,10 @@ impl<'t> Reader<'_, 't> {
     fn written(&self) -> &'t str {
         let tree = self.context.tree;
         let span = tree.node(tree.follow(self.node)).span;
-        let rest = tree.source.get(span.start..).unwrap_or_default();
+        // A colon at the end of a line belongs to what is not written as a mapping.
+        let is_flow = tree.source[span.start..].starts_with(['[', '{']);
+        let end = if is_flow { span.end } else { tree.source.len() };
+        let rest = tree.source.get(span.start..end).unwrap_or_default();
         let rest = cut(rest, 500).unwrap_or(rest);
         rest.lines().next().unwrap_or_default()
     }
@@ -182,13 +186,12 @@ impl<'t> Reader<'_, 't> {
             ("text", Kind::Scalar(_, Value::Null)) => {
                 Some("an empty text is written `\"\"`; a text that begins with `#` goes in quotes".to_owned())
             }
-            (
-                "text" | "text or a number" | "text or a list of lines",
-                Kind::Mapping(_) | Kind::Sequence(_),
-            ) => match self.is_secret() {
-                true => Some("write the whole in quotes".to_owned()),
-                false => Some(trap::about_value(self.written())),
-            },
+            ("text" | "text or a list of lines", Kind::Mapping(_) | Kind::Sequence(_)) => {
+                match self.is_secret() {
+                    true => Some("write the whole in quotes".to_owned()),
+                    false => Some(trap::about_value(self.written())),
+                }
+            }
             ("a mapping", Kind::Scalar(_, Value::Text)) => trap::without_blank(text),
             ("an integer", Kind::Scalar(_, Value::Text))
                 if text.starts_with('0')

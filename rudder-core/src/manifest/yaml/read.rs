@@ -225,25 +225,13 @@ impl Reader {
             Some("indent with blanks: YAML does not take tabs there".to_owned())
         } else {
             // What is wrong may be seen only in the next line.
-            self.line_at(span.start).and_then(trap::about_line).or_else(|| {
-                let before = self.source[..span.start.min(self.source.len())].trim_end().len();
-                self.line_at(before).and_then(trap::about_line)
+            trap::line_at(&self.source, span.start).and_then(trap::about_line).or_else(|| {
+                let line = self.source[..span.start.min(self.source.len())].rfind('\n')?;
+                let before = self.source[..line].trim_end().len();
+                trap::line_at(&self.source, before).and_then(trap::about_line)
             })
         };
         self.diagnostics.push(diagnostic);
-    }
-
-    /// The line around a place; `None` where it is too long to be looked at.
-    fn line_at(&self, at: usize) -> Option<&str> {
-        const FAR: usize = 2000;
-        let source = &self.source;
-        let at = source.floor_char_boundary(at.min(source.len()));
-        let from = source.floor_char_boundary(at.saturating_sub(FAR));
-        let to = source.floor_char_boundary(at.saturating_add(FAR));
-        let start = source[from..at].rfind('\n').map(|newline| from + newline + 1);
-        let start = start.or_else(|| (from == 0).then_some(0))?;
-        let end = source[at..to].find('\n').map_or(to, |length| at + length);
-        Some(&source[start..end])
     }
 
     pub(super) fn report(&mut self, code: &str, span: Span, message: String, help: Option<&str>) {

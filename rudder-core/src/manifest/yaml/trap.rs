@@ -5,6 +5,18 @@ use crate::{diagnostic::is_secret_key, visible::cut};
 /// A longer text is not repeated in quotes.
 const MAX_SHOWN: usize = 60;
 
+/// The line around a place; `None` where it is too long to be looked at.
+pub(super) fn line_at(source: &str, at: usize) -> Option<&str> {
+    const FAR: usize = 2000;
+    let at = source.floor_char_boundary(at.min(source.len()));
+    let from = source.floor_char_boundary(at.saturating_sub(FAR));
+    let to = source.floor_char_boundary(at.saturating_add(FAR));
+    let start = source[from..at].rfind('\n').map(|newline| from + newline + 1);
+    let start = start.or_else(|| (from == 0).then_some(0))?;
+    let end = source[at..to].find('\n').map_or(to, |length| at + length);
+    Some(&source[start..end])
+}
+
 /// What the beginning of a text means to YAML.
 fn meaning(text: &str) -> Option<&'static str> {
     Some(match text.chars().next()? {
@@ -55,6 +67,16 @@ pub(super) fn about_line(line: &str) -> Option<String> {
     }
     if is_secret_key(key) {
         return Some("write the whole value in quotes".to_owned());
+    }
+    // Where a field has a list, its bracket is meant.
+    let is_list = text.starts_with(['[', '{'])
+        && !["[ -", "[[", "{{", "{ "].iter().any(|start| text.starts_with(start));
+    if is_list && !key.is_empty()
+        || text.len() < 2 && !key.is_empty()
+        || text.ends_with('[')
+        || text.ends_with('{')
+    {
+        return None;
     }
     if let Some(why) = meaning(text) {
         return Some(advice(why, text));
