@@ -389,7 +389,7 @@ impl fmt::Debug for BuildFailure {
         }
         let Some(KeptLab { id, access, .. }) = kept else { return Ok(()) };
         write!(f, "\n  kept for inspection as lab {id}:")?;
-        access.iter().try_for_each(|line| write!(f, "\n    {line}"))
+        access.iter().try_for_each(|line| write!(f, "\n    {}", crate::visible::visible_line(line)))
     }
 }
 

@@ -217,7 +217,7 @@ impl Reader {
             return;
         }
         let path = self.path(None);
-        let info = error.info().to_string();
+        let info = error.info();
         let info = cut(&info, 200).unwrap_or(&info);
         let mut diagnostic =
             Diagnostic::error("yaml-syntax", path, Some(span), format!("this is not YAML: {info}"));
