@@ -47,7 +47,8 @@ fn events(text: &str) -> Vec<EventKind> {
 }
 
 fn event(kind: EventKind, vm: &str) -> Event {
-    Event { seq: 0, time: jiff::Timestamp::UNIX_EPOCH, vm: Some(vm.to_owned()), kind }
+    let build_id = BuildId::random();
+    Event { build_id, seq: 0, time: jiff::Timestamp::UNIX_EPOCH, vm: Some(vm.to_owned()), kind }
 }
 
 proptest! {
@@ -67,11 +68,11 @@ proptest! {
 
 #[test]
 fn a_value_cannot_end_its_line_and_colours_of_output_are_left_out() {
-    let started = EventKind::StepStarted { step: 0, name: "a\nbuilt module b".into() };
+    let started = EventKind::StepStarted { step: 1, name: "a\nbuilt module b".into() };
     assert_eq!(event(started, "v\r").to_string(), "v␍: step 1 (a␊built module b)");
     let line = "\x1b[32mok\x1b[0m \x1b[2Jx".to_owned();
     let output = EventKind::StepOutput { step: 0, stream: OutputStream::Stdout, line };
     assert_eq!(output.to_string(), "| ok ␛[2Jx");
-    let paused = EventKind::Paused { step: 0, instructions: "one\r\n\x07two".into(), access: vec![] };
+    let paused = EventKind::Paused { step: 1, instructions: "one\r\n\x07two".into(), access: vec![] };
     assert_eq!(paused.to_string(), "step 1 is paused for a person to do this:\n  one\n  ␇two");
 }
