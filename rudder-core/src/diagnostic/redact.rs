@@ -53,10 +53,13 @@ pub(super) fn hidden(source: &str) -> Vec<Range<usize>> {
     let mut aliases = HashSet::new();
     for captures in KEY.captures_iter(source) {
         let (Some(key), Some(separator)) = (captures.get(1), captures.get(2)) else { continue };
+        let reader = Reader { source, key: key.start() };
+        if key.as_str().eq_ignore_ascii_case("url") {
+            found.extend(user_information(source, reader.value(separator.end()).0));
+        }
         if !is_secret_key(key.as_str()) {
             continue;
         }
-        let reader = Reader { source, key: key.start() };
         if separator.as_str() == "=" {
             found.push(separator.end()..reader.word(separator.end()));
         } else {
@@ -77,6 +80,14 @@ pub(super) fn hidden(source: &str) -> Vec<Range<usize>> {
         }
     }
     crate::secret::merge(found)
+}
+
+/// What may be a password in a value that should be a URL, and is none.
+fn user_information(source: &str, value: Range<usize>) -> Option<Range<usize>> {
+    let text = &source[value.clone()];
+    let end = text.rfind('@').filter(|_| !text.contains("://"))?;
+    let start = text.find(|c: char| !c.is_whitespace() && c != '"' && c != '\'')?;
+    (start < end).then(|| value.start + start..value.start + end)
 }
 
 fn anchor_name(text: &str) -> &str {

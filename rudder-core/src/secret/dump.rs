@@ -38,7 +38,7 @@ pub(super) fn dumps(text: &View) -> Dumps {
     let digits = units.iter().filter(|unit| unit.byte.is_ascii_hexdigit()).count();
     let blanks = units.iter().filter(|unit| matches!(unit.byte, b' ' | b'\t' | b',')).count();
     let lines: Vec<(usize, usize)> = lines(units);
-    if digits >= 8 {
+    if digits >= 2 {
         let words: Vec<Vec<Word>> = lines.iter().map(|(start, end)| words(units, *start, *end)).collect();
         for offsets in [Offsets::Skip, Offsets::Read] {
             numbers(units, &lines, &words, offsets, &mut dumps);
@@ -48,8 +48,8 @@ pub(super) fn dumps(text: &View) -> Dumps {
         dumps.bytes.push(characters(units, &lines, Offsets::Skip));
         dumps.bytes.push(characters(units, &lines, Offsets::Read));
     }
-    dumps.hex.retain(|view| view.0.len() >= 8);
-    dumps.bytes.retain(|view| view.0.len() >= 3);
+    dumps.hex.retain(|view| !view.0.is_empty());
+    dumps.bytes.retain(|view| !view.0.is_empty());
     dumps
 }
 

@@ -7,13 +7,15 @@ use super::{
     merge,
     parts::parts,
     replace, url,
-    view::{Lines, View, has_escapes, one_alphabet, plain, unescaped},
+    view::{Lines, Quotes, View, has_escapes, one_alphabet, plain, unescaped},
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
 use std::{borrow::Cow, collections::BTreeSet, fmt, fmt::Write as _, ops::Range};
 
 /// Encoded forms are masked for texts of at least so many bytes: the encoding of less stands elsewhere by chance.
 const MIN_ENCODED: usize = 4;
+/// A secret of which less than this is left without quotes is looked for with them.
+const MIN_UNQUOTED: usize = 4;
 /// A secret in which blanks stand is masked without them from this length on.
 const MIN_SQUEEZED: usize = 6;
 /// Secrets have encoded forms up to so many bytes together; what is more is masked as it is and escaped.
@@ -41,6 +43,8 @@ pub struct Masker {
     /// As it stands, and as bytes that a dump stands for.
     plain: Option<Matcher>,
     unescaped: Option<Matcher>,
+    /// Of secrets that are hardly more than quotes.
+    quoted: Option<Matcher>,
     base64: Option<Matcher>,
     hex: Option<Matcher>,
 }
@@ -52,13 +56,18 @@ impl Masker {
         for secret in secrets {
             all.extend(parts(secret.expose()));
         }
-        let (mut as_is, mut unquoted, mut base64, mut hex) =
-            (BTreeSet::new(), BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let (mut as_is, mut unquoted, mut quoted) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let (mut base64, mut hex) = (BTreeSet::new(), BTreeSet::new());
         let mut encoded = 0;
         for part in &all {
             let view = plain(part, Lines::Join);
             let bytes: Vec<u8> = view.bytes().collect();
-            unquoted.insert(unescaped(&view).bytes().collect());
+            let without_quotes: Vec<u8> = unescaped(&view, Quotes::Drop).bytes().collect();
+            if without_quotes.len() < MIN_UNQUOTED {
+                quoted.insert(unescaped(&view, Quotes::Keep).bytes().collect());
+            } else {
+                unquoted.insert(without_quotes);
+            }
             let squeezed: Vec<u8> = bytes.iter().copied().filter(|byte| *byte != b' ').collect();
             if squeezed.len() >= MIN_SQUEEZED {
                 as_is.insert(squeezed);
@@ -82,6 +91,7 @@ impl Masker {
         Self {
             plain: Matcher::new(as_is),
             unescaped: Matcher::new(unquoted),
+            quoted: Matcher::new(quoted),
             base64: Matcher::new(base64),
             hex: Matcher::new(hex),
         }
@@ -159,12 +169,17 @@ impl Masker {
         if let Some(matcher) = &self.unescaped
             && has_escapes(&view)
         {
-            let view = unescaped(&view);
+            let view = unescaped(&view, Quotes::Drop);
             see(matcher, &view, Form::Plain);
             if self.base64.is_some() {
                 // A plus was taken for a blank.
                 encoded.push(one_alphabet(&view, b' '));
             }
+        }
+        if let Some(matcher) = &self.quoted
+            && has_escapes(&view)
+        {
+            see(matcher, &unescaped(&view, Quotes::Keep), Form::Plain);
         }
         if let Some(matcher) = &self.base64 {
             encoded.iter().for_each(|view| see(matcher, view, Form::Base64));

@@ -154,9 +154,18 @@ pub(super) fn has_escapes(view: &View) -> bool {
     view.bytes().any(|byte| matches!(byte, b'\\' | b'%' | b'&' | b'+' | b'\'' | b'"'))
 }
 
+/// Whether quotes are part of a view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Quotes {
+    /// Shells and YAML write a quote inside of quotes as several.
+    Drop,
+    /// For secrets of which little is left without their quotes.
+    Keep,
+}
+
 /// A view with its escapes undone, whoever made them and however often: of JSON, YAML, C and shells (backslashes), of URLs and
-/// forms (`%41`, `+`), of HTML and XML (`&quot;`). What only quotes is left out: quotes, backslashes, control characters.
-pub(super) fn unescaped(view: &View) -> View {
+/// forms (`%41`, `+`), of HTML and XML (`&quot;`). What only quotes is left out: backslashes, control characters, and quotes.
+pub(super) fn unescaped(view: &View, quotes: Quotes) -> View {
     let mut units = view.0.clone();
     for _ in 0..LAYERS {
         let before = units.len();
@@ -167,7 +176,10 @@ pub(super) fn unescaped(view: &View) -> View {
             break;
         }
     }
-    units.retain(|unit| !matches!(unit.byte, b'\'' | b'"' | 1..=0x1f | 0x7f));
+    units.retain(|unit| match unit.byte {
+        b'\'' | b'"' => quotes == Quotes::Keep,
+        byte => !matches!(byte, 1..=0x1f | 0x7f),
+    });
     View(units)
 }
 

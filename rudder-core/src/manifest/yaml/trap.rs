@@ -55,6 +55,10 @@ pub(super) fn about_value(text: &str) -> String {
 
 /// Help about a line that is no YAML.
 pub(super) fn about_line(line: &str) -> Option<String> {
+    // Directives stand at the beginning of a line.
+    if line.starts_with("%YAML") || line.starts_with("%TAG") {
+        return None;
+    }
     let mut text = line.trim();
     while let Some(rest) = text.strip_prefix("- ") {
         text = rest.trim_start();
