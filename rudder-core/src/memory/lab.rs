@@ -317,15 +317,11 @@ impl Lab for MemoryLab {
             .unwrap_or_else(|| format!("invented for {}\n", public_url(&url.url)).into_bytes());
         let path = self.core.scratch()?.join(Digest::of(url.url.as_str().as_bytes()).to_string());
         let size = bytes.len() as u64;
-        tokio::fs::write(&path, bytes)
-            .await
-            .map_err(|error| Error::io(format!("write {}", path.display()), error))?;
-        let input = InputRecord { role: "file".into(), url: public_url(&url.url), size, sha256 };
         // Others may be reading what an earlier request of the same URL brought.
         let target = path.clone();
         let written = tokio::task::spawn_blocking(move || replace_file(&target, &bytes)).await;
         written.map_err(|error| Error::new(ErrorKind::Internal, "a task panicked").with_source(error))??;
-        let input = InputRecord { role: "file".into(), url: shown(&url.url), size, sha256 };
+        let input = InputRecord { role: "file".into(), url: public_url(&url.url), size, sha256 };
         Ok(Fetched { path, input })
     }
 
