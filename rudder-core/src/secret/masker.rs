@@ -7,7 +7,7 @@ use super::{
     merge,
     parts::parts,
     replace, url,
-    view::{Lines, Quotes, View, has_escapes, one_alphabet, plain, unescaped},
+    view::{Lines, Quotes, View, bare, has_escapes, one_alphabet, plain, unescaped},
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
 use std::{borrow::Cow, collections::BTreeSet, fmt, fmt::Write as _, ops::Range};
@@ -43,6 +43,8 @@ pub struct Masker {
     /// As it stands, and as bytes that a dump stands for.
     plain: Option<Matcher>,
     unescaped: Option<Matcher>,
+    /// Of secrets that hold what looks like an escape.
+    bare: Option<Matcher>,
     /// Of secrets that are hardly more than quotes.
     quoted: Option<Matcher>,
     base64: Option<Matcher>,
@@ -57,11 +59,15 @@ impl Masker {
             all.extend(parts(secret.expose()));
         }
         let (mut as_is, mut unquoted, mut quoted) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let mut bare_parts = BTreeSet::new();
         let (mut base64, mut hex) = (BTreeSet::new(), BTreeSet::new());
         let mut encoded = 0;
         for part in &all {
             let view = plain(part, Lines::Join);
             let bytes: Vec<u8> = view.bytes().collect();
+            if part.contains(['\\', '%', '&', '+']) {
+                bare_parts.insert(bare(&view).bytes().collect());
+            }
             let without_quotes: Vec<u8> = unescaped(&view, Quotes::Drop).bytes().collect();
             if without_quotes.len() < MIN_UNQUOTED {
                 quoted.insert(unescaped(&view, Quotes::Keep).bytes().collect());
@@ -91,6 +97,7 @@ impl Masker {
         Self {
             plain: Matcher::new(as_is),
             unescaped: Matcher::new(unquoted),
+            bare: Matcher::new(bare_parts),
             quoted: Matcher::new(quoted),
             base64: Matcher::new(base64),
             hex: Matcher::new(hex),
@@ -175,6 +182,11 @@ impl Masker {
                 // A plus was taken for a blank.
                 encoded.push(one_alphabet(&view, b' '));
             }
+        }
+        if let Some(matcher) = &self.bare
+            && has_escapes(&view)
+        {
+            see(matcher, &bare(&view), Form::Plain);
         }
         if let Some(matcher) = &self.quoted
             && has_escapes(&view)

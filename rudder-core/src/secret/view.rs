@@ -183,6 +183,13 @@ pub(super) fn unescaped(view: &View, quotes: Quotes) -> View {
     View(units)
 }
 
+/// A view without quotes and backslashes, and with nothing undone: what stands behind a secret may look like the rest of an
+/// escape that it ends with.
+pub(super) fn bare(view: &View) -> View {
+    let is_text = |unit: &&Unit| !matches!(unit.byte, b'\'' | b'"' | b'\\' | 1..=0x1f | 0x7f);
+    View(view.0.iter().filter(is_text).copied().collect())
+}
+
 /// The number of these digits.
 fn number(units: &[Unit], radix: u32) -> Option<u32> {
     let digit = |unit: &Unit| char::from(unit.byte).to_digit(radix);
