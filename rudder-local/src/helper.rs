@@ -1,0 +1,101 @@
+//! The process that runs the network of a lab which outlives its owner.
+//!
+//! A program that embeds Rudder becomes that process when it is started as one: it calls [`run`] first in its `main`. Where it
+//! does not, the program `rudder-helper` is looked for beside it and in `PATH`.
+
+use crate::network::{Network, NetworkOptions, NetworkRecord};
+use std::{
+    env,
+    ffi::OsString,
+    fs, io,
+    path::{Path, PathBuf},
+    process,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+/// In the environment of a helper: the file, in the directory that it is started in, with the [`NetworkRecord`] to run.
+pub const VARIABLE: &str = "RUDDER_HELPER";
+/// The name of the program.
+const PROGRAM: &str = "rudder-helper";
+
+/// Whether this program calls [`run`].
+static IS_HELPER: AtomicBool = AtomicBool::new(false);
+
+/// Becomes the helper process, and does not return, if this process was started as one; else does nothing. To be called first in
+/// `main`, before a runtime is started.
+pub fn run() {
+    IS_HELPER.store(true, Ordering::Relaxed);
+    let Some(record) = env::var_os(VARIABLE) else { return };
+    match run_network(Path::new(&record)) {
+        Ok(()) => process::exit(0),
+        Err(error) => {
+            tracing::error!(%error, "the helper process ends");
+            process::exit(1);
+        }
+    }
+}
+
+/// A program that is the helper process when it is started with [`VARIABLE`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HelperProgram {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+}
+
+impl HelperProgram {
+    /// A program without arguments.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), arguments: Vec::new() }
+    }
+
+    /// With these arguments.
+    #[must_use]
+    pub fn arguments(mut self, arguments: impl IntoIterator<Item: Into<OsString>>) -> Self {
+        self.arguments = arguments.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// The one to use on this host: this program if it calls [`run`], else `rudder-helper` beside it or in `PATH`.
+    #[must_use]
+    pub fn find() -> Option<Self> {
+        let own = env::current_exe().ok();
+        if IS_HELPER.load(Ordering::Relaxed) {
+            return own.map(Self::new);
+        }
+        let beside = own.as_deref().and_then(Path::parent).map(|directory| directory.join(PROGRAM));
+        let path = env::var_os("PATH").unwrap_or_default();
+        let in_path = env::split_paths(&path).map(|directory| directory.join(PROGRAM)).collect::<Vec<_>>();
+        beside.into_iter().chain(in_path).find(|path| path.is_file()).map(Self::new)
+    }
+}
+
+/// Runs a network until the process is ended, or its lab's directory is gone.
+fn run_network(record: &Path) -> io::Result<()> {
+    let record: NetworkRecord = serde_json::from_slice(&fs::read(record)?)?;
+    if record.format > crate::network::FORMAT {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the record is of a newer version"));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let network = Arc::new(Network::new(&record.network, &NetworkOptions::new(&record.name)));
+        let mut open = Vec::new();
+        for machine in &record.machines {
+            network.add_machine(&machine.name, &machine.nics).map_err(io::Error::other)?;
+        }
+        for machine in &record.machines {
+            let doors = machine.doors.iter().map(|(port, file)| (*port, PathBuf::from(file)));
+            open.push((
+                network.plug(&machine.name, machine.sockets.iter().map(PathBuf::from)),
+                network.open_doors(&machine.name, doors)?,
+            ));
+        }
+        std::future::pending::<()>().await;
+        drop(open);
+        Ok(())
+    })
+}

@@ -1,0 +1,156 @@
+//! DNS (RFC 1035): the names of the machines of a VPC, forwards and backwards. Everything else is somebody else's to answer.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+/// Addresses by the names of machines.
+pub(crate) type Names = BTreeMap<String, Vec<Ipv4Addr>>;
+
+/// Seconds for which an answer holds: a machine keeps its address for as long as the lab lives.
+const TTL: u32 = 60;
+const HEADER: usize = 12;
+const CLASS_IN: u16 = 1;
+
+const A: u16 = 1;
+const PTR: u16 = 12;
+const ANY: u16 = 255;
+
+const NO_ERROR: u8 = 0;
+const SERVER_FAILURE: u8 = 2;
+const NO_SUCH_NAME: u8 = 3;
+
+/// What becomes of a question.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// This is the answer.
+    Here(Vec<u8>),
+    /// Only a server outside may know.
+    Elsewhere,
+}
+
+/// A query with one question.
+#[derive(Debug, PartialEq, Eq)]
+struct Question {
+    /// In lower case, without the last dot.
+    name: String,
+    kind: u16,
+    class: u16,
+    /// Where the question ends in the message.
+    end: usize,
+}
+
+impl Question {
+    fn parse(query: &[u8]) -> Option<Self> {
+        // A standard query, with one question.
+        if query.get(2)? & 0xf8 != 0 || query.get(4..6)? != [0, 1] {
+            return None;
+        }
+        let (mut at, mut name) = (HEADER, String::new());
+        loop {
+            let length = usize::from(*query.get(at)?);
+            at += 1;
+            if length == 0 {
+                break;
+            }
+            // No pointer: there is nothing before the first name to point at.
+            let label = query.get(at..at + length).filter(|_| length < 64 && name.len() < 255)?;
+            at += length;
+            if !name.is_empty() {
+                name.push('.');
+            }
+            name.extend(label.iter().map(|byte| char::from(byte.to_ascii_lowercase())));
+        }
+        let word = |at: usize| Some(u16::from_be_bytes(*query.get(at..)?.first_chunk()?));
+        Some(Self { name, kind: word(at)?, class: word(at + 2)?, end: at + 4 })
+    }
+}
+
+/// Answers a query about the machines of a VPC, whose names end with this domain or with nothing; `None`: it makes no sense.
+pub(crate) fn answer(names: &Names, domain: &str, query: &[u8]) -> Option<Answer> {
+    let question = Question::parse(query)?;
+    let inside = question.name.strip_suffix(domain).and_then(|name| name.strip_suffix('.'));
+    let is_ours = inside.is_some() || question.name == domain || !question.name.contains('.');
+    let reversed = question.name.strip_suffix(".in-addr.arpa").and_then(reverse);
+    let owner = reversed.and_then(|address| names.iter().find(|(_, all)| all.contains(&address)));
+    if question.class != CLASS_IN || !(is_ours || owner.is_some()) {
+        return Some(Answer::Elsewhere);
+    }
+    let records: Vec<(u16, Vec<u8>)> = match (names.get(inside.unwrap_or(&question.name)), owner) {
+        (Some(addresses), _) if matches!(question.kind, A | ANY) => {
+            addresses.iter().map(|address| (A, address.octets().to_vec())).collect()
+        }
+        (None, Some((name, _))) if matches!(question.kind, PTR | ANY) => {
+            vec![(PTR, encoded(&format!("{name}.{domain}")))]
+        }
+        (Some(_), _) | (None, Some(_)) => Vec::new(),
+        // The domain itself exists, and has nothing.
+        (None, None) if question.name == domain => Vec::new(),
+        (None, None) => return Some(Answer::Here(reply(query, question.end, NO_SUCH_NAME, &[]))),
+    };
+    Some(Answer::Here(reply(query, question.end, NO_ERROR, &records)))
+}
+
+/// The address in the name of its reverse entry, `5.0.0.10` of 10.0.0.5.
+fn reverse(name: &str) -> Option<Ipv4Addr> {
+    let mut octets: Vec<u8> = name.split('.').map(|octet| octet.parse().ok()).collect::<Option<_>>()?;
+    octets.reverse();
+    Some(Ipv4Addr::from(<[u8; 4]>::try_from(octets).ok()?))
+}
+
+/// A name as a message has it. Labels are at most 63 bytes long, as names of machines are.
+fn encoded(name: &str) -> Vec<u8> {
+    let labels = name.split('.').filter(|label| !label.is_empty());
+    let mut bytes: Vec<u8> = labels
+        .flat_map(|label| {
+            let label = &label.as_bytes()[..label.len().min(63)];
+            [&[u8::try_from(label.len()).unwrap_or_default()], label].concat()
+        })
+        .collect();
+    bytes.push(0);
+    bytes
+}
+
+fn reply(query: &[u8], end: usize, code: u8, records: &[(u16, Vec<u8>)]) -> Vec<u8> {
+    let mut reply = query[..end.min(query.len())].to_vec();
+    // A response, authoritative, recursion as desired; recursion available.
+    reply[2] = 0x84 | (query[2] & 1);
+    reply[3] = 0x80 | code;
+    reply[6..8].copy_from_slice(&u16::try_from(records.len()).unwrap_or_default().to_be_bytes());
+    reply[8..HEADER].fill(0);
+    for (kind, data) in records {
+        // The name is the question's.
+        reply.extend([0xc0, 12]);
+        reply.extend(kind.to_be_bytes());
+        reply.extend(CLASS_IN.to_be_bytes());
+        reply.extend(TTL.to_be_bytes());
+        reply.extend(u16::try_from(data.len()).unwrap_or_default().to_be_bytes());
+        reply.extend(data);
+    }
+    reply
+}
+
+/// The answer that nobody may be asked: there is no such name.
+pub(crate) fn unknown(query: &[u8]) -> Option<Vec<u8>> {
+    Some(reply(query, Question::parse(query)?.end, NO_SUCH_NAME, &[]))
+}
+
+/// The answer that no server outside could be asked.
+pub(crate) fn failed(query: &[u8]) -> Option<Vec<u8>> {
+    Some(reply(query, Question::parse(query)?.end, SERVER_FAILURE, &[]))
+}
+
+/// An answer that fits into this many bytes: itself, or one that says to ask again over TCP (RFC 2181, 9).
+pub(crate) fn fitted(answer: Vec<u8>, limit: usize) -> Option<Vec<u8>> {
+    if answer.len() <= limit {
+        return Some(answer);
+    }
+    // A response differs from its query in a bit.
+    let mut query = answer;
+    *query.get_mut(2)? &= 0x7f;
+    let end = Question::parse(&query)?.end;
+    let mut cut = reply(&query, end, query[3] & 0x0f, &[]);
+    cut[2] = cut[2] & !0x04 | 0x02;
+    Some(cut)
+}
+
+#[cfg(test)]
+mod tests;

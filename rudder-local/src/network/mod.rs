@@ -1,0 +1,370 @@
+//! The network of a lab in user space: a learning switch for each subnet and a router for each VPC, on
+//! [smoltcp](https://docs.rs/smoltcp). It needs no privileges, no packages and no state of the kernel.
+//!
+//! ```text
+//! QEMU ── unix socket ── cable ── port ┐
+//!                                      ├ segment (switch) ── vpc (router) ── stack (TCP) ── stream: dial, services
+//! QEMU ── unix socket ── cable ── port ┘                        ├ dhcp, dns           └ nat ── sockets of this host
+//!                                                               └ policy
+//! ```
+//!
+//! What a guest can reach: the guests of its VPC; the gateway, which answers ping, DHCP, DNS and what the lab
+//! [serves](Network::serve); and, where its VPC has internet, other hosts over TCP and UDP. It never reaches this host, whose
+//! loopback and addresses are refused when a connection is made. Nothing listens on this host.
+//!
+//! A guest is not trusted: every frame is read with bounds checks, it cannot take the planned address of another NIC, and what
+//! it can make this process remember is bounded: connections, addresses, packets that wait.
+
+mod cable;
+mod dhcp;
+mod dns;
+mod door;
+mod nat;
+mod policy;
+mod port;
+mod record;
+mod segment;
+mod service;
+mod stack;
+mod stream;
+mod vpc;
+mod wire;
+
+#[doc(hidden)]
+pub mod fuzz;
+#[cfg(test)]
+mod tests;
+
+pub use self::{
+    record::{FORMAT, MachineRecord, NetworkRecord},
+    stream::GuestStream,
+};
+
+use self::{
+    segment::Segment,
+    stack::Place,
+    vpc::{Settings, Vpc},
+};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{Served, Site},
+    media::http::answer,
+    plan::{PlannedNetwork, PlannedNic},
+};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::{io, sync::mpsc, task::JoinSet};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
+
+/// The first port at which files are served.
+const FIRST_SERVED: u16 = 8000;
+/// The port of DNS.
+const DNS: u16 = 53;
+/// Connections to one site at a time; more wait.
+const CALLERS: usize = 256;
+
+/// How a [`Network`] is made.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct NetworkOptions {
+    /// The name of the lab, from which the domain of its machines is derived: `web.NAME.internal`.
+    pub name: String,
+    /// The server that answers questions for other names; the host's, from `/etc/resolv.conf`, when it is `None`.
+    pub resolver: Option<SocketAddr>,
+}
+
+impl NetworkOptions {
+    /// For a lab of this name.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), resolver: None }
+    }
+
+    /// Asks this DNS server instead of the host's.
+    #[must_use]
+    pub fn resolver(mut self, resolver: SocketAddr) -> Self {
+        self.resolver = Some(resolver);
+        self
+    }
+}
+
+/// The network of a lab. Dropping it ends it, and every connection over it.
+#[derive(Debug)]
+pub struct Network {
+    plan: PlannedNetwork,
+    name: String,
+    vpcs: Vec<Arc<Vpc>>,
+    machines: Mutex<BTreeMap<String, Vec<Attached>>>,
+    _end: DropGuard,
+}
+
+/// A NIC of a machine.
+#[derive(Debug, Clone)]
+struct Attached {
+    nic: PlannedNic,
+    vpc: Arc<Vpc>,
+    place: Place,
+}
+
+impl Attached {
+    fn address(&self) -> Option<Ipv4Addr> {
+        self.vpc.lock().segments.get(self.place.segment)?.nics.get(self.place.port)?.address
+    }
+}
+
+impl Network {
+    /// The network of a plan. Must be called on a Tokio runtime.
+    #[must_use]
+    pub fn new(plan: &PlannedNetwork, options: &NetworkOptions) -> Self {
+        Self::with_policy(plan, options, policy::is_outside)
+    }
+
+    fn with_policy(
+        plan: &PlannedNetwork,
+        options: &NetworkOptions,
+        is_outside: fn(Ipv4Addr) -> bool,
+    ) -> Self {
+        let end = CancellationToken::new();
+        let domain = format!("{}.internal", label(&options.name));
+        let settings =
+            Arc::new(Settings { domain, resolver: options.resolver, is_outside, end: end.clone() });
+        let vpcs = plan.vpcs.iter().enumerate().map(|(number, planned)| {
+            let subnets = plan.subnets.iter().filter(|subnet| subnet.vpc == planned.name);
+            let segments = subnets
+                .enumerate()
+                .map(|(index, subnet)| Segment::new(subnet.clone(), gateway_mac(number, index)));
+            let vpc = Vpc::new(&planned.name, planned.internet, segments.collect(), &settings);
+            vpc.spawn(Arc::clone(&vpc).keep_time());
+            serve_dns(&vpc);
+            vpc
+        });
+        Self {
+            plan: plan.clone(),
+            name: options.name.clone(),
+            vpcs: vpcs.collect(),
+            machines: Mutex::default(),
+            _end: end.drop_guard(),
+        }
+    }
+
+    fn machines(&self) -> MutexGuard<'_, BTreeMap<String, Vec<Attached>>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a machine: plans the addresses of its NICs.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a NIC in no subnet of the network; `Conflict` when there is a machine of this name.
+    pub fn add_machine(&self, name: &str, nics: &[PlannedNic]) -> Result<()> {
+        let find = |nic: &PlannedNic| {
+            let places = self.vpcs.iter().find_map(|vpc| {
+                let segment =
+                    vpc.lock().segments.iter().position(|segment| segment.plan.name == nic.subnet)?;
+                Some((Arc::clone(vpc), segment))
+            });
+            places.ok_or_else(|| {
+                let message = format!("expected a subnet of the lab, but found {:?}", nic.subnet);
+                Error::new(ErrorKind::InvalidInput, message).with_context("nic", &nic.name)
+            })
+        };
+        let found: Vec<_> = nics.iter().map(find).collect::<Result<_>>()?;
+        let mut machines = self.machines();
+        if machines.contains_key(name) {
+            let message = format!("expected a new machine on the network, but found {name:?} again");
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        let owner: Arc<str> = name.into();
+        let attached = nics.iter().zip(found).map(|(nic, (vpc, segment))| {
+            let port = vpc.lock().segments[segment].add(&owner, nic.mac.bytes(), nic.ip);
+            Attached { nic: nic.clone(), vpc, place: Place { segment, port } }
+        });
+        machines.insert(name.to_owned(), attached.collect());
+        drop(machines);
+        self.name_machines();
+        Ok(())
+    }
+
+    /// Removes a machine.
+    pub fn remove_machine(&self, name: &str) {
+        let attached = self.machines().remove(name).unwrap_or_default();
+        for Attached { vpc, place, .. } in attached {
+            vpc.disconnected(place);
+            if let Some(segment) = vpc.lock().segments.get_mut(place.segment) {
+                segment.retire(place.port);
+            }
+        }
+        self.name_machines();
+    }
+
+    /// Gives the names of the machines to DNS.
+    fn name_machines(&self) {
+        for vpc in &self.vpcs {
+            let mut inner = vpc.lock();
+            let nics =
+                inner.segments.iter().filter(|segment| segment.is_routed()).flat_map(|segment| &segment.nics);
+            let mut names = dns::Names::new();
+            for nic in nics {
+                if let Some(address) = nic.address {
+                    names.entry(nic.machine.to_ascii_lowercase()).or_default().push(address);
+                }
+            }
+            inner.names = names;
+        }
+    }
+
+    /// The NICs of a machine, with the addresses that are planned for them.
+    #[must_use]
+    pub fn nics(&self, machine: &str) -> Vec<PlannedNic> {
+        let attached = self.machines().get(machine).cloned().unwrap_or_default();
+        attached
+            .iter()
+            .map(|attached| PlannedNic { ip: attached.address(), ..attached.nic.clone() })
+            .collect()
+    }
+
+    /// Connects the NICs of a machine that is started, in order, to the sockets on which QEMU listens for them. Dropping what
+    /// is returned pulls the cables.
+    #[must_use]
+    pub fn plug(&self, machine: &str, sockets: impl IntoIterator<Item = PathBuf>) -> Plugged {
+        let attached = self.machines().get(machine).cloned().unwrap_or_default();
+        let mut cables = JoinSet::new();
+        for (Attached { vpc, place, .. }, socket) in attached.into_iter().zip(sockets) {
+            let port = {
+                let inner = vpc.lock();
+                inner.segments[place.segment].nics.get(place.port).map(|nic| Arc::clone(&nic.port))
+            };
+            let Some(port) = port else { continue };
+            let end = vpc.settings.end.clone();
+            cables.spawn(async move {
+                let _ = end.run_until_cancelled(cable::keep_plugged(vpc, place, port, socket)).await;
+            });
+        }
+        Plugged { _cables: cables }
+    }
+
+    /// Connects to a TCP port of a machine, over its first NIC that the router reaches.
+    ///
+    /// # Errors
+    /// `ConnectionRefused` at once when nobody listens, `HostUnreachable` and `TimedOut` after a few seconds when the guest has
+    /// no address or does not answer; `NotConnected` for a machine without such a NIC.
+    pub async fn dial(&self, machine: &str, port: u16) -> io::Result<GuestStream> {
+        let attached = self.machines().get(machine).cloned().unwrap_or_default();
+        let routed = attached.into_iter().find(|attached| {
+            let inner = attached.vpc.lock();
+            inner.segments.get(attached.place.segment).is_some_and(Segment::is_routed)
+        });
+        let Attached { vpc, place, .. } = routed.ok_or(io::ErrorKind::NotConnected)?;
+        vpc.dial(place, port).await
+    }
+
+    /// Serves files on the gateways of all subnets that have one, until what is returned is dropped.
+    #[must_use]
+    pub fn serve(&self, site: Site) -> Served {
+        let port = self.free_port();
+        let (callers, mut called) = mpsc::channel::<service::Caller>(1);
+        let mut tasks = JoinSet::new();
+        for vpc in &self.vpcs {
+            let (mut opened, callers) = (vpc.lock().services.open(port), callers.clone());
+            tasks.spawn(async move {
+                while let Some(caller) = opened.recv().await {
+                    if callers.send(caller).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        let server = AbortOnDropHandle::new(tokio::spawn(async move {
+            let (site, mut talks, _tasks) = (Arc::new(site), JoinSet::new(), tasks);
+            while let Some((machine, stream)) = called.recv().await {
+                while talks.try_join_next().is_some() {}
+                if talks.len() >= CALLERS {
+                    talks.join_next().await;
+                }
+                talks.spawn(answer(Arc::clone(&site), Some(machine.to_string()), stream));
+            }
+        }));
+        Served::new(self.gateways(), port, server)
+    }
+
+    /// The addresses of the gateways, by the names of their subnets.
+    #[must_use]
+    pub fn gateways(&self) -> BTreeMap<String, Ipv4Addr> {
+        let routed = self.plan.subnets.iter().filter(|subnet| !subnet.unmanaged);
+        routed.map(|subnet| (subnet.name.clone(), subnet.cidr.gateway())).collect()
+    }
+
+    /// A port of the gateways that serves nothing.
+    fn free_port(&self) -> u16 {
+        let is_free = |port: &u16| self.vpcs.iter().all(|vpc| vpc.lock().services.at(*port).is_none());
+        (FIRST_SERVED..u16::MAX).find(is_free).unwrap_or(FIRST_SERVED)
+    }
+
+    /// Opens sockets on this host, in a directory that only their owner can enter, that lead to ports of a machine. Dropping
+    /// what is returned closes them.
+    ///
+    /// # Errors
+    /// When one cannot be made.
+    pub fn open_doors(
+        self: &Arc<Self>,
+        machine: &str,
+        doors: impl IntoIterator<Item = (u16, PathBuf)>,
+    ) -> io::Result<Doors> {
+        door::open(self, machine, doors)
+    }
+
+    /// What is needed to run this network again in another process.
+    #[must_use]
+    pub fn record(&self) -> NetworkRecord {
+        let names: Vec<String> = self.machines().keys().cloned().collect();
+        let machines = names.into_iter().map(|name| MachineRecord::new(self.nics(&name), name));
+        NetworkRecord::new(self.name.clone(), self.plan.clone(), machines.collect())
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        // Whoever still holds a connection learns that it is over.
+        self.vpcs.iter().for_each(|vpc| vpc.shut_down());
+    }
+}
+
+/// The plugged cables of a machine.
+#[derive(Debug)]
+pub struct Plugged {
+    _cables: JoinSet<()>,
+}
+
+pub use door::Doors;
+
+/// The hardware address of a gateway: locally administered (IEEE 802, clause 8.2), and in a range that plans do not draw from
+/// but by chance.
+fn gateway_mac(vpc: usize, subnet: usize) -> wire::Mac {
+    let number = |number: usize| u8::try_from(number % 256).unwrap_or_default();
+    [0x52, 0x55, 0x0a, number(vpc), number(subnet), 0x01]
+}
+
+/// A name as a label of DNS: lower case letters, digits and `-`.
+fn label(name: &str) -> String {
+    let plain = name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(63);
+    let label: String = plain.map(|c| c.to_ascii_lowercase()).collect();
+    let label = label.trim_matches('-');
+    if label.is_empty() { "lab".to_owned() } else { label.to_owned() }
+}
+
+fn serve_dns(vpc: &Arc<Vpc>) {
+    let mut questions = vpc.lock().services.open(DNS);
+    let owned = Arc::clone(vpc);
+    vpc.spawn(async move {
+        let mut talks = JoinSet::new();
+        while let Some((_, stream)) = questions.recv().await {
+            while talks.try_join_next().is_some() {}
+            talks.spawn(nat::answer_over_tcp(Arc::clone(&owned), stream));
+        }
+    });
+}

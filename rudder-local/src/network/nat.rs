@@ -1,0 +1,313 @@
+//! Connections and datagrams of guests to the outside, over sockets of this host; and questions to the host's DNS servers.
+
+use super::{
+    dns,
+    stack::{Flow, Place},
+    vpc::{Inner, Vpc},
+    wire::{self, MTU, Refusal},
+};
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional_with_sizes},
+    net::{TcpStream, UdpSocket},
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+
+/// How long the outside may take for a connection.
+const CONNECTING: Duration = Duration::from_secs(20);
+/// Bytes that are carried at a time.
+const CHUNK: usize = 64 << 10;
+/// How long datagrams may stay away before their socket is closed (RFC 4787, 4.3, asks for two minutes).
+const SILENCE: Duration = Duration::from_secs(120);
+/// Sockets for datagrams of one NIC at a time; the one that was used least recently gives way.
+const FLOWS: usize = 128;
+/// Datagrams that may wait for a socket.
+const WAITING: usize = 64;
+/// How long a DNS server may take, and how many are asked.
+const ANSWERING: Duration = Duration::from_secs(5);
+const SERVERS: usize = 3;
+/// The largest answer over UDP that reaches a guest in one packet.
+const LARGEST: usize = MTU - 28;
+const DNS: u16 = 53;
+
+/// Connects a guest to the outside.
+pub(crate) fn connection(vpc: &Arc<Vpc>, place: Place, flow: Flow, syn: Vec<u8>) {
+    let (network, owned) = (Arc::clone(vpc), Arc::clone(vpc));
+    network.spawn(async move {
+        let vpc = owned;
+        if !(vpc.settings.is_outside)(flow.to.0) {
+            return vpc.refuse(place, flow, syn, Some(Refusal::Prohibited));
+        }
+        let mut host = match connect(flow.to).await {
+            Ok(host) => host,
+            Err(why) => return vpc.refuse(place, flow, syn, why),
+        };
+        let Some(mut guest) = vpc.accept(place, flow, syn) else { return };
+        // Also an error ends both sides at once: neither waits for the other.
+        if copy_bidirectional_with_sizes(&mut guest, &mut host, CHUNK, CHUNK).await.is_err() {
+            guest.abort();
+            let _ = host.set_zero_linger();
+        }
+    });
+}
+
+/// Connects to a host outside; `None`: it refused.
+async fn connect((address, port): (Ipv4Addr, u16)) -> Result<TcpStream, Option<Refusal>> {
+    match timeout(CONNECTING, TcpStream::connect((address, port))).await {
+        Ok(Ok(stream)) => {
+            let _ = stream.set_nodelay(true);
+            Ok(stream)
+        }
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Err(None),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::NetworkUnreachable => Err(Some(Refusal::NoRoute)),
+        Ok(Err(_)) | Err(_) => Err(Some(Refusal::HostUnreachable)),
+    }
+}
+
+/// Sockets for the datagrams of guests.
+#[derive(Debug, Default)]
+pub(crate) struct Datagrams {
+    flows: HashMap<Flow, Datagram>,
+    /// Distinguishes flows with the same ends.
+    number: u64,
+}
+
+#[derive(Debug)]
+struct Datagram {
+    place: Place,
+    /// What the guest sends; its socket is closed when this is dropped.
+    queue: mpsc::Sender<Vec<u8>>,
+    used: Instant,
+    number: u64,
+}
+
+impl Datagrams {
+    /// Sends a datagram over the socket of its flow, if there is one.
+    pub(crate) fn pass(&mut self, flow: Flow, content: &[u8]) -> bool {
+        let Some(known) = self.flows.get_mut(&flow) else { return false };
+        known.used = Instant::now();
+        // What does not fit is lost, as datagrams are.
+        !matches!(known.queue.try_send(content.to_vec()), Err(mpsc::error::TrySendError::Closed(_)))
+    }
+
+    fn open(&mut self, place: Place, flow: Flow) -> (mpsc::Receiver<Vec<u8>>, u64) {
+        let of_place = self.flows.iter().filter(|(_, known)| known.place == place);
+        if of_place.clone().count() >= FLOWS {
+            let oldest = of_place.min_by_key(|(_, known)| known.used).map(|(flow, _)| *flow);
+            oldest.map(|oldest| self.flows.remove(&oldest));
+        }
+        let (queue, receiver) = mpsc::channel(WAITING);
+        self.number += 1;
+        let (used, number) = (Instant::now(), self.number);
+        self.flows.insert(flow, Datagram { place, queue, used, number });
+        (receiver, number)
+    }
+
+    fn close(&mut self, flow: Flow, number: u64) {
+        if self.flows.get(&flow).is_some_and(|known| known.number == number) {
+            self.flows.remove(&flow);
+        }
+    }
+
+    /// Closes the sockets of a NIC.
+    pub(crate) fn forget(&mut self, place: Place) {
+        self.flows.retain(|_, known| known.place != place);
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.flows.clear();
+    }
+}
+
+/// Sends a datagram of a new flow to the outside; what comes back goes to the guest.
+pub(crate) fn datagram(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Flow, content: &[u8]) {
+    let (queue, number) = inner.datagrams.open(place, flow);
+    inner.datagrams.pass(flow, content);
+    let (network, owned) = (Arc::clone(vpc), Arc::clone(vpc));
+    network.spawn(async move {
+        if let Err(error) = exchange(&owned, flow, queue).await {
+            tracing::debug!(%error, ?flow, "a flow of datagrams ended");
+            if error.kind() == io::ErrorKind::ConnectionRefused {
+                owned.tell_refused(place, flow);
+            }
+        }
+        owned.lock().datagrams.close(flow, number);
+    });
+}
+
+async fn exchange(vpc: &Vpc, flow: Flow, mut queue: mpsc::Receiver<Vec<u8>>) -> io::Result<()> {
+    let socket = connected(SocketAddr::from(flow.to)).await?;
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let one = async {
+            tokio::select! {
+                content = queue.recv() => match content {
+                    Some(content) => socket.send(&content).await.map(|_| true),
+                    None => Ok(false),
+                },
+                length = socket.recv(&mut buffer) => {
+                    let mut inner = vpc.lock();
+                    inner.send(wire::udp(flow.to, flow.guest, &buffer[..length?]));
+                    inner.poll();
+                    Ok(true)
+                }
+            }
+        };
+        match timeout(SILENCE, one).await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) | Err(_) => return Ok(()),
+            Ok(Err(error)) => return Err(error),
+        }
+    }
+}
+
+async fn connected(server: SocketAddr) -> io::Result<UdpSocket> {
+    let any: SocketAddr = match server {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let socket = UdpSocket::bind(any).await?;
+    socket.connect(server).await?;
+    Ok(socket)
+}
+
+impl Vpc {
+    /// Tells a guest that nobody listens where its datagrams went.
+    fn tell_refused(&self, place: Place, flow: Flow) {
+        let sent = wire::udp(flow.guest, flow.to, &[]);
+        let mut inner = self.lock();
+        if let Some(packet) = wire::Packet::parse(&sent) {
+            inner.tell(place, &packet, Refusal::PortUnreachable);
+        }
+        inner.poll();
+    }
+
+    /// The DNS servers to ask.
+    fn servers(&self) -> Vec<SocketAddr> {
+        if let Some(resolver) = self.settings.resolver {
+            return vec![resolver];
+        }
+        let written = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        let servers = nameservers(&written);
+        // resolv.conf(5): without any, the one on this host.
+        if servers.is_empty() { vec![(Ipv4Addr::LOCALHOST, DNS).into()] } else { servers }
+    }
+}
+
+/// The servers that a resolv.conf(5) names.
+fn nameservers(written: &str) -> Vec<SocketAddr> {
+    let addresses = written.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let address = (words.next()? == "nameserver").then(|| words.next())??;
+        address.parse::<IpAddr>().ok()
+    });
+    addresses.take(SERVERS).map(|address| (address, DNS).into()).collect()
+}
+
+/// Asks the host's servers what nobody in the lab knows.
+pub(crate) fn question(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Flow, query: &[u8]) {
+    if inner.datagrams.pass(flow, query) {
+        return;
+    }
+    let (mut queue, number) = inner.datagrams.open(place, flow);
+    inner.datagrams.pass(flow, query);
+    let (network, vpc) = (Arc::clone(vpc), Arc::clone(vpc));
+    network.spawn(async move {
+        // A resolver may ask several questions from one port.
+        while let Ok(Some(query)) = timeout(ANSWERING, queue.recv()).await {
+            let answer = ask(&vpc.servers(), &query).await.or_else(|| dns::failed(&query));
+            if let Some(answer) = answer.and_then(|answer| dns::fitted(answer, LARGEST)) {
+                let mut inner = vpc.lock();
+                inner.send(wire::udp(flow.to, flow.guest, &answer));
+                inner.poll();
+            }
+        }
+        vpc.lock().datagrams.close(flow, number);
+    });
+}
+
+/// Asks one server after the other over UDP.
+async fn ask(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
+    let mut buffer = vec![0; 64 << 10];
+    for server in servers {
+        let asked = async {
+            let socket = connected(*server).await?;
+            socket.send(query).await?;
+            loop {
+                let length = socket.recv(&mut buffer).await?;
+                if buffer[..length].get(..2) == query.get(..2) {
+                    return io::Result::Ok(length);
+                }
+            }
+        };
+        match timeout(ANSWERING, asked).await {
+            Ok(Ok(length)) => return Some(buffer[..length].to_vec()),
+            Ok(Err(error)) => tracing::debug!(%error, %server, "a DNS server does not answer"),
+            Err(_) => tracing::debug!(%server, "a DNS server does not answer in time"),
+        }
+    }
+    None
+}
+
+/// Answers questions over a TCP connection (RFC 7766), until its end.
+pub(crate) async fn answer_over_tcp(vpc: Arc<Vpc>, mut guest: super::stream::GuestStream) -> io::Result<()> {
+    while let Ok(length) = timeout(SILENCE, guest.read_u16()).await? {
+        let mut query = vec![0; usize::from(length)];
+        timeout(SILENCE, guest.read_exact(&mut query)).await??;
+        let (known, internet) = {
+            let inner = vpc.lock();
+            (dns::answer(&inner.names, &vpc.settings.domain, &query), inner.internet)
+        };
+        let answer = match known {
+            Some(dns::Answer::Here(reply)) => Some(reply),
+            Some(dns::Answer::Elsewhere) if internet => {
+                ask_over_tcp(&vpc.servers(), &query).await.or_else(|| dns::failed(&query))
+            }
+            Some(dns::Answer::Elsewhere) => dns::unknown(&query),
+            None => return Ok(()),
+        };
+        let Some(answer) = answer else { return Ok(()) };
+        guest.write_u16(u16::try_from(answer.len()).unwrap_or(u16::MAX)).await?;
+        guest.write_all(&answer).await?;
+    }
+    Ok(())
+}
+
+/// Asks one server after the other over TCP.
+async fn ask_over_tcp(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
+    for server in servers {
+        let asked = async {
+            let mut stream = TcpStream::connect(server).await?;
+            stream.write_u16(u16::try_from(query.len()).unwrap_or(u16::MAX)).await?;
+            stream.write_all(query).await?;
+            let mut answer = vec![0; usize::from(stream.read_u16().await?)];
+            stream.read_exact(&mut answer).await?;
+            io::Result::Ok(answer)
+        };
+        match timeout(ANSWERING, asked).await {
+            Ok(Ok(answer)) => return Some(answer),
+            Ok(Err(error)) => tracing::debug!(%error, %server, "a DNS server does not answer over TCP"),
+            Err(_) => tracing::debug!(%server, "a DNS server does not answer over TCP in time"),
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nameservers;
+
+    #[test]
+    fn servers_of_the_host_are_read() {
+        let text = "# x\nsearch example.org\nnameserver 192.0.2.1\n nameserver ::1 # local\nnameserver x\noptions edns0\n";
+        let found: Vec<String> = nameservers(text).iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["192.0.2.1:53", "[::1]:53"]);
+    }
+}

@@ -1,0 +1,378 @@
+//! A subnet: a learning switch, and what its gateway knows of the hosts on it.
+
+use super::{
+    port::Port,
+    wire::{Arp, BROADCAST, Frame, Mac, ipv4_header, is_group},
+};
+use rudder_core::plan::PlannedSubnet;
+use std::{
+    collections::{HashMap, HashSet},
+    net::Ipv4Addr,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{sync::Notify, time::Instant};
+
+/// Hardware addresses, and IP addresses, that are remembered of a port beside the planned ones.
+const LEARNED: usize = 256;
+/// Addresses that are being resolved at a time.
+const UNRESOLVED: usize = 64;
+/// Packets that wait for each of them.
+const WAITING: usize = 16;
+/// How long they wait.
+pub(crate) const RESOLUTION: Duration = Duration::from_secs(2);
+/// Addresses for NICs that nobody planned: of machines inside of guests.
+const UNPLANNED: usize = 64;
+
+/// A NIC, and the port it is connected to.
+#[derive(Debug)]
+pub(crate) struct Nic {
+    pub(crate) machine: Arc<str>,
+    pub(crate) mac: Mac,
+    /// Its planned address.
+    pub(crate) address: Option<Ipv4Addr>,
+    /// Whether the author chose the address.
+    pub(crate) fixed: bool,
+    pub(crate) port: Arc<Port>,
+    /// Connections to the gateway and beyond it.
+    pub(crate) flows: usize,
+    macs: usize,
+    neighbours: usize,
+}
+
+/// Packets for a host whose hardware address is asked for.
+#[derive(Debug)]
+struct Waiting {
+    since: Instant,
+    packets: Vec<Vec<u8>>,
+}
+
+/// A subnet of a VPC.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    pub(crate) plan: PlannedSubnet,
+    pub(crate) gateway: Ipv4Addr,
+    mac: Mac,
+    pub(crate) nics: Vec<Nic>,
+    /// Which port a hardware address is behind.
+    table: HashMap<Mac, usize>,
+    neighbours: HashMap<Ipv4Addr, (Mac, usize)>,
+    waiting: HashMap<Ipv4Addr, Waiting>,
+    unplanned: HashMap<Mac, Ipv4Addr>,
+    /// Ports with new frames.
+    dirty: HashSet<usize>,
+    /// Ports whose senders should wait.
+    full: HashSet<usize>,
+    /// Woken when the address of a host becomes known.
+    pub(crate) heard: Arc<Notify>,
+}
+
+impl Segment {
+    pub(crate) fn new(plan: PlannedSubnet, mac: Mac) -> Self {
+        Self {
+            gateway: plan.cidr.gateway(),
+            plan,
+            mac,
+            nics: Vec::new(),
+            table: HashMap::new(),
+            neighbours: HashMap::new(),
+            waiting: HashMap::new(),
+            unplanned: HashMap::new(),
+            dirty: HashSet::new(),
+            full: HashSet::new(),
+            heard: Arc::default(),
+        }
+    }
+
+    /// Whether the router is on it.
+    pub(crate) fn is_routed(&self) -> bool {
+        !self.plan.unmanaged
+    }
+
+    /// Whether the router reaches this address on it.
+    pub(crate) fn reaches(&self, address: Ipv4Addr) -> bool {
+        self.is_routed() && self.plan.cidr.contains(address)
+    }
+
+    /// Whether the address can be a host's, other than the gateway's.
+    pub(crate) fn is_host(&self, address: Ipv4Addr) -> bool {
+        let edges = [self.plan.cidr.network(), self.plan.cidr.broadcast(), self.gateway];
+        self.plan.cidr.contains(address) && !edges.contains(&address)
+    }
+
+    /// Adds a NIC with an address, where the subnet has any left; the number of its port.
+    pub(crate) fn add(&mut self, machine: &Arc<str>, mac: Mac, fixed: Option<Ipv4Addr>) -> usize {
+        let number = self.nics.len();
+        let holder = |nic: &Nic| fixed.is_some() && nic.address == fixed && !nic.fixed;
+        let displaced = self.nics.iter().position(holder);
+        self.nics.push(Nic {
+            machine: Arc::clone(machine),
+            mac,
+            address: fixed,
+            fixed: fixed.is_some(),
+            port: Arc::default(),
+            flows: 0,
+            macs: 0,
+            neighbours: 0,
+        });
+        self.table.insert(mac, number);
+        if let Some(fixed) = fixed {
+            self.forget(|address, _| address == fixed);
+        }
+        for without in [displaced, fixed.is_none().then_some(number)].into_iter().flatten() {
+            if self.is_routed() && self.plan.dhcp {
+                self.nics[without].address = None;
+                self.nics[without].address = self.free_address();
+            }
+        }
+        number
+    }
+
+    /// Removes a NIC's claims; its port stays, unconnected.
+    pub(crate) fn retire(&mut self, number: usize) {
+        self.disconnected(number);
+        if let Some(nic) = self.nics.get_mut(number) {
+            nic.address = None;
+            let mac = nic.mac;
+            self.table.remove(&mac);
+        }
+    }
+
+    /// The first address that nobody has: from the 15th on, as QEMU's user network has it, or from the gateway on where the
+    /// subnet is too small.
+    fn free_address(&self) -> Option<Ipv4Addr> {
+        let taken: HashSet<Ipv4Addr> =
+            self.nics.iter().filter_map(|nic| nic.address).chain(self.unplanned.values().copied()).collect();
+        let (first, last) = (u32::from(self.plan.cidr.network()), u32::from(self.plan.cidr.broadcast()));
+        let start = if last - first > 32 { first + 15 } else { first };
+        // As many as could be taken, and a few that are nobody's: a large subnet is not searched.
+        let candidates = (start..=last).chain(first..start).take(taken.len() + 32);
+        candidates.map(Ipv4Addr::from).find(|address| self.is_host(*address) && !taken.contains(address))
+    }
+
+    /// The address for a NIC that asks from this port.
+    pub(crate) fn lease(&mut self, mac: Mac, port: usize) -> Option<Ipv4Addr> {
+        if let Some(number) = self.nics.iter().position(|nic| nic.mac == mac && nic.address.is_some()) {
+            return self.nics[number].address.filter(|_| number == port);
+        }
+        if let Some(address) = self.unplanned.get(&mac) {
+            return Some(*address);
+        }
+        if is_group(mac) || self.unplanned.len() >= UNPLANNED {
+            return None;
+        }
+        let address = self.free_address()?;
+        self.unplanned.insert(mac, address);
+        Some(address)
+    }
+
+    /// Learns the sender of a frame; whether it may send.
+    pub(crate) fn learn_mac(&mut self, mac: Mac, port: usize) -> bool {
+        if is_group(mac) || mac == self.mac && self.is_routed() {
+            return false;
+        }
+        match self.table.get(&mac) {
+            Some(known) if *known == port => return true,
+            // A planned address stays at its port.
+            Some(known) if self.nics.get(*known).is_some_and(|nic| nic.mac == mac) => return false,
+            Some(known) => {
+                if let Some(nic) = self.nics.get_mut(*known) {
+                    nic.macs = nic.macs.saturating_sub(1);
+                }
+            }
+            None => {}
+        }
+        if self.nics.get(port).is_none_or(|nic| nic.macs >= LEARNED) {
+            let nics = &self.nics;
+            self.table.retain(|mac, at| *at != port || nics.get(port).is_some_and(|nic| nic.mac == *mac));
+            if let Some(nic) = self.nics.get_mut(port) {
+                nic.macs = 0;
+            }
+        }
+        if let Some(nic) = self.nics.get_mut(port) {
+            nic.macs += 1;
+            self.table.insert(mac, port);
+        }
+        true
+    }
+
+    /// Learns which hardware address has an IP address; whether it may have it. A planned address is only had by the NIC it was
+    /// planned for.
+    pub(crate) fn learn(&mut self, address: Ipv4Addr, mac: Mac, port: usize) -> bool {
+        let planned = self.nics.iter().position(|nic| nic.address == Some(address));
+        if !self.is_host(address) || is_group(mac) || planned.is_some_and(|planned| planned != port) {
+            return false;
+        }
+        if self.neighbours.get(&address) == Some(&(mac, port)) {
+            return true;
+        }
+        if self.nics.get(port).is_none_or(|nic| nic.neighbours >= LEARNED) {
+            self.forget(|_, at| at == port);
+        }
+        if let Some((_, before)) = self.neighbours.insert(address, (mac, port))
+            && let Some(nic) = self.nics.get_mut(before)
+        {
+            nic.neighbours = nic.neighbours.saturating_sub(1);
+        }
+        if let Some(nic) = self.nics.get_mut(port) {
+            nic.neighbours += 1;
+        }
+        for packet in self.waiting.remove(&address).map(|waiting| waiting.packets).unwrap_or_default() {
+            self.send_to(mac, Some(port), &packet);
+        }
+        self.heard.notify_waiters();
+        true
+    }
+
+    /// The port behind which this address was heard.
+    pub(crate) fn port_of(&self, address: Ipv4Addr) -> Option<usize> {
+        self.neighbours.get(&address).map(|(_, port)| *port)
+    }
+
+    /// An address that was heard behind this port.
+    pub(crate) fn heard_at(&self, port: usize) -> Option<Ipv4Addr> {
+        self.neighbours.iter().filter(|(_, (_, at))| *at == port).map(|(address, _)| *address).min()
+    }
+
+    fn forget(&mut self, which: impl Fn(Ipv4Addr, usize) -> bool) {
+        let nics = &mut self.nics;
+        self.neighbours.retain(|address, (_, port)| {
+            let forgotten = which(*address, *port);
+            if forgotten && let Some(nic) = nics.get_mut(*port) {
+                nic.neighbours = nic.neighbours.saturating_sub(1);
+            }
+            !forgotten
+        });
+    }
+
+    /// Forgets what was learned of a NIC that is no longer connected.
+    pub(crate) fn disconnected(&mut self, port: usize) {
+        self.forget(|_, at| at == port);
+        let Some(nic) = self.nics.get_mut(port) else { return };
+        nic.port.set_connected(false);
+        nic.macs = 0;
+        let planned = nic.mac;
+        self.table.retain(|mac, at| *at != port || *mac == planned);
+    }
+
+    /// Puts a frame out of a port.
+    fn push(&mut self, port: usize, pieces: &[&[u8]], hold_back: bool) {
+        let Some(nic) = self.nics.get(port) else { return };
+        if nic.port.push(pieces) && hold_back {
+            self.full.insert(port);
+        }
+        self.dirty.insert(port);
+    }
+
+    /// Puts a frame out of the port that it is for: of all but `from` when that is not known.
+    pub(crate) fn switch(&mut self, from: Option<usize>, to: Mac, pieces: &[&[u8]]) {
+        match self.table.get(&to).copied().filter(|_| !is_group(to)) {
+            Some(port) if Some(port) == from => {}
+            Some(port) => self.push(port, pieces, true),
+            None => {
+                // Nobody is held back by those who may not even be meant.
+                (0..self.nics.len())
+                    .filter(|port| Some(*port) != from)
+                    .for_each(|port| self.push(port, pieces, false));
+            }
+        }
+    }
+
+    /// Switches a guest's frame.
+    pub(crate) fn switch_frame(&mut self, from: usize, frame: &Frame<'_>) {
+        self.switch(Some(from), frame.to, &[frame.bytes]);
+    }
+
+    /// Whether a frame is for the gateway alone.
+    pub(crate) fn is_for_gateway(&self, frame: &Frame<'_>) -> bool {
+        self.is_routed() && frame.to == self.mac
+    }
+
+    fn send_to(&mut self, mac: Mac, port: Option<usize>, packet: &[u8]) {
+        let header = ipv4_header(mac, self.mac);
+        match port {
+            Some(port) => self.push(port, &[&header, packet], true),
+            None => self.switch(None, mac, &[&header, packet]),
+        }
+    }
+
+    /// Sends a packet of the gateway's to a NIC that has no address yet.
+    pub(crate) fn send_frame(&mut self, mac: Mac, port: usize, packet: &[u8]) {
+        self.send_to(mac, Some(port), packet);
+    }
+
+    /// Sends a packet of the router's to a host of the subnet.
+    pub(crate) fn send(&mut self, to: Ipv4Addr, packet: Vec<u8>) {
+        if let Some((mac, port)) = self.neighbours.get(&to).copied() {
+            return self.send_to(mac, Some(port), &packet);
+        }
+        if !self.is_host(to) {
+            return;
+        }
+        if !self.waiting.contains_key(&to) && self.waiting.len() >= UNRESOLVED {
+            return;
+        }
+        let waiting =
+            self.waiting.entry(to).or_insert_with(|| Waiting { since: Instant::now(), packets: Vec::new() });
+        if waiting.packets.len() < WAITING {
+            waiting.packets.push(packet);
+        }
+        self.ask(to);
+    }
+
+    /// Asks for the hardware address of a host.
+    pub(crate) fn ask(&mut self, address: Ipv4Addr) {
+        let request = Arp { request: true, sender: (self.mac, self.gateway), target: ([0; 6], address) };
+        self.switch(None, BROADCAST, &[&request.frame(BROADCAST)]);
+    }
+
+    /// Takes an ARP packet of a guest's.
+    pub(crate) fn arp(&mut self, port: usize, arp: &Arp) {
+        let (mac, address) = arp.sender;
+        let learned = self.learn(address, mac, port);
+        // A host that looks whether its address is free has none yet (RFC 5227).
+        if arp.request && arp.target.1 == self.gateway && (learned || address.is_unspecified()) {
+            let reply = Arp { request: false, sender: (self.mac, self.gateway), target: arp.sender };
+            self.push(port, &[&reply.frame(mac)], false);
+        }
+    }
+
+    /// The packets that waited in vain.
+    pub(crate) fn unresolved(&mut self, now: Instant) -> Vec<Vec<u8>> {
+        let (mut left, mut unresolved) = (HashMap::new(), Vec::new());
+        for (address, waiting) in self.waiting.drain() {
+            if now.duration_since(waiting.since) >= RESOLUTION {
+                unresolved.extend(waiting.packets);
+            } else {
+                left.insert(address, waiting);
+            }
+        }
+        self.waiting = left;
+        unresolved
+    }
+
+    /// When the first waiting packet has waited long enough.
+    pub(crate) fn next_unresolved(&self) -> Option<Instant> {
+        self.waiting.values().map(|waiting| waiting.since + RESOLUTION).min()
+    }
+
+    /// Lets new frames out; the ports whose senders should wait.
+    pub(crate) fn flush(&mut self) {
+        for port in self.dirty.drain() {
+            if let Some(nic) = self.nics.get(port) {
+                nic.port.flush();
+            }
+        }
+    }
+
+    /// How many addresses and packets are remembered.
+    #[cfg(test)]
+    pub(crate) fn remembered(&self) -> usize {
+        let packets: usize = self.waiting.values().map(|waiting| waiting.packets.len()).sum();
+        self.table.len() + self.neighbours.len() + self.unplanned.len() + packets
+    }
+
+    pub(crate) fn take_full(&mut self) -> Vec<Arc<Port>> {
+        self.full.drain().filter_map(|port| Some(Arc::clone(&self.nics.get(port)?.port))).collect()
+    }
+}

@@ -1,0 +1,153 @@
+//! The network between guests that are made here: of frames, and of a TCP stack of their own.
+#![allow(clippy::unwrap_used)]
+
+mod frames;
+mod guest;
+mod hostile;
+mod tcp;
+
+use super::*;
+use guest::Guest;
+use rudder_core::plan::{NicModel, PlannedSubnet, PlannedVpc};
+use std::time::Duration;
+
+/// How long something that must come may take on a slow host.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn subnet(name: &str, vpc: &str, cidr: &str) -> PlannedSubnet {
+    PlannedSubnet {
+        name: name.to_owned(),
+        vpc: vpc.to_owned(),
+        cidr: cidr.parse().unwrap(),
+        dhcp: true,
+        dns: Vec::new(),
+        unmanaged: false,
+    }
+}
+
+fn vpc(name: &str, internet: bool) -> PlannedVpc {
+    PlannedVpc { name: name.to_owned(), internet }
+}
+
+/// The network of a manifest that declares none.
+fn undeclared() -> PlannedNetwork {
+    PlannedNetwork {
+        declared: false,
+        vpcs: vec![vpc("default", true)],
+        subnets: vec![subnet("default", "default", "10.0.2.0/24")],
+    }
+}
+
+/// Two VPCs of the same addresses, the first with a second subnet and an unmanaged one.
+fn two_vpcs() -> PlannedNetwork {
+    let mut bare = subnet("bare", "a", "10.0.9.0/24");
+    bare.unmanaged = true;
+    PlannedNetwork {
+        declared: true,
+        vpcs: vec![vpc("a", false), vpc("b", false)],
+        subnets: vec![
+            subnet("web", "a", "10.0.2.0/24"),
+            subnet("db", "a", "10.0.3.0/24"),
+            bare,
+            subnet("same", "b", "10.0.2.0/24"),
+        ],
+    }
+}
+
+fn nic(subnet: &str, last: u8, ip: Option<&str>) -> PlannedNic {
+    PlannedNic {
+        name: "nic1".to_owned(),
+        subnet: subnet.to_owned(),
+        slot: 1,
+        slot_pinned: false,
+        ip: ip.map(|ip| ip.parse().unwrap()),
+        mac: rudder_core::units::MacAddress::new([2, 0, 0, 0, 0, last]),
+        model: NicModel::Virtio,
+    }
+}
+
+/// A network on which "outside" is the loopback of this host, so that no test leaves it.
+fn network(plan: &PlannedNetwork) -> Arc<Network> {
+    network_with(plan, &NetworkOptions::new("Test_Lab-1"))
+}
+
+fn network_with(plan: &PlannedNetwork, options: &NetworkOptions) -> Arc<Network> {
+    Arc::new(Network::with_policy(plan, options, |address| address == Ipv4Addr::LOCALHOST))
+}
+
+/// Adds a machine with one NIC, and connects it.
+fn join(network: &Network, name: &str, nic: &PlannedNic) -> Guest {
+    network.add_machine(name, std::slice::from_ref(nic)).unwrap();
+    connect(network, name)
+}
+
+/// Connects the only NIC of a machine.
+fn connect(network: &Network, name: &str) -> Guest {
+    let attached = network.machines()[name][0].clone();
+    let (ours, theirs) = io::duplex(1 << 20);
+    let port =
+        Arc::clone(&attached.vpc.lock().segments[attached.place.segment].nics[attached.place.port].port);
+    // At once, and not when the task runs: frames for a NIC that is not connected are dropped.
+    port.set_connected(true);
+    let address = attached.address();
+    let gateway = attached.vpc.lock().segments[attached.place.segment].gateway;
+    tokio::spawn(async move { cable::carry(&attached.vpc, attached.place, &port, ours).await });
+    Guest::new(theirs, attached.nic.mac.bytes(), address, gateway)
+}
+
+#[test]
+fn names_become_labels() {
+    assert_eq!(label("Web_Lab-1"), "weblab-1");
+    assert_eq!(label("--"), "lab");
+    assert_eq!(label(&"a".repeat(100)).len(), 63);
+}
+
+#[tokio::test]
+async fn addresses_are_planned_and_fixed_ones_go_first() {
+    let network = network(&undeclared());
+    for (number, ip) in [(1, None), (2, Some("10.0.2.16")), (3, None), (4, Some("10.0.2.15"))] {
+        network.add_machine(&format!("m{number}"), &[nic("default", number, ip)]).unwrap();
+    }
+    let address = |name: &str| network.nics(name)[0].ip.unwrap().to_string();
+    // The last took the address that had been given to the first.
+    assert_eq!(["m1", "m2", "m3", "m4"].map(address), ["10.0.2.18", "10.0.2.16", "10.0.2.17", "10.0.2.15"]);
+    let again = network.add_machine("m1", &[]).unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::Conflict);
+    let nowhere = network.add_machine("m5", &[nic("none", 5, None)]).unwrap_err();
+    assert_eq!(nowhere.kind(), ErrorKind::InvalidInput);
+    network.remove_machine("m2");
+    network.add_machine("m6", &[nic("default", 6, None)]).unwrap();
+    assert_eq!(address("m6"), "10.0.2.16");
+}
+
+#[tokio::test]
+async fn a_small_subnet_runs_out_of_addresses() {
+    let mut plan = undeclared();
+    plan.subnets[0].cidr = "10.0.2.8/29".parse().unwrap();
+    let network = network(&plan);
+    let addresses: Vec<_> = (0..6)
+        .map(|number| {
+            network.add_machine(&format!("m{number}"), &[nic("default", number, None)]).unwrap();
+            network.nics(&format!("m{number}"))[0].ip.map(|ip| ip.octets()[3])
+        })
+        .collect();
+    assert_eq!(addresses, [Some(10), Some(11), Some(12), Some(13), Some(14), None]);
+}
+
+#[tokio::test]
+async fn a_record_gives_the_same_network_again() {
+    let first = network(&undeclared());
+    for number in 1..4 {
+        first.add_machine(&format!("m{number}"), &[nic("default", number, None)]).unwrap();
+    }
+    let text = serde_json::to_string(&first.record()).unwrap();
+    let record: NetworkRecord = serde_json::from_str(&text).unwrap();
+    let second = network_with(&record.network, &NetworkOptions::new(&record.name));
+    for machine in record.machines.iter().rev() {
+        second.add_machine(&machine.name, &machine.nics).unwrap();
+    }
+    for number in 1..4 {
+        let name = format!("m{number}");
+        assert_eq!(first.nics(&name)[0].ip, second.nics(&name)[0].ip);
+    }
+}
