@@ -1,8 +1,8 @@
 //! The XML of a domain (<https://libvirt.org/formatdomain.html>): from what a machine is made of to what libvirt defines.
 //! Nothing here touches the host.
 //!
-//! Where its devices sit is in `places`, how each is written in `devices`. Cards in the user network are given to QEMU as
-//! arguments, because libvirt's own user network forwards no ports (its `portForward` needs passt).
+//! Where its devices sit is in `places`, how each is written in `devices`. NICs that are on no network of libvirt's are given to
+//! QEMU as arguments: libvirt knows no stream of frames over a unix socket.
 
 use crate::{
     devices::{
@@ -23,8 +23,8 @@ use std::path::PathBuf;
 pub(crate) enum Cards {
     /// In networks of libvirt's.
     Bridged(Vec<Card>),
-    /// In QEMU's user network: its arguments.
-    User(Vec<String>),
+    /// On what these arguments of QEMU connect them to.
+    Arguments(Vec<String>),
 }
 
 /// Everything that a domain is made of.
@@ -105,7 +105,7 @@ impl Domain<'_> {
                 self.devices(xml);
             });
             let arguments = match &self.cards {
-                Cards::User(arguments) => arguments.as_slice(),
+                Cards::Arguments(arguments) => arguments.as_slice(),
                 Cards::Bridged(_) => &[],
             };
             if !arguments.is_empty() || self.lab.is_some() {

@@ -13,7 +13,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
         FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
-        ModuleDraft, Progress, Served, Site,
+        ModuleDraft, Progress, Retention, Served, Site,
     },
     media::http::{Admission, Caller, Server},
     module::Module,
@@ -47,7 +47,7 @@ pub(crate) struct Footing {
 }
 
 impl Footing {
-    /// Its networks, where libvirt makes them; `None`: its machines have QEMU's user network.
+    /// Its networks, where libvirt makes them; `None`: its machines are on the lab's own switches.
     pub(crate) fn bridges(&self) -> Option<&[Bridge]> {
         self.bridges.get().map(Vec::as_slice)
     }
@@ -251,13 +251,7 @@ impl Lab for LibvirtLab {
         if let Some(bridges) = self.footing.bridges() {
             return self.serve_on(bridges, &site).await;
         }
-        let machines = Arc::downgrade(&self.machines);
-        let owner = move |caller| {
-            let machines = machines.upgrade().map(|machines| locked(&machines).clone());
-            let caller = machines.into_iter().flatten().find(|machine| machine.calls(caller));
-            caller.map(|machine| machine.name().to_owned())
-        };
-        self.footing.ground.serve(site, owner).await
+        self.footing.ground.lan().serve(site)
     }
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
@@ -294,7 +288,10 @@ impl Lab for LibvirtLab {
 
     async fn keep(&self) -> Result<KeptLab> {
         let machines = self.machines().clone();
-        let access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
+        let mut access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
+        if self.footing.bridges().is_none() && self.footing.ground.retention() == Retention::MayBeKept {
+            access.extend(self.footing.ground.lan().hand_over(&self.footing.ground).await?);
+        }
         self.footing.ground.keep(&access).await?;
         for machine in &machines {
             machine.release();

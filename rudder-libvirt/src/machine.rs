@@ -11,17 +11,15 @@ use crate::{
     lab::Footing,
     network,
     picture::picture,
-    process,
     watch::{Phase, Watcher},
 };
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Stop},
-    media::http::{Caller, is_of_process},
     module::{CapturedDisk, CapturedState},
 };
-use rudder_qemu::parts::{MachineState, SerialConsole, board, card_arguments};
+use rudder_qemu::parts::{Lan, MachineState, SerialConsole, board, nic_arguments};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -104,6 +102,10 @@ impl LibvirtMachine {
             defined.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "define the domain"))
         });
         order.await?;
+        if footing.bridges().is_none() {
+            // Last: what could not be defined is not on the network.
+            footing.ground.lan().add(spec, number)?;
+        }
         Ok(Self(Arc::new(inner)))
     }
 
@@ -114,12 +116,6 @@ impl LibvirtMachine {
         let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
         self.0.order(Stop::Kill);
         let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
-    }
-
-    /// Whether a connection comes from its QEMU. Blocks.
-    pub(crate) fn calls(&self, caller: Caller) -> bool {
-        let process = process::of_domain(&self.0.domain, self.0.footing.ground.id());
-        process.is_some_and(|pid| is_of_process(caller, pid))
     }
 
     /// Whether it has this address in a subnet. Blocks.
@@ -176,7 +172,12 @@ impl Inner {
         let ground = &self.footing.ground;
         let cards = match self.footing.bridges() {
             Some(bridges) => Cards::Bridged(network::cards(&self.spec, bridges)?),
-            None => Cards::User(card_arguments(&self.spec, ground.network())?),
+            None => {
+                let sockets = Lan::sockets(self.number, &self.spec).into_iter();
+                let paths = sockets.map(|file| ground.socket_for_others(&file).display().to_string());
+                let paths: Vec<String> = paths.collect();
+                Cards::Arguments(nic_arguments(&self.spec, ground.network(), &paths)?)
+            }
         };
         Domain {
             name: &self.domain,
@@ -370,7 +371,10 @@ impl Machine for LibvirtMachine {
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
         let ways = self.0.ways()?;
-        let bridged = matches!(ways, Ways::Bridged(_));
+        let Ways::Bridged(known) = ways else {
+            let ground = &self.0.footing.ground;
+            return ground.lan().dial(ground, &self.0.spec, port).await;
+        };
         if !self.0.spec.ports.contains(&port) || self.0.spec.nics.is_empty() {
             let message = format!("expected one of the machine's ports, but found {port}");
             return Err(self
@@ -379,21 +383,18 @@ impl Machine for LibvirtMachine {
                 .with_help("a port is reached when it is in MachineSpec::ports and the machine has a card"));
         }
         let unreachable = |what: String| self.0.error(ErrorKind::GuestUnreachable, what);
-        let address = match ways.to(port) {
+        let address = match known {
             Some(address) => address,
             None => {
                 let found = self.0.find_address().await?;
-                let found = found.ok_or_else(|| unreachable("the guest has no address yet".to_owned()))?;
-                SocketAddr::from((found, port))
+                found.ok_or_else(|| unreachable("the guest has no address yet".to_owned()))?
             }
         };
-        let connected = timeout(CONNECT_LIMIT, TcpStream::connect(address)).await;
+        let connected = timeout(CONNECT_LIMIT, TcpStream::connect((address, port))).await;
         let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let stream = connected.map_err(|error| {
-            if bridged {
-                // It may have another one the next time.
-                self.0.keep_address(None);
-            }
+            // It may have another one the next time.
+            self.0.keep_address(None);
             unreachable(format!("cannot connect to port {port} of the guest")).with_source(error)
         })?;
         // Keystrokes and packets of SSH are small, and each is waited for.
@@ -440,6 +441,12 @@ impl Machine for LibvirtMachine {
 
     fn reachable_at(&self, port: u16) -> Option<SocketAddr> {
         self.0.ways().ok()?.to(port).filter(|_| self.0.spec.ports.contains(&port))
+    }
+
+    fn proxy_command(&self, port: u16) -> Option<String> {
+        let Ways::Switched = self.0.ways().ok()? else { return None };
+        let ground = &self.0.footing.ground;
+        ground.lan().proxy_command(ground, &self.0.spec.name, port)
     }
 
     fn access(&self) -> Vec<String> {

@@ -16,7 +16,7 @@ use rudder_core::{
     module::{Module, StateKind, TemplateMachine},
     store::Store,
 };
-use rudder_qemu::parts::{board, card_arguments, loader};
+use rudder_qemu::parts::{board, loader, user_nic_arguments};
 use std::{path::Path, sync::Arc};
 use virt::connect::Connect;
 
@@ -167,7 +167,7 @@ fn xml(offer: &Offer, store: &Owner, module: &Module, machine: &TemplateMachine)
         floppy: None,
         seed: None,
         serial: Serial::Terminal,
-        cards: Cards::User(card_arguments(&spec, &module.network)?),
+        cards: Cards::Arguments(user_nic_arguments(&spec, &module.network)?),
         owner: offer.owner(),
         lab: None,
     }

@@ -13,6 +13,7 @@ use rudder_core::{
     module::{DamagedModule, Module},
     store::{CollectPolicy, LabState, Store},
 };
+use rudder_local::helper::HelperProgram;
 use std::{path::PathBuf, sync::Arc};
 use tokio::sync::OnceCell;
 
@@ -80,6 +81,14 @@ impl QemuBackendBuilder {
     #[must_use]
     pub fn swtpm(mut self, path: impl Into<PathBuf>) -> Self {
         self.programs.swtpm = Some(path.into());
+        self
+    }
+
+    /// The program that runs the network of a lab which was kept, so that its guests are reached when this process is gone.
+    /// This program where it calls [`rudder_local::helper::run`], else `rudder-helper` beside it or in `PATH`.
+    #[must_use]
+    pub fn helper(mut self, helper: HelperProgram) -> Self {
+        self.programs.helper = Some(helper);
         self
     }
 

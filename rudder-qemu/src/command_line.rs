@@ -27,11 +27,8 @@ mod cards;
 mod chipset;
 mod disks;
 
-pub use self::cards::card_arguments;
-pub(crate) use self::{
-    cards::{host_address, reaches_host},
-    chipset::Chipset,
-};
+pub use self::cards::{nic_arguments, user_nic_arguments};
+pub(crate) use self::chipset::Chipset;
 
 use crate::{accelerator::Chosen, state::Flash};
 use rudder_core::{
@@ -84,6 +81,8 @@ pub(crate) struct Files {
     pub(crate) tpm_log: String,
     /// What the names of captured state begin with.
     pub(crate) captured: String,
+    /// Of the sockets of its NICs.
+    pub(crate) nics: Vec<String>,
 }
 
 impl Files {
@@ -105,8 +104,17 @@ impl Files {
             tpm_socket: file("tpm.ctrl"),
             tpm_log: file("tpm.log"),
             captured: file("captured"),
+            nics: (0..MOST_NICS).map(|index| nic_socket(number, index)).collect(),
         }
     }
+}
+
+/// NICs of a machine at most: each has a slot of its own.
+const MOST_NICS: usize = 9;
+
+/// The file of the socket of a NIC, on which QEMU listens.
+pub(crate) fn nic_socket(number: usize, index: usize) -> String {
+    format!("m{number}.n{index}")
 }
 
 /// Everything that the command line is made of.
@@ -232,7 +240,7 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
         line.option("-device", format!("{TPM},tpmdev=tpm0"));
     }
     disks::attach(&mut line, spec, files)?;
-    cards::attach(&mut line, spec, machine.network)?;
+    cards::attach(&mut line, spec, machine.network, &files.nics)?;
     // Nothing runs before its events are heard.
     line.flag("-S");
     Ok(line.words)

@@ -4,19 +4,15 @@
 
 use crate::{
     capture::{self, Captured},
-    command_line,
     host::Host,
     image::{self, Backing, Base},
+    lan::Lan,
     process::{Invocation, Lifetime},
     state::Parent,
 };
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{
-        FetchRequest, Fetched, ImportRequest, Imported, LabId, LabSpec, Progress, Retention, Served, Site,
-        Volume,
-    },
-    media::http::{Admission, Caller, Server},
+    backend::{FetchRequest, Fetched, ImportRequest, Imported, LabId, LabSpec, Progress, Retention, Volume},
     module::InputRecord,
     plan::{PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
     store::{LAB_VARIABLE, LabDir, Lease, Store, replace_file},
@@ -42,6 +38,7 @@ pub struct Ground {
     pub(crate) dir: Arc<LabDir>,
     pub(crate) host: Arc<Host>,
     pub(crate) network: PlannedNetwork,
+    lan: Lan,
     pub(crate) retention: Retention,
     store: Store,
     /// The directory itself: a way to its sockets that is short whatever its path is.
@@ -70,6 +67,7 @@ impl Ground {
             dir: Arc::new(dir),
             host,
             network: spec.network.clone(),
+            lan: Lan::new(&spec.network, &spec.name),
             retention: spec.retention,
             store: store.clone(),
             handle,
@@ -104,6 +102,12 @@ impl Ground {
         &self.network
     }
 
+    /// The switches and routers of its networks.
+    #[must_use]
+    pub fn lan(&self) -> &Lan {
+        &self.lan
+    }
+
     /// Whether its machines may have to outlive their owner.
     #[must_use]
     pub fn retention(&self) -> Retention {
@@ -120,6 +124,12 @@ impl Ground {
     #[must_use]
     pub fn socket(&self, file: &str) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/{file}", self.handle.as_raw_fd()))
+    }
+
+    /// The same for another process, for as long as this one lives.
+    #[must_use]
+    pub fn socket_for_others(&self, file: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}/{file}", std::process::id(), self.handle.as_raw_fd()))
     }
 
     /// Versions that belong into the provenance: the host's, and of what the lab's machines were made with.
@@ -203,25 +213,6 @@ impl Ground {
         }
         self.hold(file.lease).await?;
         Ok(Fetched { path: file.path, input: file.input })
-    }
-
-    /// Serves files to the machines on QEMU's user network: there a guest reaches the loopback of the host, and the host
-    /// sees QEMU. `owner` says whose QEMU a caller is; who belongs to none is refused.
-    ///
-    /// # Errors
-    /// `Io` when nothing can listen on the loopback.
-    pub async fn serve(
-        &self,
-        site: Site,
-        owner: impl Fn(Caller) -> Option<String> + Send + Sync + 'static,
-    ) -> Result<Served> {
-        let admit = move |caller| owner(caller).map_or(Admission::Refused, Admission::Machine);
-        let server = Server::on_loopback(site, admit).await?;
-        let reached =
-            self.network.subnets.iter().filter(|subnet| command_line::reaches_host(&self.network, subnet));
-        let addresses = reached.map(|subnet| (subnet.name.clone(), command_line::host_address(subnet)));
-        let port = server.port();
-        Ok(Served::new(addresses.collect(), port, server))
     }
 
     /// Makes the captured disk `target`, a file of the lab, of a volume whose machine has ended.

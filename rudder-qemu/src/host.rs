@@ -12,6 +12,7 @@ use rudder_core::{
     backend::{HostFinding, HostReport},
     capability::Capability,
 };
+use rudder_local::helper::HelperProgram;
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,6 +35,8 @@ pub struct Programs {
     pub swtpm: Option<PathBuf>,
     /// The directories of firmware descriptors, where they are not QEMU's.
     pub firmware: Option<Vec<PathBuf>>,
+    /// The program that runs the network of a kept lab; the one that is found when a lab is kept.
+    pub helper: Option<HelperProgram>,
 }
 
 impl Programs {
@@ -71,6 +74,7 @@ pub struct Host {
     devices: BTreeSet<String>,
     machines: BTreeMap<String, String>,
     firmware: Catalog,
+    pub(crate) helper: Option<HelperProgram>,
 }
 
 impl Host {
@@ -99,6 +103,7 @@ impl Host {
             qemu_nbd,
             setpriv,
             swtpm: programs.swtpm.clone(),
+            helper: programs.helper.clone(),
             accelerator,
             notice,
             versions,

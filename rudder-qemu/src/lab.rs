@@ -7,9 +7,8 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
         FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
-        ModuleDraft, Progress, Served, Site,
+        ModuleDraft, Progress, Retention, Served, Site,
     },
-    media::http::is_of_process,
     module::Module,
     store::Store,
 };
@@ -23,7 +22,7 @@ use std::{
 };
 
 /// The machines of a lab, in the order in which they were defined.
-type Machines = Arc<Mutex<Vec<Arc<QemuMachine>>>>;
+type Machines = Mutex<Vec<Arc<QemuMachine>>>;
 
 /// A lab on raw QEMU.
 #[derive(Debug)]
@@ -76,14 +75,7 @@ impl Lab for QemuLab {
     }
 
     async fn serve(&self, site: Site) -> Result<Served> {
-        let machines = Arc::downgrade(&self.machines);
-        let owner = move |caller| {
-            let machines = machines.upgrade().map(|machines| locked(&machines).clone());
-            let is_its =
-                |machine: &Arc<QemuMachine>| machine.pid().is_some_and(|pid| is_of_process(caller, pid));
-            machines.into_iter().flatten().find(is_its).map(|machine| machine.name().to_owned())
-        };
-        self.ground.serve(site, owner).await
+        self.ground.lan().serve(site)
     }
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
@@ -116,7 +108,10 @@ impl Lab for QemuLab {
 
     async fn keep(&self) -> Result<KeptLab> {
         let machines = self.machines().clone();
-        let access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
+        let mut access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
+        if self.ground.retention == Retention::MayBeKept {
+            access.extend(self.ground.lan().hand_over(&self.ground).await?);
+        }
         self.ground.keep(&access).await?;
         self.kept.store(true, Ordering::Relaxed);
         for machine in &machines {

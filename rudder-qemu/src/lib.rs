@@ -1,8 +1,8 @@
-//! The raw QEMU backend of Rudder: one process per machine, controlled over QMP; user networking; disks through
+//! The raw QEMU backend of Rudder: one process per machine, controlled over QMP; a network in user space; disks through
 //! qemu-img. Nothing here needs root, a daemon or a bridge.
 //!
 //! # Its rooms
-//! `backend` what is here, open a lab · `lab` its machines · `ground` its directory and volumes · `machine` start, dial,
+//! `backend` what is here, open a lab · `lab` its machines · `lan` its network · `ground` its directory and volumes · `machine` start, dial,
 //! capture · `watch` how a machine fares and how it ended · `capture` copies of disks · `state` and `machine_state`
 //! what it keeps outside its disks · and QEMU's own trade: `command_line`, `firmware`, `tpm`, `qmp`, `image`, `host`, `accelerator`, `process` ·
 //! [`parts`] what another backend that drives QEMU shares with this one.
@@ -24,6 +24,7 @@ mod ground;
 mod host;
 mod image;
 mod lab;
+mod lan;
 mod machine;
 mod machine_state;
 pub mod parts;

@@ -22,7 +22,6 @@ use rudder_core::{
 use std::{
     fs::File,
     io,
-    net::{Ipv4Addr, SocketAddr},
     process::Stdio,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -31,7 +30,6 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    net::TcpStream,
     sync::{RwLock, RwLockReadGuard, mpsc, watch},
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -63,12 +61,10 @@ pub(crate) struct QemuMachine {
 /// What there is of a machine while it runs.
 #[derive(Debug)]
 struct Running {
-    pid: Option<u32>,
     qmp: Qmp,
     orders: mpsc::UnboundedSender<Stop>,
     /// Of each of its processes.
     released: Vec<Arc<AtomicBool>>,
-    forwards: Vec<(u16, u16)>,
     _watcher: AbortOnDropHandle<Exit>,
 }
 
@@ -80,7 +76,8 @@ impl QemuMachine {
         number: usize,
         parent: Option<Parent>,
     ) -> Result<Self> {
-        let files = Files::new(number);
+        let mut files = Files::new(number);
+        files.nics.truncate(spec.nics.len());
         for device in command_line::devices(spec) {
             ground.host.require_device(device)?;
         }
@@ -106,6 +103,8 @@ impl QemuMachine {
             let written = tokio::fs::write(&path, image).await;
             written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
         }
+        // Last: what could not be defined is not on the network.
+        ground.lan().add(spec, number)?;
         let phase = watch::Sender::new(Phase::Defined);
         let spec = spec.clone();
         let (running, console) = (Mutex::new(None), Mutex::new(None));
@@ -177,6 +176,7 @@ impl QemuMachine {
                 _ => {}
             }
         }
+        self.ground.lan().clear(&self.ground, &self.spec.name)?;
         let log_path = self.ground.path(&self.files.log);
         let failed = |error| Error::io(format_args!("write {}", log_path.display()), error);
         let log = File::create(&log_path).map_err(failed)?;
@@ -194,29 +194,19 @@ impl QemuMachine {
         let talk = async {
             self.record(&child, "qemu").await?;
             let (qmp, notes) = self.connect(&mut child).await?;
-            let forwards = match self.spec.ports.is_empty() || self.spec.nics.is_empty() {
-                true => Vec::new(),
-                false => qmp.forwarded_ports().await?,
+            let mut phase = self.phase.subscribe();
+            let ended = async move {
+                // Without anybody who tells of it, it has ended, too.
+                let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
             };
-            for port in &self.spec.ports {
-                if !self.spec.nics.is_empty() && !forwards.iter().any(|(_, guest)| guest == port) {
-                    return Err(Error::new(
-                        ErrorKind::LaunchFailed,
-                        format!(
-                            "expected QEMU to forward a port to port {port} of the guest, but found none"
-                        ),
-                    ));
-                }
-            }
             // Before it runs: nothing of what it writes is missed.
             let console = self.attach_console().await?;
+            self.ground.lan().connect(&self.ground, &self.spec.name, ended)?;
             qmp.cont().await?;
-            Ok((qmp, notes, forwards, console))
+            Ok((qmp, notes, console))
         };
         match tokio::time::timeout(LAUNCH_LIMIT, talk).await {
-            Ok(Ok((qmp, notes, forwards, console))) => {
-                Ok(Launched { child, tpm, qmp, notes, forwards, console })
-            }
+            Ok(Ok((qmp, notes, console))) => Ok(Launched { child, tpm, qmp, notes, console }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::new(
                 ErrorKind::LaunchFailed,
@@ -232,14 +222,11 @@ impl QemuMachine {
 
     /// How people get in, with the serial console on this socket.
     fn access_by(&self, serial: &str) -> Vec<String> {
-        let Ok(forwards) = self.with_running(|running| running.forwards.clone()) else { return Vec::new() };
+        if self.with_running(|_| ()).is_err() {
+            return Vec::new();
+        }
         let name = &self.spec.name;
-        let mut lines: Vec<String> = forwards
-            .iter()
-            .map(|(host, guest)| {
-                format!("{name}: port {guest} of the guest: 127.0.0.1:{host} (ssh -p {host} USER@127.0.0.1)")
-            })
-            .collect();
+        let mut lines = self.ground.lan().access(&self.ground, &self.spec);
         let path = |file: &str| self.ground.path(file).display().to_string();
         lines.push(format!("{name}: display: vncviewer {}", path(&self.files.display)));
         lines.push(format!("{name}: serial console: nc -U {}", path(serial)));
@@ -299,11 +286,6 @@ impl QemuMachine {
         }
     }
 
-    /// The number of its process while it runs.
-    pub(crate) fn pid(&self) -> Option<u32> {
-        self.with_running(|running| running.pid).ok().flatten()
-    }
-
     /// Keeps a machine that does not run from being started.
     fn at_rest(&self) -> Result<RwLockReadGuard<'_, ()>> {
         let running =
@@ -327,7 +309,6 @@ struct Launched {
     tpm: Option<Companion>,
     qmp: Qmp,
     notes: mpsc::UnboundedReceiver<Note>,
-    forwards: Vec<(u16, u16)>,
     console: Arc<SerialConsole>,
 }
 
@@ -371,10 +352,10 @@ impl Machine for QemuMachine {
         }
         let mut starting = Starting { phase: &self.phase, before };
         let launched = self.launch().await.map_err(|error| error.with_context("vm", &self.spec.name))?;
-        let Launched { child, tpm, qmp, notes, forwards, console } = launched;
+        let Launched { child, tpm, qmp, notes, console } = launched;
         let (orders, received) = mpsc::unbounded_channel();
         let children = std::iter::once(&child).chain(tpm.iter().map(|tpm| &tpm.child));
-        let (pid, released) = (child.pid(), children.map(OwnedChild::release_switch).collect());
+        let released = children.map(OwnedChild::release_switch).collect();
         *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&console));
         starting.before = None;
         self.phase.send_replace(Phase::Running);
@@ -390,7 +371,7 @@ impl Machine for QemuMachine {
             picture: self.ground.path(&self.files.picture),
         };
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
-        *self.running() = Some(Running { pid, qmp, orders, released, forwards, _watcher: watcher });
+        *self.running() = Some(Running { qmp, orders, released, _watcher: watcher });
         Ok(())
     }
 
@@ -422,20 +403,7 @@ impl Machine for QemuMachine {
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
         self.with_running(|_| ())?;
-        let address = self.reachable_at(port).ok_or_else(|| {
-            self.error(
-                ErrorKind::InvalidInput,
-                format!("expected one of the machine's ports, but found {port}"),
-            )
-            .with_help("a port is reached when it is in MachineSpec::ports and the machine has a card")
-        })?;
-        let stream = TcpStream::connect(address).await.map_err(|error| {
-            self.error(ErrorKind::GuestUnreachable, format!("cannot connect to port {port} of the guest"))
-                .with_source(error)
-        })?;
-        // Keystrokes and packets of SSH are small, and each is waited for.
-        let _ = stream.set_nodelay(true);
-        Ok(Box::new(stream))
+        self.ground.lan().dial(&self.ground, &self.spec, port).await
     }
 
     async fn display(&self) -> Result<BoxedStream> {
@@ -454,10 +422,9 @@ impl Machine for QemuMachine {
         self.picture().await
     }
 
-    fn reachable_at(&self, port: u16) -> Option<SocketAddr> {
-        let forwards = self.with_running(|running| running.forwards.clone()).ok()?;
-        let (host, _) = forwards.into_iter().find(|(_, guest)| *guest == port)?;
-        Some(SocketAddr::from((Ipv4Addr::LOCALHOST, host)))
+    fn proxy_command(&self, port: u16) -> Option<String> {
+        self.with_running(|_| ()).ok()?;
+        self.ground.lan().proxy_command(&self.ground, &self.spec.name, port)
     }
 
     fn access(&self) -> Vec<String> {

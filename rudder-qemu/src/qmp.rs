@@ -137,14 +137,6 @@ impl Qmp {
         };
         self.execute("write a picture of the screen as PNG", command).await.map(drop)
     }
-
-    /// The forwarded ports as `(loopback port, guest port)`.
-    pub(crate) async fn forwarded_ports(&self) -> Result<Vec<(u16, u16)>> {
-        // There is no QMP command for it (QEMU 10.0); this is what libvirt's and lima's users read too.
-        let command = qmp::human_monitor_command { command_line: "info usernet".to_owned(), cpu_index: None };
-        let text = self.execute("list forwarded ports", command).await?;
-        Ok(read_forwards(&text))
-    }
 }
 
 /// Passes the lines of QMP on, but for events that the `qapi` crate does not know.
@@ -193,36 +185,10 @@ fn note_of(event: qmp::Event) -> Option<Note> {
     }
 }
 
-/// Reads `info usernet`: a table per network, in which a forwarded port is a line such as
-/// `  TCP[HOST_FORWARD]  12       127.0.0.1 40213       10.0.2.15    22     0     0`. The port of the host, and that of the guest.
-pub fn read_forwards(text: &str) -> Vec<(u16, u16)> {
-    text.lines()
-        .filter_map(|line| {
-            let mut words = line.split_whitespace();
-            words.next().filter(|protocol| *protocol == "TCP[HOST_FORWARD]")?;
-            let mut words = words.skip(2);
-            let host = words.next()?.parse().ok()?;
-            let guest = words.nth(1)?.parse().ok()?;
-            Some((host, guest))
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-
-    #[test]
-    fn forwarded_ports_are_read_from_the_table() {
-        let text = "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
-                    TCP[ESTABLISHED]   14       127.0.0.1 40213       10.0.2.15    22     0     0\r\n  \
-                    TCP[HOST_FORWARD]  12       127.0.0.1 40213       10.0.2.15    22     0     0\r\n  \
-                    UDP[236 sec]       15       10.0.2.15    68        10.0.2.2    67     0     0\r\n  \
-                    TCP[HOST_FORWARD]  13       127.0.0.1 33001       10.0.2.15  8080     0     0\r\n";
-        assert_eq!(read_forwards(text), [(40213, 22), (33001, 8080)]);
-        assert_eq!(read_forwards("TCP[HOST_FORWARD] 1 127.0.0.1 x 10.0.2.15 22"), []);
-    }
 
     fn note(line: &str) -> Option<Note> {
         note_of(serde_json::from_str(line).unwrap())

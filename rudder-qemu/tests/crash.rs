@@ -10,13 +10,17 @@ use rudder_core::{
     plan::Bus,
     store::Store,
 };
+use rudder_local::helper::HelperProgram;
 use rudder_qemu::{Accelerator, QemuBackend};
 use std::{
     io::{BufRead, BufReader},
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
+
+use tokio::io::AsyncReadExt as _;
 
 /// Set for the process that plays the builder: the directory of its store.
 const BUILDER: &str = "RUDDER_TEST_BUILDER";
@@ -101,24 +105,58 @@ async fn a_lab_of_a_living_owner_is_never_reaped() {
     place.assert_clean().await;
 }
 
+/// The name of the test that plays the helper process.
+const HELPER: &str = "the_helper_process";
+
+#[test]
+fn the_helper_process() {
+    // Only where it was started as one: the others find none.
+    if std::env::var_os(rudder_local::helper::VARIABLE).is_some() {
+        rudder_local::helper::run();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kept_lab_outlives_its_owner_until_it_is_removed() {
-    let place = Place::new().await;
+    let helper = HelperProgram::new(std::env::current_exe().unwrap()).arguments(["--exact", HELPER]);
+    let place = Place::of(1, |builder| builder.helper(helper)).await;
     let mut spec = LabSpec::new("kept", network());
     spec.retention = Retention::MayBeKept;
     let lab = place.backend.open_lab(&spec).await.unwrap();
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    let address = machine.reachable_at(22).unwrap();
     let kept = lab.keep().await.unwrap();
+    // Its owner reaches it over the other process, too: the guest has no address.
+    let mut stream = machine.dial(22).await.unwrap();
+    assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
     drop((machine, lab));
     assert_eq!(place.backend.reap().await.unwrap().removed, Vec::<String>::new());
-    assert_eq!(processes_below(place.dir.path()).len(), 1);
-    tokio::net::TcpStream::connect(address).await.unwrap();
+    // QEMU and the network.
+    assert_eq!(processes_below(place.dir.path()).len(), 2);
+    let door = place.dir.path().join("labs").join(kept.id.as_str()).join("m0.p22");
+    assert_eq!(std::fs::metadata(&door).unwrap().permissions().mode() & 0o777, 0o600);
+    tokio::net::UnixStream::connect(door).await.unwrap();
     assert_eq!(place.backend.kept_labs().await.unwrap(), std::slice::from_ref(&kept));
-    assert!(kept.access[0].contains(&address.to_string()), "{kept:?}");
+    assert!(kept.access[0].contains("ProxyCommand="), "{kept:?}");
     place.backend.remove_lab(&kept.id).await.unwrap();
     assert_eq!(place.backend.remove_lab(&kept.id).await.unwrap_err().kind(), ErrorKind::NotFound);
+    place.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_helper_a_kept_lab_says_that_its_network_ended() {
+    let place = Place::of(1, |builder| builder.helper(HelperProgram::new("/nonexistent"))).await;
+    let mut spec = LabSpec::new("kept", network());
+    spec.retention = Retention::MayBeKept;
+    let lab = place.backend.open_lab(&spec).await.unwrap();
+    let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
+    machine.start().await.unwrap();
+    let kept = lab.keep().await.unwrap();
+    let told = kept.access.last().unwrap();
+    assert_eq!(told, "the network of the lab has ended: cannot start /nonexistent");
+    drop((machine, lab));
+    assert_eq!(processes_below(place.dir.path()).len(), 1);
+    place.backend.remove_lab(&kept.id).await.unwrap();
     place.assert_clean().await;
 }
 

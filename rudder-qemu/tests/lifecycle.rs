@@ -76,10 +76,14 @@ async fn streams_reach_port_display_and_serial_console() {
     let lab = place.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    // Nobody listens in this guest: the connection is made, and ends.
-    let mut port = machine.dial(22).await.unwrap();
-    drop(port.write_all(b"hello").await);
-    assert!(machine.reachable_at(22).unwrap().ip().is_loopback());
+    // This guest never takes its address.
+    let error = machine.dial(22).await.map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::GuestUnreachable);
+    // Nothing on the network of the host leads to it; a socket in the lab does.
+    assert_eq!(machine.reachable_at(22), None);
+    assert!(machine.proxy_command(22).unwrap().ends_with("exec nc -U m0.p22"));
+    assert_eq!(machine.proxy_command(23), None);
+    tokio::net::UnixStream::connect(lab_file(&place, "m0.p22")).await.unwrap();
     assert_eq!(machine.dial(23).await.map(drop).unwrap_err().kind(), ErrorKind::InvalidInput);
     let mut greeting = [0; 4];
     machine.display().await.unwrap().read_exact(&mut greeting).await.unwrap();
@@ -89,7 +93,7 @@ async fn streams_reach_port_display_and_serial_console() {
     assert!(machine.screenshot().await.unwrap().starts_with(b"\x89PNG"));
     assert_eq!(machine.access().len(), 3);
     lab.destroy().await.unwrap();
-    drop((port, machine, lab));
+    drop((machine, lab));
     place.assert_clean().await;
 }
 
@@ -101,13 +105,32 @@ async fn served_files_are_for_the_machines_of_the_lab_only() {
     machine.start().await.unwrap();
     let files = [("x".to_owned(), SiteFile::Bytes(b"hello".as_slice().into()))];
     let served = lab.serve(Site::new(files.into(), |request| panic!("{request:?}"))).await.unwrap();
-    assert_eq!(served.addresses, [("default".to_owned(), "10.0.2.2".parse().unwrap())].into());
-    // This process runs the lab and is none of its machines.
-    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", served.port)).await.unwrap();
-    let mut answer = Vec::new();
-    let _ = stream.write_all(b"GET /x HTTP/1.0\r\n\r\n").await;
-    let _ = stream.read_to_end(&mut answer).await;
-    assert_eq!(answer, b"");
+    assert_eq!(served.addresses, [("default".to_owned(), "10.0.2.1".parse().unwrap())].into());
+    // On the address of the gateway, and not on this host.
+    let own: Vec<String> = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+        .filter_map(|target| Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let qemu = format!("/proc/{}/fd", qemu_of(place.dir.path()));
+    let of_qemu = std::fs::read_dir(qemu).unwrap().flatten().filter_map(|entry| {
+        Some(
+            std::fs::read_link(entry.path())
+                .ok()?
+                .to_str()?
+                .strip_prefix("socket:[")?
+                .strip_suffix(']')?
+                .to_owned(),
+        )
+    });
+    let sockets: Vec<String> = own.into_iter().chain(of_qemu).collect();
+    for table in ["tcp", "tcp6", "udp", "udp6"] {
+        let table = std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default();
+        let inodes = table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(9));
+        let ours: Vec<&str> = inodes.filter(|inode| sockets.iter().any(|socket| socket == inode)).collect();
+        assert_eq!(ours, Vec::<&str>::new(), "{table}");
+    }
     lab.destroy().await.unwrap();
     drop((served, machine, lab));
     place.assert_clean().await;

@@ -252,6 +252,13 @@ pub trait Machine: Debug + Send + Sync {
         None
     }
 
+    /// A command for a shell of this host whose standard input and output lead to a TCP port of the guest while it runs, also after
+    /// its owner is gone: what `ssh -o ProxyCommand=…` takes. `None` where there is none.
+    fn proxy_command(&self, port: u16) -> Option<String> {
+        let _ = port;
+        None
+    }
+
     /// How a person gets in while it runs: command lines and addresses, a line each.
     fn access(&self) -> Vec<String>;
 

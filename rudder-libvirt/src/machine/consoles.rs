@@ -1,6 +1,6 @@
 //! How a machine is seen and talked to: its serial console, and what people are told of the ways to it.
 
-use super::Inner;
+use super::{Inner, launch::Ways};
 use rudder_core::{Error, ErrorKind, Result, backend::BoxedStream};
 use rudder_qemu::parts::{SerialConsole, SerialPaths};
 use std::sync::{Arc, PoisonError};
@@ -46,6 +46,9 @@ impl Inner {
                 format!("{name}: port {port} of the guest: {at} (ssh -p {way} USER@{host})")
             })
             .collect();
+        if matches!(ways, Ways::Switched) {
+            lines.extend(self.footing.ground.lan().access(&self.footing.ground, &self.spec));
+        }
         let serial = self.footing.ground.path(&self.file(console));
         lines.push(format!("{name}: display: virt-viewer --connect '{uri}' --attach {domain}"));
         lines.push(format!("{name}: serial console: nc -U {}", serial.display()));

@@ -4,9 +4,10 @@ use super::Inner;
 use crate::{
     connection::domain,
     process::{self, Found},
+    watch::Phase,
 };
 use rudder_core::{Error, ErrorKind, Result, backend::Retention};
-use rudder_qemu::parts::{SerialConsole, Tpm, read_forwards};
+use rudder_qemu::parts::{SerialConsole, Tpm};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -32,8 +33,8 @@ pub(super) struct Launched {
 /// The ways to the ports of a guest.
 #[derive(Debug, Clone)]
 pub(super) enum Ways {
-    /// Ports of the host, and those of the guest that they lead to.
-    Forwarded(Vec<(u16, u16)>),
+    /// Over the switches and routers of the lab.
+    Switched,
     /// Its address on a bridge, once it was seen.
     Bridged(Option<Ipv4Addr>),
 }
@@ -41,10 +42,7 @@ pub(super) enum Ways {
 impl Ways {
     pub(super) fn to(&self, port: u16) -> Option<SocketAddr> {
         match self {
-            Self::Forwarded(forwards) => {
-                let (host, _) = forwards.iter().find(|(_, guest)| *guest == port)?;
-                Some(SocketAddr::from((Ipv4Addr::LOCALHOST, *host)))
-            }
+            Self::Switched => None,
             Self::Bridged(address) => address.map(|address| SocketAddr::from((address, port))),
         }
     }
@@ -64,6 +62,7 @@ impl Inner {
                 _ => {}
             }
         }
+        self.footing.ground.lan().clear(&self.footing.ground, &self.spec.name)?;
         let flags = match self.footing.ground.retention() {
             Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
             Retention::MayBeKept => 0,
@@ -76,10 +75,19 @@ impl Inner {
         let started = connection.order(start).await;
         started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
         let process = process::find(self.domain.clone(), self.footing.ground.id().clone()).await;
+        let mut phase = self.phase.subscribe();
+        let ended = async move {
+            // Without anybody who tells of it, it has ended, too.
+            let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
+        };
         let rest = async {
             let ways = match self.footing.bridges() {
                 Some(_) => Ways::Bridged(None),
-                None => Ways::Forwarded(self.read_forwards().await?),
+                None => {
+                    let ground = &self.footing.ground;
+                    ground.lan().connect(ground, &self.spec.name, ended)?;
+                    Ways::Switched
+                }
             };
             let console = self.attach_console().await?;
             let name = self.domain.clone();
@@ -124,30 +132,6 @@ impl Inner {
                 return Err(held("still runs"));
             }
             sleep(REST_LOOK).await;
-        }
-    }
-
-    /// The ports that QEMU's user network forwards: the kernel chose those of the host.
-    async fn read_forwards(&self) -> Result<Vec<(u16, u16)>> {
-        if self.spec.ports.is_empty() || self.spec.nics.is_empty() {
-            return Ok(Vec::new());
-        }
-        let name = self.domain.clone();
-        let ask = move |connect: &Connect| {
-            domain(connect, &name)?
-                .qemu_monitor_command("info usernet", sys::VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
-        };
-        let told = self.footing.connection.ask(ask).await;
-        let told =
-            told.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "list forwarded ports"))?;
-        let forwards = read_forwards(&told);
-        match self.spec.ports.iter().find(|port| !forwards.iter().any(|(_, guest)| guest == *port)) {
-            None => Ok(forwards),
-            Some(port) => {
-                let message =
-                    format!("expected QEMU to forward a port to port {port} of the guest, but found none");
-                Err(self.error(ErrorKind::LaunchFailed, message))
-            }
         }
     }
 }

@@ -1,12 +1,11 @@
 //! Network cards, and the networks behind them.
 
-use super::{Chipset, Line, place};
+use super::{Chipset, Line, escape, place};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::MachineSpec,
     plan::{NicModel, PlannedNetwork, PlannedNic, PlannedSubnet},
 };
-use std::net::Ipv4Addr;
 
 /// QEMU's name of a card.
 pub(super) fn driver(model: NicModel) -> &'static str {
@@ -20,56 +19,37 @@ pub(super) fn driver(model: NicModel) -> &'static str {
     }
 }
 
-/// The arguments that make the cards of a machine, as a machine of this backend gets them, with forwarded ports.
+/// The arguments that make the NICs of a machine, each on a socket of this path, on which QEMU listens for the lab's network.
 ///
 /// # Errors
-/// `InvalidInput` when a card is in no subnet of the lab, or its slot is none.
-pub fn card_arguments(spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
+/// `InvalidInput` when a NIC is in no subnet of the lab, or its slot is none.
+pub fn nic_arguments(
+    spec: &MachineSpec,
+    network: &PlannedNetwork,
+    sockets: &[String],
+) -> Result<Vec<String>> {
     let mut line = Line { words: Vec::new(), chipset: Chipset::of(spec) };
-    attach(&mut line, spec, network)?;
+    attach(&mut line, spec, network, sockets)?;
     Ok(line.words)
 }
 
-/// Whether the guests of a subnet reach the host, and through it the internet: QEMU's user network has both or neither.
-pub(crate) fn reaches_host(network: &PlannedNetwork, subnet: &PlannedSubnet) -> bool {
-    network.vpcs.iter().any(|vpc| vpc.name == subnet.vpc && vpc.internet)
-}
-
-/// The address by which the guests of a subnet reach the loopback of the host: the second of the subnet, as QEMU has it
-/// in networks of 256 addresses.
-pub(crate) fn host_address(subnet: &PlannedSubnet) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(subnet.cidr.network()).saturating_add(2))
-}
-
-/// Puts the networks in, each of which is QEMU's user network (slirp) with the addresses of its subnet, and the cards in them.
-pub(super) fn attach(line: &mut Line, spec: &MachineSpec, network: &PlannedNetwork) -> Result<()> {
-    let invalid = |nic: &PlannedNic, message: String| {
-        Error::new(ErrorKind::InvalidInput, message)
-            .with_context("nic", &nic.name)
-            .with_context("vm", &spec.name)
-    };
+/// The arguments that make the NICs of a machine which somebody starts without a lab: each is in QEMU's user network with the
+/// addresses of its subnet, from which it reaches the outside where its VPC has internet, and nothing reaches it.
+///
+/// # Errors
+/// As [`nic_arguments`].
+pub fn user_nic_arguments(spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
+    let mut line = Line { words: Vec::new(), chipset: Chipset::of(spec) };
     let mut hubs: Vec<&str> = Vec::new();
-    let mut forwards: String =
-        spec.ports.iter().map(|port| format!(",hostfwd=tcp:127.0.0.1:0-:{port}")).collect();
     for (index, nic) in spec.nics.iter().enumerate() {
-        let subnet = network.subnets.iter().find(|subnet| subnet.name == nic.subnet);
-        let subnet = subnet.ok_or_else(|| {
-            invalid(nic, format!("expected a subnet of the lab, but found {:?}", nic.subnet))
-        })?;
+        let subnet = subnet(spec, nic, network)?;
         let shared = spec.nics.iter().filter(|other| other.subnet == nic.subnet).count() > 1;
         if !hubs.contains(&nic.subnet.as_str()) {
-            let restrict = if reaches_host(network, subnet) { "off" } else { "on" };
-            // A port of 0 is chosen by the kernel, and read back later: nobody else can take it in between.
-            let forwards = std::mem::take(&mut forwards);
+            let internet = network.vpcs.iter().any(|vpc| vpc.name == subnet.vpc && vpc.internet);
+            let restrict = if internet { "off" } else { "on" };
             let id = if shared { format!("up{}", hubs.len()) } else { format!("net{index}") };
-            line.option(
-                "-netdev",
-                format!(
-                    "user,id={id},ipv6=off,net={},host={},restrict={restrict}{forwards}",
-                    subnet.cidr,
-                    host_address(subnet)
-                ),
-            );
+            let value = format!("user,id={id},ipv6=off,net={},restrict={restrict}", subnet.cidr);
+            line.option("-netdev", value);
             if shared {
                 line.option("-netdev", format!("hubport,id={id}hub,hubid={},netdev={id}", hubs.len()));
             }
@@ -79,12 +59,53 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, network: &PlannedNetwo
             let hub = hubs.iter().position(|name| *name == nic.subnet).unwrap_or_default();
             line.option("-netdev", format!("hubport,id=net{index},hubid={hub}"));
         }
-        if !(1..=9).contains(&nic.slot) {
-            return Err(invalid(nic, format!("expected a slot from 1 to 9, but found {}", nic.slot)));
-        }
-        // Without a boot ROM: nothing boots from the network, and loading it takes time.
-        let card = line.device(driver(nic.model), place::CARDS + nic.slot, 0);
-        line.option("-device", format!("{card},id=nic{index},netdev=net{index},mac={},romfile=", nic.mac));
+        device(&mut line, spec, index, nic)?;
     }
+    Ok(line.words)
+}
+
+fn invalid(spec: &MachineSpec, nic: &PlannedNic, message: String) -> Error {
+    Error::new(ErrorKind::InvalidInput, message).with_context("nic", &nic.name).with_context("vm", &spec.name)
+}
+
+/// The subnet that a NIC is in.
+fn subnet<'n>(
+    spec: &MachineSpec,
+    nic: &PlannedNic,
+    network: &'n PlannedNetwork,
+) -> Result<&'n PlannedSubnet> {
+    network.subnets.iter().find(|subnet| subnet.name == nic.subnet).ok_or_else(|| {
+        invalid(spec, nic, format!("expected a subnet of the lab, but found {:?}", nic.subnet))
+    })
+}
+
+/// Puts the NICs in, each on its socket.
+pub(super) fn attach(
+    line: &mut Line,
+    spec: &MachineSpec,
+    network: &PlannedNetwork,
+    sockets: &[String],
+) -> Result<()> {
+    if let Some(nic) = spec.nics.get(sockets.len()) {
+        return Err(invalid(spec, nic, format!("expected at most {} NICs, but found more", sockets.len())));
+    }
+    for (index, (nic, socket)) in spec.nics.iter().zip(sockets).enumerate() {
+        subnet(spec, nic, network)?;
+        // QEMU 7.2. It listens, because only later versions connect again after the other side was away.
+        let path = escape(socket);
+        line.option("-netdev", format!("stream,id=net{index},server=on,addr.type=unix,addr.path={path}"));
+        device(line, spec, index, nic)?;
+    }
+    Ok(())
+}
+
+/// Puts a NIC in its slot.
+fn device(line: &mut Line, spec: &MachineSpec, index: usize, nic: &PlannedNic) -> Result<()> {
+    if !(1..=9).contains(&nic.slot) {
+        return Err(invalid(spec, nic, format!("expected a slot from 1 to 9, but found {}", nic.slot)));
+    }
+    // Without a boot ROM: nothing boots from the network, and loading it takes time.
+    let card = line.device(driver(nic.model), place::CARDS + nic.slot, 0);
+    line.option("-device", format!("{card},id=nic{index},netdev=net{index},mac={},romfile=", nic.mac));
     Ok(())
 }

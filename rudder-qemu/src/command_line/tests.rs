@@ -111,7 +111,7 @@ fn an_ordinary_machine() {
 -device virtio-blk-pci,bus=pci.0,addr=08.0,multifunction=on,id=disk0-device,drive=disk0,werror=stop,rerror=stop,bootindex=0
 -blockdev {"node-name":"seed","driver":"raw","read-only":true,"file":{"driver":"file","filename":"m0.seed.img","read-only":true}}
 -device virtio-blk-pci,bus=pci.0,addr=1a.0,id=seed-device,drive=seed
--netdev user,id=net0,ipv6=off,net=10.0.2.0/24,host=10.0.2.2,restrict=off,hostfwd=tcp:127.0.0.1:0-:22
+-netdev stream,id=net0,server=on,addr.type=unix,addr.path=m0.n0
 -device e1000,bus=pci.0,addr=11.0,id=nic0,netdev=net0,mac=52:54:00:00:00:01,romfile=
 -S
 "#;
@@ -194,7 +194,7 @@ fn the_seed_is_on_the_bus_of_the_boot_disk() {
 }
 
 #[test]
-fn cards_in_one_subnet_share_a_hub_and_others_do_not() {
+fn every_nic_has_a_socket_of_its_own() {
     let mut spec = with_disks([]);
     spec.ports = vec![22, 80];
     spec.nics = vec![
@@ -205,20 +205,38 @@ fn cards_in_one_subnet_share_a_hub_and_others_do_not() {
     let line = line_of("rudder-lab", &spec, &network(false)).unwrap();
     assert_eq!(
         values(&line, "-netdev", ""),
-        [
-            "user,id=up0,ipv6=off,net=10.0.2.0/24,host=10.0.2.2,restrict=on,hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:80",
-            "hubport,id=up0hub,hubid=0,netdev=up0",
-            "hubport,id=net0,hubid=0",
-            "user,id=net1,ipv6=off,net=192.168.7.0/28,host=192.168.7.2,restrict=on",
-            "hubport,id=net2,hubid=0",
-        ]
+        [0, 1, 2]
+            .map(|index| { format!("stream,id=net{index},server=on,addr.type=unix,addr.path=m0.n{index}") })
     );
+    assert!(!line.iter().any(|word| word.contains("hostfwd") || word.contains("user,")), "{line:?}");
     assert_eq!(
         values(&line, "-device", "netdev"),
         [
             "virtio-net-pci,bus=pci.0,addr=13.0,id=nic0,netdev=net0,mac=52:54:00:00:00:03,romfile=",
             "pcnet,bus=pci.0,addr=11.0,id=nic1,netdev=net1,mac=52:54:00:00:00:01,romfile=",
             "ne2k_pci,bus=pci.0,addr=19.0,id=nic2,netdev=net2,mac=52:54:00:00:00:09,romfile=",
+        ]
+    );
+}
+
+#[test]
+fn a_machine_without_a_lab_is_in_the_user_network_and_reached_by_nobody() {
+    let mut spec = with_disks([]);
+    spec.ports = vec![22];
+    spec.nics = vec![
+        nic(3, "default", NicModel::Virtio),
+        nic(1, "other", NicModel::Pcnet),
+        nic(9, "default", NicModel::Ne2kPci),
+    ];
+    let line = user_nic_arguments(&spec, &network(false)).unwrap();
+    assert_eq!(
+        values(&line, "-netdev", ""),
+        [
+            "user,id=up0,ipv6=off,net=10.0.2.0/24,restrict=on",
+            "hubport,id=up0hub,hubid=0,netdev=up0",
+            "hubport,id=net0,hubid=0",
+            "user,id=net1,ipv6=off,net=192.168.7.0/28,restrict=on",
+            "hubport,id=net2,hubid=0",
         ]
     );
 }
