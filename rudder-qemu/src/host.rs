@@ -43,8 +43,9 @@ impl Programs {
     /// The same, independent of the working directory of later. A name without a directory stays one.
     #[must_use]
     pub fn rooted(mut self) -> Self {
-        let Self { qemu, qemu_img, setpriv, swtpm, firmware } = &mut self;
-        let given = [qemu, qemu_img, setpriv, swtpm].into_iter().flatten();
+        let Self { qemu, qemu_img, setpriv, swtpm, firmware, helper } = &mut self;
+        let helper = helper.as_mut().map(|helper| &mut helper.path);
+        let given = [qemu, qemu_img, setpriv, swtpm].into_iter().flatten().chain(helper);
         for path in given.filter(|path| path.components().count() > 1).chain(firmware.iter_mut().flatten()) {
             if let Ok(rooted) = std::path::absolute(&*path) {
                 *path = rooted;

@@ -39,6 +39,15 @@ pub(super) async fn keep(attempt: &Attempt) -> Result<KeptLab> {
                 word(&login.username),
                 address.ip(),
             ));
+        } else if let Some(command) = defined.machine().proxy_command(communicator.port) {
+            // OpenSSH replaces tokens that begin with a percent sign (ssh_config(5)).
+            let proxy = word(&format!("ProxyCommand={}", command.replace('%', "%%")));
+            access.push(format!(
+                "{0}: ssh -i {identity} -o IdentitiesOnly=yes -o StrictHostKeyChecking=no \
+                 -o UserKnownHostsFile=/dev/null -o {proxy} {1}@{0}",
+                planned.name,
+                word(&login.username),
+            ));
         } else if login.key.is_some() {
             access.push(format!("{}: the key of {} is {identity}", planned.name, word(&login.username)));
         }

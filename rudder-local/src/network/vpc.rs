@@ -329,10 +329,10 @@ impl Inner {
         let (Some(message), Some(segment)) = (packet.datagram(), self.segments.get_mut(place.segment)) else {
             return;
         };
-        if let Some((mac, reply)) = dhcp::answer(segment, place.port, &vpc.settings.domain, message) {
-            if mac == BROADCAST || !is_group(mac) {
-                segment.send_frame(mac, place.port, &reply);
-            }
+        if let Some((mac, reply)) = dhcp::answer(segment, place.port, &vpc.settings.domain, message)
+            && (mac == BROADCAST || !is_group(mac))
+        {
+            segment.send_frame(mac, place.port, &reply);
         }
     }
 
