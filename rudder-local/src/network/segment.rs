@@ -173,8 +173,10 @@ impl Segment {
         }
         match self.table.get(&mac) {
             Some(known) if *known == port => return true,
-            // A planned address stays at its port.
-            Some(known) if self.nics.get(*known).is_some_and(|nic| nic.mac == mac) => return false,
+            // A planned address stays at its port. Its machine may use it on another of its own NICs, as a bridge in it does.
+            Some(known) if self.nics.get(*known).is_some_and(|nic| nic.mac == mac) => {
+                return self.are_of_one_machine(*known, port);
+            }
             Some(known) => {
                 if let Some(nic) = self.nics.get_mut(*known) {
                     nic.macs = nic.macs.saturating_sub(1);
@@ -196,11 +198,19 @@ impl Segment {
         true
     }
 
-    /// Learns which hardware address has an IP address; whether it may have it. A planned address is only had by the NIC it was
-    /// planned for.
+    fn are_of_one_machine(&self, one: usize, other: usize) -> bool {
+        let machine = |number: usize| self.nics.get(number).map(|nic| &nic.machine);
+        machine(one).is_some() && machine(one) == machine(other)
+    }
+
+    /// Learns which hardware address has an IP address; whether it may have it. A planned address is only had by the machine it
+    /// was planned for; which of its NICs on the subnet it uses is its own choice (RFC 1122, 3.3.4.2, the weak model).
     pub(crate) fn learn(&mut self, address: Ipv4Addr, mac: Mac, port: usize) -> bool {
         let planned = self.nics.iter().position(|nic| nic.address == Some(address));
-        if !self.is_host(address) || is_group(mac) || planned.is_some_and(|planned| planned != port) {
+        if !self.is_host(address)
+            || is_group(mac)
+            || planned.is_some_and(|planned| !self.are_of_one_machine(planned, port))
+        {
             return false;
         }
         if self.neighbours.get(&address) == Some(&(mac, port)) {
@@ -224,9 +234,9 @@ impl Segment {
         true
     }
 
-    /// The port behind which this address was heard.
-    pub(crate) fn port_of(&self, address: Ipv4Addr) -> Option<usize> {
-        self.neighbours.get(&address).map(|(_, port)| *port)
+    /// Whether this address, planned for this port, was heard.
+    pub(crate) fn is_heard(&self, address: Ipv4Addr, port: usize) -> bool {
+        self.neighbours.get(&address).is_some_and(|(_, heard)| self.are_of_one_machine(*heard, port))
     }
 
     /// An address that was heard behind this port.

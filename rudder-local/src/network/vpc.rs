@@ -284,7 +284,7 @@ impl Inner {
     fn look(&mut self, place: Place) -> io::Result<Result<Ipv4Addr, Arc<Notify>>> {
         let segment = self.segments.get_mut(place.segment).ok_or(io::ErrorKind::NotConnected)?;
         match segment.nics.get(place.port).and_then(|nic| nic.address) {
-            Some(planned) if segment.port_of(planned) == Some(place.port) => return Ok(Ok(planned)),
+            Some(planned) if segment.is_heard(planned, place.port) => return Ok(Ok(planned)),
             Some(planned) => segment.ask(planned),
             None => {
                 if let Some(address) = segment.heard_at(place.port) {

@@ -217,11 +217,8 @@ async fn no_guest_speaks_for_another() {
         .send(&[&ipv4_header(gateway, web.mac)[..], &packet((web.ip(), thief.gateway), 1, &echo(8))].concat())
         .await;
     assert_eq!(thief.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
-    let found = {
-        let inner = network.vpcs[0].lock();
-        inner.segments[0].port_of(web.ip())
-    };
-    assert_eq!(found, Some(0));
+    let still = network.vpcs[0].lock().segments[0].is_heard(web.ip(), 0);
+    assert!(still);
     assert_eq!(web.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
 }
 
@@ -331,4 +328,27 @@ async fn a_frame_for_an_unknown_address_is_flooded_and_then_learned() {
     guests[2].gateway_mac().await;
     assert!(!guests[2].frames_before_a_ping().await.contains(&to_inner));
     let Some(Frame { payload: Payload::Ipv4(_), .. }) = Frame::parse(&to_inner) else { panic!("a frame") };
+}
+
+#[tokio::test]
+async fn a_machine_may_answer_for_its_address_over_another_of_its_nics() {
+    let network = network(&undeclared());
+    let nics = [nic("default", 1, None), PlannedNic { name: "nic2".to_owned(), ..nic("default", 2, None) }];
+    network.add_machine("web", &nics).unwrap();
+    let mut first = connect_nic(&network, "web", 0);
+    let mut second = connect_nic(&network, "web", 1);
+    let (own, gateway) = (second.address, second.gateway_mac().await);
+    // As Linux does with two NICs on one subnet: the address of the first, over the second.
+    second.address = first.address;
+    second
+        .send(
+            &[&ipv4_header(gateway, second.mac)[..], &packet((first.ip(), first.gateway), 1, &echo(8))]
+                .concat(),
+        )
+        .await;
+    let reply = second.packet().await;
+    assert_eq!(icmp(&second, &reply), (0, 0));
+    second.address = own;
+    // And the first goes on with it.
+    assert_eq!(first.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
 }

@@ -83,7 +83,11 @@ fn join(network: &Network, name: &str, nic: &PlannedNic) -> Guest {
 
 /// Connects the only NIC of a machine.
 fn connect(network: &Network, name: &str) -> Guest {
-    let attached = network.machines()[name][0].clone();
+    connect_nic(network, name, 0)
+}
+
+fn connect_nic(network: &Network, name: &str, nic: usize) -> Guest {
+    let attached = network.machines()[name][nic].clone();
     let (ours, theirs) = io::duplex(1 << 20);
     let port =
         Arc::clone(&attached.vpc.lock().segments[attached.place.segment].nics[attached.place.port].port);
