@@ -90,6 +90,8 @@ enum OnFailure {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    // This program also runs the network of a lab that is kept.
+    rudder::helper::run();
     match run(Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(End { code, message }) => {

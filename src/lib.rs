@@ -15,6 +15,9 @@ pub use rudder_core::*;
 #[cfg(feature = "libvirt")]
 #[doc(inline)]
 pub use rudder_libvirt as libvirt;
+#[cfg(any(feature = "libvirt", feature = "qemu"))]
+#[doc(inline)]
+pub use rudder_local::helper;
 #[cfg(feature = "qemu")]
 #[doc(inline)]
 pub use rudder_qemu as qemu;

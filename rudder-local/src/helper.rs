@@ -7,7 +7,8 @@ use crate::network::{Network, NetworkOptions, NetworkRecord};
 use std::{
     env,
     ffi::OsString,
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process,
     sync::{
@@ -25,17 +26,17 @@ const PROGRAM: &str = "rudder-helper";
 static IS_HELPER: AtomicBool = AtomicBool::new(false);
 
 /// Becomes the helper process, and does not return, if this process was started as one; else does nothing. To be called first in
-/// `main`, before a runtime is started.
+/// `main`.
 pub fn run() {
     IS_HELPER.store(true, Ordering::Relaxed);
     let Some(record) = env::var_os(VARIABLE) else { return };
-    match run_network(Path::new(&record)) {
-        Ok(()) => process::exit(0),
-        Err(error) => {
-            tracing::error!(%error, "the helper process ends");
-            process::exit(1);
-        }
+    // On a thread of its own, where a runtime may be started also when `main` is on one already.
+    let ended = std::thread::spawn(move || run_network(Path::new(&record))).join();
+    if let Ok(Err(error)) = &ended {
+        // There is no subscriber yet; what it says goes to a file in the lab.
+        let _ = writeln!(io::stderr(), "the network of the lab has ended: {error}");
     }
+    process::exit(1);
 }
 
 /// A program that is the helper process when it is started with [`VARIABLE`].
@@ -74,8 +75,8 @@ impl HelperProgram {
     }
 }
 
-/// Runs a network until the process is ended, or its lab's directory is gone.
-fn run_network(record: &Path) -> io::Result<()> {
+/// Runs a network until the process is ended.
+fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
     let record: NetworkRecord = serde_json::from_slice(&fs::read(record)?)?;
     if record.format > crate::network::FORMAT {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the record is of a newer version"));
@@ -94,8 +95,7 @@ fn run_network(record: &Path) -> io::Result<()> {
                 network.open_doors(&machine.name, doors)?,
             ));
         }
-        std::future::pending::<()>().await;
-        drop(open);
-        Ok(())
+        let _open = open;
+        std::future::pending().await
     })
 }

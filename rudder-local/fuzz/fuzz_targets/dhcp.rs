@@ -1,0 +1,7 @@
+//! Any bytes, as a DHCP message of a guest: see `frames.rs` for how to run it. Nothing may panic.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| rudder_local::network::fuzz::dhcp(bytes));
