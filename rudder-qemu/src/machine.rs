@@ -29,9 +29,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{
-    sync::{RwLock, RwLockReadGuard, mpsc, watch},
-};
+use tokio::sync::{RwLock, RwLockReadGuard, mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 /// How long QEMU may take from its start until it answers.
