@@ -1,18 +1,18 @@
 //! A VPC: its segments, the router between them, and what the router does itself. One lock for all of it, which is taken once
 //! per read of a NIC's frames and not once per frame.
 
+mod router;
+
 use super::{
-    dhcp,
-    dns::{self, Names},
+    dns::Names,
     nat,
     port::Port,
     segment::Segment,
     service::Services,
     stack::{Flow, Place, Stack},
     stream::GuestStream,
-    wire::{self, Arp, BROADCAST, Frame, MTU, Packet, Payload, Refusal, fragments, is_group},
+    wire::{Frame, Packet, Refusal, fragments},
 };
-use smoltcp::iface::SocketHandle;
 use std::{
     collections::HashMap,
     io,
@@ -295,211 +295,4 @@ impl Inner {
         segment.flush();
         Ok(Err(Arc::clone(&segment.heard)))
     }
-
-    fn frame(&mut self, vpc: &Arc<Vpc>, place: Place, frame: &Frame<'_>) {
-        let Some(segment) = self.segments.get_mut(place.segment) else { return };
-        if !segment.learn_mac(frame.from, place.port) {
-            return;
-        }
-        if segment.is_routed() {
-            if let Payload::Arp(bytes) = frame.payload
-                && let Some(arp) = Arp::parse(bytes).filter(|arp| arp.sender.0 == frame.from)
-            {
-                segment.arp(place.port, &arp);
-            }
-            if let Payload::Ipv4(bytes) = frame.payload
-                && let Some(packet) = Packet::parse(bytes)
-            {
-                if segment.is_for_gateway(frame) {
-                    self.packet(vpc, place, frame, &packet);
-                    return;
-                }
-                if is_group(frame.to) && is_dhcp(&packet) {
-                    self.dhcp(vpc, place, &packet);
-                }
-            }
-            if self.segments[place.segment].is_for_gateway(frame) {
-                return;
-            }
-        }
-        self.segments[place.segment].switch_frame(place.port, frame);
-    }
-
-    fn dhcp(&mut self, vpc: &Arc<Vpc>, place: Place, packet: &Packet<'_>) {
-        let (Some(message), Some(segment)) = (packet.datagram(), self.segments.get_mut(place.segment)) else {
-            return;
-        };
-        if let Some((mac, reply)) = dhcp::answer(segment, place.port, &vpc.settings.domain, message)
-            && (mac == BROADCAST || !is_group(mac))
-        {
-            segment.send_frame(mac, place.port, &reply);
-        }
-    }
-
-    /// Takes a packet that was sent to the router.
-    fn packet(&mut self, vpc: &Arc<Vpc>, place: Place, frame: &Frame<'_>, packet: &Packet<'_>) {
-        if is_dhcp(packet) {
-            return self.dhcp(vpc, place, packet);
-        }
-        let Some(segment) = self.segments.get_mut(place.segment) else { return };
-        // Nobody speaks for another.
-        if !segment.learn(packet.src, frame.from, place.port) {
-            return;
-        }
-        if self.segments.iter().any(|segment| segment.is_routed() && segment.gateway == packet.dst) {
-            return self.for_gateway(vpc, place, packet);
-        }
-        if packet.ttl <= 1 {
-            return self.tell(place, packet, Refusal::TimeExceeded);
-        }
-        if let Some(to) = self.segments.iter().find(|segment| segment.reaches(packet.dst)) {
-            if !to.is_host(packet.dst) {
-                return self.tell(place, packet, Refusal::Prohibited);
-            }
-            if packet.bytes.len() > MTU && packet.whole {
-                return self.tell(place, packet, Refusal::TooBig);
-            }
-            return self.send(packet.after_a_hop());
-        }
-        self.for_outside(vpc, place, packet);
-    }
-
-    fn for_gateway(&mut self, vpc: &Arc<Vpc>, place: Place, packet: &Packet<'_>) {
-        match (packet.protocol, packet.ports()) {
-            (wire::ICMP, _) => {
-                if let Some(reply) = packet.echo_reply() {
-                    self.send(reply);
-                }
-            }
-            (wire::UDP, Some((_, 53))) => self.dns(vpc, place, packet),
-            (wire::UDP, Some(_)) => self.tell(place, packet, Refusal::PortUnreachable),
-            (wire::TCP, Some(ports)) => self.segment(vpc, place, packet, ports),
-            (wire::UDP | wire::TCP, None) => {}
-            _ => self.tell(place, packet, Refusal::ProtocolUnreachable),
-        }
-    }
-
-    fn for_outside(&mut self, vpc: &Arc<Vpc>, place: Place, packet: &Packet<'_>) {
-        let refusal = match (packet.protocol, packet.ports()) {
-            _ if !self.internet => Refusal::NoRoute,
-            (wire::TCP, Some(ports)) => return self.segment(vpc, place, packet, ports),
-            (wire::UDP, Some((from, to))) => {
-                let flow = Flow { guest: (packet.src, from), to: (packet.dst, to) };
-                let Some(content) = packet.datagram() else { return };
-                if self.datagrams.pass(flow, content) {
-                    return;
-                }
-                // Looked up when a flow begins, and not for each of its datagrams.
-                if (vpc.settings.is_outside)(packet.dst) {
-                    return nat::datagram(vpc, self, place, flow, content);
-                }
-                Refusal::Prohibited
-            }
-            _ => Refusal::Prohibited,
-        };
-        if packet.protocol == wire::TCP && packet.is_syn() {
-            self.refuse(place, packet.bytes.to_vec(), Some(refusal));
-        } else {
-            self.tell(place, packet, refusal);
-        }
-    }
-
-    /// Tells the sender why its packet goes no further.
-    pub(crate) fn tell(&mut self, place: Place, packet: &Packet<'_>, refusal: Refusal) {
-        let Some(gateway) = self.segments.get(place.segment).map(|segment| segment.gateway) else { return };
-        if let Some(told) = refusal.about(packet, gateway) {
-            self.send(told);
-        }
-    }
-
-    fn dns(&mut self, vpc: &Arc<Vpc>, place: Place, packet: &Packet<'_>) {
-        let (Some(query), Some((from, to))) = (packet.datagram(), packet.ports()) else { return };
-        let reply = match dns::answer(&self.names, &vpc.settings.domain, query) {
-            Some(dns::Answer::Here(reply)) => Some(reply),
-            Some(dns::Answer::Elsewhere) if self.internet => {
-                nat::question(
-                    vpc,
-                    self,
-                    place,
-                    Flow { guest: (packet.src, from), to: (packet.dst, to) },
-                    query,
-                );
-                None
-            }
-            Some(dns::Answer::Elsewhere) => dns::unknown(query),
-            None => None,
-        };
-        if let Some(reply) = reply {
-            self.send(wire::udp((packet.dst, to), (packet.src, from), &reply));
-        }
-    }
-
-    /// Takes a TCP segment for the gateway or for the outside.
-    fn segment(&mut self, vpc: &Arc<Vpc>, place: Place, packet: &Packet<'_>, (from, to): (u16, u16)) {
-        let flow = Flow { guest: (packet.src, from), to: (packet.dst, to) };
-        match self.flows.get(&flow) {
-            // A retransmission.
-            Some(Opened::Pending) => return,
-            Some(Opened::Established) => return self.stack.receive(packet.bytes.to_vec()),
-            None if !packet.is_syn() => return self.stack.receive(packet.bytes.to_vec()),
-            None => {}
-        }
-        let syn = packet.bytes.to_vec();
-        let Some(nic) =
-            self.segments.get_mut(place.segment).and_then(|segment| segment.nics.get_mut(place.port))
-        else {
-            return;
-        };
-        if nic.flows >= FLOWS {
-            return self.refuse(place, syn, None);
-        }
-        nic.flows += 1;
-        let machine = Arc::clone(&nic.machine);
-        self.flows.insert(flow, Opened::Pending);
-        let is_gateway =
-            self.segments.iter().any(|segment| segment.is_routed() && segment.gateway == packet.dst);
-        if !is_gateway {
-            return nat::connection(vpc, place, flow, syn);
-        }
-        let Some(service) = self.services.at(to) else {
-            self.end_flow(place, flow);
-            return self.refuse(place, syn, None);
-        };
-        // Taken when the lock is free again: the stream takes it itself.
-        let vpc = Arc::clone(vpc);
-        tokio::spawn(async move {
-            if let Some(stream) = vpc.accept(place, flow, syn) {
-                service.take(machine, stream);
-            }
-        });
-    }
-
-    fn accept(&mut self, place: Place, flow: Flow, syn: Vec<u8>) -> io::Result<SocketHandle> {
-        let handle = self.stack.accept(place, flow, syn)?;
-        self.flows.insert(flow, Opened::Established);
-        self.poll();
-        Ok(handle)
-    }
-
-    fn end_flow(&mut self, place: Place, flow: Flow) {
-        if self.flows.remove(&flow).is_some()
-            && let Some(nic) =
-                self.segments.get_mut(place.segment).and_then(|segment| segment.nics.get_mut(place.port))
-        {
-            nic.flows = nic.flows.saturating_sub(1);
-        }
-    }
-
-    /// Refuses a connection: with a reset, which every guest understands, behind the reason, which many do.
-    fn refuse(&mut self, place: Place, syn: Vec<u8>, why: Option<Refusal>) {
-        if let (Some(why), Some(packet)) = (why, Packet::parse(&syn)) {
-            self.tell(place, &packet, why);
-        }
-        // The stack resets what no socket waits for.
-        self.stack.receive(syn);
-    }
-}
-
-fn is_dhcp(packet: &Packet<'_>) -> bool {
-    packet.protocol == wire::UDP && packet.ports() == Some((68, 67))
 }
