@@ -12,7 +12,8 @@
 
 use rudder::{
     backend::{Backend, ImportRequest, LabSpec, MachineDisk, MachineSpec, Progress, Stop},
-    plan::{Bus, PlannedNetwork, PlannedSource, PlannedUrl},
+    hardware::Bus,
+    plan::{PlannedNetwork, PlannedSource, PlannedUrl},
     qemu::QemuBackend,
     store::Store,
 };

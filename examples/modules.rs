@@ -169,9 +169,7 @@ async fn show(backend: &dyn Backend, name: &str, json: bool) -> Result<Done> {
             .with_help("`modules list` shows those that are there")
     })?;
     if json {
-        let mut done = Done::default();
-        done.shown = format!("{:#}", serde_json::json!(module));
-        return Ok(done);
+        return Ok(Done { shown: format!("{:#}", serde_json::json!(module)), ..Done::default() });
     }
     Ok(describe(&module))
 }

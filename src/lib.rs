@@ -12,6 +12,10 @@
 #[doc(inline)]
 pub use rudder_core::*;
 
+#[cfg(any(feature = "qemu", feature = "libvirt"))]
+#[doc(inline)]
+pub use rudder_local::store;
+
 #[cfg(feature = "libvirt")]
 #[doc(inline)]
 pub use rudder_libvirt as libvirt;

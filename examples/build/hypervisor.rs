@@ -19,7 +19,7 @@ impl Hypervisor {
             Self::Qemu => Arc::new(QemuBackend::builder(Store::open(store)?).build()),
             #[cfg(feature = "libvirt")]
             Self::Libvirt => Arc::new(rudder::libvirt::LibvirtBackend::builder(Store::open(store)?).build()),
-            Self::Memory => Arc::new(MemoryBackend::new().store(store)?),
+            Self::Memory => Arc::new(MemoryBackend::new().store(Store::open(store)?.root())?),
         })
     }
 }

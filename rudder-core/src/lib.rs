@@ -13,7 +13,9 @@ pub mod diagnostic;
 pub mod digest;
 pub mod error;
 pub mod event;
+pub mod files;
 pub mod guest;
+pub mod hardware;
 pub mod keys;
 pub mod manifest;
 pub mod media;
@@ -24,7 +26,6 @@ pub mod runtime;
 pub mod secret;
 mod shell_frame;
 pub mod step;
-pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod units;

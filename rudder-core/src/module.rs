@@ -4,7 +4,8 @@ use crate::{
     Error, ErrorKind, Result,
     digest::Digest,
     event::Timing,
-    plan::{Bus, Firmware, PlannedNetwork, PlannedNic},
+    hardware::{Bus, Firmware},
+    plan::{PlannedNetwork, PlannedNic},
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -37,13 +38,13 @@ impl Module {
     pub const FORMAT: u32 = 1;
 
     /// What helps when a module is damaged.
-    pub(crate) const REPAIR: &str = "restore the file from a copy, or build the module again";
+    pub const REPAIR: &str = "restore the file from a copy, or build the module again";
 
     /// Reads a record; `path` is where it is, for messages.
     ///
     /// # Errors
     /// `Unsupported` for a later format; `InvalidInput` for what is no record, and for one that names files elsewhere.
-    pub(crate) fn from_record(path: &Path, bytes: &[u8]) -> Result<Self> {
+    pub fn from_record(path: &Path, bytes: &[u8]) -> Result<Self> {
         let no_json = |error| Self::damaged(path, "it is not what was written").with_source(error);
         let value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_json)?;
         // The number first: what else a later version writes is not for this one to judge.
@@ -80,14 +81,15 @@ impl Module {
         Ok(module)
     }
 
-    /// Says that a record cannot be used, and why.
-    pub(crate) fn damaged(path: &Path, found: &str) -> Error {
+    /// The error of a record that cannot be used; `found` says what is wrong with it.
+    #[must_use]
+    pub fn damaged(path: &Path, found: &str) -> Error {
         let message = format!("expected the record of a module in {}, but {found}", path.display());
         Error::new(ErrorKind::InvalidInput, message).with_help(Self::REPAIR)
     }
 
     /// The files beside its record, with their sizes in bytes.
-    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, u64)> {
+    pub fn files(&self) -> impl Iterator<Item = (&str, u64)> {
         self.machines.iter().flat_map(|machine| {
             let disks = machine.disks.iter().map(|disk| (disk.file.as_str(), disk.size));
             disks.chain(machine.state.iter().map(|state| (state.file.as_str(), state.size)))
@@ -142,6 +144,23 @@ pub struct TemplateMachine {
     /// Carried along for user interfaces.
     #[serde(default)]
     pub invisible: bool,
+}
+
+impl TemplateMachine {
+    /// A halted VM with BIOS, and nothing attached.
+    pub fn new(name: impl Into<String>, cpus: u32, memory: u64) -> Self {
+        Self {
+            name: name.into(),
+            cpus,
+            memory,
+            firmware: Firmware::Bios,
+            tpm: false,
+            nics: Vec::new(),
+            disks: Vec::new(),
+            state: Vec::new(),
+            invisible: false,
+        }
+    }
 }
 
 /// A disk after capture. `file` is relative to the directory of `module.json` once published.

@@ -157,7 +157,7 @@ fn the_manifests_of_the_readme_and_the_guide_have_no_mistakes() {
 
 #[test]
 fn what_the_guide_shows_of_a_backend_is_in_the_example() {
-    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/backend");
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../rudder-local/examples/backend");
     let files =
         ["main.rs", "processes/mod.rs", "processes/lab.rs", "processes/machine.rs", "processes/adapter.rs"];
     let code: String = files.iter().map(|file| fs::read_to_string(example.join(file)).unwrap()).collect();

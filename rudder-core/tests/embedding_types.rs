@@ -15,12 +15,10 @@ use rudder_core::{
     plan::{Limits, PlanContext, PlannedUrl, prepare},
     serde_json::Value,
     step::StepContext,
-    store::StoreOptions,
     tokio::io::DuplexStream,
     tokio_util::sync::CancellationToken,
     url::Url,
 };
-use std::time::Duration;
 
 /// Compiles only as long as these are the types of the signatures.
 #[test]
@@ -81,14 +79,4 @@ fn limits_are_set_without_struct_literals() {
     assert_eq!(over(none().with_max_memory(2 << 30)), ["expected at most 2Gi of memory, but found 4Gi"]);
     assert_eq!(over(none().with_max_disks(1)), ["expected at most 1 disks of a VM, but found 2"]);
     assert_eq!(over(none().with_max_vms(1)), ["expected at most 1 VMs, but found 2"]);
-
-    let options = StoreOptions::new()
-        .with_connect_timeout(Duration::from_secs(1))
-        .with_stall_timeout(Duration::from_secs(2))
-        .with_attempts(3)
-        .with_backoff(Duration::from_secs(4))
-        .with_unpacked_limit(5);
-    let seconds =
-        [options.connect_timeout, options.stall_timeout, options.backoff].map(|limit| limit.as_secs());
-    assert_eq!((seconds, options.attempts, options.unpacked_limit), ([1, 2, 4], 3, 5));
 }

@@ -6,12 +6,10 @@ use rudder_core::{
     capability::{Capabilities, Capability},
     check::check,
     diagnostic::Diagnostic,
+    hardware::{Bus, Firmware, GuestShell, NicModel},
     manifest::{BareBuild, Document, Manifest, parse},
     module::Module,
-    plan::{
-        Bus, Firmware, GuestShell, Inputs, Limits, NicModel, Plan, PlanContext, PlannedSource, StepAction,
-        plan, prepare,
-    },
+    plan::{Inputs, Limits, Plan, PlanContext, PlannedSource, StepAction, plan, prepare},
 };
 use std::{collections::HashSet, time::Duration};
 

@@ -2,10 +2,11 @@
 
 use crate::{
     connection::Connection,
-    lab::{LibvirtLab, labelled, remove_all_of, tidying},
+    host_capabilities::HostCapabilities,
+    lab::LibvirtLab,
+    lab_context::{labelled, remove_all_of, tidying},
     label::{Label, Owner},
     modules, network,
-    offer::Offer,
 };
 use async_trait::async_trait;
 use rudder_core::{
@@ -13,11 +14,12 @@ use rudder_core::{
     backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
     module::{DamagedModule, Module},
-    store::{CollectPolicy, LabState, Store},
 };
-use rudder_qemu::{
-    Accelerator,
-    parts::{Programs, blocking, kept_access},
+use rudder_local::{
+    accelerator::Accelerator,
+    host::{self, Programs},
+    lab_storage::{blocking, kept_access},
+    store::{CollectPolicy, LabState, Store},
 };
 use std::{env, path::PathBuf, sync::Arc};
 use tokio::sync::OnceCell;
@@ -26,7 +28,7 @@ use tokio::sync::OnceCell;
 ///
 /// ```no_run
 /// # fn main() -> rudder_core::Result<()> {
-/// use rudder_core::store::Store;
+/// use rudder_local::store::Store;
 /// use rudder_libvirt::LibvirtBackend;
 ///
 /// let store = Store::open(Store::default_root())?;
@@ -43,7 +45,7 @@ pub struct LibvirtBackend {
     accelerator: Accelerator,
     capabilities: Capabilities,
     /// What was found when the first lab was opened.
-    offer: OnceCell<Arc<Offer>>,
+    host_capabilities: OnceCell<Arc<HostCapabilities>>,
 }
 
 /// How a [`LibvirtBackend`] is made.
@@ -90,7 +92,7 @@ impl LibvirtBackendBuilder {
             programs: programs.rooted(),
             accelerator,
             capabilities: capabilities(),
-            offer: OnceCell::new(),
+            host_capabilities: OnceCell::new(),
         }
     }
 }
@@ -129,11 +131,12 @@ impl LibvirtBackend {
         self.connection.uri()
     }
 
-    async fn offer(&self) -> Result<Arc<Offer>> {
+    async fn host_capabilities(&self) -> Result<Arc<HostCapabilities>> {
         rudder_core::runtime::check()?;
-        let ask =
-            async { Offer::ask(&self.connection, &self.programs, self.accelerator).await.map(Arc::new) };
-        self.offer.get_or_try_init(|| ask).await.cloned()
+        let ask = async {
+            HostCapabilities::ask(&self.connection, &self.programs, self.accelerator).await.map(Arc::new)
+        };
+        self.host_capabilities.get_or_try_init(|| ask).await.cloned()
     }
 
     /// Ends and removes the domains and networks of labs whose owner is gone. Before their files go: what runs on them ends first.
@@ -215,18 +218,19 @@ impl Backend for LibvirtBackend {
     async fn diagnose(&self) -> Result<HostReport> {
         rudder_core::runtime::check()?;
         let mut report = HostReport::default();
-        let offer = Offer::ask(&self.connection, &self.programs, self.accelerator).await;
-        let finding = match &offer {
-            Ok(offer) => HostFinding {
+        let host_capabilities =
+            HostCapabilities::ask(&self.connection, &self.programs, self.accelerator).await;
+        let finding = match &host_capabilities {
+            Ok(host_capabilities) => HostFinding {
                 what: "libvirt".to_owned(),
                 present: true,
                 required: true,
                 detail: format!(
                     "{} at {}: {} on {}",
-                    offer.versions.get("libvirt").map_or("", String::as_str),
+                    host_capabilities.versions.get("libvirt").map_or("", String::as_str),
                     self.connection.uri(),
-                    offer.machine,
-                    offer.kind
+                    host_capabilities.machine,
+                    host_capabilities.kind
                 ),
                 help: None,
             },
@@ -239,18 +243,20 @@ impl Backend for LibvirtBackend {
             },
         };
         report.findings.push(finding);
-        let programs = match &offer {
-            Ok(offer) => Programs { qemu: Some(PathBuf::from(&offer.emulator)), ..self.programs.clone() },
+        let programs = match &host_capabilities {
+            Ok(host_capabilities) => {
+                Programs { qemu: Some(PathBuf::from(&host_capabilities.emulator)), ..self.programs.clone() }
+            }
             Err(_) => self.programs.clone(),
         };
-        let host = rudder_qemu::parts::diagnose(&programs, self.accelerator, self.store.root()).await;
+        let host = host::diagnose(&programs, self.accelerator, self.store.root()).await;
         report.findings.extend(host.findings);
         Ok(report)
     }
 
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
-        let offer = self.offer().await?;
-        offer.host.require(&spec.needs)?;
+        let host_capabilities = self.host_capabilities().await?;
+        host_capabilities.host.require(&spec.needs)?;
         // Looking costs little; what cannot be removed now is tried again by the next.
         match self.reap().await {
             Ok(report) => {
@@ -263,7 +269,7 @@ impl Backend for LibvirtBackend {
             }
             Err(error) => tracing::warn!(%error, "cannot look for what dead owners left"),
         }
-        Ok(Arc::new(LibvirtLab::open(&self.store, &self.connection, &offer, spec).await?))
+        Ok(Arc::new(LibvirtLab::open(&self.store, &self.connection, &host_capabilities, spec).await?))
     }
 
     async fn modules(&self) -> Result<Vec<Module>> {
@@ -325,8 +331,8 @@ impl Backend for LibvirtBackend {
         }
         report.merge(self.store.reap().await?);
         if report.failed.is_empty() {
-            let offer = self.offer().await?;
-            match modules::reconcile(&self.connection, &offer, &self.store).await {
+            let host_capabilities = self.host_capabilities().await?;
+            match modules::reconcile(&self.connection, &host_capabilities, &self.store).await {
                 Ok(removed) => report.removed.extend(removed),
                 Err(error) => report.failed.push(error.report()),
             }

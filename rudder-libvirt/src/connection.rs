@@ -5,7 +5,7 @@
 //! when the connection broke under it. An order is not: it may have been carried out.
 
 use rudder_core::{Error, ErrorKind, Result};
-use rudder_qemu::parts::without_advice;
+use rudder_local::process::without_advice;
 use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard, Once, PoisonError},

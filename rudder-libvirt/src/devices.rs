@@ -2,11 +2,11 @@
 
 use crate::{
     network::Card,
-    places::{Place, address, pci, place},
+    pci_addresses::{Place, address, pci},
     xml::Xml,
 };
-use rudder_core::{Error, ErrorKind, Result, plan::Bus};
-use rudder_qemu::parts::Loader;
+use rudder_core::{Error, ErrorKind, Result, hardware::Bus};
+use rudder_local::{machine_state::Flash, pci_layout::slot};
 use std::path::{Path, PathBuf};
 
 /// The longest path of a socket, in bytes (unix(7), without the closing zero).
@@ -34,7 +34,7 @@ pub(crate) enum Serial {
 /// The firmware of a domain with UEFI.
 #[derive(Debug)]
 pub(crate) struct Uefi {
-    pub(crate) loader: Loader,
+    pub(crate) flash: Flash,
     pub(crate) variables: Variables,
 }
 
@@ -122,14 +122,14 @@ pub(crate) fn write_floppy(xml: &mut Xml, path: &Path) {
 
 pub(crate) fn write_firmware(xml: &mut Xml, uefi: &Uefi) {
     let mut attributes = vec![("readonly", "yes"), ("type", "pflash")];
-    if uefi.loader.smm {
+    if uefi.flash.smm {
         attributes.push(("secure", "yes"));
     }
     // Raw is what libvirt takes for granted; older ones know nothing else.
-    if uefi.loader.format != "raw" {
-        attributes.push(("format", &uefi.loader.format));
+    if uefi.flash.code.format != "raw" {
+        attributes.push(("format", &uefi.flash.code.format));
     }
-    xml.text("loader", &attributes, &text(&uefi.loader.code));
+    xml.text("loader", &attributes, &text(&uefi.flash.code.path));
     match &uefi.variables {
         Variables::Own(path) => xml.text("nvram", &[], &text(path)),
         Variables::CopyOf(path) => xml.empty("nvram", &[("template", &text(path))]),
@@ -152,7 +152,7 @@ pub(crate) fn write_card(xml: &mut Xml, card: &Card) {
         xml.empty("model", &[("type", card.model)]);
         // Without a boot ROM: nothing boots from the network, and loading it takes time.
         xml.empty("rom", &[("enabled", "no")]);
-        address(xml, &pci(place::CARDS + usize::from(card.slot), 0, false));
+        address(xml, &pci(slot::NICS + card.slot, 0, false));
     });
 }
 

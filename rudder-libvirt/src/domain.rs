@@ -1,7 +1,7 @@
 //! The XML of a domain (<https://libvirt.org/formatdomain.html>): from what a machine is made of to what libvirt defines.
 //! Nothing here touches the host.
 //!
-//! Where its devices sit is in `places`, how each is written in `devices`. NICs that are on no network of libvirt's are given to
+//! Where its devices sit is in `pci_addresses`, how each is written in `devices`. NICs that are on no network of libvirt's are given to
 //! QEMU as arguments: libvirt knows no stream of frames over a unix socket.
 
 use crate::{
@@ -9,13 +9,17 @@ use crate::{
         Disk, Serial, Tpm, Uefi, check_socket, write_card, write_disk, write_firmware, write_floppy,
         write_medium, write_serial, write_tpm,
     },
+    host_capabilities::HostCapabilities,
     label::Label,
     network::Card,
-    offer::Offer,
-    places::{Place, Places, address, pci, place},
+    pci_addresses::{Place, Places, address, pci},
     xml::Xml,
 };
-use rudder_core::{Result, backend::LabId, plan::Bus, store::LAB_VARIABLE};
+use rudder_core::{Result, backend::LabId, hardware::Bus};
+use rudder_local::{
+    pci_layout::{Chipset, slot},
+    store::LAB_VARIABLE,
+};
 use std::path::PathBuf;
 
 /// The cards of a domain.
@@ -34,13 +38,15 @@ pub(crate) struct Domain<'a> {
     /// What people see of it.
     pub(crate) title: &'a str,
     pub(crate) label: &'a Label,
-    pub(crate) offer: &'a Offer,
+    pub(crate) host_capabilities: &'a HostCapabilities,
     pub(crate) cpus: u32,
     /// In bytes.
     pub(crate) memory: u64,
     pub(crate) disks: Vec<Disk>,
-    /// QEMU's machine: `pc` or `q35`.
-    pub(crate) board: &'static str,
+    /// What the machine is built around.
+    pub(crate) chipset: Chipset,
+    /// The bus of the CD-ROMs.
+    pub(crate) cdrom_bus: Bus,
     /// `None`: BIOS.
     pub(crate) uefi: Option<Uefi>,
     pub(crate) tpm: Option<Tpm>,
@@ -68,25 +74,24 @@ impl Domain<'_> {
         if let Some(Tpm::At(socket)) = &self.tpm {
             check_socket(socket)?;
         }
-        let mut places = Places::new(self.is_q35());
+        let mut places = Places::new(self.chipset);
         let disks = self.disks.iter().map(|disk| places.take(disk.bus)).collect::<Result<Vec<_>>>()?;
-        let cdrom_bus = self.cdrom_bus(places.units());
-        let cdroms = self.cdroms.iter().map(|_| places.take(cdrom_bus)).collect::<Result<Vec<_>>>()?;
+        let cdroms = self.cdroms.iter().map(|_| places.take(self.cdrom_bus)).collect::<Result<Vec<_>>>()?;
         let seed = match (&self.seed, self.disks.first().map_or(Bus::Virtio, |disk| disk.bus)) {
             (None, _) => None,
             // On the bus of the boot disk, because the guest has a driver for that one; last, so that no disk moves.
             (Some(_), Bus::Virtio) => {
-                let address = pci(place::SEED, 0, false);
+                let address = pci(slot::SEED, 0, false);
                 Some((Bus::Virtio, Place { target: places.name("virtio"), bus: "virtio", address }))
             }
             (Some(_), bus) => Some((bus, places.take(bus)?)),
         };
         let mut xml = Xml::new();
         let namespace = ("xmlns:qemu", "http://libvirt.org/schemas/domain/qemu/1.0");
-        xml.element("domain", &[("type", self.offer.kind), namespace], |xml| {
+        xml.element("domain", &[("type", self.host_capabilities.kind), namespace], |xml| {
             self.machine(xml);
             xml.element("devices", &[], |xml| {
-                xml.text("emulator", &[], &self.offer.emulator);
+                xml.text("emulator", &[], &self.host_capabilities.emulator);
                 for (index, (disk, place)) in self.disks.iter().zip(&disks).enumerate() {
                     write_disk(xml, disk, place, index == 0);
                 }
@@ -123,15 +128,7 @@ impl Domain<'_> {
     }
 
     fn is_q35(&self) -> bool {
-        self.board == "q35"
-    }
-
-    /// The bus of the CD-ROMs, IDE meaning the chipset's own controller: one for all, so that the guest finds them in order.
-    fn cdrom_bus(&self, units: usize) -> Bus {
-        let disks = self.disks.iter().filter(|disk| disk.bus == Bus::Ide).count();
-        // The seed is there, too, when the boot disk is.
-        let seed = self.seed.is_some() && self.disks.first().is_some_and(|disk| disk.bus == Bus::Ide);
-        if disks + usize::from(seed) + self.cdroms.len() <= units { Bus::Ide } else { Bus::Sata }
+        self.chipset == Chipset::Q35
     }
 
     fn machine(&self, xml: &mut Xml) {
@@ -143,7 +140,8 @@ impl Domain<'_> {
         xml.text("vcpu", &[], &cpus);
         xml.element("os", &[], |xml| {
             // The older board by the name that libvirt said it has; the other one it finds out itself.
-            let machine = if self.is_q35() { self.board } else { &self.offer.machine };
+            let machine =
+                if self.is_q35() { self.chipset.machine() } else { &self.host_capabilities.machine };
             xml.text("type", &[("arch", "x86_64"), ("machine", machine)], "hvm");
             if let Some(uefi) = &self.uefi {
                 write_firmware(xml, uefi);
@@ -154,13 +152,13 @@ impl Domain<'_> {
             xml.empty("apic", &[]);
             xml.empty("vmport", &[("state", "off")]);
             if let Some(uefi) = &self.uefi {
-                xml.empty("smm", &[("state", if uefi.loader.smm { "on" } else { "off" })]);
+                xml.empty("smm", &[("state", if uefi.flash.smm { "on" } else { "off" })]);
             }
         });
         let topology = |xml: &mut Xml| {
             xml.empty("topology", &[("sockets", "1"), ("cores", &cpus), ("threads", "1")]);
         };
-        match self.offer.cpu {
+        match self.host_capabilities.cpu {
             Some(mode) => xml.element("cpu", &[("mode", mode)], topology),
             None => xml.element("cpu", &[], topology),
         }
@@ -194,19 +192,19 @@ impl Domain<'_> {
         });
         xml.element("video", &[], |xml| {
             xml.empty("model", &[("type", "vga")]);
-            address(xml, &pci(place::VGA, 0, false));
+            address(xml, &pci(slot::VGA, 0, false));
         });
         if let Some(tpm) = &self.tpm {
             write_tpm(xml, tpm);
         }
         xml.empty("memballoon", &[("model", "none")]);
-        if self.offer.host.has_device("pvpanic") {
+        if self.host_capabilities.host.has_device("pvpanic") {
             xml.empty("panic", &[("model", "isa")]);
         }
-        if self.offer.host.has_device("virtio-rng-pci") {
+        if self.host_capabilities.host.has_device("virtio-rng-pci") {
             xml.element("rng", &[("model", "virtio")], |xml| {
                 xml.text("backend", &[("model", "random")], "/dev/urandom");
-                address(xml, &pci(place::RNG, 0, false));
+                address(xml, &pci(slot::RNG, 0, false));
             });
         }
     }

@@ -1,7 +1,8 @@
 //! Labels: what Rudder writes into the metadata of the domains and networks that it makes. What carries none is never touched.
 
 use crate::xml::{Element, Xml, elements};
-use rudder_core::{backend::LabId, digest::Digest, store::Store};
+use rudder_core::{backend::LabId, digest::Digest};
+use rudder_local::store::Store;
 
 /// The namespace of the labels (Domain XML format, "metadata": an application has one of its own).
 pub(crate) const NAMESPACE: &str = "https://rudder-vm.github.io/libvirt/1";

@@ -3,7 +3,7 @@
 //! # Its rooms
 //! `backend` what is here, open a lab, reap · `lab` machines and their end · `machine` start, dial, capture · `watch` how a
 //! machine fares and how it ended · `modules` the halted domains of a published module · and libvirt's own trade:
-//! `connection`, `offer`, `domain`, `network`, `label`, `process`, `xml`.
+//! `connection`, `host_capabilities`, `domain`, `network`, `label`, `process`, `xml`.
 //!
 //! # Who ends what
 //! A domain is started so that libvirt ends it when the connection of its owner closes (`VIR_DOMAIN_START_AUTODESTROY`), and
@@ -18,18 +18,19 @@ mod backend;
 mod connection;
 mod devices;
 mod domain;
+mod exit_reason;
+mod host_capabilities;
 mod lab;
+mod lab_context;
 mod label;
 mod machine;
 mod modules;
 mod network;
-mod offer;
+mod pci_addresses;
 mod picture;
-mod places;
 mod process;
-mod verdict;
 mod watch;
 mod xml;
 
 pub use self::backend::{LibvirtBackend, LibvirtBackendBuilder};
-pub use rudder_qemu::Accelerator;
+pub use rudder_local::accelerator::Accelerator;

@@ -8,7 +8,7 @@ use crate::{
     connection::{Failure, domain},
     devices::{self, Disk, Serial, Uefi, Variables},
     domain::{Cards, Domain},
-    lab::Footing,
+    lab_context::LabContext,
     network,
     picture::picture,
     watch::{Phase, Watcher},
@@ -19,7 +19,15 @@ use rudder_core::{
     backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Stop},
     module::{CapturedDisk, CapturedState},
 };
-use rudder_qemu::parts::{Lan, MachineState, SerialConsole, board, nic_arguments};
+use rudder_local::{
+    capture,
+    lan::Lan,
+    machine_state::MachineState,
+    nic_arguments::nic_arguments,
+    pci_layout::{Chipset, cdrom_bus},
+    serial::SerialConsole,
+    tpm::Tpm,
+};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -47,7 +55,7 @@ pub(crate) struct LibvirtMachine(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    footing: Arc<Footing>,
+    context: Arc<LabContext>,
     spec: MachineSpec,
     /// Its own number in the lab.
     number: usize,
@@ -75,13 +83,13 @@ struct Running {
 
 impl LibvirtMachine {
     /// Defines a machine; `number` is its own in the lab.
-    pub(crate) async fn define(footing: &Arc<Footing>, spec: &MachineSpec, number: usize) -> Result<Self> {
+    pub(crate) async fn define(context: &Arc<LabContext>, spec: &MachineSpec, number: usize) -> Result<Self> {
         let inner = Inner {
-            footing: Arc::clone(footing),
+            context: Arc::clone(context),
             spec: spec.clone(),
             number,
-            domain: domain_name(footing.ground.id().as_str(), number, &spec.name),
-            state: MachineState::prepare(&footing.ground, spec, number).await?,
+            domain: domain_name(context.storage.id().as_str(), number, &spec.name),
+            state: MachineState::prepare(&context.storage, spec, number).await?,
             phase: watch::Sender::new(Phase::Defined),
             running: Mutex::default(),
             console: Mutex::default(),
@@ -90,21 +98,21 @@ impl LibvirtMachine {
         let seed = spec.seed.as_ref().map(|seed| ("seed.img", &seed.image));
         let floppy = spec.floppy.as_ref().map(|image| ("floppy.img", image));
         for (file, image) in seed.into_iter().chain(floppy) {
-            let path = footing.ground.path(&inner.file(file));
+            let path = context.storage.path(&inner.file(file));
             let written = tokio::fs::write(&path, image).await;
             written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
         }
         let xml = inner.xml()?;
         tracing::debug!(domain = inner.domain, xml, "defining a domain");
         let define = move |connect: &Connect| virt::domain::Domain::define_xml(connect, &xml).map(drop);
-        let order = Arc::clone(footing).detached(|footing| async move {
-            let defined = footing.connection.order(define).await;
+        let order = Arc::clone(context).detached(|context| async move {
+            let defined = context.connection.order(define).await;
             defined.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "define the domain"))
         });
         order.await?;
-        if footing.bridges().is_none() {
+        if context.bridges().is_none() {
             // Last: what could not be defined is not on the network.
-            footing.ground.lan().add(spec, number)?;
+            context.lan.add(spec, number)?;
         }
         Ok(Self(Arc::new(inner)))
     }
@@ -122,7 +130,7 @@ impl LibvirtMachine {
     pub(crate) fn has_address(&self, subnet: &str, address: Ipv4Addr) -> bool {
         let nics = self.0.spec.nics.iter().filter(|nic| nic.subnet == subnet);
         let macs: Vec<String> = nics.map(|nic| nic.mac.to_string()).collect();
-        let found = self.0.footing.connection.ask_blocking(|connect| {
+        let found = self.0.context.connection.ask_blocking(|connect| {
             let domain = domain(connect, &self.0.domain)?;
             macs.iter().map(|mac| network::address(&domain, mac)).collect::<Result<Vec<_>, _>>()
         });
@@ -169,42 +177,43 @@ impl Inner {
     }
 
     fn xml(&self) -> Result<String> {
-        let ground = &self.footing.ground;
-        let cards = match self.footing.bridges() {
+        let storage = &self.context.storage;
+        let cards = match self.context.bridges() {
             Some(bridges) => Cards::Bridged(network::cards(&self.spec, bridges)?),
             None => {
                 let sockets = Lan::sockets(self.number, &self.spec).into_iter();
-                let paths = sockets.map(|file| ground.socket_for_others(&file).display().to_string());
+                let paths = sockets.map(|file| storage.socket_for_others(&file).display().to_string());
                 let paths: Vec<String> = paths.collect();
-                Cards::Arguments(nic_arguments(&self.spec, ground.network(), &paths)?)
+                Cards::Arguments(nic_arguments(&self.spec, storage.network(), &paths)?)
             }
         };
         Domain {
             name: &self.domain,
-            title: &format!("{} of {}", self.spec.name, ground.id()),
-            label: &self.footing.label(&self.spec.name),
-            offer: &self.footing.offer,
+            title: &format!("{} of {}", self.spec.name, storage.id()),
+            label: &self.context.label(&self.spec.name),
+            host_capabilities: &self.context.host_capabilities,
             cpus: self.spec.cpus,
             memory: self.spec.memory,
             disks: self
                 .spec
                 .disks
                 .iter()
-                .map(|disk| Disk { path: ground.path(&disk.volume.id), bus: disk.bus, transient: false })
+                .map(|disk| Disk { path: storage.path(&disk.volume.id), bus: disk.bus, transient: false })
                 .collect(),
-            board: board(&self.spec),
-            uefi: self
-                .state
-                .firmware()
-                .map(|(loader, variables)| Uefi { loader, variables: Variables::Own(variables) }),
-            tpm: self.state.tpm_socket().map(devices::Tpm::At),
+            chipset: Chipset::of(&self.spec),
+            cdrom_bus: cdrom_bus(&self.spec),
+            uefi: self.state.flash().map(|(flash, file)| Uefi {
+                flash: flash.clone(),
+                variables: Variables::Own(storage.path(file)),
+            }),
+            tpm: self.state.tpm_socket().map(|socket| devices::Tpm::At(storage.path(socket))),
             cdroms: self.spec.cdroms.clone(),
-            floppy: self.spec.floppy.as_ref().map(|_| ground.path(&self.file("floppy.img"))),
-            seed: self.spec.seed.as_ref().map(|_| ground.path(&self.file("seed.img"))),
-            serial: Serial::Socket(ground.path(&self.file("serial"))),
+            floppy: self.spec.floppy.as_ref().map(|_| storage.path(&self.file("floppy.img"))),
+            seed: self.spec.seed.as_ref().map(|_| storage.path(&self.file("seed.img"))),
+            serial: Serial::Socket(storage.path(&self.file("serial"))),
             cards,
-            owner: self.footing.offer.owner(),
-            lab: Some(ground.id()),
+            owner: self.context.host_capabilities.owner(),
+            lab: Some(storage.id()),
         }
         .xml()
     }
@@ -255,7 +264,7 @@ impl Inner {
         let Some(mac) = self.spec.nics.first().map(|nic| nic.mac.to_string()) else { return Ok(None) };
         let name = self.domain.clone();
         let ask = move |connect: &Connect| network::address(&domain(connect, &name)?, &mac);
-        let found = self.footing.connection.ask(ask).await;
+        let found = self.context.connection.ask(ask).await;
         let found = found.map_err(|failure| {
             self.refused(failure, ErrorKind::GuestUnreachable, "find the guest's address")
         })?;
@@ -272,17 +281,17 @@ impl Inner {
     /// Says that it runs, and has it watched.
     fn run(&self, launched: Launched) {
         let Launched { ways, process, tpm, console } = launched;
-        let released = tpm.as_ref().map(rudder_qemu::parts::Tpm::release_switch);
+        let released = tpm.as_ref().map(Tpm::release_switch);
         let (orders, received) = mpsc::unbounded_channel();
         let watcher = Watcher {
-            connection: Arc::clone(&self.footing.connection),
+            connection: Arc::clone(&self.context.connection),
             domain: self.domain.clone(),
             process,
             orders: received,
             tpm,
             phase: self.phase.clone(),
             console: Arc::clone(&console),
-            picture: self.footing.ground.path(&self.file("screen.png")),
+            picture: self.context.storage.path(&self.file("screen.png")),
         };
         *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(console);
         let mut running = self.running();
@@ -319,10 +328,10 @@ impl Machine for LibvirtMachine {
         };
         // Libvirt goes on with what it was asked for, also when the caller does not wait: so the rest is not the caller's.
         let (reply, answer) = oneshot::channel();
-        let (inner, footing) = (Arc::clone(this), Arc::clone(&this.footing));
+        let (inner, context) = (Arc::clone(this), Arc::clone(&this.context));
         tokio::spawn(async move {
             let machine = Arc::clone(&inner);
-            let launched = footing.detached(|_| async move { machine.launch().await }).await;
+            let launched = context.detached(|_| async move { machine.launch().await }).await;
             let outcome = match launched {
                 Ok(launched) => {
                     inner.run(launched);
@@ -372,8 +381,8 @@ impl Machine for LibvirtMachine {
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
         let ways = self.0.ways()?;
         let Ways::Bridged(known) = ways else {
-            let ground = &self.0.footing.ground;
-            return ground.lan().dial(ground, &self.0.spec, port).await;
+            let context = &self.0.context;
+            return context.lan.dial(&context.storage, &self.0.spec, port).await;
         };
         if !self.0.spec.ports.contains(&port) || self.0.spec.nics.is_empty() {
             let message = format!("expected one of the machine's ports, but found {port}");
@@ -412,7 +421,7 @@ impl Machine for LibvirtMachine {
             let domain = domain(connect, &name)?;
             domain.open_graphics(0, theirs.as_raw_fd(), sys::VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH).map(drop)
         };
-        let handed = self.0.footing.connection.order(hand_over).await;
+        let handed = self.0.context.connection.order(hand_over).await;
         handed.map_err(|failure| self.0.refused(failure, ErrorKind::Protocol, "connect to the display"))?;
         Ok(Box::new(UnixStream::from_std(ours).map_err(failed)?))
     }
@@ -428,12 +437,12 @@ impl Machine for LibvirtMachine {
     async fn screenshot(&self) -> Result<Vec<u8>> {
         match self.0.ways() {
             Ok(_) => {
-                let taken = picture(&self.0.footing.connection, &self.0.domain).await;
+                let taken = picture(&self.0.context.connection, &self.0.domain).await;
                 taken.map_err(|error| error.with_context("vm", &self.0.spec.name))
             }
             // A machine that died in sight left a last picture.
             Err(error) => {
-                let path = self.0.footing.ground.path(&self.0.file("screen.png"));
+                let path = self.0.context.storage.path(&self.0.file("screen.png"));
                 tokio::fs::read(path).await.map_err(|_| error)
             }
         }
@@ -445,8 +454,8 @@ impl Machine for LibvirtMachine {
 
     fn proxy_command(&self, port: u16) -> Option<String> {
         let Ways::Switched = self.0.ways().ok()? else { return None };
-        let ground = &self.0.footing.ground;
-        ground.lan().proxy_command(ground, &self.0.spec.name, port)
+        let context = &self.0.context;
+        context.lan.proxy_command(&context.storage, &self.0.spec.name, port)
     }
 
     fn access(&self) -> Vec<String> {
@@ -462,7 +471,8 @@ impl Machine for LibvirtMachine {
         let _disks = this.at_rest()?;
         let disk = &this.spec.disks[index];
         let file = format!("m{}.d{index}.captured.qcow2", this.number);
-        let captured = this.footing.ground.capture(&disk.volume.id, &file, &disk.name, progress).await;
+        let captured =
+            capture::capture(&this.context.storage, &disk.volume.id, &file, &disk.name, progress).await;
         let captured = captured
             .map_err(|error| error.with_context("disk", &disk.name).with_context("vm", &this.spec.name))?;
         Ok(CapturedDisk {

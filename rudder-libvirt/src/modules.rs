@@ -5,27 +5,32 @@ use crate::{
     connection::{Connection, Refusal, remove_domain},
     devices::{Disk, Serial, Tpm, Uefi, Variables},
     domain::{Cards, Domain},
-    lab::{Footing, labelled, tidying},
+    host_capabilities::HostCapabilities,
+    lab_context::{LabContext, labelled, tidying},
     label::{Label, Owner},
-    offer::Offer,
 };
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{MachineDisk, MachineSpec, Volume},
     digest::Digest,
     module::{Module, StateKind, TemplateMachine},
+};
+use rudder_local::{
+    lab_storage::blocking,
+    machine_state::template_firmware,
+    nic_arguments::user_nic_arguments,
+    pci_layout::{Chipset, cdrom_bus},
     store::Store,
 };
-use rudder_qemu::parts::{board, loader, user_nic_arguments};
 use std::{path::Path, sync::Arc};
 use virt::connect::Connect;
 
 /// Defines the domains of a module that was just published from this lab, instead of those of its earlier version.
-pub(crate) async fn show(footing: &Arc<Footing>, module: &Module) -> Result<()> {
-    let (footing, module) = (Arc::clone(footing), module.clone());
-    footing
-        .detached(|footing| async move {
-            define(&footing.connection, &footing.offer, &footing.store, &module).await
+pub(crate) async fn show(context: &Arc<LabContext>, module: &Module) -> Result<()> {
+    let (context, module) = (Arc::clone(context), module.clone());
+    context
+        .detached(|context| async move {
+            define(&context.connection, &context.host_capabilities, &context.store, &module).await
         })
         .await
 }
@@ -33,14 +38,14 @@ pub(crate) async fn show(footing: &Arc<Footing>, module: &Module) -> Result<()> 
 /// Defines the domains of a module.
 pub(crate) async fn define(
     connection: &Arc<Connection>,
-    offer: &Offer,
+    host_capabilities: &HostCapabilities,
     store: &Owner,
     module: &Module,
 ) -> Result<()> {
     let texts = module
         .machines
         .iter()
-        .map(|machine| xml(offer, store, module, machine))
+        .map(|machine| xml(host_capabilities, store, module, machine))
         .collect::<Result<Vec<_>>>()?;
     let (store, name) = (store.clone(), module.name.clone());
     let replace = move |connect: &Connect| {
@@ -79,7 +84,7 @@ pub(crate) fn remove(
 /// a builder did not get to any more. What was done.
 pub(crate) async fn reconcile(
     connection: &Arc<Connection>,
-    offer: &Offer,
+    host_capabilities: &HostCapabilities,
     store: &Store,
 ) -> Result<Vec<String>> {
     let owner = Owner::new(store);
@@ -91,7 +96,7 @@ pub(crate) async fn reconcile(
     });
     let shown = shown.await.map_err(tidying)?;
     let listing = store.clone();
-    let listed = rudder_qemu::parts::blocking(move || Ok((listing.modules()?, listing.damaged_modules()?)));
+    let listed = blocking(move || Ok((listing.modules()?, listing.damaged_modules()?)));
     let (modules, damaged) = listed.await?;
     // What cannot be read now is not gone: its domains stay as they are.
     let is_gone = move |name: &str, digest: &Digest, there: &[(String, Digest)]| {
@@ -119,12 +124,17 @@ pub(crate) async fn reconcile(
     // Modules that another backend built are not ours to show.
     let ours = modules.iter().filter(|module| module.provenance.versions.contains_key("libvirt"));
     for module in ours.filter(|module| module.machines.iter().any(|machine| !is_shown(module, machine))) {
-        define(connection, offer, &owner, module).await?;
+        define(connection, host_capabilities, &owner, module).await?;
     }
     Ok(done)
 }
 
-fn xml(offer: &Offer, store: &Owner, module: &Module, machine: &TemplateMachine) -> Result<String> {
+fn xml(
+    host_capabilities: &HostCapabilities,
+    store: &Owner,
+    module: &Module,
+    machine: &TemplateMachine,
+) -> Result<String> {
     let directory = module.path.as_deref().and_then(Path::parent).ok_or_else(|| {
         Error::new(ErrorKind::NotFound, "expected the files of the module, but found none")
             .with_context("module", &module.name)
@@ -137,9 +147,9 @@ fn xml(offer: &Offer, store: &Owner, module: &Module, machine: &TemplateMachine)
     spec.disks.extend(machine.disks.iter().map(|captured| disk(captured.bus)));
     let variables = machine.state.iter().find(|state| state.kind == StateKind::FirmwareVariables);
     let having = variables.map(|state| (state.format.as_str(), state.size));
-    let uefi = match (loader(&offer.host, &spec, having)?, variables) {
-        (Some(loader), Some(state)) => {
-            Some(Uefi { loader, variables: Variables::CopyOf(directory.join(&state.file)) })
+    let uefi = match (template_firmware(&host_capabilities.host, &spec, having)?, variables) {
+        (Some(flash), Some(state)) => {
+            Some(Uefi { flash, variables: Variables::CopyOf(directory.join(&state.file)) })
         }
         _ => None,
     };
@@ -152,7 +162,7 @@ fn xml(offer: &Offer, store: &Owner, module: &Module, machine: &TemplateMachine)
             digest: module.digest,
             vm: machine.name.clone(),
         },
-        offer,
+        host_capabilities,
         cpus: machine.cpus,
         memory: machine.memory,
         disks: machine
@@ -160,7 +170,8 @@ fn xml(offer: &Offer, store: &Owner, module: &Module, machine: &TemplateMachine)
             .iter()
             .map(|disk| Disk { path: directory.join(&disk.file), bus: disk.bus, transient: true })
             .collect(),
-        board: board(&spec),
+        chipset: Chipset::of(&spec),
+        cdrom_bus: cdrom_bus(&spec),
         uefi,
         tpm: machine.tpm.then_some(Tpm::OfLibvirt),
         cdroms: Vec::new(),
@@ -168,7 +179,7 @@ fn xml(offer: &Offer, store: &Owner, module: &Module, machine: &TemplateMachine)
         seed: None,
         serial: Serial::Terminal,
         cards: Cards::Arguments(user_nic_arguments(&spec, &module.network)?),
-        owner: offer.owner(),
+        owner: host_capabilities.owner(),
         lab: None,
     }
     .xml()

@@ -12,7 +12,8 @@ use crate::{
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{LabId, MachineSpec},
-    plan::{NicModel, PlannedNetwork, PlannedNic, PlannedSubnet},
+    hardware::NicModel,
+    plan::{PlannedNetwork, PlannedNic, PlannedSubnet},
     units::Cidr,
 };
 use std::{net::Ipv4Addr, sync::Arc};

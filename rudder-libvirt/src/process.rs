@@ -1,7 +1,8 @@
 //! Which process of this host runs a domain, and how it ended. Libvirt does not say, but names the domain in the command line,
 //! and hands on the lab's id in the environment (`domain`).
 
-use rudder_core::{backend::LabId, store::LAB_VARIABLE};
+use rudder_core::backend::LabId;
+use rudder_local::store::LAB_VARIABLE;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::{
     fmt,

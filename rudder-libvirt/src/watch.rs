@@ -9,9 +9,9 @@
 
 use crate::{
     connection::{Connection, Failure, domain},
+    exit_reason::{Gone, Seen, died, told},
     picture::picture,
     process::{self, Broke, Found},
-    verdict::{Gone, Seen, died, told},
 };
 use futures::{
     FutureExt as _,
@@ -19,9 +19,9 @@ use futures::{
 };
 use rudder_core::{
     backend::{Death, Exit, Stop},
-    store::replace_file,
+    files::replace_file,
 };
-use rudder_qemu::parts::{SerialConsole, Tpm, blocking};
+use rudder_local::{lab_storage::blocking, serial::SerialConsole, tpm::Tpm};
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},

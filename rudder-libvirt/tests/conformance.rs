@@ -13,10 +13,10 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{Backend, LabId},
     plan::PlannedUrl,
-    store::Store,
     testing::{self, Adapter, BadImages, Echo, GuestImage, Options, Owners},
 };
 use rudder_libvirt::{Accelerator, LibvirtBackend};
+use rudder_local::store::Store;
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs,

@@ -10,8 +10,8 @@ use rudder_core::{
     ErrorKind,
     backend::{Backend, Death, Exit, LabSpec, Machine, ModuleDraft, Progress, Retention, Stop},
     digest::Digest,
+    hardware::Bus,
     module::{Provenance, TemplateMachine},
-    plan::Bus,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use std::{

@@ -1,8 +1,25 @@
-//! What the backends for hypervisors on this host share. Today this is the [`network`] of a lab: a switch and a router in
-//! user space that need no privileges; and the [`helper`] process that runs it for a lab that outlives its owner.
+//! What the backends for the hypervisors of one host share: the [`store`] and its records on disk, the storage of a
+//! lab, the [`network`] of a lab, capture, firmware, TPMs, the PCI layout of machines, processes and the ledger that they are recorded in.
 //!
-//! Outside of semantic versioning: for backends, not for programs that embed Rudder. What such a program needs is
-//! re-exported by the crate `rudder`.
+//! Only [`store`] is meant for programs that embed Rudder, which find it as `rudder::store`. Everything else is for
+//! backends, and outside of semantic versioning.
 
+pub mod accelerator;
+pub mod capture;
+pub mod firmware;
 pub mod helper;
+pub mod host;
+pub mod image;
+pub mod import;
+pub mod lab_storage;
+pub mod lan;
+pub mod log_tail;
+pub mod machine_state;
 pub mod network;
+pub mod nic_arguments;
+pub mod parent;
+pub mod pci_layout;
+pub mod process;
+pub mod serial;
+pub mod store;
+pub mod tpm;

@@ -1,19 +1,20 @@
 //! The backend itself: what it can do, and its labs and modules.
 
-use crate::{
-    accelerator::Accelerator,
-    host::{self, Host, Programs},
-    lab::{QemuLab, blocking, kept_access},
-};
+use crate::lab::QemuLab;
 use async_trait::async_trait;
 use rudder_core::{
     Result,
     backend::{Backend, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
     module::{DamagedModule, Module},
-    store::{CollectPolicy, LabState, Store},
 };
 use rudder_local::helper::HelperProgram;
+use rudder_local::{
+    accelerator::Accelerator,
+    host::{self, Host, Programs},
+    lab_storage::{blocking, kept_access},
+    store::{CollectPolicy, LabState, Store},
+};
 use std::{path::PathBuf, sync::Arc};
 use tokio::sync::OnceCell;
 
@@ -21,7 +22,7 @@ use tokio::sync::OnceCell;
 ///
 /// ```no_run
 /// # fn main() -> rudder_core::Result<()> {
-/// use rudder_core::store::Store;
+/// use rudder_local::store::Store;
 /// use rudder_qemu::{Accelerator, QemuBackend};
 ///
 /// let store = Store::open(Store::default_root())?;

@@ -1,54 +1,20 @@
 //! The command line of a machine: from what a machine is made of to QEMU's arguments. Nothing here touches the host.
 //!
-//! # Where everything sits
-//! With BIOS, the machine is QEMU's `pc` (i440FX, 1996): every card and disk of the manifest has a place on it that guests of
-//! all ages find. With UEFI it is `q35` (ICH9, 2007), for which UEFI and its system management mode are made; but where
-//! there are IDE disks, which only the older chipset has. On either, all is on one PCI bus with fixed addresses, so that what
-//! a guest saw in a build is at the same place in a clone:
+//! Where everything sits is decided by [`rudder_local::pci_layout`].
 //!
-//! | address | what |
-//! |---|---|
-//! | 00, 01 (`pc`) or 00, 1f (`q35`) | the chipset: host bridge, ISA bridge with the controller of floppies, IDE or SATA, ACPI |
-//! | 02 | VGA |
-//! | 03 | the SCSI controller (virtio-scsi), if there are scsi disks |
-//! | 04 | SATA controllers (AHCI), six disks each, one per function |
-//! | 05 | the USB controllers (xHCI), eight disks each, one per function |
-//! | 06 | the random number generator |
-//! | 08–0f | virtio disks: the first eight on function 0, the next on function 1 … |
-//! | 11–19 | the cards: slot 1–9 of the manifest |
-//! | 1a | the seed |
-//!
-//! CD-ROMs are on the chipset's own controller, behind the disks there, or all of them on SATA where they would not fit.
-//! What boots is the first disk; one that does not boot falls through to the CD-ROMs, in order.
-//!
-//! Text of a manifest is in one place only, the name of the process, and goes through [`escape`]. File names are ours.
+//! Text of a manifest is in one place only, the name of the process, and goes through [`escape`](rudder_local::process::escape). File names are ours.
 
-mod cards;
-mod chipset;
 mod disks;
 
-pub use self::cards::{nic_arguments, user_nic_arguments};
-pub(crate) use self::chipset::Chipset;
-
-use crate::{accelerator::Chosen, state::Flash};
-use rudder_core::{
-    Result,
-    backend::MachineSpec,
-    plan::{Bus, PlannedNetwork},
+use rudder_core::{Result, backend::MachineSpec, hardware::Bus, plan::PlannedNetwork};
+use rudder_local::{
+    accelerator::Chosen,
+    machine_state::Flash,
+    nic_arguments::{driver, nic_arguments, nic_socket},
+    pci_layout::{Chipset, cdrom_bus, slot},
+    process::escape,
 };
 use serde_json::json;
-
-/// PCI addresses, see the table above.
-mod place {
-    pub(super) const VGA: u8 = 0x02;
-    pub(super) const SCSI: u8 = 0x03;
-    pub(super) const AHCI: u8 = 0x04;
-    pub(super) const XHCI: u8 = 0x05;
-    pub(super) const RNG: u8 = 0x06;
-    pub(super) const VIRTIO_DISKS: u8 = 0x08;
-    pub(super) const CARDS: u8 = 0x10;
-    pub(super) const SEED: u8 = 0x1a;
-}
 
 /// The names of a machine's files, relative to the directory of its lab.
 #[derive(Debug, Clone)]
@@ -71,16 +37,6 @@ pub(crate) struct Files {
     pub(crate) floppy: String,
     /// Of the last picture of the screen.
     pub(crate) picture: String,
-    /// Of the firmware's variables.
-    pub(crate) variables: String,
-    /// Of the directory of the TPM's state.
-    pub(crate) tpm: String,
-    /// Of the TPM's control socket.
-    pub(crate) tpm_socket: String,
-    /// Of what swtpm says.
-    pub(crate) tpm_log: String,
-    /// What the names of captured state begin with.
-    pub(crate) captured: String,
     /// Of the sockets of its NICs.
     pub(crate) nics: Vec<String>,
 }
@@ -99,11 +55,6 @@ impl Files {
             seed: file("seed.img"),
             floppy: file("floppy.img"),
             picture: file("screen.png"),
-            variables: file("variables"),
-            tpm: file("tpm"),
-            tpm_socket: file("tpm.ctrl"),
-            tpm_log: file("tpm.log"),
-            captured: file("captured"),
             nics: (0..MOST_NICS).map(|index| nic_socket(number, index)).collect(),
         }
     }
@@ -111,11 +62,6 @@ impl Files {
 
 /// NICs of a machine at most: each has a slot of its own.
 const MOST_NICS: usize = 9;
-
-/// The file of the socket of a NIC, on which QEMU listens.
-pub(crate) fn nic_socket(number: usize, index: usize) -> String {
-    format!("m{number}.n{index}")
-}
 
 /// Everything that the command line is made of.
 #[derive(Debug)]
@@ -126,13 +72,10 @@ pub(crate) struct Machine<'a> {
     pub(crate) network: &'a PlannedNetwork,
     pub(crate) files: &'a Files,
     pub(crate) accelerator: Chosen,
-    /// The flash memory of a machine with UEFI.
-    pub(crate) flash: Option<&'a Flash>,
-}
-
-/// A value inside a QEMU option: commas are doubled (qemu(1), "-drive"), and nothing else is special.
-pub(crate) fn escape(value: &str) -> String {
-    value.replace(',', ",,")
+    /// The flash memory of a machine with UEFI, and the file of its variables.
+    pub(crate) flash: Option<(&'a Flash, &'a str)>,
+    /// The socket of the machine's TPM.
+    pub(crate) tpm_socket: Option<&'a str>,
 }
 
 /// The devices that this machine needs besides the chipset's, by the names QEMU has for them.
@@ -149,13 +92,13 @@ pub(crate) fn devices(spec: &MachineSpec) -> Vec<&'static str> {
     }
     if !spec.cdroms.is_empty() {
         devices.push("ide-cd");
-        devices.extend((disks::cdrom_bus(spec) == Bus::Sata).then_some("ich9-ahci"));
+        devices.extend((cdrom_bus(spec) == Bus::Sata).then_some("ich9-ahci"));
     }
     if spec.floppy.is_some() {
         devices.push("floppy");
         devices.extend(Chipset::of(spec).floppies());
     }
-    devices.extend(spec.nics.iter().map(|nic| cards::driver(nic.model)));
+    devices.extend(spec.nics.iter().map(|nic| driver(nic.model)));
     if spec.tpm {
         devices.push(TPM);
     }
@@ -189,13 +132,13 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     line.flag("-nodefaults");
     line.flag("-no-user-config");
     let mut board = format!("{},usb=off,vmport=off,dump-guest-core=off,mem-merge=off", chipset.machine());
-    if let Some(flash) = machine.flash {
+    if let Some((flash, _)) = machine.flash {
         board.push_str(",pflash0=firmware,pflash1=variables");
         board.push_str(if flash.smm { ",smm=on" } else { ",smm=off" });
     }
     line.option("-machine", board);
-    if let Some(flash) = machine.flash {
-        line.flash(flash, files);
+    if let Some((flash, variables)) = machine.flash {
+        line.flash(flash, variables);
     }
     match machine.accelerator {
         Chosen::Kvm => {
@@ -216,7 +159,7 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     line.option("-msg", "timestamp=on");
     line.option("-display", "none");
     line.option("-vnc", format!("unix:{},share=force-shared,key-delay-ms=0", files.display));
-    let vga = line.device("VGA", place::VGA, 0);
+    let vga = line.device("VGA", slot::VGA, 0);
     line.option("-device", vga);
     line.option("-chardev", format!("socket,id=qmp,path={},server=on,wait=off", files.qmp));
     line.option("-mon", "chardev=qmp,mode=control");
@@ -231,16 +174,16 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     }
     if extras.random {
         line.option("-object", "rng-random,id=rng,filename=/dev/urandom");
-        let random = line.device("virtio-rng-pci", place::RNG, 0);
+        let random = line.device("virtio-rng-pci", slot::RNG, 0);
         line.option("-device", format!("{random},rng=rng"));
     }
-    if spec.tpm {
-        line.option("-chardev", format!("socket,id=tpm,path={}", files.tpm_socket));
+    if let Some(socket) = machine.tpm_socket {
+        line.option("-chardev", format!("socket,id=tpm,path={}", escape(socket)));
         line.option("-tpmdev", "emulator,id=tpm0,chardev=tpm");
         line.option("-device", format!("{TPM},tpmdev=tpm0"));
     }
     disks::attach(&mut line, spec, files)?;
-    cards::attach(&mut line, spec, machine.network, &files.nics)?;
+    line.words.extend(nic_arguments(spec, machine.network, &files.nics)?);
     // Nothing runs before its events are heard.
     line.flag("-S");
     Ok(line.words)
@@ -268,7 +211,7 @@ impl Line {
 
     /// A device at a place of the PCI bus.
     fn device(&self, driver: &str, address: u8, function: usize) -> String {
-        format!("{driver},bus={},addr={address:02x}.{function}", self.chipset.bus())
+        self.chipset.device(driver, address, function)
     }
 
     /// A controller with more than one function says so on each.
@@ -277,7 +220,7 @@ impl Line {
     }
 
     /// The two pieces of flash memory: the firmware's program, and its variables.
-    fn flash(&mut self, flash: &Flash, files: &Files) {
+    fn flash(&mut self, flash: &Flash, variables: &str) {
         self.blockdev(&json!({
             "node-name": "firmware",
             "driver": flash.code.format,
@@ -287,7 +230,7 @@ impl Line {
         self.blockdev(&json!({
             "node-name": "variables",
             "driver": flash.variables,
-            "file": {"driver": "file", "filename": files.variables},
+            "file": {"driver": "file", "filename": variables},
         }));
         if flash.smm {
             // Only in system management mode are the variables written to.

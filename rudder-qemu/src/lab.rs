@@ -1,7 +1,6 @@
 //! The place of one build or clone: a directory in the store, its volumes, its machines.
 
-pub(crate) use crate::ground::{Ground, blocking, kept_access};
-use crate::{host::Host, machine::QemuMachine};
+use crate::machine::QemuMachine;
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -10,6 +9,11 @@ use rudder_core::{
         ModuleDraft, Progress, Retention, Served, Site,
     },
     module::Module,
+};
+use rudder_local::{
+    host::Host,
+    lab_storage::{LabStorage, blocking},
+    lan::Lan,
     store::Store,
 };
 use std::{
@@ -27,7 +31,8 @@ type Machines = Mutex<Vec<Arc<QemuMachine>>>;
 /// A lab on raw QEMU.
 #[derive(Debug)]
 pub(crate) struct QemuLab {
-    ground: Arc<Ground>,
+    storage: Arc<LabStorage>,
+    lan: Arc<Lan>,
     store: Store,
     machines: Machines,
     /// How many machines were begun. Several may be asked for at once: they are defined one by one, each with files of its own.
@@ -37,9 +42,10 @@ pub(crate) struct QemuLab {
 
 impl QemuLab {
     pub(crate) async fn open(store: &Store, host: Arc<Host>, spec: &LabSpec) -> Result<Self> {
-        let ground = Ground::open(store, host, spec).await?;
+        let storage = LabStorage::open(store, host, spec).await?;
         Ok(Self {
-            ground: Arc::new(ground),
+            storage: Arc::new(storage),
+            lan: Arc::new(Lan::new(&spec.network, &spec.name)),
             store: store.clone(),
             machines: Machines::default(),
             begun: tokio::sync::Mutex::default(),
@@ -59,76 +65,73 @@ fn locked(machines: &Machines) -> MutexGuard<'_, Vec<Arc<QemuMachine>>> {
 #[async_trait]
 impl Lab for QemuLab {
     fn id(&self) -> &LabId {
-        &self.ground.id
+        self.storage.id()
     }
 
     fn versions(&self) -> BTreeMap<String, String> {
-        self.ground.versions()
+        self.storage.versions()
     }
 
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
-        self.ground.import(request, progress).await
+        self.storage.import(request, progress).await
     }
 
     async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
-        self.ground.fetch(request, progress).await
+        self.storage.fetch(request, progress).await
     }
 
     async fn serve(&self, site: Site) -> Result<Served> {
-        self.ground.lan().serve(site)
+        self.lan.serve(site)
     }
 
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         let refuse = |error: Error| error.with_context("vm", &spec.name);
-        self.ground.dir.check_open().map_err(refuse)?;
+        self.storage.dir().check_open().map_err(refuse)?;
         for disk in &spec.disks {
-            self.ground.volume_size(&disk.volume.id).map_err(refuse)?;
+            self.storage.volume_size(&disk.volume.id).map_err(refuse)?;
         }
         let mut begun = self.begun.lock().await;
         if self.machines().iter().any(|machine| machine.name() == spec.name) {
             let message =
-                format!("expected a new name in lab {}, but found {:?} again", self.ground.id, spec.name);
+                format!("expected a new name in lab {}, but found {:?} again", self.storage.id(), spec.name);
             return Err(refuse(Error::new(ErrorKind::Conflict, message)));
         }
         let number = *begun;
         *begun += 1;
-        let parent = match &spec.state_of {
-            Some(parent) => Some(self.ground.parent(parent).await.map_err(refuse)?),
-            None => None,
-        };
-        let machine = QemuMachine::define(Arc::clone(&self.ground), spec, number, parent).await;
+        let machine =
+            QemuMachine::define(Arc::clone(&self.storage), Arc::clone(&self.lan), spec, number).await;
         let machine = Arc::new(machine.map_err(refuse)?);
         self.machines().push(Arc::clone(&machine));
         Ok(machine)
     }
 
     async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
-        self.store.publish(&self.ground.dir, draft).await
+        self.store.publish(self.storage.dir(), draft).await
     }
 
     async fn keep(&self) -> Result<KeptLab> {
         let machines = self.machines().clone();
         let mut access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
-        if self.ground.retention == Retention::MayBeKept {
-            access.extend(self.ground.lan().hand_over(&self.ground).await?);
+        if self.storage.retention() == Retention::MayBeKept {
+            access.extend(self.lan.hand_over(&self.storage).await?);
         }
-        self.ground.keep(&access).await?;
+        self.storage.keep(&access).await?;
         self.kept.store(true, Ordering::Relaxed);
         for machine in &machines {
             machine.release();
         }
-        Ok(KeptLab::new(self.ground.id.clone(), access))
+        Ok(KeptLab::new(self.storage.id().clone(), access))
     }
 
     fn directory(&self) -> Option<PathBuf> {
-        Some(self.ground.dir.path().to_owned())
+        Some(self.storage.dir().path().to_owned())
     }
 
     async fn destroy(&self) -> Result<()> {
         let machines = self.machines().clone();
         futures::future::join_all(machines.iter().map(|machine| machine.end())).await;
-        let ground = Arc::clone(&self.ground);
-        blocking(move || ground.dir.destroy()).await
+        let storage = Arc::clone(&self.storage);
+        blocking(move || storage.dir().destroy()).await
     }
 }
 

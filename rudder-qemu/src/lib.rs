@@ -1,11 +1,9 @@
 //! The raw QEMU backend of Rudder: one process per machine, controlled over QMP; a network in user space; disks through
 //! qemu-img. Nothing here needs root, a daemon or a bridge.
 //!
-//! # Its rooms
-//! `backend` what is here, open a lab · `lab` its machines · `lan` its network · `ground` its directory and volumes · `machine` start, dial,
-//! capture · `watch` how a machine fares and how it ended · `capture` copies of disks · `state` and `machine_state`
-//! what it keeps outside its disks · and QEMU's own trade: `command_line`, `firmware`, `tpm`, `qmp`, `image`, `host`, `accelerator`, `process` ·
-//! [`parts`] what another backend that drives QEMU shares with this one.
+//! # Modules
+//! `backend` opens labs · `lab` holds machines · `machine` starts, dials and captures one · `watch` tells how a machine ended ·
+//! `command_line` and `qmp` are QEMU's own. Everything that does not depend on how a machine is started is in [`rudder_local`].
 //!
 //! # Who ends what
 //! Every process is started so that the kernel kills it when its owner dies ([`PR_SET_PDEATHSIG`][prctl], through
@@ -15,27 +13,12 @@
 //!
 //! [prctl]: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
-mod accelerator;
 mod backend;
-mod capture;
 mod command_line;
-mod firmware;
-mod ground;
-mod host;
-mod image;
 mod lab;
-mod lan;
 mod machine;
-mod machine_state;
-pub mod parts;
-mod process;
 mod qmp;
-mod serial;
-mod state;
-mod tpm;
 mod watch;
 
-pub use self::{
-    accelerator::Accelerator,
-    backend::{QemuBackend, QemuBackendBuilder},
-};
+pub use self::backend::{QemuBackend, QemuBackendBuilder};
+pub use rudder_local::accelerator::Accelerator;

@@ -4,20 +4,25 @@ mod consoles;
 
 use crate::{
     command_line::{self, Extras, Files},
-    lab::Ground,
-    process::{Invocation, Lifetime, OwnedChild, describe},
     qmp::{Note, Qmp},
-    serial::SerialConsole,
-    state::{self, Flash, Parent},
-    tpm,
-    watch::{Companion, Phase, Watcher, last_words},
+    watch::{Phase, Watcher},
 };
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Retention, Stop},
+    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Stop},
     module::{CapturedDisk, CapturedState},
+};
+use rudder_local::{
+    capture,
+    lab_storage::LabStorage,
+    lan::Lan,
+    log_tail::last_lines,
+    machine_state::MachineState,
+    process::{Invocation, OwnedChild, describe},
+    serial::SerialConsole,
     store::LAB_VARIABLE,
+    tpm::Tpm,
 };
 use std::{
     fs::File,
@@ -40,10 +45,11 @@ const LAUNCH_LOOK: Duration = Duration::from_millis(5);
 /// A VM on raw QEMU.
 #[derive(Debug)]
 pub(crate) struct QemuMachine {
-    ground: Arc<Ground>,
+    storage: Arc<LabStorage>,
+    lan: Arc<Lan>,
     spec: MachineSpec,
     files: Files,
-    flash: Option<Flash>,
+    state: MachineState,
     arguments: Vec<String>,
     number: usize,
     phase: watch::Sender<Phase>,
@@ -67,47 +73,61 @@ struct Running {
 }
 
 impl QemuMachine {
-    /// Defines a machine; `number` is its own in the lab. It starts with the state of its parent, where it has one.
+    /// Defines a machine; `number` is its own in the lab.
     pub(crate) async fn define(
-        ground: Arc<Ground>,
+        storage: Arc<LabStorage>,
+        lan: Arc<Lan>,
         spec: &MachineSpec,
         number: usize,
-        parent: Option<Parent>,
     ) -> Result<Self> {
         let mut files = Files::new(number);
         files.nics.truncate(spec.nics.len());
         for device in command_line::devices(spec) {
-            ground.host.require_device(device)?;
+            storage.host().require_device(device)?;
         }
         let extras = Extras {
-            panic: ground.host.has_device("pvpanic"),
-            random: ground.host.has_device("virtio-rng-pci"),
+            panic: storage.host().has_device("pvpanic"),
+            random: storage.host().has_device("virtio-rng-pci"),
         };
-        let flash = state::prepare(&ground, spec, &files, parent).await?;
-        let mark = format!("rudder-{}", ground.id);
+        let state = MachineState::prepare(&storage, spec, number).await?;
+        let mark = format!("rudder-{}", storage.id());
         let machine = command_line::Machine {
             mark: &mark,
             spec,
-            network: &ground.network,
+            network: storage.network(),
             files: &files,
-            accelerator: ground.host.accelerator,
-            flash: flash.as_ref(),
+            accelerator: storage.host().accelerator(),
+            flash: state.flash(),
+            tpm_socket: state.tpm_socket(),
         };
         let arguments = command_line::arguments(&machine, extras)?;
         let seed = spec.seed.as_ref().map(|seed| (&files.seed, &seed.image));
         let floppy = spec.floppy.as_ref().map(|image| (&files.floppy, image));
         for (file, image) in seed.into_iter().chain(floppy) {
-            let path = ground.path(file);
+            let path = storage.path(file);
             let written = tokio::fs::write(&path, image).await;
             written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
         }
         // Last: what could not be defined is not on the network.
-        ground.lan().add(spec, number)?;
+        lan.add(spec, number)?;
         let phase = watch::Sender::new(Phase::Defined);
         let spec = spec.clone();
         let (running, console) = (Mutex::new(None), Mutex::new(None));
         let (pictures, disks) = (AtomicUsize::new(0), RwLock::new(()));
-        Ok(Self { ground, spec, files, flash, arguments, number, phase, running, console, pictures, disks })
+        Ok(Self {
+            storage,
+            lan,
+            spec,
+            files,
+            state,
+            arguments,
+            number,
+            phase,
+            running,
+            console,
+            pictures,
+            disks,
+        })
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
@@ -165,32 +185,28 @@ impl QemuMachine {
     }
 
     async fn launch(&self) -> Result<Launched> {
-        let Files { qmp, display, serial, console, picture, tpm_socket, .. } = &self.files;
-        for file in [qmp, display, serial, console, picture, tpm_socket] {
-            match tokio::fs::remove_file(self.ground.path(file)).await {
+        let Files { qmp, display, serial, console, picture, .. } = &self.files;
+        for file in [qmp, display, serial, console, picture] {
+            match tokio::fs::remove_file(self.storage.path(file)).await {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::io(format_args!("remove {file} of the last run"), error));
                 }
                 _ => {}
             }
         }
-        self.ground.lan().clear(&self.ground, &self.spec.name)?;
-        let log_path = self.ground.path(&self.files.log);
+        self.lan.clear(&self.storage, &self.spec.name)?;
+        let log_path = self.storage.path(&self.files.log);
         let failed = |error| Error::io(format_args!("write {}", log_path.display()), error);
         let log = File::create(&log_path).map_err(failed)?;
-        let lifetime = match self.ground.retention {
-            Retention::EndWithOwner => Lifetime::WithOwner(self.ground.host.setpriv.clone()),
-            Retention::MayBeKept => Lifetime::Kept,
-        };
-        let tpm = self.launch_tpm(lifetime.clone()).await?;
-        let mut child = Invocation::new(&self.ground.host.qemu, lifetime)
+        let tpm = self.state.start_tpm().await?;
+        let mut child = Invocation::new(self.storage.host().qemu(), self.storage.lifetime())
             .args(&self.arguments)
-            .directory(self.ground.dir.path())
-            .variable(LAB_VARIABLE, self.ground.id.as_str())
+            .directory(self.storage.dir().path())
+            .variable(LAB_VARIABLE, self.storage.id().as_str())
             .spawn(Stdio::null(), log.try_clone().map_err(failed)?.into(), log.into())
             .await?;
         let talk = async {
-            self.record(&child, "qemu").await?;
+            self.storage.record_process(child.pid(), "qemu", &self.spec.name).await?;
             let (qmp, notes) = self.connect(&mut child).await?;
             let mut phase = self.phase.subscribe();
             let ended = async move {
@@ -199,7 +215,7 @@ impl QemuMachine {
             };
             // Before it runs: nothing of what it writes is missed.
             let console = self.attach_console().await?;
-            self.ground.lan().connect(&self.ground, &self.spec.name, ended)?;
+            self.lan.connect(&self.storage, &self.spec.name, ended)?;
             qmp.cont().await?;
             Ok((qmp, notes, console))
         };
@@ -224,42 +240,16 @@ impl QemuMachine {
             return Vec::new();
         }
         let name = &self.spec.name;
-        let mut lines = self.ground.lan().access(&self.ground, &self.spec);
-        let path = |file: &str| self.ground.path(file).display().to_string();
+        let mut lines = self.lan.access(&self.storage, &self.spec);
+        let path = |file: &str| self.storage.path(file).display().to_string();
         lines.push(format!("{name}: display: vncviewer {}", path(&self.files.display)));
         lines.push(format!("{name}: serial console: nc -U {}", path(serial)));
         lines
     }
 
-    /// Starts its TPM, if it has one.
-    async fn launch_tpm(&self, lifetime: Lifetime) -> Result<Option<Companion>> {
-        if !self.spec.tpm {
-            return Ok(None);
-        }
-        let Files { tpm, tpm_socket, tpm_log, .. } = &self.files;
-        let files = tpm::Files { directory: tpm, socket: tpm_socket, log: tpm_log };
-        let child = tpm::start(&self.ground, files, lifetime).await?;
-        self.record(&child, "swtpm").await?;
-        Ok(Some(Companion { child, log: self.ground.path(tpm_log) }))
-    }
-
-    /// Writes the process down, so that it is found when this one is gone.
-    async fn record(&self, child: &OwnedChild, program: &str) -> Result<()> {
-        let Some(pid) = child.pid() else { return Ok(()) };
-        let (ground, role) = (Arc::clone(&self.ground), format!("{program} of {}", self.spec.name));
-        let recorded = tokio::task::spawn_blocking(move || ground.dir.record_process(pid, role)).await;
-        match recorded
-            .map_err(|error| Error::new(ErrorKind::Internal, "cannot record a process").with_source(error))?
-        {
-            // It has ended already: then the conversation does not come about, and says why.
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            other => other,
-        }
-    }
-
     /// Waits until QEMU answers, or has ended.
     async fn connect(&self, child: &mut OwnedChild) -> Result<(Qmp, mpsc::UnboundedReceiver<Note>)> {
-        let socket = self.ground.socket(&self.files.qmp);
+        let socket = self.storage.socket(&self.files.qmp);
         loop {
             let attempt = async {
                 match Qmp::connect(&socket).await {
@@ -273,7 +263,7 @@ impl QemuMachine {
             tokio::select! {
                 status = child.wait() => {
                     let ended = status.map_or_else(|error| error.to_string(), describe);
-                    let said = last_words(&self.ground.path(&self.files.log)).await;
+                    let said = last_lines(&self.storage.path(&self.files.log)).await;
                     let said = if said.is_empty() { ended } else { said };
                     return Err(Error::new(ErrorKind::LaunchFailed, format!("QEMU refused to start: {said}")));
                 }
@@ -304,7 +294,7 @@ impl QemuMachine {
 
 struct Launched {
     child: OwnedChild,
-    tpm: Option<Companion>,
+    tpm: Option<Tpm>,
     qmp: Qmp,
     notes: mpsc::UnboundedReceiver<Note>,
     console: Arc<SerialConsole>,
@@ -352,8 +342,8 @@ impl Machine for QemuMachine {
         let launched = self.launch().await.map_err(|error| error.with_context("vm", &self.spec.name))?;
         let Launched { child, tpm, qmp, notes, console } = launched;
         let (orders, received) = mpsc::unbounded_channel();
-        let children = std::iter::once(&child).chain(tpm.iter().map(|tpm| &tpm.child));
-        let released = children.map(OwnedChild::release_switch).collect();
+        let released = std::iter::once(child.release_switch()).chain(tpm.iter().map(Tpm::release_switch));
+        let released = released.collect();
         *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&console));
         starting.before = None;
         self.phase.send_replace(Phase::Running);
@@ -364,9 +354,9 @@ impl Machine for QemuMachine {
             notes,
             orders: received,
             phase: self.phase.clone(),
-            log: self.ground.path(&self.files.log),
+            log: self.storage.path(&self.files.log),
             console,
-            picture: self.ground.path(&self.files.picture),
+            picture: self.storage.path(&self.files.picture),
         };
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
         *self.running() = Some(Running { qmp, orders, released, _watcher: watcher });
@@ -401,7 +391,7 @@ impl Machine for QemuMachine {
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
         self.with_running(|_| ())?;
-        self.ground.lan().dial(&self.ground, &self.spec, port).await
+        self.lan.dial(&self.storage, &self.spec, port).await
     }
 
     async fn display(&self) -> Result<BoxedStream> {
@@ -422,7 +412,7 @@ impl Machine for QemuMachine {
 
     fn proxy_command(&self, port: u16) -> Option<String> {
         self.with_running(|_| ()).ok()?;
-        self.ground.lan().proxy_command(&self.ground, &self.spec.name, port)
+        self.lan.proxy_command(&self.storage, &self.spec.name, port)
     }
 
     fn access(&self) -> Vec<String> {
@@ -434,7 +424,7 @@ impl Machine for QemuMachine {
         let _disks = self.at_rest()?;
         let disk = &self.spec.disks[index];
         let file = format!("m{}.d{index}.captured.qcow2", self.number);
-        let captured = self.ground.capture(&disk.volume.id, &file, &disk.name, progress).await;
+        let captured = capture::capture(&self.storage, &disk.volume.id, &file, &disk.name, progress).await;
         let captured = captured
             .map_err(|error| error.with_context("disk", &disk.name).with_context("vm", &self.spec.name))?;
         Ok(CapturedDisk {
@@ -450,7 +440,6 @@ impl Machine for QemuMachine {
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
         let _disks = self.at_rest()?;
-        let captured = state::capture(&self.ground, &self.spec, &self.files, self.flash.as_ref()).await;
-        captured.map_err(|error| error.with_context("vm", &self.spec.name))
+        self.state.capture().await.map_err(|error| error.with_context("vm", &self.spec.name))
     }
 }

@@ -8,18 +8,15 @@
 //! ```
 //! One task per running machine owns the process; dropping the task kills it, unless it was released.
 
-use crate::{
-    process::{OwnedChild, describe, without_advice},
-    qmp::{Note, Qmp},
-    serial::SerialConsole,
-};
+use crate::qmp::{Note, Qmp};
 use rudder_core::backend::{Death, Exit, Stop};
-use std::{
-    path::{Path, PathBuf},
-    process::ExitStatus,
-    sync::Arc,
-    time::Duration,
+use rudder_local::{
+    log_tail::last_lines,
+    process::{OwnedChild, describe},
+    serial::SerialConsole,
+    tpm::Tpm,
 };
+use std::{path::PathBuf, process::ExitStatus, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until, timeout},
@@ -33,8 +30,6 @@ const QUIT_LIMIT: Duration = Duration::from_secs(2);
 const PICTURE_LIMIT: Duration = Duration::from_millis(500);
 /// How long after the end of the process, or of the conversation, the other may take to end.
 const HANG_UP_LIMIT: Duration = Duration::from_secs(1);
-/// How much of what QEMU said is told, in bytes.
-const TOLD_OUTPUT: u64 = 4096;
 
 /// Where a machine is in its life.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,20 +54,12 @@ struct Seen {
     killed: Option<String>,
 }
 
-/// A process that QEMU cannot do without.
-#[derive(Debug)]
-pub(crate) struct Companion {
-    pub(crate) child: OwnedChild,
-    /// Where its messages go.
-    pub(crate) log: PathBuf,
-}
-
 /// The watcher of a running machine.
 #[derive(Debug)]
 pub(crate) struct Watcher {
     pub(crate) child: OwnedChild,
     /// Its TPM.
-    pub(crate) tpm: Option<Companion>,
+    pub(crate) tpm: Option<Tpm>,
     pub(crate) qmp: Qmp,
     pub(crate) notes: mpsc::UnboundedReceiver<Note>,
     pub(crate) orders: mpsc::UnboundedReceiver<Stop>,
@@ -153,11 +140,8 @@ impl Watcher {
             }
         };
         if let Some(tpm) = &mut tpm {
-            // What it keeps is complete when it has ended.
-            if timeout(QUIT_LIMIT, tpm.child.wait()).await.is_err() {
-                tpm.child.kill();
-                let _ = timeout(QUIT_LIMIT, tpm.child.wait()).await;
-            }
+            // Its state is complete when it has ended.
+            tpm.finish().await;
         }
         // What the guest wrote last is still on its way, and so are the last events.
         let _ = timeout(HANG_UP_LIMIT, self.console.finished()).await;
@@ -168,7 +152,7 @@ impl Watcher {
             Ok(status) => Ended { told: describe(status), orderly: status == ExitStatus::default() },
             Err(error) => Ended { told: format!("could not be waited for: {error}"), orderly: false },
         };
-        let exit = verdict(&seen, &ended, &last_words(&self.log).await);
+        let exit = verdict(&seen, &ended, &last_lines(&self.log).await);
         self.phase.send_replace(Phase::Ended(exit.clone()));
         exit
     }
@@ -227,14 +211,11 @@ impl Seen {
     }
 }
 
-/// How a companion ended, with its last words. Of none, for ever.
-async fn ended(companion: &mut Option<Companion>) -> String {
-    let Some(Companion { child, log }) = companion else { return std::future::pending().await };
-    let status = child.wait().await;
-    let told = status.map_or_else(|error| format!("could not be waited for: {error}"), describe);
-    match last_words(log).await {
-        words if words.is_empty() => told,
-        words => format!("{told}; its last words: {words}"),
+/// How a TPM ended. Of none, for ever.
+async fn ended(tpm: &mut Option<Tpm>) -> String {
+    match tpm {
+        Some(tpm) => tpm.ended().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -275,31 +256,6 @@ fn verdict(seen: &Seen, ended: &Ended, last_words: &str) -> Exit {
         }
         (None, None) => died(Death::Hypervisor, with_words(format!("QEMU {}", ended.told))),
     }
-}
-
-/// The end of what QEMU said, as one line.
-pub(crate) async fn last_words(log: &Path) -> String {
-    let bytes = tail(log, TOLD_OUTPUT).await.unwrap_or_default();
-    let text = without_advice(&String::from_utf8_lossy(&bytes));
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    lines[lines.len().saturating_sub(10)..].join(" | ")
-}
-
-/// The last bytes of a file; of one that is not there, none.
-///
-/// # Errors
-/// File errors.
-pub(crate) async fn tail(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
-    use tokio::io::{AsyncReadExt, AsyncSeekExt};
-    let mut file = match tokio::fs::File::open(path).await {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other?,
-    };
-    let length = file.metadata().await?.len();
-    file.seek(std::io::SeekFrom::Start(length.saturating_sub(limit))).await?;
-    let mut bytes = Vec::new();
-    file.take(limit).read_to_end(&mut bytes).await?;
-    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -384,14 +340,5 @@ mod tests {
         assert_eq!(verdict(&told, &killed(), ""), Exit::Killed { why: "why".to_owned() });
         let off = Seen { shutdown: Some((true, "guest-shutdown".to_owned())), ..gone() };
         assert_eq!(verdict(&off, &orderly(), ""), Exit::PoweredOff);
-    }
-
-    #[tokio::test]
-    async fn a_tail_is_the_end_of_a_file() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "one\n\ntwo\nthree\n").unwrap();
-        assert_eq!(tail(file.path(), 6).await.unwrap(), b"three\n");
-        assert_eq!(tail(Path::new("/nonexistent"), 6).await.unwrap(), b"");
-        assert_eq!(last_words(file.path()).await, "one | two | three");
     }
 }

@@ -9,9 +9,9 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{Backend, LabId},
     plan::PlannedUrl,
-    store::Store,
     testing::{self, Adapter, BadImages, Echo, GuestImage, Options, Owners},
 };
+use rudder_local::store::Store;
 use rudder_qemu::{Accelerator, QemuBackend};
 use rustix::process::{Pid, Signal, kill_process};
 use std::{

@@ -7,10 +7,9 @@ use common::{Place, blank_machine, eventually, network, processes_below};
 use rudder_core::{
     ErrorKind,
     backend::{Backend, LabSpec, Retention},
-    plan::Bus,
-    store::Store,
+    hardware::Bus,
 };
-use rudder_local::helper::HelperProgram;
+use rudder_local::{helper::HelperProgram, store::Store};
 use rudder_qemu::{Accelerator, QemuBackend};
 use std::{
     io::{BufRead, BufReader},

@@ -8,8 +8,8 @@ use rudder_core::{
     ErrorKind,
     backend::{Backend as _, Death, Exit, LabSpec, Stop},
     capability::Capability,
+    hardware::{Bus, Firmware},
     module::StateKind,
-    plan::{Bus, Firmware},
 };
 use std::{fs, path::PathBuf};
 

@@ -9,9 +9,10 @@ use common::{Place, eventually, sector, sector_machine};
 use rudder_core::{
     ErrorKind,
     backend::{Backend, Death, Exit, ImportRequest, Machine, Progress, Stop},
-    plan::{Bus, NicModel, PlannedSource, PlannedUrl},
-    store::Store,
+    hardware::{Bus, NicModel},
+    plan::{PlannedSource, PlannedUrl},
 };
+use rudder_local::store::Store;
 use rudder_qemu::{Accelerator, QemuBackend};
 use small_disk::{SmallDisk, may_mount};
 use std::{process::Command, time::Duration};

@@ -7,8 +7,9 @@ use common::{Place, blank_machine, eventually, qemu_of};
 use rudder_core::{
     ErrorKind,
     backend::{Backend, Death, Exit, ImportRequest, Progress, ProgressEvent, Site, SiteFile, Stop},
+    hardware::Bus,
     module::{Provenance, TemplateMachine},
-    plan::{Bus, PlannedSource},
+    plan::PlannedSource,
 };
 use std::{
     sync::{Arc, Mutex},

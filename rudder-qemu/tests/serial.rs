@@ -7,7 +7,7 @@ mod common;
 use common::{Place, sector, sector_machine};
 use rudder_core::{
     backend::{Backend, LabSpec, Retention, SERIAL_KEPT, Stop},
-    plan::Bus,
+    hardware::Bus,
 };
 use std::{os::unix::fs::MetadataExt, path::Path};
 use tokio::{io::AsyncReadExt, net::UnixStream};

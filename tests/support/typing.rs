@@ -4,8 +4,9 @@
 use rudder::{
     backend::{Backend, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec, Progress},
     console::Console,
+    hardware::Bus,
     keys::named_key,
-    plan::{Bus, PlannedNetwork, PlannedSource, PlannedUrl},
+    plan::{PlannedNetwork, PlannedSource, PlannedUrl},
     qemu::QemuBackend,
     store::Store,
 };

@@ -2,8 +2,10 @@
 
 use crate::{
     capability::Capability,
-    module::{InputRecord, Provenance, TemplateMachine},
-    plan::{Bus, Firmware, PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource, PlannedUrl},
+    digest::Digest,
+    hardware::{Bus, Firmware},
+    module::{InputRecord, Module, Provenance, TemplateMachine},
+    plan::{PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource, PlannedUrl},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -420,6 +422,14 @@ impl ModuleDraft {
         provenance: Provenance,
     ) -> Self {
         Self { name: name.into(), machines, network, provenance }
+    }
+
+    /// The module of this draft, published now. `digest` names its content.
+    #[must_use]
+    pub fn into_module(self, digest: Digest) -> Module {
+        let Self { name, machines, network, provenance } = self;
+        let created = jiff::Timestamp::now();
+        Module { format: Module::FORMAT, name, digest, created, machines, network, provenance, path: None }
     }
 }
 

@@ -29,8 +29,9 @@ use crate::{
     capability::{Capabilities, Capability},
     event::{BuildPhase, EventKind, FailureReport, VmPhase},
     guest::BuildKey,
+    hardware::{Firmware, GuestShell},
     module::{InputRecord, Module, Provenance, TemplateMachine},
-    plan::{Firmware, GuestShell, Hardware, Plan, PlannedContent, PlannedUrl, StepAction},
+    plan::{Hardware, Plan, PlannedContent, PlannedUrl, StepAction},
 };
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use std::{

@@ -6,7 +6,7 @@ use crate::{
     capability::{Capabilities, Capability},
     console::{Console, text},
     event::FailureReport,
-    store::replace_file,
+    files::replace_file,
 };
 use futures::FutureExt as _;
 use std::{path::Path, sync::Arc, time::Duration};

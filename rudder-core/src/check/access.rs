@@ -7,8 +7,8 @@ use super::{
     vm::{SourceKind, source_kind},
 };
 use crate::{
+    hardware::GuestShell,
     manifest::{KeyRef, Path, ValueFrom, Vm},
-    plan::GuestShell,
     visible::Quoted,
 };
 

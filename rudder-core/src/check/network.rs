@@ -6,8 +6,8 @@ use super::{
     vm::{self, MAX_NICS},
 };
 use crate::{
+    hardware::NicModel,
     manifest::{BuildSpec, Network, Nic, Path},
-    plan::NicModel,
     units::{Cidr, MacAddress},
     visible::{Quoted, cut},
 };

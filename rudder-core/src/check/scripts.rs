@@ -2,7 +2,7 @@
 //! said at its line instead of in the middle of a build.
 
 use super::{codes, findings::Findings};
-use crate::{manifest::Path, plan::GuestShell, visible::Quoted};
+use crate::{hardware::GuestShell, manifest::Path, visible::Quoted};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_yaml::Value;
 

@@ -7,8 +7,8 @@ use super::{
     scripts,
 };
 use crate::{
+    hardware::GuestShell,
     manifest::{FileStep, Path, Provisioner, ShellStep},
-    plan::GuestShell,
     visible::Quoted,
 };
 

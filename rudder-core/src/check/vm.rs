@@ -9,8 +9,8 @@ use super::{
     step,
 };
 use crate::{
+    hardware::Bus,
     manifest::{Disk, Path, Resources, Scalar, Source, Vm},
-    plan::Bus,
     visible::Quoted,
 };
 

@@ -4,8 +4,8 @@ use super::{
     Shared,
     files::FileTree,
     machine::{MachineCore, MemoryMachine},
+    persist::Kept,
     script::{Operation, Source},
-    shelf::Kept,
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -14,11 +14,11 @@ use crate::{
         MachineSpec, ModuleDraft, Progress, Retention, Served, Site, Volume,
     },
     digest::Digest,
+    files::replace_file,
     media::http::{self, Admission, Server},
     module::{InputRecord, Module},
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
     secret::public_url,
-    store::replace_file,
 };
 use async_trait::async_trait;
 use std::{
@@ -389,16 +389,7 @@ impl Lab for MemoryLab {
         let outputs = serde_json::to_vec(&(&draft.machines, &draft.network)).map_err(|error| {
             Error::new(ErrorKind::Internal, "cannot write a module down").with_source(error)
         })?;
-        let module = Module {
-            format: 1,
-            name: draft.name,
-            digest: Digest::of(&outputs),
-            created: jiff::Timestamp::now(),
-            machines: draft.machines,
-            network: draft.network,
-            provenance: draft.provenance,
-            path: None,
-        };
+        let module = draft.into_module(Digest::of(&outputs));
         self.core.shared.keep_module(Kept { module, disks }).await
     }
 

@@ -53,9 +53,9 @@ mod files;
 mod hardware;
 mod lab;
 mod machine;
+mod persist;
 mod script;
 mod sftp;
-mod shelf;
 mod shell;
 mod ssh;
 mod streams;
@@ -70,12 +70,11 @@ use crate::{
     backend::{Backend, Death, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, ReapReport},
     capability::{Capabilities, Capability},
     module::{DamagedModule, Module},
-    store::Store,
 };
 use async_trait::async_trait;
 use display::Terminal;
 use lab::{LabCore, MemoryLab};
-use shelf::Kept;
+use persist::Kept;
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
@@ -110,7 +109,7 @@ struct Script {
     power_ons: HashMap<String, u32>,
     /// Screens and keyboards of the last power-ons, by machine.
     terminals: HashMap<String, Arc<Terminal>>,
-    shelf: Option<PathBuf>,
+    root: Option<PathBuf>,
 }
 
 #[derive(Debug, Default)]
@@ -268,19 +267,22 @@ impl MemoryBackend {
         self
     }
 
-    /// Also writes modules as files, at `DIR/memory/NAME/module.json` of the store in this directory, and takes up those that are
-    /// there.
+    /// Also writes modules as files, at `DIR/memory/NAME/module.json` in this directory, and reads those that exist. Nothing
+    /// else in the directory is touched.
     ///
     /// # Errors
-    /// As [`Store::open`]. Modules that cannot be used are [told](Backend::damaged_modules).
+    /// File errors. Modules that cannot be used are [told](Backend::damaged_modules).
     pub fn store(self, directory: impl Into<PathBuf>) -> Result<Self> {
-        let directory = Store::open(directory)?.root().to_owned();
-        let shelf::Found { usable, damaged } = shelf::load(&directory)?;
+        let given = directory.into();
+        let directory = std::fs::create_dir_all(&given)
+            .and_then(|()| std::path::absolute(&given))
+            .map_err(|error| Error::io(format!("open {}", given.display()), error))?;
+        let persist::Found { usable, damaged } = persist::load(&directory)?;
         let mut registry = self.shared.registry();
         registry.modules.extend(usable.into_iter().map(|kept| (kept.module.name.clone(), kept)));
         registry.damaged = damaged;
         drop(registry);
-        self.shared.script().shelf = Some(directory);
+        self.shared.script().root = Some(directory);
         Ok(self)
     }
 
@@ -389,10 +391,10 @@ impl Shared {
     }
 
     async fn keep_module(&self, mut kept: Kept) -> Result<Module> {
-        let shelf = self.script().shelf.clone();
-        if let Some(shelf) = shelf {
+        let root = self.script().root.clone();
+        if let Some(root) = root {
             let saved =
-                tokio::task::spawn_blocking(move || shelf::save(&shelf, &mut kept).map(|()| kept)).await;
+                tokio::task::spawn_blocking(move || persist::save(&root, &mut kept).map(|()| kept)).await;
             kept = saved
                 .map_err(|error| Error::new(ErrorKind::Internal, "a task panicked").with_source(error))??;
         }
@@ -463,7 +465,7 @@ impl Backend for MemoryBackend {
     }
 
     async fn remove_module(&self, name: &str) -> Result<()> {
-        let shelf = self.shared.script().shelf.clone();
+        let root = self.shared.script().root.clone();
         let mut registry = self.shared.registry();
         let is_damaged = registry.damaged.iter().any(|module| module.name == name);
         if !is_damaged && !registry.modules.contains_key(name) {
@@ -477,8 +479,8 @@ impl Backend for MemoryBackend {
             let message = format!("expected nobody to use module {name}, but lab {id} builds on it");
             return Err(Error::new(ErrorKind::Conflict, message));
         }
-        if let Some(shelf) = shelf {
-            shelf::remove(&shelf, name)?;
+        if let Some(root) = root {
+            persist::remove(&root, name)?;
         }
         registry.damaged.retain(|module| module.name != name);
         registry.modules.remove(name);

@@ -10,8 +10,9 @@ use crate::{
         MachineSpec, ModuleDraft, Progress, Retention, Seed, Stop,
     },
     digest::Digest,
+    hardware::{Bus, Firmware},
     module::{Provenance, TemplateMachine},
-    plan::{Bus, Firmware, PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
+    plan::{PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
 };
 use russh::{
     ChannelMsg,

@@ -3,10 +3,9 @@
 //! Everything here reads values that were checked before; a `None` would mean that a check is missing.
 
 use super::{
-    BootAction, Firmware, GuestShell, Hardware, PlanContext, PlannedBuildRef, PlannedCloudInit,
-    PlannedCommunicator, PlannedContent, PlannedDisk, PlannedFile, PlannedMachine, PlannedNetwork,
-    PlannedNic, PlannedSource, PlannedStep, PlannedUrl, StepAction, context::InputKind, network::Macs,
-    reference, support::Support,
+    BootAction, Hardware, PlanContext, PlannedBuildRef, PlannedCloudInit, PlannedCommunicator,
+    PlannedContent, PlannedDisk, PlannedFile, PlannedMachine, PlannedNetwork, PlannedNic, PlannedSource,
+    PlannedStep, PlannedUrl, StepAction, context::InputKind, network::Macs, reference, support::Support,
 };
 use crate::{
     capability::Capability,
@@ -14,6 +13,7 @@ use crate::{
         DEFAULT_DISK, DEFAULT_DISK_SIZE, SourceKind, StepKind, bus, duration, quantity, shell, source_kind,
         step_kind, unpinned, unpinned_image,
     },
+    hardware::{Bus, Firmware, GuestShell},
     keys::{BootToken, parse_boot_command},
     manifest::{
         BuildSpec, Communicator, FileNames, FileStep, Provisioner, Resources, ShellStep, ValueFrom, Vm,
@@ -254,7 +254,7 @@ impl Maker<'_> {
             disks.push(PlannedDisk {
                 name: DEFAULT_DISK.to_owned(),
                 size: Some(DEFAULT_DISK_SIZE),
-                bus: super::Bus::Virtio,
+                bus: Bus::Virtio,
                 storage_class: None,
                 inherited: false,
             });

@@ -1,9 +1,10 @@
 //! The networks of a plan, its cards and their hardware addresses.
 
-use super::{NicModel, PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc};
+use super::{PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc};
 use crate::{
     check::{DEFAULT_SUBNET, model},
     digest::Digest,
+    hardware::NicModel,
     manifest::{BuildSpec, Nic},
     units::MacAddress,
 };

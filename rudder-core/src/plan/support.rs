@@ -4,9 +4,9 @@ use super::PlanContext;
 use crate::{
     capability::{Capabilities, Capability},
     check::{Findings, SourceKind, StepKind, bus, codes, source_kind, step_kind},
+    hardware::Bus,
     keys::{BootToken, parse_boot_command},
     manifest::{BuildSpec, Nic, Path, Vm},
-    plan::Bus,
 };
 
 /// Who can do what.

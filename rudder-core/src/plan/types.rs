@@ -2,6 +2,7 @@
 
 use crate::{
     digest::Digest,
+    hardware::{Bus, Firmware, GuestShell, NicModel},
     secret::Secret,
     units::{Cidr, MacAddress},
 };
@@ -87,30 +88,6 @@ pub struct Hardware {
     pub nics: Vec<PlannedNic>,
 }
 
-/// What the firmware is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Firmware {
-    /// BIOS.
-    Bios,
-    /// UEFI.
-    Uefi,
-    /// UEFI with Secure Boot enforced.
-    UefiSecureBoot,
-}
-
-/// How a disk is attached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
-pub enum Bus {
-    Virtio,
-    Scsi,
-    Sata,
-    Usb,
-    Ide,
-}
-
 /// A disk of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedDisk {
@@ -124,24 +101,6 @@ pub struct PlannedDisk {
     pub storage_class: Option<String>,
     /// Where its content comes from, when it is not new: the disk of this name of the parent module's VM.
     pub inherited: bool,
-}
-
-/// The model of a network card.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub enum NicModel {
-    #[serde(rename = "e1000")]
-    E1000,
-    #[serde(rename = "virtio")]
-    Virtio,
-    #[serde(rename = "e1000e")]
-    E1000e,
-    #[serde(rename = "rtl8139")]
-    Rtl8139,
-    #[serde(rename = "pcnet")]
-    Pcnet,
-    #[serde(rename = "ne2k_pci")]
-    Ne2kPci,
 }
 
 /// A network card of a VM.
@@ -271,15 +230,6 @@ pub struct PlannedCloudInit {
     pub user_data: Option<Arc<str>>,
     /// The network-config of the seed.
     pub network_data: Option<String>,
-}
-
-/// The shell of a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
-pub enum GuestShell {
-    Bash,
-    Powershell,
 }
 
 /// How to talk to a guest.

@@ -4,7 +4,8 @@
 use crate::{
     Result,
     backend::{Backend, LabId},
-    plan::{Bus, NicModel, PlannedUrl},
+    hardware::{Bus, NicModel},
+    plan::PlannedUrl,
 };
 use async_trait::async_trait;
 use std::{fmt::Debug, process::Command, sync::Arc, time::Duration};

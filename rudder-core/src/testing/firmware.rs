@@ -11,8 +11,9 @@ use crate::{
     ErrorKind,
     backend::{ImportRequest, Lab, LabSpec, Machine, MachineSpec, Progress, Stop},
     capability::Capability,
+    hardware::Firmware,
     module::{CapturedState, StateKind},
-    plan::{Firmware, PlannedBuildRef, PlannedSource},
+    plan::{PlannedBuildRef, PlannedSource},
 };
 use std::{sync::Arc, time::Duration};
 

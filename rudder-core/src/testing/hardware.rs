@@ -10,7 +10,8 @@ use crate::{
     backend::{FetchRequest, ImportRequest, Lab, MachineDisk, MachineSpec, Progress},
     capability::Capability,
     check::DEFAULT_SUBNET,
-    plan::{Bus, NicModel, PlannedSource, PlannedUrl},
+    hardware::{Bus, NicModel},
+    plan::{PlannedSource, PlannedUrl},
 };
 use std::sync::Arc;
 

@@ -11,8 +11,9 @@ use crate::{
     backend::{Exit, ImportRequest, Lab, Machine, MachineDisk, ModuleDraft, Progress, Stop},
     capability::Capability,
     digest::Digest,
+    hardware::{Bus, Firmware},
     module::{CapturedDisk, Module, Provenance, TemplateMachine},
-    plan::{Bus, Firmware, PlannedBuildRef, PlannedSource},
+    plan::{PlannedBuildRef, PlannedSource},
 };
 use std::{sync::Arc, time::Duration};
 use tokio::io::AsyncReadExt as _;

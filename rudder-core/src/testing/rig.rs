@@ -14,7 +14,8 @@ use crate::{
     capability::Capability,
     check::DEFAULT_SUBNET,
     digest::Digest,
-    plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedVpc},
+    hardware::{Bus, NicModel},
+    plan::{PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedVpc},
     units::MacAddress,
 };
 use futures::{FutureExt as _, future::BoxFuture};

@@ -3,13 +3,11 @@
 use super::plans::*;
 use rudder_core::{
     Error, ErrorKind,
-    backend::{Backend, LabSpec, Progress},
+    backend::{Backend, LabSpec},
     build::Build,
     event::{Event, EventKind, Outcome},
     guest::{BuildKey, Endpoint, Login, Session},
     memory::MemoryBackend,
-    plan::PlannedUrl,
-    store::Store,
 };
 use std::{future::Future, sync::Arc, time::Duration};
 use tokio::runtime::Builder;
@@ -57,24 +55,13 @@ fn a_build_says_what_its_runtime_lacks() {
 }
 
 #[test]
-fn logging_in_the_store_and_labs_say_it_too() {
+fn logging_in_and_labs_say_it_too() {
     let login = || async {
         let endpoint = Endpoint::new(|| unreachable!("nobody dials"));
         let login = Login::new("root", BuildKey::generate());
         Session::open(endpoint, login, Duration::from_secs(1)).await.unwrap_err()
     };
     everywhere(login, |error, missing| says(&error, missing));
-
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path().join("store")).unwrap();
-    let url = serde_json::from_value::<PlannedUrl>(
-        serde_json::json!({"url": "http://127.0.0.1:9/image", "sha256": null}),
-    );
-    let url = url.unwrap();
-    let image = || async { store.image(&url, &Progress::none()).await.unwrap_err() };
-    everywhere(image, |error, missing| assert!(error.to_string().ends_with(missing), "{error}"));
-    let reap = || async { store.reap().await.unwrap_err() };
-    everywhere(reap, |error, missing| says(&error, missing));
 
     let backend = MemoryBackend::new();
     let network = read(plan(vec![vm("a", vec![])])).network;

@@ -3,17 +3,11 @@
 #![allow(clippy::print_stdout, missing_docs)]
 
 mod broken;
-// The example of the guide.
-#[path = "../../examples/backend/processes/mod.rs"]
-mod processes;
-
 use broken::{BrokenAdapter, Wrong};
 use futures::{StreamExt as _, stream};
-use processes::ProcessesAdapter;
-use rudder_core::testing::{MemoryAdapter, OWNER_VARIABLE, Options, Report, own, run};
+use rudder_core::testing::{MemoryAdapter, Options, Report, run};
 use std::{
     path::Path,
-    process::Command,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -29,20 +23,6 @@ async fn the_memory_backend_keeps_the_contract() {
     println!("{report}");
     report.assert_passed();
     report.assert_documented(&page());
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_backend_of_the_guide_keeps_the_contract() {
-    let mut owner = Command::new(std::env::current_exe().expect("this program has a path"));
-    owner.args(["--exact", "the_backend_of_the_guide_keeps_the_contract", "--nocapture"]);
-    if std::env::var_os(OWNER_VARIABLE).is_some() {
-        let adapter = ProcessesAdapter::another(owner).expect("whoever starts an owner gives it a store");
-        panic!("{:?}", own(Arc::new(adapter)).await);
-    }
-    let adapter = ProcessesAdapter::new(owner).expect("a store can be made");
-    let report = run(Arc::new(adapter), &Options::new()).await;
-    println!("{report}");
-    report.assert_passed();
 }
 
 /// Each way of being wrong, and the checks that must find it.

@@ -2,7 +2,7 @@
 
 use super::{Inner, launch::Ways};
 use rudder_core::{Error, ErrorKind, Result, backend::BoxedStream};
-use rudder_qemu::parts::{SerialConsole, SerialPaths};
+use rudder_local::serial::{SerialConsole, SerialPaths};
 use std::sync::{Arc, PoisonError};
 
 impl Inner {
@@ -13,11 +13,11 @@ impl Inner {
 
     /// Connects to the serial console of a domain whose guest does not run yet.
     pub(super) async fn attach_console(&self) -> Result<Arc<SerialConsole>> {
-        let ground = &self.footing.ground;
+        let storage = &self.context.storage;
         let paths = SerialPaths {
-            socket: ground.socket(&self.file("serial")),
-            people: ground.socket(&self.file("console")),
-            record: ground.path(&self.file("serial.log")),
+            socket: storage.socket(&self.file("serial")),
+            people: storage.socket(&self.file("console")),
+            record: storage.path(&self.file("serial.log")),
         };
         let attached = SerialConsole::attach(paths).await;
         attached.map(Arc::new).map_err(|error| Error::io("connect to the serial console", error))
@@ -37,7 +37,7 @@ impl Inner {
     /// How people get in, with the serial console on this socket.
     pub(super) fn access_by(&self, console: &str) -> Vec<String> {
         let Ok(ways) = self.ways() else { return Vec::new() };
-        let (name, domain, uri) = (&self.spec.name, &self.domain, self.footing.connection.uri());
+        let (name, domain, uri) = (&self.spec.name, &self.domain, self.context.connection.uri());
         let ports = self.spec.ports.iter();
         let reached = ports.filter_map(|port| Some((port, ways.to(*port)?)));
         let mut lines: Vec<String> = reached
@@ -47,9 +47,9 @@ impl Inner {
             })
             .collect();
         if matches!(ways, Ways::Switched) {
-            lines.extend(self.footing.ground.lan().access(&self.footing.ground, &self.spec));
+            lines.extend(self.context.lan.access(&self.context.storage, &self.spec));
         }
-        let serial = self.footing.ground.path(&self.file(console));
+        let serial = self.context.storage.path(&self.file(console));
         lines.push(format!("{name}: display: virt-viewer --connect '{uri}' --attach {domain}"));
         lines.push(format!("{name}: serial console: nc -U {}", serial.display()));
         lines

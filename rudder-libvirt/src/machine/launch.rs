@@ -7,7 +7,7 @@ use crate::{
     watch::Phase,
 };
 use rudder_core::{Error, ErrorKind, Result, backend::Retention};
-use rudder_qemu::parts::{SerialConsole, Tpm};
+use rudder_local::{serial::SerialConsole, tpm::Tpm};
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -52,9 +52,9 @@ impl Inner {
     /// Powers the domain on.
     pub(super) async fn launch(&self) -> Result<Launched> {
         self.await_rest().await?;
-        let connection = &self.footing.connection;
+        let connection = &self.context.connection;
         for suffix in ["serial", "console", "screen.png"] {
-            let path = self.footing.ground.path(&self.file(suffix));
+            let path = self.context.storage.path(&self.file(suffix));
             match tokio::fs::remove_file(&path).await {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::io(format_args!("remove {} of the last run", path.display()), error));
@@ -62,8 +62,8 @@ impl Inner {
                 _ => {}
             }
         }
-        self.footing.ground.lan().clear(&self.footing.ground, &self.spec.name)?;
-        let flags = match self.footing.ground.retention() {
+        self.context.lan.clear(&self.context.storage, &self.spec.name)?;
+        let flags = match self.context.storage.retention() {
             Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
             Retention::MayBeKept => 0,
         };
@@ -74,18 +74,17 @@ impl Inner {
         let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
         let started = connection.order(start).await;
         started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
-        let process = process::find(self.domain.clone(), self.footing.ground.id().clone()).await;
+        let process = process::find(self.domain.clone(), self.context.storage.id().clone()).await;
         let mut phase = self.phase.subscribe();
         let ended = async move {
             // Without anybody who tells of it, it has ended, too.
             let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
         };
         let rest = async {
-            let ways = match self.footing.bridges() {
+            let ways = match self.context.bridges() {
                 Some(_) => Ways::Bridged(None),
                 None => {
-                    let ground = &self.footing.ground;
-                    ground.lan().connect(ground, &self.spec.name, ended)?;
+                    self.context.lan.connect(&self.context.storage, &self.spec.name, ended)?;
                     Ways::Switched
                 }
             };
@@ -121,7 +120,7 @@ impl Inner {
         loop {
             let name = self.domain.clone();
             let ask = move |connect: &Connect| domain(connect, &name)?.is_active();
-            let told = timeout_at(deadline, self.footing.connection.ask(ask)).await;
+            let told = timeout_at(deadline, self.context.connection.ask(ask)).await;
             let told = told.map_err(|_| held("does not answer"))?;
             let active =
                 told.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "look at the domain"))?;

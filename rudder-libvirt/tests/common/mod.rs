@@ -6,10 +6,11 @@ pub mod daemon;
 pub use daemon::Daemon;
 use rudder_core::{
     backend::{Backend, ImportRequest, Lab, LabSpec, MachineDisk, MachineSpec, Progress},
-    plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedUrl, PlannedVpc},
-    store::Store,
+    hardware::{Bus, NicModel},
+    plan::{PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedUrl, PlannedVpc},
 };
 use rudder_libvirt::{Accelerator, LibvirtBackend};
+use rudder_local::store::Store;
 use std::{fs, path::Path, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, SemaphorePermit};
 

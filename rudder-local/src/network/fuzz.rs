@@ -6,7 +6,8 @@ use super::{
     stack::Place,
     wire::{Packet, Refusal, fragments},
 };
-use rudder_core::plan::{NicModel, PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc};
+use rudder_core::hardware::NicModel;
+use rudder_core::plan::{PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc};
 
 /// Two VPCs, the first with two subnets, one with another of the same addresses and one without a router; no internet, so that
 /// nothing leaves this process.

@@ -1,14 +1,16 @@
 //! Whole command lines, compared word by word.
 #![allow(clippy::unwrap_used)]
 
-use super::{
-    disks::{bus_name, limit},
-    *,
-};
+use super::*;
 use rudder_core::{
     Result,
     backend::{MachineDisk, Seed, Volume},
-    plan::{Firmware, NicModel, PlannedNic, PlannedSubnet, PlannedVpc},
+    hardware::{Firmware, NicModel},
+    plan::{PlannedNic, PlannedSubnet, PlannedVpc},
+};
+use rudder_local::{
+    nic_arguments::user_nic_arguments,
+    pci_layout::{Locations, bus_name},
 };
 
 fn network(internet: bool) -> PlannedNetwork {
@@ -56,15 +58,22 @@ fn seed() -> Option<Seed> {
 
 fn flash(firmware: Firmware) -> Option<Flash> {
     let smm = firmware == Firmware::UefiSecureBoot;
-    let code = crate::firmware::Image { path: "/x/code, 4M.fd".into(), format: "raw".to_owned() };
+    let code = rudder_local::firmware::Image { path: "/x/code, 4M.fd".into(), format: "raw".to_owned() };
     (firmware != Firmware::Bios).then(|| Flash { code, variables: "raw".to_owned(), smm })
 }
 
 fn line_of(mark: &str, spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
     let files = Files::new(0);
     let flash = flash(spec.firmware);
-    let machine =
-        Machine { mark, spec, network, files: &files, accelerator: Chosen::Tcg, flash: flash.as_ref() };
+    let machine = Machine {
+        mark,
+        spec,
+        network,
+        files: &files,
+        accelerator: Chosen::Tcg,
+        flash: flash.as_ref().map(|flash| (flash, "m0.variables")),
+        tpm_socket: spec.tpm.then_some("m0.tpm.ctrl"),
+    };
     arguments(&machine, Extras { panic: true, random: true })
 }
 
@@ -147,7 +156,7 @@ fn every_bus_has_its_places() {
 #[test]
 fn no_two_devices_share_a_place() {
     for bus in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
-        let mut spec = with_disks(std::iter::repeat_n(bus, limit(bus, Chipset::I440Fx)));
+        let mut spec = with_disks(std::iter::repeat_n(bus, Locations::new(Chipset::I440Fx).limit(bus)));
         spec.nics = (1..=9).map(|slot| nic(slot, "default", NicModel::Virtio)).collect();
         spec.seed = seed();
         let line = line(&spec);
@@ -168,7 +177,7 @@ fn no_two_devices_share_a_place() {
             error.report(),
             format!(
                 "vm web: expected at most {} disks on {}, but found more\n  help: put the others on virtio or scsi",
-                limit(bus, Chipset::I440Fx),
+                Locations::new(Chipset::I440Fx).limit(bus),
                 bus_name(bus)
             )
         );

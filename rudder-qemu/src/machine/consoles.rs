@@ -1,8 +1,8 @@
 //! What people and programs see of a machine: its serial console, its display, pictures of its screen.
 
 use super::QemuMachine;
-use crate::serial::{SerialConsole, SerialPaths};
 use rudder_core::{Error, ErrorKind, Result, backend::BoxedStream};
+use rudder_local::serial::{SerialConsole, SerialPaths};
 use std::sync::{Arc, PoisonError, atomic::Ordering};
 use tokio::net::UnixStream;
 
@@ -15,9 +15,9 @@ impl QemuMachine {
     /// Connects to the serial console of a QEMU whose guest does not run yet.
     pub(super) async fn attach_console(&self) -> Result<Arc<SerialConsole>> {
         let paths = SerialPaths {
-            socket: self.ground.socket(&self.files.serial),
-            people: self.ground.socket(&self.files.console),
-            record: self.ground.path(&self.files.serial_log),
+            socket: self.storage.socket(&self.files.serial),
+            people: self.storage.socket(&self.files.console),
+            record: self.storage.path(&self.files.serial_log),
         };
         let attached = SerialConsole::attach(paths).await;
         attached.map(Arc::new).map_err(|error| Error::io("connect to the serial console", error))
@@ -45,7 +45,7 @@ impl QemuMachine {
     /// Connects to a socket of its QEMU.
     pub(super) async fn open_socket(&self, file: &str, what: &str) -> Result<BoxedStream> {
         self.with_running(|_| ())?;
-        let stream = UnixStream::connect(self.ground.socket(file)).await;
+        let stream = UnixStream::connect(self.storage.socket(file)).await;
         let stream = stream.map_err(|error| {
             self.error(ErrorKind::Protocol, format!("cannot connect to the {what}")).with_source(error)
         })?;
@@ -54,7 +54,7 @@ impl QemuMachine {
 
     /// A picture of the screen, as PNG; of a machine that has ended, the last.
     pub(super) async fn picture(&self) -> Result<Vec<u8>> {
-        let last = self.ground.path(&self.files.picture);
+        let last = self.storage.path(&self.files.picture);
         let failed = |error| Error::io(format_args!("read {}", last.display()), error);
         match self.with_running(|running| running.qmp.clone()) {
             Ok(qmp) => {
@@ -62,7 +62,7 @@ impl QemuMachine {
                 let number = self.pictures.fetch_add(1, Ordering::Relaxed);
                 let file = format!("{number}.{}", self.files.picture);
                 qmp.screendump(&file).await?;
-                let path = self.ground.path(&file);
+                let path = self.storage.path(&file);
                 let picture = tokio::fs::read(&path).await.map_err(failed)?;
                 tokio::fs::rename(&path, &last).await.map_err(failed)?;
                 Ok(picture)

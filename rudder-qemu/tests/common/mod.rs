@@ -3,9 +3,10 @@
 
 use rudder_core::{
     backend::{Backend, ImportRequest, Lab, LabSpec, MachineDisk, MachineSpec, Progress},
-    plan::{Bus, NicModel, PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedUrl, PlannedVpc},
-    store::Store,
+    hardware::{Bus, NicModel},
+    plan::{PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedUrl, PlannedVpc},
 };
+use rudder_local::store::Store;
 use rudder_qemu::{Accelerator, QemuBackend};
 use std::{fs, path::Path, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, SemaphorePermit};

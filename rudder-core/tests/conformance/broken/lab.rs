@@ -9,8 +9,9 @@ use rudder_core::{
         ModuleDraft, Progress, Served, Site, SiteFile,
     },
     digest::Digest,
+    hardware::Firmware,
     module::Module,
-    plan::{Firmware, PlannedBuildRef, PlannedSource},
+    plan::{PlannedBuildRef, PlannedSource},
 };
 use std::{
     collections::BTreeMap,

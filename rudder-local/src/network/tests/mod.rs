@@ -8,7 +8,8 @@ mod tcp;
 
 use super::*;
 use guest::Guest;
-use rudder_core::plan::{NicModel, PlannedSubnet, PlannedVpc};
+use rudder_core::hardware::NicModel;
+use rudder_core::plan::{PlannedSubnet, PlannedVpc};
 use std::time::Duration;
 
 /// How long something that must come may take on a slow host.

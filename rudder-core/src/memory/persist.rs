@@ -1,0 +1,191 @@
+//! Modules as files, for those who want to see them: `DIR/memory/NAME/module.json`, and its disks beside it.
+
+use super::files::FileTree;
+use crate::{
+    Error, ErrorKind, Result,
+    digest::Digest,
+    module::{DamagedModule, Module},
+    units,
+};
+use std::{
+    collections::HashMap,
+    fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// The directory of all modules.
+const TOP: &str = "memory";
+
+/// The record of a module.
+const RECORD: &str = "module.json";
+
+/// A module and its disks.
+#[derive(Debug, Clone)]
+pub(super) struct Kept {
+    pub(super) module: Module,
+    pub(super) disks: HashMap<Digest, Arc<FileTree>>,
+}
+
+/// The modules in a directory.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) usable: Vec<Kept>,
+    pub(super) damaged: Vec<DamagedModule>,
+}
+
+fn directory(root: &Path, name: &str) -> PathBuf {
+    root.join(TOP).join(name)
+}
+
+/// Writes a module: first its disks, named by their content, then its record by one rename.
+pub(super) fn save(root: &Path, kept: &mut Kept) -> Result<()> {
+    let directory = directory(root, &kept.module.name);
+    make_directory(&root.join(TOP))?;
+    make_directory(&directory)?;
+    for (digest, files) in &kept.disks {
+        write(&directory.join(format!("{digest}.json")), &json(files)?)?;
+    }
+    let record = directory.join(RECORD);
+    let mut text = serde_json::to_vec_pretty(&kept.module).map_err(internal)?;
+    text.push(b'\n');
+    write(&record, &text)?;
+    kept.module.path = Some(record);
+    // What the module of this name had before is of no use to anyone now.
+    remove_disks(&directory, |digest| !kept.disks.contains_key(digest))
+}
+
+/// Reads all modules.
+pub(super) fn load(root: &Path) -> Result<Found> {
+    let mut found = Found::default();
+    let top = root.join(TOP);
+    if fs::symlink_metadata(&top).is_err() {
+        return Ok(found);
+    }
+    expect_directory(&top)?;
+    for directory in entries(&top)? {
+        let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let is_directory = fs::symlink_metadata(&directory).is_ok_and(|meta| meta.is_dir());
+        let record = directory.join(RECORD);
+        if !is_directory || !units::is_name(&name) || fs::symlink_metadata(&record).is_err() {
+            continue;
+        }
+        match load_one(&directory, &record, &name) {
+            Ok(kept) => found.usable.push(kept),
+            Err(error) => found.damaged.push(DamagedModule::new(name, error.report())),
+        }
+    }
+    Ok(found)
+}
+
+fn load_one(directory: &Path, record: &Path, name: &str) -> Result<Kept> {
+    let mut module = Module::from_record(record, &read(record)?)?;
+    if module.name != name {
+        return Err(Module::damaged(record, &format!("it is that of module {}", module.name)));
+    }
+    let mut disks = HashMap::new();
+    for disk in module.machines.iter().flat_map(|machine| &machine.disks) {
+        let path = directory.join(&disk.file);
+        let bytes = read(&path)?;
+        if Digest::of(&bytes) != disk.sha256 {
+            let message =
+                format!("expected {} to have sha256 {}, but it has not", path.display(), disk.sha256);
+            return Err(Error::new(ErrorKind::ChecksumMismatch, message).with_help(Module::REPAIR));
+        }
+        let files: FileTree = serde_json::from_slice(&bytes)
+            .map_err(|error| Module::damaged(&path, "it is no disk").with_source(error))?;
+        disks.insert(disk.sha256, Arc::new(files));
+    }
+    module.path = Some(record.to_owned());
+    Ok(Kept { module, disks })
+}
+
+/// Removes a module: what it consists of, and its directory when there is nothing else in it.
+pub(super) fn remove(root: &Path, name: &str) -> Result<()> {
+    let directory = directory(root, name);
+    expect_directory(&directory)?;
+    // The record first: without it there is no module, whatever else is left.
+    remove_file(&directory.join(RECORD))?;
+    remove_disks(&directory, |_| true)?;
+    let _ = fs::remove_dir(&directory);
+    Ok(())
+}
+
+/// Removes the disks in a directory of which this is true.
+fn remove_disks(directory: &Path, unwanted: impl Fn(&Digest) -> bool) -> Result<()> {
+    for path in entries(directory)? {
+        let is_file = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let digest = name.strip_suffix(".json").and_then(|stem| stem.parse().ok());
+        if is_file && digest.is_some_and(|digest| unwanted(&digest)) {
+            remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn json(files: &FileTree) -> Result<Vec<u8>> {
+    serde_json::to_vec(files).map_err(internal)
+}
+
+fn internal(error: serde_json::Error) -> Error {
+    Error::new(ErrorKind::Internal, "cannot write a module down").with_source(error)
+}
+
+fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |error| Error::io(format!("list {}", directory.display()), error);
+    let mut paths = fs::read_dir(directory)
+        .map_err(failed)?
+        .map(|entry| Ok(entry.map_err(failed)?.path()))
+        .collect::<Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    // A FIFO would block its reader.
+    let read = match fs::symlink_metadata(path) {
+        Ok(meta) if !meta.is_file() => Err(io::Error::other("it is no regular file")),
+        Ok(_) => fs::read(path),
+        Err(error) => Err(error),
+    };
+    read.map_err(|error| Error::io(format!("read {}", path.display()), error))
+}
+
+/// Makes a directory that only its owner can read, where there is none.
+fn make_directory(path: &Path) -> Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    match builder.create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => expect_directory(path),
+        other => other.map_err(|error| Error::io(format!("make {}", path.display()), error)),
+    }
+}
+
+/// Refuses what is not a directory itself, such as a symbolic link to one.
+fn expect_directory(path: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(path);
+    match meta.map_err(|error| Error::io(format!("read {}", path.display()), error))? {
+        meta if meta.is_dir() => Ok(()),
+        _ => {
+            let message = format!("expected a directory at {}, but found something else", path.display());
+            Err(Error::new(ErrorKind::InvalidInput, message))
+        }
+    }
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    fs::remove_file(path).map_err(|error| Error::io(format!("remove {}", path.display()), error))
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let failed = |error| Error::io(format!("write {}", path.display()), error);
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! What this libvirt offers: its emulator, machine type, processor and virtualisation, by its own domain capabilities.
+
+use crate::{
+    connection::{Connection, Failure},
+    network,
+    xml::{Element, elements},
+};
+use rudder_core::{Error, ErrorKind, Result};
+use rudder_local::{
+    accelerator::{Accelerator, Chosen},
+    host::{Host, Programs},
+};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+/// The architecture of the machines.
+const ARCH: &str = "x86_64";
+/// The machine type that is asked for: the same as on raw QEMU, so that a module runs on both.
+const MACHINE: &str = "pc";
+
+/// What a domain is made with on this host.
+#[derive(Debug)]
+pub(crate) struct HostCapabilities {
+    pub(crate) emulator: String,
+    /// Of the domain: `kvm` or `qemu`.
+    pub(crate) kind: &'static str,
+    /// The machine type, with its version.
+    pub(crate) machine: String,
+    /// The mode of the processor; `None`: the machine's own.
+    pub(crate) cpu: Option<&'static str>,
+    /// The QEMU behind it, and its accelerator.
+    pub(crate) host: Arc<Host>,
+    pub(crate) versions: BTreeMap<String, String>,
+    /// Whether networks are bridges of libvirt's: it is the system's.
+    pub(crate) bridges: bool,
+}
+
+impl HostCapabilities {
+    /// Asks libvirt.
+    ///
+    /// # Errors
+    /// `HostMissing` where there is no libvirt or no QEMU, or libvirt works on another host: labs are in a store here.
+    pub(crate) async fn ask(
+        connection: &Arc<Connection>,
+        programs: &Programs,
+        wanted: Accelerator,
+    ) -> Result<Self> {
+        let (hostname, version) = connection
+            .ask(|connect| Ok((connect.get_hostname()?, connect.get_lib_version()?)))
+            .await
+            .map_err(|failure| failure.into_error(ErrorKind::HostMissing, "ask libvirt for its host"))?;
+        let here = rustix::system::uname();
+        let here = here.nodename().to_string_lossy();
+        if short(&hostname) != short(&here) {
+            let message = format!("expected libvirt on this host, {here}, but found one on {hostname}");
+            return Err(Error::new(ErrorKind::HostMissing, message)
+                .with_context("uri", connection.uri())
+                .with_help("disks are in a store on this host: run the build where libvirt is"));
+        }
+        let plain = capabilities(connection, "qemu").await.map_err(|failure| {
+            failure.into_error(ErrorKind::HostMissing, "ask libvirt for what its QEMU can do").with_help(
+                "apt-get install --no-install-recommends libvirt-daemon-driver-qemu qemu-system-x86 qemu-utils",
+            )
+        })?;
+        let emulator = text(&plain, &["domainCapabilities", "path"]).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Protocol,
+                "expected the path of QEMU in libvirt's capabilities, but found none",
+            )
+        })?;
+        let programs = Programs { qemu: Some(PathBuf::from(&emulator)), ..programs.clone() };
+        let host = Host::examine(&programs, wanted).await?;
+        let (kind, told) = match host.accelerator() {
+            Chosen::Tcg => ("qemu", plain),
+            Chosen::Kvm => {
+                let told = capabilities(connection, "kvm").await.map_err(|failure| {
+                    failure
+                        .into_error(ErrorKind::HostMissing, "use KVM through libvirt")
+                        .with_help("use the accelerator tcg")
+                })?;
+                ("kvm", told)
+            }
+        };
+        let machine = text(&told, &["domainCapabilities", "machine"]).unwrap_or_else(|| MACHINE.to_owned());
+        let mut versions = host.versions().clone();
+        versions.insert("libvirt".to_owned(), dotted(version));
+        Ok(Self {
+            emulator,
+            kind,
+            machine,
+            cpu: cpu(&told, kind),
+            host: Arc::new(host),
+            versions,
+            bridges: network::is_system(connection),
+        })
+    }
+}
+
+impl HostCapabilities {
+    /// Whose rights QEMU has under a libvirt of the system: those of this process, whose store it works in. One of a user
+    /// has no choice.
+    pub(crate) fn owner(&self) -> Option<(u32, u32)> {
+        let own = || (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        self.bridges.then(own)
+    }
+}
+
+async fn capabilities(connection: &Arc<Connection>, kind: &'static str) -> Result<Vec<Element>, Failure> {
+    let ask = move |connect: &virt::connect::Connect| {
+        connect.get_domain_capabilities(None, Some(ARCH), Some(MACHINE), Some(kind), 0)
+    };
+    connection.ask(ask).await.map(|text| elements(&text))
+}
+
+/// The best processor that is offered: the host's own under KVM, all that QEMU can emulate without.
+fn cpu(told: &[Element], kind: &str) -> Option<&'static str> {
+    let wanted: &[&str] = if kind == "kvm" { &["host-passthrough", "host-model"] } else { &["maximum"] };
+    wanted.iter().copied().find(|mode| {
+        told.iter().any(|element| {
+            element.is(&["domainCapabilities", "cpu", "mode"])
+                && element.attribute("name") == Some(mode)
+                && element.attribute("supported") == Some("yes")
+        })
+    })
+}
+
+fn text(told: &[Element], path: &[&str]) -> Option<String> {
+    let element = told.iter().find(|element| element.is(path))?;
+    (!element.text.is_empty()).then(|| element.text.clone())
+}
+
+fn short(hostname: &str) -> &str {
+    hostname.split('.').next().unwrap_or(hostname)
+}
+
+/// A version as libvirt counts it: 1000000 × major + 1000 × minor + release (virConnectGetLibVersion).
+fn dotted(version: u32) -> String {
+    format!("{}.{}.{}", version / 1_000_000, version / 1000 % 1000, version % 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOLD: &str = "<domainCapabilities><path>/usr/bin/qemu</path><machine>pc-i440fx-7.2</machine><cpu>\
+        <mode name='host-passthrough' supported='no'/><mode name='maximum' supported='yes'><enum name='x'/></mode>\
+        <mode name='host-model' supported='yes'/></cpu></domainCapabilities>";
+
+    #[test]
+    fn what_is_offered_is_used() {
+        let told = elements(TOLD);
+        assert_eq!(text(&told, &["domainCapabilities", "path"]).as_deref(), Some("/usr/bin/qemu"));
+        assert_eq!(text(&told, &["domainCapabilities", "machine"]).as_deref(), Some("pc-i440fx-7.2"));
+        assert_eq!((cpu(&told, "qemu"), cpu(&told, "kvm")), (Some("maximum"), Some("host-model")));
+        assert_eq!(cpu(&[], "qemu"), None);
+        assert_eq!((dotted(9_000_000), dotted(10_002_003)), ("9.0.0".to_owned(), "10.2.3".to_owned()));
+        assert_eq!((short("web.example.org"), short("web")), ("web", "web"));
+    }
+}

@@ -1,0 +1,284 @@
+//! One machine: a process, from its start to its end, whoever ends it.
+//!
+//! ```text
+//! Defined ──start──▶ Running ──stop · killed · died──▶ Ended ──start──▶ Running …
+//! ```
+//! A task of its own waits for the process and says how it ended; everybody else waits for that task's word.
+
+use super::blocking;
+use async_trait::async_trait;
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, Stop},
+    digest::Digest,
+    module::{CapturedDisk, CapturedState},
+};
+use rudder_local::store::{LAB_VARIABLE, LabDir};
+use std::{
+    fs,
+    process::Stdio,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use tokio::{
+    process::{Child, Command},
+    sync::watch,
+};
+use tokio_util::sync::CancellationToken;
+
+#[derive(Debug, Clone)]
+enum Life {
+    Defined,
+    Running { pid: u32 },
+    Ended(Exit),
+}
+
+#[derive(Debug)]
+pub(super) struct ProcessMachine {
+    spec: MachineSpec,
+    dir: Arc<LabDir>,
+    life: Arc<watch::Sender<Life>>,
+    /// Whoever starts it or reads its disks has it to himself.
+    turn: tokio::sync::Mutex<()>,
+    plug: Arc<Mutex<Plug>>,
+    released: Arc<AtomicBool>,
+}
+
+/// What ends the process.
+#[derive(Debug, Default)]
+struct Plug {
+    pulled: CancellationToken,
+    /// Why it was pulled; who is first says it.
+    why: Option<String>,
+}
+
+/// A process that ends with whoever holds this, unless it was released.
+#[derive(Debug)]
+struct Owned {
+    child: Child,
+    released: Arc<AtomicBool>,
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        if !self.released.load(Ordering::SeqCst) {
+            // One that has ended already cannot be killed.
+            let _ = self.child.start_kill();
+        }
+    }
+}
+
+impl ProcessMachine {
+    pub(super) fn new(spec: MachineSpec, dir: Arc<LabDir>) -> Self {
+        let life = Arc::new(watch::Sender::new(Life::Defined));
+        let turn = tokio::sync::Mutex::default();
+        Self { spec, dir, life, turn, plug: Arc::default(), released: Arc::default() }
+    }
+
+    fn error(&self, kind: ErrorKind, message: &str) -> Error {
+        Error::new(kind, message.to_owned()).with_context("vm", &self.spec.name)
+    }
+
+    fn life(&self) -> Life {
+        self.life.borrow().clone()
+    }
+
+    /// Pulls the plug, if nobody has.
+    fn pull(&self, why: &str) {
+        let mut plug = self.plug.lock().unwrap_or_else(PoisonError::into_inner);
+        plug.why.get_or_insert_with(|| why.to_owned());
+        plug.pulled.cancel();
+    }
+
+    /// Ends it, if it runs, and waits for that.
+    pub(super) async fn end(&self, why: &str) {
+        // A start that is under way comes to its end first.
+        let _turn = self.turn.lock().await;
+        if let Life::Running { .. } = self.life() {
+            self.pull(why);
+            // It runs, so it can be waited for.
+            let _ = self.wait().await;
+        }
+    }
+
+    /// Its owner is gone.
+    pub(super) fn abandon(&self) {
+        self.pull("its owner is gone");
+    }
+
+    /// Its owner may go: from now on only the ledger of its lab knows the process.
+    pub(super) fn release(&self) {
+        self.released.store(true, Ordering::SeqCst);
+    }
+
+    /// The disks of a machine at rest, for as long as the guard is held.
+    async fn at_rest(&self) -> Result<tokio::sync::MutexGuard<'_, ()>> {
+        let turn = self.turn.lock().await;
+        match self.life() {
+            Life::Running { .. } => {
+                Err(self.error(ErrorKind::Conflict, "expected it to be off, but it runs"))
+            }
+            _ => Ok(turn),
+        }
+    }
+
+    /// Refuses what only a running machine does.
+    fn running(&self) -> Result<u32> {
+        match self.life() {
+            Life::Running { pid } => Ok(pid),
+            _ => Err(self.error(ErrorKind::Conflict, "expected it to run, but it does not")),
+        }
+    }
+
+    fn unsupported<T>(&self, what: &str) -> Result<T> {
+        Err(self.error(ErrorKind::Unsupported, what))
+    }
+}
+
+#[async_trait]
+impl Machine for ProcessMachine {
+    fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    async fn start(&self) -> Result<()> {
+        let _turn = self.at_rest().await?;
+        self.dir.check_open()?;
+        let child = Command::new("sleep")
+            .arg("infinity")
+            // Found by these when its owner is dead: the ledger kills no process that does not carry the lab's id.
+            .env(LAB_VARIABLE, self.dir.id().as_str())
+            .env("RUDDER_MACHINE", &self.spec.name)
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            // What a terminal sends to its programs is not for machines.
+            .process_group(0)
+            .spawn()
+            .map_err(|error| self.error(ErrorKind::LaunchFailed, "cannot start sleep").with_source(error))?;
+        // Dropped from here on, it is killed.
+        let mut owned = Owned { child, released: Arc::clone(&self.released) };
+        let Some(pid) = owned.child.id() else {
+            return Err(self.error(ErrorKind::LaunchFailed, "expected sleep to run, but it has ended"));
+        };
+        let dir = Arc::clone(&self.dir);
+        blocking(move || dir.record_process(pid, "sleep")).await?;
+
+        // No await from here on: it runs, or it does not.
+        let pulled = CancellationToken::new();
+        let plug = Plug { pulled: pulled.clone(), why: None };
+        *self.plug.lock().unwrap_or_else(PoisonError::into_inner) = plug;
+        self.life.send_replace(Life::Running { pid });
+        let (life, dir, plug) = (Arc::clone(&self.life), Arc::clone(&self.dir), Arc::clone(&self.plug));
+        tokio::spawn(async move {
+            let ended = tokio::select! {
+                ended = owned.child.wait() => ended,
+                () = pulled.cancelled() => {
+                    let _ = owned.child.start_kill();
+                    owned.child.wait().await
+                }
+            };
+            let why = plug.lock().unwrap_or_else(PoisonError::into_inner).why.take();
+            let exit = match (why, ended) {
+                (Some(why), _) => Exit::Killed { why },
+                (None, Ok(status)) if status.success() => Exit::PoweredOff,
+                (None, ended) => {
+                    let detail = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
+                    Exit::Died { cause: Death::Hypervisor, detail }
+                }
+            };
+            // Of a lab that is gone there is nothing to strike out.
+            let _ = blocking(move || dir.forget_process(pid)).await;
+            life.send_replace(Life::Ended(exit));
+        });
+        Ok(())
+    }
+
+    async fn wait(&self) -> Result<Exit> {
+        let mut life = self.life.subscribe();
+        let life = life.wait_for(|life| !matches!(life, Life::Running { .. })).await;
+        match life.as_deref() {
+            Ok(Life::Ended(exit)) => Ok(exit.clone()),
+            _ => Err(self.error(ErrorKind::Conflict, "expected it to have been started, but it never was")),
+        }
+    }
+
+    async fn stop(&self, how: Stop) -> Result<Exit> {
+        match how {
+            Stop::Kill => self.pull("was told to"),
+            // There is no power button on a process that sleeps: it is waited for, and killed.
+            Stop::Graceful { limit } => {
+                if let Ok(exit) = tokio::time::timeout(limit, self.wait()).await {
+                    return exit;
+                }
+                self.pull(&format!("did not power off within {limit:?}"));
+            }
+        }
+        self.wait().await
+    }
+
+    async fn dial(&self, port: u16) -> Result<BoxedStream> {
+        self.running()?;
+        if !self.spec.ports.contains(&port) {
+            return Err(self.error(ErrorKind::InvalidInput, "expected one of the machine's ports"));
+        }
+        Err(self.error(ErrorKind::GuestUnreachable, "expected somebody to listen, but a sleeper does not"))
+    }
+
+    async fn display(&self) -> Result<BoxedStream> {
+        self.unsupported("a process that sleeps has no display")
+    }
+
+    async fn serial(&self) -> Result<BoxedStream> {
+        self.unsupported("a process that sleeps has no serial console")
+    }
+
+    async fn serial_tail(&self, _limit: usize) -> Result<Vec<u8>> {
+        Ok(Vec::new())
+    }
+
+    async fn screenshot(&self) -> Result<Vec<u8>> {
+        self.unsupported("a process that sleeps has no screen")
+    }
+
+    fn access(&self) -> Vec<String> {
+        self.running().map(|pid| format!("{}: process {pid}", self.spec.name)).into_iter().collect()
+    }
+
+    async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {
+        let _turn = self.at_rest().await?;
+        let found = self.spec.disks.iter().find(|found| found.name == disk);
+        let found = found.ok_or_else(|| {
+            self.error(ErrorKind::NotFound, &format!("expected a disk {disk:?}, but it has none"))
+        })?;
+        let file = format!("captured-{:016x}.raw", rand::random::<u64>());
+        let (from, to) = (found.volume.id.clone(), self.dir.path().join(&file));
+        let (size, sha256) = blocking(move || {
+            let copy = || {
+                fs::copy(&from, &to)?;
+                // What was written is what is told of.
+                fs::read(&to)
+            };
+            let bytes = copy().map_err(|error| Error::io("capture a disk", error))?;
+            Ok((bytes.len() as u64, Digest::of(&bytes)))
+        })
+        .await?;
+        progress.bytes(&format!("copy {disk}"), size, Some(size));
+        Ok(CapturedDisk {
+            name: disk.to_owned(),
+            bus: found.bus,
+            file,
+            format: "raw".to_owned(),
+            virtual_size: found.volume.virtual_size,
+            size,
+            sha256,
+        })
+    }
+
+    async fn capture_state(&self) -> Result<Vec<CapturedState>> {
+        // It keeps nothing outside its disks.
+        self.at_rest().await.map(|_turn| Vec::new())
+    }
+}

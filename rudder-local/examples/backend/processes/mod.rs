@@ -1,0 +1,116 @@
+//! A backend of host processes: a machine is a process that sleeps, a disk is a sparse file. No guest ever boots on it, and
+//! everything else is real: labs, owners, death, disks, modules.
+
+mod adapter;
+mod lab;
+mod machine;
+
+pub(crate) use adapter::ProcessesAdapter;
+
+use async_trait::async_trait;
+use lab::ProcessesLab;
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    capability::{Capabilities, Capability},
+    module::{DamagedModule, Module},
+};
+use rudder_local::store::{CollectPolicy, LabState, Store};
+use std::{path::Path, sync::Arc};
+
+/// Machines that are processes which sleep.
+#[derive(Debug)]
+pub(crate) struct Processes {
+    store: Store,
+    capabilities: Capabilities,
+}
+
+impl Processes {
+    /// A backend on this store.
+    #[must_use]
+    pub(crate) fn new(store: Store) -> Self {
+        // Only what is honoured, and nothing that a guest would have to see.
+        let claims = [Capability::SourceBlank, Capability::SourceBuildRef];
+        Self { store, capabilities: Capabilities::new("processes", claims) }
+    }
+}
+
+/// Where a kept lab says how to get in.
+const ACCESS_FILE: &str = "access.json";
+
+fn access_of(lab: &Path) -> Vec<String> {
+    let record = std::fs::read(lab.join(ACCESS_FILE)).unwrap_or_default();
+    serde_json::from_slice(&record).unwrap_or_default()
+}
+
+/// File work, where it does not hold up the runtime. It goes on when whoever waits for it is dropped: what it makes must be
+/// in the directory of the lab, which goes as a whole.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error))
+    })
+}
+
+#[async_trait]
+impl Backend for Processes {
+    fn name(&self) -> &str {
+        "processes"
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    async fn diagnose(&self) -> Result<HostReport> {
+        let present = Path::new("/proc/self/cwd").exists();
+        let mut report = HostReport::default();
+        report.findings.push(HostFinding {
+            what: "/proc".to_owned(),
+            present,
+            required: true,
+            detail: "who owns a process is read there".to_owned(),
+            help: (!present).then(|| "mount it: mount -t proc proc /proc".to_owned()),
+        });
+        Ok(report)
+    }
+
+    async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
+        Ok(Arc::new(ProcessesLab::open(self.store.clone(), spec).await?))
+    }
+
+    async fn modules(&self) -> Result<Vec<Module>> {
+        let store = self.store.clone();
+        blocking(move || store.modules()).await
+    }
+
+    async fn damaged_modules(&self) -> Result<Vec<DamagedModule>> {
+        let store = self.store.clone();
+        blocking(move || store.damaged_modules()).await
+    }
+
+    async fn remove_module(&self, name: &str) -> Result<()> {
+        self.store.remove_module(name).await
+    }
+
+    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
+        let store = self.store.clone();
+        blocking(move || {
+            let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
+            kept.map(|lab| Ok(KeptLab::read(LabId::parse(&lab.id)?, &lab.path, access_of(&lab.path))))
+                .collect()
+        })
+        .await
+    }
+
+    async fn remove_lab(&self, id: &LabId) -> Result<()> {
+        self.store.remove_lab(id.as_str()).await
+    }
+
+    async fn reap(&self) -> Result<ReapReport> {
+        self.store.reap().await
+    }
+
+    async fn collect(&self) -> Result<ReapReport> {
+        self.store.collect(CollectPolicy::default()).await
+    }
+}

@@ -1,0 +1,149 @@
+#![allow(clippy::unwrap_used)]
+use super::*;
+use crate::{
+    accelerator::Accelerator,
+    host::{Host, Programs},
+    store::Store,
+};
+use rudder_core::{
+    backend::{ImportRequest, LabSpec},
+    plan::{PlannedNetwork, PlannedSource},
+};
+use std::process::Command;
+
+/// A lab with a volume of this size, in bytes, which is another image's overlay.
+struct Place {
+    storage: LabStorage,
+    volume: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Place {
+    async fn with(size: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let host = Host::examine(&Programs::default(), Accelerator::Tcg).await.unwrap();
+        let spec = LabSpec::new("test", PlannedNetwork::default());
+        let storage = LabStorage::open(&store, Arc::new(host), &spec).await.unwrap();
+        let request = ImportRequest::new("web", "root", PlannedSource::Blank, Some(size));
+        let volume = storage.import(&request, &Progress::none()).await.unwrap().volume.id;
+        Self { storage, volume, _dir: dir }
+    }
+
+    /// Writes with qemu-io(1): each pattern is a byte, an offset and a length.
+    fn write(&self, file: &str, patterns: &[(u8, u64, u64)]) {
+        let mut command = Command::new("qemu-io");
+        command.arg("-f").arg("qcow2").current_dir(self.storage.dir().path());
+        for (byte, start, length) in patterns {
+            command.arg("-c").arg(format!("write -P {byte} {start} {length}"));
+        }
+        let output = command.arg(file).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    async fn capture(&self, target: &str) -> Result<Captured> {
+        capture(&self.storage, &self.volume, target, "root", &Progress::none()).await
+    }
+
+    /// Whether QEMU reads both the same; what one has more must be zeroes.
+    fn same(&self, one: &str, other: &str) -> bool {
+        let mut command = Command::new("qemu-img");
+        command.args(["compare", "-q", "-f", "qcow2", "-F", "qcow2", one, other]);
+        command.current_dir(self.storage.dir().path()).status().unwrap().success()
+    }
+
+    fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.storage.dir().path()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_reads_as_the_disk_does_and_the_same_disk_gives_the_same_file() {
+    // Two L2 tables and a little, its end within a cluster.
+    let size = (1 << 30) + 3 * CLUSTER as u64 + 512;
+    let place = Place::with(size).await;
+    place.write(
+        &place.volume,
+        &[
+            (1, 0, 512),
+            (2, CLUSTER as u64 - 512, 1024),
+            (3, CHUNK as u64 * 3 - 512, 4 * CHUNK as u64),
+            (0, CHUNK as u64 * 4, CHUNK as u64),
+            (4, (512 << 20) - 512, 1024),
+            (5, size - 512, 512),
+        ],
+    );
+    // What cannot be compressed, among what can.
+    let noise: Vec<u8> =
+        (0_u64..40_000).flat_map(|number| Digest::of(&number.to_le_bytes()).as_bytes().to_owned()).collect();
+    let file = place.storage.path("noise");
+    fs::write(&file, noise).unwrap();
+    let output = Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", &format!("write -s noise {} 1279488", 100 << 20), &place.volume])
+        .current_dir(place.storage.dir().path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+
+    let captured = place.capture("one.qcow2").await.unwrap();
+    assert_eq!(captured.virtual_size, size);
+    assert!(place.same(&place.volume, "one.qcow2"));
+    assert_eq!(captured.size, fs::metadata(place.storage.path("one.qcow2")).unwrap().len());
+    assert!((1_279_488..2 << 20).contains(&captured.size), "{captured:?}");
+    assert_eq!(place.capture("two.qcow2").await.unwrap(), captured);
+    let mut files = place.files();
+    files.retain(|name| name.contains(".part") || name.contains(".nbd"));
+    assert_eq!(files, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_disk_is_captured_too() {
+    for size in [512, 1 << 20] {
+        let place = Place::with(size).await;
+        place.capture("copy.qcow2").await.unwrap();
+        assert!(place.same(&place.volume, "copy.qcow2"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_differs_is_found() {
+    let size = 16 << 20;
+    let place = Place::with(size).await;
+    place.write(&place.volume, &[(1, 0, 4096), (1, 9 << 20, 4096)]);
+    let storage = &place.storage;
+    let source = Reader::open(storage, &place.volume, size).await.unwrap();
+    let differences: [&[_]; 4] = [
+        &[],
+        // Another byte; one where there was nothing; zeroes where there was one.
+        &[(2, 512, 512)],
+        &[(1, 15 << 20, 512)],
+        &[(0, 9 << 20, 4096)],
+    ];
+    for (number, difference) in differences.into_iter().enumerate() {
+        let name = format!("copy{number}");
+        let part = Part(storage.path(&name));
+        let chunks = pack(&source, &part, |_, _| {}).await.unwrap();
+        place.write(&name, difference);
+        let verified = verify(storage, &name, size, &chunks, |_, _| {}).await;
+        match verified {
+            Ok(()) => assert!(difference.is_empty(), "{difference:?}"),
+            Err(error) => {
+                assert!(!difference.is_empty(), "{error}");
+                assert_eq!(
+                    error.to_string(),
+                    "expected a captured disk as the machine left it, but it does not read as the machine's disk does"
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_cannot_be_read_is_told_with_what_qemu_says() {
+    let place = Place::with(1 << 20).await;
+    fs::write(place.storage.path(&place.volume), "no image").unwrap();
+    let error = place.capture("copy.qcow2").await.unwrap_err();
+    assert!(error.to_string().contains("Image is not in qcow2 format"), "{error}");
+    assert!(place.files().iter().all(|name| !name.contains("copy")), "{:?}", place.files());
+}

@@ -1,0 +1,287 @@
+//! Which UEFI firmware a machine gets: QEMU's firmware descriptors, read and chosen as their specification says
+//! ([docs/interop/firmware.json]). No path of a firmware is known here but those of the descriptors.
+//!
+//! [docs/interop/firmware.json]: https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/firmware.json
+
+use rudder_core::{Error, ErrorKind, Result, digest::Digest};
+use serde::Deserialize;
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// How to install what is missing, on Debian and its children.
+pub const INSTALL: &str = "apt-get install --no-install-recommends ovmf";
+
+/// The processor that machines have, as descriptors call it.
+const ARCHITECTURE: &str = "x86_64";
+
+/// UEFI firmware that a machine can have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uefi {
+    /// The program.
+    pub code: Image,
+    /// What the variables of a new machine are copied from.
+    pub template: Image,
+    /// Whether it keeps its variables from the guest's kernel by system management mode.
+    pub smm: bool,
+}
+
+impl Uefi {
+    /// What it is, for the provenance: the name of its file and what is in it.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn version(&self) -> Result<String> {
+        let path = &self.code.path;
+        let bytes = fs::read(path)
+            .map_err(|error| Error::io(format_args!("read the firmware {}", path.display()), error))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        Ok(format!("{name} sha256:{}", Digest::of(&bytes)))
+    }
+}
+
+/// A file of flash memory.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Image {
+    /// Where it is.
+    #[serde(rename = "filename")]
+    pub path: PathBuf,
+    /// Its format, as QEMU calls it.
+    pub format: String,
+}
+
+/// What is wanted of a firmware.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted<'a> {
+    /// The machine by its whole name, such as `pc-q35-7.2`.
+    pub machine: &'a str,
+    /// Whether it enforces Secure Boot, with keys that are enrolled.
+    pub secure: bool,
+    /// Format and size of variables that there are already, which it must be able to go on with.
+    pub variables: Option<(&'a str, u64)>,
+}
+
+/// A descriptor, as far as it concerns us.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Descriptor {
+    interface_types: Vec<String>,
+    mapping: Mapping,
+    targets: Vec<Target>,
+    #[serde(default)]
+    features: Vec<String>,
+}
+
+/// How a firmware gets into the machine.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "device", rename_all = "kebab-case")]
+enum Mapping {
+    Flash {
+        /// `split` unless it is said otherwise: a program that all share, and variables of each machine.
+        #[serde(default)]
+        mode: Option<String>,
+        executable: Image,
+        #[serde(rename = "nvram-template")]
+        nvram_template: Option<Image>,
+    },
+    /// Without variables, or with those of another kind.
+    #[serde(other)]
+    Other,
+}
+
+#[derive(Debug, Deserialize)]
+struct Target {
+    architecture: String,
+    machines: Vec<String>,
+}
+
+impl Descriptor {
+    fn has(&self, feature: &str) -> bool {
+        self.features.iter().any(|one| one == feature)
+    }
+
+    fn is_for(&self, machine: &str) -> bool {
+        self.interface_types.iter().any(|one| one == "uefi")
+            && self.targets.iter().any(|target| {
+                target.architecture == ARCHITECTURE
+                    && target.machines.iter().any(|pattern| matches(pattern.as_bytes(), machine.as_bytes()))
+            })
+    }
+
+    fn images(&self) -> Option<(&Image, &Image)> {
+        match &self.mapping {
+            Mapping::Flash { mode, executable, nvram_template: Some(template) }
+                if mode.as_deref().is_none_or(|mode| mode == "split") =>
+            {
+                Some((executable, template))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The firmware that is installed, in the order in which it is preferred.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    directories: Vec<PathBuf>,
+    descriptors: Vec<(PathBuf, Descriptor)>,
+    /// What could not be read, and why.
+    broken: Vec<String>,
+}
+
+impl Catalog {
+    /// Reads the descriptors of these directories; the first is the most specific. A file hides those of its name in the
+    /// directories behind its own, and an empty one is nothing but that. All are in the order of their names.
+    pub fn read(directories: Vec<PathBuf>) -> Self {
+        let mut files: BTreeMap<OsString, PathBuf> = BTreeMap::new();
+        for directory in &directories {
+            // Most hosts do not have all of them.
+            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.extension().is_some_and(|extension| extension == "json") {
+                    files.entry(entry.file_name()).or_insert(path);
+                }
+            }
+        }
+        let mut catalog = Self { directories, ..Self::default() };
+        for path in files.into_values() {
+            let read = fs::read(&path).map_err(|error| error.to_string()).and_then(|text| {
+                if text.is_empty() {
+                    return Ok(None);
+                }
+                serde_json::from_slice(&text).map(Some).map_err(|error| error.to_string())
+            });
+            match read {
+                Ok(Some(descriptor)) => catalog.descriptors.push((path, descriptor)),
+                Ok(None) => {}
+                Err(error) => catalog.broken.push(format!("{}: {error}", path.display())),
+            }
+        }
+        catalog
+    }
+
+    /// The firmware for a machine: the first that can be had.
+    ///
+    /// # Errors
+    /// `HostMissing`, with the package to install.
+    pub fn choose(&self, wanted: Wanted<'_>) -> Result<Uefi> {
+        let mut reasons = self.broken.clone();
+        let mut suits = |path: &Path, descriptor: &Descriptor| {
+            if !descriptor.is_for(wanted.machine) {
+                return None;
+            }
+            let (code, template) = descriptor.images()?;
+            if wanted.secure {
+                // Without SMM the guest's kernel could change the keys; without keys nothing is refused.
+                let all = ["secure-boot", "enrolled-keys", "requires-smm"];
+                all.iter().all(|feature| descriptor.has(feature)).then_some(())?;
+            } else if descriptor.has("enrolled-keys") {
+                // It would enforce what nobody asked for.
+                return None;
+            }
+            match usable(code, template, wanted.variables) {
+                Ok(()) => Some(Uefi {
+                    code: code.clone(),
+                    template: template.clone(),
+                    smm: descriptor.has("requires-smm"),
+                }),
+                Err(reason) => {
+                    reasons.push(format!("{}: {reason}", path.display()));
+                    None
+                }
+            }
+        };
+        let mut found = None;
+        for (path, descriptor) in &self.descriptors {
+            let Some(uefi) = suits(path, descriptor) else { continue };
+            // System management mode costs time, and guards nothing where there are no keys.
+            if wanted.secure || !uefi.smm {
+                return Ok(uefi);
+            }
+            found.get_or_insert(uefi);
+        }
+        found.ok_or_else(|| self.missing(wanted, &reasons))
+    }
+
+    fn missing(&self, wanted: Wanted<'_>, reasons: &[String]) -> Error {
+        let what = if wanted.secure {
+            "UEFI firmware that enforces Secure Boot, with its keys enrolled,"
+        } else {
+            "UEFI firmware"
+        };
+        let places: Vec<String> =
+            self.directories.iter().map(|directory| directory.display().to_string()).collect();
+        let mut message = format!(
+            "expected {what} for {} among the firmware descriptors of QEMU ({}), but found none",
+            wanted.machine,
+            places.join(", ")
+        );
+        for reason in reasons {
+            message.push_str("; ");
+            message.push_str(reason);
+        }
+        let help = if wanted.variables.is_some() {
+            "install the firmware that the module was built with, or build the module again".to_owned()
+        } else {
+            format!("install it: {INSTALL}")
+        };
+        Error::new(ErrorKind::HostMissing, message).with_help(help)
+    }
+}
+
+/// Why the files of a descriptor cannot be used, if so.
+fn usable(code: &Image, template: &Image, variables: Option<(&str, u64)>) -> Result<(), String> {
+    let size = |image: &Image| {
+        let meta = fs::metadata(&image.path);
+        meta.map(|meta| meta.len()).map_err(|error| format!("{}: {error}", image.path.display()))
+    };
+    size(code)?;
+    let room = size(template)?;
+    let Some((format, size)) = variables else { return Ok(()) };
+    if template.format != format {
+        return Err(format!(
+            "its variables are {}, and those that there are already {format}",
+            template.format
+        ));
+    }
+    // The size of other formats is not that of the flash memory.
+    if format == "raw" && room != size {
+        return Err(format!("it has {room} bytes for variables, and there are already {size}"));
+    }
+    Ok(())
+}
+
+/// The directories of descriptors, the most specific first: the user's, the administrator's, the distribution's, and that
+/// of a QEMU that was installed elsewhere.
+pub fn directories(qemu: &Path) -> Vec<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let user = absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
+    let mut bases: Vec<PathBuf> = user.into_iter().collect();
+    bases.extend([PathBuf::from("/etc"), PathBuf::from("/usr/share")]);
+    let own = fs::canonicalize(qemu).ok();
+    if let Some(prefix) = own.as_deref().and_then(Path::parent).and_then(Path::parent) {
+        let base = prefix.join("share");
+        if !bases.contains(&base) {
+            bases.push(base);
+        }
+    }
+    bases.into_iter().map(|base| base.join("qemu/firmware")).collect()
+}
+
+/// Whether a name matches a pattern in which `*` is any text and `?` any byte.
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    match (pattern.split_first(), name.split_first()) {
+        (None, None) => true,
+        (Some((b'*', rest)), _) => {
+            matches(rest, name) || name.split_first().is_some_and(|(_, name)| matches(pattern, name))
+        }
+        (Some((one, pattern)), Some((byte, name))) if *one == b'?' || one == byte => matches(pattern, name),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,58 @@
+//! What is where in an image, as `qemu-img map` tells it.
+
+use crate::lab_storage::LabStorage;
+use rudder_core::{Error, ErrorKind, Result};
+use serde::Deserialize;
+use std::path::Path;
+
+/// A piece of the disk, in bytes.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Extent {
+    pub(crate) start: u64,
+    pub(crate) length: u64,
+    /// Whether it reads as zeros.
+    pub(crate) zero: bool,
+    /// Where it is in the file; what is compressed or not there has none.
+    pub(crate) offset: Option<u64>,
+}
+
+/// Gives each piece of an image to this, from the first to the last.
+pub(crate) async fn map(
+    storage: &LabStorage,
+    image: &Path,
+    format: &str,
+    mut heard: impl FnMut(Extent) + Send,
+) -> Result<()> {
+    let mut strange = false;
+    // Of a large disk that is used everywhere there are millions: none is kept.
+    let mut take = |line: &[u8]| {
+        let text = line.trim_ascii();
+        let text = text.strip_prefix(b"[").unwrap_or(text);
+        let text = text.strip_suffix(b"]").unwrap_or(text);
+        let text = text.strip_suffix(b",").unwrap_or(text);
+        match serde_json::from_slice(text) {
+            Ok(extent) => heard(extent),
+            Err(_) => strange |= !text.is_empty(),
+        }
+    };
+    let mut line = Vec::new();
+    let command = storage.qemu_img().args(["map", "--output=json", "-f", format]).args([image]);
+    let finished = command
+        .run_watched(None, |mut piece| {
+            while let Some(end) = piece.iter().position(|byte| *byte == b'\n') {
+                line.extend_from_slice(&piece[..end]);
+                take(&line);
+                line.clear();
+                piece = &piece[end + 1..];
+            }
+            line.extend_from_slice(piece);
+        })
+        .await?;
+    take(&line);
+    finished.success("ask what is on the disk")?;
+    if strange {
+        let message = "expected a list of extents from qemu-img map, but found something else";
+        return Err(Error::new(ErrorKind::Protocol, message));
+    }
+    Ok(())
+}

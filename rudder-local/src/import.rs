@@ -1,0 +1,103 @@
+//! Sources brought into a lab: images by URL, blank disks, and the disks of modules, each as an overlay that a machine may write to.
+
+use crate::{
+    image::{self, Backing, Base},
+    lab_storage::{LabStorage, blocking},
+    parent::Parent,
+};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{ImportRequest, Imported, Progress, Volume},
+    module::InputRecord,
+    plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
+};
+
+impl LabStorage {
+    /// Brings a source into the lab, as [`Lab::import`](rudder_core::backend::Lab::import) promises. A volume's id is the
+    /// name of its file, in qcow2.
+    ///
+    /// # Errors
+    /// As `Lab::import`.
+    pub async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
+        self.tell_notice(progress);
+        let imported = match &request.source {
+            PlannedSource::Url(url) => self.import_url(url, request, progress).await,
+            PlannedSource::Blank => {
+                self.volume(None, request.size).await.map(|volume| Imported { volume, input: None })
+            }
+            PlannedSource::BuildRef(parent) => self.import_module(parent, request, progress).await,
+            other => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("machines on QEMU cannot have this yet: a source such as {other:?}"),
+            )),
+        };
+        imported
+            .map_err(|error| error.with_context("disk", &request.disk).with_context("vm", &request.machine))
+    }
+
+    async fn import_url(
+        &self,
+        url: &PlannedUrl,
+        request: &ImportRequest,
+        progress: &Progress,
+    ) -> Result<Imported> {
+        let image = self.store().image_for(url, request.size, progress).await?;
+        self.hold(image.lease.clone()).await?;
+        let copy = format!("v{}.base", self.number_of_volume());
+        let base = Base::of(self, &image, &copy, progress).await?;
+        let backing = Backing { path: &base.path, format: base.format };
+        let volume = self.volume(Some((backing, base.size)), request.size).await?;
+        let input = InputRecord { role: format!("source of VM {}", request.machine), ..image.input };
+        Ok(Imported { volume, input: Some(input) })
+    }
+
+    async fn import_module(
+        &self,
+        parent: &PlannedBuildRef,
+        request: &ImportRequest,
+        progress: &Progress,
+    ) -> Result<Imported> {
+        let missing =
+            |what: String| Error::new(ErrorKind::NotFound, what).with_context("module", &parent.module);
+        let Parent { machine, module, store } = self.parent(parent).await?;
+        let disk = match &request.parent_disk {
+            None => machine.disks.first(),
+            Some(name) => machine.disks.iter().find(|disk| disk.name == *name),
+        };
+        let disk = disk.ok_or_else(|| {
+            let wanted = request.parent_disk.as_deref().unwrap_or("its boot disk");
+            missing(format!("expected disk {wanted} of VM {} in the module, but found none", parent.vm))
+        })?;
+        let (wanted, progress) = (disk.clone(), progress.clone());
+        let path = blocking(move || {
+            store.captured_file(&module, &wanted.file, wanted.size, &wanted.sha256, &progress)
+        })
+        .await?;
+        let backing = Backing { path: &path, format: &disk.format };
+        let volume = self.volume(Some((backing, disk.virtual_size)), request.size).await?;
+        let input = InputRecord {
+            role: format!("source of VM {}", request.machine),
+            url: format!("module {}/{}", parent.module, parent.vm),
+            size: disk.size,
+            sha256: disk.sha256,
+        };
+        Ok(Imported { volume, input: Some(input) })
+    }
+
+    /// Makes the volume of a request on this image.
+    async fn volume(&self, backing: Option<(Backing<'_>, u64)>, wanted: Option<u64>) -> Result<Volume> {
+        let (backing, size) = match backing {
+            Some((backing, image_size)) => (Some(backing), image::size_over(image_size, wanted)?),
+            None => {
+                let size = wanted.ok_or_else(|| {
+                    Error::new(ErrorKind::InvalidInput, "expected the size of a blank disk, but found none")
+                })?;
+                (None, image::size_over(0, Some(size))?)
+            }
+        };
+        let id = format!("v{}.qcow2", self.number_of_volume());
+        image::create(self, &id, backing, size).await?;
+        self.add_volume(&id, size);
+        Ok(Volume { id, virtual_size: size })
+    }
+}

@@ -1,0 +1,283 @@
+//! What a lab of a backend that runs QEMU stands on: a directory in the store, and the volumes in it. Brings sources in,
+//! and takes captured disks out. Whether the machines on these volumes are started by this crate or by somebody else
+//! (libvirt) makes no difference here.
+
+use crate::{
+    host::Host,
+    parent::Parent,
+    process::{Invocation, Lifetime},
+    store::{LAB_VARIABLE, LabDir, Lease, Store},
+};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{FetchRequest, Fetched, LabId, LabSpec, Progress, Retention},
+    files::replace_file,
+    plan::{PlannedBuildRef, PlannedNetwork},
+};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+/// The file in a lab's directory that says how to get into its machines, once it was kept.
+const ACCESS_FILE: &str = "access.json";
+
+/// What a lab and its machines stand on.
+#[derive(Debug)]
+pub struct LabStorage {
+    id: LabId,
+    dir: Arc<LabDir>,
+    host: Arc<Host>,
+    network: PlannedNetwork,
+    retention: Retention,
+    store: Store,
+    /// The directory itself: a way to its sockets that is short whatever its path is.
+    handle: File,
+    /// Virtual sizes of the volumes, by their file names.
+    volumes: Mutex<BTreeMap<String, u64>>,
+    /// Versions that belong into the provenance, besides the host's.
+    versions: Mutex<BTreeMap<String, String>>,
+    next_volume: AtomicUsize,
+    notice_told: AtomicBool,
+}
+
+impl LabStorage {
+    /// Makes the directory of a lab in the store; this process owns it.
+    ///
+    /// # Errors
+    /// `Conflict` when there is a lab with this id; file errors.
+    pub async fn open(store: &Store, host: Arc<Host>, spec: &LabSpec) -> Result<Self> {
+        let (owned, id, name, retention) =
+            (store.clone(), spec.id.clone(), spec.name.clone(), spec.retention);
+        let dir = blocking(move || owned.create_lab(&id, &name, retention)).await?;
+        let handle = File::open(dir.path())
+            .map_err(|error| Error::io(format_args!("open {}", dir.path().display()), error))?;
+        Ok(Self {
+            id: spec.id.clone(),
+            dir: Arc::new(dir),
+            host,
+            network: spec.network.clone(),
+            retention: spec.retention,
+            store: store.clone(),
+            handle,
+            volumes: Mutex::default(),
+            versions: Mutex::default(),
+            next_volume: AtomicUsize::new(0),
+            notice_told: AtomicBool::new(false),
+        })
+    }
+
+    /// The lab's id.
+    #[must_use]
+    pub fn id(&self) -> &LabId {
+        &self.id
+    }
+
+    /// The lab's directory.
+    #[must_use]
+    pub fn dir(&self) -> &LabDir {
+        &self.dir
+    }
+
+    /// The host that its machines run on.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Its networks.
+    #[must_use]
+    pub fn network(&self) -> &PlannedNetwork {
+        &self.network
+    }
+
+    /// Whether its machines may have to outlive their owner.
+    #[must_use]
+    pub fn retention(&self) -> Retention {
+        self.retention
+    }
+
+    /// A file of the lab.
+    #[must_use]
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.dir.path().join(file)
+    }
+
+    /// A socket of the lab, by a path that fits into an address (unix(7): at most 107 bytes).
+    #[must_use]
+    pub fn socket(&self, file: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{file}", self.handle.as_raw_fd()))
+    }
+
+    /// The same for another process, for as long as this one lives.
+    #[must_use]
+    pub fn socket_for_others(&self, file: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}/{file}", std::process::id(), self.handle.as_raw_fd()))
+    }
+
+    /// Versions that belong into the provenance: the host's, and of what the lab's machines were made with.
+    #[must_use]
+    pub fn versions(&self) -> BTreeMap<String, String> {
+        let mut versions = self.host.versions().clone();
+        versions.extend(self.versions.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        versions
+    }
+
+    /// Takes note of something that a machine of the lab is made with.
+    pub fn note_version(&self, what: &str, version: String) {
+        self.versions.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned(), version);
+    }
+
+    /// qemu-img, in the lab's directory.
+    pub fn qemu_img(&self) -> Invocation {
+        self.tool(&self.host.qemu_img)
+    }
+
+    /// qemu-nbd, in the lab's directory.
+    pub fn qemu_nbd(&self) -> Invocation {
+        self.tool(&self.host.qemu_nbd)
+    }
+
+    /// A program in the lab's directory; it ends with its owner.
+    pub fn tool(&self, program: &Path) -> Invocation {
+        Invocation::new(program, self.host.with_owner())
+            .directory(self.dir.path())
+            .variable(LAB_VARIABLE, self.id.as_str())
+    }
+
+    /// The lifetime of the processes of a machine of the lab.
+    #[must_use]
+    pub fn lifetime(&self) -> Lifetime {
+        match self.retention {
+            Retention::EndWithOwner => self.host.with_owner(),
+            Retention::MayBeKept => Lifetime::Kept,
+        }
+    }
+
+    /// Records a process of a machine in the ledger of the lab, so that it is found when this process is gone. Of one that
+    /// has ended already, nothing is recorded: whoever talks to it notices.
+    ///
+    /// # Errors
+    /// File errors.
+    pub async fn record_process(&self, pid: Option<u32>, program: &str, machine: &str) -> Result<()> {
+        let Some(pid) = pid else { return Ok(()) };
+        let (dir, role) = (Arc::clone(&self.dir), format!("{program} of {machine}"));
+        match blocking(move || dir.record_process(pid, role)).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// The store that the lab is in.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// A number that no other volume of the lab has.
+    pub(crate) fn number_of_volume(&self) -> usize {
+        self.next_volume.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Takes a volume of this virtual size into the lab.
+    pub(crate) fn add_volume(&self, id: &str, size: u64) {
+        self.volumes().insert(id.to_owned(), size);
+    }
+
+    fn volumes(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The virtual size of a volume of the lab.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the lab has no such volume.
+    pub fn volume_size(&self, volume: &str) -> Result<u64> {
+        self.volumes().get(volume).copied().ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidInput,
+                format!("expected a volume of lab {}, but found {volume:?}", self.id),
+            )
+        })
+    }
+
+    /// Brings a file to the host, as [`Lab::fetch`](rudder_core::backend::Lab::fetch) promises.
+    ///
+    /// # Errors
+    /// As `Lab::fetch`.
+    pub async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
+        let file = self.store.file(&request.url, progress).await?;
+        if !request.keep_for.is_zero() {
+            let (store, lease, keep_for) = (self.store.clone(), file.lease.clone(), request.keep_for);
+            blocking(move || store.keep_cached(&lease, keep_for)).await?;
+        }
+        self.hold(file.lease).await?;
+        Ok(Fetched { path: file.path, input: file.input })
+    }
+
+    /// Lets the lab outlive this process, with a note how to get into its machines.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it was not opened to be kept; file errors.
+    pub async fn keep(&self, access: &[String]) -> Result<()> {
+        let (dir, record) = (Arc::clone(&self.dir), serde_json::json!(access).to_string());
+        blocking(move || {
+            let path = dir.path().join(ACCESS_FILE);
+            replace_file(&path, record.as_bytes())?;
+            dir.mark_kept()
+        })
+        .await
+    }
+
+    /// Keeps what the lab needs, until the lab is gone.
+    pub(crate) async fn hold(&self, lease: Lease) -> Result<()> {
+        let dir = Arc::clone(&self.dir);
+        blocking(move || dir.hold(lease)).await
+    }
+
+    /// Tells once what the user should know about the host.
+    pub(crate) fn tell_notice(&self, progress: &Progress) {
+        if let Some(notice) = &self.host.notice
+            && !self.notice_told.swap(true, Ordering::Relaxed)
+        {
+            progress.notice(notice.clone());
+        }
+    }
+
+    /// A VM of a module, which stays for as long as the lab does.
+    pub async fn parent(&self, parent: &PlannedBuildRef) -> Result<Parent> {
+        let (store, name, digest) = (self.store.clone(), parent.module.clone(), parent.digest);
+        let (module, lease) = blocking(move || store.lease_module(&name, &digest)).await?;
+        self.hold(lease).await?;
+        let missing =
+            |what: String| Error::new(ErrorKind::NotFound, what).with_context("module", &parent.module);
+        let machine = module.machines.iter().find(|machine| machine.name == parent.vm).cloned();
+        let machine = machine
+            .ok_or_else(|| missing(format!("expected a VM {:?} in the module, but found none", parent.vm)))?;
+        Ok(Parent { machine, module, store: self.store.clone() })
+    }
+}
+
+/// Runs file work where it does not hold up the runtime.
+///
+/// # Errors
+/// Those of the work.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    rudder_core::runtime::check()?;
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error)),
+    }
+}
+
+/// How to get into the machines of a lab that was kept, in this directory.
+#[must_use]
+pub fn kept_access(directory: &Path) -> Vec<String> {
+    let record = std::fs::read(directory.join(ACCESS_FILE)).unwrap_or_default();
+    serde_json::from_slice(&record).unwrap_or_default()
+}

@@ -1,0 +1,48 @@
+//! The VM of a module that a machine of a lab starts from, and its files.
+
+use crate::store::Store;
+use rudder_core::{
+    Error, Result,
+    backend::Progress,
+    hardware::Firmware,
+    module::{CapturedState, Module, StateKind, TemplateMachine},
+};
+use std::fs;
+
+/// A VM of a module.
+#[derive(Debug)]
+pub struct Parent {
+    /// What the module says of it.
+    pub machine: TemplateMachine,
+    /// The module.
+    pub module: Module,
+    /// The store that the files of the module are in.
+    pub store: Store,
+}
+
+impl Parent {
+    /// The captured state of this kind, if there is one.
+    #[must_use]
+    pub fn state(&self, kind: StateKind) -> Option<&CapturedState> {
+        self.machine.state.iter().find(|state| state.kind == kind)
+    }
+
+    /// Its variables, for a machine with this firmware. Those of another would be without the keys of Secure Boot, or with
+    /// keys that nobody asked for.
+    #[must_use]
+    pub fn variables(&self, firmware: Firmware) -> Option<&CapturedState> {
+        let same = self.machine.firmware == firmware;
+        self.state(StateKind::FirmwareVariables).filter(|_| same)
+    }
+
+    /// The bytes of a state, which are those that were captured.
+    ///
+    /// # Errors
+    /// `InvalidImage` when the file was changed since; file errors.
+    pub fn read(&self, state: &CapturedState) -> Result<Vec<u8>> {
+        let progress = Progress::none();
+        let path =
+            self.store.captured_file(&self.module, &state.file, state.size, &state.sha256, &progress)?;
+        fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))
+    }
+}

@@ -1,0 +1,397 @@
+//! Programs of the host: found, started so that they end with their owner, run to their end.
+//!
+//! The kernel can end a child when its parent dies (`PR_SET_PDEATHSIG`, prctl(2)), but counts the *thread* that
+//! forked as the parent. So everything is started by one thread that lives as long as the library, never by a thread of
+//! a runtime, and through setpriv(1), which asks the kernel for it without unsafe code of ours.
+
+use rudder_core::{Error, ErrorKind, Result};
+use std::{
+    ffi::OsString,
+    io,
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    process::{Child, Command},
+    runtime::Handle,
+    sync::oneshot,
+};
+
+/// How much of what a program says is kept, in bytes.
+const KEPT_OUTPUT: u64 = 1 << 20;
+
+/// What ends a process besides itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lifetime {
+    /// The death of its owner, however the owner dies, where this program (setpriv) is there to ask the kernel for it;
+    /// and that its handle is dropped.
+    WithOwner(Option<PathBuf>),
+    /// That its handle is dropped, but not the death of its owner.
+    Kept,
+}
+
+/// A value inside a QEMU option: commas are doubled (qemu(1), "-drive"), and nothing else is special.
+#[must_use]
+pub fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+/// A program with its arguments.
+#[derive(Debug)]
+pub struct Invocation {
+    /// Its path.
+    pub program: PathBuf,
+    /// Its arguments, each as it is.
+    pub args: Vec<OsString>,
+    /// The directory it runs in.
+    pub directory: Option<PathBuf>,
+    /// What is added to its environment.
+    pub variables: Vec<(&'static str, OsString)>,
+    /// What ends it.
+    pub lifetime: Lifetime,
+}
+
+impl Invocation {
+    /// A program without arguments.
+    #[must_use]
+    pub fn new(program: &Path, lifetime: Lifetime) -> Self {
+        Self {
+            program: program.to_owned(),
+            args: Vec::new(),
+            directory: None,
+            variables: Vec::new(),
+            lifetime,
+        }
+    }
+
+    /// Adds a variable to its environment.
+    #[must_use]
+    pub fn variable(mut self, name: &'static str, value: impl Into<OsString>) -> Self {
+        self.variables.push((name, value.into()));
+        self
+    }
+
+    /// Sets the directory that it runs in.
+    #[must_use]
+    pub fn directory(mut self, directory: &Path) -> Self {
+        self.directory = Some(directory.to_owned());
+        self
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<I: IntoIterator<Item: Into<OsString>>>(mut self, args: I) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Its name, for messages.
+    pub fn name(&self) -> String {
+        self.program.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+
+    fn command(&self) -> Command {
+        let mut command = match &self.lifetime {
+            Lifetime::WithOwner(Some(setpriv)) => {
+                let mut command = Command::new(setpriv);
+                command.args(["--pdeathsig", "KILL", "--"]).arg(&self.program);
+                command
+            }
+            Lifetime::WithOwner(None) | Lifetime::Kept => Command::new(&self.program),
+        };
+        command.args(&self.args);
+        // What it says is read by us: one language, whatever the user's is.
+        command.env("LC_ALL", "C").envs(self.variables.iter().map(|(name, value)| (name, value)));
+        // Ctrl-C on the terminal is for the owner, who then ends its children in order.
+        command.process_group(0);
+        if let Some(directory) = &self.directory {
+            command.current_dir(directory);
+        }
+        command
+    }
+
+    /// Starts it.
+    pub async fn spawn(self, stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Result<OwnedChild> {
+        let mut command = self.command();
+        command.stdin(stdin).stdout(stdout).stderr(stderr);
+        let failed = |error: io::Error| {
+            let kind = match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => ErrorKind::HostMissing,
+                _ => ErrorKind::LaunchFailed,
+            };
+            Error::new(kind, format!("cannot start {}", self.program.display())).with_source(error)
+        };
+        let (reply, answer) = oneshot::channel();
+        let job = Job { command, runtime: Handle::current(), reply };
+        let starter = STARTER.as_ref().map_err(|kind| failed((*kind).into()))?;
+        starter.send(job).map_err(|_| failed(io::ErrorKind::BrokenPipe.into()))?;
+        answer.await.map_err(|_| failed(io::ErrorKind::BrokenPipe.into()))?.map_err(failed)
+    }
+
+    /// Runs it to its end, with this as its input; dropping the future kills it.
+    pub async fn run(self, input: Option<&[u8]>) -> Result<Finished> {
+        self.run_watched(input, |_| {}).await
+    }
+
+    /// [`run`](Self::run), and calls this with every piece that it writes on its standard output.
+    pub async fn run_watched(
+        self,
+        input: Option<&[u8]>,
+        mut heard: impl FnMut(&[u8]) + Send,
+    ) -> Result<Finished> {
+        let name = self.name();
+        let failed = |error| Error::io(format_args!("talk to {name}"), error);
+        let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
+        let mut child = self.spawn(stdin, Stdio::piped(), Stdio::piped()).await?;
+        let (stdin, stdout, stderr) =
+            (child.child.stdin.take(), child.child.stdout.take(), child.child.stderr.take());
+        let write = async {
+            if let (Some(mut stdin), Some(input)) = (stdin, input) {
+                use tokio::io::AsyncWriteExt;
+                // A program that does not want all of it says why by its status.
+                let _ = stdin.write_all(input).await;
+            }
+            Ok(())
+        };
+        let ((), stdout, stderr) =
+            tokio::try_join!(write, read(stdout, &mut heard), read(stderr, |_| {})).map_err(failed)?;
+        let status = child.wait().await.map_err(failed)?;
+        Ok(Finished { name, status, stdout, stderr })
+    }
+}
+
+/// Reads to the end, keeping the first [`KEPT_OUTPUT`] bytes.
+async fn read(stream: Option<impl AsyncRead + Unpin>, mut heard: impl FnMut(&[u8])) -> io::Result<Vec<u8>> {
+    let mut kept = Vec::new();
+    let Some(mut stream) = stream else { return Ok(kept) };
+    let mut buffer = [0; 4096];
+    loop {
+        let count = stream.read(&mut buffer).await?;
+        if count == 0 {
+            return Ok(kept);
+        }
+        heard(&buffer[..count]);
+        if (kept.len() as u64) < KEPT_OUTPUT {
+            kept.extend_from_slice(&buffer[..count]);
+        }
+    }
+}
+
+/// What a program that ran to its end left.
+#[derive(Debug)]
+pub struct Finished {
+    name: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Finished {
+    /// Itself if it succeeded, else what it said as an error that begins with `what` ("create the overlay of disk x").
+    pub fn success(self, what: &str) -> Result<Self> {
+        if self.status.success() { Ok(self) } else { Err(self.failure(what)) }
+    }
+
+    /// What it said, as an error.
+    pub fn failure(&self, what: &str) -> Error {
+        let said = without_advice(&String::from_utf8_lossy(&self.stderr));
+        let said = said.trim();
+        // strerror(3) in the C locale; qemu-img has no other way to say it.
+        let full = said.contains("No space left on device") || said.contains("Disk quota exceeded");
+        let kind = if full { ErrorKind::HostDiskFull } else { ErrorKind::Io };
+        let said = if said.is_empty() { describe(self.status) } else { said.to_owned() };
+        let error = Error::new(kind, format!("cannot {what}: {}: {said}", self.name));
+        if full {
+            error.with_help("free some space where the store is, or use a store on a larger disk")
+        } else {
+            error
+        }
+    }
+}
+
+/// What QEMU's programs said, without what they advise: they would have the user repair a file in place, and the files are
+/// those of the store, which must never change.
+#[must_use]
+pub fn without_advice(said: &str) -> String {
+    let advice = |line: &&str| {
+        let line = line.to_ascii_lowercase();
+        ["qemu-img check", "qemu-img amend", "qemu-img rebase", "-r all", "-r leaks", "to replay the log"]
+            .iter()
+            .any(|part| line.contains(part))
+    };
+    said.lines().filter(|line| !advice(line)).collect::<Vec<_>>().join("\n")
+}
+
+/// How a process ended, for people.
+pub fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exited with code {code}"),
+        (None, Some(signal)) => match signal_name(signal) {
+            Some(name) => format!("was ended by signal {signal} ({name})"),
+            None => format!("was ended by signal {signal}"),
+        },
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+/// The names of signals that end processes whose story people will want to know (signal(7)).
+fn signal_name(signal: i32) -> Option<&'static str> {
+    Some(match signal {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        9 => "SIGKILL",
+        11 => "SIGSEGV",
+        15 => "SIGTERM",
+        _ => return None,
+    })
+}
+
+/// A child that is killed when this is dropped, unless it was released.
+#[derive(Debug)]
+pub struct OwnedChild {
+    child: Child,
+    released: Arc<AtomicBool>,
+}
+
+impl OwnedChild {
+    /// Its number; `None` once it ended and was waited for.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Waits for its end. May be repeated.
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        self.child.wait().await
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        // The only failure is that it has ended already.
+        let _ = self.child.start_kill();
+    }
+
+    /// A switch that, once set, lets it outlive this.
+    pub fn release_switch(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.released)
+    }
+}
+
+impl Drop for OwnedChild {
+    fn drop(&mut self) {
+        if !self.released.load(Ordering::Relaxed) {
+            self.kill();
+        }
+    }
+}
+
+struct Job {
+    command: Command,
+    runtime: Handle,
+    reply: oneshot::Sender<io::Result<OwnedChild>>,
+}
+
+/// The thread that starts everything.
+static STARTER: LazyLock<Result<mpsc::Sender<Job>, io::ErrorKind>> = LazyLock::new(|| {
+    let (sender, receiver) = mpsc::channel::<Job>();
+    std::thread::Builder::new()
+        .name("rudder-starter".to_owned())
+        .spawn(move || {
+            for Job { mut command, runtime, reply } in receiver {
+                let _context = runtime.enter();
+                let child = command.spawn().map(|child| OwnedChild { child, released: Arc::default() });
+                // Nobody there to take it: dropping it kills it.
+                let _ = reply.send(child);
+            }
+        })
+        .map(|_| sender)
+        .map_err(|error| error.kind())
+});
+
+/// Where a program is: the given path, else the first of this name in `PATH`.
+pub fn find(given: Option<&Path>, name: &str) -> Option<PathBuf> {
+    let is_program =
+        |path: &Path| rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok() && path.is_file();
+    match given {
+        Some(path) => is_program(path).then(|| path.to_owned()),
+        None => std::env::split_paths(&std::env::var_os("PATH")?)
+            .filter(|directory| directory.is_absolute())
+            .map(|directory| directory.join(name))
+            .find(|path| is_program(path)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn sh(script: &str, lifetime: Lifetime) -> Invocation {
+        Invocation::new(Path::new("/bin/sh"), lifetime).args(["-c", script])
+    }
+
+    #[tokio::test]
+    async fn output_input_and_status_come_back() {
+        let invocation = sh("cat; echo bad >&2; exit 3", Lifetime::Kept);
+        let finished = invocation.run(Some(b"hello")).await.unwrap();
+        assert_eq!(finished.stdout, b"hello");
+        assert_eq!(describe(finished.status), "exited with code 3");
+        assert_eq!(finished.success("try").unwrap_err().to_string(), "cannot try: sh: bad");
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_told_from_other_failures() {
+        let finished = sh("echo 'error while writing: No space left on device' >&2; exit 1", Lifetime::Kept);
+        let error = finished.run(None).await.unwrap().success("convert").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostDiskFull);
+        let error = sh("kill -9 $$", Lifetime::Kept).run(None).await.unwrap().success("convert").unwrap_err();
+        assert_eq!(error.to_string(), "cannot convert: sh: was ended by signal 9 (SIGKILL)");
+    }
+
+    #[test]
+    fn advice_to_repair_files_of_the_store_is_not_passed_on() {
+        let said = "qemu-img: Could not open 'a.vhdx': VHDX image file 'a.vhdx' opened read-only, but contains a log that needs \
+                    to be replayed\nTo replay the log, run:\nqemu-img check -r all 'a.vhdx'\n";
+        let left = without_advice(said);
+        assert!(left.ends_with("needs to be replayed"), "{left}");
+        assert_eq!(without_advice("one\ntwo\n"), "one\ntwo");
+    }
+
+    #[tokio::test]
+    async fn a_dropped_run_kills_the_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = "echo $$ > pid.new && mv pid.new pid && exec sleep 1000";
+        let setpriv = find(None, "setpriv");
+        let run = tokio::spawn(sh(script, Lifetime::WithOwner(setpriv)).directory(dir.path()).run(None));
+        let pid_file = dir.path().join("pid");
+        while !pid_file.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        let pid = std::fs::read_to_string(pid_file).unwrap();
+        run.abort();
+        let stat = format!("/proc/{}/stat", pid.trim());
+        while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_missing_program_is_said_to_be_missing() {
+        let error =
+            Invocation::new(Path::new("/nonexistent/qemu"), Lifetime::Kept).run(None).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::HostMissing);
+        assert_eq!(error.to_string(), "cannot start /nonexistent/qemu");
+        assert_eq!(find(None, "a-program-that-nobody-has"), None);
+    }
+}

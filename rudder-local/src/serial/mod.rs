@@ -1,0 +1,332 @@
+//! The serial console of a running machine: recorded within bounds, and shared by any number of readers and typists.
+//!
+//! QEMU's socket serves one client at a time and keeps nothing, and QEMU's own log of it grows for as long as the guest
+//! writes. So this process is the one client: it takes what the guest writes as fast as it comes, and keeps the end of it.
+//!
+//! ```text
+//! guest ──▶ QEMU ──mN.serial──▶ SerialConsole ──▶ the last KEPT bytes in memory, for tails and readers
+//!                                             ├─▶ mN.serial.log and mN.serial.log.0, for people and for after a crash
+//!                                             └─▶ mN.console: a socket on which any number of people may read and type
+//! ```
+//!
+//! - **A guest that writes without end** costs [`KEPT`] bytes of memory and twice as much of the disk.
+//! - **A reader that does not read** loses the oldest bytes. The guest never waits for it.
+//! - **A dead owner**: its connection is closed, and QEMU drops what the guest writes while nobody is connected.
+//! - **A kept lab** belongs to whoever connects: once it is kept and the readers in this process have left, QEMU's socket is
+//!   free. What the guest writes from then on is seen by that client only, and recorded by nobody.
+
+mod record;
+
+use self::record::Record;
+use rudder_core::backend::{BoxedStream, SerialRing};
+use std::{
+    io,
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf},
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
+
+/// How much of the end of a serial console is kept, in bytes.
+pub const KEPT: usize = 256 << 10;
+/// How much is carried at once, in bytes.
+const PIECE: usize = 16 << 10;
+/// How many people may connect to the socket at a time.
+const PEOPLE: usize = 16;
+/// How long accepting connections rests after an error: the process may be out of file descriptors.
+const ACCEPT_REST: Duration = Duration::from_secs(1);
+
+/// Where the serial console of a machine is found.
+#[derive(Debug, Clone)]
+pub struct SerialPaths {
+    /// QEMU's socket.
+    pub socket: PathBuf,
+    /// The socket that is made for people, which must not be there.
+    pub people: PathBuf,
+    /// The file that what the guest writes is recorded in. A second file has the same name with `.0` at its end. Both are made
+    /// new.
+    pub record: PathBuf,
+}
+
+/// The serial console of one run of a machine. Dropping it closes everything.
+#[derive(Debug)]
+pub struct SerialConsole {
+    shared: Arc<Shared>,
+    let_go: watch::Sender<bool>,
+    /// QEMU's socket.
+    socket: PathBuf,
+    /// The socket for people.
+    people_socket: PathBuf,
+    _recorder: AbortOnDropHandle<()>,
+    people: Mutex<Option<AbortOnDropHandle<()>>>,
+}
+
+/// What the tasks and readers of a console share.
+#[derive(Debug)]
+struct Shared {
+    ring: Mutex<SerialRing>,
+    /// Changes with everything that is written; true once nothing more comes.
+    over: watch::Sender<bool>,
+    typed: mpsc::Sender<Vec<u8>>,
+}
+
+impl Shared {
+    fn ring(&self) -> MutexGuard<'_, SerialRing> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Connects a reader to what is written from now on.
+    fn connect(self: &Arc<Self>) -> Attached {
+        let (near, far) = tokio::io::duplex(PIECE);
+        let gone = CancellationToken::new();
+        let (shared, over, position) = (Arc::clone(self), self.over.subscribe(), self.ring().end());
+        let hung_up = gone.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = hung_up.cancelled() => {}
+                // A reader that is gone is no failure.
+                _ = carry(shared, far, over, position) => {}
+            }
+        });
+        Attached { stream: near, _gone: gone.drop_guard() }
+    }
+}
+
+impl SerialConsole {
+    /// Connects to the socket of a machine that has not run yet, and records from then on.
+    ///
+    /// # Errors
+    /// When QEMU cannot be reached, or a file or socket cannot be made.
+    pub async fn attach(paths: SerialPaths) -> io::Result<Self> {
+        Self::with_limit(paths, KEPT).await
+    }
+
+    async fn with_limit(paths: SerialPaths, kept: usize) -> io::Result<Self> {
+        let record = Record::create(paths.record, kept as u64).await?;
+        let stream = UnixStream::connect(&paths.socket).await?;
+        let listener = UnixListener::bind(&paths.people)?;
+        let (typed, keys) = mpsc::channel(16);
+        let ring = Mutex::new(SerialRing::new(kept));
+        let shared = Arc::new(Shared { ring, over: watch::Sender::new(false), typed });
+        let (let_go, released) = watch::channel(false);
+        // Made here: a task that is aborted before it began says nothing.
+        let recording = Recording(Arc::clone(&shared));
+        let recorder = tokio::spawn(run(recording, stream, record, keys, released));
+        let people = tokio::spawn(serve_people(Arc::clone(&shared), listener));
+        Ok(Self {
+            shared,
+            let_go,
+            socket: paths.socket,
+            people_socket: paths.people,
+            _recorder: AbortOnDropHandle::new(recorder),
+            people: Mutex::new(Some(AbortOnDropHandle::new(people))),
+        })
+    }
+
+    /// Connects a reader, who gets what the guest writes from now on, and whose input reaches the guest. The stream ends with
+    /// the machine.
+    ///
+    /// # Errors
+    /// When this process has let go of the console and QEMU cannot be reached.
+    pub async fn connect(&self) -> io::Result<BoxedStream> {
+        if self.is_let_go() && *self.shared.over.borrow() {
+            return Ok(Box::new(UnixStream::connect(&self.socket).await?));
+        }
+        Ok(Box::new(self.shared.connect()))
+    }
+
+    /// At most the last `limit` bytes that the guest wrote.
+    #[must_use]
+    pub fn tail(&self, limit: usize) -> Vec<u8> {
+        self.shared.ring().tail(limit)
+    }
+
+    /// Waits until everything that the guest wrote before its end is recorded.
+    pub async fn finished(&self) {
+        // The sender lives as long as this.
+        let _ = self.shared.over.subscribe().wait_for(|over| *over).await;
+    }
+
+    /// Whether [`let_go`](Self::let_go) was called.
+    #[must_use]
+    pub fn is_let_go(&self) -> bool {
+        *self.let_go.borrow()
+    }
+
+    /// Frees QEMU's socket for others as soon as nobody in this process reads.
+    pub fn let_go(&self) {
+        if let Some(people) = self.people.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            drop(people);
+            // Nobody listens there any more; the lab may be gone with it.
+            let _ = std::fs::remove_file(&self.people_socket);
+        }
+        self.let_go.send_replace(true);
+    }
+}
+
+/// Says that nothing more comes, however recording ends.
+struct Recording(Arc<Shared>);
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        self.0.over.send_replace(true);
+    }
+}
+
+/// Records until QEMU hangs up, or everybody has let go.
+async fn run(
+    recording: Recording,
+    stream: UnixStream,
+    mut record: Record,
+    mut keys: mpsc::Receiver<Vec<u8>>,
+    mut released: watch::Receiver<bool>,
+) {
+    let shared = &recording.0;
+    let (mut reader, mut writer) = stream.into_split();
+    let recording = async {
+        let mut piece = vec![0; PIECE];
+        while let Ok(count @ 1..) = reader.read(&mut piece).await {
+            shared.ring().push(&piece[..count]);
+            shared.over.send_modify(|_| {});
+            record.append(&piece[..count]).await;
+        }
+    };
+    let typing = async {
+        while let Some(bytes) = keys.recv().await {
+            // A guest that does not take its input holds up those who type, and no reader.
+            if writer.write_all(&bytes).await.is_err() {
+                break;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    let released = async {
+        // It stays as it is when the sender is gone.
+        if released.wait_for(|released| *released).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        shared.over.closed().await;
+    };
+    tokio::select! {
+        () = recording => {}
+        () = typing => {}
+        () = released => {}
+    }
+}
+
+/// Carries what is written and typed, until nothing more comes and everything was taken.
+async fn carry(
+    shared: Arc<Shared>,
+    far: DuplexStream,
+    mut over: watch::Receiver<bool>,
+    mut position: u64,
+) -> io::Result<()> {
+    let (mut typed, mut said) = tokio::io::split(far);
+    let typing = async {
+        let mut piece = vec![0; PIECE];
+        // Whoever has typed the last of it may go on reading.
+        while let Ok(count @ 1..) = typed.read(&mut piece).await {
+            if shared.typed.send(piece[..count].to_vec()).await.is_err() {
+                break;
+            }
+        }
+        std::future::pending::<io::Result<()>>().await
+    };
+    let saying = async {
+        loop {
+            // Before the ring is read: what was written until then is found there.
+            let is_over = *over.borrow_and_update();
+            let fresh = {
+                let ring = shared.ring();
+                let fresh = ring.since(position);
+                position = ring.end();
+                fresh
+            };
+            said.write_all(&fresh).await?;
+            if is_over {
+                return said.shutdown().await;
+            }
+            if over.changed().await.is_err() {
+                return said.shutdown().await;
+            }
+        }
+    };
+    tokio::select! {
+        ended = saying => ended,
+        ended = typing => ended,
+    }
+}
+
+/// Lets people on the host read and type, as with `nc -U`.
+async fn serve_people(shared: Arc<Shared>, listener: UnixListener) {
+    let mut people = JoinSet::new();
+    loop {
+        while people.len() >= PEOPLE {
+            people.join_next().await;
+        }
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((mut person, _)) => {
+                    let mut console = shared.connect();
+                    people.spawn(async move {
+                        // A person who hangs up is no failure.
+                        let _ = tokio::io::copy_bidirectional(&mut person, &mut console).await;
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection to a serial console");
+                    tokio::time::sleep(ACCEPT_REST).await;
+                }
+            },
+            Some(_) = people.join_next(), if !people.is_empty() => {}
+        }
+    }
+}
+
+/// A reader's end of a console. Dropping it disconnects.
+struct Attached {
+    stream: DuplexStream,
+    _gone: DropGuard,
+}
+
+impl AsyncRead for Attached {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Attached {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests;

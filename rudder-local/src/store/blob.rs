@@ -1,0 +1,255 @@
+//! Blobs and what is known about them: which URL gave which bytes, and which image those bytes hold.
+
+use super::{
+    ImageFormat, Lease, Store, Use, durable,
+    durable::io_error,
+    format::{self, Recognised},
+    record,
+    unpack::{self, Packing, Stop},
+    verified::Condition,
+};
+use rudder_core::{Error, ErrorKind, Result, backend::Progress, digest::Digest, plan::PlannedUrl};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+/// Which blob an image became.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ImageRecord {
+    /// The blob.
+    pub(super) stored: Digest,
+    /// How large the blob is.
+    pub(super) stored_size: u64,
+    /// What it is.
+    pub(super) format: ImageFormat,
+    /// What a guest sees.
+    pub(super) virtual_size: u64,
+    /// How many bytes were served.
+    pub(super) served_size: u64,
+}
+
+/// What a URL gave.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct UrlRecord {
+    /// The URL, masked: for people.
+    pub(super) url: String,
+    /// sha256 of the bytes as served.
+    pub(super) served: Digest,
+    /// How many there were.
+    pub(super) size: u64,
+    /// When; a later record is never mistaken for this one.
+    pub(super) fetched: jiff::Timestamp,
+    /// How to ask whether it still gives the same.
+    pub(super) validator: Validator,
+}
+
+/// How to ask a URL whether it still gives the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Validator {
+    /// There is no way to ask.
+    None,
+    /// The headers of a server.
+    Http {
+        /// `ETag` (RFC 9110, 8.8.3), as it was sent.
+        etag: Option<String>,
+        /// `Last-Modified`, as it was sent.
+        last_modified: Option<String>,
+    },
+    /// What the file system says of a file.
+    File(super::local::SourceIdentity),
+}
+
+impl Store {
+    /// Where a blob is, or would be.
+    pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        let hex = digest.to_string();
+        self.root().join("blobs/sha256").join(&hex[..2]).join(hex)
+    }
+
+    pub(super) fn image_record_path(&self, served: &Digest) -> PathBuf {
+        self.root().join("index/images").join(format!("{served}.json"))
+    }
+
+    /// The name of everything that is about a URL. What follows `#` never reaches a server.
+    pub(super) fn url_key(url: &url::Url) -> String {
+        let mut url = url.clone();
+        url.set_fragment(None);
+        Digest::of(url.as_str().as_bytes()).to_string()
+    }
+
+    fn url_record_path(&self, url: &url::Url) -> PathBuf {
+        self.root().join("index/urls").join(format!("{}.json", Self::url_key(url)))
+    }
+
+    pub(super) fn url_record(&self, url: &url::Url) -> Result<Option<UrlRecord>> {
+        record::read(&self.url_record_path(url))
+    }
+
+    pub(super) fn write_url_record(&self, url: &url::Url, record: &UrlRecord) -> Result<()> {
+        record::write(&self.url_record_path(url), record)
+    }
+
+    pub(super) fn image_record(&self, served: &Digest) -> Result<Option<ImageRecord>> {
+        record::read(&self.image_record_path(served))
+    }
+
+    /// Takes a lease of a blob of this size (any size: `None`), if it is here and holds what its name says. One that does
+    /// not counts as absent, and is told.
+    pub(super) fn lease_blob(
+        &self,
+        digest: &Digest,
+        size: Option<u64>,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<Option<Lease>> {
+        let path = self.blob_path(digest);
+        if path.symlink_metadata().is_err() {
+            return Ok(None);
+        }
+        // Examined under the lease: it may have been collected while we waited for it.
+        let lease = Lease::take(self, Use::Blob(*digest))?;
+        match self.examine(&path, digest, size, progress, stop)? {
+            Condition::Sound => Ok(Some(lease)),
+            Condition::Missing => Ok(None),
+            Condition::Damaged(why) => {
+                progress.notice(format!(
+                    "the cached file {} is damaged: {why}; fetching it again",
+                    path.display()
+                ));
+                Ok(None)
+            }
+        }
+    }
+
+    /// The image that these served bytes became, if it is here.
+    pub(super) fn known_image(
+        &self,
+        served: &Digest,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<Option<(ImageRecord, Lease)>> {
+        let Some(record) = self.image_record(served)? else {
+            return Ok(None);
+        };
+        let lease = self.lease_blob(&record.stored, Some(record.stored_size), progress, stop)?;
+        let Some(lease) = lease else { return Ok(None) };
+        // Only the image itself says what it is: records may be older than the rules.
+        let Recognised { format, virtual_size, .. } =
+            format::recognise_file(&self.blob_path(&record.stored))?;
+        Ok(Some((ImageRecord { format, virtual_size, ..record }, lease)))
+    }
+
+    /// Makes a finished file of the store's file system a blob. Its digest was computed from what was written.
+    pub(super) fn insert_blob(&self, file: &Path, digest: &Digest) -> Result<Lease> {
+        let path = self.blob_path(digest);
+        let lease = Lease::take(self, Use::Blob(*digest))?;
+        let size = fs::metadata(file).map_err(|error| io_error("read", file, error))?.len();
+        let there = self.examine(&path, digest, Some(size), &Progress::none(), &Stop::default())?;
+        if there == Condition::Sound {
+            durable::remove_file(file)?;
+            return Ok(lease);
+        }
+        let dir = durable::parent(&path);
+        durable::make_dir(dir)?;
+        let enter = || -> std::io::Result<()> {
+            let handle = File::open(file)?;
+            durable::seal(&handle)?;
+            if path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
+                // Whoever made a directory there may want it back.
+                fs::rename(&path, dir.join(format!("{digest}.aside-{:08x}", rand::random::<u32>())))?;
+            }
+            // Replaces what was damaged; who has it open keeps it.
+            fs::rename(file, &path)
+        };
+        enter().map_err(|error| io_error("store", &path, error))?;
+        durable::sync_dir(dir)?;
+        self.note_verified(&path, digest);
+        Ok(lease)
+    }
+
+    /// Recognises the image in a blob, unpacks it where it is packed, and notes what it became.
+    pub(super) fn image_of_blob(
+        &self,
+        served: &Digest,
+        lease: Lease,
+        disk: Option<u64>,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<(ImageRecord, Lease)> {
+        let path = self.blob_path(served);
+        let size = fs::metadata(&path).map_err(|error| io_error("read", &path, error))?.len();
+        match Packing::of_file(&path)? {
+            None => {
+                let image = format::recognise_file(&path)?;
+                Ok((self.note_image(served, size, *served, size, &image, progress)?, lease))
+            }
+            Some(packing) => {
+                let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
+                let unpacked = unpack::unpack(self, packing, file, disk, progress, stop)?;
+                self.enter_unpacked(served, size, unpacked, progress)
+            }
+        }
+    }
+
+    /// Makes an unpacked image a blob, and notes which bytes it came from.
+    pub(super) fn enter_unpacked(
+        &self,
+        served: &Digest,
+        served_size: u64,
+        unpacked: unpack::Unpacked,
+        progress: &Progress,
+    ) -> Result<(ImageRecord, Lease)> {
+        if let Some(inner) = Packing::of_file(unpacked.path())? {
+            return Err(Error::new(
+                ErrorKind::InvalidImage,
+                format!("expected a disk image, but found {inner} inside {}", unpacked.packing()),
+            )
+            .with_help("pack the image once"));
+        }
+        let image = format::recognise_file(unpacked.path())?;
+        let (digest, size) = (unpacked.digest(), unpacked.size());
+        let lease = self.insert_blob(unpacked.path(), &digest)?;
+        Ok((self.note_image(served, served_size, digest, size, &image, progress)?, lease))
+    }
+
+    fn note_image(
+        &self,
+        served: &Digest,
+        served_size: u64,
+        stored: Digest,
+        stored_size: u64,
+        image: &Recognised,
+        progress: &Progress,
+    ) -> Result<ImageRecord> {
+        if let Some(remark) = &image.remark {
+            progress.notice(remark.clone());
+        }
+        let record = ImageRecord {
+            stored,
+            stored_size,
+            format: image.format,
+            virtual_size: image.virtual_size,
+            served_size,
+        };
+        record::write(&self.image_record_path(served), &record)?;
+        Ok(record)
+    }
+
+    /// Compares what was served with what the manifest promised.
+    pub(super) fn verify(url: &PlannedUrl, served: &Digest) -> Result<()> {
+        match url.sha256 {
+            Some(expected) if expected != *served => Err(Error::new(
+                ErrorKind::ChecksumMismatch,
+                format!("expected sha256 {expected}, but found {served}"),
+            )
+            .with_help(
+                "if the server is right, correct `checksum` in the manifest: the bytes are kept in the store and are not \
+                 downloaded again",
+            )),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,463 @@
+//! Downloads: one for many users, resumed after whatever broke them, unpacked while they come.
+
+use super::{
+    Store,
+    blob::{UrlRecord, Validator},
+    blocking, durable,
+    durable::human,
+    fetch::Got,
+    http::{self, Answer, Ask, Failure},
+    lock::{FileLock, Mode},
+    masked,
+    part::{EndOnDrop, Part},
+    process,
+    unpack::{self, Packing, Stop, Unpacked},
+};
+use bytes::Bytes;
+use rudder_core::{Error, ErrorKind, Result, backend::Progress, digest::Digest, plan::PlannedUrl};
+use std::{
+    io::{Cursor, Read},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time,
+};
+
+/// How often it is looked whether another download of the same URL has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// An attempt that brought this many new bytes was worth it, and does not count.
+const WORTH_IT: u64 = 1 << 20;
+/// The longest wait between two attempts.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(30);
+/// How many received pieces may wait for the disk.
+const QUEUE: usize = 8;
+
+/// What is wanted of a download.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Image {
+        /// How large the disk is that is made of it, in bytes, where that is known.
+        disk: Option<u64>,
+    },
+    File,
+}
+
+impl Wanted {
+    pub(super) fn is_image(self) -> bool {
+        matches!(self, Self::Image { .. })
+    }
+
+    pub(super) fn disk(self) -> Option<u64> {
+        match self {
+            Self::Image { disk } => disk,
+            Self::File => None,
+        }
+    }
+}
+
+/// How a transfer ended that did not fail.
+enum Transferred {
+    /// There was none: the server has what it had.
+    NotModified,
+    /// All bytes are here.
+    Whole,
+}
+
+/// What is downloaded, for whom.
+struct Job<'a> {
+    url: &'a PlannedUrl,
+    key: &'a str,
+    lock: Arc<FileLock>,
+    wanted: Wanted,
+    progress: &'a Progress,
+}
+
+/// A download that is whole.
+pub(super) struct Received {
+    pub(super) part: Part,
+    pub(super) served: Digest,
+    resumed: bool,
+    /// The unpacked image, if it came packed, and how often the download had started over when its unpacking began.
+    pub(super) unpacked: Option<(u32, Result<Option<Unpacked>>)>,
+}
+
+type Unpacking = oneshot::Receiver<(u32, Result<Option<Unpacked>>)>;
+
+impl Store {
+    /// What a server has at a URL. Asks whether what is known of it still holds, and downloads it otherwise.
+    pub(super) async fn download(
+        &self,
+        url: &PlannedUrl,
+        wanted: Wanted,
+        progress: &Progress,
+    ) -> Result<Got> {
+        let key = Self::url_key(&url.url);
+        let before = self.url_record(&url.url)?;
+        let lock = Arc::new(self.wait_for_others(&key, url, progress).await?);
+        // Whoever we waited for may have brought what we want.
+        if let Some(promised) = url.sha256
+            && let Some(got) = self.held(&promised, wanted, progress).await?
+        {
+            return Ok(got);
+        }
+        let known = self.url_record(&url.url)?;
+        let usable = match &known {
+            Some(record) => match self.held(&record.served, wanted, progress).await {
+                // What came the last time is no image: the server may have the right one by now.
+                Err(error) if error.kind() == ErrorKind::InvalidImage => None,
+                held => held?,
+            },
+            None => None,
+        };
+        if let (Some(record), Some(got)) = (&known, &usable)
+            && before.as_ref() != Some(record)
+        {
+            Self::verify(url, &record.served)?;
+            return Ok(got.clone());
+        }
+        let job = Job { url, key: &key, lock, wanted, progress };
+        let mut again = false;
+        loop {
+            let conditional = known.as_ref().filter(|_| usable.is_some());
+            let Some(received) = self.receive(&job, conditional, again).await? else {
+                let (Some(record), Some(got)) = (known, usable) else {
+                    return Err(Error::new(ErrorKind::Protocol, "the server says that nothing has changed"));
+                };
+                Self::verify(url, &record.served)?;
+                return Ok(got);
+            };
+            // Two transfers that do not belong together were joined: once more, in one.
+            if received.resumed && !again && url.sha256.is_some_and(|expected| expected != received.served) {
+                progress.notice(format!(
+                    "{}: what was resumed is damaged; downloading it anew",
+                    masked(&url.url)
+                ));
+                received.part.discard()?;
+                again = true;
+                continue;
+            }
+            let (store, url, progress) = (self.clone(), url.clone(), progress.clone());
+            return blocking(move || store.enter(&url, received, wanted, &progress)).await;
+        }
+    }
+
+    /// Waits until nobody else downloads this, and tells how far they are.
+    async fn wait_for_others(&self, key: &str, url: &PlannedUrl, progress: &Progress) -> Result<FileLock> {
+        let path = self.download_lock(key);
+        let mut told = false;
+        loop {
+            if let Some(lock) = FileLock::attempt(&path, Mode::Exclusive)? {
+                return Ok(lock.transient());
+            }
+            if !told {
+                progress.notice(format!("waiting for another download of {}", masked(&url.url)));
+                told = true;
+            }
+            if let Ok(meta) = std::fs::metadata(self.part_path(key)) {
+                progress.bytes(&task(url), meta.len(), None);
+            }
+            time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Receives all of it. `None`: it is still what `known` says.
+    async fn receive(
+        &self,
+        job: &Job<'_>,
+        known: Option<&UrlRecord>,
+        anew: bool,
+    ) -> Result<Option<Received>> {
+        let Job { url, wanted, progress, .. } = *job;
+        let client = self.client()?;
+        let boot_id = process::boot_id()?;
+        let mut part = {
+            let (store, key, lock) = (self.clone(), job.key.to_owned(), job.lock.clone());
+            let trusted = url.sha256.is_some();
+            blocking(move || {
+                let mut part = Part::open(&store, &key, trusted, lock)?;
+                if anew {
+                    part.restart(None)?;
+                }
+                Ok(part)
+            })
+            .await?
+        };
+        if part.was_damaged() {
+            progress.notice(format!(
+                "{}: what was downloaded of it before has changed since; downloading it anew",
+                masked(&url.url)
+            ));
+        }
+        let stop = Stop::default();
+        let _stop = stop.on_drop();
+        let growth = part.growth();
+        let _end = EndOnDrop(growth.clone());
+        let mut unpacking = match wanted {
+            Wanted::Image { disk } => Some(self.unpack_along(&part, disk, progress, &stop)?),
+            Wanted::File => None,
+        };
+        let mut unpacked = None;
+        let mut resumed = false;
+        let (mut failures, mut furthest) = (0, part.len());
+        let mut backoff = self.options().backoff;
+        loop {
+            let (from, restarts) = (part.len(), growth.restarts());
+            let known = known.filter(|_| from == 0);
+            let attempt = async {
+                let origin = part.origin().cloned();
+                let what = match (&origin, known.map(|record| &record.validator)) {
+                    (Some(origin), _) if from > 0 => match &origin.if_range {
+                        Some(if_range) => Ask::Rest { from, if_range },
+                        None => Ask::All,
+                    },
+                    (_, Some(Validator::Http { etag, last_modified }))
+                        if etag.is_some() || last_modified.is_some() =>
+                    {
+                        Ask::IfChanged { etag: etag.as_deref(), last_modified: last_modified.as_deref() }
+                    }
+                    _ => Ask::All,
+                };
+                let answer =
+                    http::ask(client, &url.url, what, origin.as_ref(), self.options(), &boot_id).await;
+                match answer {
+                    Ok(answer) => self.transfer(part, answer, url, progress).await,
+                    Err(failure) => Ok((part, Err(failure))),
+                }
+            };
+            tokio::pin!(attempt);
+            let (back, outcome) = loop {
+                let Some(handle) = &mut unpacking else { break attempt.await? };
+                let early = tokio::select! {
+                    ended = &mut attempt => break ended?,
+                    early = handle => unpacked_along(early)?,
+                };
+                unpacking = None;
+                // No need to receive what there is no room for, on the host or on the disk. All else is judged when the
+                // checksum is.
+                match early {
+                    (_, Err(error))
+                        if matches!(error.kind(), ErrorKind::HostDiskFull | ErrorKind::InvalidInput) =>
+                    {
+                        return Err(error);
+                    }
+                    early => unpacked = Some(early),
+                }
+            };
+            part = back;
+            let failure = match outcome {
+                Ok(Transferred::NotModified) => {
+                    part.discard()?;
+                    return Ok(None);
+                }
+                Ok(Transferred::Whole) => {
+                    resumed = growth.restarts() == restarts && (resumed || from > 0);
+                    break;
+                }
+                Err(failure) => failure,
+            };
+            resumed = growth.restarts() == restarts && (resumed || from > 0);
+            if !failure.error.is_retryable() {
+                if part.len() == 0 || !part.is_resumable() {
+                    part.discard()?;
+                }
+                return Err(failure.error);
+            }
+            if part.len() >= furthest + WORTH_IT {
+                failures = 0;
+                backoff = self.options().backoff;
+            }
+            furthest = furthest.max(part.len());
+            failures += 1;
+            if failures >= self.options().attempts {
+                if part.len() == 0 || !part.is_resumable() {
+                    part.discard()?;
+                }
+                return Err(given_up(failure.error, failures, &part));
+            }
+            if failure.start_over || !part.is_resumable() {
+                part = blocking(move || {
+                    part.restart(None)?;
+                    Ok(part)
+                })
+                .await?;
+                resumed = false;
+            }
+            progress.notice(format!(
+                "{}: {}; trying again from {}",
+                masked(&url.url),
+                failure.error,
+                human(part.len())
+            ));
+            time::sleep(failure.retry_after.unwrap_or_default().max(backoff)).await;
+            backoff = (backoff * 2).min(LONGEST_BACKOFF);
+        }
+        growth.end(true);
+        if let Some(handle) = unpacking {
+            unpacked = Some(unpacked_along(handle.await)?);
+        }
+        let served = part.digest();
+        Ok(Some(Received { part, served, resumed, unpacked }))
+    }
+
+    /// Takes in what a server sends.
+    async fn transfer(
+        &self,
+        mut part: Part,
+        answer: Answer,
+        url: &PlannedUrl,
+        progress: &Progress,
+    ) -> Result<(Part, Result<Transferred, Failure>)> {
+        let mut response = match answer {
+            Answer::NotModified => return Ok((part, Ok(Transferred::NotModified))),
+            Answer::NoRest => return Ok((part, Ok(Transferred::Whole))),
+            Answer::Rest(response) => response,
+            Answer::All(response, origin) => {
+                part = blocking(move || {
+                    part.restart(Some(*origin))?;
+                    Ok(part)
+                })
+                .await?;
+                response
+            }
+        };
+        let total = part.origin().and_then(|origin| origin.total);
+        if let Err(error) = check_room(part.path(), part.len(), total) {
+            return Ok((part, Err(error.into())));
+        }
+        let task = task(url);
+        let mut done = part.len();
+        progress.bytes(&task, done, total);
+        let (sender, receiver) = mpsc::channel::<Bytes>(QUEUE);
+        let writer = tokio::task::spawn_blocking(move || part.append(receiver));
+        let stall = self.options().stall_timeout;
+        let received = loop {
+            match time::timeout(stall, response.chunk()).await {
+                Ok(Ok(Some(bytes))) => {
+                    done += bytes.len() as u64;
+                    if total.is_some_and(|total| done > total) {
+                        break Err(Error::new(
+                            ErrorKind::Download,
+                            format!("expected {} bytes, but found more", total.unwrap_or_default()),
+                        ));
+                    }
+                    // Closed: the writer failed, and says why below.
+                    if sender.send(bytes).await.is_err() {
+                        break Ok(());
+                    }
+                    progress.bytes(&task, done, total);
+                }
+                Ok(Ok(None)) => break Ok(()),
+                Ok(Err(error)) => break Err(http::broken(error)),
+                Err(_) => {
+                    break Err(Error::new(
+                        ErrorKind::Download,
+                        format!("the server sent nothing for {} s", stall.as_secs_f64()),
+                    ));
+                }
+            }
+        };
+        drop(sender);
+        let (part, written) = joined(writer.await)?;
+        let whole = match total {
+            Some(total) if part.len() != total => Err(Error::new(
+                ErrorKind::Download,
+                format!("expected {total} bytes, but found {}", part.len()),
+            )),
+            _ => Ok(Transferred::Whole),
+        };
+        let outcome = written.and(received).and(whole).map_err(Failure::from);
+        Ok((part, outcome))
+    }
+
+    /// Unpacks a download while it comes, on a thread of its own.
+    fn unpack_along(
+        &self,
+        part: &Part,
+        disk: Option<u64>,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<Unpacking> {
+        let (store, path, growth) = (self.clone(), part.path().to_owned(), part.growth());
+        let (progress, stop) = (progress.clone(), stop.clone());
+        let (sender, receiver) = oneshot::channel();
+        let work = move || {
+            let mut follower = match growth.follow(&path) {
+                Ok(follower) => follower,
+                Err(error) => return (growth.restarts(), Err(error)),
+            };
+            let restarts = follower.restarts();
+            let mut head = Vec::new();
+            let read = follower.by_ref().take(Packing::MAGIC_LENGTH as u64).read_to_end(&mut head);
+            let outcome = match (read, Packing::recognise(&head)) {
+                (Err(error), _) => Err(unpack::read_error(error)),
+                (Ok(_), None) => Ok(None),
+                (Ok(_), Some(packing)) => {
+                    let source = Cursor::new(head).chain(follower);
+                    unpack::unpack(&store, packing, source, disk, &progress, &stop).map(Some)
+                }
+            };
+            (restarts, outcome)
+        };
+        // Not a thread of the runtime's pool: it waits for the writer, which needs one of those.
+        std::thread::Builder::new()
+            .name("rudder-unpack".into())
+            .spawn(move || sender.send(work()))
+            .map_err(|error| Error::io("start a thread", error))?;
+        Ok(receiver)
+    }
+}
+
+/// What progress is reported under.
+fn task(url: &PlannedUrl) -> String {
+    format!("download {}", masked(&url.url))
+}
+
+/// What the unpacking thread said, unless it panicked.
+fn unpacked_along<T>(result: std::result::Result<T, oneshot::error::RecvError>) -> Result<T> {
+    result.map_err(|error| {
+        Error::new(ErrorKind::Internal, "the unpacking ended without a result").with_source(error)
+    })
+}
+
+/// The result of work on another thread.
+fn joined<T>(result: std::result::Result<T, tokio::task::JoinError>) -> Result<T> {
+    match result {
+        Ok(value) => Ok(value),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(error) => Err(Error::new(ErrorKind::Cancelled, "the program is ending").with_source(error)),
+    }
+}
+
+/// Fails at once where the rest would not fit.
+fn check_room(path: &Path, len: u64, total: Option<u64>) -> Result<()> {
+    let dir = durable::parent(path);
+    let (Some(total), Ok(stat)) = (total, rustix::fs::statvfs(dir)) else { return Ok(()) };
+    let (needed, free) = (total.saturating_sub(len), stat.f_bavail.saturating_mul(stat.f_frsize));
+    if needed <= free {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::HostDiskFull,
+        format!("expected {} of free space in {}, but found {}", human(needed), dir.display(), human(free)),
+    )
+    .with_help(durable::FREE_SPACE))
+}
+
+fn given_up(cause: Error, attempts: u32, part: &Part) -> Error {
+    let times = if attempts == 1 { "1 attempt".to_owned() } else { format!("{attempts} attempts") };
+    let error = Error::new(cause.kind(), format!("the download failed after {times}"));
+    let help = match cause.help() {
+        Some(help) => help.to_owned(),
+        None if part.len() > 0 && part.is_resumable() => {
+            format!(
+                "try again later: {} are here already, and the download goes on from there",
+                human(part.len())
+            )
+        }
+        None => "try again later".to_owned(),
+    };
+    error.with_help(help).with_source(cause)
+}

@@ -1,0 +1,90 @@
+//! How a whole download becomes a blob: its checksum is compared, its image recognised and unpacked.
+
+use super::{
+    Store,
+    blob::{UrlRecord, Validator},
+    download::{Received, Wanted},
+    durable,
+    fetch::Got,
+    format, masked,
+    unpack::{self, Packing, Stop},
+};
+use rudder_core::{ErrorKind, Result, backend::Progress, plan::PlannedUrl};
+
+impl Store {
+    /// Makes a whole download a blob, after it was judged.
+    pub(super) fn enter(
+        &self,
+        url: &PlannedUrl,
+        received: Received,
+        wanted: Wanted,
+        progress: &Progress,
+    ) -> Result<Got> {
+        let Received { part, served, unpacked, .. } = received;
+        let size = part.len();
+        let origin = part.origin();
+        let record = UrlRecord {
+            url: masked(&url.url),
+            served,
+            size,
+            fetched: jiff::Timestamp::now(),
+            validator: Validator::Http {
+                etag: origin.and_then(|origin| origin.etag.clone()),
+                last_modified: origin.and_then(|origin| origin.last_modified.clone()),
+            },
+        };
+        if let Err(mut mismatch) = Self::verify(url, &served) {
+            if wanted.is_image()
+                && Packing::of_file(part.path())?.is_none()
+                && let Err(error) = format::recognise_file(part.path())
+            {
+                mismatch = mismatch.with_help(format!("what came is no image: {error}; check the URL"));
+            }
+            self.insert_blob(part.path(), &served)?;
+            self.write_url_record(&url.url, &record)?;
+            part.discard()?;
+            return Err(mismatch);
+        }
+        let got = match (wanted, Packing::of_file(part.path())?) {
+            (Wanted::File, _) => Got::file(served, size, self.insert_blob(part.path(), &served)?),
+            (Wanted::Image { disk }, None) => {
+                // What is no image is not worth keeping: the server may have the right one the next time.
+                if let Err(error) = format::recognise_file(part.path()) {
+                    part.discard()?;
+                    return Err(error);
+                }
+                let lease = self.insert_blob(part.path(), &served)?;
+                let image = self.image_of_blob(&served, lease, disk, progress, &Stop::default())?;
+                Got::image(served, image)
+            }
+            (Wanted::Image { disk }, Some(packing)) => {
+                let unpacked = match unpacked {
+                    Some((restarts, Ok(Some(unpacked)))) if restarts == part.growth().restarts() => {
+                        Ok(unpacked)
+                    }
+                    // It was begun on what came before the download started over, or it failed: this is the whole.
+                    _ => std::fs::File::open(part.path())
+                        .map_err(|error| durable::io_error("read", part.path(), error))
+                        .and_then(|file| {
+                            unpack::unpack(self, packing, file, disk, progress, &Stop::default())
+                        }),
+                };
+                let entered =
+                    unpacked.and_then(|unpacked| self.enter_unpacked(&served, size, unpacked, progress));
+                match entered {
+                    Ok(entered) => Got::image(served, entered),
+                    Err(error) => {
+                        // What is no image is not worth keeping; what found no room to be unpacked is.
+                        if error.kind() == ErrorKind::InvalidImage {
+                            part.discard()?;
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        self.write_url_record(&url.url, &record)?;
+        part.discard()?;
+        Ok(got)
+    }
+}

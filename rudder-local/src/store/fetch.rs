@@ -1,0 +1,115 @@
+//! From a URL to a blob: the cache first, then a file or a server.
+
+use super::{
+    Lease, Store, blob::ImageRecord, blocking, download::Wanted, durable::io_error, unpack::Stop,
+    verified::Condition,
+};
+use rudder_core::{Error, ErrorKind, Result, backend::Progress, digest::Digest, plan::PlannedUrl};
+use std::{fs, path::PathBuf};
+
+/// What was wanted, in the store.
+#[derive(Debug, Clone)]
+pub(super) struct Got {
+    /// sha256 of the bytes as served.
+    pub(super) served: Digest,
+    /// How many there were.
+    pub(super) size: u64,
+    /// Which blob the image became, if an image was wanted.
+    pub(super) image: Option<ImageRecord>,
+    /// Keeps the blob.
+    pub(super) lease: Lease,
+}
+
+impl Got {
+    pub(super) fn image(served: Digest, (image, lease): (ImageRecord, Lease)) -> Self {
+        Self { served, size: image.served_size, image: Some(image), lease }
+    }
+
+    pub(super) fn file(served: Digest, size: u64, lease: Lease) -> Self {
+        Self { served, size, image: None, lease }
+    }
+}
+
+impl Store {
+    /// Brings what a URL gives into the store, unless it is there.
+    pub(super) async fn obtain(&self, url: &PlannedUrl, wanted: Wanted, progress: &Progress) -> Result<Got> {
+        rudder_core::runtime::check()?;
+        // The promised bytes are here: then nobody is asked.
+        if let Some(promised) = url.sha256
+            && let Some(got) = self.held(&promised, wanted, progress).await?
+        {
+            return Ok(got);
+        }
+        let obtained = match url.url.scheme() {
+            "http" | "https" => self.download(url, wanted, progress).await,
+            "file" => {
+                let stop = Stop::default();
+                let _guard = stop.on_drop();
+                let (store, url, progress) = (self.clone(), url.clone(), progress.clone());
+                blocking(move || store.copy_in(&url, wanted, &progress, &stop)).await
+            }
+            other => Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("expected a URL with http, https or file, but found {other}"),
+            )),
+        };
+        let Err(error) = obtained else { return obtained };
+        let (store, url) = (self.clone(), url.clone());
+        // Whoever could have worked from the cache wants to know why not.
+        Err(match blocking(move || store.damaged_copy(&url)).await? {
+            Some(path) => error.with_context("damaged cached file", path.display()),
+            None => error,
+        })
+    }
+
+    /// Where the cached bytes of a URL are, if they are damaged.
+    fn damaged_copy(&self, url: &PlannedUrl) -> Result<Option<PathBuf>> {
+        let served = url.sha256.or(self.url_record(&url.url)?.map(|record| record.served));
+        let Some(served) = served else { return Ok(None) };
+        let stored = self.image_record(&served)?.map(|record| record.stored);
+        for digest in [Some(served), stored].into_iter().flatten() {
+            let path = self.blob_path(&digest);
+            let condition = self.examine(&path, &digest, None, &Progress::none(), &Stop::default())?;
+            if matches!(condition, Condition::Damaged(_)) {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What these served bytes are, if they are here.
+    pub(super) async fn held(
+        &self,
+        served: &Digest,
+        wanted: Wanted,
+        progress: &Progress,
+    ) -> Result<Option<Got>> {
+        let stop = Stop::default();
+        let _guard = stop.on_drop();
+        let (store, served, progress) = (self.clone(), *served, progress.clone());
+        blocking(move || {
+            if wanted.is_image()
+                && let Some(known) = store.known_image(&served, &progress, &stop)?
+            {
+                return Ok(Some(Got::image(served, known)));
+            }
+            let Some(lease) = store.lease_blob(&served, None, &progress, &stop)? else { return Ok(None) };
+            Ok(Some(match wanted {
+                // They came as a file, or with a checksum that was wrong then: now they become an image.
+                Wanted::Image { disk } => {
+                    Got::image(served, store.image_of_blob(&served, lease, disk, &progress, &stop)?)
+                }
+                Wanted::File => {
+                    let path = store.blob_path(&served);
+                    let size = fs::metadata(&path).map_err(|error| io_error("read", &path, error))?.len();
+                    Got::file(served, size, lease)
+                }
+            }))
+        })
+        .await
+    }
+
+    pub(super) fn download_lock(&self, key: &str) -> PathBuf {
+        self.lock_path(&format!("download-{key}"))
+    }
+}

@@ -1,0 +1,307 @@
+//! Files that are no disk image, or one in a format that is not supported: what each is, and what to do with it.
+//!
+//! Sources of the signatures: file(1)'s database; QEMU's `block/`; Android's `sparse_format.h`; Linux' `boot.rst`, "The
+//! real-mode kernel header"; [MS-WIM]; PKWARE's APPNOTE; POSIX pax; libewf's and AFFLIB's documentation.
+
+use super::{Image, invalid};
+use rudder_core::Error;
+use std::{borrow::Cow, io};
+
+/// What to do with a file.
+#[derive(Clone, Copy)]
+enum Advice {
+    /// It is an image: QEMU converts it, with this as the name of the format.
+    Convert(&'static str),
+    /// A command makes an image of it.
+    Run(&'static str),
+    /// It may hold an image.
+    TakeOut,
+    /// It is packed in another way than is supported.
+    Repack,
+    /// It is something else altogether.
+    CheckUrl,
+}
+
+use Advice::{CheckUrl, Convert, Repack, Run, TakeOut};
+
+impl Advice {
+    fn text(self) -> Cow<'static, str> {
+        match self {
+            Convert(driver) => format!("convert it: qemu-img convert -f {driver} -O qcow2 FILE disk.qcow2").into(),
+            Run(what) => what.into(),
+            TakeOut => "take the disk image out of it, and give that".into(),
+            Repack => "unpack it, and give the disk image as it is or packed with gz, xz, zst or bz2".into(),
+            CheckUrl => "check that the URL gives qcow2, raw, vmdk, vdi, vhd or vhdx, plain or packed with gz, xz, zst or bz2"
+                .into(),
+        }
+    }
+}
+
+/// Bytes that no disk begins with: where, which, what they tell, and what to do.
+const SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
+    // Disk images in other formats.
+    (0, b"QED\0", "a QED image", Convert("qed")),
+    (0, b"WithoutFreeSpace", "a Parallels image", Convert("parallels")),
+    (0, b"WithouFreSpacExt", "a Parallels image", Convert("parallels")),
+    (0, b"Bochs Virtual HD Image", "a Bochs image", Convert("bochs")),
+    (0, b"#!/bin/sh\n#V2.0 Format\n", "a cloop image", Convert("cloop")),
+    (0, b"COWD", "a VMDK image in ESX's old COWD format", Convert("vmdk")),
+    (0, b"\xbe\xba\xfe\xca\0\0\0\0", "a VMDK image in VMware's SESparse format", Convert("vmdk")),
+    (0, b"OOOM", "a COW image of User Mode Linux", Run("convert it: uml_moo -b BACKING FILE disk.img")),
+    (
+        0,
+        b"LUKS\xba\xbe",
+        "a disk that is encrypted with LUKS",
+        Run("decrypt it: cryptsetup open FILE NAME, and copy /dev/mapper/NAME"),
+    ),
+    (
+        0,
+        b"-FVE-FS-",
+        "a disk that is encrypted with BitLocker",
+        Run("decrypt it on Windows, and make an image of the result"),
+    ),
+    (
+        3,
+        b"-FVE-FS-",
+        "a disk that is encrypted with BitLocker",
+        Run("decrypt it on Windows, and make an image of the result"),
+    ),
+    (0, b"\x3a\xff\x26\xed", "an Android sparse image", Run("convert it: simg2img FILE disk.img")),
+    (0, b"ANDROID!", "an Android boot image", CheckUrl),
+    (
+        0,
+        b"MSWIM\0\0\0",
+        "a Windows image (WIM), which holds files and no disk",
+        Run("install from the ISO that it comes from"),
+    ),
+    (
+        0,
+        b"WLPWM\0\0\0",
+        "a Windows image (WIM), which holds files and no disk",
+        Run("install from the ISO that it comes from"),
+    ),
+    (0, b"EVF\x09\x0d\x0a\xff\0", "an EnCase image (EWF)", Run("convert it: ewfexport -t disk -f raw FILE")),
+    (0, b"EVF2\r\n\x81\0", "an EnCase image (EWF)", Run("convert it: ewfexport -t disk -f raw FILE")),
+    (0, b"LVF\x09\x0d\x0a\xff\0", "an EnCase image (EWF)", Run("convert it: ewfexport -t disk -f raw FILE")),
+    (0, b"AFF10\r\n\0", "an AFF image", Run("convert it: affconvert -r FILE")),
+    (0, b"AFF\0", "an AFF image", Run("convert it: affconvert -r FILE")),
+    (
+        0,
+        b"encrcdsa",
+        "an encrypted image of macOS",
+        Run("decrypt it on macOS: hdiutil convert -format UDRW FILE"),
+    ),
+    (
+        0,
+        b"sprs",
+        "a sparse image of macOS",
+        Run("convert it on macOS: hdiutil convert -format UDTO -o disk FILE"),
+    ),
+    (0, b"VMA\0", "a Proxmox backup (VMA)", Run("take the disk out: vma extract FILE DIRECTORY")),
+    (0, b"PaRtImAgE-VoLuMe", "a backup of Partimage", Run("restore it to a disk, and make an image of that")),
+    (
+        0,
+        b"partclone-image",
+        "a backup of Partclone",
+        Run("restore it to a disk: partclone.restore -s FILE -o disk.img"),
+    ),
+    (
+        0,
+        b"\0ntfsclone-image",
+        "a backup of ntfsclone",
+        Run("restore it to a disk: ntfsclone --restore-image -o disk.img FILE"),
+    ),
+    (0, b"FsArCh_", "a backup of FSArchiver", Run("restore it to a disk, and make an image of that")),
+    (0, b"QEVM", "the saved memory of a machine", CheckUrl),
+    (0, b"LinuxGuestRecord", "the saved memory of a machine", CheckUrl),
+    (0, b"\xd2\xbe\xd2\xbe", "the saved memory of a machine", CheckUrl),
+    // File systems that no firmware boots from, and that nothing can be written to.
+    (
+        0,
+        b"hsqs",
+        "a squashfs file system, which is no disk that boots",
+        Run("make a disk of its files: unsquashfs -d DIRECTORY FILE"),
+    ),
+    (
+        0,
+        b"sqsh",
+        "a squashfs file system, which is no disk that boots",
+        Run("make a disk of its files: unsquashfs -d DIRECTORY FILE"),
+    ),
+    (0, b"\x45\x3d\xcd\x28", "a cramfs file system, which is no disk that boots", CheckUrl),
+    (0, b"-rom1fs-", "a romfs file system, which is no disk that boots", CheckUrl),
+    (1024, b"\xe2\xe1\xf5\xe0", "an EROFS file system, which is no disk that boots", CheckUrl),
+    // Archives.
+    (0, b"PK\x03\x04", "a zip archive", TakeOut),
+    (0, b"PK\x05\x06", "an empty zip archive", CheckUrl),
+    (0, b"PK\x07\x08", "a zip archive", TakeOut),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", TakeOut),
+    (0, b"Rar!", "a rar archive", TakeOut),
+    (0, b"MSCF", "a cabinet archive of Windows", TakeOut),
+    (0, b"xar!", "a package of macOS", TakeOut),
+    (0, b"!<arch>", "a Debian package or ar archive", TakeOut),
+    (0, b"\xed\xab\xee\xdb", "an RPM package", TakeOut),
+    (0, b"070701", "a cpio archive", TakeOut),
+    (0, b"070702", "a cpio archive", TakeOut),
+    (0, b"070707", "a cpio archive", TakeOut),
+    (0, b"\x04\x22\x4d\x18", "an lz4 file, which is not supported (use zstd)", Repack),
+    (0, b"\x02\x21\x4c\x18", "an lz4 file, which is not supported (use zstd)", Repack),
+    (0, b"LZIP", "an lzip file, which is not supported", Repack),
+    (0, b"\x89LZO\0\r\n\x1a\n", "an lzop file, which is not supported", Repack),
+    (0, b"\xff\x06\0\0sNaPpY", "a snappy file, which is not supported", Repack),
+    // Programs, kernels and firmware.
+    (0, b"\x7fELF", "a program or kernel (ELF)", CheckUrl),
+    (0, b"\xcf\xfa\xed\xfe", "a program of macOS", CheckUrl),
+    (0, b"\xca\xfe\xba\xbe", "a program (Java or macOS)", CheckUrl),
+    (514, b"HdrS", "a Linux kernel", CheckUrl),
+    (0x38, b"ARM\x64", "a Linux kernel", CheckUrl),
+    (0x30, b"RISCV\0\0\0", "a Linux kernel", CheckUrl),
+    (0, b"\x27\x05\x19\x56", "a U-Boot image", CheckUrl),
+    (0, b"\xd0\x0d\xfe\xed", "a device tree or FIT image", CheckUrl),
+    (0x28, b"_FVH", "firmware (UEFI)", CheckUrl),
+    // Documents.
+    (0, b"%PDF", "a PDF document", CheckUrl),
+    (0, b"\x89PNG", "a picture", CheckUrl),
+    (0, b"\xff\xd8\xff", "a picture", CheckUrl),
+    (0, b"GIF8", "a picture", CheckUrl),
+    (0, b"SQLite format 3\0", "a database", CheckUrl),
+    (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an installer or document of Windows", CheckUrl),
+];
+
+/// Signatures so short that boot code may begin with them: they count where there is no sign of a disk.
+const SHORT_SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
+    (0, b"\xc7\x71", "a cpio archive", TakeOut),
+    (0, b"\x5d\0\0", "an lzma file, which is not supported (use xz)", Repack),
+    (0, b"\x1f\x9d", "a file packed with compress, which is not supported", Repack),
+    (0, b"MZ", "a program of Windows or UEFI", CheckUrl),
+];
+
+/// A format that its beginning or end tells for sure.
+pub(super) fn by_signature(image: &Image) -> io::Result<Option<Error>> {
+    if image.head.starts_with(b"# Disk DescriptorFile") {
+        return Ok(Some(invalid(
+            "expected a disk image, but found a VMDK descriptor, which only names the files that hold the disk",
+            "give one file that holds the disk: qemu-img convert -O qcow2 disk.vmdk disk.qcow2",
+        )));
+    }
+    if let Some(found) = signature(SIGNATURES, &image.head) {
+        return Ok(Some(found));
+    }
+    if is_tar(&image.head) {
+        return tar(image).map(Some);
+    }
+    // An image of macOS ends with what it is.
+    if let Some(trailer) = image.size.checked_sub(512)
+        && image.bytes(trailer, 8)? == b"koly\0\0\0\x04"
+    {
+        return Ok(Some(error("a disk image of macOS (DMG)", Convert("dmg").text())));
+    }
+    Ok(None)
+}
+
+/// What a file that has no sign of a disk may be otherwise.
+pub(super) fn by_shape(head: &[u8]) -> Option<Error> {
+    let text = || text(head).map(|(what, advice)| error(what, advice.text()));
+    signature(SHORT_SIGNATURES, head).or_else(text)
+}
+
+fn signature(signatures: &[(usize, &[u8], &str, Advice)], head: &[u8]) -> Option<Error> {
+    let found = signatures.iter().find(|(at, magic, ..)| head.get(*at..at + magic.len()) == Some(*magic));
+    found.map(|(_, _, what, advice)| error(what, advice.text()))
+}
+
+/// What kind of text this is, if it is text.
+fn text(head: &[u8]) -> Option<(&'static str, Advice)> {
+    if head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff") {
+        return Some(("a text file", CheckUrl));
+    }
+    // Text has no zero bytes and hardly any control characters; the end of the head may cut a character in two.
+    let whole = match std::str::from_utf8(head) {
+        Ok(_) => true,
+        Err(error) => error.error_len().is_none() && error.valid_up_to() > 0,
+    };
+    let control = |byte: &u8| *byte < 0x20 && !matches!(byte, b'\n' | b'\r' | b'\t' | 0x0c | 0x1b);
+    let plain = whole && !head.iter().any(control);
+    let begin = String::from_utf8_lossy(&head[..head.len().min(512)]).to_ascii_lowercase();
+    let begin = begin.trim_start_matches('\u{feff}').trim_start();
+    let starts = |with: &[&str]| with.iter().any(|with| begin.starts_with(with));
+    // Pages in other encodings are no plain text here.
+    if starts(&["<!doctype html", "<html", "<head", "<body", "<script", "<meta", "<title", "<!--"]) {
+        return Some((
+            "a web page",
+            Run("open the URL in a browser: it may want a login, or be a page about the image"),
+        ));
+    }
+    if starts(&["<?xml", "<error>", "<metalink"]) {
+        return Some(("an XML document", Run("read it: it may say why the server did not give the image")));
+    }
+    if starts(&["d8:announce", "d10:created by", "d13:announce-list", "d4:info"]) {
+        return Some(("a torrent file", Run("download what it names, and give that")));
+    }
+    if !plain {
+        return None;
+    }
+    Some(if starts(&["version https://git-lfs.github.com/"]) {
+        (
+            "a pointer of Git LFS, which stands for the file",
+            Run("give the URL of the file itself, or run: git lfs pull"),
+        )
+    } else if starts(&["{", "["]) {
+        ("a JSON document", Run("read it: it may say why the server did not give the image"))
+    } else if starts(&["-----begin "]) {
+        ("a signature or key", Run("give the URL of the image that it is for"))
+    } else {
+        ("a text file", CheckUrl)
+    })
+}
+
+/// Whether this is the header of an archive (POSIX pax, "ustar Interchange Format"), old archives included: it carries the
+/// sum of its bytes, with spaces in the place of the sum.
+fn is_tar(head: &[u8]) -> bool {
+    let Some(header) = head.get(..512) else { return false };
+    if &header[257..262] == b"ustar" {
+        return true;
+    }
+    let sum = octal(&header[148..156]);
+    let bytes = header[..148].iter().chain(b"        ").chain(&header[156..]);
+    sum.is_some_and(|sum| sum > 8 * 32 && sum == bytes.map(|byte| u64::from(*byte)).sum::<u64>())
+}
+
+fn octal(field: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(field).ok()?;
+    u64::from_str_radix(text.trim_matches([' ', '\0']), 8).ok()
+}
+
+/// An archive, and the disk in it if it is among the first files.
+fn tar(image: &Image) -> io::Result<Error> {
+    const DISKS: [&str; 7] = [".vmdk", ".qcow2", ".vhdx", ".vhd", ".vdi", ".raw", ".img"];
+    let (mut at, mut disk, mut appliance) = (0, None, false);
+    for _ in 0..64 {
+        let header = image.bytes(at, 512)?;
+        if !is_tar(&header) {
+            break;
+        }
+        let name: Vec<u8> = header[..100].iter().copied().take_while(|byte| *byte != 0).collect();
+        let name = String::from_utf8_lossy(&name).into_owned();
+        let lower = name.to_ascii_lowercase();
+        appliance |= lower.ends_with(".ovf");
+        if disk.is_none() && DISKS.iter().any(|end| lower.ends_with(end)) {
+            disk = Some(name);
+        }
+        let Some(size) = octal(&header[124..136]) else { break };
+        at += 512 + size.next_multiple_of(512);
+    }
+    let what = if appliance { "an appliance (OVA, a tar archive)" } else { "a tar archive" };
+    let help = match disk {
+        // What could be more than a name to a shell is not part of a command.
+        Some(disk) if disk.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte)) => {
+            format!("take the disk out, and give that: tar -xf FILE {disk}").into()
+        }
+        _ => TakeOut.text(),
+    };
+    Ok(error(what, help))
+}
+
+fn error(what: &str, help: Cow<'static, str>) -> Error {
+    invalid(format!("expected a disk image, but found {what}"), help)
+}

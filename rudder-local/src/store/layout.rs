@@ -1,0 +1,279 @@
+//! The directory of a store: the marker that makes it one, the directories in it, and who may use it.
+//!
+//! A store is a directory with a marker, or an empty one that becomes a store now. Anything else is refused unchanged: a store
+//! removes what it does not need, and must never do that in a directory of somebody's own files.
+
+use super::{
+    durable::{self, io_error},
+    entries,
+    identity::DirectoryIdentity,
+};
+use rudder_core::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs, io,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+/// The marker of a store.
+pub(super) const MARKER: &str = "rudder-store.json";
+
+/// The prefix of a marker that is being written.
+pub(super) const MARKER_TEMPORARY: &str = ".rudder-store-";
+
+/// The version of the layout.
+const FORMAT: u32 = 1;
+
+/// The directories of a store, parents first.
+const DIRECTORIES: [&str; 11] = [
+    "blobs",
+    "blobs/sha256",
+    "modules",
+    "index",
+    "index/urls",
+    "index/images",
+    "index/kept",
+    "index/verified",
+    "downloads",
+    "labs",
+    "locks",
+];
+
+/// What the marker says.
+#[derive(Debug, Serialize, Deserialize)]
+struct Marker {
+    /// The version of the layout.
+    format: u32,
+    /// A random name: tells stores apart that are at the same path in different containers. A copy has that of its original.
+    #[serde(default)]
+    id: String,
+    /// For whoever finds the file.
+    #[serde(default)]
+    note: String,
+}
+
+/// A store whose directory was checked.
+#[derive(Debug)]
+pub(super) struct Opened {
+    /// Its directory, without symbolic links.
+    pub(super) root: PathBuf,
+    /// Its random name; empty when the marker has none.
+    pub(super) id: String,
+    /// Which directory it is.
+    pub(super) directory: DirectoryIdentity,
+}
+
+/// Opens the store in a directory, or makes one where there is nothing yet.
+pub(super) fn open(path: &Path) -> Result<Opened> {
+    let root = find_or_create(path)?;
+    expect_own(&root)?;
+    let (marker, adopted) = match read_marker(&root)? {
+        Some(marker) => (marker, false),
+        None => adopt(&root)?,
+    };
+    // All of them are looked at before the first is made: a store that is refused is left unchanged.
+    let mut missing = Vec::new();
+    for directory in DIRECTORIES {
+        let path = root.join(directory);
+        match fs::symlink_metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(path),
+            Err(error) => return Err(io_error("read", &path, error)),
+            Ok(_) => {
+                durable::expect_dir(&path)?;
+                expect_own(&path)?;
+            }
+        }
+    }
+    // A copy, or a store of an earlier version: its files are as open as its directory.
+    if adopted || is_open_to_others(&root)? {
+        entries::make_private(&root)?;
+    }
+    for directory in DIRECTORIES.map(|directory| root.join(directory)) {
+        if !missing.contains(&directory) && is_open_to_others(&directory)? {
+            make_private(&directory)?;
+        }
+    }
+    for directory in missing {
+        unless_read_only(durable::make_dir(&directory))?;
+    }
+    if is_open_to_others(&root)? {
+        make_private(&root)?;
+    }
+    let directory = DirectoryIdentity::of(&root)?;
+    Ok(Opened { root, id: marker.id, directory })
+}
+
+/// The directory itself, without symbolic links; creates it where there is none.
+fn find_or_create(path: &Path) -> Result<PathBuf> {
+    let path = std::path::absolute(path).map_err(|error| io_error("open", path, error))?;
+    match fs::canonicalize(&path) {
+        Ok(root) => {
+            durable::expect_dir(&root)?;
+            Ok(root)
+        }
+        // A symbolic link that leads nowhere is not replaced.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(&path).is_err() => {
+            durable::make_dir(&path)?;
+            fs::canonicalize(&path).map_err(|error| io_error("open", &path, error))
+        }
+        Err(error) => Err(io_error("open", &path, error)),
+    }
+}
+
+/// Makes a store of an empty directory, or recognises one that was made before there were markers. Says whether it was the latter.
+fn adopt(root: &Path) -> Result<(Marker, bool)> {
+    let names = names(root)?;
+    let is_new = names.iter().all(|name| name.starts_with(MARKER_TEMPORARY));
+    if is_new {
+        expect_unshared(root)?;
+    } else {
+        // Another process may have made the store between the two looks.
+        let foreign = entries::foreign(root)?;
+        if let Some(marker) = read_marker(root)? {
+            return Ok((marker, false));
+        }
+        if let Some(entry) = foreign {
+            return Err(refusal(root, &entry));
+        }
+    }
+    let marker = Marker {
+        format: FORMAT,
+        id: format!("{:032x}", rand::random::<u128>()),
+        note: "Rudder keeps inputs, modules and labs in this directory, and removes what it does not need any more."
+            .to_owned(),
+    };
+    match write_marker(root, &marker) {
+        Ok(()) => Ok((marker, !is_new)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let there = read_marker(root)?;
+            there.map(|marker| (marker, !is_new)).ok_or_else(|| io_error("mark", root, error))
+        }
+        // It can be read as well without.
+        Err(error) if !is_new && error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok((marker, false)),
+        Err(error) => Err(io_error("mark the store in", root, error)),
+    }
+}
+
+fn refusal(root: &Path, entry: &Path) -> Error {
+    let message = format!(
+        "expected a store or an empty directory at {}, but found {} in it and no {MARKER}",
+        root.display(),
+        entry.display(),
+    );
+    Error::new(ErrorKind::InvalidInput, message).with_help(
+        "name a new or an empty directory; if this is a store of an earlier version, move out of it what is not Rudder's",
+    )
+}
+
+/// Reads the marker; `None` when there is none.
+fn read_marker(root: &Path) -> Result<Option<Marker>> {
+    let path = root.join(MARKER);
+    let bytes = match durable::read_regular(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error("read the marker of a store,", &path, error)),
+    };
+    let damaged = |detail: &str| {
+        let message = format!("expected the marker of a store in {}, but found {detail}", path.display());
+        Error::new(ErrorKind::InvalidInput, message).with_help(format!(
+            "if the directory is a store of Rudder, write {{\"format\": {FORMAT}}} into the file; otherwise name another directory"
+        ))
+    };
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| {
+        damaged(if bytes.is_empty() { "an empty file" } else { "no JSON" }).with_source(error)
+    })?;
+    // The number first: what else a later version writes is not for this one to judge.
+    match value.get("format").and_then(serde_json::Value::as_u64) {
+        None | Some(0) => Err(damaged("no format number")),
+        Some(format) if format > u64::from(FORMAT) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("expected a store of format {FORMAT} at {}, but found format {format}", root.display()),
+        )
+        .with_help("a later version of Rudder uses this store: use that version, or name another directory")),
+        Some(_) => {
+            let marker = serde_json::from_value(value);
+            Ok(Some(marker.map_err(|error| damaged("other fields than expected").with_source(error))?))
+        }
+    }
+}
+
+/// Writes the marker, unless there is one: the first of several processes wins.
+fn write_marker(root: &Path, marker: &Marker) -> io::Result<()> {
+    let mut file = tempfile::Builder::new().prefix(MARKER_TEMPORARY).tempfile_in(root)?;
+    serde_json::to_writer_pretty(&mut file, marker)?;
+    io::Write::write_all(&mut file, b"\n")?;
+    durable::seal(file.as_file())?;
+    file.persist_noclobber(root.join(MARKER)).map_err(|error| error.error)?;
+    fs::File::open(root)?.sync_all()
+}
+
+fn names(directory: &Path) -> Result<Vec<String>> {
+    let failed = |error| io_error("list", directory, error);
+    let listing = fs::read_dir(directory).map_err(failed)?;
+    listing.map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+/// Fails for a directory of another user, also when root asks: files that root leaves there, its owner could not use.
+fn expect_own(path: &Path) -> Result<()> {
+    let owner = fs::symlink_metadata(path).map_err(|error| io_error("read", path, error))?.uid();
+    let own = rustix::process::geteuid().as_raw();
+    if owner == own {
+        return Ok(());
+    }
+    let message = format!(
+        "expected a store of user {own} (who runs this), but found that {} belongs to user {owner}",
+        path.display()
+    );
+    Err(Error::new(ErrorKind::InvalidInput, message)
+        .with_help("run as the owner of the store, or name another directory, with RUDDER_STORE for example"))
+}
+
+/// Fails for a directory that others are meant to put files into, such as an empty `/tmp`.
+fn expect_unshared(root: &Path) -> Result<()> {
+    let mode = fs::metadata(root).map_err(|error| io_error("read", root, error))?.mode();
+    if mode & 0o1000 == 0 {
+        return Ok(());
+    }
+    let message = format!(
+        "expected a directory for a store, but {} is shared between users (it has the sticky bit)",
+        root.display()
+    );
+    Err(Error::new(ErrorKind::InvalidInput, message).with_help("name a new directory in it"))
+}
+
+fn is_open_to_others(path: &Path) -> Result<bool> {
+    let meta = fs::symlink_metadata(path).map_err(|error| io_error("read", path, error))?;
+    Ok(meta.mode() & 0o077 != 0)
+}
+
+/// Takes a directory or a regular file of the store from everybody but its owner.
+pub(super) fn make_private(path: &Path) -> Result<()> {
+    let change = || -> io::Result<()> {
+        let meta = fs::symlink_metadata(path)?;
+        // Opened, so that nothing else is changed that comes to be at this path now.
+        let (file, mode) = if meta.is_dir() {
+            (fs::File::open(path)?, meta.mode() & 0o7700)
+        } else {
+            (durable::open_regular(path)?, durable::FILE_MODE)
+        };
+        file.set_permissions(fs::Permissions::from_mode(mode))
+    };
+    match change() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => unless_read_only(other.map_err(|error| io_error("change the permissions of", path, error))),
+    }
+}
+
+/// A store on a file system that cannot be written to can still be read.
+fn unless_read_only(outcome: Result<()>) -> Result<()> {
+    let is_read_only = |error: &Error| {
+        std::error::Error::source(error)
+            .and_then(|source| source.downcast_ref::<io::Error>())
+            .is_some_and(|error| error.kind() == io::ErrorKind::ReadOnlyFilesystem)
+    };
+    match outcome {
+        Err(error) if is_read_only(&error) => Ok(()),
+        other => other,
+    }
+}

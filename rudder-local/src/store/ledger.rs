@@ -1,0 +1,108 @@
+//! Ledgers: what is written down about a lab, so that others can clean up behind a dead owner.
+
+use super::{
+    Use,
+    durable::{self, io_error},
+    identity::DirectoryIdentity,
+    process::ProcessIdentity,
+};
+use rudder_core::{Error, ErrorKind, Result, backend::LabId};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// The file of a ledger, in the directory of its lab.
+pub(super) const LEDGER: &str = "ledger.json";
+
+/// What is written down about a lab.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Ledger {
+    /// The lab.
+    pub id: LabId,
+    /// What it is for: the name of a build or clone.
+    pub purpose: String,
+    /// Who opened it.
+    pub owner: ProcessIdentity,
+    /// When.
+    pub created: jiff::Timestamp,
+    /// Whether it may be kept, and was.
+    pub kept: bool,
+    /// Processes that belong to it.
+    pub processes: Vec<RecordedProcess>,
+    /// Blobs and modules that it needs.
+    pub uses: Vec<Use>,
+    /// The directory that it was written for: in a copy of the store, its processes are those of the original. `None` in ledgers of
+    /// earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<DirectoryIdentity>,
+}
+
+/// A process of a lab.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordedProcess {
+    /// What it is: `qemu of web`.
+    pub role: String,
+    /// Who it is.
+    #[serde(flatten)]
+    pub identity: ProcessIdentity,
+}
+
+/// Whether a lab is in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LabState {
+    /// Its owner lives.
+    Living,
+    /// Its owner is gone; it is reaped.
+    Dead,
+    /// It was kept for inspection; it stays until it is removed.
+    Kept,
+    /// Its ledger is missing or cannot be read: nothing of it is touched.
+    Unknown,
+}
+
+/// A lab that was found in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LabEntry {
+    /// Its id: the name of its directory.
+    pub id: String,
+    /// Its directory.
+    pub path: PathBuf,
+    /// Whether it is in use.
+    pub state: LabState,
+    /// What is written down about it; `None` when that cannot be read.
+    pub ledger: Option<Ledger>,
+}
+
+/// Reads the ledger of a lab; `None` when the lab itself is gone by now.
+///
+/// # Errors
+/// `InvalidInput` when it is missing or cannot be read; the message names the file.
+pub(super) fn read(lab: &Path, id: &str) -> Result<Option<Ledger>> {
+    let path = lab.join(LEDGER);
+    let damaged = |found: &str| {
+        let message = format!("expected the ledger of lab {id} in {}, but {found}", path.display());
+        Error::new(ErrorKind::InvalidInput, message).with_help(format!(
+            "if nothing of the lab runs any more, remove {} by hand; until then it stays, with all cached inputs",
+            lab.display()
+        ))
+    };
+    let bytes = match durable::read_regular(&path) {
+        Ok(bytes) => bytes,
+        Err(_) if fs::symlink_metadata(lab).is_err() => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(damaged("there is none")),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(io_error("read", &path, error));
+        }
+        Err(error) => return Err(damaged("it cannot be read").with_source(error)),
+    };
+    let ledger: Ledger = serde_json::from_slice(&bytes)
+        .map_err(|error| damaged("it is not what was written").with_source(error))?;
+    if ledger.id.as_str() != id {
+        return Err(damaged(&format!("it is that of lab {}", ledger.id)));
+    }
+    Ok(Some(ledger))
+}

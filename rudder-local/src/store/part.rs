@@ -1,0 +1,425 @@
+//! A partial download: the bytes so far, what they are part of, and reading along while they grow.
+//!
+//! `downloads/<key>.part` holds the bytes as served, `downloads/<key>.json` says of what, and `downloads/<key>.sum` how many
+//! of them were written and their digest. One writer each, by the lock `locks/download-<key>`; when it dies, the next one
+//! goes on where it stopped, unless the bytes have changed since.
+
+use super::{
+    Store, durable,
+    durable::io_error,
+    lock::FileLock,
+    process, record,
+    unpack::{CHUNK, SparseWriter},
+};
+use bytes::Bytes;
+use rudder_core::{
+    Error, ErrorKind, Result,
+    digest::{Digest, Hasher},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read},
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::mpsc;
+
+/// What a partial download is part of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Origin {
+    /// The URL, masked: for people.
+    pub(super) url: String,
+    /// `ETag`, as it was sent.
+    pub(super) etag: Option<String>,
+    /// `Last-Modified`, as it was sent.
+    pub(super) last_modified: Option<String>,
+    /// What `If-Range` may say (RFC 9110, 13.1.5): a strong validator. `None`: it cannot be resumed.
+    pub(super) if_range: Option<String>,
+    /// How many bytes there are in all.
+    pub(super) total: Option<u64>,
+    /// The boot it was written in. After a crash of the host, what stands in the file may not be what was received.
+    pub(super) boot_id: String,
+}
+
+/// A partial download, held by its only writer.
+#[derive(Debug)]
+pub(super) struct Part {
+    path: PathBuf,
+    file: File,
+    /// Eight bytes of length, and the digest.
+    sum: File,
+    hasher: Hasher,
+    len: u64,
+    /// Whether the bytes that were there had changed since they were written.
+    damaged: bool,
+    origin: Option<Origin>,
+    growth: Growth,
+    /// Held by whoever writes, also by a thread that still does when nobody waits for it any more.
+    _lock: Arc<FileLock>,
+}
+
+impl Part {
+    /// Opens the partial download of this key, and reads what is there of it, if it can be resumed. `trusted`: what
+    /// was written before a crash may be used, because the whole is compared with a checksum.
+    pub(super) fn open(store: &Store, key: &str, trusted: bool, lock: Arc<FileLock>) -> Result<Self> {
+        let path = store.part_path(key);
+        let file = open_to_write(&path)?;
+        let sum = open_to_write(&path.with_extension("sum"))?;
+        let boot_id = process::boot_id()?;
+        let origin = record::read::<Origin>(&path.with_extension("json"))?
+            .filter(|origin| origin.if_range.is_some() && (trusted || origin.boot_id == boot_id));
+        let mut part = Self {
+            path,
+            file,
+            sum,
+            hasher: Hasher::default(),
+            len: 0,
+            damaged: false,
+            origin,
+            growth: Growth::default(),
+            _lock: lock,
+        };
+        if part.origin.is_some() {
+            part.read_back(trusted)?;
+        }
+        if part.len == 0 {
+            part.restart(None)?;
+        }
+        part.growth.reached(part.len);
+        Ok(part)
+    }
+
+    /// Reads what was written before. Leaves nothing of it when it is not what was written. `trusted`: the sum may be missing.
+    fn read_back(&mut self, trusted: bool) -> Result<()> {
+        let failed = |path: &Path, error| io_error("read", path, error);
+        let length = self.file.metadata().map_err(|error| failed(&self.path, error))?.len();
+        let mut sum = [0; 40];
+        let written = match self.sum.read_exact_at(&mut sum, 0) {
+            Ok(()) => {
+                let (length, digest) = sum.split_at(8);
+                Some((u64::from_be_bytes(length.try_into().unwrap_or_default()), digest))
+            }
+            // Written before there were sums, or by a writer that died before its first.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
+            Err(error) => return Err(failed(&self.path.with_extension("sum"), error)),
+        };
+        let end = match written {
+            Some((written, _)) => written,
+            None if trusted => length,
+            None => return Ok(()),
+        };
+        let mut chunk = vec![0; CHUNK];
+        while self.len < end {
+            let wanted = usize::try_from(end - self.len).map_or(CHUNK, |left| left.min(CHUNK));
+            match self.file.read(&mut chunk[..wanted]).map_err(|error| failed(&self.path, error))? {
+                0 => break,
+                count => {
+                    self.hasher.update(&chunk[..count]);
+                    self.len += count as u64;
+                }
+            }
+        }
+        self.damaged = written.is_some_and(|(written, digest)| {
+            written != self.len || digest != self.hasher.clone().finish().as_bytes()
+        });
+        if self.damaged {
+            self.len = 0;
+            return Ok(());
+        }
+        // What a writer wrote that died before it wrote the sum.
+        self.file.set_len(self.len).map_err(|error| io_error("write", &self.path, error))
+    }
+
+    /// Throws away what is there; what comes from now on is this.
+    pub(super) fn restart(&mut self, origin: Option<Origin>) -> Result<()> {
+        // In this order: bytes are never described by a record that is not theirs.
+        durable::remove_file(&self.path.with_extension("json"))?;
+        self.growth.restarted();
+        self.file
+            .set_len(0)
+            .and_then(|()| self.sum.set_len(0))
+            .map_err(|error| io_error("write", &self.path, error))?;
+        self.hasher = Hasher::default();
+        self.len = 0;
+        if let Some(origin) = &origin {
+            record::write(&self.path.with_extension("json"), origin)?;
+        }
+        self.origin = origin;
+        Ok(())
+    }
+
+    /// Appends what comes until the sender hangs up. Blocks.
+    pub(super) fn append(mut self, mut incoming: mpsc::Receiver<Bytes>) -> (Self, Result<()>) {
+        let mut write = || -> io::Result<()> {
+            let mut out = SparseWriter::resume(&self.file, self.len);
+            while let Some(bytes) = incoming.blocking_recv() {
+                out.write(&bytes)?;
+                self.hasher.update(&bytes);
+                self.len = out.set_len()?;
+                let mut sum = [0; 40];
+                sum[..8].copy_from_slice(&self.len.to_be_bytes());
+                sum[8..].copy_from_slice(self.hasher.clone().finish().as_bytes());
+                self.sum.write_all_at(&sum, 0)?;
+                self.growth.reached(self.len);
+            }
+            Ok(())
+        };
+        let outcome = write().map_err(|error| io_error("write", &self.path, error));
+        (self, outcome)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether bytes were there that had changed since they were written; nothing of them is left.
+    pub(super) fn was_damaged(&self) -> bool {
+        self.damaged
+    }
+
+    pub(super) fn origin(&self) -> Option<&Origin> {
+        self.origin.as_ref()
+    }
+
+    /// Whether a server can be asked for the rest of it.
+    pub(super) fn is_resumable(&self) -> bool {
+        self.origin.as_ref().is_some_and(|origin| origin.if_range.is_some())
+    }
+
+    pub(super) fn growth(&self) -> Growth {
+        self.growth.clone()
+    }
+
+    /// The digest of what is there.
+    pub(super) fn digest(&self) -> Digest {
+        self.hasher.clone().finish()
+    }
+
+    /// Removes it: it became something else, or is of no use.
+    pub(super) fn discard(&self) -> Result<()> {
+        durable::remove_file(&self.path.with_extension("json"))?;
+        durable::remove_file(&self.path.with_extension("sum"))?;
+        durable::remove_file(&self.path)
+    }
+}
+
+/// Opens a file of the download, which is never anything but a plain file.
+fn open_to_write(path: &Path) -> Result<File> {
+    use rustix::fs::OFlags;
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
+    let open = || {
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.custom_flags(flags.cast_signed()).open(path)
+    };
+    let plain = path.symlink_metadata().map_or(true, |meta| meta.is_file());
+    if !plain {
+        durable::remove_file(path)?;
+    }
+    open().map_err(|error| io_error("open", path, error))
+}
+
+impl Store {
+    pub(super) fn part_path(&self, key: &str) -> PathBuf {
+        self.downloads_dir().join(format!("{key}.part"))
+    }
+}
+
+/// How far a partial download is, for those who read along.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Growth(Arc<(Mutex<Reached>, Condvar)>);
+
+#[derive(Debug, Default)]
+struct Reached {
+    /// How many bytes may be read.
+    len: u64,
+    /// How often it started over.
+    restarts: u32,
+    /// Whether there will be no more; `false` in it: because the download failed.
+    end: Option<bool>,
+}
+
+impl Growth {
+    fn change(&self, change: impl FnOnce(&mut Reached)) {
+        change(&mut self.reached_so_far());
+        self.0.1.notify_all();
+    }
+
+    fn reached_so_far(&self) -> MutexGuard<'_, Reached> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reached(&self, len: u64) {
+        self.change(|state| state.len = len);
+    }
+
+    fn restarted(&self) {
+        self.change(|state| {
+            // Of an empty one, nobody can have read anything.
+            if state.len > 0 {
+                state.restarts += 1;
+            }
+            state.len = 0;
+        });
+    }
+
+    /// No more will come; `whole`: because this was all.
+    pub(super) fn end(&self, whole: bool) {
+        self.change(|state| {
+            state.end.get_or_insert(whole);
+        });
+    }
+
+    /// How often it started over.
+    pub(super) fn restarts(&self) -> u32 {
+        self.reached_so_far().restarts
+    }
+
+    /// Reads along from the begin. Blocks where nothing is there yet.
+    pub(super) fn follow(&self, path: &Path) -> Result<Follower> {
+        let file = File::open(path).map_err(|error| io_error("read", path, error))?;
+        Ok(Follower { file, growth: self.clone(), restarts: self.restarts(), position: 0 })
+    }
+}
+
+/// Tells those who read along that no more will come, when it is dropped before the download was whole.
+#[derive(Debug)]
+pub(super) struct EndOnDrop(pub(super) Growth);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.end(false);
+    }
+}
+
+/// See [`Growth::follow`].
+#[derive(Debug)]
+pub(super) struct Follower {
+    file: File,
+    growth: Growth,
+    restarts: u32,
+    position: u64,
+}
+
+impl Follower {
+    /// How often the download had started over when this began to read.
+    pub(super) fn restarts(&self) -> u32 {
+        self.restarts
+    }
+}
+
+impl Read for Follower {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let cut = |what| Err(io::Error::other(Error::new(ErrorKind::Cancelled, what)));
+        let available = {
+            let mut state = self.growth.reached_so_far();
+            loop {
+                if state.restarts != self.restarts {
+                    return cut("the download started over");
+                }
+                if state.len > self.position {
+                    break state.len - self.position;
+                }
+                match state.end {
+                    Some(true) => return Ok(0),
+                    Some(false) => return cut("the download ended early"),
+                    None => state = self.growth.0.1.wait(state).unwrap_or_else(PoisonError::into_inner),
+                }
+            }
+        };
+        let count = usize::try_from(available).unwrap_or(usize::MAX).min(buf.len());
+        let count = self.file.read(&mut buf[..count])?;
+        if count == 0 {
+            return cut("the download started over");
+        }
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::{super::lock::Mode, *};
+
+    fn open(store: &Store) -> Part {
+        let lock = FileLock::wait(&store.download_lock("key"), Mode::Exclusive).unwrap();
+        Part::open(store, "key", false, Arc::new(lock)).unwrap()
+    }
+
+    fn origin(if_range: Option<&str>, boot_id: &str) -> Origin {
+        Origin {
+            url: String::new(),
+            etag: None,
+            last_modified: None,
+            if_range: if_range.map(str::to_owned),
+            total: None,
+            boot_id: boot_id.to_owned(),
+        }
+    }
+
+    fn append(part: Part, bytes: &'static [u8]) -> (Part, Result<()>) {
+        let (sender, receiver) = mpsc::channel(1);
+        let writer = std::thread::spawn(move || part.append(receiver));
+        sender.blocking_send(Bytes::from_static(bytes)).unwrap();
+        drop(sender);
+        writer.join().unwrap()
+    }
+
+    #[test]
+    fn a_full_disk_is_reported_as_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let mut part = open(&store);
+        part.file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let (_, outcome) = append(part, b"no room");
+        let error = outcome.unwrap_err();
+        assert_eq!((error.kind(), error.is_retryable()), (ErrorKind::HostDiskFull, false));
+        assert!(error.help().unwrap().contains("free some space there"), "{error:?}");
+    }
+
+    #[test]
+    fn only_what_can_be_joined_is_gone_on_with() {
+        let boot = process::boot_id().unwrap();
+        for (if_range, boot_id, kept) in
+            [(Some("\"e\""), boot.as_str(), 5), (None, boot.as_str(), 0), (Some("\"e\""), "earlier", 0)]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            let mut part = open(&store);
+            part.restart(Some(origin(if_range, boot_id))).unwrap();
+            let (part, outcome) = append(part, b"hello");
+            outcome.unwrap();
+            drop(part);
+            let part = open(&store);
+            assert_eq!(part.len(), kept);
+            assert_eq!(part.digest(), Digest::of(&b"hello"[..usize::try_from(kept).unwrap()]));
+        }
+    }
+
+    #[test]
+    fn a_reader_sees_what_comes_until_it_ends_or_starts_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let part = open(&store);
+        let growth = part.growth();
+        let mut follower = growth.follow(part.path()).unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut text = String::new();
+            follower.read_to_string(&mut text).map(|_| text)
+        });
+        let (part, _) = append(part, b"hel");
+        let (mut part, _) = append(part, b"lo");
+        growth.end(true);
+        assert_eq!(reader.join().unwrap().unwrap(), "hello");
+        let mut late = growth.follow(part.path()).unwrap();
+        part.restart(None).unwrap();
+        assert!(late.read(&mut [0; 8]).unwrap_err().to_string().contains("started over"));
+    }
+}

@@ -1,0 +1,320 @@
+//! Who a process is, so that it is never mistaken for a later one of the same number; ending one that is ours.
+
+use super::identity::DirectoryIdentity;
+use rudder_core::{Error, ErrorKind, Result};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// How long a killed process may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often a process that has no words yet, or no more, is looked at.
+const SILENCE_STEP: Duration = Duration::from_millis(5);
+
+/// A process of this or an earlier boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessIdentity {
+    /// Its number.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot (proc(5), `/proc/PID/stat` field 22).
+    pub start_time: u64,
+    /// The boot it ran in (`/proc/sys/kernel/random/boot_id`).
+    pub boot_id: String,
+}
+
+impl ProcessIdentity {
+    /// The process that runs this code.
+    ///
+    /// # Errors
+    /// `Io` where `/proc` cannot be read.
+    pub fn current() -> Result<Self> {
+        Self::of(std::process::id())
+    }
+
+    /// The process that has this number now.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub fn of(pid: u32) -> Result<Self> {
+        let start_time = start_time(pid)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no process {pid}")))?;
+        Ok(Self { pid, start_time, boot_id: boot_id()? })
+    }
+
+    /// Whether it still runs. A zombie does not.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        boot_id().is_ok_and(|boot| boot == self.boot_id) && start_time(self.pid) == Some(self.start_time)
+    }
+
+    /// Kills it, if it is still the same process and belongs to this lab, and waits until it is gone. Says whether there was
+    /// anything to kill.
+    pub(super) fn kill(&self, lab: &Belonging<'_>) -> Result<bool> {
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(false) };
+        let failed = |error: rustix::io::Errno| {
+            Error::io(format_args!("kill process {}", self.pid), io::Error::from(error))
+        };
+        let handle = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(handle) => handle,
+            Err(rustix::io::Errno::SRCH) => return Ok(false),
+            Err(error) => return Err(failed(error)),
+        };
+        // The handle names one process for good: what is looked at from here on is what is killed.
+        if !self.is_running() {
+            return Ok(false);
+        }
+        let silence = Instant::now() + KILL_LIMIT;
+        loop {
+            match words(self.pid, lab) {
+                Words::Ours => break,
+                Words::Few if Instant::now() < silence => {
+                    if ends_within(&handle, SILENCE_STEP).map_err(failed)? {
+                        return Ok(false);
+                    }
+                }
+                // A copy of a ledger names the processes of its original.
+                Words::Few | Words::Others if !lab.recorded => return Ok(false),
+                Words::Few | Words::Others => return Err(self.stranger(lab.id)),
+            }
+        }
+        match pidfd_send_signal(&handle, Signal::KILL) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::SRCH) => return Ok(false),
+            Err(error) => return Err(failed(error)),
+        }
+        if !ends_within(&handle, KILL_LIMIT).map_err(failed)? && self.is_running() {
+            return Err(Error::new(
+                ErrorKind::TimedOut,
+                format!("process {} was killed, and is still there after {KILL_LIMIT:?}", self.pid),
+            ));
+        }
+        Ok(true)
+    }
+
+    /// A process that was to be killed, but does not look like what it was recorded as.
+    fn stranger(&self, marker: &str) -> Error {
+        let message =
+            format!("process {} was recorded as part of {marker}, but nothing of it says so", self.pid);
+        Error::new(ErrorKind::Conflict, message)
+            .with_help("look at the process, and end it by hand if it is a left-over")
+    }
+}
+
+/// The id of this boot.
+pub(super) fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = fs::read_to_string(path).map_err(|error| Error::io(format_args!("read {path}"), error))?;
+    Ok(text.trim().to_owned())
+}
+
+/// When a process started; `None` when there is none, or it is a zombie.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the program may hold anything, also brackets and blanks: what follows its last bracket is plain.
+    let text = String::from_utf8_lossy(&stat);
+    let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = fields.next()?; // field 3
+    if matches!(state, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok() // field 22
+}
+
+/// What a process can be told by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Words {
+    /// Its command line, environment or working directory holds the text that was looked for.
+    Ours,
+    /// It has a command line and an environment, and the text is not there.
+    Others,
+    /// One of them is empty. So they are for a moment between two programs, and on the way out.
+    Few,
+}
+
+/// What a process must belong to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Belonging<'a> {
+    /// The id of a lab.
+    pub(super) id: &'a str,
+    /// The directory of the lab.
+    pub(super) directory: DirectoryIdentity,
+    /// Whether its ledger was written for this very directory. Otherwise a process that names the id may be the original's: it
+    /// must work in the directory, or have one of its files open.
+    pub(super) recorded: bool,
+}
+
+impl Belonging<'_> {
+    /// Whether the directory at this path is the lab's.
+    fn is_at(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|meta| DirectoryIdentity::from_metadata(&meta) == self.directory)
+    }
+
+    /// Whether a process has a file of the directory open, wherever the directory was moved since.
+    fn has_open(&self, process: &Path) -> bool {
+        let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+        let mut paths = files.filter_map(|file| fs::read_link(file.path()).ok());
+        paths.any(|path| path.is_absolute() && path.ancestors().skip(1).any(|above| self.is_at(above)))
+    }
+}
+
+/// Looks for a lab in what a process says of itself.
+fn words(pid: u32, lab: &Belonging<'_>) -> Words {
+    let holds = |bytes: &[u8]| bytes.windows(lab.id.len()).any(|window| window == lab.id.as_bytes());
+    let dir = Path::new("/proc").join(pid.to_string());
+    let cwd = dir.join("cwd");
+    let named = || fs::read_link(&cwd).is_ok_and(|cwd| holds(cwd.as_os_str().as_encoded_bytes()));
+    if lab.is_at(&cwd) || (lab.recorded && named()) {
+        return Words::Ours;
+    }
+    let mut few = false;
+    // An environment that is cut short by the end of its process is not taken for whole: nobody has a command line then.
+    for file in ["environ", "cmdline"] {
+        match fs::read(dir.join(file)) {
+            Ok(bytes) if lab.recorded && holds(&bytes) => return Words::Ours,
+            Ok(bytes) => few |= bytes.is_empty(),
+            // Not to be read by us is not the same as empty.
+            Err(error) => few |= error.kind() != io::ErrorKind::PermissionDenied,
+        }
+    }
+    match few {
+        true => Words::Few,
+        false if !lab.recorded && lab.has_open(&dir) => Words::Ours,
+        false => Words::Others,
+    }
+}
+
+/// Waits until a process has ended. Says whether it has.
+fn ends_within(process: &OwnedFd, limit: Duration) -> rustix::io::Result<bool> {
+    let limit = Timespec::try_from(limit).map_err(|_| rustix::io::Errno::INVAL)?;
+    poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)).map(|ended| ended > 0)
+}
+
+/// The processes, other than this one, whose environment has this variable with exactly this value.
+pub(super) fn carrying(variable: &str, value: &str) -> Vec<ProcessIdentity> {
+    let wanted = format!("{variable}={value}");
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| *pid != std::process::id())
+        .filter(|pid| {
+            fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|bytes| bytes.split(|byte| *byte == 0).any(|entry| entry == wanted.as_bytes()))
+        })
+        .filter_map(|pid| ProcessIdentity::of(pid).ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::process::{Child, Command};
+
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn new(marker: &str) -> Self {
+            Self(Command::new("sleep").arg("600").env("RUDDER_LAB", marker).spawn().unwrap())
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn here() -> DirectoryIdentity {
+        DirectoryIdentity::of(Path::new("/proc")).unwrap()
+    }
+
+    fn lab(id: &str) -> Belonging<'_> {
+        Belonging { id, directory: here(), recorded: true }
+    }
+
+    /// Waits until a child runs its own program: before, its environment is its parent's.
+    fn await_exec(child: &Child, id: &str) {
+        while words(child.id(), &lab(id)) != Words::Ours {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_process_of_ours_is_killed() {
+        let mut child = Sleeper::new("lab-a1");
+        let identity = ProcessIdentity::of(child.0.id()).unwrap();
+        assert!(identity.is_running());
+        // Exec may still be under way: until the environment is the child's own, nothing is held against it.
+        assert!(identity.kill(&lab("lab-a1")).unwrap());
+        assert!(!identity.is_running());
+        assert!(!identity.kill(&lab("lab-a1")).unwrap());
+        child.0.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_on_its_way_out_is_no_stranger() {
+        for _ in 0..300 {
+            let child = Sleeper::new("lab-c3");
+            let identity = ProcessIdentity::of(child.0.id()).unwrap();
+            await_exec(&child.0, "lab-c3");
+            Command::new("kill").args(["-KILL", &identity.pid.to_string()]).status().unwrap();
+            identity.kill(&lab("lab-c3")).unwrap();
+            assert!(!identity.is_running());
+        }
+    }
+
+    #[test]
+    fn a_process_that_only_has_the_number_is_left_alone() {
+        let child = Sleeper::new("lab-b2");
+        let identity = ProcessIdentity::of(child.0.id()).unwrap();
+        let earlier = ProcessIdentity { start_time: identity.start_time - 1, ..identity.clone() };
+        assert!(!earlier.kill(&lab("lab-b2")).unwrap());
+        let other_boot = ProcessIdentity { boot_id: "another".into(), ..identity.clone() };
+        assert!(!other_boot.kill(&lab("lab-b2")).unwrap());
+        assert_eq!(identity.kill(&lab("lab-nobody-has-this")).unwrap_err().kind(), ErrorKind::Conflict);
+        assert!(identity.is_running());
+    }
+
+    #[test]
+    fn the_process_of_another_directory_is_left_alone_whatever_it_is_called() {
+        let child = Sleeper::new("lab-d4");
+        await_exec(&child.0, "lab-d4");
+        let identity = ProcessIdentity::of(child.0.id()).unwrap();
+        assert!(!identity.kill(&Belonging { recorded: false, ..lab("lab-d4") }).unwrap());
+        assert!(identity.is_running());
+    }
+
+    #[test]
+    fn a_process_that_works_in_a_directory_or_has_a_file_of_it_open_belongs_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let below = dir.path().join("below");
+        fs::create_dir(&below).unwrap();
+        let log = fs::File::create(below.join("log")).unwrap();
+        let directory = DirectoryIdentity::of(dir.path()).unwrap();
+        for inside in [true, false] {
+            let mut command = Command::new("sleep");
+            match inside {
+                true => command.arg("600").current_dir(dir.path()),
+                false => command.arg("600").stdout(log.try_clone().unwrap()),
+            };
+            let mut child = Sleeper(command.spawn().unwrap());
+            let identity = ProcessIdentity::of(child.0.id()).unwrap();
+            // Neither names the lab.
+            while words(identity.pid, &Belonging { recorded: false, directory, id: "x" }) == Words::Few {
+                std::thread::yield_now();
+            }
+            let lab = Belonging { id: "lab-e5-which-nobody-names", directory, recorded: false };
+            assert!(identity.kill(&lab).unwrap(), "inside: {inside}");
+            child.0.wait().unwrap();
+        }
+    }
+}

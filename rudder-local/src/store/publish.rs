@@ -1,0 +1,166 @@
+//! Publishing: captured files of a lab become a version of a module, all of it or nothing.
+
+use super::{
+    LabDir, Store, durable,
+    lock::{FileLock, Mode},
+    verified::captured_files,
+    versions::{RECORD, REPLACED},
+};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{ModuleDraft, ReapReport},
+    digest::Digest,
+    module::{Module, TemplateMachine},
+    units,
+};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+impl Store {
+    /// Makes a module of captured disks: all of it, or nothing. `file` of each disk is a path in the lab (absolute, or
+    /// relative to its directory); the file moves into the module.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a bad name or a disk that is not in the lab, or is not as large as was captured; file errors.
+    /// The module that had this name before stays as it was then.
+    pub async fn publish(&self, lab: &LabDir, draft: ModuleDraft) -> Result<Module> {
+        let (store, lab) = (self.clone(), lab.path().to_owned());
+        super::blocking(move || publish(&store, &lab, draft)).await
+    }
+}
+
+fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> {
+    let name = draft.name.clone();
+    if !units::is_name(&name) {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("expected a module name, but found {name:?}"),
+        ));
+    }
+    let dir = store.module_dir(&name);
+    let _lock = FileLock::wait(&store.module_lock(&name), Mode::Exclusive)?;
+    // Before anything is made: what is refused leaves nothing.
+    let files = place_files(lab, &mut draft.machines)?;
+    durable::make_dir(&dir)?;
+    let digest = content_digest(&name, &draft.machines, &draft.network)?;
+    let target = dir.join(digest.to_string());
+    let mut module = draft.into_module(digest);
+    // A publisher may be killed between any two steps: until `current` points at the new version, it counts as one that is not
+    // wanted, and the old one counts so only when it is no longer pointed at.
+    if fs::symlink_metadata(&target).is_ok() {
+        durable::expect_dir(&target)?;
+        // The very same disks and templates are there. The files replace what is there, which may be damaged.
+        for (from, file) in &files {
+            move_file(from, &target.join(file))?;
+        }
+        durable::write_json(&target.join(RECORD), &module)?;
+    } else {
+        let draft_dir = tempfile::Builder::new()
+            .prefix(".new-")
+            .permissions(fs::Permissions::from_mode(durable::DIRECTORY_MODE))
+            .tempdir_in(&dir)
+            .map_err(|error| durable::io_error("make a directory in", &dir, error))?;
+        for (from, file) in &files {
+            move_file(from, &draft_dir.path().join(file))?;
+        }
+        durable::write_json(&draft_dir.path().join(RECORD), &module)?;
+        durable::write_atomic(&draft_dir.path().join(REPLACED), b"not published yet\n")?;
+        fs::rename(draft_dir.path(), &target)
+            .map_err(|error| durable::io_error("publish", &target, error))?;
+        // It has moved: there is nothing left to remove.
+        let _ = draft_dir.keep();
+        durable::sync_dir(&dir)?;
+    }
+    // Their digests were computed when they were captured.
+    for (file, _, sha256) in captured_files(&module.machines) {
+        store.note_verified(&target.join(file), sha256);
+    }
+    // Where it is not known which version was current, none is known to be replaced.
+    if let Ok(Some(earlier)) = store.current(&name)
+        && earlier != digest
+    {
+        store.mark_replaced(&name, &earlier, &digest)?;
+    }
+    store.switch(&name, &digest)?;
+    let mut report = ReapReport::default();
+    if let Err(error) = store.remove_old_versions(&name, &mut report) {
+        tracing::warn!(module = name, %error, "cannot remove a version that was replaced; collecting will");
+    }
+    module.path = Some(target.join(RECORD));
+    Ok(module)
+}
+
+/// Gives each file of the machines its name in the module, and says where it comes from.
+fn place_files(lab: &Path, machines: &mut [TemplateMachine]) -> Result<Vec<(PathBuf, String)>> {
+    let lab = fs::canonicalize(lab).map_err(|error| durable::io_error("read", lab, error))?;
+    let mut files: Vec<(PathBuf, String)> = Vec::new();
+    for TemplateMachine { name, disks, state, .. } in machines {
+        let disks = disks.iter_mut().map(|disk| (disk.name.clone(), &disk.format, disk.size, &mut disk.file));
+        // A dot cannot be part of a name: no disk and no state come to the same file.
+        let state = state.iter_mut().map(|state| {
+            (format!("state.{}", state.kind.name()), &state.format, state.size, &mut state.file)
+        });
+        for (what, format, size, file) in disks.chain(state) {
+            let placed = format!("{name}.{what}.{format}");
+            let from = captured_file(&lab, file, size)
+                .and_then(|from| {
+                    let plain =
+                        units::is_name(name) && what.split('.').all(units::is_name) && units::is_name(format);
+                    let message = match files.iter().any(|(_, file)| *file == placed) {
+                        _ if !plain => "expected plain names of VM, disk and format",
+                        true => "expected each disk once, but found it twice",
+                        false => return Ok(from),
+                    };
+                    Err(Error::new(ErrorKind::InvalidInput, message))
+                })
+                .map_err(|error| error.with_context("disk", what).with_context("vm", &*name))?;
+            file.clone_from(&placed);
+            files.push((from, placed));
+        }
+    }
+    Ok(files)
+}
+
+/// Where a captured file of the lab is, which is as large as was captured.
+fn captured_file(lab: &Path, file: &str, size: u64) -> Result<PathBuf> {
+    let path = lab.join(file);
+    let from = fs::canonicalize(&path).map_err(|error| durable::io_error("read", &path, error))?;
+    let meta = fs::metadata(&from).map_err(|error| durable::io_error("read", &from, error))?;
+    let message = if !from.starts_with(lab) || !meta.is_file() {
+        format!("expected a captured file of the lab, but found {}", from.display())
+    } else if meta.len() != size {
+        format!("expected {size} bytes in {}, as were captured, but found {}", from.display(), meta.len())
+    } else {
+        return Ok(from);
+    };
+    Err(Error::new(ErrorKind::InvalidInput, message))
+}
+
+fn content_digest(
+    name: &str,
+    machines: &[TemplateMachine],
+    network: &rudder_core::plan::PlannedNetwork,
+) -> Result<Digest> {
+    let text = serde_json::to_vec(&(name, machines, network)).map_err(|error| {
+        Error::new(ErrorKind::Internal, format!("cannot encode module {name}")).with_source(error)
+    })?;
+    Ok(Digest::of(&text))
+}
+
+/// Moves a captured disk into a module, and makes it durable.
+fn move_file(from: &Path, to: &Path) -> Result<()> {
+    let moved = match fs::rename(from, to) {
+        // The lab is on the same file system as the store unless somebody mounted something over it.
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            fs::copy(from, to).and_then(|_| fs::remove_file(from))
+        }
+        other => other,
+    };
+    moved
+        .and_then(|()| durable::seal(&File::open(to)?))
+        .map_err(|error| durable::io_error("publish", to, error))
+}

@@ -1,0 +1,266 @@
+//! Unpacking of gz, xz, zst and bz2 in a stream, with holes where there is nothing but zeros.
+
+mod room;
+mod source;
+mod sparse;
+
+pub(in crate::store) use self::sparse::SparseWriter;
+
+use self::{room::Room, source::Source};
+use super::{Store, durable, durable::io_error};
+use async_compression::{
+    tokio::bufread::{BzDecoder, GzipDecoder, XzDecoder, ZstdDecoder},
+    zstd::DParameter,
+};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::Progress,
+    digest::{Digest, Hasher},
+};
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+/// How much is read, hashed and written at a time.
+pub(super) const CHUNK: usize = 256 * 1024;
+/// What unpacking xz may take, in bytes: `xz -9` needs 65 MiB; the file says how much, and may ask for gigabytes.
+const XZ_MEMORY: u64 = 128 << 20;
+/// The largest window of a zstd file, as a power of two in bytes: what `zstd` itself accepts unless told otherwise.
+const ZSTD_WINDOW_LOG: u32 = 27;
+
+/// How an image is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packing {
+    Gzip,
+    Xz,
+    Zstd,
+    Bzip2,
+}
+
+impl Packing {
+    /// How many bytes tell.
+    pub(super) const MAGIC_LENGTH: usize = 6;
+
+    /// By the first bytes (RFC 1952; the .xz file format 1.1; RFC 8878; bzip2's documentation).
+    pub(super) fn recognise(head: &[u8]) -> Option<Self> {
+        match head {
+            [0x1f, 0x8b, 8, ..] => Some(Self::Gzip),
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(Self::Xz),
+            // A frame, or a skippable frame before it.
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Self::Zstd),
+            [b'B', b'Z', b'h', b'1'..=b'9', 0x31 | 0x17, ..] => Some(Self::Bzip2),
+            _ => None,
+        }
+    }
+
+    pub(super) fn of_file(path: &Path) -> Result<Option<Self>> {
+        let mut head = Vec::with_capacity(Self::MAGIC_LENGTH);
+        File::open(path)
+            .and_then(|file| file.take(Self::MAGIC_LENGTH as u64).read_to_end(&mut head))
+            .map_err(|error| io_error("read", path, error))?;
+        Ok(Self::recognise(&head))
+    }
+}
+
+impl fmt::Display for Packing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gzip => "gzip",
+            Self::Xz => "xz",
+            Self::Zstd => "zstd",
+            Self::Bzip2 => "bzip2",
+        })
+    }
+}
+
+/// Tells blocking work that nobody waits for it any more.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Stops the work when the guard is dropped.
+    pub(super) fn on_drop(&self) -> StopGuard {
+        StopGuard(self.clone())
+    }
+
+    /// An error once it is time to stop.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.0.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Cancelled, "nobody waits for this file any more"));
+        }
+        Ok(())
+    }
+}
+
+/// See [`Stop::on_drop`].
+#[derive(Debug)]
+pub(super) struct StopGuard(Stop);
+
+impl Drop for StopGuard {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A file that is being written beside its place; removed when it is dropped before it was put there.
+#[derive(Debug)]
+pub(super) struct Unpacked {
+    file: tempfile::NamedTempFile,
+    packing: Packing,
+    digest: Digest,
+    size: u64,
+}
+
+impl Unpacked {
+    pub(super) fn path(&self) -> &Path {
+        self.file.path()
+    }
+    pub(super) fn packing(&self) -> Packing {
+        self.packing
+    }
+    pub(super) fn digest(&self) -> Digest {
+        self.digest
+    }
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// Unpacks a stream into a temporary file of the store. Blocks. `disk`: how large the disk is that is made of it, where that
+/// is known; nothing is written that it has no room for.
+pub(super) fn unpack(
+    store: &Store,
+    packing: Packing,
+    source: impl Read + Unpin,
+    disk: Option<u64>,
+    progress: &Progress,
+    stop: &Stop,
+) -> Result<Unpacked> {
+    let temp = store.temp_file()?;
+    let mut source = Source::new(source);
+    let mut target = Target {
+        packing,
+        room: Room::new(store.options().unpacked_limit, disk),
+        path: temp.path(),
+        out: SparseWriter::new(temp.as_file()),
+        hasher: Hasher::default(),
+        chunk: vec![0; CHUNK],
+    };
+    let broken = |error| broken(packing, error);
+    // The decoders are asynchronous, their source is not: polling them needs no runtime, only this thread.
+    futures::executor::block_on(async {
+        loop {
+            match packing {
+                Packing::Gzip => target.fill(GzipDecoder::new(&mut source), stop).await?,
+                Packing::Xz => target.fill(XzDecoder::with_mem_limit(&mut source, XZ_MEMORY), stop).await?,
+                Packing::Zstd => {
+                    let limit = [DParameter::window_log_max(ZSTD_WINDOW_LOG)];
+                    target.fill(ZstdDecoder::with_params(&mut source, &limit), stop).await?;
+                }
+                Packing::Bzip2 => target.fill(BzDecoder::new(&mut source), stop).await?,
+            }
+            if packing == Packing::Xz {
+                // Between and behind its streams, the format allows zeros (1.1, 2.2).
+                source.skip_zeros().map_err(broken)?;
+            }
+            // Another member follows, as in `cat a.gz b.gz`.
+            if Packing::recognise(source.peek(Packing::MAGIC_LENGTH).map_err(broken)?) != Some(packing) {
+                break Ok(());
+            }
+        }
+    })?;
+    match (source.count_rest(stop)?, packing) {
+        (0, _) => {}
+        // As gunzip and bunzip2 do; images for routers have their metadata there.
+        (rest, Packing::Gzip | Packing::Bzip2) => progress
+            .notice(format!("{} behind the end of the {packing} data were ignored", durable::human(rest))),
+        (rest, Packing::Xz | Packing::Zstd) => {
+            let rest = durable::human(rest);
+            let found =
+                format!("expected a whole {packing} file, but found {rest} that are not {packing} behind it");
+            return Err(Error::new(ErrorKind::InvalidImage, found)
+                .with_help("check that the file is what its author made, and pack it again"));
+        }
+    }
+    let Target { out, hasher, .. } = target;
+    let size = out.finish().map_err(|error| io_error("write", temp.path(), error))?;
+    Ok(Unpacked { file: temp, packing, digest: hasher.finish(), size })
+}
+
+/// Where unpacked bytes go.
+struct Target<'a> {
+    packing: Packing,
+    room: Room,
+    path: &'a Path,
+    out: SparseWriter<'a>,
+    hasher: Hasher,
+    chunk: Vec<u8>,
+}
+
+impl Target<'_> {
+    /// Writes all that a decoder gives.
+    async fn fill(&mut self, mut decoder: impl AsyncRead + Unpin, stop: &Stop) -> Result<()> {
+        loop {
+            stop.check()?;
+            let count = decoder.read(&mut self.chunk).await.map_err(|error| broken(self.packing, error))?;
+            if count == 0 {
+                return Ok(());
+            }
+            let bytes = &self.chunk[..count];
+            self.room.take(bytes, self.packing)?;
+            self.hasher.update(bytes);
+            self.out.write(bytes).map_err(|error| io_error("write", self.path, error))?;
+        }
+    }
+}
+
+fn broken(packing: Packing, error: io::Error) -> Error {
+    // The source says what is wrong with itself; everything else comes from the decoder.
+    let error = match error.downcast::<Error>() {
+        Ok(own) => return own,
+        Err(error) => error,
+    };
+    // Neither library has a type for it that is passed on to here.
+    let said = error.to_string();
+    match packing {
+        Packing::Xz if said.contains("memory limit") => Error::new(
+            ErrorKind::InvalidImage,
+            format!(
+                "expected xz data that can be unpacked with {} of memory, but found data that needs more",
+                durable::human(XZ_MEMORY)
+            ),
+        )
+        .with_help("pack it again with `xz -9` or a lower level: its dictionary is then 64 MiB at most"),
+        Packing::Zstd if said.contains("too much memory") => Error::new(
+            ErrorKind::InvalidImage,
+            format!(
+                "expected zstd data with a window of at most {}, but found a larger window",
+                durable::human(1 << ZSTD_WINDOW_LOG)
+            ),
+        )
+        .with_help(format!(
+            "pack it again with `zstd --long={ZSTD_WINDOW_LOG}`, or without --long and --ultra"
+        )),
+        _ => Error::new(
+            ErrorKind::InvalidImage,
+            format!("expected a whole {packing} file, but found one that is broken"),
+        )
+        .with_source(error),
+    }
+}
+
+/// What a failed read of the packed file itself means.
+pub(super) fn read_error(error: io::Error) -> Error {
+    match error.downcast::<Error>() {
+        Ok(own) => own,
+        Err(error) => Error::io("read the packed file", error),
+    }
+}

@@ -1,0 +1,275 @@
+//! Whether files of the store hold what they should. Each is hashed once, and again when the file system says that it
+//! changed: `index/verified` remembers the identity that a file had when its content was verified.
+//!
+//! Hashing costs a second per 1.5 GB or so (SHA-256 in hardware); comparing identities takes microseconds.
+
+use super::{Store, durable, durable::io_error, record, unpack::CHUNK, unpack::Stop};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::Progress,
+    digest::{Digest, Hasher},
+    module::{Module, TemplateMachine},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, File, Metadata},
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
+    path::{Component, Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+/// What the file system says of a file; another content has another identity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct FileIdentity {
+    device: u64,
+    inode: u64,
+    pub(super) size: u64,
+    /// Nanoseconds since 1970.
+    modified: i64,
+    /// Nanoseconds since 1970. No program can set this time: it tells a change whose author put the other time back.
+    changed: i64,
+}
+
+/// The clock of a file system ticks every 10 ms at worst: a change this soon after a look may leave the time as it was.
+const CLOCK_TICK_NANOS: i64 = 100_000_000;
+
+impl FileIdentity {
+    pub(super) fn of(meta: &Metadata) -> Self {
+        let nanos = |seconds: i64, nanos: i64| seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
+        Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.len(),
+            modified: nanos(meta.mtime(), meta.mtime_nsec()),
+            changed: nanos(meta.ctime(), meta.ctime_nsec()),
+        }
+    }
+
+    /// Whether a change after this moment is sure to show.
+    pub(super) fn settled_by(&self, moment: jiff::Timestamp) -> bool {
+        moment.as_nanosecond() - i128::from(self.modified.max(self.changed)) > i128::from(CLOCK_TICK_NANOS)
+    }
+}
+
+/// A file whose content was verified.
+#[derive(Debug, Serialize, Deserialize)]
+struct VerifiedFile {
+    /// Its path in the store.
+    path: PathBuf,
+    /// The digest of its content.
+    sha256: Digest,
+    /// What it was then.
+    identity: FileIdentity,
+}
+
+/// What is at a path of the store.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Condition {
+    /// The bytes that belong there.
+    Sound,
+    /// Nothing.
+    Missing,
+    /// Something else: "expected X, but found Y".
+    Damaged(String),
+}
+
+impl Store {
+    /// What is at a path where bytes of this digest, and of this size if it is known, belong.
+    pub(super) fn examine(
+        &self,
+        path: &Path,
+        digest: &Digest,
+        size: Option<u64>,
+        progress: &Progress,
+        stop: &Stop,
+    ) -> Result<Condition> {
+        let mut file = match open(path) {
+            Ok(file) => file,
+            Err(Unopened::Missing) => return Ok(Condition::Missing),
+            Err(Unopened::Other(what)) => {
+                return Ok(Condition::Damaged(format!("expected a file, but found {what}")));
+            }
+            Err(Unopened::Failed(error)) => return Err(io_error("read", path, error)),
+        };
+        let identity = |file: &File| file.metadata().map(|meta| FileIdentity::of(&meta));
+        let before = identity(&file).map_err(|error| io_error("read", path, error))?;
+        if let Some(size) = size.filter(|size| *size != before.size) {
+            let found = before.size;
+            return Ok(Condition::Damaged(format!("expected {size} bytes, but found {found}")));
+        }
+        let known = record::read::<VerifiedFile>(&self.verified_path(path))?;
+        if known.is_some_and(|known| known.sha256 == *digest && known.identity == before) {
+            return Ok(Condition::Sound);
+        }
+        let task = format!("verify {}", path.file_name().unwrap_or_default().to_string_lossy());
+        let mut hasher = Hasher::default();
+        let mut chunk = vec![0; CHUNK];
+        let mut done = 0;
+        loop {
+            stop.check()?;
+            match file.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(count) => {
+                    hasher.update(&chunk[..count]);
+                    done += count as u64;
+                    progress.bytes(&task, done, Some(before.size));
+                }
+                // A disk of the host that lost its content.
+                Err(error) => return Ok(Condition::Damaged(format!("it cannot be read: {error}"))),
+            }
+        }
+        let found = hasher.finish();
+        if found != *digest {
+            return Ok(Condition::Damaged(format!("expected sha256 {digest}, but found {found}")));
+        }
+        if identity(&file).map_err(|error| io_error("read", path, error))? != before {
+            return Ok(Condition::Damaged("it changed while it was read".to_owned()));
+        }
+        self.remember(path, digest, &before);
+        Ok(Condition::Sound)
+    }
+
+    /// Remembers that the content of a file, which was just written or moved, is known to have this digest.
+    pub(super) fn note_verified(&self, path: &Path, digest: &Digest) {
+        if let Ok(meta) = fs::symlink_metadata(path) {
+            self.remember(path, digest, &FileIdentity::of(&meta));
+        }
+    }
+
+    /// Where a file of a module is, once it is certain that it holds what was captured: of that size always, and of that
+    /// content whenever it is not the very file that was verified.
+    ///
+    /// # Errors
+    /// `InvalidImage`, naming the file, when it is damaged or missing; file errors.
+    pub fn captured_file(
+        &self,
+        module: &Module,
+        file: &str,
+        size: u64,
+        sha256: &Digest,
+        progress: &Progress,
+    ) -> Result<PathBuf> {
+        let directory = module.path.as_deref().and_then(Path::parent).unwrap_or(Path::new(""));
+        let path = directory.join(file);
+        let mut parts = Path::new(file).components();
+        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
+        let condition = if plain {
+            self.examine(&path, sha256, Some(size), progress, &Stop::default())?
+        } else {
+            Condition::Damaged("expected a plain file name".to_owned())
+        };
+        let why = match condition {
+            Condition::Sound => return Ok(path),
+            Condition::Missing => "it is missing".to_owned(),
+            Condition::Damaged(why) => why,
+        };
+        Err(Error::new(
+            ErrorKind::InvalidImage,
+            format!("{} of module {} is damaged: {why}", path.display(), module.name),
+        )
+        .with_help("build the module again, or put the file back from a copy of the store"))
+    }
+
+    /// Verifies every file of a module: before it is carried elsewhere, or after something happened to the store.
+    ///
+    /// # Errors
+    /// As [`captured_file`](Self::captured_file), of the first file that is damaged.
+    pub async fn verify_module(&self, module: &Module, progress: &Progress) -> Result<()> {
+        let (store, module, progress) = (self.clone(), module.clone(), progress.clone());
+        super::blocking(move || {
+            for (file, size, sha256) in captured_files(&module.machines) {
+                store.captured_file(&module, file, size, sha256, &progress)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    fn verified_path(&self, path: &Path) -> PathBuf {
+        let path = path.strip_prefix(self.root()).unwrap_or(path);
+        let key = Digest::of(path.as_os_str().as_encoded_bytes());
+        self.root().join("index/verified").join(format!("{key}.json"))
+    }
+
+    /// Without a record the file is only hashed again: what cannot be written down fails nothing.
+    fn remember(&self, path: &Path, digest: &Digest, identity: &FileIdentity) {
+        let target = self.verified_path(path);
+        let write = || -> Result<()> {
+            if !self.changes_would_show(identity)? {
+                return Ok(());
+            }
+            durable::make_dir(durable::parent(&target))?;
+            let path = path.strip_prefix(self.root()).unwrap_or(path).to_owned();
+            record::write(&target, &VerifiedFile { path, sha256: *digest, identity: identity.clone() })
+        };
+        if let Err(error) = write() {
+            tracing::warn!(path = %path.display(), %error, "cannot remember that a file was verified");
+        }
+    }
+
+    /// Waits until the clock of the store's file system is beyond the times of this file, so that whatever happens to it
+    /// from now on changes them. `false` where the clock is too coarse to wait for.
+    fn changes_would_show(&self, identity: &FileIdentity) -> Result<bool> {
+        const LONGEST: Duration = Duration::from_millis(100);
+        let dir = self.downloads_dir();
+        let look = || -> io::Result<bool> {
+            let probe = tempfile::tempfile_in(&dir)?;
+            let begin = std::time::Instant::now();
+            loop {
+                probe.set_modified(SystemTime::now())?;
+                if FileIdentity::of(&probe.metadata()?).changed > identity.changed {
+                    return Ok(true);
+                }
+                if begin.elapsed() > LONGEST {
+                    return Ok(false);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        look().map_err(|error| io_error("make a temporary file in", &dir, error))
+    }
+
+    /// Removes what is remembered of files that are gone.
+    pub(super) fn collect_verified(&self) -> Result<()> {
+        for (_, path) in self.files(&self.root().join("index/verified"), |name| name.ends_with(".json"))? {
+            let known = record::read::<VerifiedFile>(&path)?;
+            let there = known.is_some_and(|known| self.root().join(known.path).symlink_metadata().is_ok());
+            if !there {
+                durable::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The files of machines: name, size and digest.
+pub(super) fn captured_files(machines: &[TemplateMachine]) -> impl Iterator<Item = (&str, u64, &Digest)> {
+    machines.iter().flat_map(|machine| {
+        let disks = machine.disks.iter().map(|disk| (&*disk.file, disk.size, &disk.sha256));
+        disks.chain(machine.state.iter().map(|state| (&*state.file, state.size, &state.sha256)))
+    })
+}
+
+/// Why a file was not opened.
+enum Unopened {
+    Missing,
+    Other(&'static str),
+    Failed(io::Error),
+}
+
+fn open(path: &Path) -> Result<File, Unopened> {
+    let missing = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Unopened::Missing,
+        _ => Unopened::Failed(error),
+    };
+    let kind = fs::symlink_metadata(path).map_err(missing)?.file_type();
+    if kind.is_file() {
+        return durable::open_regular(path).map_err(missing);
+    }
+    Err(Unopened::Other(match kind {
+        _ if kind.is_symlink() => "a symbolic link",
+        _ if kind.is_dir() => "a directory",
+        _ => "a device, socket or FIFO",
+    }))
+}
