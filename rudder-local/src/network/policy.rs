@@ -1,6 +1,9 @@
 //! Where guests may connect to outside of their lab: everywhere but to this host and to what only hosts are to reach.
 
-use std::net::{Ipv4Addr, UdpSocket};
+use std::{
+    io,
+    net::{Ipv4Addr, UdpSocket},
+};
 
 /// An address that is never a host's own (RFC 5737).
 const NOBODY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -36,7 +39,12 @@ fn is_public_or_private(address: Ipv4Addr) -> bool {
 /// Whether the kernel takes it for one of its own addresses, or for the broadcast address of one of its networks: only to those
 /// can a socket be bound (ip(7)).
 fn is_of_this_host(address: Ipv4Addr) -> bool {
-    let binds = |address| UdpSocket::bind((address, 0)).is_ok();
+    // Any other error says nothing about the address, so that it is taken for the host's own.
+    let binds = |address| {
+        UdpSocket::bind((address, 0))
+            .err()
+            .is_none_or(|error| error.kind() != io::ErrorKind::AddrNotAvailable)
+    };
     // Where ip_nonlocal_bind is on, every address can be bound to, and the routing table has to tell.
     binds(address) && (!binds(NOBODY) || is_in_local_table(address))
 }
