@@ -2,8 +2,12 @@
 
 mod consoles;
 mod launch;
+mod name;
 
-use self::launch::{Launched, Ways};
+use self::{
+    launch::{Launched, Ways},
+    name::domain_name,
+};
 use crate::{
     connection::{Failure, domain},
     devices::{self, Disk, Serial, Uefi, Variables},
@@ -158,18 +162,6 @@ impl LibvirtMachine {
     }
 }
 
-/// The name of a machine's domain: what people see in the list of all domains. Of the VM's name what is plain, because a
-/// domain's name also becomes the name of files.
-fn domain_name(lab: &str, number: usize, vm: &str) -> String {
-    let plain: String =
-        vm.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_')).take(40).collect();
-    match plain == vm {
-        true => format!("rudder.{lab}.{plain}"),
-        // The number, because two such names may leave the same.
-        false => format!("rudder.{lab}.{plain}.{number}"),
-    }
-}
-
 impl Inner {
     /// The name of a file of it in the lab. Short, because a socket's path has at most 107 bytes (unix(7)).
     fn file(&self, suffix: &str) -> String {
@@ -181,9 +173,10 @@ impl Inner {
         let cards = match self.context.bridges() {
             Some(bridges) => Cards::Bridged(network::cards(&self.spec, bridges)?),
             None => {
-                let sockets = Lan::sockets(self.number, &self.spec).into_iter();
-                let paths = sockets.map(|file| storage.socket_for_others(&file).display().to_string());
-                let paths: Vec<String> = paths.collect();
+                let sockets =
+                    Lan::sockets(self.number, &self.spec).into_iter().map(|file| storage.path(&file));
+                // The whole path: libvirt starts QEMU elsewhere. It is shorter than that of the serial console, which is checked.
+                let paths: Vec<String> = sockets.map(|socket| socket.display().to_string()).collect();
                 Cards::Arguments(nic_arguments(&self.spec, storage.network(), &paths)?)
             }
         };
@@ -489,17 +482,5 @@ impl Machine for LibvirtMachine {
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
         let _disks = self.0.at_rest()?;
         self.0.state.capture().await.map_err(|error| error.with_context("vm", &self.0.spec.name))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_of_domains_are_plain_and_their_own() {
-        assert_eq!(domain_name("demo-0123456789ab", 0, "web"), "rudder.demo-0123456789ab.web");
-        assert_eq!(domain_name("demo-0123456789ab", 1, "w e,\"b/"), "rudder.demo-0123456789ab.web.1");
-        assert_eq!(domain_name("demo-0123456789ab", 2, "ä"), "rudder.demo-0123456789ab..2");
     }
 }

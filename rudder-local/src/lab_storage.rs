@@ -115,12 +115,6 @@ impl LabStorage {
         PathBuf::from(format!("/proc/self/fd/{}/{file}", self.handle.as_raw_fd()))
     }
 
-    /// The same for another process, for as long as this one lives.
-    #[must_use]
-    pub fn socket_for_others(&self, file: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/fd/{}/{file}", std::process::id(), self.handle.as_raw_fd()))
-    }
-
     /// Versions that belong into the provenance: the host's, and of what the lab's machines were made with.
     #[must_use]
     pub fn versions(&self) -> BTreeMap<String, String> {

@@ -4,7 +4,7 @@
 use crate::{
     helper::{self, HelperProgram},
     lab_storage::{LabStorage, blocking},
-    network::{Network, NetworkOptions},
+    network::{Doors, Network, NetworkOptions, Plugged},
     nic_arguments::nic_socket,
     process::{Invocation, Lifetime, OwnedChild, describe},
     store::LAB_VARIABLE,
@@ -33,6 +33,8 @@ const LOG: &str = "network.log";
 /// How long the helper process may take until it runs the network, and the interval at which it is looked.
 const HELPER_LIMIT: Duration = Duration::from_secs(30);
 const HELPER_LOOK: Duration = Duration::from_millis(5);
+/// How long QEMU may take to listen for its NICs.
+const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 
 /// The network of a lab.
 #[derive(Debug)]
@@ -45,6 +47,8 @@ struct Running {
     /// `None` once another process runs it.
     network: Option<Arc<Network>>,
     machines: BTreeMap<String, Machine>,
+    /// What a person should know of a network that was handed over.
+    told: Vec<String>,
 }
 
 /// A machine on the network.
@@ -80,7 +84,7 @@ impl Lan {
     #[must_use]
     pub fn new(plan: &PlannedNetwork, name: &str) -> Self {
         let network = Some(Arc::new(Network::new(plan, &NetworkOptions::new(name))));
-        Self { running: Mutex::new(Running { network, machines: BTreeMap::new() }) }
+        Self { running: Mutex::new(Running { network, machines: BTreeMap::new(), told: Vec::new() }) }
     }
 
     fn running(&self) -> MutexGuard<'_, Running> {
@@ -133,19 +137,37 @@ impl Lan {
         files.iter().try_for_each(|file| remove_file(&storage.path(file)))
     }
 
-    /// Connects a machine that was started, until `ended` is over.
+    /// Connects a machine whose process was started and whose guest does not run yet, until `ended` completes.
     ///
     /// # Errors
-    /// `Io` when the sockets for people cannot be made.
-    pub fn connect(
+    /// `LaunchFailed` when QEMU does not listen for a NIC; `Io` when the sockets for people cannot be made.
+    pub async fn connect(
         &self,
         storage: &LabStorage,
         name: &str,
         ended: impl Future<Output = ()> + Send + 'static,
     ) -> Result<()> {
-        let mut running = self.running();
-        let Running { network: Some(network), machines } = &mut *running else { return Ok(()) };
-        let Some(machine) = machines.get_mut(name) else { return Ok(()) };
+        let Some((mut plugged, doors)) = self.plug(storage, name)? else { return Ok(()) };
+        if tokio::time::timeout(CONNECT_LIMIT, plugged.connected()).await.is_err() {
+            let limit = CONNECT_LIMIT.as_secs();
+            let message = format!("expected QEMU to listen for each NIC within {limit} s, but it does not");
+            return Err(Error::new(ErrorKind::LaunchFailed, message));
+        }
+        let connected = async move {
+            let _connected = (plugged, doors);
+            ended.await;
+        };
+        if let Some(machine) = self.running().machines.get_mut(name) {
+            machine.connected = Some(AbortOnDropHandle::new(tokio::spawn(connected)));
+        }
+        Ok(())
+    }
+
+    /// Plugs in the cables of a machine, and opens its doors; `None` when the network is not run here.
+    fn plug(&self, storage: &LabStorage, name: &str) -> Result<Option<(Plugged, Doors)>> {
+        let running = self.running();
+        let Some(network) = &running.network else { return Ok(None) };
+        let Some(machine) = running.machines.get(name) else { return Ok(None) };
         for file in machine.sockets() {
             // QEMU makes them as the umask says. The directory is closed to others anyway.
             let _ = fs::set_permissions(storage.path(&file), fs::Permissions::from_mode(0o600));
@@ -154,12 +176,7 @@ impl Lan {
         let doors = machine.doors().map(|(port, file)| (port, storage.socket(&file)));
         let doors = network.open_doors(name, doors);
         let doors = doors.map_err(|error| Error::io("make the sockets that lead to the machine", error))?;
-        let connected = async move {
-            let _connected = (plugged, doors);
-            ended.await;
-        };
-        machine.connected = Some(AbortOnDropHandle::new(tokio::spawn(connected)));
-        Ok(())
+        Ok(Some((plugged, doors)))
     }
 
     /// Connects to a port of a machine that runs, as [`Machine::dial`](rudder_core::backend::Machine::dial) promises.
@@ -232,11 +249,18 @@ impl Lan {
         lines.collect()
     }
 
-    /// Hands the network over to the helper process, which outlives this one; what a person should know of it.
+    /// Hands the network over to the helper process, which outlives this one; what a person should know of it. May be repeated.
     ///
     /// # Errors
     /// File errors.
     pub async fn hand_over(&self, storage: &Arc<LabStorage>) -> Result<Vec<String>> {
+        let told = self.hand_over_once(storage).await?;
+        let mut running = self.running();
+        running.told.extend(told);
+        Ok(running.told.clone())
+    }
+
+    async fn hand_over_once(&self, storage: &Arc<LabStorage>) -> Result<Vec<String>> {
         let (record, doors) = {
             let mut running = self.running();
             let Some(network) = running.network.take() else { return Ok(Vec::new()) };

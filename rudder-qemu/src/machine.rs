@@ -215,7 +215,7 @@ impl QemuMachine {
             };
             // Before it runs: nothing of what it writes is missed.
             let console = self.attach_console().await?;
-            self.lan.connect(&self.storage, &self.spec.name, ended)?;
+            self.lan.connect(&self.storage, &self.spec.name, ended).await?;
             qmp.cont().await?;
             Ok((qmp, notes, console))
         };

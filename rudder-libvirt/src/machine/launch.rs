@@ -84,7 +84,7 @@ impl Inner {
             let ways = match self.context.bridges() {
                 Some(_) => Ways::Bridged(None),
                 None => {
-                    self.context.lan.connect(&self.context.storage, &self.spec.name, ended)?;
+                    self.context.lan.connect(&self.context.storage, &self.spec.name, ended).await?;
                     Ways::Switched
                 }
             };

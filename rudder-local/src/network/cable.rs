@@ -10,6 +10,7 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::UnixStream,
+    sync::mpsc,
 };
 
 /// Bytes that are read at a time: several frames.
@@ -18,11 +19,22 @@ const _: () = assert!(READ > LONGEST_FRAME + 4);
 /// Pause before a socket on which nobody listens is tried again.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Connects a NIC's socket to its port, again and again.
-pub(crate) async fn keep_plugged(vpc: Arc<Vpc>, place: Place, port: Arc<Port>, socket: PathBuf) {
+/// Connects a NIC's socket to its port, again and again; tells `first` of the first time.
+pub(crate) async fn keep_plugged(
+    vpc: Arc<Vpc>,
+    place: Place,
+    port: Arc<Port>,
+    socket: PathBuf,
+    first: mpsc::Sender<()>,
+) {
     let _disconnect = Disconnect { vpc: Arc::clone(&vpc), place };
+    let mut first = Some(first);
     loop {
         if let Ok(stream) = UnixStream::connect(&socket).await {
+            if let Some(first) = first.take() {
+                // The channel has room for each NIC.
+                let _ = first.try_send(());
+            }
             carry(&vpc, place, &port, stream).await;
         }
         tokio::time::sleep(RETRY).await;

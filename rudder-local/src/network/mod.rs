@@ -234,18 +234,20 @@ impl Network {
     pub fn plug(&self, machine: &str, sockets: impl IntoIterator<Item = PathBuf>) -> Plugged {
         let attached = self.machines().get(machine).cloned().unwrap_or_default();
         let mut cables = JoinSet::new();
+        let (first, connected) = mpsc::channel(attached.len().max(1));
         for (Attached { vpc, place, .. }, socket) in attached.into_iter().zip(sockets) {
             let port = {
                 let inner = vpc.lock();
                 inner.segments[place.segment].nics.get(place.port).map(|nic| Arc::clone(&nic.port))
             };
             let Some(port) = port else { continue };
-            let end = vpc.settings.end.clone();
+            let (end, first) = (vpc.settings.end.clone(), first.clone());
             cables.spawn(async move {
-                let _ = end.run_until_cancelled(cable::keep_plugged(vpc, place, port, socket)).await;
+                let plugged = cable::keep_plugged(vpc, place, port, socket, first);
+                let _ = end.run_until_cancelled(plugged).await;
             });
         }
-        Plugged { _cables: cables }
+        Plugged { missing: cables.len(), connected, _cables: cables }
     }
 
     /// Connects to a TCP port of a machine, over its first NIC that the router reaches.
@@ -337,7 +339,20 @@ impl Drop for Network {
 /// The plugged cables of a machine.
 #[derive(Debug)]
 pub struct Plugged {
+    /// NICs that have not been connected yet.
+    missing: usize,
+    connected: mpsc::Receiver<()>,
     _cables: JoinSet<()>,
+}
+
+impl Plugged {
+    /// Waits until every NIC has been connected once. QEMU 7.2 crashes when a guest sends over a NIC whose socket QEMU could not
+    /// listen on, which it does not report.
+    pub async fn connected(&mut self) {
+        while self.missing > 0 && self.connected.recv().await.is_some() {
+            self.missing -= 1;
+        }
+    }
 }
 
 pub use door::Doors;
