@@ -80,9 +80,10 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             Bus::Sata | Bus::Ide => Some("ide-cd"),
             Bus::Usb => Some("usb-storage"),
         };
-        let place = match driver {
+        // Where the bus is full, it has a place of its own.
+        let place = match driver.and_then(|driver| Some((driver, take(line, bus).ok()?))) {
             None => line.device("virtio-blk-pci", slot::SEED, 0),
-            Some(driver) => format!("{driver},{}", take(line, bus)?),
+            Some((driver, place)) => format!("{driver},{place}"),
         };
         line.option("-device", format!("{place},id=seed-device,drive=seed"));
     }

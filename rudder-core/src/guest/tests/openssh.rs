@@ -1,6 +1,6 @@
 //! What a guest does for us, against OpenSSH.
 
-use super::sshd::{Sshd, runs};
+use super::sshd::{Sshd, ends, runs};
 use crate::{
     event::{ExitStatus, OutputStream},
     guest::{Content, Guest, Script},
@@ -86,7 +86,7 @@ async fn a_dropped_run_ends_in_the_guest_too() {
     };
     guest.settle(Duration::from_secs(30)).await;
     for pid in &lines[1..] {
-        assert!(!runs(pid), "{pid} lives");
+        assert!(ends(pid).await, "{pid} lives");
     }
     assert_eq!(leftovers(&directory(&lines)), [""; 0]);
 }

@@ -2,7 +2,7 @@
 
 use super::{
     openssh::{leftovers, run},
-    sshd::{Sshd, runs},
+    sshd::{Sshd, ends},
 };
 use crate::{
     ErrorKind,
@@ -130,7 +130,7 @@ async fn a_dropped_run_is_ended_under_any_login_shell() {
             lines = async { (heard.recv().await.unwrap(), heard.recv().await.unwrap()) } => lines,
         };
         guest.settle(Duration::from_secs(60)).await;
-        assert!(!runs(&pid), "{shell}: {pid} lives");
+        assert!(ends(&pid).await, "{shell}: {pid} lives");
         assert_eq!(leftovers(dir.rsplit('/').nth(1).unwrap()), [""; 0], "{shell}");
     }
 }

@@ -17,6 +17,16 @@ pub(crate) fn runs(pid: &str) -> bool {
     stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
 }
 
+/// Whether a process ends. One that was killed may take a moment on a busy host; this waits for it, up to a minute.
+pub(crate) async fn ends(pid: &str) -> bool {
+    let gone = async {
+        while runs(pid) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), gone).await.is_ok()
+}
+
 pub(crate) struct Sshd {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) key: BuildKey,
