@@ -213,6 +213,13 @@ impl Segment {
         {
             return false;
         }
+        // A system with several NICs on a subnet answers for an address over any of them. The answer goes to the NIC that has it:
+        // the others may be slow, and lose what comes fast.
+        let has_plan = |number: &usize| self.nics.get(*number).is_some_and(|nic| nic.mac == mac);
+        let (mac, port) = match planned {
+            Some(planned) if has_plan(&port) => (self.nics[planned].mac, planned),
+            _ => (mac, port),
+        };
         if self.neighbours.get(&address) == Some(&(mac, port)) {
             return true;
         }
