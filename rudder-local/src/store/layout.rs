@@ -124,7 +124,8 @@ fn find_or_create(path: &Path) -> Result<PathBuf> {
 /// Makes a store of an empty directory, or recognises one that was made before there were markers. Says whether it was the latter.
 fn adopt(root: &Path) -> Result<(Marker, bool)> {
     let names = names(root)?;
-    let is_new = names.iter().all(|name| name.starts_with(MARKER_TEMPORARY));
+    // A file system of its own begins with the directory that fsck puts its finds into.
+    let is_new = names.iter().all(|name| name.starts_with(MARKER_TEMPORARY) || name == "lost+found");
     if is_new {
         expect_unshared(root)?;
     } else {
