@@ -4,7 +4,9 @@
 mod support;
 
 use rustix::process::{Pid, Signal, kill_process};
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{
+    fs, io, net::TcpListener, os::unix::fs::PermissionsExt, path::Path, process::Command, time::Duration,
+};
 use support::{Bench, Running, one_vm, tiny, tiny_manifest};
 
 #[test]
@@ -140,5 +142,34 @@ fn a_machine_too_large_for_the_host_fails_as_what_it_is() {
     let ended = bench.build(&tiny_manifest("broken", "").replace("256Mi", "64Ti"));
     ended.expect_code(1).expect_text(&["vm vm", "memory"]);
     assert_eq!(ended.outcome()["kind"], "launch_failed");
+    bench.expect_clean();
+}
+
+#[test]
+fn a_guest_and_the_other_users_of_the_host_do_not_reach_each_other() {
+    let bench = Bench::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // The gateway, and the address at which QEMU's user network would have the host's loopback.
+    let script = format!(
+        "for address in 10.0.2.1 10.0.2.2; do if nc -w 20 $address {port} </dev/null; then echo reached $address; exit 1; fi; done; \
+         echo nobody is reached"
+    );
+    let manifest = tiny_manifest("alone", &format!("- {{type: shell, shell: {{inline: '{script}'}}}}"));
+    let mut running = Running::start(bench.command(&manifest));
+    running.until_phase("Provisioning");
+    // Everything that leads to the guest is in the store, which another user cannot enter.
+    let store = bench.store();
+    assert_eq!(fs::metadata(&store).unwrap().permissions().mode() & 0o777, 0o700);
+    if rustix::process::geteuid().is_root() {
+        fs::set_permissions(store.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+        let mut nobody = Command::new("setpriv");
+        nobody.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", "ls"]).arg(store.join("labs"));
+        assert!(!nobody.output().unwrap().status.success(), "another user sees the labs");
+    }
+    let ended = running.end();
+    ended.expect_code(0).expect_text(&["nobody is reached"]);
+    assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock, "a guest reached the host");
     bench.expect_clean();
 }

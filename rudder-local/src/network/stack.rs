@@ -18,8 +18,11 @@ use tokio::time::Instant;
 
 use super::wire::MTU;
 
-/// Buffers of a connection, each way, in bytes.
-const BUFFER: usize = 128 << 10;
+/// What a guest may send on a connection before it is read, in bytes.
+const RECEIVED: usize = 128 << 10;
+/// What is on its way to a guest on a connection, in bytes: seven segments. QEMU loses what waits for a NIC beyond the free descriptors
+/// of its ring (`qemu_net_queue_flush` takes the -1 of `e1000_receive_iov` for delivered), and a boot loader offers eight.
+const SENT: usize = 7 * 1460;
 /// How long a guest may not answer on a connection, and how often it is asked when nothing is sent.
 const SILENCE: StackDuration = StackDuration::from_secs(600);
 const KEEP_ALIVE: StackDuration = StackDuration::from_secs(60);
@@ -270,8 +273,8 @@ impl Stack {
 }
 
 fn socket() -> tcp::Socket<'static> {
-    let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
-    let mut socket = tcp::Socket::new(buffer(), buffer());
+    let buffer = |bytes| tcp::SocketBuffer::new(vec![0; bytes]);
+    let mut socket = tcp::Socket::new(buffer(RECEIVED), buffer(SENT));
     // Keystrokes are small, and each is waited for.
     socket.set_nagle_enabled(false);
     socket.set_ack_delay(None);
