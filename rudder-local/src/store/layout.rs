@@ -112,8 +112,12 @@ fn find_or_create(path: &Path) -> Result<PathBuf> {
             durable::expect_dir(&root)?;
             Ok(root)
         }
-        // A symbolic link that leads nowhere is not replaced.
-        Err(error) if error.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(&path).is_err() => {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // A symbolic link that leads nowhere is not replaced.
+            if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink()) {
+                return Err(io_error("open", &path, error));
+            }
+            // Another process may make it at the same time.
             durable::make_dir(&path)?;
             fs::canonicalize(&path).map_err(|error| io_error("open", &path, error))
         }
@@ -124,8 +128,7 @@ fn find_or_create(path: &Path) -> Result<PathBuf> {
 /// Makes a store of an empty directory, or recognises one that was made before there were markers. Says whether it was the latter.
 fn adopt(root: &Path) -> Result<(Marker, bool)> {
     let names = names(root)?;
-    // A file system of its own begins with the directory that fsck puts its finds into.
-    let is_new = names.iter().all(|name| name.starts_with(MARKER_TEMPORARY) || name == "lost+found");
+    let is_new = names.iter().all(|name| name.starts_with(MARKER_TEMPORARY));
     if is_new {
         expect_unshared(root)?;
     } else {

@@ -361,13 +361,3 @@ fn refused(path: &Path) -> TestCaseResult {
     }
     Ok(())
 }
-
-#[test]
-fn the_top_of_a_new_file_system_becomes_a_store() {
-    let dir = tempfile::tempdir().unwrap();
-    fs::create_dir(dir.path().join("lost+found")).unwrap();
-    for _ in 0..2 {
-        Store::open(dir.path()).unwrap();
-        assert!(dir.path().join("lost+found").is_dir());
-    }
-}

@@ -149,7 +149,8 @@ async fn what_is_not_there_fails_at_once() {
         url.set_password(Some("geheim")).unwrap();
         let error = fixture.image(&url, None).await.unwrap_err();
         assert_eq!((error.kind(), error.is_retryable()), (kind, false));
-        url.set_password(Some("***")).unwrap();
+        url.set_username("***").unwrap();
+        url.set_password(None).unwrap();
         assert_eq!(error.report(), format!("url {url}: {text}"));
         assert_eq!(server.count(), 1);
         assert!(server.asked()[0].header("authorization").unwrap().starts_with("Basic "));
