@@ -1,5 +1,5 @@
 //! A backend in memory: machines that a test scripts, with a real SSH server on the other end of
-//! [`Machine::dial`](crate::backend::Machine::dial), so that whole builds run in milliseconds.
+//! [`Machine::dial`], so that whole builds run in milliseconds.
 //!
 //! A machine has a file system on its boot disk. It survives reboots, is captured, and is inherited by what is built on the
 //! module. Scripts are interpreted by a small shell that knows the language and the commands that builds need most (`echo`,

@@ -18,7 +18,7 @@
 //! - What a [`Lease`] or the ledger of a lab names is not removed. A lease passes to a ledger without a gap
 //!   ([`LabDir::hold`]), so that nothing is collected between finding a blob and building on it.
 //! - Only what the store itself recorded is ever removed. Symbolic links are not followed. What it does not know stays, and is
-//!   named in the report ([`warnings`](crate::backend::ReapReport::warnings)) of whoever cleans up.
+//!   named in the report ([`warnings`](rudder_core::backend::ReapReport::warnings)) of whoever cleans up.
 //! - Nobody but its owner reads it: directories have mode 0700, files 0600.
 
 mod blob;
