@@ -232,8 +232,9 @@ impl Lan {
     pub fn proxy_command(&self, storage: &LabStorage, name: &str, port: u16) -> Option<String> {
         let running = self.running();
         let (_, file) = running.machines.get(name)?.doors().find(|(known, _)| *known == port)?;
-        // From within the directory: a socket's address has at most 107 bytes (unix(7)).
-        Some(format!("cd {} && exec nc -U {file}", quoted(&storage.dir().path().display().to_string())))
+        // From within the directory: a socket's address has at most 107 bytes (unix(7)). One command and no list: ssh runs
+        // what it is given behind `exec` (ssh_config(5), ProxyCommand).
+        Some(format!("env --chdir={} nc -U {file}", quoted(&storage.dir().path().display().to_string())))
     }
 
     /// How a person reaches the ports of a machine, a line each.

@@ -6,8 +6,8 @@ use serde_json::Value;
 use std::fs;
 
 /// What two builds need not have in common, wherever it is in their events and records: when, how long, where, by what.
-const OWN: [&str; 9] =
-    ["seq", "time", "millis", "created", "timings", "backend", "versions", "digest", "outcome"];
+const OWN: [&str; 10] =
+    ["build_id", "seq", "time", "millis", "created", "timings", "backend", "versions", "digest", "outcome"];
 
 /// Fails unless both were built, told the same, and wrote the same record. Lines of output count as far as `counts` says.
 #[track_caller]

@@ -17,7 +17,7 @@ const COLUMNS_BEFORE: usize = 50;
 /// let parsed = rudder_core::manifest::parse(text.as_bytes());
 /// let shown = rudder_core::diagnostic::render(&parsed.diagnostics, "web.yaml", text);
 /// assert_eq!(shown, "\
-/// warning[unknown-key]: no field is called `tmp` here; it is ignored
+/// error[unknown-key]: no field is called `tmp` here
 ///  --> web.yaml:3:3 (vms[0].tmp)
 ///   |
 /// 3 |   tmp: true

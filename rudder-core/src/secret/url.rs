@@ -5,7 +5,7 @@ use std::{borrow::Cow, ops::Range};
 use url::Url;
 
 /// Keys of a query whose values say what is fetched, and never who may.
-const PUBLIC: [&str; 8] = ["version", "v", "arch", "format", "name", "file", "path", "release"];
+const PUBLIC: [&str; 9] = ["version", "v", "arch", "format", "name", "file", "path", "release", "socket"];
 
 /// Parts of keys whose values authorise.
 const SENSITIVE: [&str; 14] = [
