@@ -140,7 +140,7 @@ fn an_iso_with_a_wrong_checksum_is_refused_and_its_correction_needs_no_second_do
     let of_vm = |checksum: &str| format!("isos: [{{url: '{url}', checksum: '{checksum}'}}]");
     let wrong = "0".repeat(64);
     let ended = bench.build(&manifest("media", &of_vm(&wrong), ""));
-    ended.expect_code(1).expect_text(&["vm vm", "iso 1", &url, &wrong, &digest]);
+    ended.expect_code(1).expect_text(&["vm vm", "cdrom iso1", &url, &wrong, &digest]);
     assert_eq!(ended.outcome()["kind"], "checksum_mismatch");
     assert!(ended.event(|event| event["phase"] == "booting").is_none(), "nothing boots");
     bench.expect_clean();

@@ -13,6 +13,7 @@ use rudder_core::{
     ErrorKind, Result,
     backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
+    fetch::Fetch,
     module::{DamagedModule, Module},
 };
 use rudder_local::{
@@ -213,6 +214,10 @@ impl Backend for LibvirtBackend {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn fetcher(&self) -> Arc<dyn Fetch> {
+        Arc::new(self.store.clone())
     }
 
     async fn diagnose(&self) -> Result<HostReport> {

@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
-        ModuleDraft, Progress, Retention, Served, Site,
+        ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress,
+        Retention, Served, Site,
     },
     media::http::{Admission, Caller, Server},
     module::Module,
@@ -138,10 +138,6 @@ impl Lab for LibvirtLab {
         self.context.storage.import(request, progress).await
     }
 
-    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
-        self.context.storage.fetch(request, progress).await
-    }
-
     async fn serve(&self, site: Site) -> Result<Served> {
         if let Some(bridges) = self.context.bridges() {
             return self.serve_on(bridges, &site).await;
@@ -152,9 +148,7 @@ impl Lab for LibvirtLab {
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         let refuse = |error: Error| error.with_context("vm", &spec.name);
         self.context.storage.dir().check_open().map_err(refuse)?;
-        for disk in &spec.disks {
-            self.context.storage.volume_size(&disk.volume.id).map_err(refuse)?;
-        }
+        self.context.storage.check_volumes(spec).map_err(refuse)?;
         let mut begun = self.begun.lock().await;
         if self.machines().iter().any(|machine| machine.name() == spec.name) {
             let lab = self.context.storage.id();

@@ -200,7 +200,7 @@ impl Inner {
                 variables: Variables::Own(storage.path(file)),
             }),
             tpm: self.state.tpm_socket().map(|socket| devices::Tpm::At(storage.path(socket))),
-            cdroms: self.spec.cdroms.clone(),
+            cdroms: self.spec.cdroms.iter().map(|cdrom| (&cdrom.id).into()).collect(),
             floppy: self.spec.floppy.as_ref().map(|_| storage.path(&self.file("floppy.img"))),
             seed: self.spec.seed.as_ref().map(|_| storage.path(&self.file("seed.img"))),
             serial: Serial::Socket(storage.path(&self.file("serial"))),

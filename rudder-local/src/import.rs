@@ -7,20 +7,27 @@ use crate::{
 };
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{ImportRequest, Imported, Progress, Volume},
+    backend::{ImportRequest, Imported, Progress, Volume, VolumeKind},
     module::InputRecord,
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
 };
 
 impl LabStorage {
-    /// Brings a source into the lab, as [`Lab::import`](rudder_core::backend::Lab::import) promises. A volume's id is the
-    /// name of its file, in qcow2.
+    /// Brings a source into the lab, as [`Lab::import`](rudder_core::backend::Lab::import) promises. The id of a disk is the
+    /// name of its file in the lab's directory, in qcow2; that of a CD-ROM is the path of the file in the store.
     ///
     /// # Errors
     /// As `Lab::import`.
     pub async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
         self.tell_notice(progress);
         let imported = match &request.source {
+            PlannedSource::Url(url) if request.kind == VolumeKind::Cdrom => {
+                self.import_cdrom(url, request, progress).await
+            }
+            _ if request.kind != VolumeKind::Disk => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("expected the URL of a CD-ROM, but found {:?}", request.source),
+            )),
             PlannedSource::Url(url) => self.import_url(url, request, progress).await,
             PlannedSource::Blank => {
                 self.volume(None, request.size).await.map(|volume| Imported { volume, input: None })
@@ -31,8 +38,9 @@ impl LabStorage {
                 format!("machines on QEMU cannot have this yet: a source such as {other:?}"),
             )),
         };
-        imported
-            .map_err(|error| error.with_context("disk", &request.disk).with_context("vm", &request.machine))
+        imported.map_err(|error| {
+            error.with_context(request.kind.name(), &request.disk).with_context("vm", &request.machine)
+        })
     }
 
     async fn import_url(
@@ -48,6 +56,25 @@ impl LabStorage {
         let backing = Backing { path: &base.path, format: base.format };
         let volume = self.volume(Some((backing, base.size)), request.size).await?;
         let input = InputRecord { role: format!("source of VM {}", request.machine), ..image.input };
+        Ok(Imported { volume, input: Some(input) })
+    }
+
+    /// A CD-ROM is attached as it was served, from where it is cached.
+    async fn import_cdrom(
+        &self,
+        url: &PlannedUrl,
+        request: &ImportRequest,
+        progress: &Progress,
+    ) -> Result<Imported> {
+        let file = self.store().file_kept_for(url, request.keep_for, progress).await?;
+        let id = file.path.to_str().map(str::to_owned).ok_or_else(|| {
+            let message = format!("expected a store whose path is UTF-8, but found {}", file.path.display());
+            Error::new(ErrorKind::InvalidInput, message)
+        })?;
+        let volume = Volume { id, virtual_size: file.input.size };
+        self.hold(file.lease).await?;
+        self.add_volume(&volume.id, volume.virtual_size);
+        let input = InputRecord { role: InputRecord::ISO.to_owned(), ..file.input };
         Ok(Imported { volume, input: Some(input) })
     }
 

@@ -10,7 +10,7 @@ use crate::{
 };
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{FetchRequest, Fetched, LabId, LabSpec, Progress, Retention},
+    backend::{LabId, LabSpec, MachineSpec, Progress, Retention},
     files::replace_file,
     plan::{PlannedBuildRef, PlannedNetwork},
 };
@@ -200,18 +200,13 @@ impl LabStorage {
         })
     }
 
-    /// Brings a file to the host, as [`Lab::fetch`](rudder_core::backend::Lab::fetch) promises.
+    /// Checks that the disks and CD-ROMs of a machine are volumes of the lab.
     ///
     /// # Errors
-    /// As `Lab::fetch`.
-    pub async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
-        let file = self.store.file(&request.url, progress).await?;
-        if !request.keep_for.is_zero() {
-            let (store, lease, keep_for) = (self.store.clone(), file.lease.clone(), request.keep_for);
-            blocking(move || store.keep_cached(&lease, keep_for)).await?;
-        }
-        self.hold(file.lease).await?;
-        Ok(Fetched { path: file.path, input: file.input })
+    /// `InvalidInput` when one is not.
+    pub fn check_volumes(&self, spec: &MachineSpec) -> Result<()> {
+        let mut volumes = spec.disks.iter().map(|disk| &disk.volume).chain(&spec.cdroms);
+        volumes.try_for_each(|volume| self.volume_size(&volume.id).map(drop))
     }
 
     /// Lets the lab outlive this process, with a note how to get into its machines.

@@ -6,6 +6,7 @@ use rudder_core::{
     Result,
     backend::{Backend, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
+    fetch::Fetch,
     module::{DamagedModule, Module},
 };
 use rudder_local::helper::HelperProgram;
@@ -173,6 +174,10 @@ impl Backend for QemuBackend {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn fetcher(&self) -> Arc<dyn Fetch> {
+        Arc::new(self.store.clone())
     }
 
     async fn diagnose(&self) -> Result<HostReport> {

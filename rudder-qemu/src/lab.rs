@@ -5,8 +5,8 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
-        ModuleDraft, Progress, Retention, Served, Site,
+        ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress,
+        Retention, Served, Site,
     },
     module::Module,
 };
@@ -76,10 +76,6 @@ impl Lab for QemuLab {
         self.storage.import(request, progress).await
     }
 
-    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
-        self.storage.fetch(request, progress).await
-    }
-
     async fn serve(&self, site: Site) -> Result<Served> {
         self.lan.serve(site)
     }
@@ -87,9 +83,7 @@ impl Lab for QemuLab {
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         let refuse = |error: Error| error.with_context("vm", &spec.name);
         self.storage.dir().check_open().map_err(refuse)?;
-        for disk in &spec.disks {
-            self.storage.volume_size(&disk.volume.id).map_err(refuse)?;
-        }
+        self.storage.check_volumes(spec).map_err(refuse)?;
         let mut begun = self.begun.lock().await;
         if self.machines().iter().any(|machine| machine.name() == spec.name) {
             let message =

@@ -16,6 +16,7 @@ use rudder_local::store::Store;
 use rudder_qemu::{Accelerator, QemuBackend};
 use small_disk::{SmallDisk, may_mount};
 use std::{process::Command, time::Duration};
+use url::Url;
 
 const DISK: u64 = 64 << 20;
 
@@ -67,7 +68,11 @@ async fn a_blank_disk_falls_through_to_the_cd_and_boots_once_it_is_installed() {
     for buses in [&[Bus::Virtio][..], &[Bus::Ide; 3], &[Bus::Sata], &[Bus::Scsi]] {
         let lab = place.lab().await;
         let mut spec = common::blank_machine(&*lab, "web", buses).await;
-        spec.cdroms = vec![other.clone(), cdrom.clone()];
+        for (name, path) in [("other", &other), ("cdrom", &cdrom)] {
+            let url = PlannedUrl { url: Url::from_file_path(path).unwrap(), sha256: None };
+            let request = ImportRequest::cdrom("web", name, url);
+            spec.cdroms.push(lab.import(&request, &Progress::none()).await.unwrap().volume);
+        }
         let machine = lab.create_machine(&spec).await.unwrap();
         machine.start().await.unwrap();
         // The CD-ROM that does not boot is passed over; the one that does resets the machine, which then boots the disk.

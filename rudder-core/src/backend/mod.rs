@@ -28,6 +28,7 @@ mod kept;
 mod serial_ring;
 mod types;
 
+pub use crate::progress::{Progress, ProgressEvent};
 pub use kept::{KeptLab, KeptLogin};
 pub use serial_ring::SerialRing;
 pub use types::*;
@@ -35,6 +36,7 @@ pub use types::*;
 use crate::{
     Error, ErrorKind, Result,
     capability::Capabilities,
+    fetch::Fetch,
     module::{CapturedDisk, CapturedState, DamagedModule, Module},
 };
 use async_trait::async_trait;
@@ -69,6 +71,10 @@ pub trait Backend: Debug + Send + Sync + 'static {
 
     /// What exists on this host, what is missing, and how to fix it: at least one finding. Starts nothing; may be repeated.
     async fn diagnose(&self) -> Result<HostReport>;
+
+    /// What brings files that the engine reads to this host, unless the build names another
+    /// ([`Build::fetcher`](crate::build::Build::fetcher)). A backend that caches sources on this host shares its cache.
+    fn fetcher(&self) -> Arc<dyn Fetch>;
 
     /// Opens the isolated place of one build or one clone. Also reaps what dead owners left, where that is cheap.
     ///
@@ -127,7 +133,8 @@ pub trait Lab: Debug + Send + Sync {
     /// Versions that belong into the provenance: `qemu` → `7.2.22`… At least one: the hypervisor's own.
     fn versions(&self) -> std::collections::BTreeMap<String, String>;
 
-    /// Brings a source into the lab: as a volume that a machine may write to, without changing what it came from.
+    /// Brings a source into the lab, without changing what it came from: as a disk that a machine may write to, or as a
+    /// CD-ROM. A source that cannot be one, such as a blank CD-ROM, is `Unsupported`.
     ///
     /// Requests of the same URL, in this or another process, share one download. Progress is reported in bytes as served.
     /// May be repeated: each call makes a volume of its own.
@@ -137,14 +144,6 @@ pub trait Lab: Debug + Send + Sync {
     /// `ChecksumMismatch`, `InvalidImage`, `HostDiskFull`, and `InvalidInput` when `request.size` is smaller than the image or
     /// a blank disk has none.
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported>;
-
-    /// Brings the bytes of a URL (a file of the manifest, an ISO) to the host: verified, cached, as a path that may be read
-    /// as long as the lab lives. Requests of the same URL, in this or another process, share one download. A file that was fetched
-    /// is never written to while the lab lives: others may be reading it.
-    ///
-    /// # Errors
-    /// `Download`, `NotFound`, `ChecksumMismatch`, `HostDiskFull`.
-    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched>;
 
     /// Serves files over HTTP to the machines of the lab and to nobody else, until the returned value is dropped or the
     /// lab is destroyed, whichever comes first. No other process of the host is answered, on whatever address. Needs [`Capability::HttpDirectory`](crate::capability::Capability::HttpDirectory).

@@ -98,14 +98,40 @@ impl LabSpec {
 pub struct ImportRequest {
     /// The machine it is for, for file names and labels.
     pub machine: String,
-    /// The disk it becomes.
+    /// The disk or CD-ROM it becomes, unique in the machine.
     pub disk: String,
+    /// Whether it becomes a disk or a CD-ROM.
+    pub kind: VolumeKind,
     /// Where it comes from.
     pub source: PlannedSource,
     /// Of a `buildRef`, which disk of the parent's VM; `None`: its boot disk.
     pub parent_disk: Option<String>,
     /// How large it shall be, in bytes; `None`: as large as the source.
     pub size: Option<u64>,
+    /// How long the source stays cached after its last use, at least, where the backend caches sources.
+    pub keep_for: Duration,
+}
+
+impl VolumeKind {
+    /// Its name in messages: `disk`, `cdrom`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Cdrom => "cdrom",
+        }
+    }
+}
+
+/// What a machine uses a volume as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum VolumeKind {
+    /// A disk that the machine may write to. The image is recognised by its content, and unpacked.
+    #[default]
+    Disk,
+    /// A read-only CD-ROM: the bytes as they are served.
+    Cdrom,
 }
 
 impl ImportRequest {
@@ -116,36 +142,24 @@ impl ImportRequest {
         source: PlannedSource,
         size: Option<u64>,
     ) -> Self {
-        Self { machine: machine.into(), disk: disk.into(), source, parent_disk: None, size }
+        Self {
+            machine: machine.into(),
+            disk: disk.into(),
+            kind: VolumeKind::Disk,
+            source,
+            parent_disk: None,
+            size,
+            keep_for: Duration::ZERO,
+        }
+    }
+
+    /// A CD-ROM of machine `machine` from this URL; `name` is unique among its disks and CD-ROMs.
+    pub fn cdrom(machine: impl Into<String>, name: impl Into<String>, url: PlannedUrl) -> Self {
+        Self { kind: VolumeKind::Cdrom, ..Self::new(machine, name, PlannedSource::Url(url), None) }
     }
 }
 
-/// What [`Lab::fetch`](super::Lab::fetch) is asked for.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct FetchRequest {
-    /// Where it is.
-    pub url: PlannedUrl,
-    /// How long it shall stay cached after its last use, at least, whatever is collected meanwhile.
-    pub keep_for: Duration,
-}
-
-impl FetchRequest {
-    /// What is behind this URL; when nothing needs it any more, it may be collected.
-    #[must_use]
-    pub fn new(url: PlannedUrl) -> Self {
-        Self { url, keep_for: Duration::ZERO }
-    }
-
-    /// Keeps it cached for so long after its last use.
-    #[must_use]
-    pub fn keep_for(mut self, keep_for: Duration) -> Self {
-        self.keep_for = keep_for;
-        self
-    }
-}
-
-/// A volume that a machine may write to. The id means something to its backend only.
+/// Content that a machine is given as a disk or a CD-ROM. The id means something to its backend only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
     /// The backend's name for it: a path, an object name.
@@ -161,15 +175,6 @@ pub struct Imported {
     pub volume: Volume,
     /// What it was made of, for the provenance; `None` for a blank disk.
     pub input: Option<InputRecord>,
-}
-
-/// A fetched file.
-#[derive(Debug, Clone)]
-pub struct Fetched {
-    /// Where it is; read it, and do not change it.
-    pub path: PathBuf,
-    /// What it is, for the provenance.
-    pub input: InputRecord,
 }
 
 /// A disk of a machine.
@@ -238,9 +243,9 @@ pub struct MachineSpec {
     pub ports: Vec<u16>,
     /// A NoCloud seed.
     pub seed: Option<Seed>,
-    /// CD-ROMs in order: images on the host, read-only, from [`Lab::fetch`](super::Lab::fetch). A disk that does not boot
+    /// CD-ROMs in order, read-only: volumes that were imported as [`VolumeKind::Cdrom`]. A disk that does not boot
     /// falls through to the first of them. Needs [`Capability::Isos`](crate::capability::Capability::Isos).
-    pub cdroms: Vec<PathBuf>,
+    pub cdroms: Vec<Volume>,
     /// A floppy: the image of a 1.44 MB disk. Needs [`Capability::Floppy`](crate::capability::Capability::Floppy).
     pub floppy: Option<Arc<[u8]>>,
     /// The VM of a module whose state outside its disks (firmware variables, TPM) it starts with, where it has any.
@@ -491,55 +496,5 @@ impl ReapReport {
                 self.warnings.push(warning);
             }
         }
-    }
-}
-
-/// Where an operation tells how far it is, and what the user should know. Cheap to call often: readers thin out.
-#[derive(Clone)]
-pub struct Progress(Arc<dyn Fn(ProgressEvent) + Send + Sync>);
-
-/// What a [`Progress`] hears.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ProgressEvent {
-    /// So many bytes of so many are done.
-    Bytes {
-        /// What: `download URL`, `convert DISK`.
-        task: String,
-        /// Bytes done.
-        done: u64,
-        /// Bytes in all, where known.
-        total: Option<u64>,
-    },
-    /// Something the user should know.
-    Notice(String),
-}
-
-impl Progress {
-    /// Progress that calls this.
-    pub fn new(listener: impl Fn(ProgressEvent) + Send + Sync + 'static) -> Self {
-        Self(Arc::new(listener))
-    }
-
-    /// Progress that nobody hears.
-    #[must_use]
-    pub fn none() -> Self {
-        Self::new(|_| {})
-    }
-
-    /// So many bytes of so many are done.
-    pub fn bytes(&self, task: &str, done: u64, total: Option<u64>) {
-        (self.0)(ProgressEvent::Bytes { task: task.to_owned(), done, total });
-    }
-
-    /// Something the user should know.
-    pub fn notice(&self, message: impl Into<String>) {
-        (self.0)(ProgressEvent::Notice(message.into()));
-    }
-}
-
-impl fmt::Debug for Progress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Progress")
     }
 }

@@ -28,6 +28,7 @@ use crate::{
     backend::{Backend, Lab, LabSpec, ModuleDraft, Retention},
     capability::{Capabilities, Capability},
     event::{BuildPhase, EventKind, FailureReport, VmPhase},
+    fetch::Fetch,
     guest::BuildKey,
     hardware::{Firmware, GuestShell},
     module::{InputRecord, Module, Provenance, TemplateMachine},
@@ -70,6 +71,7 @@ pub(super) struct Attempt {
     pub(super) plan: Arc<Plan>,
     pub(super) backend: Arc<dyn Backend>,
     pub(super) lab: Arc<dyn Lab>,
+    pub(super) fetcher: Arc<dyn Fetch>,
     pub(super) options: Arc<BuildOptions>,
     pub(super) sink: Sink,
     pub(super) guard: Guard,
@@ -156,6 +158,7 @@ impl Pending {
         let Self { plan, backend, options, sink, guard, pauses, machines } = self;
         Ok(Opened(Arc::new(Attempt {
             plan,
+            fetcher: options.fetcher.clone().unwrap_or_else(|| backend.fetcher()),
             backend,
             lab,
             options,

@@ -4,10 +4,10 @@
 use super::{attempt::Attempt, log::lock};
 use crate::{
     Error, ErrorKind, Result,
-    backend::{FetchRequest, Served, Site, SiteFile, SiteRequest},
+    backend::{ImportRequest, Served, Site, SiteFile, SiteRequest, Volume},
     event::{EventKind, ServedFile},
+    fetch::{FetchRequest, Fetched},
     media::{floppy, http::decoded},
-    module::InputRecord,
     plan::{PlannedContent, PlannedMachine, PlannedUrl},
 };
 use futures::future::try_join_all;
@@ -25,7 +25,7 @@ type Requests = HashMap<(Option<String>, Vec<u8>), u64>;
 /// What was behind URLs, where it is now; and the server of the build's files while it runs.
 #[derive(Debug, Default)]
 pub(super) struct Media {
-    fetched: Mutex<HashMap<String, Arc<OnceCell<PathBuf>>>>,
+    fetched: Mutex<HashMap<String, Arc<OnceCell<Fetched>>>>,
     served: Mutex<Option<Served>>,
     /// How often a machine got a served file, by machine (where it is known) and name.
     requests: Arc<Mutex<Requests>>,
@@ -34,10 +34,10 @@ pub(super) struct Media {
 impl Media {
     /// Where what is behind a URL is now, once it was fetched.
     pub(super) fn get(&self, url: &PlannedUrl) -> Option<PathBuf> {
-        self.cell(url).get().cloned()
+        self.cell(url).get().map(|fetched| fetched.path.clone())
     }
 
-    fn cell(&self, url: &PlannedUrl) -> Arc<OnceCell<PathBuf>> {
+    fn cell(&self, url: &PlannedUrl) -> Arc<OnceCell<Fetched>> {
         // The same URL with another promised digest is another file.
         let key = format!("{:?} {}", url.sha256, url.url);
         Arc::clone(lock(&self.fetched).entry(key).or_default())
@@ -48,20 +48,13 @@ impl Attempt {
     /// Brings what is behind a URL to the host. Whoever asks for the same meanwhile waits for it.
     pub(super) async fn fetch(&self, url: &PlannedUrl) -> Result<PathBuf> {
         let cell = self.media.cell(url);
-        let is_iso = self.plan.machines.iter().any(|planned| planned.isos.contains(url));
         let fetch = async || {
-            let mut request = FetchRequest::new(url.clone());
-            if is_iso {
-                request.keep_for = self.plan.iso_cache_ttl;
-            }
-            let mut fetched = self.guard.wait(self.lab.fetch(&request, &self.sink.progress(None))).await?;
-            if is_iso {
-                InputRecord::ISO.clone_into(&mut fetched.input.role);
-            }
-            self.input(None, fetched.input)?;
-            Ok(fetched.path)
+            let (request, progress) = (FetchRequest::new(url.clone()), self.sink.progress(None));
+            let fetched = self.guard.wait(self.fetcher.fetch(&request, &progress)).await?;
+            self.input(None, fetched.input.clone())?;
+            Ok(fetched)
         };
-        cell.get_or_try_init(fetch).await.cloned()
+        cell.get_or_try_init(fetch).await.map(|fetched| fetched.path.clone())
     }
 
     /// The content of the entry of `files` of this name.
@@ -80,11 +73,19 @@ impl Attempt {
     }
 
     /// The CD-ROMs of a VM, in order.
-    pub(super) async fn cdroms(&self, planned: &PlannedMachine) -> Result<Vec<PathBuf>> {
-        let fetch = |(index, url)| async move {
-            self.fetch(url).await.map_err(|error| error.with_context("iso", format!("{}", index + 1)))
+    pub(super) async fn cdroms(&self, planned: &PlannedMachine) -> Result<Vec<Volume>> {
+        let vm = planned.name.as_str();
+        let import = |(index, url): (usize, &PlannedUrl)| {
+            let mut request = ImportRequest::cdrom(vm, format!("iso{}", index + 1), url.clone());
+            request.keep_for = self.plan.iso_cache_ttl;
+            async move {
+                let imported =
+                    self.guard.wait(self.lab.import(&request, &self.sink.progress(Some(vm)))).await?;
+                imported.input.map_or(Ok(()), |input| self.input(Some(vm), input))?;
+                Ok(imported.volume)
+            }
         };
-        try_join_all(planned.isos.iter().enumerate().map(fetch)).await
+        try_join_all(planned.isos.iter().enumerate().map(import)).await
     }
 
     /// The floppy of a VM, if it has one.

@@ -64,6 +64,7 @@ use crate::{
     Error, ErrorKind, Result,
     backend::{Backend, KeptLab},
     event::{BuildId, Event, FailureReport},
+    fetch::Fetch,
     module::Module,
     plan::Plan,
     secret::Masker,
@@ -109,6 +110,7 @@ pub enum PausedDeadline {
 struct BuildOptions {
     on_failure: FailurePolicy,
     locked: Option<Lock>,
+    fetcher: Option<Arc<dyn Fetch>>,
     report_dir: Option<PathBuf>,
     shutdown_limit: Duration,
     cleanup_limit: Duration,
@@ -131,6 +133,7 @@ impl Build {
         let options = BuildOptions {
             on_failure: FailurePolicy::default(),
             locked: None,
+            fetcher: None,
             report_dir: None,
             shutdown_limit: Duration::from_secs(120),
             cleanup_limit: Duration::from_secs(60),
@@ -150,6 +153,12 @@ impl Build {
     /// that it does not know, fails the build before anything boots.
     pub fn locked(mut self, earlier: &Module) -> Self {
         self.options.locked = Some(Lock::new(earlier));
+        self
+    }
+
+    /// Brings the files that the build reads to this host with `fetcher`, instead of [`Backend::fetcher`].
+    pub fn fetcher(mut self, fetcher: Arc<dyn Fetch>) -> Self {
+        self.options.fetcher = Some(fetcher);
         self
     }
 

@@ -3,7 +3,7 @@
 
 use super::{files::FileTree, machine::MachineCore};
 use crate::backend::MachineSpec;
-use std::{fs::File, io::Read as _, path::Path, sync::PoisonError};
+use std::sync::PoisonError;
 
 /// The serial console: what is written there is said on it.
 const CONSOLE: &str = "/dev/ttyS0";
@@ -17,9 +17,7 @@ const MEMORY: &str = "/proc/meminfo";
 /// A line for each card: its hardware address, and its place.
 const CARDS: &str = "/run/cards";
 /// Where the content of a disk stands in the files of its volume, when it is not the boot disk.
-const CONTENT: &str = "/content";
-/// So much of a medium is seen.
-const MEDIUM_LIMIT: u64 = 1 << 20;
+pub(super) const CONTENT: &str = "/content";
 
 /// The file of a disk: `/dev/vda` is the first.
 fn device(index: usize) -> String {
@@ -47,13 +45,6 @@ fn memory(spec: &MachineSpec) -> String {
     format!("MemTotal:       {} kB\n", spec.memory >> 10)
 }
 
-fn medium(path: &Path) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    // A medium that cannot be read is an empty one.
-    let _ = File::open(path).and_then(|file| file.take(MEDIUM_LIMIT).read_to_end(&mut bytes));
-    bytes
-}
-
 impl MachineCore {
     /// Shows the hardware to a guest that is powered on.
     pub(super) fn plug(&self) {
@@ -70,8 +61,9 @@ impl MachineCore {
             let content = volumes.get(&disk.volume.id).and_then(|volume| volume.files.read(CONTENT));
             files.push((device(index), content.unwrap_or_default().to_vec()));
         }
-        for (index, path) in self.spec.cdroms.iter().enumerate() {
-            files.push((format!("/dev/sr{index}"), medium(path)));
+        for (index, cdrom) in self.spec.cdroms.iter().enumerate() {
+            let content = volumes.get(&cdrom.id).and_then(|volume| volume.files.read(CONTENT));
+            files.push((format!("/dev/sr{index}"), content.unwrap_or_default().to_vec()));
         }
         if let Some(floppy) = &self.spec.floppy {
             files.push(("/dev/fd0".to_owned(), floppy.to_vec()));

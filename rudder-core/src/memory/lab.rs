@@ -3,18 +3,18 @@
 use super::{
     Shared,
     files::FileTree,
+    hardware::CONTENT,
     machine::{MachineCore, MemoryMachine},
     persist::Kept,
-    script::{Operation, Source},
+    script::Operation,
 };
 use crate::{
     Error, ErrorKind, Result,
     backend::{
-        Exit, FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine,
-        MachineSpec, ModuleDraft, Progress, Retention, Served, Site, Volume,
+        Exit, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft,
+        Progress, Retention, Served, Site, Volume, VolumeKind,
     },
     digest::Digest,
-    files::replace_file,
     media::http::{self, Admission, Server},
     module::{InputRecord, Module},
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
@@ -147,6 +147,20 @@ impl LabCore {
         Ok(path)
     }
 
+    /// A CD-ROM: its content is that of the source.
+    async fn import_cdrom(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
+        let PlannedSource::Url(url) = &request.source else {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "expected the URL of a CD-ROM, but found another source",
+            ));
+        };
+        let (bytes, input) = self.shared.download(url, InputRecord::ISO, progress).await?;
+        let (mut files, size) = (FileTree::default(), input.size);
+        files.put(CONTENT, bytes, 0o600);
+        Ok(Imported { volume: self.add_volume(request, files, size), input: Some(input) })
+    }
+
     fn import_module(&self, request: &ImportRequest, parent: &PlannedBuildRef) -> Result<Imported> {
         let PlannedBuildRef { module: name, digest, vm } = parent;
         let missing = |message: String| Error::new(ErrorKind::NotFound, message).with_context("module", name);
@@ -182,7 +196,7 @@ impl LabCore {
         progress: &Progress,
     ) -> Result<Imported> {
         let source = self.shared.source(url.url.as_str());
-        let sha256 = transfer(&source, url, progress).await?;
+        let sha256 = source.transfer(url, progress).await?;
         let virtual_size = large_enough(request, source.virtual_size)?;
         let mut files = FileTree::of_a_system();
         for (path, content) in &source.files {
@@ -210,38 +224,6 @@ fn large_enough(request: &ImportRequest, source: u64) -> Result<u64> {
         )
         .with_help(format!("give the disk a size of at least {source}"))),
         size => Ok(size.unwrap_or(source)),
-    }
-}
-
-/// Pretends a transfer, and gives the digest of what came.
-async fn transfer(source: &Source, url: &PlannedUrl, progress: &Progress) -> Result<Digest> {
-    const PIECES: u32 = 10;
-    if let Some(fault) = source.fault.as_ref().filter(|fault| fault.budget.take()) {
-        return Err(fault.error().with_context("url", public_url(&url.url)));
-    }
-    let task = format!("download {}", public_url(&url.url));
-    for piece in 0..PIECES {
-        progress.bytes(&task, source.served * u64::from(piece) / u64::from(PIECES), Some(source.served));
-        if !source.takes.is_zero() {
-            tokio::time::sleep(source.takes / PIECES).await;
-        }
-    }
-    progress.bytes(&task, source.served, Some(source.served));
-    let found = match &source.contents {
-        Some(bytes) => Digest::of(bytes),
-        None => Digest::of(format!("{} {}", url.url, source.revision).as_bytes()),
-    };
-    match url.sha256 {
-        Some(promised) if source.contents.is_some() || source.verified => {
-            if promised == found {
-                return Ok(found);
-            }
-            let message = format!("expected sha256 {promised}, but found {found}");
-            Err(Error::new(ErrorKind::ChecksumMismatch, message).with_context("url", public_url(&url.url)))
-        }
-        // Invented bytes have whatever checksum the manifest promises.
-        Some(promised) => Ok(promised),
-        None => Ok(found),
     }
 }
 
@@ -278,6 +260,7 @@ impl Lab for MemoryLab {
         self.core.shared.check(Operation::Import)?;
         self.core.check_alive()?;
         let imported = match &request.source {
+            _ if request.kind == VolumeKind::Cdrom => self.core.import_cdrom(request, progress).await,
             PlannedSource::Url(url) => self.core.import_url(request, url, progress).await,
             PlannedSource::BuildRef(parent) => self.core.import_module(request, parent),
             PlannedSource::Blank => {
@@ -291,38 +274,9 @@ impl Lab for MemoryLab {
         };
         // It may have been destroyed while the transfer went on.
         self.core.check_alive()?;
-        imported
-            .map_err(|error| error.with_context("disk", &request.disk).with_context("vm", &request.machine))
-    }
-
-    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
-        let url = &request.url;
-        self.core.shared.check(Operation::Fetch)?;
-        self.core.check_alive()?;
-        let mut source = self.core.shared.source(url.url.as_str());
-        if source.contents.is_none() && url.url.scheme() == "file" {
-            let path = url.url.to_file_path().map_err(|()| {
-                Error::new(
-                    ErrorKind::InvalidInput,
-                    format!("expected a path of this host, but found {}", url.url),
-                )
-            })?;
-            let bytes = tokio::fs::read(&path).await;
-            source =
-                source.contents(bytes.map_err(|error| Error::io(format!("read {}", path.display()), error))?);
-        }
-        let sha256 = transfer(&source, url, progress).await?;
-        let bytes = source
-            .contents
-            .unwrap_or_else(|| format!("invented for {}\n", public_url(&url.url)).into_bytes());
-        let path = self.core.scratch()?.join(Digest::of(url.url.as_str().as_bytes()).to_string());
-        let size = bytes.len() as u64;
-        // Others may be reading what an earlier request of the same URL brought.
-        let target = path.clone();
-        let written = tokio::task::spawn_blocking(move || replace_file(&target, &bytes)).await;
-        written.map_err(|error| Error::new(ErrorKind::Internal, "a task panicked").with_source(error))??;
-        let input = InputRecord { role: "file".into(), url: public_url(&url.url), size, sha256 };
-        Ok(Fetched { path, input })
+        imported.map_err(|error| {
+            error.with_context(request.kind.name(), &request.disk).with_context("vm", &request.machine)
+        })
     }
 
     async fn serve(&self, site: Site) -> Result<Served> {
@@ -348,11 +302,10 @@ impl Lab for MemoryLab {
         self.core.check_alive()?;
         {
             let volumes = self.core.volumes.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(disk) = spec.disks.iter().find(|disk| !volumes.contains_key(&disk.volume.id)) {
-                let message = format!(
-                    "expected disk {} to be on a volume of lab {}, but it is not",
-                    disk.name, self.core.id
-                );
+            let wanted = spec.disks.iter().map(|disk| &disk.volume).chain(&spec.cdroms);
+            if let Some(missing) = wanted.into_iter().find(|volume| !volumes.contains_key(&volume.id)) {
+                let message =
+                    format!("expected a volume of lab {}, but found {:?}", self.core.id, missing.id);
                 return Err(Error::new(ErrorKind::InvalidInput, message).with_context("vm", &spec.name));
             }
         }

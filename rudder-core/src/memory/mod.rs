@@ -49,6 +49,7 @@
 //! ```
 
 mod display;
+mod download;
 mod files;
 mod hardware;
 mod lab;
@@ -69,10 +70,12 @@ use crate::{
     Error, ErrorKind, Result,
     backend::{Backend, Death, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, ReapReport},
     capability::{Capabilities, Capability},
+    fetch::Fetch,
     module::{DamagedModule, Module},
 };
 use async_trait::async_trait;
 use display::Terminal;
+use download::MemoryFetcher;
 use lab::{LabCore, MemoryLab};
 use persist::Kept;
 use std::{
@@ -429,6 +432,10 @@ impl Backend for MemoryBackend {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn fetcher(&self) -> Arc<dyn Fetch> {
+        Arc::new(MemoryFetcher(Arc::clone(&self.shared)))
     }
 
     async fn diagnose(&self) -> Result<HostReport> {

@@ -6,10 +6,11 @@ use super::{Fault, Guest, MemoryBackend, Operation, Response, Silence};
 use crate::{
     ErrorKind,
     backend::{
-        Backend, BoxedStream, Death, Exit, FetchRequest, ImportRequest, Lab, LabSpec, Machine, MachineDisk,
-        MachineSpec, ModuleDraft, Progress, Retention, Seed, Stop,
+        Backend, BoxedStream, Death, Exit, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec,
+        ModuleDraft, Progress, Retention, Seed, Stop,
     },
     digest::Digest,
+    fetch::FetchRequest,
     hardware::{Bus, Firmware},
     module::{Provenance, TemplateMachine},
     plan::{PlannedBuildRef, PlannedNetwork, PlannedSource, PlannedUrl},
@@ -442,15 +443,15 @@ async fn the_serial_console_streams_until_the_machine_ends() {
 }
 
 #[tokio::test]
-async fn fetched_files_are_gone_with_their_lab() {
+async fn fetched_files_are_gone_once_nobody_holds_them() {
     let url: url::Url = "https://files.example/app.tar".parse().unwrap();
     let backend = MemoryBackend::new().source(url.as_str(), |source| source.contents("bytes"));
-    let lab = backend.open_lab(&LabSpec::new("test", PlannedNetwork::default())).await.unwrap();
     let wanted = PlannedUrl { url, sha256: Some(Digest::of(b"bytes")) };
-    let fetched = lab.fetch(&FetchRequest::new(wanted), &Progress::none()).await.unwrap();
+    let fetched = backend.fetcher().fetch(&FetchRequest::new(wanted), &Progress::none()).await.unwrap();
     assert_eq!((std::fs::read(&fetched.path).unwrap(), fetched.input.size), (b"bytes".to_vec(), 5));
-    lab.destroy().await.unwrap();
-    assert!(!fetched.path.exists());
+    let path = fetched.path.clone();
+    drop(fetched);
+    assert!(!path.exists());
 }
 
 #[tokio::test]

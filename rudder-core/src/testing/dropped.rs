@@ -9,8 +9,9 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    backend::{FetchRequest, ImportRequest, Lab, LabSpec, Progress, Retention, Site, SiteFile, Stop},
+    backend::{ImportRequest, Lab, LabSpec, Progress, Retention, Site, SiteFile, Stop},
     capability::Capability,
+    fetch::FetchRequest,
     plan::{PlannedSource, PlannedUrl},
 };
 use std::{collections::BTreeMap, sync::Arc, task::Poll, time::Duration};
@@ -122,9 +123,10 @@ pub async fn what_comes_into_a_lab_may_be_dropped(rig: &Rig) -> Verdict {
     std::fs::write(file.path(), "a file of the suite").map_err(made)?;
     let Ok(url) = url::Url::from_file_path(file.path()) else { fail!("expected a path that a URL can say") };
     let request = &FetchRequest::new(PlannedUrl { url, sha256: None });
-    everywhere(rig, "fetching", |lab, looks| async move {
-        let fetched = cut(lab.fetch(request, &Progress::none()), looks).await;
-        lab.fetch(request, &Progress::none()).await.during("fetch it again")?;
+    let fetcher = &rig.backend().fetcher();
+    everywhere(rig, "fetching", |_lab, looks| async move {
+        let fetched = cut(fetcher.fetch(request, &Progress::none()), looks).await;
+        fetcher.fetch(request, &Progress::none()).await.during("fetch it again")?;
         ended(fetched, "fetch")
     })
     .await?;

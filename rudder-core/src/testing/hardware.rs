@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Error,
-    backend::{FetchRequest, ImportRequest, Lab, MachineDisk, MachineSpec, Progress},
+    backend::{ImportRequest, Lab, MachineDisk, MachineSpec, Progress, Volume},
     capability::Capability,
     check::DEFAULT_SUBNET,
     hardware::{Bus, NicModel},
@@ -58,7 +58,7 @@ pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> V
         }
     }
     if capabilities.has(Capability::Isos) {
-        spec.cdroms.push(disc(lab).await?);
+        spec.cdroms.push(disc(lab, &spec.name).await?);
     }
     if capabilities.has(Capability::Floppy) {
         spec.floppy = Some(Arc::from(medium(ON_THE_FLOPPY, 1440 << 10)));
@@ -73,14 +73,13 @@ fn medium(line: &str, size: usize) -> Vec<u8> {
     bytes
 }
 
-async fn disc(lab: &dyn Lab) -> Verdict<std::path::PathBuf> {
+async fn disc(lab: &dyn Lab, machine: &str) -> Verdict<Volume> {
     let made = |error| Error::io("make a disc", error);
     let file = tempfile::NamedTempFile::new().map_err(made)?;
     std::fs::write(file.path(), medium(ON_THE_DISC, 1 << 20)).map_err(made)?;
     let Ok(url) = url::Url::from_file_path(file.path()) else { fail!("expected a path that a URL can say") };
-    let request = FetchRequest::new(PlannedUrl { url, sha256: None });
-    let fetched = lab.fetch(&request, &Progress::none()).await.during("fetch a disc")?;
-    Ok(fetched.path)
+    let request = ImportRequest::cdrom(machine, "iso", PlannedUrl { url, sha256: None });
+    Ok(lab.import(&request, &Progress::none()).await.during("import a CD-ROM")?.volume)
 }
 
 async fn sees_disk(rig: &Rig, bus: Bus) -> Verdict {

@@ -7,8 +7,9 @@ use super::{
 };
 use crate::{
     Error, ErrorKind,
-    backend::{FetchRequest, ImportRequest, Progress},
+    backend::{ImportRequest, Progress},
     digest::Digest,
+    fetch::FetchRequest,
     plan::{PlannedSource, PlannedUrl},
 };
 use futures::future::join_all;
@@ -138,7 +139,7 @@ pub async fn a_bad_image_is_refused(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// Files are fetched by several at once, verified, and readable as long as the lab lives; names are only names.
+/// Files are fetched by several at once, verified, and readable as long as they are held; names are only names.
 pub async fn files_are_fetched_and_verified(rig: &Rig) -> Verdict {
     const CONTENT: &[u8] = b"some bytes\0\xff\n";
     let made = |error| Error::io("make a file to be fetched", error);
@@ -147,30 +148,29 @@ pub async fn files_are_fetched_and_verified(rig: &Rig) -> Verdict {
     std::fs::write(&path, CONTENT).map_err(made)?;
     let Ok(url) = url::Url::from_file_path(&path) else { fail!("expected a path that a URL can say") };
     let request = |sha256| FetchRequest::new(PlannedUrl { url: url.clone(), sha256 });
-    let lab = rig.lab("files").await?;
-    let progress = Progress::none();
+    let (fetcher, progress) = (rig.backend().fetcher(), Progress::none());
     let promised = request(Some(Digest::of(CONTENT)));
     let requests = [promised.clone(), request(None), promised];
-    for fetched in join_all(requests.iter().map(|request| lab.fetch(request, &progress))).await {
+    for fetched in join_all(requests.iter().map(|request| fetcher.fetch(request, &progress))).await {
         let fetched = fetched.during("fetch a file")?;
         same(&fetched.input.sha256, &Digest::of(CONTENT), "the digest of a file")?;
         same(&fetched.input.size, &(CONTENT.len() as u64), "the size of a file")?;
         let read = std::fs::read(&fetched.path).map_err(|error| Error::io("read a fetched file", error))?;
         same(&read.as_slice(), &CONTENT, "the bytes of a file")?;
     }
-    let fetched = lab.fetch(&request(Some(wrong())), &progress).await;
+    let fetched = fetcher.fetch(&request(Some(wrong())), &progress).await;
     refused(fetched, ErrorKind::ChecksumMismatch, "fetch a file of another digest")?;
     let absent = url::Url::from_file_path(directory.path().join("absent"));
     let Ok(absent) = absent else { fail!("expected a path that a URL can say") };
     let absent = FetchRequest::new(PlannedUrl { url: absent, sha256: None });
-    match lab.fetch(&absent, &progress).await {
+    match fetcher.fetch(&absent, &progress).await {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Download) => {}
         other => fail!("a file that is not there: expected NotFound or Download, but found {other:?}"),
     }
-    lab.destroy().await.during("destroy the lab")
+    Ok(())
 }
 
-/// A file that was fetched is not written to while the lab lives: not when others fetch it, and not by collecting.
+/// A file that was fetched is not written to while it is held: not when others fetch it, and not by collecting.
 pub async fn a_fetched_file_stays_as_it_is(rig: &Rig) -> Verdict {
     use std::{io::Read as _, os::unix::fs::MetadataExt as _};
     let content = super::streams::noise(13, 1 << 20);
@@ -181,8 +181,8 @@ pub async fn a_fetched_file_stays_as_it_is(rig: &Rig) -> Verdict {
         fail!("expected a path that a URL can say")
     };
     let request = FetchRequest::new(PlannedUrl { url, sha256: None });
-    let (lab, progress) = (rig.lab("readers").await?, Progress::none());
-    let fetched = lab.fetch(&request, &progress).await.during("fetch a file")?;
+    let (fetcher, progress) = (rig.backend().fetcher(), Progress::none());
+    let fetched = fetcher.fetch(&request, &progress).await.during("fetch a file")?;
     let mut open = std::fs::File::open(&fetched.path).map_err(io("open a fetched file"))?;
     let written = |file: &std::fs::File| {
         let metadata = file.metadata().map_err(io("look at a fetched file"))?;
@@ -194,7 +194,7 @@ pub async fn a_fetched_file_stays_as_it_is(rig: &Rig) -> Verdict {
     // Each reads as soon as it is told where, whatever the others are about.
     let readers = (0..8).map(|_| async {
         for _ in 0..4 {
-            let fetched = lab.fetch(&request, &progress).await.during("fetch a file that others read")?;
+            let fetched = fetcher.fetch(&request, &progress).await.during("fetch a file that others read")?;
             let found = tokio::fs::read(&fetched.path).await.map_err(io("read a fetched file"))?;
             ensure!(
                 found == content,
@@ -215,5 +215,5 @@ pub async fn a_fetched_file_stays_as_it_is(rig: &Rig) -> Verdict {
     }
     let found = std::fs::read(&fetched.path).map_err(io("read a fetched file after collecting"))?;
     ensure!(found == content, "expected the bytes of a fetched file after collecting, but found other ones");
-    lab.destroy().await.during("destroy the lab")
+    Ok(())
 }

@@ -5,10 +5,11 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        Backend, BoxedStream, Exit, FetchRequest, Fetched, HostReport, ImportRequest, Imported, KeptLab, Lab,
-        LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop,
+        Backend, BoxedStream, Exit, HostReport, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec,
+        Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop,
     },
     capability::{Capabilities, Capability},
+    fetch::{Fetch, FetchRequest, Fetched},
     memory::{MemoryBackend, Operation},
     module::{CapturedDisk, CapturedState, Module},
 };
@@ -117,6 +118,17 @@ async fn reach(hooks: &Hooks, operation: Operation) {
     }
 }
 
+#[derive(Debug)]
+struct HookedFetcher(Arc<dyn Fetch>, Hooks);
+
+#[async_trait]
+impl Fetch for HookedFetcher {
+    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
+        reach(&self.1, Operation::Fetch).await;
+        self.0.fetch(request, progress).await
+    }
+}
+
 #[async_trait]
 impl Backend for Hooked {
     fn name(&self) -> &str {
@@ -125,6 +137,10 @@ impl Backend for Hooked {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn fetcher(&self) -> Arc<dyn Fetch> {
+        Arc::new(HookedFetcher(self.inner.fetcher(), Arc::clone(&self.hooks)))
     }
 
     async fn diagnose(&self) -> Result<HostReport> {
@@ -176,11 +192,6 @@ impl Lab for HookedLab {
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
         reach(&self.1, Operation::Import).await;
         self.0.import(request, progress).await
-    }
-
-    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
-        reach(&self.1, Operation::Fetch).await;
-        self.0.fetch(request, progress).await
     }
 
     async fn serve(&self, site: Site) -> Result<Served> {

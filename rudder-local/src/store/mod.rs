@@ -60,8 +60,14 @@ use self::{
     layout::Opened,
     lock::{FileLock, Mode},
 };
+use async_trait::async_trait;
 use rudder_core::{
-    Error, ErrorKind, Result, backend::Progress, digest::Digest, module::InputRecord, plan::PlannedUrl,
+    Error, ErrorKind, Result,
+    backend::Progress,
+    digest::Digest,
+    fetch::{Fetch, FetchRequest, Fetched},
+    module::InputRecord,
+    plan::PlannedUrl,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -322,6 +328,25 @@ impl Store {
         })
     }
 
+    /// [`file`](Self::file), kept cached for at least this long after its last use, whatever is [collected](Self::collect)
+    /// meanwhile and whichever module was made of it. A longer time that it was kept for earlier holds, too.
+    ///
+    /// # Errors
+    /// As `file`.
+    pub async fn file_kept_for(
+        &self,
+        url: &PlannedUrl,
+        keep_for: Duration,
+        progress: &Progress,
+    ) -> Result<StoredFile> {
+        let file = self.file(url, progress).await?;
+        if !keep_for.is_zero() {
+            let (store, lease) = (self.clone(), file.lease.clone());
+            blocking(move || store.keep_cached(&lease, keep_for)).await?;
+        }
+        Ok(file)
+    }
+
     /// Keeps a blob cached for so long after its last use, whatever is [collected](Self::collect) meanwhile and whichever
     /// module was made of it. What was promised for it earlier holds, too.
     ///
@@ -400,6 +425,15 @@ impl Store {
     fn entries(&self, dir: &Path, wanted: impl Fn(&str, FileType) -> bool) -> Result<Vec<(String, PathBuf)>> {
         let entries = entries::list(dir)?.into_iter().filter(|(name, kind)| wanted(name, *kind));
         Ok(entries.map(|(name, _)| (name.clone(), dir.join(name))).collect())
+    }
+}
+
+#[async_trait]
+impl Fetch for Store {
+    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
+        let StoredFile { path, input, lease, .. } =
+            self.file_kept_for(&request.url, request.keep_for, progress).await?;
+        Ok(Fetched::new(path, input, lease))
     }
 }
 

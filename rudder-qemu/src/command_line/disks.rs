@@ -41,13 +41,13 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             format!("{driver},{place},id={node}-device,drive={node},werror=stop,rerror=stop{boot}"),
         );
     }
-    for (index, image) in spec.cdroms.iter().enumerate() {
+    for (index, cdrom) in spec.cdroms.iter().enumerate() {
         let node = format!("cdrom{index}");
         line.blockdev(&json!({
             "node-name": node,
             "driver": "raw",
             "read-only": true,
-            "file": {"driver": "file", "filename": image, "read-only": true},
+            "file": {"driver": "file", "filename": cdrom.id, "read-only": true},
         }));
         let place = take(line, cdrom_bus(spec))?;
         // Behind the boot disk, which has 0: a blank one falls through to here.

@@ -326,10 +326,14 @@ fn a_tpm_is_a_device_that_talks_to_swtpm() {
     assert!(devices(&spec).contains(&"tpm-crb"));
 }
 
+fn cdroms<const N: usize>(paths: [&str; N]) -> Vec<Volume> {
+    paths.map(|path| Volume { id: path.to_owned(), virtual_size: 1 << 20 }).into()
+}
+
 #[test]
 fn cd_roms_and_a_floppy() {
     let mut spec = with_disks([Bus::Virtio]);
-    spec.cdroms = vec!["/store/a, b".into(), "/store/c".into()];
+    spec.cdroms = cdroms(["/store/a, b", "/store/c"]);
     spec.floppy = Some(std::sync::Arc::from([]));
     let made = line(&spec);
     assert_eq!(
@@ -358,7 +362,7 @@ fn cd_roms_and_a_floppy() {
 fn the_younger_chipset_has_sata_for_cd_roms_and_lacks_a_floppy_controller() {
     let mut spec = with_disks([Bus::Virtio]);
     spec.firmware = Firmware::Uefi;
-    spec.cdroms = (0..6).map(|n| format!("/{n}").into()).collect();
+    spec.cdroms = cdroms(["/0", "/1", "/2", "/3", "/4", "/5"]);
     spec.floppy = Some(std::sync::Arc::from([]));
     assert_eq!(
         values(&line(&spec), "-device", "cdrom5"),
@@ -370,11 +374,11 @@ fn the_younger_chipset_has_sata_for_cd_roms_and_lacks_a_floppy_controller() {
 
 #[test]
 fn cd_roms_are_all_on_one_bus() {
-    let cdroms = |spec: &MachineSpec| values(&line(spec), "-device", "ide-cd,");
+    let drives = |spec: &MachineSpec| values(&line(spec), "-device", "ide-cd,");
     let mut spec = with_disks([Bus::Ide, Bus::Ide]);
-    spec.cdroms = vec!["/a".into(), "/b".into()];
+    spec.cdroms = cdroms(["/a", "/b"]);
     assert_eq!(
-        cdroms(&spec),
+        drives(&spec),
         [
             "ide-cd,bus=ide.1,unit=0,id=cdrom0-device,drive=cdrom0,bootindex=1",
             "ide-cd,bus=ide.1,unit=1,id=cdrom1-device,drive=cdrom1,bootindex=2",
@@ -383,7 +387,7 @@ fn cd_roms_are_all_on_one_bus() {
     // With the seed there is no room for both.
     spec.seed = seed();
     assert_eq!(
-        cdroms(&spec),
+        drives(&spec),
         [
             "ide-cd,bus=sata0.0,id=cdrom0-device,drive=cdrom0,bootindex=1",
             "ide-cd,bus=sata0.1,id=cdrom1-device,drive=cdrom1,bootindex=2",

@@ -5,8 +5,8 @@ use async_trait::async_trait;
 use rudder_core::{
     ErrorKind, Result,
     backend::{
-        FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, Machine, MachineSpec,
-        ModuleDraft, Progress, Served, Site, SiteFile,
+        ImportRequest, Imported, KeptLab, Lab, LabId, Machine, MachineSpec, ModuleDraft, Progress, Served,
+        Site, SiteFile,
     },
     digest::Digest,
     hardware::Firmware,
@@ -107,24 +107,6 @@ impl Lab for BrokenLab {
             imported.volume = lock(&self.shared.volumes).entry(key).or_insert(imported.volume).clone();
         }
         Ok(imported)
-    }
-
-    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
-        let key = format!("{} {}", self.inner.id(), request.url.url);
-        let known = lock(&self.shared.fetched).get(&key).cloned();
-        if let (Some(known), None, true) =
-            (known, request.url.sha256, self.shared.is(Wrong::RewritesWhatOthersRead))
-        {
-            let failed = |source| rudder_core::Error::io("write", source);
-            let bytes = std::fs::read(&known.path).map_err(failed)?;
-            // Longer than the clock of a file system rests.
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            std::fs::write(&known.path, &bytes).map_err(failed)?;
-            return Ok(known);
-        }
-        let fetched = self.inner.fetch(request, &self.shared.progress(progress)).await?;
-        lock(&self.shared.fetched).insert(key, fetched.clone());
-        Ok(fetched)
     }
 
     async fn serve(&self, site: Site) -> Result<Served> {

@@ -2,19 +2,21 @@
 //!
 //! The wrapper also pretends that machines have UEFI, so that faults in what they keep outside their disks can be planted.
 
+mod fetcher;
 mod lab;
 mod machine;
 mod stream;
 
-use self::lab::BrokenLab;
+use self::{fetcher::BrokenFetcher, lab::BrokenLab};
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        Backend, Fetched, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, Progress, ProgressEvent,
-        ReapReport, Seed, Volume,
+        Backend, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, Progress, ProgressEvent, ReapReport,
+        Seed, Volume,
     },
     capability::{Capabilities, Capability},
+    fetch::{Fetch, Fetched},
     module::{CapturedDisk, Module},
     testing::{Adapter, BadImages, GuestImage, MemoryAdapter, Owners},
 };
@@ -97,7 +99,7 @@ pub(crate) enum Wrong {
     ImportsTheFirstDisk,
     /// A file that is fetched again is written again in place.
     RewritesWhatOthersRead,
-    /// Collecting removes files that were fetched for a living lab.
+    /// Collecting removes fetched files that are held.
     CollectsWhatIsRead,
     /// What is done decreases.
     ProgressGoesBack,
@@ -229,7 +231,7 @@ struct Shared {
     hardware: Mutex<BTreeMap<LabId, (u32, u64)>>,
     /// The first capture of each disk.
     captured: Mutex<BTreeMap<String, CapturedDisk>>,
-    /// Files that were fetched, by lab and URL.
+    /// The first file that was fetched of each URL.
     fetched: Mutex<BTreeMap<String, Fetched>>,
     /// What was left behind for good.
     leaked: Mutex<Vec<String>>,
@@ -303,6 +305,10 @@ impl Backend for Broken {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn fetcher(&self) -> Arc<dyn Fetch> {
+        Arc::new(BrokenFetcher(Arc::clone(&self.shared)))
     }
 
     async fn diagnose(&self) -> Result<HostReport> {
@@ -379,7 +385,7 @@ impl Backend for Broken {
     async fn collect(&self) -> Result<ReapReport> {
         if self.shared.is(Wrong::CollectsWhatIsRead) {
             for fetched in std::mem::take(&mut *lock(&self.shared.fetched)).into_values() {
-                // It may be gone with its lab.
+                // It may be gone already.
                 let _ = std::fs::remove_file(fetched.path);
             }
         }

@@ -5,8 +5,8 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        FetchRequest, Fetched, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec,
-        ModuleDraft, Progress, Served, Site, Volume,
+        ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress,
+        Served, Site, Volume,
     },
     module::{InputRecord, Module},
     plan::{PlannedBuildRef, PlannedSource},
@@ -128,15 +128,9 @@ impl Lab for ProcessesLab {
                 Err(Error::new(ErrorKind::Unsupported, message))
             }
         };
-        imported
-            .map_err(|error| error.with_context("disk", &request.disk).with_context("vm", &request.machine))
-    }
-
-    async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
-        let file = self.store.file(&request.url, progress).await?;
-        let dir = Arc::clone(&self.dir);
-        blocking(move || dir.hold(file.lease)).await?;
-        Ok(Fetched { path: file.path, input: file.input })
+        imported.map_err(|error| {
+            error.with_context(request.kind.name(), &request.disk).with_context("vm", &request.machine)
+        })
     }
 
     async fn serve(&self, _site: Site) -> Result<Served> {

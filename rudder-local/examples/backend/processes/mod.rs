@@ -13,6 +13,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
+    fetch::Fetch,
     module::{DamagedModule, Module},
 };
 use rudder_local::store::{CollectPolicy, LabState, Store};
@@ -59,6 +60,10 @@ impl Backend for Processes {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn fetcher(&self) -> Arc<dyn Fetch> {
+        Arc::new(self.store.clone())
     }
 
     async fn diagnose(&self) -> Result<HostReport> {
