@@ -169,7 +169,7 @@ async fn show(backend: &dyn Backend, name: &str, json: bool) -> Result<Done> {
             .with_help("`modules list` shows those that are there")
     })?;
     if json {
-        return Ok(Done { shown: format!("{:#}", serde_json::json!(module)), ..Done::default() });
+        return Ok(Done { shown: module.to_record()?.trim_end().to_owned(), ..Done::default() });
     }
     Ok(describe(&module))
 }

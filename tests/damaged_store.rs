@@ -6,7 +6,8 @@ mod support;
 use rudder::{
     backend::{LabId, ModuleDraft, Retention},
     digest::Digest,
-    module::{Module, Provenance},
+    hardware::Bus,
+    module::{CapturedDisk, Module, Provenance, TemplateMachine},
     plan::PlannedNetwork,
     store::Store,
 };
@@ -18,17 +19,19 @@ async fn publish(bench: &Bench, name: &str, content: &[u8]) -> Module {
     let store = Store::open(bench.store()).unwrap();
     let lab = store.create_lab(&LabId::new(name), name, Retention::EndWithOwner).unwrap();
     fs::write(lab.path().join("disk"), content).unwrap();
-    let size = content.len();
-    let machine = serde_json::json!({
-        "name": "vm", "cpus": 1, "memory": 64 << 20, "firmware": "bios", "tpm": false, "nics": [],
-        "disks": [{
-            "name": "root", "bus": "virtio", "file": "disk", "format": "raw", "virtual_size": size, "size": size,
-            "sha256": Digest::of(content),
-        }],
+    let size = content.len() as u64;
+    let mut machine = TemplateMachine::new("vm", 1, 64 << 20);
+    machine.disks.push(CapturedDisk {
+        name: "root".into(),
+        bus: Bus::Virtio,
+        file: "disk".into(),
+        format: "raw".into(),
+        virtual_size: size,
+        size,
+        sha256: Digest::of(content),
     });
-    let machines = vec![serde_json::from_value(machine).unwrap()];
     let provenance = Provenance::new("", Digest::of(b""));
-    let draft = ModuleDraft::new(name, machines, PlannedNetwork::default(), provenance);
+    let draft = ModuleDraft::new(name, vec![machine], PlannedNetwork::default(), provenance);
     store.publish(&lab, draft).await.unwrap()
 }
 

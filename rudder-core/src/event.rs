@@ -10,7 +10,7 @@ pub use schema::json_schema;
 
 use crate::{
     error::ErrorKind,
-    module::InputRecord,
+    module::{InputRecord, Timing},
     units::human_bytes,
     visible::{Visible, visible_line, visible_output},
 };
@@ -336,18 +336,6 @@ impl ServedFile {
     pub fn new(name: impl Into<String>, requests: u64) -> Self {
         Self { name: name.into(), requests }
     }
-}
-
-/// How long something took.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Timing {
-    /// The VM; absent: the build.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vm: Option<String>,
-    /// The phase's name.
-    pub phase: String,
-    /// Milliseconds.
-    pub millis: u64,
 }
 
 /// Milliseconds for people: `250 ms`, `3.2 s`, `2m5s`.

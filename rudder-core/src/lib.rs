@@ -24,6 +24,7 @@ pub mod memory;
 pub mod module;
 pub mod plan;
 pub mod progress;
+pub mod record;
 pub mod runtime;
 pub mod secret;
 mod shell_frame;

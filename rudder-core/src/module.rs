@@ -1,21 +1,25 @@
-//! The result of a build: template VMs, captured disks, provenance. `module.json` is this, as JSON.
+//! The result of a build: template VMs, captured disks, provenance.
+//!
+//! How a module is written to `module.json` is decided in [`record`](crate::record).
 
 use crate::{
-    Error, ErrorKind, Result,
+    Error, ErrorKind,
     digest::Digest,
-    event::Timing,
-    hardware::{Bus, Firmware},
-    plan::{PlannedNetwork, PlannedNic},
+    hardware::{Bus, Firmware, NicModel},
+    units::{Cidr, MacAddress},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
 
 /// A module: halted template VMs, ready to be cloned as a group.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Module {
-    /// The version of this format; at most [`FORMAT`](Self::FORMAT).
-    pub format: u32,
     /// Its name, a Name.
     pub name: String,
     /// The digest of what was published: the same for the same disks and templates.
@@ -25,61 +29,16 @@ pub struct Module {
     /// Its VMs, in the manifest's order.
     pub machines: Vec<TemplateMachine>,
     /// The networks that its clones get.
-    pub network: PlannedNetwork,
+    pub network: TemplateNetwork,
     /// How to make it again.
     pub provenance: Provenance,
     /// Where its `module.json` is, for backends that have files. Not part of the record.
-    #[serde(skip)]
     pub path: Option<PathBuf>,
 }
 
 impl Module {
-    /// The version of the format that is written, and the latest that is read.
-    pub const FORMAT: u32 = 1;
-
     /// What helps when a module is damaged.
     pub const REPAIR: &str = "restore the file from a copy, or build the module again";
-
-    /// Reads a record; `path` is where it is, for messages.
-    ///
-    /// # Errors
-    /// `Unsupported` for a later format; `InvalidInput` for what is no record, and for one that names files elsewhere.
-    pub fn from_record(path: &Path, bytes: &[u8]) -> Result<Self> {
-        let no_json = |error| Self::damaged(path, "it is not what was written").with_source(error);
-        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_json)?;
-        // The number first: what else a later version writes is not for this one to judge.
-        match value.get("format").and_then(serde_json::Value::as_u64) {
-            None | Some(0) => return Err(Self::damaged(path, "it has no format number")),
-            Some(format) if format > u64::from(Self::FORMAT) => {
-                let message = format!(
-                    "expected a module of format {} or earlier in {}, but found format {format}",
-                    Self::FORMAT,
-                    path.display()
-                );
-                return Err(Error::new(ErrorKind::Unsupported, message).with_help(
-                    "a later version of Rudder made this module: use that version, or build the module again",
-                ));
-            }
-            Some(_) => {}
-        }
-        let module: Self = serde_json::from_value(value).map_err(no_json)?;
-        for machine in &module.machines {
-            let disks = machine.disks.iter().map(|disk| (&disk.file, &disk.format));
-            let state = machine.state.iter().map(|state| (&state.file, &state.format));
-            for (file, format) in disks.chain(state) {
-                if !is_file_name(file) {
-                    return Err(Self::damaged(
-                        path,
-                        &format!("it names the file {file:?}, which is not beside it"),
-                    ));
-                }
-                if !crate::units::is_name(format) {
-                    return Err(Self::damaged(path, &format!("it names the format {format:?}")));
-                }
-            }
-        }
-        Ok(module)
-    }
 
     /// The error of a record that cannot be used; `found` says what is wrong with it.
     #[must_use]
@@ -95,11 +54,6 @@ impl Module {
             disks.chain(machine.state.iter().map(|state| (state.file.as_str(), state.size)))
         })
     }
-}
-
-/// Whether this is the name of a file, and no path.
-fn is_file_name(text: &str) -> bool {
-    !text.contains(['/', '\0']) && !matches!(text, "" | "." | "..")
 }
 
 /// A module that is there and cannot be used.
@@ -121,7 +75,7 @@ impl DamagedModule {
 }
 
 /// A halted VM of a module, with the base values that clones get.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct TemplateMachine {
     /// Its name.
@@ -134,15 +88,13 @@ pub struct TemplateMachine {
     pub firmware: Firmware,
     /// Whether it has a TPM.
     pub tpm: bool,
-    /// Its cards.
-    pub nics: Vec<PlannedNic>,
+    /// Its NICs.
+    pub nics: Vec<TemplateNic>,
     /// Its disks; the first boots.
     pub disks: Vec<CapturedDisk>,
     /// What it keeps outside its disks.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub state: Vec<CapturedState>,
     /// Carried along for user interfaces.
-    #[serde(default)]
     pub invisible: bool,
 }
 
@@ -163,8 +115,68 @@ impl TemplateMachine {
     }
 }
 
+/// A NIC of a template VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TemplateNic {
+    /// Its name.
+    pub name: String,
+    /// The name of its subnet, one of the module's.
+    pub subnet: String,
+    /// Its place among the NICs, 1–9: pins the PCI slot.
+    pub slot: u8,
+    /// Whether the author pinned the slot.
+    pub slot_pinned: bool,
+    /// A fixed address.
+    pub ip: Option<Ipv4Addr>,
+    /// Its hardware address.
+    pub mac: MacAddress,
+    /// What the guest sees.
+    pub model: NicModel,
+}
+
+/// The networks that the clones of a module get.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TemplateNetwork {
+    /// Whether the author declared it; otherwise it is one VPC with one subnet, DHCP and internet.
+    pub declared: bool,
+    /// Networks that cannot reach each other.
+    pub vpcs: Vec<TemplateVpc>,
+    /// Their segments.
+    pub subnets: Vec<TemplateSubnet>,
+}
+
+/// A private network of a module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TemplateVpc {
+    /// Its name.
+    pub name: String,
+    /// Whether its VMs reach the internet.
+    pub internet: bool,
+}
+
+/// A segment of a VPC of a module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TemplateSubnet {
+    /// Its name.
+    pub name: String,
+    /// The name of its VPC.
+    pub vpc: String,
+    /// Its addresses.
+    pub cidr: Cidr,
+    /// Whether addresses are handed out.
+    pub dhcp: bool,
+    /// DNS servers handed out; empty: the backend's own.
+    pub dns: Vec<Ipv4Addr>,
+    /// A bare layer-2 segment that a guest serves.
+    pub unmanaged: bool,
+}
+
 /// A disk after capture. `file` is relative to the directory of `module.json` once published.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CapturedDisk {
     /// The disk's name in the manifest.
     pub name: String,
@@ -183,7 +195,7 @@ pub struct CapturedDisk {
 }
 
 /// What a machine keeps outside its disks, after capture. `file` as in [`CapturedDisk`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CapturedState {
     /// What it is.
     pub kind: StateKind,
@@ -198,8 +210,7 @@ pub struct CapturedState {
 }
 
 /// What a machine keeps outside its disks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum StateKind {
     /// The variables of its UEFI firmware: boot entries, Secure Boot keys.
@@ -220,7 +231,7 @@ impl StateKind {
 }
 
 /// How to make a module again.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Provenance {
     /// The manifest as given, secrets masked.
@@ -230,14 +241,12 @@ pub struct Provenance {
     /// Every input, with what it was.
     pub inputs: Vec<InputRecord>,
     /// Versions: `rudder`, the backend, what it drives.
-    pub versions: std::collections::BTreeMap<String, String>,
+    pub versions: BTreeMap<String, String>,
     /// How long each phase took.
     pub timings: Vec<Timing>,
     /// Why it cannot be repeated from its manifest alone; empty: it can.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_repeatable: Vec<String>,
     /// What was likely wrong and did not stop the build: a machine that had to be killed at its end…
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }
 
@@ -248,7 +257,7 @@ impl Provenance {
             manifest: manifest.into(),
             plan,
             inputs: Vec::new(),
-            versions: std::collections::BTreeMap::new(),
+            versions: BTreeMap::new(),
             timings: Vec::new(),
             not_repeatable: Vec::new(),
             warnings: Vec::new(),
@@ -256,8 +265,20 @@ impl Provenance {
     }
 }
 
+/// How long a phase took.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Timing {
+    /// The VM; absent: the build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// The phase's name.
+    pub phase: String,
+    /// Milliseconds.
+    pub millis: u64,
+}
+
 /// An input of a build: what was asked for, and what came.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct InputRecord {
     /// What it is for: `source of VM web`, `file app.tar`…
     pub role: String,

@@ -68,13 +68,13 @@ fn base_module() -> Module {
             "disks": [disk("rootdisk"), disk("data")]
         })
     };
-    serde_json::from_value(serde_json::json!({
+    let record = serde_json::json!({
         "format": 1, "name": "base", "digest": digest, "created": "2026-01-01T00:00:00Z",
         "machines": [machine("one"), machine("two")],
         "network": {"declared": false, "vpcs": [], "subnets": []},
         "provenance": {"manifest": "", "plan": digest, "inputs": [], "versions": {}, "timings": []}
-    }))
-    .unwrap()
+    });
+    Module::from_record(std::path::Path::new("module.json"), record.to_string().as_bytes()).unwrap()
 }
 
 fn findings(name: &str, text: &str) -> String {

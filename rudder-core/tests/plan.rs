@@ -52,7 +52,7 @@ fn base_module() -> Module {
             "sha256": digest
         })
     };
-    serde_json::from_value(serde_json::json!({
+    let record = serde_json::json!({
         "format": 1, "name": "base", "digest": digest, "created": "2026-01-01T00:00:00Z",
         "machines": [{
             "name": "one", "cpus": 1, "memory": 1 << 30, "firmware": "bios", "tpm": false, "nics": [],
@@ -63,8 +63,8 @@ fn base_module() -> Module {
             "manifest": "", "plan": digest, "inputs": [], "versions": {}, "timings": [],
             "not_repeatable": ["source of VM one has no checksum"]
         }
-    }))
-    .unwrap()
+    });
+    Module::from_record(std::path::Path::new("module.json"), record.to_string().as_bytes()).unwrap()
 }
 
 fn planned(text: &str) -> Plan {

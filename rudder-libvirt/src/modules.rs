@@ -140,7 +140,7 @@ fn xml(
             .with_context("module", &module.name)
     })?;
     let mut spec = MachineSpec::new(&machine.name, machine.cpus, machine.memory);
-    spec.nics.clone_from(&machine.nics);
+    spec.nics = machine.nics.iter().cloned().map(Into::into).collect();
     spec.firmware = machine.firmware;
     let disk =
         |bus| MachineDisk { name: String::new(), bus, volume: Volume { id: String::new(), virtual_size: 0 } };
@@ -178,7 +178,7 @@ fn xml(
         floppy: None,
         seed: None,
         serial: Serial::Terminal,
-        cards: Cards::Arguments(user_nic_arguments(&spec, &module.network)?),
+        cards: Cards::Arguments(user_nic_arguments(&spec, &module.network.clone().into())?),
         owner: host_capabilities.owner(),
         lab: None,
     }

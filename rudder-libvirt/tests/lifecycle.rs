@@ -217,10 +217,9 @@ async fn ends_are_told_when_the_hosts_init_is_slow() {
 }
 
 fn template(disks: &[rudder_core::module::CapturedDisk]) -> TemplateMachine {
-    serde_json::from_value(serde_json::json!({
-        "name": "web", "cpus": 1, "memory": 64 << 20, "firmware": "bios", "tpm": false, "nics": [], "disks": disks,
-    }))
-    .unwrap()
+    let mut template = TemplateMachine::new("web", 1, 64 << 20);
+    template.disks = disks.to_vec();
+    template
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -182,10 +182,8 @@ async fn what_was_written_is_captured_and_published() {
     assert_eq!(heard.lock().unwrap().last(), Some(&whole));
     assert!(disks.iter().all(|disk| disk.virtual_size == 64 << 20 && disk.size < 1 << 20));
 
-    let template: TemplateMachine = serde_json::from_value(serde_json::json!({
-        "name": "web", "cpus": 1, "memory": 64 << 20, "firmware": "bios", "tpm": false, "nics": [], "disks": disks,
-    }))
-    .unwrap();
+    let mut template = TemplateMachine::new("web", 1, 64 << 20);
+    template.disks = disks;
     let provenance = Provenance::new("name: web\n", rudder_core::digest::Digest::of(b""));
     let draft = rudder_core::backend::ModuleDraft::new("base", vec![template], common::network(), provenance);
     let module = lab.publish(draft).await.unwrap();

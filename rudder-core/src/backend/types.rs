@@ -4,7 +4,7 @@ use crate::{
     capability::Capability,
     digest::Digest,
     hardware::{Bus, Firmware},
-    module::{InputRecord, Module, Provenance, TemplateMachine},
+    module::{InputRecord, Module, Provenance, TemplateMachine, TemplateNetwork},
     plan::{PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource, PlannedUrl},
 };
 use serde::{Deserialize, Serialize};
@@ -413,7 +413,7 @@ pub struct ModuleDraft {
     /// Its VMs, with what [`Machine::capture`](super::Machine::capture) returned.
     pub machines: Vec<TemplateMachine>,
     /// The networks that clones get.
-    pub network: PlannedNetwork,
+    pub network: TemplateNetwork,
     /// How to make it again.
     pub provenance: Provenance,
 }
@@ -423,10 +423,10 @@ impl ModuleDraft {
     pub fn new(
         name: impl Into<String>,
         machines: Vec<TemplateMachine>,
-        network: PlannedNetwork,
+        network: impl Into<TemplateNetwork>,
         provenance: Provenance,
     ) -> Self {
-        Self { name: name.into(), machines, network, provenance }
+        Self { name: name.into(), machines, network: network.into(), provenance }
     }
 
     /// The module of this draft, published now. `digest` names its content.
@@ -434,7 +434,7 @@ impl ModuleDraft {
     pub fn into_module(self, digest: Digest) -> Module {
         let Self { name, machines, network, provenance } = self;
         let created = jiff::Timestamp::now();
-        Module { format: Module::FORMAT, name, digest, created, machines, network, provenance, path: None }
+        Module { name, digest, created, machines, network, provenance, path: None }
     }
 }
 

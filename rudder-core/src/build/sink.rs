@@ -3,10 +3,8 @@
 use super::log::{Log, lock};
 use crate::{
     backend::{Progress, ProgressEvent},
-    event::{
-        BuildId, BuildPhase, EventKind, FailureReport, Outcome, OutputStream, ServedFile, Timing, VmPhase,
-    },
-    module::InputRecord,
+    event::{BuildId, BuildPhase, EventKind, FailureReport, Outcome, OutputStream, ServedFile, VmPhase},
+    module::{InputRecord, Timing},
     secret::Masker,
 };
 use std::{

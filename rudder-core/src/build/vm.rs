@@ -331,7 +331,7 @@ impl Halted {
             memory: template.memory,
             firmware: template.firmware,
             tpm: template.tpm,
-            nics: template.nics.clone(),
+            nics: template.nics.iter().cloned().map(Into::into).collect(),
             disks,
             state,
             invisible: planned.invisible,

@@ -339,10 +339,8 @@ impl Lab for MemoryLab {
             })?;
             disks.insert(disk.sha256, files);
         }
-        let outputs = serde_json::to_vec(&(&draft.machines, &draft.network)).map_err(|error| {
-            Error::new(ErrorKind::Internal, "cannot write a module down").with_source(error)
-        })?;
-        let module = draft.into_module(Digest::of(&outputs));
+        let digest = Module::content_digest(&draft.name, &draft.machines, &draft.network)?;
+        let module = draft.into_module(digest);
         self.core.shared.keep_module(Kept { module, disks }).await
     }
 

@@ -48,9 +48,7 @@ pub(super) fn save(root: &Path, kept: &mut Kept) -> Result<()> {
         write(&directory.join(format!("{digest}.json")), &json(files)?)?;
     }
     let record = directory.join(RECORD);
-    let mut text = serde_json::to_vec_pretty(&kept.module).map_err(internal)?;
-    text.push(b'\n');
-    write(&record, &text)?;
+    write(&record, kept.module.to_record()?.as_bytes())?;
     kept.module.path = Some(record);
     // What the module of this name had before is of no use to anyone now.
     remove_disks(&directory, |digest| !kept.disks.contains_key(digest))

@@ -27,6 +27,7 @@ mod prepare;
 mod reference;
 mod shape;
 mod support;
+mod template;
 mod types;
 
 pub use context::{Inputs, Limits, PlanContext};

@@ -31,7 +31,7 @@ async fn a_secret_shows_nowhere_when_a_build_fails() {
 async fn a_secret_shows_nowhere_when_a_build_succeeds_or_its_backend_talks() {
     let backend = MemoryBackend::new();
     let ended = build(&backend, plan(vec![vm("a", vec![])])).await;
-    let record = serde_json::to_string(ended.module()).unwrap();
+    let record = ended.module().to_record().unwrap();
     assert!(record.contains("***") && !record.contains(SECRET), "{record}");
 
     let fault = Fault::new(ErrorKind::Io, "cannot write hunter2");
@@ -75,7 +75,7 @@ async fn what_authorises_in_a_url_shows_nowhere_and_the_input_is_still_named() {
     plan["manifest"] = format!("vms: [{{source: {{url: '{url}'}}}}]\n").into();
     let ended = build(&backend, plan).await;
     let module = ended.module();
-    let mut texts = vec![serde_json::to_string(module).unwrap(), format!("{module:?}")];
+    let mut texts = vec![module.to_record().unwrap(), format!("{module:?}")];
     texts.extend(
         ended.events.iter().flat_map(|event| [event.to_json(), event.to_string(), format!("{event:?}")]),
     );

@@ -9,7 +9,6 @@ use super::{
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{ModuleDraft, ReapReport},
-    digest::Digest,
     module::{Module, TemplateMachine},
     units,
 };
@@ -46,7 +45,7 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
     // Before anything is made: what is refused leaves nothing.
     let files = place_files(lab, &mut draft.machines)?;
     durable::make_dir(&dir)?;
-    let digest = content_digest(&name, &draft.machines, &draft.network)?;
+    let digest = Module::content_digest(&name, &draft.machines, &draft.network)?;
     let target = dir.join(digest.to_string());
     let mut module = draft.into_module(digest);
     // A publisher may be killed between any two steps: until `current` points at the new version, it counts as one that is not
@@ -57,7 +56,7 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
         for (from, file) in &files {
             move_file(from, &target.join(file))?;
         }
-        durable::write_json(&target.join(RECORD), &module)?;
+        durable::write_atomic(&target.join(RECORD), module.to_record()?.as_bytes())?;
     } else {
         let draft_dir = tempfile::Builder::new()
             .prefix(".new-")
@@ -67,7 +66,7 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
         for (from, file) in &files {
             move_file(from, &draft_dir.path().join(file))?;
         }
-        durable::write_json(&draft_dir.path().join(RECORD), &module)?;
+        durable::write_atomic(&draft_dir.path().join(RECORD), module.to_record()?.as_bytes())?;
         durable::write_atomic(&draft_dir.path().join(REPLACED), b"not published yet\n")?;
         fs::rename(draft_dir.path(), &target)
             .map_err(|error| durable::io_error("publish", &target, error))?;
@@ -138,17 +137,6 @@ fn captured_file(lab: &Path, file: &str, size: u64) -> Result<PathBuf> {
         return Ok(from);
     };
     Err(Error::new(ErrorKind::InvalidInput, message))
-}
-
-fn content_digest(
-    name: &str,
-    machines: &[TemplateMachine],
-    network: &rudder_core::plan::PlannedNetwork,
-) -> Result<Digest> {
-    let text = serde_json::to_vec(&(name, machines, network)).map_err(|error| {
-        Error::new(ErrorKind::Internal, format!("cannot encode module {name}")).with_source(error)
-    })?;
-    Ok(Digest::of(&text))
 }
 
 /// Moves a captured disk into a module, and makes it durable.

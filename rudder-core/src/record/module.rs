@@ -1,0 +1,250 @@
+//! `module.json`, format 1.
+//!
+//! Conversions name every field, so that a field added on one side does not compile before it was decided what the other side
+//! does with it.
+
+use crate::{
+    digest::Digest,
+    hardware::{Bus, Firmware, NicModel},
+    module::{
+        CapturedDisk, CapturedState, InputRecord, Module, Provenance, StateKind, TemplateMachine,
+        TemplateNetwork, TemplateNic, TemplateSubnet, TemplateVpc, Timing,
+    },
+    units::{Cidr, MacAddress, is_name},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+/// Why a record is no module: completes "expected the record of a module, but …".
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Unusable {
+    /// A file that is not in the module's directory.
+    #[error("it names the file {0:?}, which is not beside it")]
+    Elsewhere(String),
+    /// A format of a file that is no plain name.
+    #[error("it names the format {0:?}")]
+    Format(String),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ModuleRecord {
+    format: u32,
+    name: String,
+    digest: Digest,
+    created: jiff::Timestamp,
+    machines: Vec<MachineRecord>,
+    network: NetworkRecord,
+    provenance: ProvenanceRecord,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct MachineRecord {
+    name: String,
+    cpus: u32,
+    memory: u64,
+    firmware: Firmware,
+    tpm: bool,
+    nics: Vec<NicRecord>,
+    disks: Vec<DiskRecord>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    state: Vec<StateRecord>,
+    #[serde(default)]
+    invisible: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct NicRecord {
+    name: String,
+    subnet: String,
+    slot: u8,
+    slot_pinned: bool,
+    ip: Option<Ipv4Addr>,
+    mac: MacAddress,
+    model: NicModel,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct DiskRecord {
+    name: String,
+    bus: Bus,
+    file: String,
+    format: String,
+    virtual_size: u64,
+    size: u64,
+    sha256: Digest,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct StateRecord {
+    kind: StateKindRecord,
+    file: String,
+    format: String,
+    size: u64,
+    sha256: Digest,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum StateKindRecord {
+    FirmwareVariables,
+    Tpm,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct NetworkRecord {
+    declared: bool,
+    vpcs: Vec<VpcRecord>,
+    subnets: Vec<SubnetRecord>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct VpcRecord {
+    name: String,
+    internet: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SubnetRecord {
+    name: String,
+    vpc: String,
+    cidr: Cidr,
+    dhcp: bool,
+    dns: Vec<Ipv4Addr>,
+    unmanaged: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct ProvenanceRecord {
+    manifest: String,
+    plan: Digest,
+    inputs: Vec<InputEntry>,
+    versions: BTreeMap<String, String>,
+    timings: Vec<TimingRecord>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    not_repeatable: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct InputEntry {
+    role: String,
+    url: String,
+    size: u64,
+    sha256: Digest,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct TimingRecord {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    vm: Option<String>,
+    phase: String,
+    millis: u64,
+}
+
+/// What the digest of a module is taken of.
+pub(super) fn digested(
+    name: &str,
+    machines: &[TemplateMachine],
+    network: &TemplateNetwork,
+) -> serde_json::Result<String> {
+    let machines: Vec<_> = machines.iter().cloned().map(MachineRecord::from).collect();
+    serde_json::to_string(&(name, machines, NetworkRecord::from(network.clone())))
+}
+
+impl From<Module> for ModuleRecord {
+    fn from(module: Module) -> Self {
+        // Where the record is, is not part of it.
+        let Module { name, digest, created, machines, network, provenance, path: _ } = module;
+        Self {
+            format: Module::FORMAT,
+            name,
+            digest,
+            created,
+            machines: machines.into_iter().map(Into::into).collect(),
+            network: network.into(),
+            provenance: provenance.into(),
+        }
+    }
+}
+
+impl TryFrom<ModuleRecord> for Module {
+    type Error = Unusable;
+
+    fn try_from(record: ModuleRecord) -> Result<Self, Unusable> {
+        let ModuleRecord { format: _, name, digest, created, machines, network, provenance } = record;
+        for machine in &machines {
+            let disks = machine.disks.iter().map(|disk| (&disk.file, &disk.format));
+            let state = machine.state.iter().map(|state| (&state.file, &state.format));
+            for (file, format) in disks.chain(state) {
+                if !is_file_name(file) {
+                    return Err(Unusable::Elsewhere(file.clone()));
+                }
+                if !is_name(format) {
+                    return Err(Unusable::Format(format.clone()));
+                }
+            }
+        }
+        let machines = machines.into_iter().map(Into::into).collect();
+        let (network, provenance) = (network.into(), provenance.into());
+        Ok(Self { name, digest, created, machines, network, provenance, path: None })
+    }
+}
+
+/// Whether this is the name of a file, and no path.
+fn is_file_name(text: &str) -> bool {
+    !text.contains(['/', '\0']) && !matches!(text, "" | "." | "..")
+}
+
+impl From<StateKind> for StateKindRecord {
+    fn from(kind: StateKind) -> Self {
+        match kind {
+            StateKind::FirmwareVariables => Self::FirmwareVariables,
+            StateKind::Tpm => Self::Tpm,
+        }
+    }
+}
+
+impl From<StateKindRecord> for StateKind {
+    fn from(kind: StateKindRecord) -> Self {
+        match kind {
+            StateKindRecord::FirmwareVariables => Self::FirmwareVariables,
+            StateKindRecord::Tpm => Self::Tpm,
+        }
+    }
+}
+
+/// Implements `From` in both directions for structs whose fields have the same names; those after `each` are lists whose elements
+/// are converted, those after `into` are converted themselves.
+macro_rules! both_ways {
+    ($record:ident = $noun:ident { $($same:ident),* $(; each $($list:ident),*)? $(; into $($one:ident),*)? }) => {
+        both_ways!(@one $record, $noun, [$($same)*], [$($($list)*)?], [$($($one)*)?]);
+        both_ways!(@one $noun, $record, [$($same)*], [$($($list)*)?], [$($($one)*)?]);
+    };
+    (@one $from:ident, $to:ident, [$($same:ident)*], [$($list:ident)*], [$($one:ident)*]) => {
+        impl From<$from> for $to {
+            fn from($from { $($same,)* $($list,)* $($one,)* }: $from) -> Self {
+                Self {
+                    $($same,)*
+                    $($list: $list.into_iter().map(Into::into).collect(),)*
+                    $($one: $one.into(),)*
+                }
+            }
+        }
+    };
+}
+
+both_ways!(MachineRecord = TemplateMachine {
+    name, cpus, memory, firmware, tpm, invisible; each nics, disks, state
+});
+both_ways!(NicRecord = TemplateNic { name, subnet, slot, slot_pinned, ip, mac, model });
+both_ways!(DiskRecord = CapturedDisk { name, bus, file, format, virtual_size, size, sha256 });
+both_ways!(StateRecord = CapturedState { file, format, size, sha256; into kind });
+both_ways!(NetworkRecord = TemplateNetwork { declared; each vpcs, subnets });
+both_ways!(VpcRecord = TemplateVpc { name, internet });
+both_ways!(SubnetRecord = TemplateSubnet { name, vpc, cidr, dhcp, dns, unmanaged });
+both_ways!(ProvenanceRecord = Provenance {
+    manifest, plan, versions, not_repeatable, warnings; each inputs, timings
+});
+both_ways!(InputEntry = InputRecord { role, url, size, sha256 });
+both_ways!(TimingRecord = Timing { vm, phase, millis });
