@@ -20,7 +20,7 @@ use crate::{
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Stop},
+    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, SerialLog, Stop},
     module::{CapturedDisk, CapturedState},
 };
 use rudder_local::{
@@ -423,8 +423,8 @@ impl Machine for LibvirtMachine {
         self.0.connect_console().await
     }
 
-    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
-        Ok(self.0.console().map(|console| console.tail(limit)).unwrap_or_default())
+    async fn serial_log(&self, from: u64) -> Result<SerialLog> {
+        Ok(self.0.console().map_or_else(SerialLog::empty, |console| console.log(from)))
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {

@@ -10,7 +10,7 @@ use crate::{
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, Stop},
+    backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, SerialLog, Stop},
     module::{CapturedDisk, CapturedState},
 };
 use rudder_local::{
@@ -402,8 +402,8 @@ impl Machine for QemuMachine {
         self.connect_console().await
     }
 
-    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
-        Ok(self.console().map(|console| console.tail(limit)).unwrap_or_default())
+    async fn serial_log(&self, from: u64) -> Result<SerialLog> {
+        Ok(self.console().map_or_else(SerialLog::empty, |console| console.log(from)))
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {

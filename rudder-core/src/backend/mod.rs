@@ -25,11 +25,13 @@
 //!   hold is `InvalidInput`; it is never changed.
 
 mod kept;
+mod serial_log;
 mod serial_ring;
 mod types;
 
 pub use crate::progress::{Progress, ProgressEvent};
 pub use kept::{KeptLab, KeptLogin};
+pub use serial_log::{SerialLog, SerialRecord};
 pub use serial_ring::SerialRing;
 pub use types::*;
 
@@ -232,10 +234,23 @@ pub trait Machine: Debug + Send + Sync {
     /// `Conflict` when the machine does not run; `Unsupported` when this is not claimed.
     async fn serial(&self) -> Result<BoxedStream>;
 
-    /// The last bytes, at most `limit`, that the guest wrote on its serial console since it was powered on last, also after it
-    /// ended. At least [`SERIAL_KEPT`] bytes are kept where [`Capability::Serial`](crate::capability::Capability::Serial) is
-    /// claimed; elsewhere this may be empty. Never an error of state.
-    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>>;
+    /// What the guest wrote on its serial console since it was last powered on, from position `from` (in bytes) or the oldest byte
+    /// that is kept, and what it goes on writing. The stream ends once the machine has ended and all of it is read. After the
+    /// end, what was kept of the last power-on is still there; of a machine that was never powered on, there is nothing.
+    /// At least [`SERIAL_KEPT`] bytes are kept. Any number of readers at once. Needs
+    /// [`Capability::Serial`](crate::capability::Capability::Serial).
+    ///
+    /// # Errors
+    /// `Unsupported` when this is not claimed. Never `Conflict`.
+    async fn serial_log(&self, from: u64) -> Result<SerialLog>;
+
+    /// At most the last `limit` bytes that the guest wrote on its serial console since it was last powered on.
+    ///
+    /// # Errors
+    /// As [`serial_log`](Self::serial_log).
+    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
+        self.serial_log(0).await?.tail(limit).await
+    }
 
     /// A picture of the screen, as PNG, also several at once. Of a machine that has ended: the last that exists of it. Needs
     /// [`Capability::Screenshot`](crate::capability::Capability::Screenshot).

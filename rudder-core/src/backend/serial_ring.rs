@@ -46,6 +46,12 @@ impl SerialRing {
         self.end
     }
 
+    /// The position of the oldest byte that is kept.
+    #[must_use]
+    pub fn start(&self) -> u64 {
+        self.end - self.bytes.len() as u64
+    }
+
     /// At most the last `limit` bytes.
     #[must_use]
     pub fn tail(&self, limit: usize) -> Vec<u8> {

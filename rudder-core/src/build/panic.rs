@@ -2,12 +2,18 @@
 //! in guests that have none. Linux writes them on its console, and then stands still.
 
 use super::evidence::plain_lines;
-use crate::{Error, ErrorKind, backend::Machine};
+use crate::{
+    Error, ErrorKind,
+    backend::{Machine, SerialRing},
+};
 use std::{sync::Arc, time::Duration};
-use tokio::time::sleep;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _},
+    time::{Instant, sleep, timeout_at},
+};
 
-/// How often is looked; what was said must stand for as long.
-const LOOK: Duration = Duration::from_secs(2);
+/// How long the report of a panic must stand: a kernel that restarts itself says so right behind it.
+const STANDS: Duration = Duration::from_secs(2);
 /// How much of the end of the serial console is read: the report of a panic with its call trace.
 const BYTES: usize = 16 * 1024;
 /// What Linux says (`panic()` in kernel/panic.c).
@@ -16,23 +22,41 @@ const SIGN: &str = "Kernel panic - not syncing";
 const RESTART: &str = "Rebooting in";
 
 /// Waits until the guest's kernel has panicked, and says so; `doing` ends the sentence "… while". Of a machine without a
-/// record of its serial console, for ever.
+/// serial console, for ever.
 pub(super) async fn panicked(machine: &Arc<dyn Machine>, doing: &str) -> Error {
-    let mut before = None;
     loop {
-        sleep(LOOK).await;
-        let said = machine.serial_tail(BYTES).await.ok().and_then(|bytes| panic_line(&bytes));
-        if let Some(line) = said {
-            if before.as_ref() == Some(&line) {
-                let message = format!("the guest's kernel panicked while {doing}: {line}");
-                return Error::new(ErrorKind::MachineDied, message).with_help(
-                    "the end of the serial console says where; on a host under load, another try may help",
-                );
-            }
-            before = Some(line);
-        } else {
-            before = None;
+        let Ok(log) = machine.serial_log(0).await else { return std::future::pending().await };
+        if let Some(line) = panic_in(log.stream).await {
+            let message = format!("the guest's kernel panicked while {doing}: {line}");
+            return Error::new(ErrorKind::MachineDied, message).with_help(
+                "the end of the serial console says where; on a host under load, another try may help",
+            );
         }
+        // The machine has ended, or the connection broke.
+        sleep(STANDS).await;
+    }
+}
+
+/// The line of a panic that stood at the end of a console for a while; `None` once the console has ended.
+async fn panic_in(mut console: impl AsyncRead + Unpin) -> Option<String> {
+    let (mut end, mut piece) = (SerialRing::new(BYTES), [0; 4096]);
+    let mut found: Option<(String, Instant)> = None;
+    loop {
+        let read = match &found {
+            None => console.read(&mut piece).await,
+            Some((line, since)) => match timeout_at(*since + STANDS, console.read(&mut piece)).await {
+                Ok(read) => read,
+                Err(_) => return Some(line.clone()),
+            },
+        };
+        match read {
+            Ok(count @ 1..) => end.push(&piece[..count]),
+            _ => return None,
+        }
+        found = panic_line(&end.tail(BYTES)).map(|line| match found.take() {
+            Some(known) if known.0 == line => known,
+            _ => (line, Instant::now()),
+        });
     }
 }
 
@@ -47,6 +71,37 @@ fn panic_line(console: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::AsyncWriteExt as _;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_panic_is_told_once_it_stands_however_much_follows_it() {
+        let line = "Kernel panic - not syncing: VFS";
+        let (mut guest, console) = tokio::io::duplex(1 << 10);
+        let chat = async {
+            let _ = guest.write_all(format!("booting\r\n{line}\r\n").as_bytes()).await;
+            loop {
+                sleep(STANDS / 4).await;
+                if guest.write_all(b"rcu: stalled\r\n").await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        let told = tokio::select! { told = panic_in(console) => told, () = chat => None };
+        assert_eq!(told.as_deref(), Some(line));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_kernel_that_restarts_itself_and_a_console_that_ends_are_no_panic() {
+        let (mut guest, console) = tokio::io::duplex(1 << 10);
+        let speak = async move {
+            let _ = guest.write_all(b"Kernel panic - not syncing: VFS\r\n").await;
+            sleep(STANDS / 2).await;
+            let _ = guest.write_all(b"Rebooting in 10 seconds..\r\n").await;
+            sleep(STANDS * 4).await;
+        };
+        let (told, ()) = tokio::join!(panic_in(console), speak);
+        assert_eq!(told, None);
+    }
 
     #[test]
     fn a_panic_is_one_unless_the_kernel_restarts_itself() {

@@ -1,6 +1,6 @@
 //! The conversation with a machine's screen, keyboard and serial line.
 //!
-//! Everything here needs [`Machine::display`] and [`Machine::serial_tail`] (or [`Machine::serial`]) only, so that every
+//! Everything here needs [`Machine::display`] and [`Machine::serial_log`] only, so that every
 //! backend has it.
 //!
 //! # Example

@@ -1,12 +1,12 @@
 //! Waiting for text on the serial line.
 //!
-//! The line is read from the record that the hypervisor keeps of it ([`Machine::serial_tail`]), so that nothing is missed
-//! that was said before, and the line stays free for a person. Where no record is kept, [`Machine::serial`] is read.
+//! The line is read from its log ([`Machine::serial_log`]), so that nothing is missed that was said before, and the line stays
+//! free for a person.
 
 use super::Console;
 use crate::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Machine},
+    backend::{Machine, SerialLog},
 };
 use std::time::Duration;
 use tokio::{
@@ -14,12 +14,8 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-/// How often the record is looked at.
-const LOOK: Duration = Duration::from_millis(100);
-/// How much of the end of the record tells whether anything was added.
-const GLANCE: usize = 512;
-/// How much of the record is read at most.
-const MOST: usize = 16 << 20;
+/// Interval between looks whether a machine that has ended, or has not begun, was powered on.
+const POWERED_ON: Duration = Duration::from_millis(500);
 /// How much text is remembered.
 const REMEMBERED: usize = 1 << 20;
 /// How many of the last lines an error shows.
@@ -41,13 +37,13 @@ impl std::fmt::Debug for SerialLine {
 
 /// Where the bytes come from.
 #[derive(Default)]
-enum Source {
-    #[default]
-    Undecided,
-    /// The record: how much of it was read, and its end then.
-    Record { read: usize, end: Vec<u8> },
-    /// The line itself.
-    Stream(BoxedStream),
+struct Source {
+    /// Whose log this is; 0 before there was one.
+    power_on: u64,
+    /// The position behind the last byte that was read.
+    read: u64,
+    /// The log, until it ends.
+    open: Option<SerialLog>,
 }
 
 #[derive(Default)]
@@ -98,80 +94,38 @@ impl SerialLine {
         self.said.forget();
     }
 
-    /// Reads what is new, or waits a moment for it.
+    /// Reads what is new, or waits for it until the deadline at most.
     async fn listen(&mut self, machine: &dyn Machine, deadline: Instant) -> Result<()> {
-        if !matches!(self.source, Source::Stream(_)) && self.read_record(machine).await? {
-            return Ok(());
-        }
-        if let Source::Undecided = self.source {
-            // A line that cannot be had now may be had later; the record may begin meanwhile.
-            if let Ok(stream) = machine.serial().await {
-                self.source = Source::Stream(stream);
-            }
-        }
-        let moment = deadline.min(Instant::now() + LOOK);
-        let Source::Stream(stream) = &mut self.source else {
-            sleep_until(moment).await;
-            return Ok(());
-        };
         let mut buffer = [0; 4096];
-        match timeout_at(moment, stream.read(&mut buffer)).await {
-            Ok(Ok(count @ 1..)) => self.take_in(&buffer[..count]),
-            // The machine ended, or the line broke: the next look begins anew.
-            Ok(_) => {
-                self.source = Source::Undecided;
-                sleep_until(moment).await;
+        let Some(log) = &mut self.source.open else { return self.open(machine, deadline).await };
+        match timeout_at(deadline, log.stream.read(&mut buffer)).await {
+            Ok(Ok(count @ 1..)) => {
+                self.source.read += count as u64;
+                self.take_in(&buffer[..count]);
             }
+            // The machine has ended, or the connection broke.
+            Ok(_) => self.source.open = None,
             Err(_) => {}
         }
         Ok(())
     }
 
-    /// Reads what was added to the record; whether there was anything.
-    async fn read_record(&mut self, machine: &dyn Machine) -> Result<bool> {
-        let glance = machine.serial_tail(GLANCE).await?;
-        if glance.is_empty() {
-            return Ok(false);
-        }
-        let (read, end) = match &self.source {
-            Source::Record { read, end } => (*read, end.as_slice()),
-            _ => (0, &[][..]),
-        };
-        if glance == end {
-            return Ok(false);
-        }
-        let mut limit = (read + (64 << 10)).min(MOST);
-        let record = loop {
-            let record = machine.serial_tail(limit).await?;
-            if record.len() < limit || limit == MOST {
-                break record;
+    /// Opens the log where reading it ended; that of another power-on from its beginning.
+    async fn open(&mut self, machine: &dyn Machine, deadline: Instant) -> Result<()> {
+        let mut log = machine.serial_log(self.source.read).await?;
+        if log.power_on != self.source.power_on {
+            // One that was asked for from a position begins there.
+            if log.start > 0 && self.source.read > 0 {
+                log = machine.serial_log(0).await?;
             }
-            limit = (limit * 2).min(MOST);
-        };
-        let kept = end.len().min(read);
-        let fresh = if record.len() >= read && record[read - kept..read] == end[end.len() - kept..] {
-            read
-        } else if let Some(at) = find_last(&record, end) {
-            // Its beginning is no longer kept.
-            at + end.len()
-        } else {
-            // Another power-on, another record.
             self.said = Said::default();
             self.parser = vte::Parser::new();
-            0
-        };
-        self.take_in(&record[fresh..]);
-        let end = record[record.len().saturating_sub(GLANCE)..].to_vec();
-        self.source = Source::Record { read: record.len(), end };
-        Ok(true)
+        } else if log.end == self.source.read {
+            sleep_until(deadline.min(Instant::now() + POWERED_ON)).await;
+        }
+        self.source = Source { power_on: log.power_on, read: log.start, open: Some(log) };
+        Ok(())
     }
-}
-
-fn find_last(record: &[u8], end: &[u8]) -> Option<usize> {
-    if end.is_empty() {
-        return None;
-    }
-    record.windows(end.len()).rposition(|window| window == end)
 }
 
 impl Console {
@@ -180,7 +134,7 @@ impl Console {
     /// is powered on anew begins anew. Waits of several callers come one after the other.
     ///
     /// # Errors
-    /// `TimedOut` after the limit, with the last lines of the serial console; what [`Machine::serial_tail`] fails with.
+    /// `TimedOut` after the limit, with the last lines of the serial console; what [`Machine::serial_log`] fails with.
     pub async fn wait_serial(&self, text: &str, limit: Duration) -> Result<()> {
         crate::runtime::check()?;
         let deadline = Instant::now() + limit;

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, SerialRing, Stop},
+    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, SerialLog, SerialRecord, Stop},
     capability::Capability,
     digest::Digest,
     module::{CapturedDisk, CapturedState},
@@ -62,7 +62,7 @@ pub(super) struct Boot {
 #[derive(Debug)]
 struct State {
     boot: Option<Boot>,
-    serial: SerialRing,
+    serial: Option<SerialRecord>,
 }
 
 /// What the handles of a machine share.
@@ -74,7 +74,6 @@ pub(super) struct MachineCore {
     pub(super) lab: String,
     host_key: Arc<PrivateKey>,
     life: watch::Sender<Life>,
-    serial_changed: watch::Sender<()>,
     state: Mutex<State>,
 }
 
@@ -87,8 +86,7 @@ impl MachineCore {
             lab,
             host_key: Arc::new(new_host_key()?),
             life: watch::Sender::new(Life::NeverStarted),
-            serial_changed: watch::Sender::new(()),
-            state: Mutex::new(State { boot: None, serial: SerialRing::new(SERIAL_LIMIT) }),
+            state: Mutex::new(State { boot: None, serial: None }),
         })
     }
 
@@ -96,15 +94,9 @@ impl MachineCore {
         *self.life.borrow() == Life::Running
     }
 
-    /// Of what was written on the serial console since it was powered on, what follows a position; and the position behind it.
-    pub(super) fn written_since(&self, position: u64) -> (Vec<u8>, u64) {
-        let state = self.state();
-        (state.serial.since(position), state.serial.end())
-    }
-
-    /// Changes with everything that is written on the serial console.
-    pub(super) fn serial_changes(&self) -> watch::Receiver<()> {
-        self.serial_changed.subscribe()
+    /// What is written on the serial console since it was powered on, from a position on.
+    pub(super) fn serial_log(&self, from: u64) -> SerialLog {
+        self.state().serial.as_ref().map_or_else(SerialLog::empty, |record| record.log(from))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -127,23 +119,23 @@ impl MachineCore {
     pub(super) fn end(&self, exit: Exit) {
         let mut state = self.state();
         let Some(boot) = state.boot.take() else { return };
-        if let Exit::Died { cause: Death::GuestPanic, .. } = exit {
-            state.serial.push(b"Kernel panic - not syncing\n");
+        if let Some(record) = &state.serial {
+            if let Exit::Died { cause: Death::GuestPanic, .. } = exit {
+                record.write(b"Kernel panic - not syncing\n");
+            }
+            record.close();
         }
         boot.power.cancel();
         self.unplug();
         self.life.send_replace(Life::Ended(exit));
-        self.serial_changed.send_replace(());
     }
 
     /// Says something on the serial console, if it runs.
     pub(super) fn say(&self, bytes: &[u8]) {
-        let mut state = self.state();
-        if state.boot.is_some() {
-            state.serial.push(bytes);
+        let state = self.state();
+        if let (Some(_), Some(record)) = (&state.boot, &state.serial) {
+            record.write(bytes);
         }
-        drop(state);
-        self.serial_changed.send_replace(());
     }
 
     /// Shows something on the screen, if it runs.
@@ -198,8 +190,9 @@ impl MachineCore {
         let terminal = Arc::new(Terminal::new(guest.clone()));
         self.shared.script().terminals.insert(self.spec.name.clone(), terminal.clone());
         let boot = self.new_boot(guest, terminal, &power)?;
-        state.serial = SerialRing::new(SERIAL_LIMIT);
-        state.serial.push(&boot.guest.serial);
+        let record = SerialRecord::new(SERIAL_LIMIT);
+        record.write(&boot.guest.serial);
+        state.serial = Some(record);
         let dies = boot.guest.dies_in_boot;
         let files = boot.guest.files.clone();
         state.boot = Some(boot);
@@ -213,7 +206,6 @@ impl MachineCore {
             }
         });
         self.life.send_replace(Life::Running);
-        self.serial_changed.send_replace(());
         if let Some((cause, delay)) = dies {
             self.later(delay, power, move |machine| machine.die(cause));
         }
@@ -259,11 +251,12 @@ impl MachineCore {
                 Ok(new) => {
                     let mut state = machine.state();
                     if state.boot.as_ref().is_some_and(|boot| boot.id == old.id) {
-                        state.serial.push(&new.guest.serial);
+                        if let Some(record) = &state.serial {
+                            record.write(&new.guest.serial);
+                        }
                         state.boot = Some(new);
                     }
                     drop(state);
-                    machine.serial_changed.send_replace(());
                     old.terminal.boot();
                     old.token.cancel();
                 }
@@ -382,16 +375,16 @@ impl Machine for MemoryMachine {
     }
 
     async fn serial(&self) -> Result<BoxedStream> {
-        let boot = self.core.boot().ok_or_else(|| {
+        self.core.boot().ok_or_else(|| {
             Error::new(ErrorKind::Conflict, format!("expected VM {} to run, but it is off", self.name()))
         })?;
         let (near, far) = tokio::io::duplex(64 << 10);
-        streams::console(self.core.clone(), boot.power, far);
+        streams::console(self.core.clone(), far);
         Ok(Box::new(near))
     }
 
-    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
-        Ok(self.core.state().serial.tail(limit))
+    async fn serial_log(&self, from: u64) -> Result<SerialLog> {
+        Ok(self.core.serial_log(from))
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {

@@ -2,41 +2,32 @@
 
 use super::{Counted, machine::MachineCore};
 use std::sync::Arc;
-use tokio::io::{AsyncWriteExt as _, DuplexStream};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio_util::sync::CancellationToken;
 
-/// Says what is written on the serial console, from power-on until the power is off.
-pub(super) fn console(core: Arc<MachineCore>, power: CancellationToken, mut far: DuplexStream) {
+/// Carries what is written on the serial console, from power-on until the power is off, and what is typed there.
+pub(super) fn console(core: Arc<MachineCore>, far: DuplexStream) {
     let connection = core.shared.connection();
+    let mut log = core.serial_log(0).stream;
     tokio::spawn(async move {
         let _connection = connection;
-        let mut changed = core.serial_changes();
-        let mut position = 0;
-        loop {
-            // Before it is read: what was written until then is found.
-            let gone = power.is_cancelled();
-            let (fresh, end) = core.written_since(position);
-            position = end;
-            let write = async { far.write_all(&fresh).await.is_err() || far.flush().await.is_err() };
-            if write.await || gone {
-                break;
+        let (mut reader, mut writer) = tokio::io::split(far);
+        let typing = async {
+            // What is typed is shown, as a terminal does, and forgotten.
+            while let Some(typed) = typed(&mut reader).await {
+                core.say(&typed);
             }
-            tokio::select! {
-                () = power.cancelled() => {}
-                ok = changed.changed() => if ok.is_err() { break },
-                // What is typed on the console is shown, as a terminal does, and forgotten; its end is the end.
-                typed = typed(&mut far) => match typed {
-                    Some(typed) => core.say(&typed),
-                    None => break,
-                },
-            }
+        };
+        tokio::select! {
+            // A reader that is gone is no failure.
+            _ = tokio::io::copy(&mut log, &mut writer) => {}
+            () = typing => {}
         }
     });
 }
 
 /// What the other side sends; `None` when it is gone.
-async fn typed(stream: &mut DuplexStream) -> Option<Vec<u8>> {
-    use tokio::io::AsyncReadExt as _;
+async fn typed(stream: &mut (impl AsyncRead + Unpin)) -> Option<Vec<u8>> {
     let mut buffer = [0; 256];
     match stream.read(&mut buffer).await {
         Ok(count @ 1..) => Some(buffer[..count].to_vec()),

@@ -203,13 +203,13 @@ pub async fn connecting_may_be_dropped(rig: &Rig) -> Verdict {
         let at = |problem: NotPassed| problem.at("connecting", looks);
         // Nobody listens in there: that is no mistake.
         drop(cut(machine.dial(SSH), looks).await);
-        let tail = cut(machine.serial_tail(100), looks).await;
-        ended(tail, "read the end of the serial console").map_err(at)?;
         if has(Capability::Display) {
             ended(cut(machine.display(), looks).await, "connect to the display").map_err(at)?;
         }
         if has(Capability::Serial) {
             ended(cut(machine.serial(), looks).await, "connect to the serial console").map_err(at)?;
+            let tail = cut(machine.serial_tail(100), looks).await;
+            ended(tail, "read the end of the serial console").map_err(at)?;
         }
         if has(Capability::Screenshot) {
             ended(cut(machine.screenshot(), looks).await, "take a picture").map_err(at)?;

@@ -6,7 +6,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
         Backend, BoxedStream, Exit, HostReport, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec,
-        Machine, MachineSpec, ModuleDraft, Progress, ReapReport, Served, Site, Stop,
+        Machine, MachineSpec, ModuleDraft, Progress, ReapReport, SerialLog, Served, Site, Stop,
     },
     capability::{Capabilities, Capability},
     fetch::{Fetch, FetchRequest, Fetched},
@@ -259,9 +259,9 @@ impl Machine for HookedMachine {
         self.0.serial().await
     }
 
-    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
+    async fn serial_log(&self, from: u64) -> Result<SerialLog> {
         self.evidence().await;
-        self.0.serial_tail(limit).await
+        self.0.serial_log(from).await
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {

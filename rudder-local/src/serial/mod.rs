@@ -18,12 +18,12 @@
 mod record;
 
 use self::record::Record;
-use rudder_core::backend::{BoxedStream, SerialRing};
+use rudder_core::backend::{BoxedStream, SerialLog, SerialRecord};
 use std::{
     io,
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -75,28 +75,23 @@ pub struct SerialConsole {
 /// What the tasks and readers of a console share.
 #[derive(Debug)]
 struct Shared {
-    ring: Mutex<SerialRing>,
-    /// Changes with everything that is written; true once nothing more comes.
-    over: watch::Sender<bool>,
+    said: SerialRecord,
     typed: mpsc::Sender<Vec<u8>>,
 }
 
 impl Shared {
-    fn ring(&self) -> MutexGuard<'_, SerialRing> {
-        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Connects a reader to what is written from now on.
     fn connect(self: &Arc<Self>) -> Attached {
         let (near, far) = tokio::io::duplex(PIECE);
         let gone = CancellationToken::new();
-        let (shared, over, position) = (Arc::clone(self), self.over.subscribe(), self.ring().end());
+        // Made here: nothing is missed that is written from now on.
+        let (shared, log) = (Arc::clone(self), self.said.log(self.said.end()));
         let hung_up = gone.clone();
         tokio::spawn(async move {
             tokio::select! {
                 () = hung_up.cancelled() => {}
                 // A reader that is gone is no failure.
-                _ = carry(shared, far, over, position) => {}
+                _ = carry(shared, far, log) => {}
             }
         });
         Attached { stream: near, _gone: gone.drop_guard() }
@@ -117,8 +112,7 @@ impl SerialConsole {
         let stream = UnixStream::connect(&paths.socket).await?;
         let listener = UnixListener::bind(&paths.people)?;
         let (typed, keys) = mpsc::channel(16);
-        let ring = Mutex::new(SerialRing::new(kept));
-        let shared = Arc::new(Shared { ring, over: watch::Sender::new(false), typed });
+        let shared = Arc::new(Shared { said: SerialRecord::new(kept), typed });
         let (let_go, released) = watch::channel(false);
         // Made here: a task that is aborted before it began says nothing.
         let recording = Recording(Arc::clone(&shared));
@@ -140,22 +134,28 @@ impl SerialConsole {
     /// # Errors
     /// When this process has let go of the console and QEMU cannot be reached.
     pub async fn connect(&self) -> io::Result<BoxedStream> {
-        if self.is_let_go() && *self.shared.over.borrow() {
+        if self.is_let_go() && self.shared.said.is_closed() {
             return Ok(Box::new(UnixStream::connect(&self.socket).await?));
         }
         Ok(Box::new(self.shared.connect()))
     }
 
+    /// What the guest wrote since it was powered on, from a position on, as
+    /// [`Machine::serial_log`](rudder_core::backend::Machine::serial_log) gives it.
+    #[must_use]
+    pub fn log(&self, from: u64) -> SerialLog {
+        self.shared.said.log(from)
+    }
+
     /// At most the last `limit` bytes that the guest wrote.
     #[must_use]
     pub fn tail(&self, limit: usize) -> Vec<u8> {
-        self.shared.ring().tail(limit)
+        self.shared.said.tail(limit)
     }
 
     /// Waits until everything that the guest wrote before its end is recorded.
     pub async fn finished(&self) {
-        // The sender lives as long as this.
-        let _ = self.shared.over.subscribe().wait_for(|over| *over).await;
+        self.shared.said.closed().await;
     }
 
     /// Whether [`let_go`](Self::let_go) was called.
@@ -180,7 +180,7 @@ struct Recording(Arc<Shared>);
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        self.0.over.send_replace(true);
+        self.0.said.close();
     }
 }
 
@@ -197,8 +197,7 @@ async fn run(
     let recording = async {
         let mut piece = vec![0; PIECE];
         while let Ok(count @ 1..) = reader.read(&mut piece).await {
-            shared.ring().push(&piece[..count]);
-            shared.over.send_modify(|_| {});
+            shared.said.write(&piece[..count]);
             record.append(&piece[..count]).await;
         }
     };
@@ -216,7 +215,7 @@ async fn run(
         if released.wait_for(|released| *released).await.is_err() {
             std::future::pending::<()>().await;
         }
-        shared.over.closed().await;
+        shared.said.unread().await;
     };
     tokio::select! {
         () = recording => {}
@@ -226,12 +225,7 @@ async fn run(
 }
 
 /// Carries what is written and typed, until nothing more comes and everything was taken.
-async fn carry(
-    shared: Arc<Shared>,
-    far: DuplexStream,
-    mut over: watch::Receiver<bool>,
-    mut position: u64,
-) -> io::Result<()> {
+async fn carry(shared: Arc<Shared>, far: DuplexStream, mut log: SerialLog) -> io::Result<()> {
     let (mut typed, mut said) = tokio::io::split(far);
     let typing = async {
         let mut piece = vec![0; PIECE];
@@ -244,23 +238,8 @@ async fn carry(
         std::future::pending::<io::Result<()>>().await
     };
     let saying = async {
-        loop {
-            // Before the ring is read: what was written until then is found there.
-            let is_over = *over.borrow_and_update();
-            let fresh = {
-                let ring = shared.ring();
-                let fresh = ring.since(position);
-                position = ring.end();
-                fresh
-            };
-            said.write_all(&fresh).await?;
-            if is_over {
-                return said.shutdown().await;
-            }
-            if over.changed().await.is_err() {
-                return said.shutdown().await;
-            }
-        }
+        tokio::io::copy(&mut log.stream, &mut said).await?;
+        said.shutdown().await
     };
     tokio::select! {
         ended = saying => ended,

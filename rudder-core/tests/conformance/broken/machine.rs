@@ -4,11 +4,12 @@ use super::{Shared, Wrong, error, lock, stream::Crooked};
 use async_trait::async_trait;
 use rudder_core::{
     ErrorKind, Result,
-    backend::{BoxedStream, Death, Exit, Machine, Progress, Stop},
+    backend::{BoxedStream, Death, Exit, Machine, Progress, SerialLog, Stop},
     digest::Digest,
     module::{CapturedDisk, CapturedState, StateKind},
 };
 use std::{
+    io,
     net::Ipv4Addr,
     sync::{Arc, Mutex, Weak},
     time::Duration,
@@ -154,17 +155,19 @@ impl Machine for BrokenMachine {
         Ok(Box::new(Crooked::new(stream, Arc::clone(&self.shared), hold)))
     }
 
-    async fn serial_tail(&self, limit: usize) -> Result<Vec<u8>> {
-        let tail = self.shown(Wrong::MixesSerials).serial_tail(limit).await?;
-        let over = |kept: usize| tail.len().saturating_sub(kept);
+    async fn serial_log(&self, from: u64) -> Result<SerialLog> {
+        let log = self.shown(Wrong::MixesSerials).serial_log(from).await?;
+        let power_on = log.power_on;
+        let of = |bytes: Vec<u8>| SerialLog::new(power_on, 0, bytes.len() as u64, io::Cursor::new(bytes));
         Ok(match self.shared.wrong {
-            Wrong::KeepsFewWords => tail[over(1000)..].to_vec(),
-            Wrong::ForgetsLastWords if self.inner.display().await.is_err() => Vec::new(),
+            Wrong::KeepsFewWords => of(log.tail(1000).await?),
+            Wrong::ForgetsLastWords if self.inner.display().await.is_err() => of(Vec::new()),
             Wrong::KeepsOldWords => {
-                let all = [lock(&self.old_words).clone(), tail].concat();
-                all[all.len().saturating_sub(limit)..].to_vec()
+                let old = lock(&self.old_words).clone();
+                let all = [old, log.tail(usize::MAX).await?].concat();
+                of(all)
             }
-            _ => tail,
+            _ => log,
         })
     }
 

@@ -9,7 +9,7 @@ use super::blocking;
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, Stop},
+    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, SerialLog, Stop},
     digest::Digest,
     module::{CapturedDisk, CapturedState},
 };
@@ -235,10 +235,9 @@ impl Machine for ProcessMachine {
         self.unsupported("a process that sleeps has no serial console")
     }
 
-    async fn serial_tail(&self, _limit: usize) -> Result<Vec<u8>> {
-        Ok(Vec::new())
+    async fn serial_log(&self, _from: u64) -> Result<SerialLog> {
+        Err(Error::new(ErrorKind::Unsupported, "a process that sleeps has no serial console"))
     }
-
     async fn screenshot(&self) -> Result<Vec<u8>> {
         self.unsupported("a process that sleeps has no screen")
     }
