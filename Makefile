@@ -38,7 +38,8 @@ check: ## Format, structure, lints, documentation, licences and sources of depen
 	@$(call timed,check: format,cargo fmt --all --check)
 	@$(call timed,check: structure,tools/structure --check)
 	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --features libvirt $(SLOW) -- -D warnings)
-	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt --no-deps --quiet)
+	@$(call timed,check: no optional features,cargo clippy --package rudder --package rudder-core --quiet -- -D warnings)
+	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt,testing --no-deps --quiet)
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
 	@$(call timed,check: oldest Rust,tools/msrv)
 

@@ -8,6 +8,8 @@
 //! |---|---|
 //! | `qemu` (default) | `rudder::qemu`: builds on raw QEMU processes |
 //! | `libvirt` | `rudder::libvirt`: builds on libvirt; needs its headers (`libvirt-dev`) |
+//! | `memory` | `rudder::memory`: a backend in memory, for tests without a hypervisor |
+//! | `testing` | `rudder::testing`: the conformance suite, for those who write backends; outside semantic versioning |
 
 #[doc(inline)]
 pub use rudder_core::*;

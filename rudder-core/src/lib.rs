@@ -20,6 +20,7 @@ pub mod hardware;
 pub mod keys;
 pub mod manifest;
 pub mod media;
+#[cfg(feature = "memory")]
 pub mod memory;
 pub mod module;
 pub mod plan;

@@ -196,12 +196,14 @@ fn beginning(bytes: &[u8], what: &[u8]) -> usize {
 }
 
 /// The other end: a guest that understands the line without a shell.
+#[cfg(feature = "memory")]
 #[derive(Debug)]
 pub(crate) struct Served {
     begin: String,
 }
 
 /// What was sent to a [`Served`] line.
+#[cfg(feature = "memory")]
 #[derive(Debug)]
 pub(crate) struct Sent {
     end: String,
@@ -211,6 +213,7 @@ pub(crate) struct Sent {
     pub(crate) input: Vec<u8>,
 }
 
+#[cfg(feature = "memory")]
 impl Served {
     /// Reads a command line; `None` when it is another one.
     pub(crate) fn read(line: &str) -> Option<Self> {
@@ -226,6 +229,7 @@ impl Served {
     }
 }
 
+#[cfg(feature = "memory")]
 impl Sent {
     /// Reads what was sent; `None` when it is not whole.
     pub(crate) fn read(bytes: &[u8]) -> Option<Self> {
@@ -263,6 +267,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg(feature = "memory")]
     fn both_ends_understand_each_other() {
         let frame = Frame::new();
         let served = Served::read(&frame.line()).unwrap();

@@ -111,10 +111,12 @@ vms:
     cloudInit: {}
     bootCommand: ['x<enter>']
     provisioners:
-      - {type: shell, name: first, shell: {inline: 'echo one; echo two >&2'}}
+      - {type: shell, name: first, shell: {inline: says}}
       - {type: shell, shell: {inline: fails}}
 ";
-    let backend = MemoryBackend::new().machine("web", |guest| guest.on("fails", Response::fails(3, "no\n")));
+    let says = Response::ok("one\n").stderr("two\n");
+    let backend = MemoryBackend::new()
+        .machine("web", |guest| guest.on("says", says).on("fails", Response::fails(3, "no\n")));
     let context = PlanContext::new(rudder_core::backend::Backend::capabilities(&backend));
     let plan = prepare("site.yaml", MANIFEST, &context).into_plans().unwrap().remove(0);
     let build = Build::new(plan, Arc::new(backend)).start();

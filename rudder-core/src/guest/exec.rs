@@ -363,9 +363,13 @@ fn signal_text(signal: &Sig) -> String {
 
 /// A word of a POSIX shell that stands for exactly this text.
 pub(super) fn quote(text: &str) -> String {
-    let plain = |c: u8| c.is_ascii_alphanumeric() || b"/._-+=:,@%".contains(&c);
-    if !text.is_empty() && text.bytes().all(plain) {
+    if !text.is_empty() && text.chars().all(is_plain) {
         return text.to_owned();
     }
     format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+/// Whether a character stands for itself in a word without quotes.
+pub(super) fn is_plain(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c)
 }

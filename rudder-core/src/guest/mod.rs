@@ -5,6 +5,8 @@
 //! runs something in the guest ends it there too, and [`Guest::settle`] waits until that is done.
 
 mod attempt;
+#[cfg(feature = "memory")]
+mod core_script;
 mod ending;
 mod exec;
 mod key;
@@ -20,6 +22,8 @@ mod wire;
 #[cfg(test)]
 pub(crate) mod tests;
 
+#[cfg(feature = "memory")]
+pub(crate) use core_script::CoreScript;
 pub use exec::CommandOutput;
 pub use key::BuildKey;
 pub use lines::MAX_LINE;
@@ -27,6 +31,8 @@ pub use login::{Endpoint, HostKeyPin, Login};
 pub use script::Script;
 pub use session::Session;
 pub use upload::Content;
+#[cfg(feature = "memory")]
+pub(crate) use upload::{DENIED, IS_DIRECTORY, NOT_WRITTEN};
 
 use crate::{Error, ErrorKind};
 use attempt::{Handler, Seen};

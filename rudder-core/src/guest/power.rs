@@ -6,11 +6,11 @@ use std::time::Duration;
 
 /// Says something that changes with every boot. Linux has an identity (random(4)); the BSDs know when they started; others
 /// tell it to `who`.
-const BOOT_IDENTITY: &str = "cat /proc/sys/kernel/random/boot_id 2>/dev/null \
+pub(super) const BOOT_IDENTITY: &str = "cat /proc/sys/kernel/random/boot_id 2>/dev/null \
     || sysctl -n kern.boottime 2>/dev/null || who -b 2>/dev/null || uptime -s";
 
 /// Whatever works as this user. `poweroff` and `shutdown` live where the path of a user does not lead.
-const POWER_OFF: &str = r#"
+pub(super) const POWER_OFF: &str = r#"
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin; export PATH
 if [ "$(id -u)" = 0 ]; then as=; elif command -v sudo >/dev/null 2>&1; then as='sudo -n'
 elif command -v doas >/dev/null 2>&1; then as='doas -n'; else as=; fi

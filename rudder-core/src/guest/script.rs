@@ -60,7 +60,7 @@ impl Script {
     }
 
     /// What is sent: shell lines, and the script behind them.
-    fn bundle(&self, place: &Place) -> Result<Bytes> {
+    pub(super) fn bundle(&self, place: &Place) -> Result<Bytes> {
         let text = self.unix_text();
         let mut exports = String::new();
         for (name, value) in &self.env {
@@ -141,17 +141,17 @@ impl Script {
 }
 
 /// A private directory of one run.
-struct Place {
+pub(super) struct Place {
     token: String,
     dir: String,
     // With an execute command: a directory inside whose name nobody can list.
-    hidden: Option<String>,
+    pub(super) hidden: Option<String>,
     // How the lines of ours begin that are not the script's output.
     marker: String,
 }
 
 impl Place {
-    fn new(parent: &str, token: &str, hidden: bool) -> Self {
+    pub(super) fn new(parent: &str, token: &str, hidden: bool) -> Self {
         Self {
             token: token.to_owned(),
             dir: format!("{parent}/rudder-{token}"),
@@ -160,7 +160,7 @@ impl Place {
         }
     }
 
-    fn inner(&self) -> String {
+    pub(super) fn inner(&self) -> String {
         match &self.hidden {
             Some(hidden) => format!("{}/{hidden}", self.dir),
             None => self.dir.clone(),
@@ -168,7 +168,7 @@ impl Place {
     }
 
     /// Makes the directory, reads the bundle, checks that all of it came, and becomes it.
-    fn bootstrap(&self, size: usize) -> String {
+    pub(super) fn bootstrap(&self, size: usize) -> String {
         let (dir, marker) = (&self.dir, &self.marker);
         let probe = if self.hidden.is_some() {
             format!("printf '#!/bin/sh\\n' >{dir}/probe && chmod 755 {dir}/probe && {dir}/probe && ")
@@ -185,7 +185,7 @@ impl Place {
 }
 
 /// Ends what is left of a run in a guest. As the user first, then with sudo where that is allowed.
-const CLEAN_UP: &str = r#"
+pub(super) const CLEAN_UP: &str = r#"
 d=$1; how=$2
 as() { "$@" 2>/dev/null || sudo -n "$@" 2>/dev/null; }
 look() { l=; read -r l <"/proc/$1/stat" || return 1; set -- ${l##*) }; state=$1; parent=$2; session=$4; }
@@ -239,8 +239,12 @@ impl Drop for Leftover {
     }
 }
 
+pub(super) fn clean_up_script(dir: &str, how: &str) -> String {
+    format!("set -- {} {how}\n{}", quote(dir), CLEAN_UP.trim())
+}
+
 async fn clean_up(guest: Guest, dir: String, how: &'static str) {
-    let command = format!("set -- {} {how}\n{}", quote(&dir), CLEAN_UP.trim());
+    let command = clean_up_script(&dir, how);
     let mut ignore = |_: OutputStream, _: &str| {};
     let cleaning = guest.shell("cleaning up", &command, Bytes::new(), &mut ignore);
     // A guest that has gone down keeps nobody waiting.

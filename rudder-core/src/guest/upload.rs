@@ -28,9 +28,9 @@ const IN_FLIGHT: usize = 64;
 /// How long removing what a failed upload left may take.
 const TIDY: Duration = Duration::from_secs(10);
 /// How scripts that place a file end, after sysexits.h: a directory stands there; it cannot be written; the user may not.
-const IS_DIRECTORY: u32 = 73;
-const NOT_WRITTEN: u32 = 74;
-const DENIED: u32 = 77;
+pub(crate) const IS_DIRECTORY: u32 = 73;
+pub(crate) const NOT_WRITTEN: u32 = 74;
+pub(crate) const DENIED: u32 = 77;
 
 /// What is uploaded.
 #[derive(Debug, Clone, Copy)]
@@ -108,7 +108,7 @@ impl Guest {
         // `cat` keeps owner and mode of a file that stands there, and follows links as SFTP does.
         let size = content.open().await?.1;
         let script = place(&format!("cat {temporary}"), destination, size);
-        let placed = self.command(&format!("sudo -n /bin/sh -c {}", quote(&script))).await?;
+        let placed = self.command(&as_root(&script)).await?;
         leftover.remove().await;
         match placed.status {
             ExitStatus::Code(0) => Ok(()),
@@ -131,7 +131,7 @@ impl Guest {
             let path = format!("{directory}/rudder-{:016x}", rand::random::<u64>());
             let leftover = Leftover::new(self, &path, Vec::new());
             // Made anew, or not at all.
-            let made = self.command(&format!("umask 077; set -C; : >{path}")).await?;
+            let made = self.command(&create(&path)).await?;
             if made.status.success() {
                 return Ok((leftover, path));
             }
@@ -388,7 +388,7 @@ impl Way for Cat<'_> {
 
 /// A script that writes what `source` says to a file, makes its parents, and checks the size. What it made is gone when it
 /// failed.
-fn place(source: &str, path: &str, size: u64) -> String {
+pub(super) fn place(source: &str, path: &str, size: u64) -> String {
     let (file, directory) = (quote(path), quote(parent(path)));
     format!(
         r#"f={file}; d={directory}
@@ -406,6 +406,22 @@ eval "$undo"; exit {NOT_WRITTEN}"#
     )
 }
 
+/// A script that makes an empty file of its user's own, where there is none.
+pub(super) fn create(path: &str) -> String {
+    format!("umask 077; set -C; : >{path}")
+}
+
+/// A script that removes a file, and directories that are empty.
+pub(super) fn remove(path: &str, directories: &[String]) -> String {
+    let directories = directories.iter().map(|directory| format!("; rmdir {} 2>/dev/null", quote(directory)));
+    format!("rm -f {}{}", quote(path), directories.collect::<String>())
+}
+
+/// Runs a script as root.
+pub(super) fn as_root(script: &str) -> String {
+    format!("sudo -n /bin/sh -c {}", quote(script))
+}
+
 /// What is removed from the guest unless it is kept: a file, and the directories that were made for it.
 struct Leftover {
     guest: Guest,
@@ -414,11 +430,7 @@ struct Leftover {
 
 impl Leftover {
     fn new(guest: &Guest, path: &str, directories: Vec<String>) -> Self {
-        let mut remove = format!("rm -f {}", quote(path));
-        for directory in directories {
-            remove.push_str(&format!("; rmdir {} 2>/dev/null", quote(&directory)));
-        }
-        Self { guest: guest.clone(), remove: Some(remove) }
+        Self { guest: guest.clone(), remove: Some(remove(path, &directories)) }
     }
 
     fn keep(mut self) {

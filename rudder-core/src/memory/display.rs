@@ -110,7 +110,8 @@ impl Terminal {
             }
         }
         state.presses += u32::from(down);
-        let breaks = down && self.guest.display_breaks.is_some_and(|(after, _)| after == state.presses);
+        let breaks =
+            down && self.guest.faults.display_breaks.is_some_and(|(after, _)| after == state.presses);
         drop(state);
         self.changed.send_replace(());
         breaks
@@ -138,7 +139,7 @@ impl Terminal {
     /// Whether it still has a display.
     pub(super) fn is_there(&self) -> bool {
         let gone = |(after, stays)| stays && self.state().presses >= after;
-        !self.guest.display_breaks.is_some_and(gone)
+        !self.guest.faults.display_breaks.is_some_and(gone)
     }
 
     fn draw(&self) -> Framebuffer {

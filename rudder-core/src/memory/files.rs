@@ -1,32 +1,21 @@
-//! The file system of a guest in memory: a tree of directories and files that lives on its boot disk.
+//! The file system of a guest: a tree of directories and files that lives on its boot disk.
 
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// Where a user other than root may write.
-const SHARED: [&str; 4] = ["/tmp", "/var/tmp", "/dev/shm", "/run/user"];
+const SHARED: [&str; 2] = ["/tmp", "/var/tmp"];
 
 /// Why a file operation was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// The path, or its parent, is not there.
+    /// The path, or its parent, does not exist.
     NotFound,
     /// The user may not.
     Denied,
-    /// It is there already, or is not what the operation needs.
+    /// It exists already, or is not what the operation needs.
     Unfit,
-}
-
-impl Refusal {
-    /// What a shell command says of it.
-    pub(super) fn text(self) -> &'static str {
-        match self {
-            Self::NotFound => "No such file or directory",
-            Self::Denied => "Permission denied",
-            Self::Unfit => "File exists, or is not of the right kind",
-        }
-    }
 }
 
 /// A file or a directory.
@@ -40,7 +29,6 @@ pub(super) struct Node {
 }
 
 impl Node {
-    /// Whether it is a directory.
     pub(super) fn is_dir(&self) -> bool {
         self.data.is_none()
     }
@@ -52,21 +40,12 @@ impl Node {
 pub(super) struct FileTree(BTreeMap<String, Node>);
 
 impl FileTree {
-    /// What a freshly installed system has.
+    /// The files of a freshly installed system.
     pub(super) fn of_a_system() -> Self {
         let mut tree = Self::default();
-        for (path, mode) in [
-            ("/", 0o755),
-            ("/etc", 0o755),
-            ("/home", 0o755),
-            ("/opt", 0o755),
-            ("/root", 0o700),
-            ("/srv", 0o755),
-            ("/usr/local/bin", 0o755),
-            ("/var/lib", 0o755),
-            ("/var/tmp", 0o1777),
-            ("/tmp", 0o1777),
-        ] {
+        for (path, mode) in
+            [("/home", 0o755), ("/root", 0o700), ("/srv", 0o755), ("/tmp", 0o1777), ("/var/tmp", 0o1777)]
+        {
             tree.make_dirs(path, mode);
         }
         tree.put("/etc/os-release", b"ID=memory\nPRETTY_NAME=\"A guest in memory\"\n".to_vec(), 0o644);
@@ -83,13 +62,13 @@ impl FileTree {
         self.get(path)?.data.as_ref().map(|data| data.as_slice())
     }
 
-    /// Puts a file where it is told, parents made.
+    /// Puts a file at a path and creates its parents.
     pub(super) fn put(&mut self, path: &str, data: Vec<u8>, mode: u32) {
         self.make_dirs(parent(path), 0o755);
         self.0.insert(path.to_owned(), Node { mode, data: Some(Arc::new(data)) });
     }
 
-    /// Makes a directory and its parents.
+    /// Creates a directory and its parents, where they do not exist.
     pub(super) fn make_dirs(&mut self, path: &str, mode: u32) {
         if path != "/" {
             self.make_dirs(parent(path), 0o755);
@@ -97,105 +76,49 @@ impl FileTree {
         self.0.entry(path.to_owned()).or_insert(Node { mode, data: None });
     }
 
-    /// Makes one directory.
+    /// Creates one directory.
     pub(super) fn make_dir(&mut self, path: &str, mode: u32) -> Result<(), Refusal> {
-        self.need_dir(parent(path))?;
+        self.expect_dir(parent(path))?;
         if self.0.contains_key(path) {
             return Err(Refusal::Unfit);
         }
-        self.0.insert(path.to_owned(), Node { mode, data: None });
+        self.make_dirs(path, mode);
         Ok(())
     }
 
-    /// Writes a whole file into a directory that is there; a file that was there keeps its mode.
+    /// Writes a whole file into a directory that exists; a file that exists keeps its mode.
     pub(super) fn write(&mut self, path: &str, data: Vec<u8>) -> Result<(), Refusal> {
-        self.need_dir(parent(path))?;
-        match self.0.get_mut(path) {
-            Some(Node { data: None, .. }) => return Err(Refusal::Unfit),
-            Some(node) => node.data = Some(Arc::new(data)),
-            None => drop(self.0.insert(path.to_owned(), Node { mode: 0o644, data: Some(Arc::new(data)) })),
-        }
+        self.expect_dir(parent(path))?;
+        let mode = match self.get(path) {
+            Some(node) if node.is_dir() => return Err(Refusal::Unfit),
+            node => node.map_or(0o644, |node| node.mode),
+        };
+        self.put(path, data, mode);
         Ok(())
     }
 
-    /// Writes bytes at a place of a file, growing it.
+    /// Writes bytes at an offset of a file, which grows as needed.
     pub(super) fn write_at(&mut self, path: &str, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
         let data = self.0.get_mut(path).and_then(|node| node.data.as_mut()).ok_or(Refusal::NotFound)?;
         let data = Arc::make_mut(data);
         let end = offset + bytes.len();
-        if data.len() < end {
-            data.resize(end, 0);
-        }
+        data.resize(data.len().max(end), 0);
         data[offset..end].copy_from_slice(bytes);
         Ok(())
     }
 
-    /// Changes the mode.
-    pub(super) fn set_mode(&mut self, path: &str, mode: u32) -> Result<(), Refusal> {
-        self.0.get_mut(path).ok_or(Refusal::NotFound)?.mode = mode & 0o7777;
-        Ok(())
-    }
-
-    /// Cuts or grows a file.
-    pub(super) fn set_size(&mut self, path: &str, size: usize) -> Result<(), Refusal> {
-        let data = self.0.get_mut(path).and_then(|node| node.data.as_mut()).ok_or(Refusal::NotFound)?;
-        Arc::make_mut(data).resize(size, 0);
-        Ok(())
-    }
-
-    /// Removes a file.
-    pub(super) fn remove_file(&mut self, path: &str) -> Result<(), Refusal> {
-        if self.get(path).ok_or(Refusal::NotFound)?.is_dir() {
+    /// Removes a file or an empty directory.
+    pub(super) fn remove(&mut self, path: &str, user: &str) -> Result<(), Refusal> {
+        if !may_write(path, user) {
+            return Err(Refusal::Denied);
+        }
+        if self.0.keys().any(|other| other != path && parent(other) == path) {
             return Err(Refusal::Unfit);
         }
-        self.0.remove(path);
-        Ok(())
+        self.0.remove(path).map(drop).ok_or(Refusal::NotFound)
     }
 
-    /// Removes an empty directory.
-    pub(super) fn remove_dir(&mut self, path: &str) -> Result<(), Refusal> {
-        self.need_dir(path)?;
-        if self.children(path).next().is_some() {
-            return Err(Refusal::Unfit);
-        }
-        self.0.remove(path);
-        Ok(())
-    }
-
-    /// Removes whatever is at the path and below it.
-    pub(super) fn remove_all(&mut self, path: &str) {
-        let below = format!("{}/", path.trim_end_matches('/'));
-        self.0.retain(|name, _| name != path && !name.starts_with(&below));
-    }
-
-    /// Renames a file or a directory; a file at the target is replaced.
-    pub(super) fn rename(&mut self, from: &str, to: &str) -> Result<(), Refusal> {
-        self.get(from).ok_or(Refusal::NotFound)?;
-        self.need_dir(parent(to))?;
-        if self.get(to).is_some_and(Node::is_dir) {
-            return Err(Refusal::Unfit);
-        }
-        let below = format!("{from}/");
-        let moved: Vec<String> =
-            self.0.keys().filter(|name| *name == from || name.starts_with(&below)).cloned().collect();
-        for name in moved {
-            if let Some(node) = self.0.remove(&name) {
-                self.0.insert(format!("{to}{}", &name[from.len()..]), node);
-            }
-        }
-        Ok(())
-    }
-
-    /// What is directly in a directory: name and node.
-    pub(super) fn children<'a>(&'a self, path: &str) -> impl Iterator<Item = (&'a str, &'a Node)> {
-        let below = format!("{}/", path.trim_end_matches('/'));
-        self.0.iter().filter_map(move |(name, node)| {
-            let rest = name.strip_prefix(&below)?;
-            (!rest.is_empty() && !rest.contains('/')).then_some((rest, node))
-        })
-    }
-
-    fn need_dir(&self, path: &str) -> Result<(), Refusal> {
+    fn expect_dir(&self, path: &str) -> Result<(), Refusal> {
         match self.get(path) {
             Some(node) if node.is_dir() => Ok(()),
             Some(_) => Err(Refusal::Unfit),
@@ -212,11 +135,6 @@ pub(super) fn parent(path: &str) -> &str {
     }
 }
 
-/// The home directory of a user.
-pub(super) fn home(user: &str) -> String {
-    if user == "root" { "/root".to_owned() } else { format!("/home/{user}") }
-}
-
 /// A path as written, relative to the home of the user, made absolute and normal.
 pub(super) fn normal(path: &str, user: &str) -> String {
     let whole = if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", home(user)) };
@@ -229,6 +147,10 @@ pub(super) fn normal(path: &str, user: &str) -> String {
         }
     }
     format!("/{}", parts.join("/"))
+}
+
+fn home(user: &str) -> String {
+    if user == "root" { "/root".to_owned() } else { format!("/home/{user}") }
 }
 
 /// Whether the user may change what is at this path.
@@ -274,15 +196,21 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_survives_being_written_down() {
+    fn a_tree_survives_serialisation() {
         let mut tree = FileTree::of_a_system();
         tree.put("/srv/a/b", vec![0, 255, 7], 0o600);
         let text = serde_json::to_string(&tree).expect("a tree is JSON");
         assert_eq!(serde_json::from_str::<FileTree>(&text).expect("and back"), tree);
-        tree.rename("/srv/a", "/srv/c").expect("renamed");
-        assert_eq!(tree.read("/srv/c/b"), Some([0, 255, 7].as_slice()));
-        assert_eq!(tree.remove_dir("/srv/c"), Err(Refusal::Unfit));
-        tree.remove_all("/srv");
-        assert!(tree.get("/srv/c/b").is_none());
+    }
+
+    #[test]
+    fn only_what_is_empty_is_removed_and_only_by_those_who_may() {
+        let mut tree = FileTree::of_a_system();
+        tree.put("/srv/a/b", Vec::new(), 0o600);
+        assert_eq!(tree.remove("/srv/a", "root"), Err(Refusal::Unfit));
+        assert_eq!(tree.remove("/srv/a/b", "web"), Err(Refusal::Denied));
+        assert_eq!(tree.remove("/srv/a/b", "root"), Ok(()));
+        assert_eq!(tree.remove("/srv/a/b", "root"), Err(Refusal::NotFound));
+        assert_eq!(tree.remove("/srv/a", "root"), Ok(()));
     }
 }

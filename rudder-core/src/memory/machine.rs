@@ -11,7 +11,7 @@ use super::{
     display::Terminal,
     files::FileTree,
     lab::{LabCore, Volumes},
-    script::{Act, Guest, Operation, Silence},
+    script::{Guest, Operation, Silence},
     ssh, streams,
 };
 use crate::{
@@ -32,6 +32,11 @@ use tokio_util::sync::CancellationToken;
 
 /// How much of the serial console is kept.
 const SERIAL_LIMIT: usize = 1 << 20;
+/// What a guest says on it when it boots, unless it says something else.
+const BANNER: &[u8] = b"Booting in memory\n";
+/// From a request to power off or reboot until it happens: long enough for the command that asked to tell its exit code, as on a
+/// real system.
+const SOON: Duration = Duration::from_millis(5);
 
 /// Where a machine is in its life.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,7 +131,6 @@ impl MachineCore {
             record.close();
         }
         boot.power.cancel();
-        self.unplug();
         self.life.send_replace(Life::Ended(exit));
     }
 
@@ -164,7 +168,7 @@ impl MachineCore {
         let random: u128 = rand::random();
         let hex = format!("{random:032x}");
         let host_key =
-            if guest.new_host_key_each_boot { Arc::new(new_host_key()?) } else { self.host_key.clone() };
+            if guest.faults.changes_host_key { Arc::new(new_host_key()?) } else { self.host_key.clone() };
         Ok(Boot {
             id: [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-"),
             ready: Instant::now() + guest.boot_delay,
@@ -191,13 +195,12 @@ impl MachineCore {
         self.shared.script().terminals.insert(self.spec.name.clone(), terminal.clone());
         let boot = self.new_boot(guest, terminal, &power)?;
         let record = SerialRecord::new(SERIAL_LIMIT);
-        record.write(&boot.guest.serial);
+        record.write(boot.guest.serial.as_deref().unwrap_or(BANNER));
         state.serial = Some(record);
-        let dies = boot.guest.dies_in_boot;
+        let dies = boot.guest.faults.dies_in_boot;
         let files = boot.guest.files.clone();
         state.boot = Some(boot);
         drop(state);
-        self.plug();
         self.with_files(|tree| {
             for (path, content) in files {
                 if tree.get(&path).is_none() {
@@ -233,11 +236,11 @@ impl MachineCore {
     /// The guest was asked to power off.
     pub(super) fn begin_power_off(self: &Arc<Self>) {
         let Some(boot) = self.boot() else { return };
-        if boot.guest.ignores_shutdown {
+        if boot.guest.faults.ignores_shutdown {
             return;
         }
-        let cause = boot.guest.dies_in_shutdown;
-        self.later(boot.guest.shutdown_delay, boot.power, move |machine| match cause {
+        let cause = boot.guest.faults.dies_in_shutdown;
+        self.later(boot.guest.shutdown_delay.unwrap_or(SOON), boot.power, move |machine| match cause {
             Some(cause) => machine.die(cause),
             None => machine.end(Exit::PoweredOff),
         });
@@ -246,13 +249,14 @@ impl MachineCore {
     /// The guest was asked to reboot: its SSH server goes on for a while, then all connections are cut.
     pub(super) fn begin_reboot(self: &Arc<Self>) {
         let Some(old) = self.boot() else { return };
-        self.later(old.guest.reboot_linger, old.token.clone(), move |machine| {
+        let linger = old.guest.reboot_linger.unwrap_or(SOON);
+        self.later(linger, old.token.clone(), move |machine| {
             match machine.new_boot(old.guest.clone(), old.terminal.clone(), &old.power) {
                 Ok(new) => {
                     let mut state = machine.state();
                     if state.boot.as_ref().is_some_and(|boot| boot.id == old.id) {
                         if let Some(record) = &state.serial {
-                            record.write(&new.guest.serial);
+                            record.write(new.guest.serial.as_deref().unwrap_or(BANNER));
                         }
                         state.boot = Some(new);
                     }
@@ -263,16 +267,6 @@ impl MachineCore {
                 Err(error) => machine.end(Exit::Died { cause: Death::Hypervisor, detail: error.to_string() }),
             }
         });
-    }
-
-    /// Does to the machine what a command asked for.
-    pub(super) fn act(self: &Arc<Self>, act: &Act) {
-        match act {
-            Act::PowerOff => self.begin_power_off(),
-            Act::Reboot => self.begin_reboot(),
-            Act::Die(cause) => self.die(*cause),
-            _ => {}
-        }
     }
 
     async fn ended(&self) -> Result<Exit> {
@@ -342,14 +336,14 @@ impl Machine for MemoryMachine {
         }
         let is_ssh = self.core.spec.ports.first() == Some(&port);
         let echoes = boot.guest.echoes.contains(&port);
-        let listens = (is_ssh || echoes) && boot.guest.silence != Some(Silence::Refuses);
+        let listens = (is_ssh || echoes) && boot.guest.faults.silence != Some(Silence::Refuses);
         if Instant::now() < boot.ready || !listens {
             let message = format!("expected VM {name} to listen, but the connection was refused");
             return Err(error(ErrorKind::GuestUnreachable, message));
         }
         let (near, far) = tokio::io::duplex(64 << 10);
         let connection = self.core.shared.connection();
-        if boot.guest.silence == Some(Silence::Accepts) {
+        if boot.guest.faults.silence == Some(Silence::Accepts) {
             streams::hold(far, boot.token.clone(), connection);
         } else if echoes {
             streams::echo(far, boot.token.clone(), connection);

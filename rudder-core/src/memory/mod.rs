@@ -2,9 +2,9 @@
 //! [`Machine::dial`], so that whole builds run in milliseconds.
 //!
 //! A machine has a file system on its boot disk. It survives reboots, is captured, and is inherited by what is built on the
-//! module. Scripts are interpreted by a small shell that knows the language and the commands that builds need most (`echo`,
-//! `exit`, `cat`, `mkdir`, `test`, `sudo`, `reboot`…); every other command succeeds, unless a rule says otherwise. All waiting is tokio's, so a test
-//! with a paused clock does not wait.
+//! module. Files are uploaded to it over SFTP. There is no shell: [rules](Guest::on) answer scripts, `reboot` and `poweroff` do what
+//! they say, and all other scripts succeed. [`MemoryBackend::executions`] tells what machines were asked to run. All waiting is tokio's, so a
+//! test with a paused clock does not wait.
 //!
 //! Nothing here boots, nothing is downloaded, and a captured disk is a list of files: the backend proves what a program
 //! does with builds, not what a guest does.
@@ -23,6 +23,7 @@
 //!
 //! const MANIFEST: &[u8] = b"
 //! name: site
+//! files: [{name: index.html, inline: hello}]
 //! vms:
 //!   - name: web
 //!     source: {url: https://images.example/debian.qcow2}
@@ -30,45 +31,50 @@
 //!     cloudInit: {}
 //!     provisioners:
 //!       - {type: shell, shell: {inline: 'apt-get install nginx'}}
-//!       - {type: shell, shell: {inline: 'echo hello > /srv/index.html'}}
+//!       - {type: file, file: {fileRef: index.html, destination: /srv/index.html}}
 //! ";
 //!
 //! #[tokio::main(flavor = "current_thread")]
 //! async fn main() -> Result<(), Box<dyn Error>> {
-//!     let nginx = Response::ok("Setting up nginx\n");
+//!     let nginx = Response::ok("Setting up nginx\n").writes("/etc/nginx/nginx.conf", "worker_processes 1;\n");
 //!     let backend = Arc::new(MemoryBackend::new().machine("web", |guest| guest.on("apt-get", nginx)));
 //!
 //!     let context = PlanContext::new(backend.capabilities());
 //!     for plan in prepare("site.yaml", MANIFEST, &context).into_plans()? {
 //!         Build::new(plan, backend.clone()).start().outcome().await?;
 //!     }
-//!     assert_eq!(backend.read_file("site", "web", "/srv/index.html").as_deref(), Some(&b"hello\n"[..]));
+//!     assert_eq!(backend.read_file("site", "web", "/srv/index.html").as_deref(), Some(&b"hello"[..]));
+//!     assert!(backend.read_file("site", "web", "/etc/nginx/nginx.conf").is_some());
 //!     assert_eq!(backend.leftovers().await, Vec::<String>::new());
 //!     Ok(())
 //! }
 //! ```
 
+mod answer;
 mod display;
 mod download;
 mod files;
 mod hardware;
+mod inventory;
 mod lab;
 mod machine;
 mod persist;
+mod rules;
 mod script;
 mod sftp;
-mod shell;
 mod ssh;
 mod streams;
 #[cfg(test)]
 mod tests;
 
 pub use display::Typed;
-pub use script::{Fault, Guest, Operation, Response, Silence, Source};
+pub use inventory::Inventory;
+pub use rules::{Execution, Response};
+pub use script::{Fault, Guest, Operation, Silence, Source};
 
 use crate::{
     Error, ErrorKind, Result,
-    backend::{Backend, Death, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, ReapReport},
+    backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, ReapReport},
     capability::{Capabilities, Capability},
     fetch::Fetch,
     module::{DamagedModule, Module},
@@ -76,15 +82,13 @@ use crate::{
 use async_trait::async_trait;
 use display::Terminal;
 use download::MemoryFetcher;
+use inventory::Counted;
 use lab::{LabCore, MemoryLab};
 use persist::Kept;
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicUsize},
 };
 
 /// A backend in memory. Clones are handles of the same.
@@ -112,6 +116,8 @@ struct Script {
     power_ons: HashMap<String, u32>,
     /// Screens and keyboards of the last power-ons, by machine.
     terminals: HashMap<String, Arc<Terminal>>,
+    /// What machines were asked to run, by machine.
+    executions: HashMap<String, Vec<Execution>>,
     root: Option<PathBuf>,
 }
 
@@ -139,54 +145,6 @@ impl LabRecord {
             Self::Kept(core) => Some(core.clone()),
             Self::Orphaned => None,
         }
-    }
-}
-
-/// Counts something for as long as it lives.
-#[derive(Debug)]
-struct Counted(Arc<AtomicUsize>);
-
-impl Counted {
-    fn new(counter: &Arc<AtomicUsize>) -> Self {
-        counter.fetch_add(1, Ordering::SeqCst);
-        Self(counter.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// What there is in a [`MemoryBackend`].
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Inventory {
-    /// Labs that were not destroyed; one whose owner is gone says so.
-    pub labs: Vec<String>,
-    /// Machines that run, as `LAB/VM`.
-    pub running: Vec<String>,
-    /// Connections to guests that are open.
-    pub connections: usize,
-    /// Commands that run, and things that guests are about to do.
-    pub tasks: usize,
-    /// Modules.
-    pub modules: Vec<String>,
-}
-
-impl Inventory {
-    /// Everything but modules, a line each; empty when nothing was left behind.
-    #[must_use]
-    pub fn leftovers(&self) -> Vec<String> {
-        let mut all: Vec<String> = self.labs.iter().map(|lab| format!("lab {lab}")).collect();
-        all.extend(self.running.iter().map(|machine| format!("machine {machine}")));
-        for (count, what) in [(self.connections, "connections"), (self.tasks, "tasks")] {
-            if count > 0 {
-                all.push(format!("{count} {what}"));
-            }
-        }
-        all
     }
 }
 
@@ -288,67 +246,6 @@ impl MemoryBackend {
         self.shared.script().root = Some(directory);
         Ok(self)
     }
-
-    /// What there is.
-    #[must_use]
-    pub fn inventory(&self) -> Inventory {
-        let registry = self.shared.registry();
-        let mut inventory = Inventory {
-            connections: self.shared.connections.load(Ordering::SeqCst),
-            tasks: self.shared.tasks.load(Ordering::SeqCst),
-            modules: registry.modules.keys().cloned().collect(),
-            ..Inventory::default()
-        };
-        for (id, record) in &registry.labs {
-            inventory.labs.push(match record {
-                LabRecord::Owned(_) => id.to_string(),
-                LabRecord::Kept(_) => format!("{id} (kept)"),
-                LabRecord::Orphaned => format!("{id} (its owner is gone)"),
-            });
-            for machine in record.core().iter().flat_map(|core| core.machines()) {
-                if machine.is_running() {
-                    inventory.running.push(format!("{}/{}", machine.lab, machine.spec.name));
-                }
-            }
-        }
-        inventory
-    }
-
-    /// Everything that still exists and is not a module, a line each. Connections end a moment after their machine: this
-    /// gives their tasks the chance to, and returns at once when nothing is left.
-    pub async fn leftovers(&self) -> Vec<String> {
-        for _ in 0..1000 {
-            if self.inventory().leftovers().is_empty() {
-                break;
-            }
-            tokio::task::yield_now().await;
-        }
-        self.inventory().leftovers()
-    }
-
-    /// Kills a running machine of a lab from outside, as somebody might who ends the hypervisor's process. Whether there
-    /// was one.
-    pub fn kill_machine(&self, lab: &LabId, name: &str, cause: Death) -> bool {
-        let core = self.shared.registry().labs.get(lab).and_then(LabRecord::core);
-        let machines = core.map(|core| core.machines()).unwrap_or_default();
-        let running = machines.iter().find(|machine| machine.spec.name == name && machine.is_running());
-        running.inspect(|machine| machine.die(cause)).is_some()
-    }
-
-    /// What came from the keyboard of the machine of this name that was powered on last; `None` when there was none.
-    #[must_use]
-    pub fn typed(&self, machine: &str) -> Option<Typed> {
-        self.shared.script().terminals.get(machine).map(|terminal| terminal.typed())
-    }
-
-    /// The content of a file of a module's VM; `None` when there is no such module, VM or file.
-    #[must_use]
-    pub fn read_file(&self, module: &str, vm: &str, path: &str) -> Option<Vec<u8>> {
-        let kept = self.shared.module(module)?;
-        let machine = kept.module.machines.iter().find(|machine| machine.name == vm)?;
-        let files = kept.disks.get(&machine.disks.first()?.sha256)?;
-        files.read(path).map(<[u8]>::to_vec)
-    }
 }
 
 impl Shared {
@@ -378,7 +275,15 @@ impl Shared {
         *power_ons += 1;
         let count = *power_ons;
         let guest = script.machines.get(name).unwrap_or(&script.every);
-        if count > guest.faulty_boots { guest.healthy() } else { guest.clone() }
+        let mut guest = guest.clone();
+        if guest.faulty_boots.is_some_and(|faulty| count > faulty) {
+            guest.faults = Default::default();
+        }
+        guest
+    }
+
+    fn executed(&self, machine: &str, execution: Execution) {
+        self.script().executions.entry(machine.to_owned()).or_default().push(execution);
     }
 
     fn connection(&self) -> Counted {

@@ -4,13 +4,13 @@ use super::files::FileTree;
 use crate::{
     Error, ErrorKind, Result,
     digest::Digest,
+    files::replace_file,
     module::{DamagedModule, Module},
     units,
 };
 use std::{
     collections::HashMap,
-    fs,
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -45,10 +45,10 @@ pub(super) fn save(root: &Path, kept: &mut Kept) -> Result<()> {
     make_directory(&root.join(TOP))?;
     make_directory(&directory)?;
     for (digest, files) in &kept.disks {
-        write(&directory.join(format!("{digest}.json")), &json(files)?)?;
+        replace_file(&directory.join(format!("{digest}.json")), &json(files)?)?;
     }
     let record = directory.join(RECORD);
-    write(&record, kept.module.to_record()?.as_bytes())?;
+    replace_file(&record, kept.module.to_record()?.as_bytes())?;
     kept.module.path = Some(record);
     // What the module of this name had before is of no use to anyone now.
     remove_disks(&directory, |digest| !kept.disks.contains_key(digest))
@@ -176,14 +176,4 @@ fn expect_directory(path: &Path) -> Result<()> {
 
 fn remove_file(path: &Path) -> Result<()> {
     fs::remove_file(path).map_err(|error| Error::io(format!("remove {}", path.display()), error))
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |error| Error::io(format!("write {}", path.display()), error);
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(failed)?;
-    file.write_all(bytes).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|error| failed(error.error))?;
-    Ok(())
 }

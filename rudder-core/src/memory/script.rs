@@ -1,153 +1,8 @@
 //! What guests, sources and operations are told to do: the vocabulary of a test.
 
+use super::rules::{Budget, Execution, Response, Rule};
 use crate::{Error, ErrorKind, backend::Death};
-use std::{
-    collections::BTreeSet,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::Duration,
-};
-
-/// A countdown that all clones of a script share: how often something still happens.
-#[derive(Debug, Clone)]
-pub(super) struct Budget(Arc<AtomicU32>);
-
-impl Budget {
-    fn endless() -> Self {
-        Self(Arc::new(AtomicU32::new(u32::MAX)))
-    }
-
-    fn times(times: u32) -> Self {
-        Self(Arc::new(AtomicU32::new(times)))
-    }
-
-    /// Takes one, if there is one left.
-    pub(super) fn take(&self) -> bool {
-        self.0
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| match left {
-                0 => None,
-                u32::MAX => Some(u32::MAX),
-                left => Some(left - 1),
-            })
-            .is_ok()
-    }
-}
-
-/// One thing that a command does, in order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Act {
-    /// Writes to standard output.
-    Stdout(Vec<u8>),
-    /// Writes to standard error.
-    Stderr(Vec<u8>),
-    /// Lets time pass.
-    Wait(Duration),
-    /// Ends with this code.
-    Exit(u32),
-    /// Is ended by this signal (RFC 4254, 6.10: `KILL`, `TERM`…).
-    Signal(String),
-    /// Never ends.
-    Hang,
-    /// The connection breaks.
-    Cut,
-    /// The guest powers off, and the command does not return.
-    PowerOff,
-    /// The guest reboots, and the command does not return.
-    Reboot,
-    /// The machine dies.
-    Die(Death),
-}
-
-/// How a guest answers a command.
-///
-/// ```
-/// # use rudder_core::memory::Response;
-/// # use std::time::Duration;
-/// Response::ok("Reading package lists...\n").wait(Duration::from_secs(3)).stderr("E: no such package\n").exit(100);
-/// ```
-#[derive(Debug, Clone)]
-#[must_use]
-pub struct Response {
-    pub(super) acts: Vec<Act>,
-    pub(super) budget: Budget,
-}
-
-impl Response {
-    /// Writes this and succeeds, unless something that is added says otherwise.
-    pub fn ok(stdout: impl Into<Vec<u8>>) -> Self {
-        Self { acts: Vec::new(), budget: Budget::endless() }.stdout(stdout)
-    }
-
-    /// Writes this to standard error and exits with this code.
-    pub fn fails(code: u32, stderr: impl Into<Vec<u8>>) -> Self {
-        Self::ok("").stderr(stderr).exit(code)
-    }
-
-    /// Writes to standard output.
-    pub fn stdout(self, bytes: impl Into<Vec<u8>>) -> Self {
-        let bytes = bytes.into();
-        if bytes.is_empty() { self } else { self.then(Act::Stdout(bytes)) }
-    }
-
-    /// Writes to standard error.
-    pub fn stderr(self, bytes: impl Into<Vec<u8>>) -> Self {
-        let bytes = bytes.into();
-        if bytes.is_empty() { self } else { self.then(Act::Stderr(bytes)) }
-    }
-
-    /// Lets time pass (tokio's time: a paused clock jumps).
-    pub fn wait(self, time: Duration) -> Self {
-        self.then(Act::Wait(time))
-    }
-
-    /// Ends with this code.
-    pub fn exit(self, code: u32) -> Self {
-        self.then(Act::Exit(code))
-    }
-
-    /// Is ended by a signal: `KILL`, `TERM`…
-    pub fn signal(self, name: impl Into<String>) -> Self {
-        self.then(Act::Signal(name.into()))
-    }
-
-    /// Never ends.
-    pub fn hangs(self) -> Self {
-        self.then(Act::Hang)
-    }
-
-    /// The connection breaks here; the guest stays up.
-    pub fn cuts_the_stream(self) -> Self {
-        self.then(Act::Cut)
-    }
-
-    /// The guest powers off here.
-    pub fn powers_off(self) -> Self {
-        self.then(Act::PowerOff)
-    }
-
-    /// The guest reboots here.
-    pub fn reboots(self) -> Self {
-        self.then(Act::Reboot)
-    }
-
-    /// The machine dies here.
-    pub fn dies(self, cause: Death) -> Self {
-        self.then(Act::Die(cause))
-    }
-
-    /// Answers like this so many times; afterwards the next rule that matches counts, or none.
-    pub fn times(mut self, times: u32) -> Self {
-        self.budget = Budget::times(times);
-        self
-    }
-
-    fn then(mut self, act: Act) -> Self {
-        self.acts.push(act);
-        self
-    }
-}
+use std::{collections::BTreeSet, time::Duration};
 
 /// How a guest that never answers behaves at its SSH port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,73 +14,70 @@ pub enum Silence {
     Accepts,
 }
 
-/// What a guest does. Without any of it, it boots at once, accepts the keys of its seed, runs what it knows of a shell
-/// (`echo`, `exit`, redirection, `mkdir`, `rm`, `mv`, `sleep`, `reboot`, `poweroff`…) and lets every other command succeed.
-#[derive(Debug, Clone)]
+/// What a guest does. Without any of it, it boots at once, accepts the keys of its seed, reboots and powers off when asked to
+/// (`reboot`, `sudo poweroff`…), and whatever else it is asked to run succeeds and prints nothing.
+#[derive(Debug, Clone, Default)]
 #[must_use]
 pub struct Guest {
     pub(super) boot_delay: Duration,
-    pub(super) shutdown_delay: Duration,
-    pub(super) reboot_linger: Duration,
-    pub(super) rules: Vec<(String, Response)>,
+    pub(super) shutdown_delay: Option<Duration>,
+    pub(super) reboot_linger: Option<Duration>,
+    pub(super) rules: Vec<Rule>,
     pub(super) keys: Vec<String>,
     pub(super) passwords: Vec<(String, String)>,
     pub(super) files: Vec<(String, Vec<u8>)>,
-    pub(super) missing: BTreeSet<String>,
-    pub(super) serial: Vec<u8>,
-    pub(super) silence: Option<Silence>,
-    pub(super) rejects: bool,
-    pub(super) new_host_key_each_boot: bool,
-    pub(super) ignores_shutdown: bool,
-    pub(super) dies_in_boot: Option<(Death, Duration)>,
-    pub(super) dies_in_shutdown: Option<Death>,
-    pub(super) stream_limit: Option<u64>,
-    pub(super) faulty_boots: u32,
+    pub(super) lacks_sftp: bool,
+    pub(super) serial: Option<Vec<u8>>,
     pub(super) echoes: BTreeSet<u16>,
     pub(super) screen: String,
     pub(super) answers: Vec<(String, String)>,
     pub(super) hides_typing: bool,
     pub(super) key_interval: Duration,
-    /// After so many keys the connection to the display breaks, and whether it stays so.
+    pub(super) faults: Faults,
+    /// On how many power-ons the faults happen, if not on all.
+    pub(super) faulty_boots: Option<u32>,
+}
+
+/// What a guest does wrong.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Faults {
+    pub(super) silence: Option<Silence>,
+    pub(super) rejects_credentials: bool,
+    pub(super) changes_host_key: bool,
+    pub(super) ignores_shutdown: bool,
+    pub(super) dies_in_boot: Option<(Death, Duration)>,
+    pub(super) dies_in_shutdown: Option<Death>,
+    pub(super) stream_limit: Option<u64>,
+    /// After how many keys the connection to the display breaks, and whether it stays broken.
     pub(super) display_breaks: Option<(u32, bool)>,
 }
 
-impl Default for Guest {
-    fn default() -> Self {
-        Self {
-            boot_delay: Duration::ZERO,
-            // Long enough for the command that asked to report its exit code, as on a real system.
-            shutdown_delay: Duration::from_millis(5),
-            reboot_linger: Duration::from_millis(5),
-            rules: Vec::new(),
-            keys: Vec::new(),
-            passwords: Vec::new(),
-            files: Vec::new(),
-            missing: BTreeSet::new(),
-            serial: b"Booting in memory\n".to_vec(),
-            silence: None,
-            rejects: false,
-            new_host_key_each_boot: false,
-            ignores_shutdown: false,
-            dies_in_boot: None,
-            dies_in_shutdown: None,
-            stream_limit: None,
-            faulty_boots: u32::MAX,
-            echoes: BTreeSet::new(),
-            screen: String::new(),
-            answers: Vec::new(),
-            hides_typing: false,
-            key_interval: Duration::ZERO,
-            display_breaks: None,
-        }
-    }
-}
-
 impl Guest {
-    /// Answers commands that contain this text, or that run an uploaded file that contains it, directly or through
-    /// another uploaded file. The first rule that matches counts.
-    pub fn on(mut self, text: impl Into<String>, response: Response) -> Self {
-        self.rules.push((text.into(), response));
+    /// Answers scripts that contain this text, and scripts whose `executeCommand` does. The first rule that matches counts.
+    pub fn on(self, text: impl Into<String>, response: Response) -> Self {
+        let text = text.into();
+        self.answers(move |execution| {
+            let command = execution.execute_command.as_deref().unwrap_or_default();
+            [&execution.script, command].iter().any(|part| part.contains(&text)).then(|| response.clone())
+        })
+    }
+
+    /// Answers what this function answers; rules behind it are asked about the rest.
+    ///
+    /// ```
+    /// # use rudder_core::memory::{MemoryBackend, Response};
+    /// MemoryBackend::new().machine("web", |guest| {
+    ///     guest.answers(|execution| {
+    ///         let version = execution.env.get("VERSION")?;
+    ///         Some(Response::ok(format!("installing {version}\n")).writes("/etc/version", version.as_str()))
+    ///     })
+    /// });
+    /// ```
+    pub fn answers(
+        mut self,
+        answer: impl Fn(&Execution) -> Option<Response> + Send + Sync + 'static,
+    ) -> Self {
+        self.rules.push(Rule::new(answer));
         self
     }
 
@@ -237,13 +89,13 @@ impl Guest {
 
     /// How long from the request to power off until it is off.
     pub fn shutdown_delay(mut self, delay: Duration) -> Self {
-        self.shutdown_delay = delay;
+        self.shutdown_delay = Some(delay);
         self
     }
 
     /// How long the old SSH server goes on answering after a reboot was asked for.
     pub fn reboot_linger(mut self, delay: Duration) -> Self {
-        self.reboot_linger = delay;
+        self.reboot_linger = Some(delay);
         self
     }
 
@@ -265,21 +117,21 @@ impl Guest {
         self
     }
 
-    /// Does not have this program: its commands end with code 127.
-    pub fn without(mut self, program: impl Into<String>) -> Self {
-        self.missing.insert(program.into());
+    /// Has no SFTP server: files are uploaded by commands.
+    pub fn without_sftp(mut self) -> Self {
+        self.lacks_sftp = true;
         self
     }
 
     /// Writes this on its serial console when it boots.
     pub fn serial(mut self, text: impl Into<Vec<u8>>) -> Self {
-        self.serial = text.into();
+        self.serial = Some(text.into());
         self
     }
 
     /// Never answers at its SSH port.
     pub fn never_answers(mut self, how: Silence) -> Self {
-        self.silence = Some(how);
+        self.faults.silence = Some(how);
         self
     }
 
@@ -291,37 +143,37 @@ impl Guest {
 
     /// Refuses every key and password.
     pub fn rejects_credentials(mut self) -> Self {
-        self.rejects = true;
+        self.faults.rejects_credentials = true;
         self
     }
 
     /// Shows another host key after each boot, as an impostor would.
     pub fn changes_host_key(mut self) -> Self {
-        self.new_host_key_each_boot = true;
+        self.faults.changes_host_key = true;
         self
     }
 
     /// Does not power off when asked, neither by command nor by the power button.
     pub fn ignores_shutdown(mut self) -> Self {
-        self.ignores_shutdown = true;
+        self.faults.ignores_shutdown = true;
         self
     }
 
     /// Dies so long after power-on. A delay shorter than [`boot_delay`](Self::boot_delay): before SSH answers.
     pub fn dies_after_power_on(mut self, cause: Death, delay: Duration) -> Self {
-        self.dies_in_boot = Some((cause, delay));
+        self.faults.dies_in_boot = Some((cause, delay));
         self
     }
 
     /// Dies instead of powering off.
     pub fn dies_in_shutdown(mut self, cause: Death) -> Self {
-        self.dies_in_shutdown = Some(cause);
+        self.faults.dies_in_shutdown = Some(cause);
         self
     }
 
     /// Every connection to it breaks after so many bytes, counting both directions.
     pub fn breaks_streams_after(mut self, bytes: u64) -> Self {
-        self.stream_limit = Some(bytes);
+        self.faults.stream_limit = Some(bytes);
         self
     }
 
@@ -354,36 +206,21 @@ impl Guest {
     /// The connection to its display breaks, once, when so many keys went down since power-on. What the client has sent
     /// behind that key is lost.
     pub fn breaks_display_after(mut self, keys: u32) -> Self {
-        self.display_breaks = Some((keys, false));
+        self.faults.display_breaks = Some((keys, false));
         self
     }
 
     /// The same, and no new connection can be made.
     pub fn loses_display_after(mut self, keys: u32) -> Self {
-        self.display_breaks = Some((keys, true));
+        self.faults.display_breaks = Some((keys, true));
         self
     }
 
     /// The faults above (silence, credentials, deaths, broken streams and displays, ignored shutdown) happen on the first so many
     /// power-ons of machines of this name only; afterwards the guest is well.
     pub fn recovers_after(mut self, power_ons: u32) -> Self {
-        self.faulty_boots = power_ons;
+        self.faulty_boots = Some(power_ons);
         self
-    }
-
-    /// The same guest without its faults.
-    pub(super) fn healthy(&self) -> Self {
-        Self {
-            silence: None,
-            rejects: false,
-            new_host_key_each_boot: false,
-            ignores_shutdown: false,
-            dies_in_boot: None,
-            dies_in_shutdown: None,
-            stream_limit: None,
-            display_breaks: None,
-            ..self.clone()
-        }
     }
 }
 

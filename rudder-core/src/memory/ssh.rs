@@ -2,10 +2,11 @@
 
 use super::{
     Counted,
+    answer::answer,
     machine::{Boot, MachineCore},
-    script::{Act, Guest},
+    rules::Act,
+    script::Guest,
     sftp::Sftp,
-    shell::{self, Shell},
 };
 use crate::shell_frame::{Sent, Served};
 use russh::{
@@ -40,7 +41,7 @@ pub(super) fn serve(machine: Arc<MachineCore>, boot: Boot, stream: DuplexStream)
         stream,
         over: Box::pin(cut.clone().cancelled_owned()),
         cut: cut.clone(),
-        left: boot.guest.stream_limit,
+        left: boot.guest.faults.stream_limit,
     };
     let connection = machine.shared.connection();
     let session = Connection {
@@ -135,7 +136,7 @@ impl Drop for Connection {
 
 impl Connection {
     fn knows(&self, key: &PublicKey) -> bool {
-        if self.boot.guest.rejects {
+        if self.boot.guest.faults.rejects_credentials {
             return false;
         }
         let Ok(line) = key.to_openssh() else { return false };
@@ -177,8 +178,9 @@ impl server::Handler for Connection {
 
     async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, Self::Error> {
         user.clone_into(&mut self.user);
-        let Guest { rejects, passwords, .. } = &*self.boot.guest;
-        let right = !rejects && passwords.iter().any(|(name, secret)| name == user && secret == password);
+        let Guest { faults, passwords, .. } = &*self.boot.guest;
+        let right = !faults.rejects_credentials
+            && passwords.iter().any(|(name, secret)| name == user && secret == password);
         Ok(if right { Auth::Accept } else { Auth::reject() })
     }
 
@@ -226,7 +228,8 @@ impl server::Handler for Connection {
         name: &str,
         session: &mut Session,
     ) -> Result<(), Self::Error> {
-        let channel = if name == "sftp" { self.channels.remove(&id) } else { None };
+        let is_there = name == "sftp" && !self.boot.guest.lacks_sftp;
+        let channel = if is_there { self.channels.remove(&id) } else { None };
         let Some(channel) = channel else { return session.channel_failure(id) };
         session.channel_success(id)?;
         let sftp = Sftp::new(self.machine.clone(), self.user.clone());
@@ -255,8 +258,9 @@ impl Exec {
             writer.extended_data_bytes(1, err).await?;
             writer.data_bytes(out).await?;
         }
-        let mut stdin = Vec::new();
-        if served.is_some() || shell::reads_stdin(&self.command) {
+        let mut sent = None;
+        if served.is_some() {
+            let mut stdin = Vec::new();
             while let Some(message) = reader.wait().await {
                 match message {
                     ChannelMsg::Data { data } => stdin.extend_from_slice(&data),
@@ -264,20 +268,14 @@ impl Exec {
                     _ => {}
                 }
             }
-        }
-        let mut sent = None;
-        if served.is_some() {
-            let Some(mut script) = Sent::read(&stdin) else { return writer.close().await };
-            stdin = std::mem::take(&mut script.input);
+            let Some(script) = Sent::read(&stdin) else { return writer.close().await };
             sent = Some(script);
         }
-        let script = sent.as_ref().map_or(&self.command, |sent| &sent.script);
-        let acts = self.machine.with_files(|tree| {
-            let host = &self.machine.spec.name;
-            Shell::new(tree, &self.boot.guest, &self.boot.id, host, &self.user, stdin).run(script)
-        });
-        self.machine.say_what_was_written();
-        let acts = acts.unwrap_or_else(|| vec![Act::Exit(127)]);
+        let (script, input) = match &mut sent {
+            Some(sent) => (&sent.script, std::mem::take(&mut sent.input)),
+            None => (&self.command, Vec::new()),
+        };
+        let acts = answer(&self.machine, &self.boot, &self.user, script, input);
         // A client that signals or closes the channel ends the command; what else it sends is read and forgotten.
         let ended = async {
             while let Some(message) = reader.wait().await {
@@ -290,26 +288,42 @@ impl Exec {
             std::future::pending().await
         };
         let play = async {
+            let mut code = 0;
             for act in acts {
                 match act {
                     Act::Stdout(bytes) => writer.data_bytes(bytes).await?,
                     Act::Stderr(bytes) => writer.extended_data_bytes(1, bytes).await?,
-                    Act::Wait(time) => tokio::time::sleep(time).await,
-                    Act::Hang => std::future::pending().await,
-                    Act::Cut => self.cut.cancel(),
-                    Act::Exit(code) => {
-                        if let Some(sent) = &sent {
-                            let (out, err) = sent.end(code);
-                            writer.data_bytes(out).await?;
-                            writer.extended_data_bytes(1, err).await?;
+                    Act::ReadFile(path) => match self.machine.read_file(&path) {
+                        Some(bytes) => writer.data_bytes(bytes).await?,
+                        None => {
+                            writer.extended_data_bytes(1, format!("{path}: not found\n")).await?;
+                            code = 1;
+                            break;
                         }
-                        writer.exit_status(code).await?;
+                    },
+                    Act::WriteFile(path, content) => self.machine.write_file(&path, content),
+                    Act::Wait(time) => tokio::time::sleep(time).await,
+                    Act::Exit(exit) => {
+                        code = exit;
+                        break;
                     }
-                    Act::Signal(name) => self.signal(id, signal(&name)).await,
-                    act => self.machine.act(&act),
+                    Act::Signal(name) => {
+                        self.signal(id, signal(&name)).await;
+                        return Ok(());
+                    }
+                    Act::Hang => std::future::pending().await,
+                    Act::CutStream => self.cut.cancel(),
+                    Act::PowerOff => self.machine.begin_power_off(),
+                    Act::Reboot => self.machine.begin_reboot(),
+                    Act::Die(cause) => self.machine.die(cause),
                 }
             }
-            Ok(())
+            if let Some(sent) = &sent {
+                let (out, err) = sent.end(code);
+                writer.data_bytes(out).await?;
+                writer.extended_data_bytes(1, err).await?;
+            }
+            writer.exit_status(code).await
         };
         let played: Result<(), russh::Error> = tokio::select! {
             played = play => played,

@@ -12,6 +12,9 @@ mod shell;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "memory")]
+pub(crate) use reboot::command_of;
+
 use crate::{
     Error, ErrorKind, Result,
     event::{ExitStatus, OutputStream},

@@ -117,13 +117,18 @@ async fn restart(
 }
 
 /// Many small guests have no sudo, and their user is root: there, `sudo` in front of a command means nothing.
+const WITHOUT_SUDO: &str =
+    "if [ \"$(id -u)\" = 0 ] && ! command -v sudo >/dev/null 2>&1; then sudo() { \"$@\"; }; fi\n";
+
 fn as_root(command: &str) -> String {
-    match command.strip_prefix("sudo ") {
-        Some(rest) => format!(
-            "if [ \"$(id -u)\" = 0 ] && ! command -v sudo >/dev/null 2>&1; then sudo() {{ \"$@\"; }}; fi\nsudo {rest}"
-        ),
-        None => command.to_owned(),
-    }
+    let prelude = if command.starts_with("sudo ") { WITHOUT_SUDO } else { "" };
+    format!("{prelude}{command}")
+}
+
+/// The command that a script of this step was made of.
+#[cfg(feature = "memory")]
+pub(crate) fn command_of(script: &str) -> &str {
+    script.strip_prefix(WITHOUT_SUDO).unwrap_or(script)
 }
 
 fn refused(command: &str, status: &ExitStatus, last: &str) -> Error {

@@ -87,8 +87,9 @@ async fn a_machine_that_dies_while_booting_does_not_wait_for_ssh() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_dies_while_it_waits_for_the_others_or_shuts_down() {
     let backend = MemoryBackend::new()
-        .machine("a", |guest| guest.dies_after_power_on(Death::Hypervisor, Duration::from_secs(30)));
-    let plan_of_two = plan(vec![vm("a", vec![]), vm("b", vec![shell("slow", "sleep 60")])]);
+        .machine("a", |guest| guest.dies_after_power_on(Death::Hypervisor, Duration::from_secs(30)))
+        .machine("b", |guest| guest.on("work", Response::ok("").wait(Duration::from_secs(60))));
+    let plan_of_two = plan(vec![vm("a", vec![]), vm("b", vec![shell("slow", "work")])]);
     let ended = build(&backend, plan_of_two).await;
     let report = &ended.failure().report;
     assert!(

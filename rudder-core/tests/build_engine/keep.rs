@@ -65,11 +65,15 @@ async fn kept_labs_name_the_key_which_goes_with_the_lab() {
 
 #[tokio::test(start_paused = true)]
 async fn a_program_reaches_the_machines_of_a_kept_lab() {
-    let backend = MemoryBackend::new()
-        .machine("a", |guest| guest.screen("a kept screen").on("work", Response::fails(3, "no\n")));
-    let failure =
-        kept(&backend, plan(vec![vm("a", vec![shell("see", "echo seen >/seen"), shell("work", "work")])]))
-            .await;
+    let backend = MemoryBackend::new().machine("a", |guest| {
+        guest
+            .screen("a kept screen")
+            .on("see", Response::ok("").writes("/seen", "seen\n"))
+            .on("work", Response::fails(3, "no\n"))
+            .on("look", Response::ok("").reads("/seen"))
+    });
+    let steps = vec![shell("see", "see"), shell("work", "work")];
+    let failure = kept(&backend, plan(vec![vm("a", steps)])).await;
     let lab = backend.kept_labs().await.unwrap().remove(0);
     // As this process got them with the failure, and as another finds them by the lab.
     let found = kept_machines(&backend, &lab).await.unwrap();
@@ -77,7 +81,7 @@ async fn a_program_reaches_the_machines_of_a_kept_lab() {
         let [machine] = machines.as_slice() else { panic!("{machines:?}") };
         assert_eq!(machine.name(), "a");
         let guest = machine.guest(Duration::from_secs(60)).await.unwrap();
-        assert_eq!(guest.command("cat /seen").await.unwrap().stdout, "seen\n");
+        assert_eq!(guest.command("look").await.unwrap().stdout, "seen\n");
         assert!(machine.console().text().await.unwrap().contains("a kept screen"));
         guest.close().await;
     }

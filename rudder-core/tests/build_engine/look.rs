@@ -29,12 +29,16 @@ async fn until(build: &BuildHandle, like: impl Fn(&EventKind) -> bool) -> Event 
 
 fn hanging() -> MemoryBackend {
     MemoryBackend::new().every_machine(|guest| {
-        guest.screen("a screen").on("begin", Response::ok("begun\n")).on("work", Response::ok("").hangs())
+        guest
+            .screen("a screen")
+            .on("begin", Response::ok("").writes("/begun", "1\n"))
+            .on("work", Response::ok("").hangs())
+            .on("look", Response::ok("").reads("/begun"))
     })
 }
 
 fn hangs_in_work() -> Value {
-    plan(vec![vm("a", vec![shell("begin", "echo 1 >/begun"), shell("work", "work")])])
+    plan(vec![vm("a", vec![shell("begin", "begin"), shell("work", "work")])])
 }
 
 #[tokio::test(start_paused = true)]
@@ -84,7 +88,7 @@ async fn a_program_looks_into_a_machine_of_a_running_build() {
 
     let machine = build.machine("a").unwrap();
     let guest = machine.guest(LIMIT).await.unwrap();
-    assert_eq!(guest.command("cat /begun").await.unwrap().stdout, "1\n");
+    assert_eq!(guest.command("look").await.unwrap().stdout, "1\n");
     assert!(machine.console().text().await.unwrap().contains("a screen"));
     assert_eq!(build.machine("b").unwrap_err().kind(), ErrorKind::NotFound);
 

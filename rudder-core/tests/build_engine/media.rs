@@ -6,7 +6,7 @@ use rudder_core::{
     backend::MachineSpec,
     event::{Event, EventKind},
     media::floppy,
-    memory::MemoryBackend,
+    memory::{MemoryBackend, Response},
     module::InputRecord,
 };
 use serde_json::{Value, json};
@@ -53,12 +53,17 @@ fn requests(ended: &Ended) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn files_are_served_to_the_machines_while_they_provision() {
-    let backend = MemoryBackend::new();
+    let backend = MemoryBackend::new().machine("a", |guest| {
+        guest.answers(|execution| {
+            let address = execution.env.get("RUDDER_HTTP_ADDR")?;
+            Some(Response::ok(format!("at {address}\n")).hangs())
+        })
+    });
     let mut served_at = None;
     let mut guest = None;
     let mut answered = 0;
     let mut told = Vec::new();
-    let steps = vec![shell("first", "echo at $RUDDER_HTTP_ADDR; sleep 3600")];
+    let steps = vec![shell("first", "fetch the answers")];
     let ended = run(&backend, serving(steps), |build| build, &[], |event, handle| match &event.kind {
         EventKind::Notice { .. } => served_at = served_at.or(port(event)),
         EventKind::StepOutput { line, .. } => {

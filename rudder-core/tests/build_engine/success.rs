@@ -3,17 +3,16 @@
 use super::{build, build_with, plans::*};
 use rudder_core::{
     event::{BuildPhase as B, Event, EventKind, VmPhase as V},
-    memory::{Fault, Guest, MemoryBackend, Operation},
+    memory::{Fault, Guest, MemoryBackend, Operation, Response},
 };
 use serde_json::json;
+use std::time::Duration;
 
 #[tokio::test(start_paused = true)]
 async fn a_build_goes_through_its_phases_and_leaves_a_module_and_nothing_else() {
-    let backend = MemoryBackend::new();
-    let steps = vec![
-        shell("write", "mkdir -p /opt\necho hello > /opt/x"),
-        file("http://files.test/tool", "/opt/tool"),
-    ];
+    let backend = MemoryBackend::new()
+        .machine("a", |guest| guest.on("make x", Response::ok("").writes("/opt/x", "hello\n")));
+    let steps = vec![shell("write", "#!/bin/sh\nmake x\n"), file("http://files.test/tool", "/opt/tool")];
     let ended = build(&backend, plan(vec![vm("a", steps)])).await;
     let module = ended.module();
     assert_eq!(
@@ -59,9 +58,11 @@ async fn a_build_goes_through_its_phases_and_leaves_a_module_and_nothing_else() 
 
 #[tokio::test(start_paused = true)]
 async fn vms_are_provisioned_side_by_side_and_stay_on_for_each_other() {
-    let backend = MemoryBackend::new();
-    let plan =
-        plan(vec![vm("a", vec![shell("slow", "sleep 10")]), vm("b", vec![shell("slower", "sleep 20")])]);
+    let takes = |seconds| Response::ok("").wait(Duration::from_secs(seconds));
+    let backend = MemoryBackend::new()
+        .every_machine(|guest| guest.on("work slowly", takes(10)).on("work more slowly", takes(20)));
+    let work = |how| vec![shell("work", how)];
+    let plan = plan(vec![vm("a", work("work slowly")), vm("b", work("work more slowly"))]);
     let ended = build(&backend, plan).await;
     assert_eq!(ended.module().machines.len(), 2);
     let of = |vm: &'static str, like: fn(&EventKind) -> bool| {
@@ -90,8 +91,9 @@ async fn a_guest_that_does_not_shut_down_is_killed_and_that_is_recorded() {
 
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_its_last_step_switches_off_is_where_it_should_be() {
-    let backend = MemoryBackend::new();
-    let plan = plan(vec![vm("a", vec![shell("last", "poweroff")]), vm("b", vec![shell("slow", "sleep 60")])]);
+    let minute = Response::ok("").wait(Duration::from_secs(60));
+    let backend = MemoryBackend::new().machine("b", |guest| guest.on("work", minute));
+    let plan = plan(vec![vm("a", vec![shell("last", "poweroff")]), vm("b", vec![shell("slow", "work")])]);
     assert_eq!(build(&backend, plan).await.module().machines.len(), 2);
 }
 
@@ -107,10 +109,10 @@ async fn a_lab_that_cannot_be_removed_does_not_hide_the_module() {
 
 #[tokio::test(start_paused = true)]
 async fn a_reader_that_comes_late_and_reads_slowly_sees_what_matters() {
-    let noise: String = (0..500).map(|n| format!("echo line {n}\n")).collect();
-    let backend = MemoryBackend::new();
+    let noise: String = (0..500).map(|n| format!("line {n}\n")).collect();
+    let backend = MemoryBackend::new().machine("a", |guest| guest.on("noise", Response::ok(noise)));
     let hooked = std::sync::Arc::new(super::Hooked::new(&backend, &[]));
-    let plan = read(plan(vec![vm("a", vec![shell("noise", &noise)])]));
+    let plan = read(plan(vec![vm("a", vec![shell("noise", "noise")])]));
     let build = rudder_core::build::Build::new(plan, hooked).event_capacity(8).start();
     let mut early = build.events();
     let canceller = build.canceller();

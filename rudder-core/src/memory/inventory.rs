@@ -1,0 +1,126 @@
+//! What a test sees of a backend: what exists in it, and what its machines were asked to do.
+
+use super::{Execution, LabRecord, MemoryBackend, Typed};
+use crate::backend::{Death, LabId};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// Counts something for as long as it lives.
+#[derive(Debug)]
+pub(super) struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    pub(super) fn new(counter: &Arc<AtomicUsize>) -> Self {
+        counter.fetch_add(1, Ordering::SeqCst);
+        Self(counter.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// What there is in a [`MemoryBackend`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Inventory {
+    /// Labs that were not destroyed; one whose owner is gone says so.
+    pub labs: Vec<String>,
+    /// Machines that run, as `LAB/VM`.
+    pub running: Vec<String>,
+    /// Connections to guests that are open.
+    pub connections: usize,
+    /// Commands that run, and things that guests are about to do.
+    pub tasks: usize,
+    /// Modules.
+    pub modules: Vec<String>,
+}
+
+impl Inventory {
+    /// Everything but modules, a line each; empty when nothing was left behind.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<String> {
+        let mut all: Vec<String> = self.labs.iter().map(|lab| format!("lab {lab}")).collect();
+        all.extend(self.running.iter().map(|machine| format!("machine {machine}")));
+        for (count, what) in [(self.connections, "connections"), (self.tasks, "tasks")] {
+            if count > 0 {
+                all.push(format!("{count} {what}"));
+            }
+        }
+        all
+    }
+}
+
+impl MemoryBackend {
+    /// What there is.
+    #[must_use]
+    pub fn inventory(&self) -> Inventory {
+        let registry = self.shared.registry();
+        let mut inventory = Inventory {
+            connections: self.shared.connections.load(Ordering::SeqCst),
+            tasks: self.shared.tasks.load(Ordering::SeqCst),
+            modules: registry.modules.keys().cloned().collect(),
+            ..Inventory::default()
+        };
+        for (id, record) in &registry.labs {
+            inventory.labs.push(match record {
+                LabRecord::Owned(_) => id.to_string(),
+                LabRecord::Kept(_) => format!("{id} (kept)"),
+                LabRecord::Orphaned => format!("{id} (its owner is gone)"),
+            });
+            for machine in record.core().iter().flat_map(|core| core.machines()) {
+                if machine.is_running() {
+                    inventory.running.push(format!("{}/{}", machine.lab, machine.spec.name));
+                }
+            }
+        }
+        inventory
+    }
+
+    /// Everything that still exists and is not a module, a line each. Connections end a moment after their machine: this
+    /// gives their tasks the chance to, and returns at once when nothing is left.
+    pub async fn leftovers(&self) -> Vec<String> {
+        for _ in 0..1000 {
+            if self.inventory().leftovers().is_empty() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        self.inventory().leftovers()
+    }
+
+    /// Kills a running machine of a lab from outside, as somebody might who ends the hypervisor's process. Whether there
+    /// was one.
+    pub fn kill_machine(&self, lab: &LabId, name: &str, cause: Death) -> bool {
+        let core = self.shared.registry().labs.get(lab).and_then(LabRecord::core);
+        let machines = core.map(|core| core.machines()).unwrap_or_default();
+        let running = machines.iter().find(|machine| machine.spec.name == name && machine.is_running());
+        running.inspect(|machine| machine.die(cause)).is_some()
+    }
+
+    /// What came from the keyboard of the machine of this name that was powered on last; `None` when there was none.
+    #[must_use]
+    pub fn typed(&self, machine: &str) -> Option<Typed> {
+        self.shared.script().terminals.get(machine).map(|terminal| terminal.typed())
+    }
+
+    /// What the machines of this name were asked to run, in order, with the environment that it was given. Scripts that Rudder runs
+    /// for itself are not in it.
+    #[must_use]
+    pub fn executions(&self, machine: &str) -> Vec<Execution> {
+        self.shared.script().executions.get(machine).cloned().unwrap_or_default()
+    }
+
+    /// The content of a file of a module's VM; `None` when there is no such module, VM or file.
+    #[must_use]
+    pub fn read_file(&self, module: &str, vm: &str, path: &str) -> Option<Vec<u8>> {
+        let kept = self.shared.module(module)?;
+        let machine = kept.module.machines.iter().find(|machine| machine.name == vm)?;
+        let files = kept.disks.get(&machine.disks.first()?.sha256)?;
+        files.read(path).map(<[u8]>::to_vec)
+    }
+}
