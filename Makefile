@@ -33,12 +33,13 @@ test-slow: guests ## Installing on a machine slowed down, where fixed waits fail
 	@$(call timed,test-slow: compiling,cargo build --quiet --examples --features libvirt && cargo test --quiet --no-run --features libvirt $(SLOW))
 	@$(call timed,test-slow: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --features libvirt --no-fail-fast $(SLOW) -- --nocapture --test-threads 1)
 
-check: ## Format, structure, lints, documentation, licences and sources of dependencies, the oldest Rust: what must be green before a change lands
+check: ## Format, structure, lints, other targets, documentation, licences and sources of dependencies, the oldest Rust: what must be green before a change lands
 	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
 	@$(call timed,check: structure,tools/structure --check)
 	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --features libvirt $(SLOW) -- -D warnings)
 	@$(call timed,check: no optional features,cargo clippy --package rudder --package rudder-core --quiet -- -D warnings)
+	@$(call timed,check: other targets,tools/targets)
 	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt,testing --no-deps --quiet)
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
 	@$(call timed,check: oldest Rust,tools/msrv)

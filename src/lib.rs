@@ -6,6 +6,7 @@
 //!
 //! | feature | what it adds |
 //! |---|---|
+//! | `engine` (default) | builds, and the contract of backends. Without it: manifests, diagnostics, plans, events and records, on any target, `wasm32-unknown-unknown` included |
 //! | `qemu` (default) | `rudder::qemu`: builds on raw QEMU processes |
 //! | `libvirt` | `rudder::libvirt`: builds on libvirt; needs its headers (`libvirt-dev`) |
 //! | `memory` | `rudder::memory`: a backend in memory, for tests without a hypervisor |

@@ -4,31 +4,44 @@
 //! A backend gives streams and disks; the core does the talking. See `docs/design.md` for the floors of this
 //! crate and for the reasons behind its borders.
 
+#[cfg(feature = "engine")]
 pub mod backend;
+#[cfg(feature = "engine")]
 pub mod build;
 pub mod capability;
 pub mod check;
+#[cfg(feature = "engine")]
 pub mod console;
 pub mod diagnostic;
 pub mod digest;
 pub mod error;
 pub mod event;
+#[cfg(feature = "engine")]
 pub mod fetch;
+#[cfg(feature = "engine")]
 pub mod files;
+#[cfg(feature = "engine")]
 pub mod guest;
 pub mod hardware;
 pub mod keys;
 pub mod manifest;
+#[cfg(feature = "engine")]
 pub mod media;
 #[cfg(feature = "memory")]
 pub mod memory;
 pub mod module;
 pub mod plan;
+#[cfg(feature = "engine")]
+mod platform;
+#[cfg(feature = "engine")]
 pub mod progress;
 pub mod record;
+#[cfg(feature = "engine")]
 pub mod runtime;
 pub mod secret;
+#[cfg(feature = "engine")]
 mod shell_frame;
+#[cfg(feature = "engine")]
 pub mod step;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -38,5 +51,8 @@ pub mod visible;
 pub use error::{Error, ErrorKind, Result};
 
 // The crates whose types appear in the signatures of this one: who names them through here has the same versions.
+#[cfg(feature = "engine")]
 #[doc(no_inline)]
-pub use {async_trait, futures, jiff, serde_json, tokio, tokio_util, url};
+pub use {async_trait, futures, tokio, tokio_util};
+#[doc(no_inline)]
+pub use {jiff, serde_json, url};

@@ -1,12 +1,12 @@
 //! What Rudder needs of the Tokio runtime that it is called on.
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, platform::use_io_driver};
 use std::{
     cell::Cell,
     panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook},
     sync::Once,
 };
-use tokio::{net::UnixDatagram, runtime::Handle, time};
+use tokio::{runtime::Handle, time};
 
 thread_local! {
     /// Whether this thread is probing its runtime, so that a panic is an answer.
@@ -28,7 +28,7 @@ pub fn check() -> Result<()> {
     if cfg!(panic = "abort") {
         return Ok(());
     }
-    let io = drives(|| drop(UnixDatagram::unbound()));
+    let io = drives(use_io_driver);
     let time = drives(|| drop(time::sleep(time::Duration::ZERO)));
     let missing = match (io, time) {
         (true, true) => return Ok(()),

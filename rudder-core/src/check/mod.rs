@@ -20,6 +20,7 @@ mod vm;
 pub(crate) use access::shell;
 pub(crate) use files::{checked_url, unpinned, unpinned_image};
 pub(crate) use findings::{Findings, duration, quantity};
+#[cfg(feature = "engine")]
 pub(crate) use floppy::{FloppyUse, TOO_LARGE_HELP as FLOPPY_HELP};
 pub(crate) use network::{DEFAULT_SUBNET, model};
 pub(crate) use scripts::{script, user_data};

@@ -12,6 +12,7 @@ pub struct BuildId(Arc<str>);
 
 impl BuildId {
     /// A new id.
+    #[cfg(feature = "engine")]
     #[must_use]
     pub fn random() -> Self {
         Self(format!("{:016x}", rand::random::<u64>()).into())

@@ -1,12 +1,12 @@
 //! The key of a build: a fresh ed25519 pair, or one that the author gave.
 
-use crate::{Error, ErrorKind, Result, secret::Secret};
+use crate::{Error, ErrorKind, Result, platform::create_private, secret::Secret};
 use russh::keys::{
     Algorithm, PrivateKey, decode_secret_key,
     key::safe_rng,
     ssh_key::{LineEnding, private::Ed25519Keypair},
 };
-use std::{fmt, path::Path, sync::Arc};
+use std::{fmt, io::Write as _, path::Path, sync::Arc};
 
 /// The private key that a build logs in with.
 #[derive(Clone)]
@@ -66,12 +66,11 @@ impl BuildKey {
         public.to_openssh().unwrap_or_default()
     }
 
-    /// Writes the private key in OpenSSH form, readable by its owner only (mode 0600), for `ssh -i`.
+    /// Writes the private key in OpenSSH form, readable by its owner only (mode 0600 on Unix), for `ssh -i`.
     ///
     /// # Errors
     /// `Io` or `HostDiskFull` when the file cannot be written; `Conflict` when it is there already.
     pub async fn write(&self, path: &Path) -> Result<()> {
-        use tokio::io::AsyncWriteExt as _;
         let text = self.key.to_openssh(LineEnding::LF).map_err(|error| {
             Error::new(ErrorKind::Internal, "cannot encode the build's key").with_source(error)
         })?;
@@ -81,11 +80,14 @@ impl BuildKey {
             }
             _ => Error::io(format_args!("write the build's key to {}", path.display()), error),
         };
-        let mut options = tokio::fs::OpenOptions::new();
-        options.write(true).create_new(true).mode(0o600);
-        let mut file = options.open(path).await.map_err(failed)?;
-        file.write_all(text.as_bytes()).await.map_err(failed)?;
-        file.sync_all().await.map_err(failed)
+        let to = path.to_owned();
+        let write = move || {
+            let mut file = create_private(&to)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()
+        };
+        let written = tokio::task::spawn_blocking(write).await;
+        written.unwrap_or_else(|error| Err(error.into())).map_err(failed)
     }
 
     pub(super) fn private(&self) -> Arc<PrivateKey> {

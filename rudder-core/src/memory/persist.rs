@@ -6,6 +6,7 @@ use crate::{
     digest::Digest,
     files::replace_file,
     module::{DamagedModule, Module},
+    platform::create_private_directory,
     units,
 };
 use std::{
@@ -153,10 +154,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 
 /// Makes a directory that only its owner can read, where there is none.
 fn make_directory(path: &Path) -> Result<()> {
-    let mut builder = fs::DirBuilder::new();
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    match builder.create(path) {
+    match create_private_directory(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => expect_directory(path),
         other => other.map_err(|error| Error::io(format!("make {}", path.display()), error)),
     }

@@ -66,7 +66,7 @@ impl Maker<'_> {
 
     /// A URL that is downloaded for `role`.
     fn url(&mut self, url: &str, checksum: Option<&str>, role: &str) -> Option<PlannedUrl> {
-        let url = super::resolve_url(url, self.context).ok()?;
+        let url = super::urls::resolve_url(url, self.context).ok()?;
         secrets_of(&url).iter().for_each(|secret| self.remember(secret));
         let sha256 = match checksum {
             Some(checksum) => Some(checksum.parse().ok()?),

@@ -29,13 +29,14 @@ mod shape;
 mod support;
 mod template;
 mod types;
+mod urls;
 
 pub use context::{Inputs, Limits, PlanContext};
 pub use prepare::{Prepared, prepare};
 pub use types::*;
 
 use crate::{
-    check::{self, Findings, checked_url, codes, duration},
+    check::{self, Findings, codes, duration},
     diagnostic::Diagnostic,
     digest::Digest,
     manifest::{BuildSpec, Document, Manifest, Path},
@@ -47,7 +48,7 @@ use std::{
     time::Duration,
 };
 use support::Support;
-use url::Url;
+use urls::relative_urls;
 
 /// The default of `timeout`.
 const TIMEOUT: Duration = Duration::from_secs(30 * 60);
@@ -198,52 +199,4 @@ fn make(
     };
     plan.digest = shape::digest(&plan);
     Some(plan)
-}
-
-/// Reads a URL; `file:` and a relative path start from the base directory.
-fn resolve_url(written: &str, context: &PlanContext) -> Result<Url, String> {
-    let Some(path) = relative_file(written) else { return checked_url(written) };
-    let Some(base) = &context.base_directory else {
-        return Err(format!(
-            "expected file:/// and an absolute path, but found {written:?}",
-            written = Quoted(written)
-        ));
-    };
-    let base = Url::from_directory_path(base)
-        .map_err(|()| format!("expected an absolute base directory, but found {}", base.display()))?;
-    // As any reference is resolved (RFC 3986, section 5.2); `./` keeps `a:b` from being a scheme.
-    base.join(&format!("./{path}"))
-        .map_err(|error| format!("expected a path, but found {path:?}: {error}", path = Quoted(path)))
-}
-
-/// The path of a `file:` URL that is relative.
-fn relative_file(written: &str) -> Option<&str> {
-    written.strip_prefix("file:").filter(|path| !path.is_empty() && !path.starts_with('/'))
-}
-
-/// Reports relative `file:` URLs where nothing says what they are relative to.
-fn relative_urls(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>, context: &PlanContext) {
-    let mut check = |url: Option<&str>, parent: &Path<'_>| {
-        if let Some(url) = url.filter(|url| relative_file(url).is_some())
-            && let Err(message) = resolve_url(url, context)
-        {
-            findings.report(&codes::INVALID_URL, &parent.key("url"), message).help = Some(
-                "relative paths need a base directory, which the program that reads the manifest gives"
-                    .to_owned(),
-            );
-        }
-    };
-    let files = at.key("files");
-    for (index, file) in spec.files.iter().enumerate() {
-        check(file.url.as_deref(), &files.index(index));
-    }
-    let vms = at.key("vms");
-    for (index, vm) in spec.vms.iter().enumerate() {
-        let at = vms.index(index);
-        check(vm.source.as_ref().and_then(|source| source.url.as_deref()), &at.key("source"));
-        let isos = at.key("isos");
-        for (index, iso) in vm.isos.iter().enumerate() {
-            check(iso.url.as_deref(), &isos.index(index));
-        }
-    }
 }
