@@ -1,7 +1,7 @@
 //! The screen and the keyboard of a guest: an RFB server (RFC 6143) that shows lines of text with a prompt below them, and
 //! what was typed there.
 
-use super::{Counted, script::Guest};
+use super::{Counted, script::Guest, streams};
 use crate::console::{Framebuffer, text};
 use std::{
     collections::VecDeque,
@@ -163,14 +163,7 @@ impl Terminal {
 
     /// Serves one connection, until either side hangs up or the power is off.
     pub(super) fn serve(self: Arc<Self>, far: DuplexStream, power: CancellationToken, counted: Counted) {
-        tokio::spawn(async move {
-            let _counted = counted;
-            tokio::select! {
-                () = power.cancelled() => {}
-                // An error is the client's to see: its stream ends.
-                _ = self.talk(far, &power) => {}
-            }
-        });
+        streams::serve(power.clone(), counted, async move { self.talk(far, &power).await });
     }
 
     async fn talk(self: &Arc<Self>, mut stream: DuplexStream, power: &CancellationToken) -> io::Result<()> {
@@ -218,14 +211,9 @@ impl Terminal {
                     Request::Key { down, keysym } if self.key(down, keysym, power) => break,
                     Request::Key { .. } | Request::None => {}
                     Request::Changes => asked = true,
-                    Request::Area { left, top, width, height } => {
-                        let now = self.draw();
-                        let right = (left + width).min(now.width());
-                        let bottom = (top + height).min(now.height());
-                        answer = update(&now, left.min(right)..right, top.min(bottom)..bottom);
-                        if (left, top, right, bottom) == (0, 0, now.width(), now.height()) {
-                            shown = now;
-                        }
+                    Request::Everything => {
+                        shown = self.draw();
+                        answer = update(&shown, 0..shown.height());
                     }
                 }
                 if asked {
@@ -235,7 +223,7 @@ impl Terminal {
                     if let Some(top) = rows.next() {
                         asked = false;
                         let bottom = rows.next_back().unwrap_or(top) + 1;
-                        answer.extend(update(&now, 0..now.width(), top..bottom));
+                        answer.extend(update(&now, top..bottom));
                         shown = now;
                     }
                 }
@@ -286,7 +274,7 @@ const FORMAT: [u8; 16] = [32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 
 enum Request {
     Key { down: bool, keysym: u32 },
     Changes,
-    Area { left: usize, top: usize, width: usize, height: usize },
+    Everything,
     None,
 }
 
@@ -307,13 +295,10 @@ async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Reque
             pass_over(stream, 4 * u64::from(count)).await?
         }
         3 => {
+            // Of whichever area: more than was asked for may be sent.
             let incremental = stream.read_u8().await? != 0;
-            let mut area = [0; 4];
-            for number in &mut area {
-                *number = usize::from(stream.read_u16().await?);
-            }
-            let [left, top, width, height] = area;
-            if incremental { Request::Changes } else { Request::Area { left, top, width, height } }
+            stream.read_exact(&mut [0; 8]).await?;
+            if incremental { Request::Changes } else { Request::Everything }
         }
         4 => {
             let down = stream.read_u8().await? != 0;
@@ -335,14 +320,13 @@ async fn pass_over(stream: &mut (impl AsyncRead + Unpin), bytes: u64) -> io::Res
     Ok(Request::None)
 }
 
-/// A part of the screen: an update of one raw rectangle (7.6.1, 7.7.1).
-fn update(frame: &Framebuffer, columns: Range<usize>, rows: Range<usize>) -> Vec<u8> {
+/// Rows of the screen: an update of one raw rectangle (7.6.1, 7.7.1).
+fn update(frame: &Framebuffer, rows: Range<usize>) -> Vec<u8> {
     let mut bytes = vec![0, 0, 0, 1];
-    bytes.extend([columns.start, rows.start, columns.len(), rows.len()].map(short).concat());
+    bytes.extend([0, rows.start, frame.width(), rows.len()].map(short).concat());
     bytes.extend([0; 4]);
     for y in rows {
-        let row = &frame.row(y)[columns.clone()];
-        bytes.extend(row.iter().flat_map(|[red, green, blue]| [*blue, *green, *red, 0]));
+        bytes.extend(frame.row(y).iter().flat_map(|[red, green, blue]| [*blue, *green, *red, 0]));
     }
     bytes
 }

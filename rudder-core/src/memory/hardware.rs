@@ -33,12 +33,13 @@ fn told(spec: &MachineSpec, path: &str) -> Option<Vec<u8>> {
 impl MachineCore {
     /// Reads a file or a device.
     pub(super) fn read_file(&self, path: &str) -> Option<Vec<u8>> {
-        told(&self.spec, path).or_else(|| {
-            let limit = if path.starts_with("/dev/sr") { MEDIUM_LIMIT } else { usize::MAX };
+        let limit = if path.starts_with("/dev/sr") { MEDIUM_LIMIT } else { usize::MAX };
+        let on_a_volume = || {
             let (volume, path) = self.place(path)?;
             let volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
             Some(volumes.get(volume)?.files.read(path)?.iter().take(limit).copied().collect())
-        })
+        };
+        on_a_volume().or_else(|| told(&self.spec, path))
     }
 
     /// Writes a file or a device.

@@ -7,6 +7,7 @@ use super::{
     rules::Act,
     script::Guest,
     sftp::Sftp,
+    streams,
 };
 use crate::shell_frame::{Sent, Served};
 use russh::{
@@ -14,17 +15,9 @@ use russh::{
     keys::PublicKey,
     server::{self, Auth, ChannelOpenHandle, Handle, Msg, PublicKeyOffer, Session, VerifiedPublicKey},
 };
-use std::{
-    collections::HashMap,
-    future::Future as _,
-    io,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use std::{collections::HashMap, sync::Arc, time::Duration};
+use tokio::io::DuplexStream;
+use tokio_util::sync::CancellationToken;
 
 /// Serves one connection, until either side hangs up or the boot ends.
 pub(super) fn serve(machine: Arc<MachineCore>, boot: Boot, stream: DuplexStream) {
@@ -37,12 +30,7 @@ pub(super) fn serve(machine: Arc<MachineCore>, boot: Boot, stream: DuplexStream)
         ..server::Config::default()
     });
     let cut = boot.token.child_token();
-    let wire = Wire {
-        stream,
-        over: Box::pin(cut.clone().cancelled_owned()),
-        cut: cut.clone(),
-        left: boot.guest.faults.stream_limit,
-    };
+    let stream = streams::cuttable(stream, cut.clone(), boot.guest.faults.stream_limit);
     let connection = machine.shared.connection();
     let session = Connection {
         machine,
@@ -54,67 +42,10 @@ pub(super) fn serve(machine: Arc<MachineCore>, boot: Boot, stream: DuplexStream)
     };
     tokio::spawn(async move {
         // An error here is the client's to see: its stream ends.
-        if let Ok(session) = server::run_stream(config, wire, session).await {
+        if let Ok(session) = server::run_stream(config, stream, session).await {
             let _ = session.await;
         }
     });
-}
-
-/// A pipe that can be cut, and that breaks after so many bytes.
-struct Wire {
-    stream: DuplexStream,
-    over: Pin<Box<WaitForCancellationFutureOwned>>,
-    cut: CancellationToken,
-    left: Option<u64>,
-}
-
-impl Wire {
-    /// Counts bytes that passed.
-    fn passed(&mut self, bytes: usize) {
-        if let Some(left) = &mut self.left {
-            *left = left.saturating_sub(bytes as u64);
-            if *left == 0 {
-                self.cut.cancel();
-            }
-        }
-    }
-}
-
-impl AsyncRead for Wire {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.over.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Ok(()));
-        }
-        let before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        self.passed(buf.filled().len() - before);
-        polled
-    }
-}
-
-impl AsyncWrite for Wire {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        if self.over.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-        }
-        let polled = Pin::new(&mut self.stream).poll_write(cx, buf);
-        if let Poll::Ready(Ok(bytes)) = polled {
-            self.passed(bytes);
-        }
-        polled
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
 }
 
 /// One connection of a client.
@@ -141,23 +72,13 @@ impl Connection {
         }
         let Ok(line) = key.to_openssh() else { return false };
         let Some(wanted) = line.split_whitespace().nth(1) else { return false };
-        let given = self.boot.guest.keys.join("\n");
         let seed = self.machine.spec.seed.as_ref();
-        let seed =
-            seed.map(|seed| format!("{}\n{}", seed.meta_data, String::from_utf8_lossy(&seed.user_data)));
-        [given, seed.unwrap_or_default()].iter().any(|text| keys_in(text).any(|key| key == wanted))
+        let in_seed = |text: &str| text.contains(wanted);
+        self.boot.guest.keys.iter().any(|line| line.contains(wanted))
+            || seed.is_some_and(|seed| {
+                in_seed(&seed.meta_data) || in_seed(&String::from_utf8_lossy(&seed.user_data))
+            })
     }
-}
-
-/// The base64 parts of all public keys in a text, whatever the text is: each follows its algorithm.
-fn keys_in(text: &str) -> impl Iterator<Item = &str> {
-    let words = || text.split(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ',' | '[' | ']'));
-    words().filter(|word| !word.is_empty()).zip(words().filter(|word| !word.is_empty()).skip(1)).filter_map(
-        |(algorithm, key)| {
-            let algorithm = ["ssh-", "ecdsa-", "sk-"].iter().any(|kind| algorithm.starts_with(kind));
-            (algorithm && key.starts_with("AAAA")).then_some(key)
-        },
-    )
 }
 
 impl server::Handler for Connection {
@@ -308,7 +229,7 @@ impl Exec {
                         break;
                     }
                     Act::Signal(name) => {
-                        self.signal(id, signal(&name)).await;
+                        self.signal(id, Sig::Custom(name)).await;
                         return Ok(());
                     }
                     Act::Hang => std::future::pending().await,
@@ -342,35 +263,5 @@ impl Exec {
     async fn signal(&self, id: ChannelId, name: Sig) {
         // When the connection is gone, nobody is left to tell.
         let _ = self.handle.exit_signal_request(id, name, false, String::new(), String::new()).await;
-    }
-}
-
-fn signal(name: &str) -> Sig {
-    match name {
-        "ABRT" => Sig::ABRT,
-        "ALRM" => Sig::ALRM,
-        "FPE" => Sig::FPE,
-        "HUP" => Sig::HUP,
-        "ILL" => Sig::ILL,
-        "INT" => Sig::INT,
-        "KILL" => Sig::KILL,
-        "PIPE" => Sig::PIPE,
-        "QUIT" => Sig::QUIT,
-        "SEGV" => Sig::SEGV,
-        "TERM" => Sig::TERM,
-        "USR1" => Sig::USR1,
-        other => Sig::Custom(other.to_owned()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_are_found_wherever_they_stand() {
-        let text = "public-keys:\n- \"ssh-ed25519 AAAAone me@here\"\nssh_authorized_keys: ['ecdsa-sha2-nistp256 AAAAtwo']";
-        assert_eq!(keys_in(text).collect::<Vec<_>>(), ["AAAAone", "AAAAtwo"]);
-        assert_eq!(keys_in("ssh-ed25519 BBBB; AAAA").count(), 0);
     }
 }

@@ -1,9 +1,29 @@
 //! What connects to a machine in memory besides SSH and its display: its serial console, an echo, and somebody who says nothing.
 
 use super::{Counted, machine::MachineCore};
-use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
-use tokio_util::sync::CancellationToken;
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio_util::{
+    io::{InspectReader, InspectWriter},
+    sync::CancellationToken,
+};
+
+/// Serves a connection in a task, until it ends or is cut. An error is the client's to see: its stream ends.
+pub(super) fn serve(cut: CancellationToken, connection: Counted, work: impl Future + Send + 'static) {
+    tokio::spawn(async move {
+        let _connection = connection;
+        tokio::select! {
+            () = cut.cancelled() => {}
+            _ = work => {}
+        }
+    });
+}
 
 /// Carries what is written on the serial console, from power-on until the power is off, and what is typed there.
 pub(super) fn console(core: Arc<MachineCore>, far: DuplexStream) {
@@ -14,8 +34,9 @@ pub(super) fn console(core: Arc<MachineCore>, far: DuplexStream) {
         let (mut reader, mut writer) = tokio::io::split(far);
         let typing = async {
             // What is typed is shown, as a terminal does, and forgotten.
-            while let Some(typed) = typed(&mut reader).await {
-                core.say(&typed);
+            let mut buffer = [0; 256];
+            while let Ok(count @ 1..) = reader.read(&mut buffer).await {
+                core.say(&buffer[..count]);
             }
         };
         tokio::select! {
@@ -26,41 +47,39 @@ pub(super) fn console(core: Arc<MachineCore>, far: DuplexStream) {
     });
 }
 
-/// What the other side sends; `None` when it is gone.
-async fn typed(stream: &mut (impl AsyncRead + Unpin)) -> Option<Vec<u8>> {
-    let mut buffer = [0; 256];
-    match stream.read(&mut buffer).await {
-        Ok(count @ 1..) => Some(buffer[..count].to_vec()),
-        _ => None,
-    }
-}
-
 /// Sends back what comes, until that ends.
-pub(super) fn echo(far: DuplexStream, token: CancellationToken, connection: Counted) {
-    tokio::spawn(async move {
-        let _connection = connection;
-        let (mut reader, mut writer) = tokio::io::split(far);
-        let echoing = async {
-            // A side that is gone ends it; there is nobody to tell.
-            let _ = tokio::io::copy(&mut reader, &mut writer).await;
-            let _ = writer.shutdown().await;
-        };
-        tokio::select! {
-            () = token.cancelled() => {}
-            () = echoing => {}
-        }
+pub(super) fn echo(far: DuplexStream, cut: CancellationToken, connection: Counted) {
+    let (mut reader, mut writer) = tokio::io::split(far);
+    serve(cut, connection, async move {
+        let _ = tokio::io::copy(&mut reader, &mut writer).await;
+        writer.shutdown().await
     });
 }
 
 /// Holds a connection open and says nothing.
-pub(super) fn hold(mut far: DuplexStream, token: CancellationToken, connection: Counted) {
+pub(super) fn hold(mut far: DuplexStream, cut: CancellationToken, connection: Counted) {
+    serve(cut, connection, async move { tokio::io::copy(&mut far, &mut tokio::io::sink()).await });
+}
+
+/// A stream that ends when it is cut, or when so many bytes have passed in either direction.
+pub(super) fn cuttable(far: DuplexStream, cut: CancellationToken, limit: Option<u64>) -> DuplexStream {
+    let (mut inner, outer) = tokio::io::duplex(64 << 10);
+    let (passed, token) = (Arc::new(AtomicU64::new(0)), cut.clone());
+    let count = move |bytes: &[u8]| {
+        let bytes = bytes.len() as u64;
+        let total = passed.fetch_add(bytes, Ordering::SeqCst) + bytes;
+        if limit.is_some_and(|limit| total >= limit) {
+            token.cancel();
+        }
+    };
+    let (reader, writer) = tokio::io::split(far);
+    let reader = InspectReader::new(reader, count.clone());
+    let mut far = tokio::io::join(reader, InspectWriter::new(writer, count));
     tokio::spawn(async move {
-        let _connection = connection;
-        loop {
-            tokio::select! {
-                () = token.cancelled() => break,
-                typed = typed(&mut far) => if typed.is_none() { break },
-            }
+        tokio::select! {
+            () = cut.cancelled() => {}
+            _ = tokio::io::copy_bidirectional(&mut far, &mut inner) => {}
         }
     });
+    outer
 }

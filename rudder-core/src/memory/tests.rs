@@ -21,7 +21,6 @@ use crate::{
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use russh::{ChannelMsg, client, keys::PublicKeyOrCertificate};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
-use tokio::io::AsyncReadExt as _;
 
 const SSH: u16 = 22;
 const MINUTE: Duration = Duration::from_secs(60);
@@ -357,26 +356,6 @@ async fn a_child_sees_the_files_of_its_parent() {
     assert!(!directory.path().join("memory/base").exists());
 }
 
-#[tokio::test]
-async fn a_forgotten_lab_ends_and_is_reaped_but_a_kept_one_stays() {
-    let Rig { backend, lab, machine, .. } = started(|guest| guest).await;
-    drop(lab);
-    assert!(matches!(machine.wait().await.unwrap(), Exit::Killed { .. }));
-    assert_eq!(backend.inventory().leftovers().len(), 1);
-    assert_eq!(backend.reap().await.unwrap().removed.len(), 1);
-    assert_eq!(backend.leftovers().await, Vec::<String>::new());
-
-    let Rig { backend, lab, machine, .. } = started(|guest| guest).await;
-    assert_eq!(lab.keep().await.unwrap().access.len(), 1);
-    let id = lab.id().clone();
-    drop((lab, machine));
-    assert_eq!(backend.reap().await.unwrap().removed, Vec::<String>::new());
-    assert_eq!(backend.inventory().running, [format!("{id}/web")]);
-    assert_eq!(backend.kept_labs().await.unwrap().len(), 1);
-    backend.remove_lab(&id).await.unwrap();
-    assert_eq!(backend.leftovers().await, Vec::<String>::new());
-}
-
 #[tokio::test(start_paused = true)]
 async fn imports_fail_as_they_are_told() {
     let url = "https://images.example/a.qcow2";
@@ -411,30 +390,4 @@ async fn fetched_files_are_gone_once_nobody_holds_them() {
     let path = fetched.path.clone();
     drop(fetched);
     assert!(!path.exists());
-}
-
-#[tokio::test]
-async fn a_reader_of_the_serial_console_goes_on_beyond_what_is_kept() {
-    let rig = started(|guest| guest).await;
-    let machine = &rig.machine;
-    let core =
-        rig.backend.shared.registry().labs.values().next().unwrap().core().unwrap().machines().remove(0);
-    let mut reader = machine.serial().await.unwrap();
-    let piece = vec![b'x'; 64 << 10];
-    let mut read = vec![0; piece.len()];
-    // More than is kept, taken as it comes; then more at once than is kept.
-    for _ in 0..20 {
-        core.say(&piece);
-        reader.read_exact(&mut read).await.unwrap();
-    }
-    for _ in 0..20 {
-        core.say(&piece);
-    }
-    core.say(b"the end");
-    assert_eq!(machine.serial_tail(7).await.unwrap(), b"the end");
-    assert!(machine.serial_tail(usize::MAX).await.unwrap().len() <= 1 << 20);
-    machine.stop(Stop::Kill).await.unwrap();
-    let mut rest = Vec::new();
-    reader.read_to_end(&mut rest).await.unwrap();
-    assert!(rest.ends_with(b"the end"));
 }
