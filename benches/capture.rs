@@ -59,7 +59,7 @@ async fn compare(runs: usize) {
         sizes.0 = fs::metadata(&converted).unwrap().len();
         fs::remove_file(&converted).unwrap();
         let start = Instant::now();
-        sizes.1 = machine.capture("disk0", &Progress::none()).await.unwrap().size;
+        sizes.1 = machine.capture("disk0", &Progress::none()).await.unwrap().content.size.unwrap();
         let by_rudder = start.elapsed().as_secs_f64();
         if run > 0 {
             println!("run {run}: qemu-img convert -c {by_qemu:.2} s · rudder {by_rudder:.2} s");

@@ -136,7 +136,12 @@ async fn list(backend: &dyn Backend) -> Result<Done> {
         tell("no modules yet: build one with `cargo run --example build -- FILE`");
     }
     for module in modules {
-        let size: u64 = module.machines.iter().flat_map(|machine| &machine.disks).map(|disk| disk.size).sum();
+        let size: u64 = module
+            .machines
+            .iter()
+            .flat_map(|machine| &machine.disks)
+            .filter_map(|disk| disk.content.size)
+            .sum();
         let machines = module.machines.len();
         line!(
             done,
@@ -185,18 +190,15 @@ fn describe(module: &Module) -> Done {
     for machine in &module.machines {
         line!(done, "machine  {} ({} cores, {})", machine.name, machine.cpus, human_bytes(machine.memory));
         for disk in &machine.disks {
-            let (size, virtual_size) = (human_bytes(disk.size), human_bytes(disk.virtual_size));
-            let (name, file, sha256) = (&disk.name, &disk.file, disk.sha256);
-            line!(done, "  disk   {name} {size} of {virtual_size}, {file}  sha256 {sha256}");
+            let (name, virtual_size) = (&disk.name, human_bytes(disk.virtual_size));
+            line!(done, "  disk   {name} of {virtual_size}, {}: {}", disk.file, disk.content);
         }
         for state in &machine.state {
-            let (kind, size) = (state.kind.name(), human_bytes(state.size));
-            line!(done, "  state  {kind} {size}, {}  sha256 {}", state.file, state.sha256);
+            line!(done, "  state  {}, {}: {}", state.kind.name(), state.file, state.content);
         }
     }
     for input in &module.provenance.inputs {
-        let (role, url, size) = (&input.role, &input.url, human_bytes(input.size));
-        line!(done, "input    {role}: {url}  {size}  sha256 {}", input.sha256);
+        line!(done, "input    {}: {}  {}", input.role, input.url, input.content);
     }
     for (what, version) in &module.provenance.versions {
         line!(done, "version  {what} {version}");

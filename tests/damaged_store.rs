@@ -5,6 +5,7 @@ mod support;
 
 use rudder::{
     backend::{LabId, ModuleDraft, Retention},
+    content::Content,
     digest::Digest,
     hardware::Bus,
     module::{CapturedDisk, Module, Provenance, TemplateMachine},
@@ -19,16 +20,14 @@ async fn publish(bench: &Bench, name: &str, content: &[u8]) -> Module {
     let store = Store::open(bench.store()).unwrap();
     let lab = store.create_lab(&LabId::new(name), name, Retention::EndWithOwner).unwrap();
     fs::write(lab.path().join("disk"), content).unwrap();
-    let size = content.len() as u64;
     let mut machine = TemplateMachine::new("vm", 1, 64 << 20);
     machine.disks.push(CapturedDisk {
         name: "root".into(),
         bus: Bus::Virtio,
         file: "disk".into(),
         format: "raw".into(),
-        virtual_size: size,
-        size,
-        sha256: Digest::of(content),
+        virtual_size: content.len() as u64,
+        content: Content::of(content),
     });
     let provenance = Provenance::new("", Digest::of(b""));
     let draft = ModuleDraft::new(name, vec![machine], PlannedNetwork::default(), provenance);
@@ -41,7 +40,7 @@ async fn a_damaged_module_is_named_by_every_command_and_the_others_stay_usable()
     let record = publish(&bench, "base", b"one").await.path.unwrap();
     let text = fs::read_to_string(&record).unwrap();
     for (damaged, reason) in [
-        (text.replace("\"format\": 1", "\"format\": 2"), "found format 2"),
+        (text.replace("\"format\": 1", "\"format\": 3"), "found format 3"),
         (text.replace("vm.root.raw", "../../x"), "../../x"),
         ("{".to_owned(), "not what was written"),
     ] {

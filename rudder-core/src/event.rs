@@ -384,9 +384,10 @@ impl fmt::Display for EventKind {
                 _ => write!(f, "{}: {}", visible_line(task), human_bytes(*done)),
             },
             Self::Input(input) => {
-                let digest = input.sha256.short();
-                let (role, url) = (visible_line(&input.role), visible_line(&input.url));
-                write!(f, "{role}: {url} ({}, sha256 {digest}…)", human_bytes(input.size))
+                let role = input.role.to_string();
+                let (role, url) = (visible_line(&role), visible_line(&input.url));
+                let content = input.content.to_string();
+                write!(f, "{role}: {url} ({})", visible_line(&content))
             }
             Self::Notice { message } => f.write_str(message),
             Self::Warning { message } => write!(f, "warning: {message}"),

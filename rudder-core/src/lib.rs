@@ -12,6 +12,7 @@ pub mod capability;
 pub mod check;
 #[cfg(feature = "engine")]
 pub mod console;
+pub mod content;
 pub mod diagnostic;
 pub mod digest;
 pub mod error;

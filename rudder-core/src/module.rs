@@ -4,6 +4,7 @@
 
 use crate::{
     Error, ErrorKind,
+    content::Content,
     digest::Digest,
     hardware::{Bus, Firmware, NicModel},
     units::{Cidr, MacAddress},
@@ -12,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
+    fmt,
     net::Ipv4Addr,
     path::{Path, PathBuf},
 };
@@ -47,11 +49,11 @@ impl Module {
         Error::new(ErrorKind::InvalidInput, message).with_help(Self::REPAIR)
     }
 
-    /// The files beside its record, with their sizes in bytes.
-    pub fn files(&self) -> impl Iterator<Item = (&str, u64)> {
+    /// The files beside its record, or the objects that hold its disks and state, and what they hold.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &Content)> {
         self.machines.iter().flat_map(|machine| {
-            let disks = machine.disks.iter().map(|disk| (disk.file.as_str(), disk.size));
-            disks.chain(machine.state.iter().map(|state| (state.file.as_str(), state.size)))
+            let disks = machine.disks.iter().map(|disk| (disk.file.as_str(), &disk.content));
+            disks.chain(machine.state.iter().map(|state| (state.file.as_str(), &state.content)))
         })
     }
 }
@@ -188,10 +190,8 @@ pub struct CapturedDisk {
     pub format: String,
     /// What the guest sees, in bytes.
     pub virtual_size: u64,
-    /// What the file takes, in bytes.
-    pub size: u64,
-    /// sha256 of the file.
-    pub sha256: Digest,
+    /// What the file or object holds: the bytes that it takes, not what the guest sees.
+    pub content: Content,
 }
 
 /// What a machine keeps outside its disks, after capture. `file` as in [`CapturedDisk`].
@@ -203,10 +203,8 @@ pub struct CapturedState {
     pub file: String,
     /// Its format: `raw`, `qcow2`, `swtpm`…
     pub format: String,
-    /// What the file takes, in bytes.
-    pub size: u64,
-    /// sha256 of the file.
-    pub sha256: Digest,
+    /// What the file or object holds: the bytes that it takes, not what the guest sees.
+    pub content: Content,
 }
 
 /// What a machine keeps outside its disks.
@@ -279,19 +277,61 @@ pub struct Timing {
 
 /// An input of a build: what was asked for, and what came.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[non_exhaustive]
 pub struct InputRecord {
-    /// What it is for: `source of VM web`, `file app.tar`…
-    pub role: String,
+    /// What it is for.
+    pub role: InputRole,
     /// Its URL, or `module NAME/VM`. Credentials in it are masked.
     pub url: String,
-    /// Bytes as served.
-    pub size: u64,
-    /// sha256 of the bytes as served.
-    pub sha256: Digest,
+    /// The bytes as served, as far as they are known.
+    #[serde(flatten)]
+    pub content: Content,
 }
 
 impl InputRecord {
-    /// The role of an ISO. It shapes a build and is not needed afterwards: how long it stays cached is up to `isoCacheTTL`,
-    /// whatever was built of it.
-    pub const ISO: &'static str = "ISO";
+    /// An input that came from this URL.
+    pub fn new(role: InputRole, url: impl Into<String>, content: Content) -> Self {
+        Self { role, url: url.into(), content }
+    }
+
+    /// The same for another purpose.
+    #[must_use]
+    pub fn with_role(self, role: InputRole) -> Self {
+        Self { role, ..self }
+    }
+}
+
+/// What an input of a build is for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum InputRole {
+    /// A disk of a VM is made of it.
+    Source {
+        /// The VM.
+        vm: String,
+    },
+    /// A file of the manifest.
+    File,
+    /// A CD-ROM. It shapes a build and is not needed afterwards: how long it stays cached is up to `isoCacheTTL`, whatever was
+    /// built with it.
+    Iso,
+}
+
+impl InputRole {
+    /// The source of a VM.
+    pub fn source(vm: impl Into<String>) -> Self {
+        Self::Source { vm: vm.into() }
+    }
+}
+
+/// For people: `source of VM web`, `file`, `ISO`.
+impl fmt::Display for InputRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Source { vm } => write!(f, "source of VM {vm}"),
+            Self::File => f.write_str("file"),
+            Self::Iso => f.write_str("ISO"),
+        }
+    }
 }

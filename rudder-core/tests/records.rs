@@ -4,8 +4,9 @@
 
 use rudder_core::{
     ErrorKind,
+    content::{Content, ContentId},
     hardware::{Bus, Firmware, NicModel},
-    module::{Module, StateKind, Timing},
+    module::{InputRole, Module, StateKind, Timing},
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -48,8 +49,12 @@ fn a_module_of_format_1_has_the_values_of_its_record() {
     let nics: Vec<_> = web.nics.iter().map(|nic| (nic.name.as_str(), nic.slot, nic.ip, nic.model)).collect();
     let fixed = "10.20.0.10".parse().ok();
     assert_eq!(nics, [("nic1", 3, fixed, NicModel::E1000), ("lan", 1, None, NicModel::Ne2kPci)]);
-    let disks: Vec<_> = web.disks.iter().map(|disk| (disk.bus, disk.file.as_str(), disk.size)).collect();
-    assert_eq!(disks, [(Bus::Virtio, "web.disk.qcow2", 734_003_200), (Bus::Scsi, "web.data.qcow2", 196_616)]);
+    let disks: Vec<_> =
+        web.disks.iter().map(|disk| (disk.bus, disk.file.as_str(), disk.content.size)).collect();
+    assert_eq!(
+        disks,
+        [(Bus::Virtio, "web.disk.qcow2", Some(734_003_200)), (Bus::Scsi, "web.data.qcow2", Some(196_616))]
+    );
     let state: Vec<_> = web.state.iter().map(|state| state.kind).collect();
     assert_eq!(state, [StateKind::FirmwareVariables, StateKind::Tpm]);
     assert!(gateway.invisible && gateway.state.is_empty());
@@ -57,10 +62,20 @@ fn a_module_of_format_1_has_the_values_of_its_record() {
     let subnet = &module.network.subnets[0];
     assert_eq!((subnet.vpc.as_str(), subnet.cidr.to_string().as_str()), ("office", "10.20.0.0/24"));
     let provenance = &module.provenance;
-    assert_eq!(provenance.inputs[0].role, "source of VM web");
+    assert_eq!(provenance.inputs[0].role, InputRole::source("web"));
     let timing = Timing { vm: Some("web".to_owned()), phase: "SourceImporting".to_owned(), millis: 812 };
     assert_eq!(provenance.timings[1], timing);
     assert_eq!((provenance.not_repeatable.len(), provenance.warnings.len()), (1, 1));
+}
+
+#[test]
+fn content_that_is_not_verifiable_makes_a_module_of_format_2() {
+    let mut module = read(MODULE_1);
+    module.machines[0].disks[0].content = Content::identified(ContentId::Cluster("snapshot/1".to_owned()));
+    module.provenance.inputs[0].content = Content::unknown();
+    let record = module.to_record().unwrap();
+    assert!(record.starts_with("{\n  \"format\": 2,"), "{record}");
+    assert_eq!(read(&record), module);
 }
 
 #[test]
@@ -81,12 +96,12 @@ fn a_module_from_before_state_and_invisible_machines_is_read() {
 
 #[test]
 fn a_module_of_a_later_format_is_refused_whatever_it_holds() {
-    for record in [changed(|record| record["format"] = json!(2)), json!({"format": 2}).to_string()] {
+    for record in [changed(|record| record["format"] = json!(3)), json!({"format": 3}).to_string()] {
         let error = Module::from_record(path(), record.as_bytes()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert_eq!(
             error.report(),
-            "expected a module of format 1 or earlier in store/web/module.json, but found format 2\n  help: a later version of \
+            "expected a module of format 2 or earlier in store/web/module.json, but found format 3\n  help: a later version of \
              Rudder made this module: use that version, or build the module again"
         );
     }

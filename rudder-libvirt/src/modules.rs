@@ -146,7 +146,7 @@ fn xml(
         |bus| MachineDisk { name: String::new(), bus, volume: Volume { id: String::new(), virtual_size: 0 } };
     spec.disks.extend(machine.disks.iter().map(|captured| disk(captured.bus)));
     let variables = machine.state.iter().find(|state| state.kind == StateKind::FirmwareVariables);
-    let having = variables.map(|state| (state.format.as_str(), state.size));
+    let having = variables.and_then(|state| Some((state.format.as_str(), state.content.size?)));
     let uefi = match (template_firmware(&host_capabilities.host, &spec, having)?, variables) {
         (Some(flash), Some(state)) => {
             Some(Uefi { flash, variables: Variables::CopyOf(directory.join(&state.file)) })

@@ -8,7 +8,7 @@ use crate::{
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{ImportRequest, Imported, Progress, Volume, VolumeKind},
-    module::InputRecord,
+    module::{InputRecord, InputRole},
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
 };
 
@@ -55,7 +55,7 @@ impl LabStorage {
         let base = Base::of(self, &image, &copy, progress).await?;
         let backing = Backing { path: &base.path, format: base.format };
         let volume = self.volume(Some((backing, base.size)), request.size).await?;
-        let input = InputRecord { role: format!("source of VM {}", request.machine), ..image.input };
+        let input = image.input.with_role(InputRole::source(&request.machine));
         Ok(Imported { volume, input: Some(input) })
     }
 
@@ -71,10 +71,10 @@ impl LabStorage {
             let message = format!("expected a store whose path is UTF-8, but found {}", file.path.display());
             Error::new(ErrorKind::InvalidInput, message)
         })?;
-        let volume = Volume { id, virtual_size: file.input.size };
+        let volume = Volume { id, virtual_size: file.size };
         self.hold(file.lease).await?;
         self.add_volume(&volume.id, volume.virtual_size);
-        let input = InputRecord { role: InputRecord::ISO.to_owned(), ..file.input };
+        let input = file.input.with_role(InputRole::Iso);
         Ok(Imported { volume, input: Some(input) })
     }
 
@@ -96,18 +96,12 @@ impl LabStorage {
             missing(format!("expected disk {wanted} of VM {} in the module, but found none", parent.vm))
         })?;
         let (wanted, progress) = (disk.clone(), progress.clone());
-        let path = blocking(move || {
-            store.captured_file(&module, &wanted.file, wanted.size, &wanted.sha256, &progress)
-        })
-        .await?;
+        let path =
+            blocking(move || store.captured_file(&module, &wanted.file, &wanted.content, &progress)).await?;
         let backing = Backing { path: &path, format: &disk.format };
         let volume = self.volume(Some((backing, disk.virtual_size)), request.size).await?;
-        let input = InputRecord {
-            role: format!("source of VM {}", request.machine),
-            url: format!("module {}/{}", parent.module, parent.vm),
-            size: disk.size,
-            sha256: disk.sha256,
-        };
+        let url = format!("module {}/{}", parent.module, parent.vm);
+        let input = InputRecord::new(InputRole::source(&request.machine), url, disk.content.clone());
         Ok(Imported { volume, input: Some(input) })
     }
 

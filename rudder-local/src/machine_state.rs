@@ -12,7 +12,7 @@ use crate::{
 use rudder_core::{
     Error, Result,
     backend::MachineSpec,
-    digest::Digest,
+    content::Content,
     hardware::Firmware,
     module::{CapturedState, StateKind},
 };
@@ -162,7 +162,7 @@ impl MachineState {
                 let target = storage.path(&file);
                 let _ = fs::remove_file(&target);
                 write_new(&target, &bytes)?;
-                Ok(CapturedState { kind, file, format, size: bytes.len() as u64, sha256: Digest::of(&bytes) })
+                Ok(CapturedState { kind, file, format, content: Content::of(&bytes) })
             });
             captured.collect()
         })
@@ -177,7 +177,7 @@ async fn prepare_flash(
     parent: Option<&Parent>,
 ) -> Result<Option<Flash>> {
     let inherited = parent.and_then(|parent| Some((parent, parent.variables(spec.firmware)?)));
-    let format = inherited.map(|(_, state)| (state.format.as_str(), state.size));
+    let format = inherited.and_then(|(_, state)| Some((state.format.as_str(), state.content.size?)));
     let Some(uefi) = choose(storage.host(), spec, format)? else { return Ok(None) };
     storage.note_version("firmware", uefi.version()?);
     let content = match inherited {

@@ -41,8 +41,7 @@ impl Parent {
     /// `InvalidImage` when the file was changed since; file errors.
     pub fn read(&self, state: &CapturedState) -> Result<Vec<u8>> {
         let progress = Progress::none();
-        let path =
-            self.store.captured_file(&self.module, &state.file, state.size, &state.sha256, &progress)?;
+        let path = self.store.captured_file(&self.module, &state.file, &state.content, &progress)?;
         fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))
     }
 }

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{BoxedStream, Exit, Machine, MachineSpec, Progress, SerialLog, Stop},
+    content::Content,
     module::{CapturedDisk, CapturedState},
 };
 use rudder_local::{
@@ -433,8 +434,7 @@ impl Machine for QemuMachine {
             file,
             format: "qcow2".to_owned(),
             virtual_size: captured.virtual_size,
-            size: captured.size,
-            sha256: captured.sha256,
+            content: Content::of_bytes(captured.size, captured.sha256),
         })
     }
 

@@ -180,7 +180,7 @@ async fn what_was_written_is_captured_and_published() {
     assert_eq!(machine.capture("disk9", &progress).await.unwrap_err().kind(), ErrorKind::NotFound);
     let whole = ProgressEvent::Bytes { task: "verify disk1".to_owned(), done: 5 << 20, total: Some(5 << 20) };
     assert_eq!(heard.lock().unwrap().last(), Some(&whole));
-    assert!(disks.iter().all(|disk| disk.virtual_size == 64 << 20 && disk.size < 1 << 20));
+    assert!(disks.iter().all(|disk| disk.virtual_size == 64 << 20 && disk.content.size.unwrap() < 1 << 20));
 
     let mut template = TemplateMachine::new("web", 1, 64 << 20);
     template.disks = disks;

@@ -41,7 +41,8 @@ impl Lock {
     /// Checks an input against what the record says of the same URL, or of the same role when its URL is new.
     ///
     /// # Errors
-    /// `ChecksumMismatch` when the bytes differ, `InvalidInput` when the record knows nothing of it.
+    /// `ChecksumMismatch` when the content differs, `InvalidInput` when the record knows nothing of it, `Unsupported` when it is
+    /// not known what came now or then.
     pub(super) fn check(&self, input: &InputRecord) -> Result<()> {
         let known = |same: fn(&InputRecord, &InputRecord) -> bool| {
             self.inputs.iter().filter(move |known| same(known, input)).collect::<Vec<_>>()
@@ -50,24 +51,31 @@ impl Lock {
         if records.is_empty() {
             records = known(|known, input| known.role == input.role);
         }
-        if records.iter().any(|known| known.sha256 == input.sha256) {
+        let content = &input.content.id;
+        if content.is_some() && records.iter().any(|known| known.content.id == *content) {
             return Ok(());
         }
-        let error = match records.first() {
-            Some(known) => Error::new(
-                ErrorKind::ChecksumMismatch,
-                format!(
-                    "expected the {} as in {} (sha256 {}), but found other bytes (sha256 {})",
-                    input.role, self.name, known.sha256, input.sha256
-                ),
-            ),
-            None => Error::new(
+        let (role, name) = (&input.role, &self.name);
+        let error = match (records.first().map(|known| &known.content.id), content) {
+            (None, _) => Error::new(
                 ErrorKind::InvalidInput,
-                format!(
-                    "expected only inputs of {}, but found the {}, which it does not record",
-                    self.name, input.role
-                ),
+                format!("expected only inputs of {name}, but found the {role}, which it does not record"),
             ),
+            (Some(Some(then)), Some(now)) => Error::new(
+                ErrorKind::ChecksumMismatch,
+                format!("expected the {role} as in {name} ({then}), but found other bytes ({now})"),
+            ),
+            (Some(then), now) => {
+                let when = if now.is_none() { "came now" } else { "came then" };
+                let known = now.as_ref().or(then.as_ref());
+                let known = known.map_or("neither is known".to_owned(), |known| format!("known is {known}"));
+                let message = format!(
+                    "expected the {role} as in {name}, but it is not known which bytes {when} ({known})"
+                );
+                let help = "give it a `checksum`, or build without `locked`: this backend does not tell which bytes it imports";
+                let error = Error::new(ErrorKind::Unsupported, message).with_help(help);
+                return Err(error.with_context("input", &input.url));
+            }
         };
         Err(error
             .with_context("input", &input.url)
@@ -78,15 +86,41 @@ impl Lock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::digest::Digest;
+    use crate::{
+        content::{Content, ContentId},
+        module::InputRole,
+    };
 
     fn input(role: &str, url: &str, bytes: &[u8]) -> InputRecord {
-        InputRecord {
-            role: role.into(),
-            url: url.into(),
-            size: bytes.len() as u64,
-            sha256: Digest::of(bytes),
+        let role = match role.strip_prefix("source of VM ") {
+            Some(vm) => InputRole::source(vm),
+            None => InputRole::File,
+        };
+        InputRecord::new(role, url, Content::of(bytes))
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_vouched_for() {
+        let of = |content| InputRecord::new(InputRole::source("web"), "http://a/x", content);
+        let lock = |content| Lock { inputs: vec![of(content)], name: "module m".into() };
+        let snapshot = || Content::identified(ContentId::Cluster("snapshot-1".to_owned()));
+        assert!(lock(snapshot()).check(&of(snapshot())).is_ok());
+        for (then, now) in [
+            (Content::unknown(), Content::unknown()),
+            (Content::of(b"1"), Content::unknown()),
+            (Content::unknown(), Content::of(b"1")),
+        ] {
+            let refused = lock(then).check(&of(now)).expect_err("unknown");
+            assert_eq!(refused.kind(), ErrorKind::Unsupported);
+            let report = refused.report();
+            assert!(
+                report.contains("input http://a/x: expected the source of VM web as in module m"),
+                "{report}"
+            );
+            assert!(report.contains("not known"), "{report}");
         }
+        let changed = lock(snapshot()).check(&of(Content::of(b"1"))).expect_err("another");
+        assert_eq!(changed.kind(), ErrorKind::ChecksumMismatch);
     }
 
     #[test]
@@ -100,8 +134,8 @@ mod tests {
         assert_eq!(changed.kind(), ErrorKind::ChecksumMismatch);
         assert_eq!(
             changed.report(),
-            "input http://a/x: expected the source of VM web as in module m (sha256 \
-             6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b), but found other bytes (sha256 \
+            "input http://a/x: expected the source of VM web as in module m (sha256:\
+             6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b), but found other bytes (sha256:\
              d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35)\n  help: put the earlier bytes back, or \
              build without `locked` to accept the new ones"
         );

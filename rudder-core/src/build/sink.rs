@@ -267,7 +267,7 @@ impl Sink {
 
     /// An input record without secrets.
     pub(super) fn masked_input(&self, input: InputRecord) -> InputRecord {
-        InputRecord { role: self.mask(&input.role), url: self.mask(&input.url), ..input }
+        InputRecord { url: self.mask(&input.url), ..input }
     }
 
     /// A failure report without secrets.

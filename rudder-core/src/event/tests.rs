@@ -1,14 +1,14 @@
 //! Events as people and programs read them.
 #![allow(clippy::unwrap_used)]
 use super::*;
-use crate::visible::is_hidden;
+use crate::{content::Content, module::InputRole, visible::is_hidden};
 use proptest::prelude::*;
 
 /// Every kind of event that holds a text, with this text wherever one can be.
 fn events(text: &str) -> Vec<EventKind> {
     let text = || text.to_owned();
     let sha256 = crate::digest::Digest::of(b"");
-    let input = InputRecord { role: text(), url: text(), size: 1, sha256 };
+    let input = InputRecord::new(InputRole::source(text()), text(), Content::of_bytes(1, sha256));
     let report = FailureReport {
         message: text(),
         exit: Some(ExitStatus::Signal(text())),

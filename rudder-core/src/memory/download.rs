@@ -6,9 +6,10 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
+    content::Content,
     digest::Digest,
     fetch::{Fetch, FetchRequest, Fetched},
-    module::InputRecord,
+    module::{InputRecord, InputRole},
     plan::PlannedUrl,
     progress::Progress,
     secret::public_url,
@@ -56,7 +57,7 @@ impl Shared {
     pub(super) async fn download(
         &self,
         url: &PlannedUrl,
-        role: &str,
+        role: InputRole,
         progress: &Progress,
     ) -> Result<(Vec<u8>, InputRecord)> {
         let mut source = self.source(url.url.as_str());
@@ -74,7 +75,7 @@ impl Shared {
             .contents
             .unwrap_or_else(|| format!("invented for {}\n", public_url(&url.url)).into_bytes());
         let size = bytes.len() as u64;
-        Ok((bytes, InputRecord { role: role.to_owned(), url: public_url(&url.url), size, sha256 }))
+        Ok((bytes, InputRecord::new(role, public_url(&url.url), Content::of_bytes(size, sha256))))
     }
 }
 
@@ -86,7 +87,7 @@ pub(super) struct MemoryFetcher(pub(super) Arc<Shared>);
 impl Fetch for MemoryFetcher {
     async fn fetch(&self, request: &FetchRequest, progress: &Progress) -> Result<Fetched> {
         self.0.check(Operation::Fetch)?;
-        let (bytes, input) = self.0.download(&request.url, "file", progress).await?;
+        let (bytes, input) = self.0.download(&request.url, InputRole::File, progress).await?;
         let write = move || {
             let mut file = tempfile::Builder::new().prefix("rudder-memory-").tempfile()?;
             file.write_all(&bytes)?;

@@ -120,7 +120,7 @@ impl MemoryBackend {
     pub fn read_file(&self, module: &str, vm: &str, path: &str) -> Option<Vec<u8>> {
         let kept = self.shared.module(module)?;
         let machine = kept.module.machines.iter().find(|machine| machine.name == vm)?;
-        let files = kept.disks.get(&machine.disks.first()?.sha256)?;
+        let files = kept.disks.get(&machine.disks.first()?.file)?;
         files.read(path).map(<[u8]>::to_vec)
     }
 }

@@ -14,9 +14,9 @@ use crate::{
         Exit, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft,
         Progress, Retention, Served, Site, Volume, VolumeKind,
     },
-    digest::Digest,
+    content::Content,
     media::http::{self, Admission, Server},
-    module::{InputRecord, Module},
+    module::{CapturedDisk, InputRecord, InputRole, Module},
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
     secret::public_url,
 };
@@ -51,7 +51,7 @@ pub(super) struct LabCore {
 #[derive(Debug, Default)]
 struct LabState {
     machines: Vec<Arc<MachineCore>>,
-    captured: HashMap<Digest, Arc<FileTree>>,
+    captured: HashMap<String, (Content, Arc<FileTree>)>,
     /// Modules that its disks were made of.
     parents: BTreeSet<String>,
     directory: Option<tempfile::TempDir>,
@@ -90,8 +90,8 @@ impl LabCore {
         self.state().parents.contains(module)
     }
 
-    pub(super) fn captured(&self, digest: Digest, files: Arc<FileTree>) {
-        self.state().captured.insert(digest, files);
+    pub(super) fn captured(&self, disk: &CapturedDisk, files: Arc<FileTree>) {
+        self.state().captured.insert(disk.file.clone(), (disk.content.clone(), files));
     }
 
     pub(super) fn check_alive(&self) -> Result<()> {
@@ -155,8 +155,8 @@ impl LabCore {
                 "expected the URL of a CD-ROM, but found another source",
             ));
         };
-        let (bytes, input) = self.shared.download(url, InputRecord::ISO, progress).await?;
-        let (mut files, size) = (FileTree::default(), input.size);
+        let (bytes, input) = self.shared.download(url, InputRole::Iso, progress).await?;
+        let (mut files, size) = (FileTree::default(), bytes.len() as u64);
         files.put(CONTENT, bytes, 0o600);
         Ok(Imported { volume: self.add_volume(request, files, size), input: Some(input) })
     }
@@ -177,15 +177,11 @@ impl LabCore {
         };
         let disk =
             disk.ok_or_else(|| missing(format!("expected VM {vm} to have the disk, but it has not")))?;
-        let files = kept.disks.get(&disk.sha256).map(|files| (**files).clone()).unwrap_or_default();
+        let files = kept.disks.get(&disk.file).map(|files| (**files).clone()).unwrap_or_default();
         self.state().parents.insert(name.clone());
         let virtual_size = large_enough(request, disk.virtual_size)?;
-        let input = InputRecord {
-            role: format!("source of VM {}", request.machine),
-            url: format!("module {name}/{vm}"),
-            size: disk.size,
-            sha256: disk.sha256,
-        };
+        let role = InputRole::source(&request.machine);
+        let input = InputRecord::new(role, format!("module {name}/{vm}"), disk.content.clone());
         Ok(Imported { volume: self.add_volume(request, files, virtual_size), input: Some(input) })
     }
 
@@ -202,12 +198,12 @@ impl LabCore {
         for (path, content) in &source.files {
             files.put(path, content.clone(), 0o644);
         }
-        let input = InputRecord {
-            role: format!("source of VM {}", request.machine),
-            url: public_url(&url.url),
-            size: source.served,
-            sha256,
+        let role = InputRole::source(&request.machine);
+        let content = match self.shared.is_remote() {
+            true => Content::unknown(),
+            false => Content::of_bytes(source.served, sha256),
         };
+        let input = InputRecord::new(role, public_url(&url.url), content);
         Ok(Imported { volume: self.add_volume(request, files, virtual_size), input: Some(input) })
     }
 }
@@ -259,6 +255,7 @@ impl Lab for MemoryLab {
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
         self.core.shared.check(Operation::Import)?;
         self.core.check_alive()?;
+        let progress = &self.core.shared.as_told(progress);
         let imported = match &request.source {
             _ if request.kind == VolumeKind::Cdrom => self.core.import_cdrom(request, progress).await,
             PlannedSource::Url(url) => self.core.import_url(request, url, progress).await,
@@ -330,14 +327,15 @@ impl Lab for MemoryLab {
         self.core.check_alive()?;
         let mut disks = HashMap::new();
         for (machine, disk) in draft.machines.iter().flat_map(|m| m.disks.iter().map(move |disk| (m, disk))) {
-            let files = self.core.state().captured.get(&disk.sha256).cloned().ok_or_else(|| {
+            let known = self.core.state().captured.get(&disk.file).cloned();
+            let (_, files) = known.filter(|(content, _)| *content == disk.content).ok_or_else(|| {
                 let message = format!(
                     "expected disk {} of VM {} to have been captured, but it was not",
                     disk.name, machine.name
                 );
                 Error::new(ErrorKind::InvalidInput, message)
             })?;
-            disks.insert(disk.sha256, files);
+            disks.insert(disk.file.clone(), files);
         }
         let digest = Module::content_digest(&draft.name, &draft.machines, &draft.network)?;
         let module = draft.into_module(digest);
@@ -357,7 +355,7 @@ impl Lab for MemoryLab {
     }
 
     fn directory(&self) -> Option<std::path::PathBuf> {
-        self.core.scratch().ok()
+        if self.core.shared.is_remote() { None } else { self.core.scratch().ok() }
     }
 
     async fn destroy(&self) -> Result<()> {

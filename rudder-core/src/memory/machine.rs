@@ -18,6 +18,7 @@ use crate::{
     Error, ErrorKind, Result,
     backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, SerialLog, SerialRecord, Stop},
     capability::Capability,
+    content::{Content, ContentId},
     digest::Digest,
     module::{CapturedDisk, CapturedState},
 };
@@ -411,19 +412,25 @@ impl Machine for MemoryMachine {
             Error::new(ErrorKind::Internal, "cannot write a disk down").with_source(error)
         })?;
         let (sha256, size) = (Digest::of(&bytes), bytes.len() as u64);
+        let file = format!("{sha256}.json");
+        let content = match self.core.shared.is_remote() {
+            true => Content::identified(ContentId::Cluster(file.clone())),
+            false => Content::of_bytes(size, sha256),
+        };
         let task = format!("convert {disk}");
-        progress.bytes(&task, 0, Some(size));
-        progress.bytes(&task, size, Some(size));
-        self.lab.captured(sha256, Arc::new(files));
-        Ok(CapturedDisk {
+        let total = content.size;
+        progress.bytes(&task, 0, total);
+        progress.bytes(&task, size, total);
+        let captured = CapturedDisk {
             name: disk.to_owned(),
             bus: spec.bus,
-            file: format!("{sha256}.json"),
+            file,
             format: "memory".into(),
             virtual_size: spec.volume.virtual_size,
-            size,
-            sha256,
-        })
+            content,
+        };
+        self.lab.captured(&captured, Arc::new(files));
+        Ok(captured)
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {

@@ -74,7 +74,10 @@ pub use script::{Fault, Guest, Operation, Silence, Source};
 
 use crate::{
     Error, ErrorKind, Result,
-    backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, ReapReport},
+    backend::{
+        Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, Progress, ProgressEvent,
+        ReapReport,
+    },
     capability::{Capabilities, Capability},
     fetch::Fetch,
     module::{DamagedModule, Module},
@@ -119,6 +122,8 @@ struct Script {
     /// What machines were asked to run, by machine.
     executions: HashMap<String, Vec<Execution>>,
     root: Option<PathBuf>,
+    /// Whether it is like a backend that shares nothing with this host.
+    remote: bool,
 }
 
 #[derive(Debug, Default)]
@@ -203,6 +208,16 @@ impl MemoryBackend {
         self
     }
 
+    /// Like a backend that shares nothing with this host, as a cluster: labs have no directory, imports tell neither how large
+    /// they are nor what came, and captured disks are identified by names that mean something to this backend alone. It is called
+    /// `memory-remote`.
+    #[must_use]
+    pub fn remote(mut self) -> Self {
+        self.shared.script().remote = true;
+        self.capabilities = Capabilities::new("memory-remote", self.capabilities.iter());
+        self
+    }
+
     /// Scripts what stands behind a URL.
     #[must_use]
     pub fn source(self, url: impl Into<String>, script: impl FnOnce(Source) -> Source) -> Self {
@@ -258,6 +273,22 @@ impl Shared {
     }
 
     /// Fails when a test wants this operation to fail now.
+    fn is_remote(&self) -> bool {
+        self.script().remote
+    }
+
+    /// Progress as this backend tells it: elsewhere, nobody knows how much there is.
+    fn as_told(&self, progress: &Progress) -> Progress {
+        let progress = progress.clone();
+        match self.is_remote() {
+            false => progress,
+            true => Progress::new(move |event| match event {
+                ProgressEvent::Bytes { task, done, .. } => progress.bytes(&task, done, None),
+                ProgressEvent::Notice(message) => progress.notice(message),
+            }),
+        }
+    }
+
     fn check(&self, operation: Operation) -> Result<()> {
         let script = self.script();
         let due = |(of, fault): &&(Operation, Fault)| *of == operation && fault.budget.take();
@@ -332,7 +363,7 @@ impl Shared {
 #[async_trait]
 impl Backend for MemoryBackend {
     fn name(&self) -> &str {
-        "memory"
+        &self.capabilities.of
     }
 
     fn capabilities(&self) -> &Capabilities {

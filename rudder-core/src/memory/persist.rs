@@ -26,7 +26,8 @@ const RECORD: &str = "module.json";
 #[derive(Debug, Clone)]
 pub(super) struct Kept {
     pub(super) module: Module,
-    pub(super) disks: HashMap<Digest, Arc<FileTree>>,
+    /// Its disks, by the names of their files.
+    pub(super) disks: HashMap<String, Arc<FileTree>>,
 }
 
 /// The modules in a directory.
@@ -45,14 +46,14 @@ pub(super) fn save(root: &Path, kept: &mut Kept) -> Result<()> {
     let directory = directory(root, &kept.module.name);
     make_directory(&root.join(TOP))?;
     make_directory(&directory)?;
-    for (digest, files) in &kept.disks {
-        replace_file(&directory.join(format!("{digest}.json")), &json(files)?)?;
+    for (file, files) in &kept.disks {
+        replace_file(&directory.join(file), &json(files)?)?;
     }
     let record = directory.join(RECORD);
     replace_file(&record, kept.module.to_record()?.as_bytes())?;
     kept.module.path = Some(record);
     // What the module of this name had before is of no use to anyone now.
-    remove_disks(&directory, |digest| !kept.disks.contains_key(digest))
+    remove_disks(&directory, |file| !kept.disks.contains_key(file))
 }
 
 /// Reads all modules.
@@ -87,14 +88,13 @@ fn load_one(directory: &Path, record: &Path, name: &str) -> Result<Kept> {
     for disk in module.machines.iter().flat_map(|machine| &machine.disks) {
         let path = directory.join(&disk.file);
         let bytes = read(&path)?;
-        if Digest::of(&bytes) != disk.sha256 {
-            let message =
-                format!("expected {} to have sha256 {}, but it has not", path.display(), disk.sha256);
+        if disk.content.sha256().is_some_and(|promised| promised != Digest::of(&bytes)) {
+            let message = format!("expected {} to be {}, but it is not", path.display(), disk.content);
             return Err(Error::new(ErrorKind::ChecksumMismatch, message).with_help(Module::REPAIR));
         }
         let files: FileTree = serde_json::from_slice(&bytes)
             .map_err(|error| Module::damaged(&path, "it is no disk").with_source(error))?;
-        disks.insert(disk.sha256, Arc::new(files));
+        disks.insert(disk.file.clone(), Arc::new(files));
     }
     module.path = Some(record.to_owned());
     Ok(Kept { module, disks })
@@ -112,12 +112,12 @@ pub(super) fn remove(root: &Path, name: &str) -> Result<()> {
 }
 
 /// Removes the disks in a directory of which this is true.
-fn remove_disks(directory: &Path, unwanted: impl Fn(&Digest) -> bool) -> Result<()> {
+fn remove_disks(directory: &Path, unwanted: impl Fn(&str) -> bool) -> Result<()> {
     for path in entries(directory)? {
         let is_file = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let digest = name.strip_suffix(".json").and_then(|stem| stem.parse().ok());
-        if is_file && digest.is_some_and(|digest| unwanted(&digest)) {
+        let is_disk = name.strip_suffix(".json").is_some_and(|stem| stem.parse::<Digest>().is_ok());
+        if is_file && is_disk && unwanted(name) {
             remove_file(&path)?;
         }
     }

@@ -386,7 +386,10 @@ async fn fetched_files_are_gone_once_nobody_holds_them() {
     let backend = MemoryBackend::new().source(url.as_str(), |source| source.contents("bytes"));
     let wanted = PlannedUrl { url, sha256: Some(Digest::of(b"bytes")) };
     let fetched = backend.fetcher().fetch(&FetchRequest::new(wanted), &Progress::none()).await.unwrap();
-    assert_eq!((std::fs::read(&fetched.path).unwrap(), fetched.input.size), (b"bytes".to_vec(), 5));
+    assert_eq!(
+        (std::fs::read(&fetched.path).unwrap(), fetched.input.content.size),
+        (b"bytes".to_vec(), Some(5))
+    );
     let path = fetched.path.clone();
     drop(fetched);
     assert!(!path.exists());

@@ -17,7 +17,7 @@ use std::path::Path;
 /// Modules and their record, `module.json`.
 impl Module {
     /// The version of the record's format that is written, and the latest that is read.
-    pub const FORMAT: u32 = 1;
+    pub const FORMAT: u32 = 2;
 
     /// Reads a record; `path` is its place, for messages.
     ///

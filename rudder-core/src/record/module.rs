@@ -1,13 +1,14 @@
-//! `module.json`, format 1.
+//! `module.json`, formats 1 and 2. Format 2 has content that is not identified by sha256, or whose size is not known.
 //!
 //! Conversions name every field, so that a field added on one side does not compile before it was decided what the other side
 //! does with it.
 
 use crate::{
+    content::{Content, ContentId},
     digest::Digest,
     hardware::{Bus, Firmware, NicModel},
     module::{
-        CapturedDisk, CapturedState, InputRecord, Module, Provenance, StateKind, TemplateMachine,
+        CapturedDisk, CapturedState, InputRecord, InputRole, Module, Provenance, StateKind, TemplateMachine,
         TemplateNetwork, TemplateNic, TemplateSubnet, TemplateVpc, Timing,
     },
     units::{Cidr, MacAddress, is_name},
@@ -70,8 +71,8 @@ struct DiskRecord {
     file: String,
     format: String,
     virtual_size: u64,
-    size: u64,
-    sha256: Digest,
+    #[serde(flatten)]
+    content: ContentRecord,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -79,8 +80,45 @@ struct StateRecord {
     kind: StateKindRecord,
     file: String,
     format: String,
-    size: u64,
-    sha256: Digest,
+    #[serde(flatten)]
+    content: ContentRecord,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum ContentRecord {
+    /// All that format 1 has.
+    Verifiable { size: u64, sha256: Digest },
+    /// Since format 2.
+    Other {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size: Option<u64>,
+        content: Option<ContentId>,
+    },
+}
+
+impl ContentRecord {
+    fn is_of_format_1(&self) -> bool {
+        matches!(self, Self::Verifiable { .. })
+    }
+}
+
+impl From<Content> for ContentRecord {
+    fn from(content: Content) -> Self {
+        match content.verifiable() {
+            Some((size, sha256)) => Self::Verifiable { size, sha256 },
+            None => Self::Other { size: content.size, content: content.id },
+        }
+    }
+}
+
+impl From<ContentRecord> for Content {
+    fn from(record: ContentRecord) -> Self {
+        match record {
+            ContentRecord::Verifiable { size, sha256 } => Self::of_bytes(size, sha256),
+            ContentRecord::Other { size, content } => Self { size, id: content },
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -128,10 +166,38 @@ struct ProvenanceRecord {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct InputEntry {
-    role: String,
+    role: RoleRecord,
     url: String,
-    size: u64,
-    sha256: Digest,
+    #[serde(flatten)]
+    content: ContentRecord,
+}
+
+/// A role as text: `source of VM NAME`, `ISO`, `file`. What else earlier versions wrote are files.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+struct RoleRecord(String);
+
+/// Begins the role of a VM's source.
+const SOURCE_OF: &str = "source of VM ";
+
+impl From<InputRole> for RoleRecord {
+    fn from(role: InputRole) -> Self {
+        Self(match role {
+            InputRole::Source { vm } => format!("{SOURCE_OF}{vm}"),
+            InputRole::File => "file".to_owned(),
+            InputRole::Iso => "ISO".to_owned(),
+        })
+    }
+}
+
+impl From<RoleRecord> for InputRole {
+    fn from(RoleRecord(text): RoleRecord) -> Self {
+        match text.strip_prefix(SOURCE_OF) {
+            Some(vm) => Self::source(vm),
+            None if text == "ISO" => Self::Iso,
+            None => Self::File,
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -156,15 +222,14 @@ impl From<Module> for ModuleRecord {
     fn from(module: Module) -> Self {
         // Where the record is, is not part of it.
         let Module { name, digest, created, machines, network, provenance, path: _ } = module;
-        Self {
-            format: Module::FORMAT,
-            name,
-            digest,
-            created,
-            machines: machines.into_iter().map(Into::into).collect(),
-            network: network.into(),
-            provenance: provenance.into(),
-        }
+        let machines: Vec<MachineRecord> = machines.into_iter().map(Into::into).collect();
+        let (network, provenance): (_, ProvenanceRecord) = (network.into(), provenance.into());
+        let disks = machines.iter().flat_map(|machine| &machine.disks).map(|disk| &disk.content);
+        let state = machines.iter().flat_map(|machine| &machine.state).map(|state| &state.content);
+        let inputs = provenance.inputs.iter().map(|input| &input.content);
+        // As early a format as there is: earlier versions can then read it.
+        let format = if disks.chain(state).chain(inputs).all(ContentRecord::is_of_format_1) { 1 } else { 2 };
+        Self { format, name, digest, created, machines, network, provenance }
     }
 }
 
@@ -238,13 +303,13 @@ both_ways!(MachineRecord = TemplateMachine {
     name, cpus, memory, firmware, tpm, invisible; each nics, disks, state
 });
 both_ways!(NicRecord = TemplateNic { name, subnet, slot, slot_pinned, ip, mac, model });
-both_ways!(DiskRecord = CapturedDisk { name, bus, file, format, virtual_size, size, sha256 });
-both_ways!(StateRecord = CapturedState { file, format, size, sha256; into kind });
+both_ways!(DiskRecord = CapturedDisk { name, bus, file, format, virtual_size; into content });
+both_ways!(StateRecord = CapturedState { file, format; into kind, content });
 both_ways!(NetworkRecord = TemplateNetwork { declared; each vpcs, subnets });
 both_ways!(VpcRecord = TemplateVpc { name, internet });
 both_ways!(SubnetRecord = TemplateSubnet { name, vpc, cidr, dhcp, dns, unmanaged });
 both_ways!(ProvenanceRecord = Provenance {
     manifest, plan, versions, not_repeatable, warnings; each inputs, timings
 });
-both_ways!(InputEntry = InputRecord { role, url, size, sha256 });
+both_ways!(InputEntry = InputRecord { url; into role, content });
 both_ways!(TimingRecord = Timing { vm, phase, millis });

@@ -86,7 +86,7 @@ async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: 
     let machine = parent_lab.create_machine(&spec).await.during("create a machine")?;
     let state_of_parent = state(&*machine).await?;
     ensure!(
-        state_of_parent.iter().any(|state| state.kind == kind && state.size > 0),
+        state_of_parent.iter().any(|state| state.kind == kind && state.content.size != Some(0)),
         "expected {} to be captured, but found {state_of_parent:?}",
         kind.name()
     );
@@ -96,7 +96,8 @@ async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: 
     parent_lab.destroy().await.during("destroy the lab")?;
     let published = &module.machines[0];
     same(&(published.firmware, published.tpm), &(firmware, tpm), "the firmware and TPM of the module")?;
-    let digests = |state: &[CapturedState]| state.iter().map(|state| state.sha256).collect::<Vec<_>>();
+    let digests =
+        |state: &[CapturedState]| state.iter().map(|state| state.content.clone()).collect::<Vec<_>>();
     same(&digests(&published.state), &digests(&state_of_parent), "the state of the module")?;
     whole(&module).await?;
 

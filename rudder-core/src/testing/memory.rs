@@ -47,6 +47,12 @@ impl MemoryAdapter {
         Self::default()
     }
 
+    /// A fresh backend that is [like one elsewhere](MemoryBackend::remote).
+    #[must_use]
+    pub fn remote() -> Self {
+        Self { backend: Self::default().backend.remote() }
+    }
+
     /// The backend.
     #[must_use]
     pub fn memory(&self) -> &MemoryBackend {

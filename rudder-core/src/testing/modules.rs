@@ -10,6 +10,7 @@ use crate::{
     Error, ErrorKind,
     backend::{Exit, ImportRequest, Lab, Machine, MachineDisk, ModuleDraft, Progress, Stop},
     capability::Capability,
+    content::Content,
     digest::Digest,
     hardware::{Bus, Firmware},
     module::{CapturedDisk, Module, Provenance, TemplateMachine},
@@ -68,16 +69,15 @@ pub(super) async fn whole(module: &Module) -> Verdict {
     let Some(record) = &module.path else { return Ok(()) };
     let directory = record.parent().unwrap_or(record);
     let disks = module.machines.iter().flat_map(|machine| &machine.disks);
-    let disks = disks.map(|disk| (&disk.file, disk.size, disk.sha256));
+    let disks = disks.map(|disk| (&disk.file, &disk.content));
     let state = module.machines.iter().flat_map(|machine| &machine.state);
-    let state = state.map(|state| (&state.file, state.size, state.sha256));
-    for (file, size, sha256) in disks.chain(state) {
+    let state = state.map(|state| (&state.file, &state.content));
+    for (file, content) in disks.chain(state) {
         let path = directory.join(file);
         let bytes = tokio::fs::read(&path).await;
         let bytes =
             bytes.map_err(|error| Error::io(format!("read {} of a module", path.display()), error))?;
-        same(&(bytes.len() as u64), &size, "the size of a module's file")?;
-        same(&Digest::of(&bytes), &sha256, "the digest of a module's file")?;
+        same(&Content::of(&bytes), content, "the content of a module's file")?;
     }
     Ok(())
 }
@@ -95,7 +95,10 @@ pub async fn a_capture_says_what_it_is(rig: &Rig) -> Verdict {
         same(&disk.name.as_str(), &"root", "the name of a captured disk")?;
         same(&disk.bus, &spec.disks[0].bus, "the bus of a captured disk")?;
         same(&disk.virtual_size, &BLANK, "the size of a captured disk")?;
-        ensure!(disk.size > 0 && !disk.format.is_empty(), "expected a file of a format, but found {disk:?}");
+        ensure!(
+            disk.content.id.is_some() && disk.content.size != Some(0) && !disk.format.is_empty(),
+            "expected an identity and a format, but found {disk:?}"
+        );
         ensure!(heard.check()?, "expected to be told how far a capture is, but nothing was told");
     }
     machine.start().await.during("start a machine whose disk was captured")?;
@@ -120,7 +123,7 @@ pub async fn a_module_is_published_seen_and_removed(rig: &Rig) -> Verdict {
         same(&modules[0].provenance, &wanted.provenance, "the provenance of the module")?;
         let machine = &modules[0].machines[0];
         same(&machine.name, &wanted.machines[0].name, "the VM of the module")?;
-        same(&machine.disks[0].sha256, &wanted.machines[0].disks[0].sha256, "its disk's digest")?;
+        same(&machine.disks[0].content, &wanted.machines[0].disks[0].content, "its disk's content")?;
         whole(&modules[0]).await?;
     }
     another.remove_module("base").await.during("remove a module")?;
@@ -184,7 +187,7 @@ pub async fn a_disk_that_was_not_captured_is_not_published(rig: &Rig) -> Verdict
     let machine = halted(rig, &*lab, "web").await?;
     let mut disk = captured(&*machine).await?;
     disk.file = "no-such-file".to_owned();
-    disk.sha256 = Digest::of(b"invented");
+    disk.content = Content::of(b"invented");
     let published = lab.publish(draft("invented", vec![template("web", vec![disk])])).await;
     fails(published, "publish a disk that was not captured")?;
     let modules = rig.backend().modules().await.during("list modules")?;
@@ -203,7 +206,7 @@ pub async fn a_module_stays_when_its_successor_cannot_be_published(rig: &Rig) ->
     let mut invented = disk.clone();
     invented.name = "data".to_owned();
     invented.file = "no-such-file".to_owned();
-    invented.sha256 = Digest::of(b"invented");
+    invented.content = Content::of(b"invented");
     let published = lab.publish(draft("base", vec![template("db", vec![disk, invented])])).await;
     fails(published, "publish a disk that was not captured over a module")?;
     let modules = rig.backend().modules().await.during("list modules")?;
@@ -296,7 +299,7 @@ pub async fn what_a_guest_wrote_is_captured_and_inherited(rig: &Rig) -> Verdict 
         disks.push(disk.during(&format!("capture disk {name}"))?);
     }
     ensure!(
-        disks[0].sha256 != first.sha256,
+        disks[0].content != first.content,
         "expected another digest of a disk that was written to, but found that of the first capture"
     );
     let wanted = draft("written", vec![template("web", disks)]);

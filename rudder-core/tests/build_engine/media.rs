@@ -7,7 +7,7 @@ use rudder_core::{
     event::{Event, EventKind},
     media::floppy,
     memory::{MemoryBackend, Response},
-    module::InputRecord,
+    module::InputRole,
 };
 use serde_json::{Value, json};
 use std::{
@@ -137,11 +137,8 @@ async fn cd_roms_and_floppies_are_there_when_a_machine_is_defined() {
         .source("http://files.test/driver.sys", |source| source.contents("a driver"));
     let ended = build(&backend, installing()).await;
     let inputs = &ended.module().provenance.inputs;
-    let isos: Vec<&str> = inputs
-        .iter()
-        .filter(|input| input.role == InputRecord::ISO)
-        .map(|input| input.url.as_str())
-        .collect();
+    let isos: Vec<&str> =
+        inputs.iter().filter(|input| input.role == InputRole::Iso).map(|input| input.url.as_str()).collect();
     assert_eq!(isos, ["http://files.test/drivers.iso", "http://files.test/os.iso"], "each is fetched once");
     let spec = |name: &str| ended.specs.iter().find(|spec| spec.name == name).unwrap();
     let (a, b) = (spec("a"), spec("b"));

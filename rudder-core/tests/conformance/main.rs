@@ -25,6 +25,14 @@ async fn the_memory_backend_keeps_the_contract() {
     report.assert_documented(&page());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_without_paths_sizes_and_digests_keeps_the_contract() {
+    let report = run(Arc::new(MemoryAdapter::remote()), &Options::new()).await;
+    println!("{report}");
+    report.assert_passed();
+    report.assert_documented(&page());
+}
+
 /// Each way of being wrong, and the checks that must find it.
 #[rustfmt::skip]
 const FOUND_BY: &[(Wrong, &[&str])] = &[

@@ -10,7 +10,7 @@ use super::{
     part::Origin,
     record,
 };
-use rudder_core::{Result, backend::ReapReport, digest::Digest, module::InputRecord};
+use rudder_core::{Result, backend::ReapReport, digest::Digest, module::InputRole};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::HashSet,
@@ -165,14 +165,15 @@ impl Store {
     fn blobs_of_modules(&self) -> Result<(HashSet<Digest>, Vec<String>)> {
         let (mut needed, mut damaged) = (HashSet::new(), Vec::new());
         for module in self.modules()? {
-            for input in module.provenance.inputs.into_iter().filter(|input| input.role != InputRecord::ISO) {
-                needed.insert(input.sha256);
-                if let Some(image) = self.image_record(&input.sha256)? {
+            let inputs = module.provenance.inputs.iter().filter(|input| input.role != InputRole::Iso);
+            for sha256 in inputs.filter_map(|input| input.content.sha256()) {
+                needed.insert(sha256);
+                if let Some(image) = self.image_record(&sha256)? {
                     needed.insert(image.stored);
-                } else if record::is_damaged::<ImageRecord>(&self.image_record_path(&input.sha256))? {
+                } else if record::is_damaged::<ImageRecord>(&self.image_record_path(&sha256))? {
                     damaged.push(format!(
                         "cached files: {} is damaged; build module {} again to renew it",
-                        self.image_record_path(&input.sha256).display(),
+                        self.image_record_path(&sha256).display(),
                         module.name
                     ));
                 }

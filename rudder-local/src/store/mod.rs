@@ -64,9 +64,10 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::Progress,
+    content::Content,
     digest::Digest,
     fetch::{Fetch, FetchRequest, Fetched},
-    module::InputRecord,
+    module::{InputRecord, InputRole},
     plan::PlannedUrl,
 };
 use serde::{Deserialize, Serialize};
@@ -172,7 +173,7 @@ pub struct StoredImage {
     pub virtual_size: u64,
     /// sha256 of the file: of the unpacked image, where it came packed.
     pub digest: Digest,
-    /// What was asked for and what came, for the provenance. `role` is "image": the caller knows better.
+    /// What was asked for and what came, for the provenance. Its role is that of a file: the caller knows better.
     pub input: InputRecord,
     /// Keeps it from being collected until it is dropped; give it to [`LabDir::hold`].
     pub lease: Lease,
@@ -184,7 +185,9 @@ pub struct StoredImage {
 pub struct StoredFile {
     /// The file.
     pub path: PathBuf,
-    /// What was asked for and what came, for the provenance. `role` is "file": the caller knows better.
+    /// How many bytes it has.
+    pub size: u64,
+    /// What was asked for and what came, for the provenance. Its role is that of a file: the caller knows better.
     pub input: InputRecord,
     /// Keeps it from being collected until it is dropped; give it to [`LabDir::hold`].
     pub lease: Lease,
@@ -310,7 +313,7 @@ impl Store {
             format: image.format,
             virtual_size: image.virtual_size,
             digest: image.stored,
-            input: input("image", url, got.size, got.served),
+            input: input(url, got.size, got.served),
             lease: got.lease,
         })
     }
@@ -323,7 +326,8 @@ impl Store {
         let got = self.obtain(url, Wanted::File, progress).await.map_err(|error| about(url, error))?;
         Ok(StoredFile {
             path: self.blob_path(&got.served),
-            input: input("file", url, got.size, got.served),
+            size: got.size,
+            input: input(url, got.size, got.served),
             lease: got.lease,
         })
     }
@@ -448,8 +452,8 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     }
 }
 
-fn input(role: &str, url: &PlannedUrl, size: u64, sha256: Digest) -> InputRecord {
-    InputRecord { role: role.to_owned(), url: masked(&url.url), size, sha256 }
+fn input(url: &PlannedUrl, size: u64, sha256: Digest) -> InputRecord {
+    InputRecord::new(InputRole::File, masked(&url.url), Content::of_bytes(size, sha256))
 }
 
 fn about(url: &PlannedUrl, error: Error) -> Error {

@@ -3,7 +3,6 @@
 use super::{
     LabDir, Store, durable,
     lock::{FileLock, Mode},
-    verified::captured_files,
     versions::{RECORD, REPLACED},
 };
 use rudder_core::{
@@ -75,8 +74,10 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
         durable::sync_dir(&dir)?;
     }
     // Their digests were computed when they were captured.
-    for (file, _, sha256) in captured_files(&module.machines) {
-        store.note_verified(&target.join(file), sha256);
+    for (file, content) in module.files() {
+        if let Some(sha256) = content.sha256() {
+            store.note_verified(&target.join(file), &sha256);
+        }
     }
     // Where it is not known which version was current, none is known to be replaced.
     if let Ok(Some(earlier)) = store.current(&name)
@@ -98,14 +99,22 @@ fn place_files(lab: &Path, machines: &mut [TemplateMachine]) -> Result<Vec<(Path
     let lab = fs::canonicalize(lab).map_err(|error| durable::io_error("read", lab, error))?;
     let mut files: Vec<(PathBuf, String)> = Vec::new();
     for TemplateMachine { name, disks, state, .. } in machines {
-        let disks = disks.iter_mut().map(|disk| (disk.name.clone(), &disk.format, disk.size, &mut disk.file));
+        let disks =
+            disks.iter_mut().map(|disk| (disk.name.clone(), &disk.format, disk.content.size, &mut disk.file));
         // A dot cannot be part of a name: no disk and no state come to the same file.
         let state = state.iter_mut().map(|state| {
-            (format!("state.{}", state.kind.name()), &state.format, state.size, &mut state.file)
+            (format!("state.{}", state.kind.name()), &state.format, state.content.size, &mut state.file)
         });
         for (what, format, size, file) in disks.chain(state) {
             let placed = format!("{name}.{what}.{format}");
-            let from = captured_file(&lab, file, size)
+            let known = size.ok_or_else(|| {
+                Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("expected the size of {file}, but it is not known"),
+                )
+            });
+            let from = known
+                .and_then(|size| captured_file(&lab, file, size))
                 .and_then(|from| {
                     let plain =
                         units::is_name(name) && what.split('.').all(units::is_name) && units::is_name(format);

@@ -7,8 +7,9 @@ use super::{Store, durable, durable::io_error, record, unpack::CHUNK, unpack::St
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::Progress,
+    content::Content,
     digest::{Digest, Hasher},
-    module::{Module, TemplateMachine},
+    module::Module,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -146,18 +147,17 @@ impl Store {
         &self,
         module: &Module,
         file: &str,
-        size: u64,
-        sha256: &Digest,
+        content: &Content,
         progress: &Progress,
     ) -> Result<PathBuf> {
         let directory = module.path.as_deref().and_then(Path::parent).unwrap_or(Path::new(""));
         let path = directory.join(file);
         let mut parts = Path::new(file).components();
         let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
-        let condition = if plain {
-            self.examine(&path, sha256, Some(size), progress, &Stop::default())?
-        } else {
-            Condition::Damaged("expected a plain file name".to_owned())
+        let condition = match content.verifiable() {
+            _ if !plain => Condition::Damaged("expected a plain file name".to_owned()),
+            None => Condition::Damaged("its size or its sha256 is not recorded".to_owned()),
+            Some((size, sha256)) => self.examine(&path, &sha256, Some(size), progress, &Stop::default())?,
         };
         let why = match condition {
             Condition::Sound => return Ok(path),
@@ -178,8 +178,8 @@ impl Store {
     pub async fn verify_module(&self, module: &Module, progress: &Progress) -> Result<()> {
         let (store, module, progress) = (self.clone(), module.clone(), progress.clone());
         super::blocking(move || {
-            for (file, size, sha256) in captured_files(&module.machines) {
-                store.captured_file(&module, file, size, sha256, &progress)?;
+            for (file, content) in module.files() {
+                store.captured_file(&module, file, content, &progress)?;
             }
             Ok(())
         })
@@ -241,14 +241,6 @@ impl Store {
         }
         Ok(())
     }
-}
-
-/// The files of machines: name, size and digest.
-pub(super) fn captured_files(machines: &[TemplateMachine]) -> impl Iterator<Item = (&str, u64, &Digest)> {
-    machines.iter().flat_map(|machine| {
-        let disks = machine.disks.iter().map(|disk| (&*disk.file, disk.size, &disk.sha256));
-        disks.chain(machine.state.iter().map(|state| (&*state.file, state.size, &state.sha256)))
-    })
 }
 
 /// Why a file was not opened.

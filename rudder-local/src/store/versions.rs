@@ -186,8 +186,12 @@ impl Store {
 
 /// Every file that the record of a version names is there, whole as far as its size says.
 fn expect_files(dir: &Path, module: &Module) -> Result<()> {
-    for (file, size) in module.files() {
+    for (file, content) in module.files() {
         let path = dir.join(file);
+        let Some((size, _)) = content.verifiable() else {
+            let found = format!("it does not say how large {file} is, or which sha256 it has");
+            return Err(Module::damaged(&dir.join(RECORD), &found));
+        };
         let found = match fs::symlink_metadata(&path) {
             Ok(meta) if meta.is_file() && meta.len() == size => continue,
             Ok(meta) if meta.is_file() => format!("{} bytes", meta.len()),

@@ -48,7 +48,10 @@ impl BrokenLab {
         let modules = self.shared.inner.modules().await?;
         let machines = modules.iter().filter(|found| found.name == *module).flat_map(|found| &found.machines);
         let machine = machines.into_iter().find(|machine| machine.name == *vm);
-        Ok(machine.and_then(|machine| machine.state.first()).map(|state| state.sha256).or(Some(fresh)))
+        Ok(machine
+            .and_then(|machine| machine.state.first())
+            .and_then(|state| state.content.sha256())
+            .or(Some(fresh)))
     }
 
     /// Serves to whoever connects.

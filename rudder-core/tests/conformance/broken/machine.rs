@@ -5,6 +5,7 @@ use async_trait::async_trait;
 use rudder_core::{
     ErrorKind, Result,
     backend::{BoxedStream, Death, Exit, Machine, Progress, SerialLog, Stop},
+    content::Content,
     digest::Digest,
     module::{CapturedDisk, CapturedState, StateKind},
 };
@@ -185,7 +186,7 @@ impl Machine for BrokenMachine {
         if self.is(Wrong::CapturesTheFirstDisk) {
             let first = self.inner.capture(&self.disk, &Progress::none()).await?;
             captured.file = first.file;
-            (captured.size, captured.sha256) = (first.size, first.sha256);
+            captured.content = first.content.clone();
         }
         if self.is(Wrong::CapturesOnce) {
             let key = format!("{} {disk}", self.key);
@@ -201,8 +202,7 @@ impl Machine for BrokenMachine {
             kind: StateKind::FirmwareVariables,
             file: format!("{sha256}.variables"),
             format: "memory".to_owned(),
-            size: 1,
-            sha256,
+            content: Content::of_bytes(1, sha256),
         }));
         Ok(captured)
     }

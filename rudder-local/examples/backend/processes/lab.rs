@@ -8,7 +8,7 @@ use rudder_core::{
         ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress,
         Served, Site, Volume,
     },
-    module::{InputRecord, Module},
+    module::{InputRecord, InputRole, Module},
     plan::{PlannedBuildRef, PlannedSource},
 };
 use rudder_local::store::{LabDir, Store};
@@ -84,20 +84,15 @@ impl ProcessesLab {
         let disk = disk.ok_or_else(|| missing("the disk"))?;
         // A disk that was damaged since is never built upon.
         let (store, found, wanted) = (self.store.clone(), module.clone(), disk.clone());
-        let check =
-            move || store.captured_file(&found, &wanted.file, wanted.size, &wanted.sha256, &Progress::none());
+        let check = move || store.captured_file(&found, &wanted.file, &wanted.content, &Progress::none());
         let path = blocking(check).await?;
         let size = request.size.unwrap_or(disk.virtual_size);
         if size < disk.virtual_size {
             let message = format!("expected at least {} bytes, but found {size}", disk.virtual_size);
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        let input = InputRecord {
-            role: format!("source of VM {}", request.machine),
-            url: format!("module {}/{}", parent.module, parent.vm),
-            size: disk.size,
-            sha256: disk.sha256,
-        };
+        let url = format!("module {}/{}", parent.module, parent.vm);
+        let input = InputRecord::new(InputRole::source(&request.machine), url, disk.content.clone());
         let volume = self.volume(Some(path), size).await?;
         Ok(Imported { volume, input: Some(input) })
     }

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, SerialLog, Stop},
+    content::Content,
     digest::Digest,
     module::{CapturedDisk, CapturedState},
 };
@@ -271,8 +272,7 @@ impl Machine for ProcessMachine {
             file,
             format: "raw".to_owned(),
             virtual_size: found.volume.virtual_size,
-            size,
-            sha256,
+            content: Content::of_bytes(size, sha256),
         })
     }
 

@@ -275,7 +275,7 @@ fn disk_of(module: &rudder_core::module::Module) -> PathBuf {
 
 fn check_disk(store: &Store, module: &rudder_core::module::Module) -> Result<PathBuf> {
     let disk = &module.machines[0].disks[0];
-    store.captured_file(module, &disk.file, disk.size, &disk.sha256, &Progress::none())
+    store.captured_file(module, &disk.file, &disk.content, &Progress::none())
 }
 
 #[tokio::test]

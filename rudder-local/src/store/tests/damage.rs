@@ -198,8 +198,8 @@ impl Scene {
                 // Nothing is believed that is not as it was published.
                 assert_eq!(module, self.hurt);
                 assert_eq!(
-                    fs::metadata(self.path(Part::Disk)).unwrap().len(),
-                    self.hurt.machines[0].disks[0].size
+                    Some(fs::metadata(self.path(Part::Disk)).unwrap().len()),
+                    self.hurt.machines[0].disks[0].content.size
                 );
             }
             Err(error) => {

@@ -29,8 +29,7 @@ pub(super) async fn publish_from(
         file: "captured".into(),
         format: "raw".into(),
         virtual_size: content.len() as u64,
-        size: content.len() as u64,
-        sha256: Digest::of(content),
+        content: Content::of(content),
     };
     let mut machine = TemplateMachine::new("web", 1, 1 << 20);
     machine.disks.push(disk);
@@ -46,7 +45,7 @@ fn disk_of(module: &Module) -> PathBuf {
 /// Every file of a module is there, and is what its record says.
 pub(super) fn assert_whole(module: &Module) {
     let content = fs::read(disk_of(module)).unwrap();
-    assert_eq!(Digest::of(&content), module.machines[0].disks[0].sha256);
+    assert_eq!(Some(Digest::of(&content)), module.machines[0].disks[0].content.sha256());
 }
 
 #[tokio::test]
@@ -223,8 +222,7 @@ async fn an_iso_stays_for_its_time_whatever_was_made_of_it() {
     store.keep_cached(&iso.lease, 2 * HOUR).unwrap();
     // Another build that promises less takes nothing back.
     store.keep_cached(&iso.lease, HOUR / 60).unwrap();
-    let inputs = [&iso.input, &other.input]
-        .map(|input| InputRecord { role: InputRecord::ISO.into(), ..input.clone() });
+    let inputs = [&iso.input, &other.input].map(|input| input.clone().with_role(InputRole::Iso));
     publish_from(store, "base", b"x", inputs.into()).await.unwrap();
     drop((iso, other));
 
@@ -255,7 +253,7 @@ async fn how_long_something_is_unused_counts_from_the_end_of_its_use() {
     let store = &fixture.store;
     let url = fixture.write("os.iso", b"iso");
     let iso = store.file(&planned(&url, None), &Progress::none()).await.unwrap();
-    let lock = store.lock_path(&format!("blob-{}", iso.input.sha256));
+    let lock = store.lock_path(&format!("blob-{}", iso.input.content.sha256().unwrap()));
     let then = std::time::SystemTime::now() - Duration::from_secs(7200);
     fs::File::open(&lock).unwrap().set_modified(then).unwrap();
     drop(iso);

@@ -152,7 +152,7 @@ async fn a_store_that_was_copied_without_links_is_read_and_nothing_of_it_is_lost
 async fn a_record_that_cannot_be_trusted_is_an_error_that_names_it_and_the_others_stay_usable() {
     type Change = fn(&mut Value);
     let changes: [(&str, ErrorKind, Change); 12] = [
-        ("found format 2", ErrorKind::Unsupported, |r| r["format"] = json!(2)),
+        ("found format 3", ErrorKind::Unsupported, |r| r["format"] = json!(3)),
         ("found format 4294967297", ErrorKind::Unsupported, |r| r["format"] = json!(4_294_967_297_u64)),
         ("no format number", ErrorKind::InvalidInput, |r| r["format"] = json!("1")),
         ("no format number", ErrorKind::InvalidInput, |r| *r = json!([])),
