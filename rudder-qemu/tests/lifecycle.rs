@@ -104,7 +104,7 @@ async fn served_files_are_for_the_machines_of_the_lab_only() {
     let lab = place.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    let files = [("x".to_owned(), SiteFile::Bytes(b"hello".as_slice().into()))];
+    let files = [("x".to_owned(), SiteFile::bytes(b"hello".as_slice()))];
     let served = lab.serve(Site::new(files.into(), |request| panic!("{request:?}"))).await.unwrap();
     assert_eq!(served.addresses, [("default".to_owned(), "10.0.2.1".parse().unwrap())].into());
     // On the address of the gateway, and not on this host.

@@ -25,14 +25,18 @@
 //!   hold is `InvalidInput`; it is never changed.
 
 mod kept;
+mod lab_id;
 mod serial_log;
 mod serial_ring;
+mod site;
 mod types;
 
 pub use crate::progress::{Progress, ProgressEvent};
 pub use kept::{KeptLab, KeptLogin};
+pub use lab_id::LabId;
 pub use serial_log::{SerialLog, SerialRecord};
 pub use serial_ring::SerialRing;
+pub use site::{FileSource, Served, Site, SiteFile, SiteRequest};
 pub use types::*;
 
 use crate::{

@@ -1,5 +1,6 @@
 //! The nouns of the contract.
 
+use super::LabId;
 use crate::{
     capability::Capability,
     digest::Digest,
@@ -8,54 +9,7 @@ use crate::{
     plan::{PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource, PlannedUrl},
 };
 use serde::{Deserialize, Serialize};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-    net::Ipv4Addr,
-    path::PathBuf,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
-
-/// The id of a lab: unique, and safe as a file name and a label.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct LabId(String);
-
-impl LabId {
-    /// A new id: the name of the build, and 48 random bits.
-    #[must_use]
-    pub fn new(build: &str) -> Self {
-        let name: String =
-            build.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(40).collect();
-        Self(format!("{name}-{:012x}", rand::random::<u64>() & 0xffff_ffff_ffff))
-    }
-
-    /// The id that somebody wrote down.
-    ///
-    /// # Errors
-    /// `InvalidInput` when it cannot be an id: empty, or with characters other than letters, digits and `-`.
-    pub fn parse(text: &str) -> crate::Result<Self> {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-';
-        if text.is_empty() || text.len() > 64 || !text.chars().all(allowed) {
-            let message = format!("expected the id of a lab such as web-0123456789ab, but found {text:?}");
-            return Err(crate::Error::new(crate::ErrorKind::InvalidInput, message));
-        }
-        Ok(Self(text.to_owned()))
-    }
-
-    /// As text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for LabId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 
 /// What a lab is opened for.
 #[derive(Debug, Clone)]
@@ -269,102 +223,6 @@ impl MachineSpec {
             floppy: None,
             state_of: None,
         }
-    }
-}
-
-/// Files that a lab serves to its machines over HTTP.
-#[derive(Clone)]
-#[non_exhaustive]
-pub struct Site {
-    /// Each file by its name, which is its path without the leading `/`.
-    pub files: BTreeMap<String, SiteFile>,
-    listener: Arc<dyn Fn(SiteRequest) + Send + Sync>,
-}
-
-impl Site {
-    /// These files; `listener` hears of every request once it was answered.
-    pub fn new(
-        files: BTreeMap<String, SiteFile>,
-        listener: impl Fn(SiteRequest) + Send + Sync + 'static,
-    ) -> Self {
-        Self { files, listener: Arc::new(listener) }
-    }
-
-    /// Tells of a request that was answered.
-    pub fn answered(&self, request: SiteRequest) {
-        (self.listener)(request);
-    }
-}
-
-impl fmt::Debug for Site {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Site").field("files", &self.files.keys()).finish_non_exhaustive()
-    }
-}
-
-/// A file that is served.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum SiteFile {
-    /// These bytes.
-    Bytes(Arc<[u8]>),
-    /// A file of the host, which does not change while it is served.
-    Path(PathBuf),
-}
-
-/// A request that was answered.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct SiteRequest {
-    /// The machine that asked, where the backend can tell.
-    pub machine: Option<String>,
-    /// `GET`, `HEAD`…
-    pub method: String,
-    /// What was asked for, as it was sent, without control characters and of bounded length.
-    pub path: String,
-    /// The status of the answer (RFC 9110, 15).
-    pub status: u16,
-    /// Bytes of the file that were sent.
-    pub bytes: u64,
-}
-
-impl SiteRequest {
-    /// A request that was answered.
-    pub fn new(
-        machine: Option<String>,
-        method: impl Into<String>,
-        path: impl Into<String>,
-        status: u16,
-        bytes: u64,
-    ) -> Self {
-        Self { machine, method: method.into(), path: path.into(), status, bytes }
-    }
-}
-
-/// A [`Site`] that is served. Dropping it ends that.
-#[non_exhaustive]
-pub struct Served {
-    /// Its address, as the machines on each subnet reach it, by the name of the subnet.
-    pub addresses: BTreeMap<String, Ipv4Addr>,
-    /// Its port.
-    pub port: u16,
-    // A mutex makes it `Sync` whatever it holds.
-    _server: Mutex<Box<dyn Send>>,
-}
-
-impl Served {
-    /// Served at these addresses as long as `server` lives.
-    pub fn new(addresses: BTreeMap<String, Ipv4Addr>, port: u16, server: impl Send + 'static) -> Self {
-        Self { addresses, port, _server: Mutex::new(Box::new(server)) }
-    }
-}
-
-impl fmt::Debug for Served {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Served")
-            .field("addresses", &self.addresses)
-            .field("port", &self.port)
-            .finish_non_exhaustive()
     }
 }
 

@@ -46,7 +46,7 @@ impl Media {
 
 impl Attempt {
     /// Brings what is behind a URL to the host. Whoever asks for the same meanwhile waits for it.
-    pub(super) async fn fetch(&self, url: &PlannedUrl) -> Result<PathBuf> {
+    pub(super) async fn fetch(&self, url: &PlannedUrl) -> Result<Fetched> {
         let cell = self.media.cell(url);
         let fetch = async || {
             let (request, progress) = (FetchRequest::new(url.clone()), self.sink.progress(None));
@@ -54,7 +54,7 @@ impl Attempt {
             self.input(None, fetched.input.clone())?;
             Ok(fetched)
         };
-        cell.get_or_try_init(fetch).await.map(|fetched| fetched.path.clone())
+        cell.get_or_try_init(fetch).await.cloned()
     }
 
     /// The content of the entry of `files` of this name.
@@ -64,10 +64,10 @@ impl Attempt {
             Error::new(ErrorKind::InvalidInput, message)
         })?;
         match &file.content {
-            PlannedContent::Inline(bytes) => Ok(SiteFile::Bytes(Arc::clone(bytes))),
+            PlannedContent::Inline(bytes) => Ok(SiteFile::bytes(Arc::clone(bytes))),
             PlannedContent::Url(url) => {
-                let path = self.fetch(url).await.map_err(|error| error.with_context("file", name))?;
-                Ok(SiteFile::Path(path))
+                let fetched = self.fetch(url).await.map_err(|error| error.with_context("file", name))?;
+                Ok(SiteFile::fetched(fetched))
             }
         }
     }
@@ -97,9 +97,7 @@ impl Attempt {
         for name in &planned.floppy {
             files.push((name.clone(), self.content(name).await?));
         }
-        let made = tokio::task::spawn_blocking(move || floppy_of(&files)).await;
-        let made =
-            made.map_err(|error| Error::new(ErrorKind::Internal, "cannot make a floppy").with_source(error))?;
+        let made = floppy_of(&files).await;
         made.map(Some).map_err(|error| error.with_context("medium", "floppy"))
     }
 
@@ -160,23 +158,16 @@ impl Attempt {
 }
 
 /// The image of a floppy. A file that would not fit is not even read.
-fn floppy_of(files: &[(String, SiteFile)]) -> Result<Arc<[u8]>> {
-    let sizes = files.iter().map(|(name, file)| {
-        let size = match file {
-            SiteFile::Bytes(bytes) => bytes.len() as u64,
-            SiteFile::Path(path) => std::fs::metadata(path).map_err(|error| unreadable(name, error))?.len(),
-        };
-        Ok((name.as_str(), size))
-    });
-    floppy::check_size(sizes.collect::<Result<Vec<_>>>()?)?;
-    let contents = files.iter().map(|(name, file)| {
-        let bytes = match file {
-            SiteFile::Bytes(bytes) => bytes.to_vec(),
-            SiteFile::Path(path) => std::fs::read(path).map_err(|error| unreadable(name, error))?,
-        };
-        Ok((name.as_str(), bytes))
-    });
-    let contents = contents.collect::<Result<Vec<_>>>()?;
+async fn floppy_of(files: &[(String, SiteFile)]) -> Result<Arc<[u8]>> {
+    let mut sizes = Vec::with_capacity(files.len());
+    for (name, file) in files {
+        sizes.push((name.as_str(), file.size().await.map_err(|error| unreadable(name, error))?));
+    }
+    floppy::check_size(sizes)?;
+    let mut contents = Vec::with_capacity(files.len());
+    for (name, file) in files {
+        contents.push((name.as_str(), file.read().await.map_err(|error| unreadable(name, error))?));
+    }
     let contents: Vec<(&str, &[u8])> =
         contents.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
     floppy::image(&contents)

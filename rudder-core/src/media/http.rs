@@ -35,8 +35,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    fs::File,
-    io::{AsyncReadExt as _, AsyncSeekExt as _},
+    io::{AsyncRead, AsyncReadExt as _, Take},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::JoinSet,
@@ -269,13 +268,7 @@ fn find<'s>(site: &'s Site, request: &Request<Incoming>) -> Result<&'s SiteFile,
 
 /// The file, or the part of it that was asked for.
 async fn send(file: &SiteFile, request: &Request<Incoming>) -> io::Result<Response<Reply>> {
-    let (size, open) = match file {
-        SiteFile::Bytes(bytes) => (bytes.len() as u64, None),
-        SiteFile::Path(path) => {
-            let file = File::open(path).await?;
-            (file.metadata().await?.len(), Some(file))
-        }
-    };
+    let size = file.size().await?;
     let mut response = Response::new(Reply::default());
     let part = part(request.method(), request.headers(), size);
     let headers = response.headers_mut();
@@ -300,14 +293,8 @@ async fn send(file: &SiteFile, request: &Request<Incoming>) -> io::Result<Respon
     if request.method() == Method::HEAD {
         return Ok(response);
     }
-    let source = match (open, file) {
-        (Some(mut open), _) => {
-            open.seek(io::SeekFrom::Start(start)).await?;
-            Source::File(Box::pin(ReaderStream::with_capacity(open.take(length), CHUNK)))
-        }
-        (None, SiteFile::Bytes(bytes)) => Source::Bytes(Arc::clone(bytes), start),
-        (None, SiteFile::Path(_)) => Source::Nothing,
-    };
+    let opened = file.open(start).await?;
+    let source = Source::File(ReaderStream::with_capacity(opened.take(length), CHUNK));
     *response.body_mut() = Reply { source, left: length, is_file: true, ledger: None };
     Ok(response)
 }
@@ -356,8 +343,7 @@ enum Source {
     #[default]
     Nothing,
     Text(&'static str),
-    Bytes(Arc<[u8]>, u64),
-    File(Pin<Box<ReaderStream<tokio::io::Take<File>>>>),
+    File(ReaderStream<Take<Box<dyn AsyncRead + Send + Unpin>>>),
 }
 
 /// Tells of a request when its answer is over, however it ends.
@@ -379,14 +365,7 @@ impl Reply {
         Poll::Ready(Some(Ok(match &mut self.source {
             Source::Nothing => return Poll::Ready(None),
             Source::Text(text) => Bytes::from_static(text.as_bytes()),
-            Source::Bytes(bytes, at) => {
-                let start = usize::try_from(*at).unwrap_or(usize::MAX).min(bytes.len());
-                let count = usize::try_from(self.left).unwrap_or(usize::MAX).min(CHUNK);
-                let chunk = &bytes[start..bytes.len().min(start + count)];
-                *at += chunk.len() as u64;
-                Bytes::copy_from_slice(chunk)
-            }
-            Source::File(file) => return futures::Stream::poll_next(file.as_mut(), cx),
+            Source::File(file) => return futures::Stream::poll_next(Pin::new(file), cx),
         })))
     }
 }

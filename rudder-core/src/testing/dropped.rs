@@ -132,7 +132,7 @@ pub async fn what_comes_into_a_lab_may_be_dropped(rig: &Rig) -> Verdict {
     .await?;
     if rig.backend().capabilities().has(Capability::HttpDirectory) {
         everywhere(rig, "serving", |lab, looks| async move {
-            let files = BTreeMap::from([("a".to_owned(), SiteFile::Bytes(Arc::from(*b"a")))]);
+            let files = BTreeMap::from([("a".to_owned(), SiteFile::bytes(*b"a"))]);
             let served = cut(lab.serve(Site::new(files.clone(), |_| {})), looks).await;
             lab.serve(Site::new(files, |_| {})).await.during("serve again")?;
             ended(served, "serve")

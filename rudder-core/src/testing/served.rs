@@ -34,9 +34,9 @@ pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
     let on_disk = tempfile::NamedTempFile::new().map_err(made)?;
     std::fs::write(on_disk.path(), &large).map_err(made)?;
     let files = BTreeMap::from([
-        ("small.txt".to_owned(), SiteFile::Bytes(Arc::from(*b"small"))),
-        ("an odd, \"name\" é&;'$(x).txt".to_owned(), SiteFile::Bytes(Arc::from(*b"odd"))),
-        ("large.bin".to_owned(), SiteFile::Path(on_disk.path().to_owned())),
+        ("small.txt".to_owned(), SiteFile::bytes(*b"small")),
+        ("an odd, \"name\" é&;'$(x).txt".to_owned(), SiteFile::bytes(*b"odd")),
+        ("large.bin".to_owned(), SiteFile::path(on_disk.path().to_owned())),
     ]);
     let heard = Arc::new(Mutex::new(Vec::new()));
     let site = Site::new(files, {
@@ -83,7 +83,7 @@ pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Ri
     const SECRET: &str = "for the machines of this lab only";
     let lab = rig.lab("served").await?;
     let machine = rig.running(&*lab, "web").await?;
-    let files = BTreeMap::from([("file".to_owned(), SiteFile::Bytes(Arc::from(SECRET.as_bytes())))]);
+    let files = BTreeMap::from([("file".to_owned(), SiteFile::bytes(SECRET.as_bytes()))]);
     let served = lab.serve(Site::new(files, |_| {})).await.during("serve files")?;
     let mut addresses = vec![Ipv4Addr::LOCALHOST];
     // Of others than its own addresses the host knows nothing.

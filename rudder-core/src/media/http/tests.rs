@@ -20,10 +20,10 @@ impl Bench {
         std::fs::write(&path, &big).unwrap();
         let told = Arc::new(Mutex::new(Vec::new()));
         let files = BTreeMap::from([
-            ("a b.txt".to_owned(), SiteFile::Bytes(b"0123456789".as_slice().into())),
-            ("big.img".to_owned(), SiteFile::Path(path)),
-            ("gone".to_owned(), SiteFile::Path(directory.path().join("never"))),
-            ("empty".to_owned(), SiteFile::Bytes(b"".as_slice().into())),
+            ("a b.txt".to_owned(), SiteFile::bytes(b"0123456789".as_slice())),
+            ("big.img".to_owned(), SiteFile::path(path)),
+            ("gone".to_owned(), SiteFile::path(directory.path().join("never"))),
+            ("empty".to_owned(), SiteFile::bytes(b"".as_slice())),
         ]);
         let site = Site::new(files, {
             let told = Arc::clone(&told);

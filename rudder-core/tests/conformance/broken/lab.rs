@@ -6,7 +6,7 @@ use rudder_core::{
     ErrorKind, Result,
     backend::{
         ImportRequest, Imported, KeptLab, Lab, LabId, Machine, MachineSpec, ModuleDraft, Progress, Served,
-        Site, SiteFile,
+        Site,
     },
     digest::Digest,
     hardware::Firmware,
@@ -70,8 +70,11 @@ impl BrokenLab {
                 let request = String::from_utf8_lossy(&request[..read]);
                 let path = request.split(' ').nth(1).unwrap_or_default().trim_start_matches('/');
                 let answer = match site.files.get(path) {
-                    Some(SiteFile::Bytes(bytes)) => [b"HTTP/1.0 200 OK\r\n\r\n".as_slice(), bytes].concat(),
-                    _ => b"HTTP/1.0 404 Not Found\r\n\r\n".to_vec(),
+                    Some(file) => {
+                        let bytes = file.read().await.unwrap_or_default();
+                        [b"HTTP/1.0 200 OK\r\n\r\n".as_slice(), &bytes].concat()
+                    }
+                    None => b"HTTP/1.0 404 Not Found\r\n\r\n".to_vec(),
                 };
                 let _ = stream.write_all(&answer).await;
             }

@@ -248,7 +248,7 @@ async fn files_are_served_on_the_gateway_and_it_is_known_who_asked() {
     let heard = Arc::new(Mutex::new(Vec::new()));
     let site = {
         let heard = Arc::clone(&heard);
-        let files = [("x".to_owned(), rudder_core::backend::SiteFile::Bytes(b"hello".as_slice().into()))];
+        let files = [("x".to_owned(), rudder_core::backend::SiteFile::bytes(b"hello".as_slice()))];
         Site::new(files.into(), move |request| heard.lock().unwrap().push(request.machine))
     };
     let served = network.serve(site.clone());
