@@ -2,7 +2,11 @@
 //! said at its line instead of in the middle of a build.
 
 use super::{codes, findings::Findings};
-use crate::{hardware::GuestShell, manifest::Path, visible::Quoted};
+use crate::{
+    hardware::GuestShell,
+    manifest::{Path, YamlMapping},
+    visible::Quoted,
+};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_yaml::Value;
 
@@ -70,12 +74,12 @@ pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, gue
 /// The variables of a script.
 pub(super) fn environment(
     findings: &mut Findings<'_>,
-    env: &serde_yaml::Mapping,
+    env: &YamlMapping,
     at: &Path<'_>,
     guest: Option<GuestShell>,
 ) {
     let mut size = 0usize;
-    for (name, value) in env {
+    for (name, value) in env.entries() {
         let Some(name) = name.as_str() else {
             findings
                 .report(

@@ -31,7 +31,7 @@ macro_rules! redacted {
     )*};
 }
 
-redacted! { Metadata BareBuild BuildSpec File CloneSpec EgressGateway Network Vpc Subnet BuildOverrides VpcOverride SubnetOverride VmOverride Provisioner ShellStep FileStep RebootStep WindowsUpdateStep HandbuildStep ValueFrom KeyRef Lines Vm Source BuildRef SourcePvc Resources Disk Communicator CloudInit Nic EfiFirmware Iso FileNames FileRef Manifest }
+redacted! { Metadata BareBuild BuildSpec File CloneSpec EgressGateway Network Vpc Subnet BuildOverrides VpcOverride SubnetOverride VmOverride Provisioner ShellStep FileStep RebootStep WindowsUpdateStep HandbuildStep ValueFrom KeyRef Lines Vm Source BuildRef SourcePvc Resources Disk Communicator CloudInit Nic EfiFirmware Iso FileNames FileRef Manifest YamlValue YamlMapping }
 
 impl<S: Serialize> fmt::Debug for Resource<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -17,6 +17,7 @@ mod path;
 mod scalar;
 mod schema;
 mod step;
+mod value;
 mod vm;
 mod yaml;
 
@@ -30,6 +31,7 @@ pub use schema::json_schema;
 pub use step::{
     FileStep, HandbuildStep, KeyRef, Lines, Provisioner, RebootStep, ShellStep, ValueFrom, WindowsUpdateStep,
 };
+pub use value::{YamlMapping, YamlValue};
 pub use vm::{
     BuildRef, CloudInit, Communicator, Disk, EfiFirmware, FileNames, FileRef, Iso, Nic, Resources, Source,
     SourcePvc, Vm,
@@ -39,7 +41,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Keys that Rudder does not know, in the order they were written.
-pub type Unknown = serde_yaml::Mapping;
+pub type Unknown = YamlMapping;
 
 /// The `apiVersion` of the resource form.
 pub const API_VERSION: &str = "ruddervirt.io/v1alpha1";
@@ -77,7 +79,7 @@ pub struct Resource<S> {
     /// What a cluster said about it; read and ignored.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<std::collections::BTreeMap<String, serde_json::Value>>")]
-    pub status: Option<serde_yaml::Value>,
+    pub status: Option<YamlValue>,
     /// Keys that Rudder does not know.
     #[serde(flatten)]
     #[schemars(skip)]
@@ -97,11 +99,11 @@ pub struct Metadata {
     /// Labels, carried along.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<std::collections::BTreeMap<String, String>>")]
-    pub labels: Option<serde_yaml::Mapping>,
+    pub labels: Option<YamlMapping>,
     /// Annotations, carried along.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<std::collections::BTreeMap<String, String>>")]
-    pub annotations: Option<serde_yaml::Mapping>,
+    pub annotations: Option<YamlMapping>,
     /// Keys that Rudder does not know.
     #[serde(flatten)]
     #[schemars(skip)]
@@ -157,7 +159,7 @@ pub struct BuildSpec {
     /// Ignored, with a warning: every VM is captured.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<serde_json::Value>")]
-    pub output: Option<serde_yaml::Value>,
+    pub output: Option<YamlValue>,
     /// Keys that Rudder does not know.
     #[serde(flatten)]
     #[schemars(skip)]

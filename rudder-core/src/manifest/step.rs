@@ -1,6 +1,6 @@
 //! The provisioners of a VM.
 
-use super::{Scalar, Unknown};
+use super::{Scalar, Unknown, YamlMapping};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::fmt;
@@ -52,7 +52,7 @@ pub struct ShellStep {
     /// Environment of the script: names to text, numbers or booleans.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("additionalProperties" = {"type": ["string", "number", "boolean"]}), with = "Option<std::collections::BTreeMap<String, Scalar>>")]
-    pub env: Option<serde_yaml::Mapping>,
+    pub env: Option<YamlMapping>,
     /// How the script is run; `{{ .Command }}` is its path.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub execute_command: Option<String>,

@@ -17,7 +17,7 @@ use crate::{
     keys::{BootToken, parse_boot_command},
     manifest::{
         BuildSpec, Communicator, FileNames, FileStep, Provisioner, Resources, ShellStep, ValueFrom, Vm,
-        VmOverride,
+        VmOverride, YamlMapping,
     },
     secret::{Secret, secrets_of, values},
 };
@@ -331,7 +331,7 @@ impl Maker<'_> {
             _ => return None,
         };
         let mut env = BTreeMap::new();
-        for (name, value) in step.env.iter().flatten() {
+        for (name, value) in step.env.iter().flat_map(YamlMapping::entries) {
             let value = match value {
                 serde_yaml::Value::String(text) => text.clone(),
                 serde_yaml::Value::Number(number) => number.to_string(),
