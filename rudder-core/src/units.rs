@@ -1,5 +1,6 @@
 //! Scalars with a grammar of their own: quantities, durations, names, hardware addresses, networks.
 
+use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use std::{fmt, net::Ipv4Addr, str::FromStr, time::Duration};
 
@@ -255,50 +256,43 @@ impl fmt::Debug for MacAddress {
 /// An IPv4 network in CIDR notation (RFC 4632), without host bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Cidr {
-    address: u32,
-    prefix: u8,
-}
+pub struct Cidr(Ipv4Net);
 
 impl Cidr {
     /// The network address.
     #[must_use]
     pub fn network(self) -> Ipv4Addr {
-        self.address.into()
+        self.0.network()
     }
 
     /// The broadcast address.
     #[must_use]
     pub fn broadcast(self) -> Ipv4Addr {
-        (self.address | !self.mask()).into()
+        self.0.broadcast()
     }
 
     /// The address of the gateway: the first of the network's hosts.
     #[must_use]
     pub fn gateway(self) -> Ipv4Addr {
-        self.address.saturating_add(1).into()
+        u32::from(self.network()).saturating_add(1).into()
     }
 
     /// The length of the prefix, 0–32.
     #[must_use]
     pub fn prefix(self) -> u8 {
-        self.prefix
+        self.0.prefix_len()
     }
 
     /// Whether the address is in the network.
     #[must_use]
     pub fn contains(self, address: Ipv4Addr) -> bool {
-        u32::from(address) & self.mask() == self.address
+        self.0.contains(&address)
     }
 
     /// Whether two networks share an address.
     #[must_use]
     pub fn overlaps(self, other: Self) -> bool {
-        self.contains(other.network()) || other.contains(self.network())
-    }
-
-    fn mask(self) -> u32 {
-        u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0)
+        self.0.contains(&other.0) || other.0.contains(&self.0)
     }
 }
 
@@ -307,14 +301,8 @@ impl FromStr for Cidr {
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
         const EXPECTED: &str = "an IPv4 network without host bits such as 10.1.0.0/24";
-        let parse = || {
-            let (address, prefix) = text.split_once('/')?;
-            let address: Ipv4Addr = address.parse().ok()?;
-            let prefix = prefix.parse().ok().filter(|prefix| *prefix <= 32)?;
-            let cidr = Self { address: address.into(), prefix };
-            (cidr.address & !cidr.mask() == 0).then_some(cidr)
-        };
-        parse().map_or_else(|| unexpected(EXPECTED, text), Ok)
+        let network = text.parse().ok().filter(|network: &Ipv4Net| network.trunc() == *network);
+        network.map_or_else(|| unexpected(EXPECTED, text), |network| Ok(Self(network)))
     }
 }
 
@@ -334,7 +322,7 @@ impl From<Cidr> for String {
 
 impl fmt::Display for Cidr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.network(), self.prefix)
+        self.0.fmt(f)
     }
 }
 
@@ -383,7 +371,7 @@ mod tests {
         assert!(cidr.contains(Ipv4Addr::new(10, 1, 3, 7)) && !cidr.contains(Ipv4Addr::new(10, 1, 4, 0)));
         assert!(cidr.overlaps("10.0.0.0/8".parse().expect("a network")));
         assert_eq!("0.0.0.0/0".parse::<Cidr>().map(Cidr::prefix), Ok(0));
-        for bad in ["10.0.0.1/8", "10.0.0.0", "10.0.0.0/33", "::/0", "a/8"] {
+        for bad in ["10.0.0.1/8", "10.0.0.0", "10.0.0.0/33", "::/0", "a/8", "10.0.0.0/+8", "10.0.0.0/ 8"] {
             assert!(bad.parse::<Cidr>().is_err(), "{bad}");
         }
     }

@@ -1,5 +1,6 @@
 //! Which part of a file a request asks for (RFC 9110, 14).
 
+use http_range_header::{RangeUnsatisfiableError, parse_range_header};
 use hyper::{
     Method,
     header::{HeaderMap, IF_RANGE, RANGE},
@@ -23,7 +24,7 @@ pub(super) enum Part {
 
 /// The part that a request with these headers asks for, of a file of this size.
 ///
-/// What may be answered with the whole file is (14.2): several ranges, other units, what cannot be read, and a range under a
+/// What may be answered with the whole file is (14.2): several ranges of the file, other units, what cannot be read, and a range under a
 /// condition, since there is no validator that it could name.
 pub(super) fn part(method: &Method, headers: &HeaderMap, size: u64) -> Part {
     if *method != Method::GET || headers.contains_key(IF_RANGE) {
@@ -31,46 +32,15 @@ pub(super) fn part(method: &Method, headers: &HeaderMap, size: u64) -> Part {
     }
     let mut ranges = headers.get_all(RANGE).iter();
     let (Some(range), None) = (ranges.next(), ranges.next()) else { return Part::Whole };
-    let Some((unit, range)) = range.to_str().ok().and_then(|range| range.split_once('=')) else {
+    let Some(ranges) = range.to_str().ok().and_then(|range| parse_range_header(range).ok()) else {
         return Part::Whole;
     };
-    let Some((first, last)) =
-        range.trim().split_once('-').filter(|_| unit.trim().eq_ignore_ascii_case("bytes"))
-    else {
-        return Part::Whole;
-    };
-    match (number(first), number(last)) {
-        (Number::Is(first), Number::None) if first < size => {
-            Part::Range { start: first, length: size - first }
-        }
-        (Number::Is(first), Number::Is(last)) if first > last => Part::Whole,
-        (Number::Is(first), Number::Is(last)) if first < size => {
-            Part::Range { start: first, length: last.min(size - 1) - first + 1 }
-        }
-        (Number::Is(_), Number::None | Number::Is(_)) => Part::Unsatisfiable,
-        (Number::None, Number::Is(count)) => match count.min(size) {
-            0 => Part::Unsatisfiable,
-            length => Part::Range { start: size - length, length },
-        },
-        _ => Part::Whole,
+    match ranges.validate(size).as_deref() {
+        Ok([range]) => Part::Range { start: *range.start(), length: range.end() - range.start() + 1 },
+        // No bytes of an empty file.
+        Ok([]) | Err(RangeUnsatisfiableError::Unsatisfiable) => Part::Unsatisfiable,
+        Ok(_) | Err(_) => Part::Whole,
     }
-}
-
-enum Number {
-    None,
-    Is(u64),
-    Bad,
-}
-
-/// Digits only: no sign, no blank. A number beyond 64 bits is beyond every file.
-fn number(text: &str) -> Number {
-    if text.is_empty() {
-        return Number::None;
-    }
-    if !text.bytes().all(|c| c.is_ascii_digit()) {
-        return Number::Bad;
-    }
-    Number::Is(text.parse().unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]
@@ -102,6 +72,12 @@ mod tests {
         }
         assert_eq!(of("bytes=0-", 0), Part::Unsatisfiable);
         assert_eq!(of("bytes=-1", 0), Part::Unsatisfiable);
+    }
+
+    #[test]
+    fn of_several_ranges_those_behind_the_end_do_not_count() {
+        assert_eq!(of("bytes=0-1,99-", 10), Part::Range { start: 0, length: 2 });
+        assert_eq!(of("bytes=10-,20-30", 10), Part::Unsatisfiable);
     }
 
     #[test]
