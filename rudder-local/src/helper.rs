@@ -77,10 +77,7 @@ impl HelperProgram {
 
 /// Runs a network until the process is ended.
 fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
-    let record: NetworkRecord = serde_json::from_slice(&fs::read(record)?)?;
-    if record.format > crate::network::FORMAT {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the record is of a newer version"));
-    }
+    let record = NetworkRecord::from_json(record, &fs::read(record)?).map_err(io::Error::other)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let network = Arc::new(Network::new(&record.network, &NetworkOptions::new(&record.name)));

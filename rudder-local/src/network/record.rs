@@ -1,7 +1,13 @@
 //! A network as it is written down for the process that runs it after its lab was kept.
 
-use rudder_core::plan::{PlannedNetwork, PlannedNic};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    hardware::NicModel,
+    plan::{PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc},
+    units::{Cidr, MacAddress},
+};
 use serde::{Deserialize, Serialize};
+use std::{net::Ipv4Addr, path::Path};
 
 /// The version of the record; one that is newer is not read.
 pub const FORMAT: u32 = 1;
@@ -15,6 +21,7 @@ pub struct NetworkRecord {
     /// The name of the lab.
     pub name: String,
     /// Its plan.
+    #[serde(with = "NetworkEntry")]
     pub network: PlannedNetwork,
     /// Its machines.
     pub machines: Vec<MachineRecord>,
@@ -23,6 +30,31 @@ pub struct NetworkRecord {
 impl NetworkRecord {
     pub(crate) fn new(name: String, network: PlannedNetwork, machines: Vec<MachineRecord>) -> Self {
         Self { format: FORMAT, name, network, machines }
+    }
+
+    /// Reads a record; `path` is its place, for messages.
+    ///
+    /// # Errors
+    /// `Unsupported` for a later format; `InvalidInput` for what is no record.
+    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
+        let no_record = |error| {
+            let message =
+                format!("expected the record of a network in {}, but found something else", path.display());
+            Error::new(ErrorKind::InvalidInput, message).with_source(error)
+        };
+        let value: serde_json::Value = serde_json::from_slice(text).map_err(no_record)?;
+        // The number first: what else a later version writes is not for this one to judge.
+        match value.get("format").and_then(serde_json::Value::as_u64) {
+            Some(format) if format > u64::from(FORMAT) => {
+                let path = path.display();
+                let message = format!(
+                    "expected a network of format {FORMAT} or earlier in {path}, but found format {format}"
+                );
+                Err(Error::new(ErrorKind::Unsupported, message)
+                    .with_help("install the rudder-helper of the version that kept the lab"))
+            }
+            _ => serde_json::from_value(value).map_err(no_record),
+        }
     }
 }
 
@@ -33,6 +65,7 @@ pub struct MachineRecord {
     /// Its name.
     pub name: String,
     /// Its NICs, with their addresses.
+    #[serde(with = "nics")]
     pub nics: Vec<PlannedNic>,
     /// The files, in the lab's directory, of the sockets on which QEMU listens for its NICs.
     pub sockets: Vec<String>,
@@ -43,5 +76,165 @@ pub struct MachineRecord {
 impl MachineRecord {
     pub(crate) fn new(nics: Vec<PlannedNic>, name: String) -> Self {
         Self { name, nics, sockets: Vec::new(), doors: Vec::new() }
+    }
+}
+
+/// A network as it is written, whatever a plan calls its fields.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "PlannedNetwork")]
+struct NetworkEntry {
+    declared: bool,
+    #[serde(with = "vpcs")]
+    vpcs: Vec<PlannedVpc>,
+    #[serde(with = "subnets")]
+    subnets: Vec<PlannedSubnet>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "PlannedVpc")]
+struct VpcEntry {
+    name: String,
+    internet: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "PlannedSubnet")]
+struct SubnetEntry {
+    name: String,
+    vpc: String,
+    cidr: Cidr,
+    dhcp: bool,
+    dns: Vec<Ipv4Addr>,
+    unmanaged: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "PlannedNic")]
+struct NicEntry {
+    name: String,
+    subnet: String,
+    slot: u8,
+    slot_pinned: bool,
+    ip: Option<Ipv4Addr>,
+    mac: MacAddress,
+    model: NicModel,
+}
+
+/// Implements a module for `#[serde(with)]` that reads and writes lists of a type as lists of its entry.
+macro_rules! lists {
+    ($($name:ident: $planned:ident as $entry:ident = $text:literal),*) => {$(
+        mod $name {
+            use super::{$entry, $planned};
+            use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+            #[derive(Deserialize)]
+            struct Read(#[serde(with = $text)] $planned);
+
+            #[derive(Serialize)]
+            struct Written<'a>(#[serde(with = $text)] &'a $planned);
+
+            pub(super) fn serialize<S: Serializer>(list: &[$planned], to: S) -> Result<S::Ok, S::Error> {
+                to.collect_seq(list.iter().map(Written))
+            }
+
+            pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<$planned>, D::Error> {
+                Ok(Vec::<Read>::deserialize(from)?.into_iter().map(|read| read.0).collect())
+            }
+        }
+    )*};
+}
+
+lists! {
+    vpcs: PlannedVpc as VpcEntry = "VpcEntry",
+    subnets: PlannedSubnet as SubnetEntry = "SubnetEntry",
+    nics: PlannedNic as NicEntry = "NicEntry"
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// As version 0.1.0 wrote it. Never changed.
+    const FORMAT_1: &str = r#"{
+  "format": 1,
+  "name": "web",
+  "network": {
+    "declared": true,
+    "vpcs": [
+      {
+        "name": "office",
+        "internet": true
+      }
+    ],
+    "subnets": [
+      {
+        "name": "front",
+        "vpc": "office",
+        "cidr": "10.20.0.0/24",
+        "dhcp": true,
+        "dns": [
+          "10.20.0.53"
+        ],
+        "unmanaged": false
+      }
+    ]
+  },
+  "machines": [
+    {
+      "name": "web",
+      "nics": [
+        {
+          "name": "nic1",
+          "subnet": "front",
+          "slot": 3,
+          "slot_pinned": true,
+          "ip": "10.20.0.10",
+          "mac": "52:54:00:12:34:56",
+          "model": "e1000"
+        },
+        {
+          "name": "nic2",
+          "subnet": "front",
+          "slot": 1,
+          "slot_pinned": false,
+          "ip": null,
+          "mac": "02:a1:b2:c3:d4:e5",
+          "model": "virtio"
+        }
+      ],
+      "sockets": [
+        "nic-0-0",
+        "nic-0-1"
+      ],
+      "doors": [
+        [
+          22,
+          "door-0-22"
+        ]
+      ]
+    }
+  ]
+}"#;
+
+    #[test]
+    fn a_record_of_format_1_is_written_as_it_was_read() {
+        let record = NetworkRecord::from_json(Path::new("network.json"), FORMAT_1.as_bytes()).unwrap();
+        assert_eq!(record.machines[0].nics[0].ip, Some(Ipv4Addr::new(10, 20, 0, 10)));
+        assert_eq!(serde_json::to_string_pretty(&record).unwrap(), FORMAT_1);
+    }
+
+    #[test]
+    fn a_record_of_a_later_format_is_refused_whatever_it_holds() {
+        let read = |text: &str| {
+            NetworkRecord::from_json(Path::new("lab/network.json"), text.as_bytes()).unwrap_err()
+        };
+        let error = read("{\"format\": 2}");
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert_eq!(
+            error.to_string(),
+            "expected a network of format 1 or earlier in lab/network.json, but found format 2"
+        );
+        assert_eq!(read("{\"format\": 1}").kind(), ErrorKind::InvalidInput);
     }
 }
