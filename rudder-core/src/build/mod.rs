@@ -43,6 +43,7 @@ mod boot;
 mod engine;
 mod evidence;
 mod guard;
+mod guest_session;
 mod keep;
 mod limit;
 mod locked;
@@ -52,7 +53,6 @@ mod media;
 mod panic;
 mod pause;
 mod sink;
-mod talk;
 mod vm;
 
 pub use keep::kept_machines;

@@ -22,8 +22,8 @@ use super::{
     boot::BootCommand,
     evidence,
     guard::ended,
+    guest_session::{self, StepFailure},
     machines::BuildMachine,
-    talk::{self, StepFailure},
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -165,7 +165,7 @@ impl Planned {
         }
         spec.nics.clone_from(&hardware.nics);
         spec.ports = vec![planned.communicator.port];
-        spec.seed = talk::seed(attempt, planned)?;
+        spec.seed = guest_session::seed(attempt, planned)?;
         spec.cdroms = attempt.cdroms(planned).await?;
         spec.floppy = attempt.floppy(planned).await?;
         for (place, disk) in hardware.disks.iter().enumerate() {
@@ -175,7 +175,7 @@ impl Planned {
             spec.disks.push(MachineDisk { name: disk.name.clone(), bus: disk.bus, volume });
         }
         let machine = attempt.guard.wait(attempt.lab.create_machine(&spec)).await?;
-        let defined = talk::reachable(attempt, planned, machine)?;
+        let defined = guest_session::reachable(attempt, planned, machine)?;
         attempt.machines.add(defined.clone());
         Ok(defined)
     }
@@ -217,7 +217,7 @@ impl Defined {
             vm.enter(VmPhase::BootCommand);
             boot_command.run(vm, machine).await?;
         }
-        let session = talk::log_in(vm, defined).await?;
+        let session = guest_session::log_in(vm, defined).await?;
         let millis = u64::try_from(powered_on.elapsed().as_millis()).unwrap_or(u64::MAX);
         vm.attempt.sink.emit(Some(vm.name()), EventKind::GuestReady { millis });
         Ok(session)
@@ -230,7 +230,7 @@ impl Booted {
         let Self(vm, machine, mut session) = self;
         vm.enter(VmPhase::Provisioning);
         for step in 0..vm.planned().steps.len() {
-            if let Err(failure) = talk::run_step(&vm, &machine, &mut session, step).await {
+            if let Err(failure) = guest_session::run_step(&vm, &machine, &mut session, step).await {
                 return Err(vm.step_failed(&machine, step, failure).await);
             }
         }
@@ -279,7 +279,7 @@ impl Provisioned {
             tokio::select! {
                 biased;
                 exit = machine.wait() => return exit,
-                error = talk::power_off(&session) => {
+                error = guest_session::power_off(&session) => {
                     tracing::debug!(vm = vm.name(), %error, "the guest cannot be switched off from within");
                 }
                 () = sleep(limit / 2) => {}

@@ -1,10 +1,9 @@
 //! One attempt at a login: dialling, the greeting, the key exchange, the credentials. Each stage has time of its own.
 
 use super::{
-    Guest,
+    Guest, cuttable_stream,
     login::{Endpoint, HostKeyPin, Login},
     pace::{Pace, Setback},
-    wire,
 };
 use crate::{Error, ErrorKind};
 use russh::{
@@ -143,11 +142,11 @@ pub(super) async fn attempt(
         }
         Err(error) => return Ended::Fatal(error),
     };
-    let (wire, watch) = wire::wire(stream);
+    let (stream, watch) = cuttable_stream::cuttable(stream);
     let received = watch.received();
     let seen = Arc::new(Seen::default());
     let handler = Handler { pin: login.pin.clone(), seen: Arc::clone(&seen) };
-    let connecting = client::connect_stream(Arc::new(config()), wire, handler);
+    let connecting = client::connect_stream(Arc::new(config()), stream, handler);
     let mut handle = tokio::select! {
         connected = connecting => match connected {
             Ok(handle) => handle,

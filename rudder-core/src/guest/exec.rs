@@ -104,7 +104,7 @@ impl Guest {
     /// Opens a session and starts something in it, which has begun when this returns.
     pub(super) async fn start(&self, what: &str, request: Request<'_>) -> Result<Start<'_>> {
         for _ in 0..MAX_STARTS {
-            self.shared.endings.over().await;
+            self.shared.closing.over().await;
             let (mut reader, writer) = self.open_channel(what).await?.split();
             let open = OpenChannel { guest: self, writer: Some(writer) };
             let Some(writer) = &open.writer else { return Err(self.broken(what, None)) };

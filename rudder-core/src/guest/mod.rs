@@ -5,9 +5,10 @@
 //! runs something in the guest ends it there too, and [`Guest::settle`] waits until that is done.
 
 mod attempt;
+mod channel_close;
 #[cfg(feature = "memory")]
 mod core_script;
-mod ending;
+mod cuttable_stream;
 mod exec;
 mod key;
 mod lines;
@@ -17,7 +18,6 @@ mod power;
 mod script;
 mod session;
 mod upload;
-mod wire;
 
 #[cfg(test)]
 pub(crate) mod tests;
@@ -36,7 +36,8 @@ pub(crate) use upload::{DENIED, IS_DIRECTORY, NOT_WRITTEN};
 
 use crate::{Error, ErrorKind};
 use attempt::{Handler, Seen};
-use ending::Endings;
+use channel_close::ClosingChannels;
+use cuttable_stream::StreamWatch;
 use russh::client::Handle;
 use std::{
     fmt,
@@ -44,7 +45,6 @@ use std::{
     time::Duration,
 };
 use tokio_util::task::TaskTracker;
-use wire::WireWatch;
 
 /// A logged-in connection to a guest. Clones share it; it ends when the last is dropped.
 #[derive(Clone)]
@@ -57,20 +57,20 @@ struct Shared {
     seen: Arc<Seen>,
     user: String,
     cleanups: TaskTracker,
-    endings: Endings,
+    closing: ClosingChannels,
     // Cuts the stream when dropped: after the handle.
-    _watch: WireWatch,
+    _watch: StreamWatch,
 }
 
 impl Guest {
-    fn new(handle: Handle<Handler>, watch: WireWatch, seen: Arc<Seen>, user: String) -> Self {
+    fn new(handle: Handle<Handler>, watch: StreamWatch, seen: Arc<Seen>, user: String) -> Self {
         Self {
             shared: Arc::new(Shared {
                 handle,
                 seen,
                 user,
                 cleanups: TaskTracker::new(),
-                endings: Endings::default(),
+                closing: ClosingChannels::default(),
                 _watch: watch,
             }),
         }

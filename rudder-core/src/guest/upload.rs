@@ -1,7 +1,7 @@
 //! Files into the guest: over SFTP, or through `cat` where the server has none.
 
 use super::{
-    Guest, ending,
+    Guest, channel_close,
     exec::{CommandOutput, Request, Start, quote},
 };
 use crate::{Error, ErrorKind, Result, event::ExitStatus};
@@ -242,9 +242,9 @@ impl Drop for Sftp<'_> {
         if let Some((mut receiving, writer)) = self.channel.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            let ending = self.guest.shared.endings.begin();
+            let ending = self.guest.shared.closing.begin();
             let closing = async move {
-                if tokio::time::timeout(ending::LIMIT, &mut receiving).await.is_err() {
+                if tokio::time::timeout(channel_close::LIMIT, &mut receiving).await.is_err() {
                     receiving.abort();
                     let _ = writer.close().await;
                 }

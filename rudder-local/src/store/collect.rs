@@ -7,7 +7,7 @@ use super::{
     durable::io_error,
     entries,
     lock::{FileLock, Mode},
-    part::Origin,
+    partial_download::Origin,
     record,
 };
 use rudder_core::{Result, backend::ReapReport, digest::Digest, module::InputRole};

@@ -9,7 +9,7 @@ use super::{
     http::{self, Answer, Ask, Failure},
     lock::{FileLock, Mode},
     masked,
-    part::{EndOnDrop, Part},
+    partial_download::{EndOnDrop, PartialDownload},
     process,
     unpack::{self, Packing, Stop, Unpacked},
 };
@@ -77,7 +77,7 @@ struct Job<'a> {
 
 /// A download that is whole.
 pub(super) struct Received {
-    pub(super) part: Part,
+    pub(super) part: PartialDownload,
     pub(super) served: Digest,
     resumed: bool,
     /// The unpacked image, if it came packed, and how often the download had started over when its unpacking began.
@@ -177,7 +177,7 @@ impl Store {
             let (store, key, lock) = (self.clone(), job.key.to_owned(), job.lock.clone());
             let trusted = url.sha256.is_some();
             blocking(move || {
-                let mut part = Part::open(&store, &key, trusted, lock)?;
+                let mut part = PartialDownload::open(&store, &key, trusted, lock)?;
                 if anew {
                     part.restart(None)?;
                 }
@@ -305,11 +305,11 @@ impl Store {
     /// Takes in what a server sends.
     async fn transfer(
         &self,
-        mut part: Part,
+        mut part: PartialDownload,
         answer: Answer,
         url: &PlannedUrl,
         progress: &Progress,
-    ) -> Result<(Part, Result<Transferred, Failure>)> {
+    ) -> Result<(PartialDownload, Result<Transferred, Failure>)> {
         let mut response = match answer {
             Answer::NotModified => return Ok((part, Ok(Transferred::NotModified))),
             Answer::NoRest => return Ok((part, Ok(Transferred::Whole))),
@@ -375,7 +375,7 @@ impl Store {
     /// Unpacks a download while it comes, on a thread of its own.
     fn unpack_along(
         &self,
-        part: &Part,
+        part: &PartialDownload,
         disk: Option<u64>,
         progress: &Progress,
         stop: &Stop,
@@ -446,7 +446,7 @@ fn check_room(path: &Path, len: u64, total: Option<u64>) -> Result<()> {
     .with_help(durable::FREE_SPACE))
 }
 
-fn given_up(cause: Error, attempts: u32, part: &Part) -> Error {
+fn given_up(cause: Error, attempts: u32, part: &PartialDownload) -> Error {
     let times = if attempts == 1 { "1 attempt".to_owned() } else { format!("{attempts} attempts") };
     let error = Error::new(cause.kind(), format!("the download failed after {times}"));
     let help = match cause.help() {

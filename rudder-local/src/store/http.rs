@@ -1,6 +1,6 @@
 //! Asking servers: the client, what to ask, and what an answer means (RFC 9110).
 
-use super::{StoreOptions, part::Origin};
+use super::{StoreOptions, partial_download::Origin};
 use reqwest::{
     Client, Response, StatusCode,
     header::{self, HeaderMap, HeaderName},

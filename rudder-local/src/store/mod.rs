@@ -37,7 +37,7 @@ mod ledger;
 mod local;
 mod lock;
 mod modules;
-mod part;
+mod partial_download;
 mod process;
 mod publish;
 mod record;

@@ -19,7 +19,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// What is seen of a wire from outside. Cuts it when dropped.
 #[derive(Debug)]
-pub(super) struct WireWatch {
+pub(super) struct StreamWatch {
     cut: CancellationToken,
     received: Arc<watch::Sender<u64>>,
     beginning: Arc<Mutex<Vec<u8>>>,
@@ -28,7 +28,7 @@ pub(super) struct WireWatch {
 /// How many of the first bytes are kept: a line of a server that does not want to talk.
 const BEGINNING: usize = 200;
 
-impl WireWatch {
+impl StreamWatch {
     /// What a server said that is not SSH, for people: `Exceeded MaxStartups`, for example.
     pub(super) fn text(&self) -> Option<String> {
         let bytes = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
@@ -44,14 +44,14 @@ impl WireWatch {
     }
 }
 
-impl Drop for WireWatch {
+impl Drop for StreamWatch {
     fn drop(&mut self) {
         self.cut.cancel();
     }
 }
 
 /// The stream itself.
-pub(super) struct Wire {
+pub(super) struct CuttableStream {
     inner: BoxedStream,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     received: Arc<watch::Sender<u64>>,
@@ -60,21 +60,21 @@ pub(super) struct Wire {
 }
 
 /// Splits a stream into what is given away and what watches it.
-pub(super) fn wire(inner: BoxedStream) -> (Wire, WireWatch) {
+pub(super) fn cuttable(inner: BoxedStream) -> (CuttableStream, StreamWatch) {
     let cut = CancellationToken::new();
     let received = Arc::new(watch::Sender::new(0));
     let beginning = Arc::default();
-    let wire = Wire {
+    let stream = CuttableStream {
         inner,
         cut: Box::pin(cut.clone().cancelled_owned()),
         received: Arc::clone(&received),
         beginning: Arc::clone(&beginning),
         count: AtomicU64::new(0),
     };
-    (wire, WireWatch { cut, received, beginning })
+    (stream, StreamWatch { cut, received, beginning })
 }
 
-impl Wire {
+impl CuttableStream {
     fn poll_cut(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         match self.cut.as_mut().poll(cx) {
             Poll::Ready(()) => Err(io::Error::from(io::ErrorKind::ConnectionAborted)),
@@ -83,7 +83,7 @@ impl Wire {
     }
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for CuttableStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -106,7 +106,7 @@ impl AsyncRead for Wire {
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for CuttableStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_cut(cx)?;
         Pin::new(&mut self.inner).poll_write(cx, buf)

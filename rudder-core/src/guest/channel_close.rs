@@ -9,16 +9,16 @@ pub(super) const LIMIT: Duration = Duration::from_secs(5);
 
 /// How many sessions are ending.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Endings(Arc<watch::Sender<usize>>);
+pub(super) struct ClosingChannels(Arc<watch::Sender<usize>>);
 
 /// One of them, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Ending(Endings);
+pub(super) struct ClosingChannel(ClosingChannels);
 
-impl Endings {
-    pub(super) fn begin(&self) -> Ending {
+impl ClosingChannels {
+    pub(super) fn begin(&self) -> ClosingChannel {
         self.0.send_modify(|count| *count += 1);
-        Ending(self.clone())
+        ClosingChannel(self.clone())
     }
 
     /// Waits until none is left, not much longer than [`LIMIT`].
@@ -28,7 +28,7 @@ impl Endings {
     }
 }
 
-impl Drop for Ending {
+impl Drop for ClosingChannel {
     fn drop(&mut self) {
         self.0.0.send_modify(|count| *count -= 1);
     }

@@ -45,7 +45,7 @@ pub(super) struct Origin {
 
 /// A partial download, held by its only writer.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct PartialDownload {
     path: PathBuf,
     file: File,
     /// Eight bytes of length, and the digest.
@@ -60,7 +60,7 @@ pub(super) struct Part {
     _lock: Arc<FileLock>,
 }
 
-impl Part {
+impl PartialDownload {
     /// Opens the partial download of this key, and reads what is there of it, if it can be resumed. `trusted`: what
     /// was written before a crash may be used, because the whole is compared with a checksum.
     pub(super) fn open(store: &Store, key: &str, trusted: bool, lock: Arc<FileLock>) -> Result<Self> {
@@ -348,9 +348,9 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::{super::lock::Mode, *};
 
-    fn open(store: &Store) -> Part {
+    fn open(store: &Store) -> PartialDownload {
         let lock = FileLock::wait(&store.download_lock("key"), Mode::Exclusive).unwrap();
-        Part::open(store, "key", false, Arc::new(lock)).unwrap()
+        PartialDownload::open(store, "key", false, Arc::new(lock)).unwrap()
     }
 
     fn origin(if_range: Option<&str>, boot_id: &str) -> Origin {
@@ -364,7 +364,7 @@ mod tests {
         }
     }
 
-    fn append(part: Part, bytes: &'static [u8]) -> (Part, Result<()>) {
+    fn append(part: PartialDownload, bytes: &'static [u8]) -> (PartialDownload, Result<()>) {
         let (sender, receiver) = mpsc::channel(1);
         let writer = std::thread::spawn(move || part.append(receiver));
         sender.blocking_send(Bytes::from_static(bytes)).unwrap();
