@@ -9,18 +9,23 @@ use std::{
     ffi::OsString,
     fs,
     io::{self, Write as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 /// In the environment of a helper: the file, in the directory that it is started in, with the [`NetworkRecord`] to run.
 pub const VARIABLE: &str = "RUDDER_HELPER";
 /// The name of the program.
 const PROGRAM: &str = "rudder-helper";
+
+/// Interval between looks whether the lab's directory is still there.
+const GONE: Duration = Duration::from_secs(2);
 
 /// Whether this program calls [`run`].
 static IS_HELPER: AtomicBool = AtomicBool::new(false);
@@ -75,7 +80,7 @@ impl HelperProgram {
     }
 }
 
-/// Runs a network until the process is ended.
+/// Runs a network until the process is ended, or the directory of its lab is gone.
 fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
     let record = NetworkRecord::from_json(record, &fs::read(record)?).map_err(io::Error::other)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -93,6 +98,12 @@ fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
             ));
         }
         let _open = open;
-        std::future::pending().await
+        loop {
+            tokio::time::sleep(GONE).await;
+            // A directory without a name has no links (stat(2)): somebody removed the lab by hand.
+            if fs::metadata(".")?.nlink() == 0 {
+                return Err(io::Error::new(io::ErrorKind::NotFound, "the directory of the lab was removed"));
+            }
+        }
     })
 }
