@@ -3,12 +3,17 @@
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
-    backend::Backend as _,
+    backend::{Backend as _, ModuleDraft},
     capability::{Capabilities, Capability},
     check::{check, codes},
+    content::Content,
     diagnostic::Severity,
+    digest::Digest,
+    hardware::Bus,
     manifest::{json_schema, parse},
     memory::MemoryBackend,
+    module::{CapturedDisk, Module, Provenance, TemplateMachine},
+    plan::{Inputs, PlanContext, PlannedNetwork, prepare},
 };
 use serde_json::Value;
 use std::{collections::BTreeSet, fs, path::Path};
@@ -152,6 +157,57 @@ fn the_manifests_of_the_readme_and_the_guide_have_no_mistakes() {
             let mistakes: Vec<_> = found.filter(|finding| finding.severity == Severity::Error).collect();
             assert!(mistakes.is_empty(), "{file}: {mistakes:?}");
         }
+    }
+}
+
+/// A module called `base` with a VM `web`, as the recipes take it for granted.
+fn base() -> Module {
+    let mut machine = TemplateMachine::new("web", 1, 1 << 30);
+    machine.disks.push(CapturedDisk {
+        name: "rootdisk".to_owned(),
+        bus: Bus::Virtio,
+        file: "web.rootdisk.qcow2".to_owned(),
+        format: "qcow2".to_owned(),
+        virtual_size: 20 << 30,
+        content: Content::of(b"disk"),
+    });
+    let network = PlannedNetwork::default();
+    let provenance = Provenance::new("", Digest::of(b""));
+    ModuleDraft::new("base", vec![machine], network, provenance).into_module(Digest::of(b"base"))
+}
+
+#[test]
+fn every_manifest_of_the_recipes_is_planned_without_a_finding() {
+    use Capability as C;
+    let more = [C::NicModels, C::NicSlots, C::Uefi, C::SecureBoot, C::Tpm, C::Display];
+    let memory = MemoryBackend::new();
+    let capabilities = Capabilities::new("any", memory.capabilities().iter().chain(more));
+    let inputs = Inputs::new().with_config_map("site", "nginx.conf", "events {}").with_secret(
+        "registration",
+        "script",
+        "register --token 0123456789abcdef",
+    );
+    let context = PlanContext::new(&capabilities).with_modules([base()]).with_inputs(inputs);
+    let page = read("docs/recipes.md");
+    let recipes = page.split("\n## ").skip(1).filter_map(|recipe| {
+        let (title, rest) = recipe.split_once('\n')?;
+        Some((title, rest.split_once("```yaml\n")?.1.split_once("```")?.0))
+    });
+    let mut count = 0;
+    for (title, manifest) in recipes {
+        let prepared = prepare("recipe.yaml", manifest.as_bytes(), &context);
+        assert_eq!(prepared.render_warnings(), "", "{title}");
+        let plans = prepared.into_plans().unwrap_or_else(|refused| panic!("{title}:\n{refused}"));
+        assert!(!plans.is_empty(), "{title}");
+        count += 1;
+    }
+    assert!(count >= 13, "{count}");
+    // The list at the top leads to every recipe.
+    for title in page.lines().filter_map(|line| line.strip_prefix("## ")) {
+        let anchor: String =
+            title.to_lowercase().chars().filter(|c| c.is_alphanumeric() || " -".contains(*c)).collect();
+        let link = format!("(#{})", anchor.replace(' ', "-"));
+        assert!(page.contains(&link), "{title}: {link}");
     }
 }
 
