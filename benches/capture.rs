@@ -1,12 +1,12 @@
-//! Capturing a disk, compared with `qemu-img convert -c` of the same disk in the same run, on the same machine.
+//! Capturing a disk, compared with `qemu-img convert -c` of the same disk in the same run, on the same host.
 //!
 //! ```text
 //! cargo bench --bench capture [-- RUNS]
 //! ```
 //!
-//! The disk is that of a machine which starts from the Debian guest of `make guests`. A capture is all of it: compressed,
-//! digested, its structure checked, and read again to see that it is what the machine left. The runs are interleaved; figures are
-//! medians.
+//! The disk is that of a machine based on the Debian guest of `make guests`. A capture comprises everything:
+//! compressing and hashing the disk, checking its structure, and reading it again to verify that it holds what the
+//! machine left. The runs are interleaved; the figures are medians.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)] // A program that prints, and ends where it cannot go on.
 
@@ -25,7 +25,7 @@ use std::{
 };
 
 fn main() {
-    // cargo bench passes flags of its own.
+    // `cargo bench` passes flags of its own.
     let runs = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(5_usize);
     tokio::runtime::Runtime::new().unwrap().block_on(compare(runs));
 }
@@ -79,7 +79,7 @@ async fn compare(runs: usize) {
     lab.destroy().await.unwrap();
 }
 
-/// The file of a volume of the only lab.
+/// Returns the file of a volume of the only lab.
 fn disk_of(store: &Path, volume: &str) -> PathBuf {
     let labs = fs::read_dir(store.join("labs")).unwrap().flatten();
     labs.map(|lab| lab.path().join(volume)).find(|path| path.exists()).unwrap()

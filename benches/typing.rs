@@ -1,12 +1,13 @@
-//! How fast text is typed into what reads a keyboard at boot, on QEMU.
+//! How fast text is typed into programs that read the keyboard at boot, on QEMU.
 //!
 //! ```text
 //! make bench
 //! ```
 //!
-//! 2,000 characters of every printable kind go into the command line of GRUB, the shell of iPXE and a Linux console, and are read
-//! back; a character that is lost fails the bench. Beside it Packer from Debian's packages types some of the same characters
-//! into GRUB at its default pace: 100 ms after every press and after every release, those of Shift included.
+//! 2,000 printable characters of every kind are typed into the command line of GRUB, the shell of iPXE and a Linux
+//! console, and read back; a lost character fails the bench. For comparison, Packer from Debian's packages types some
+//! of the same characters into GRUB at its default pace: 100 ms after every press and after every release, including
+//! those of Shift.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)] // A program that prints, and ends where it cannot go on.
 
@@ -23,7 +24,7 @@ use std::{
 use typing::{GRUB, Typed, printable};
 
 const MANY: usize = 2000;
-/// So many are enough for Packer, whose pace is fixed.
+/// Enough characters for Packer, whose pace is fixed.
 const FEW: usize = 60;
 
 #[tokio::main]
@@ -51,10 +52,11 @@ fn rate(typed: &Typed) -> f64 {
     typed.rate()
 }
 
-/// Characters per second of Packer, from when it says that it begins to type until it turns to what comes next.
+/// Returns the speed of Packer in characters per second, from its message that it starts to type until its next
+/// message.
 fn packer(text: &str) -> f64 {
     let dir = tempfile::Builder::new().prefix("bench.").tempdir().unwrap();
-    // What is a template or a token to Packer would not be typed: these two characters are left out.
+    // Packer would treat these two characters as the start of a template or a token instead of typing them.
     let text: String = text.chars().filter(|character| !"<{".contains(*character)).collect();
     let template = serde_json::json!({"builders": [{
         "type": "qemu",
@@ -71,7 +73,7 @@ fn packer(text: &str) -> f64 {
         "communicator": "ssh",
         "ssh_username": "nobody",
         "ssh_password": "none",
-        // Nobody answers: it gives up, and ends its machine.
+        // No SSH server answers: Packer gives up, and ends its machine.
         "ssh_timeout": "1s",
         "qemuargs": [["-netdev", "user,id=user.0,hostfwd=tcp:127.0.0.1:{{ .SSHHostPort }}-:22"]],
     }]});

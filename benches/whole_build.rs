@@ -1,4 +1,4 @@
-//! Whole builds, compared with what else there is, in the same run and on the same machine.
+//! Whole builds, compared with the alternatives in the same run and on the same host.
 //!
 //! ```text
 //! make bench [RUNS=5]
@@ -10,12 +10,13 @@
 //! - *floor*: the same guest started by a plain qemu command line, one ssh login, the same step, poweroff, the same
 //!   `qemu-img convert`. No tool that boots the guest once can be faster.
 //! - *qemu*: the build example, in the release profile.
-//! - *libvirt*: the same with `--backend libvirt`, on a libvirtd that is started for it and ends with it. Needs the feature `libvirt`.
+//! - *libvirt*: the same with `--backend libvirt`, on a libvirtd that is started for this run and ends with it.
+//!   Needs the feature `libvirt`.
 //! - *packer*: Packer from Debian's packages, with its QEMU builder.
 //!
-//! The runs are interleaved, so that a machine that gets slower or warmer does so for all; figures are medians.
-//! Beside it: what Rudder's own process takes (peak of resident memory, CPU time; its children are not in it). Captures are
-//! measured by themselves in `capture.rs`.
+//! The runs are interleaved, so that a host that becomes slower or warmer affects all of them; the figures are medians.
+//! Also printed is what Rudder's own process uses (peak resident memory and CPU time, without its children). Captures
+//! are measured separately in `capture.rs`.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)] // A program that prints, and ends where it cannot go on.
 
@@ -38,7 +39,7 @@ const DISK: &str = "4G";
 const MEMORY_MIB: u32 = 1024;
 const CPUS: u32 = 2;
 
-/// What builds, in the order of the runs.
+/// The programs that build, in the order of the runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Contender {
     Floor,
@@ -60,7 +61,7 @@ impl Contender {
     }
 }
 
-/// What the command line says: how many runs, and of what.
+/// Reads the number of runs and the contenders from the command line.
 fn options() -> (usize, Vec<Contender>) {
     let (mut runs, mut chosen) = (5, Contender::ALL.to_vec());
     let mut arguments = std::env::args().skip(1);
@@ -138,12 +139,13 @@ fn main() {
     }
 }
 
-/// The median of whole builds.
+/// Returns the median duration of whole builds.
 fn whole(figures: &[Figures]) -> f64 {
     median(figures.iter().map(|one| one.whole))
 }
 
-/// The middle value; of an even number the mean of the two in the middle. Seconds or whatever went in.
+/// Returns the middle value; with an even number of values, the mean of the two in the middle. The unit is that of the
+/// values.
 fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
@@ -151,15 +153,15 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
 }
 
-/// One build: seconds of the whole, and what else is worth knowing, with its unit.
+/// The duration of one build in seconds, and other figures with their units.
 struct Figures {
     whole: f64,
     parts: Vec<(&'static str, &'static str, f64)>,
 }
 
-/// What all runs share.
+/// The state that all runs share.
 struct Bench {
-    /// Everything that is written; gone at the end.
+    /// The directory of all files that are written; removed at the end.
     dir: tempfile::TempDir,
     image: PathBuf,
     build: PathBuf,
@@ -207,7 +209,7 @@ impl Bench {
         )
     }
 
-    /// The seed of the floor and of Packer: the same in kind as the one that Rudder makes.
+    /// Makes the seed of the floor and of Packer, equivalent to the one that Rudder makes.
     fn make_seed(&self) {
         let key = fs::read_to_string(self.path("key.pub")).unwrap();
         fs::write(self.path("meta-data"), "instance-id: bench\nlocal-hostname: debian\n").unwrap();
@@ -227,7 +229,7 @@ impl Bench {
             .arg("::"));
     }
 
-    /// The choices that every contender gets: what Rudder chooses by itself.
+    /// Returns the accelerator options that every contender gets: those that Rudder chooses by itself.
     fn accelerator(&self) -> [&'static str; 4] {
         if self.kvm {
             ["-accel", "kvm", "-cpu", "host"]
@@ -286,7 +288,7 @@ impl Bench {
         );
         await_banner(port, &mut qemu);
         let login = start.elapsed();
-        // The guest may cut the connection before it tells the exit code: what counts is that it powers off.
+        // The guest may cut the connection before it sends the exit code; what counts is that it powers off.
         let _ = Command::new("ssh")
             .args([
                 "-F",
@@ -304,7 +306,7 @@ impl Bench {
             .stdout(Stdio::null())
             .status()
             .unwrap();
-        // A login that fails leaves the guest running, and then nothing here is worth measuring.
+        // A failed login leaves the guest running, and then there is nothing to measure.
         while qemu.0.try_wait().unwrap().is_none() {
             assert!(start.elapsed() < Duration::from_secs(900), "the guest of the floor did not power off");
             std::thread::sleep(Duration::from_millis(10));
@@ -320,7 +322,7 @@ impl Bench {
         Figures { whole, parts }
     }
 
-    /// Seconds that `qemu-img convert` takes for the disk of the floor's last run.
+    /// Measures how many seconds `qemu-img convert` takes for the disk of the floor's last run.
     fn convert(&self) -> f64 {
         let start = Instant::now();
         run(Command::new("qemu-img")
@@ -333,7 +335,7 @@ impl Bench {
         took
     }
 
-    /// The build example on one of its backends; libvirt is at this URI.
+    /// Runs the build example on one of its backends; `uri` is that of libvirt.
     fn rudder(&self, contender: Contender, uri: &str, run: &str) -> Figures {
         let backend = contender.name();
         let start = Instant::now();
@@ -348,7 +350,7 @@ impl Bench {
         );
         let output = child.0.stdout.take().unwrap();
         let reader = std::thread::spawn(move || read_to_string(output).unwrap_or_default());
-        // A process that ended has no figures any more: they are read until it does.
+        // The figures of a process are gone once it has ended, so they are read until it does.
         let (mut peak_mib, mut cpu) = (0.0, 0.0);
         let status = loop {
             if let Some((memory, time)) = own_use(child.0.id()) {
@@ -398,7 +400,7 @@ impl Bench {
             // Drives that are given here replace Packer's own.
             "qemuargs": [
                 ["-cpu", cpu],
-                // By itself Packer lets the whole network in.
+                // By default Packer opens the port to the whole network.
                 ["-netdev", "user,id=user.0,hostfwd=tcp:127.0.0.1:{{ .SSHHostPort }}-:22"],
                 ["-drive", format!("if=virtio,format=qcow2,cache=unsafe,discard=unmap,file={}", output.join("disk.qcow2").display())],
                 ["-drive", format!("if=virtio,format=raw,readonly=on,file={}", self.path("seed.img").display())],
@@ -439,7 +441,7 @@ impl Drop for Process {
     }
 }
 
-/// Runs to the end; what it said is shown if it failed.
+/// Runs a command to completion, and shows its output if it failed.
 fn run(command: &mut Command) {
     let output = command
         .stdin(Stdio::null())
@@ -454,7 +456,8 @@ fn run(command: &mut Command) {
     );
 }
 
-/// Whether an ordinary guest runs on KVM here: the device, and a processor that says so (see `docs/design.md`).
+/// Returns whether an ordinary guest can run on KVM here: the device exists, and the processor supports it (see
+/// `docs/design.md`).
 fn kvm() -> bool {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let able = flags.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm");
@@ -465,12 +468,12 @@ fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Waits for an SSH server to say something at this port. The forwarded port takes a connection before the guest does, and one
-/// that came too early may stay silent for long: so there are always a few, of different ages.
+/// Waits for the banner of an SSH server on this port. The forwarded port accepts a connection before the guest does,
+/// and one that was made too early may stay silent for long, so there are always several connections of different ages.
 fn await_banner(port: u16, qemu: &mut Process) {
     let mut streams = VecDeque::<(Instant, TcpStream)>::new();
     loop {
-        // An SSH server may need seconds to greet without hardware acceleration.
+        // Without hardware acceleration, an SSH server may need seconds until it greets.
         streams.retain(|(start, _)| start.elapsed() < Duration::from_secs(5));
         if streams.len() < 8
             && let Ok(stream) = TcpStream::connect(("127.0.0.1", port))
@@ -489,7 +492,7 @@ fn await_banner(port: u16, qemu: &mut Process) {
     }
 }
 
-/// The most memory that this process ever held (MiB) and the CPU time that it took (s), its children left out (proc(5)).
+/// Returns the peak memory of a process in MiB and its CPU time in seconds, both without its children (proc(5)).
 fn own_use(pid: u32) -> Option<(f64, f64)> {
     const TICKS: f64 = 100.0; // USER_HZ, which is 100 on x86-64.
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

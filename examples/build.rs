@@ -5,20 +5,20 @@
 //!                              [--on-failure destroy|keep] [--locked] [--strict] FILE
 //! ```
 //!
-//! `libvirt` is there with `--features libvirt`; `LIBVIRT_DEFAULT_URI` says which one.
+//! The backend `libvirt` needs `--features libvirt`; `LIBVIRT_DEFAULT_URI` selects the libvirt to use.
 //!
-//! Standard output is for programs: with `--events json` every event as a line of JSON, and at last the path of each
-//! `module.json`. Everything for people goes to standard error: progress bars and the output of steps on a terminal, plain
-//! lines otherwise.
+//! Standard output is for programs: every event as a line of JSON (with `--events json`), and the path of each
+//! `module.json` once its module is built. Everything for people goes to standard error: progress bars and the output
+//! of steps on a terminal, otherwise plain lines.
 //!
-//! A `handbuild` step prints its instructions and where a VNC viewer finds the display, and goes on at Enter: a line of
-//! standard input, which must be a terminal or a pipe.
+//! A `handbuild` step prints its instructions and the address of the display for a VNC viewer. It continues when Enter
+//! is pressed: a line on standard input, which must be a terminal or a pipe.
 //!
-//! SIGINT (Ctrl-C), SIGTERM and SIGHUP (a terminal that is closed) cancel the build, and so does standard output when it cannot be
-//! written. The program ends when everything is cleaned up; the third signal ends it at once.
+//! SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed) cancel the build, and so does a failure to write to
+//! standard output. The program ends once everything is cleaned up; the third signal ends it at once.
 //!
-//! Exit codes: 0 built · 1 failed · 2 manifest refused, or used wrongly · 130 cancelled by a signal, after cleaning up ·
-//! 141 cancelled because nobody reads standard output any more.
+//! Exit codes: 0 built · 1 failed · 2 manifest refused, or wrong usage · 130 cancelled by a signal, after cleaning up ·
+//! 141 cancelled because standard output has no reader any more.
 
 #[path = "build/by_hand.rs"]
 mod by_hand;
@@ -58,19 +58,19 @@ struct Args {
     /// The hypervisor to build on.
     #[arg(long, value_enum, default_value = "qemu")]
     backend: Hypervisor,
-    /// Where images and modules are kept [default: the store of this user].
+    /// Where images and modules are stored [default: the store of this user].
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
-    /// Writes every event to standard output, a line each.
+    /// Writes every event to standard output, one per line.
     #[arg(long, value_name = "FORMAT")]
     events: Option<EventFormat>,
-    /// What becomes of the machines of a build that failed.
+    /// What happens to the machines of a failed build.
     #[arg(long, value_enum, default_value = "destroy")]
     on_failure: OnFailure,
     /// Refuses inputs that changed since the module of the same name was built.
     #[arg(long)]
     locked: bool,
-    /// Refuses keys that no field has.
+    /// Refuses unknown keys.
     #[arg(long)]
     strict: bool,
     /// The manifest.
@@ -90,7 +90,7 @@ enum OnFailure {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    // This program also runs the network of a lab that is kept.
+    // This program also runs the network of a kept lab.
     rudder::helper::run();
     match run(Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
@@ -103,7 +103,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Why the program ends without having built everything, and what it says then.
+/// Why the program ends without having built everything: its exit code, and its last message.
 struct End {
     code: u8,
     message: String,
@@ -129,7 +129,7 @@ impl From<Unwritten> for End {
 
 impl From<Box<BuildFailure>> for End {
     fn from(failure: Box<BuildFailure>) -> Self {
-        // What failed was the last event, and is on the screen.
+        // The failure was the last event, so it is on the screen already.
         let code = if failure.is_cancelled() { CANCELLED } else { FAILED };
         Self { code, message: String::new() }
     }
@@ -142,7 +142,7 @@ async fn run(args: Args) -> Result<(), End> {
     let file = Source { name: args.file.display().to_string(), text };
     let backend = args.backend.open(&store)?;
 
-    // All documents are looked at before the first is built.
+    // All documents are checked before the first one is built.
     let unknown_keys = if args.strict { UnknownKeys::Refuse } else { UnknownKeys::Warn };
     let parsed = parse_with(&file.name, &file.text, unknown_keys);
     file.judge(&parsed.diagnostics)?;
@@ -152,7 +152,7 @@ async fn run(args: Args) -> Result<(), End> {
         .with_base_directory(args.file.parent().unwrap_or(&args.file));
     let mut findings = Vec::new();
     for (place, document) in parsed.documents.iter().enumerate() {
-        // A module that an earlier document of the file makes is not there yet.
+        // A module that an earlier document of the file makes does not exist yet.
         let to_come = |finding: &Diagnostic| place > 0 && finding.code == "unknown-module";
         let found = plan(document, &context).diagnostics;
         findings.extend(found.into_iter().filter(|finding| !to_come(finding)));
@@ -163,7 +163,7 @@ async fn run(args: Args) -> Result<(), End> {
     }
 
     for document in &parsed.documents {
-        // Planned again: an earlier document may have built the module that this one builds on.
+        // Planned again: an earlier document may have built the module that this one is based on.
         let planned = plan(document, &context);
         let Some(plan) = planned.plan else {
             return Err(End::refused(render(&planned.diagnostics, &file.name, &file.text())));
@@ -184,13 +184,13 @@ async fn run(args: Args) -> Result<(), End> {
             Some(path) => print(path.display())?,
             None => print(&module.name)?,
         }
-        // The documents behind it may build on it.
+        // Later documents may be based on it.
         context = context.with_modules([module]);
     }
     Ok(())
 }
 
-/// Runs a build, shows what happens, lets a person go on with what waits for one, and cancels when the user says so.
+/// Runs a build: shows its events, resumes steps that wait for a person, and cancels when the user asks for it.
 async fn follow(build: Build, format: Option<EventFormat>, signals: &Signals) -> Result<Module, End> {
     let build = build.start();
     signals.cancel(Some(build.canceller()));
@@ -204,7 +204,7 @@ async fn follow(build: Build, format: Option<EventFormat>, signals: &Signals) ->
             said = by_hand.said() => {
                 match said {
                     Said::Tell(text) => screen.say(&text),
-                    // It may have failed meanwhile, which the next events tell.
+                    // The build may have failed in the meantime, which the next events report.
                     Said::Done(vm) => drop(build.resume(&vm)),
                     Said::Nobody => {
                         screen.say("cancelling: standard input has ended, so nobody can say when to go on");
@@ -219,7 +219,7 @@ async fn follow(build: Build, format: Option<EventFormat>, signals: &Signals) ->
         if let (Some(EventFormat::Json), None) = (format, &unwritten) {
             unwritten = print(event.to_json()).err();
             if unwritten.is_some() {
-                // Whoever reads the events is gone: nobody would know what becomes of the build.
+                // Without a reader of the events, no one would learn how the build ends.
                 build.cancel();
             }
         }
@@ -243,7 +243,7 @@ async fn follow(build: Build, format: Option<EventFormat>, signals: &Signals) ->
     }
 }
 
-/// The module of this name that was built before.
+/// Returns the module with this name that was built before.
 fn earlier<'c>(context: &'c PlanContext, name: &str) -> Result<&'c Module> {
     if let Some(reason) = context.damaged_modules.get(name) {
         let message = format!("expected an earlier module {name} to lock the build to, but it is damaged");
@@ -266,7 +266,7 @@ impl Source {
         String::from_utf8_lossy(&self.text)
     }
 
-    /// Shows what was found, and refuses the file when that is an error.
+    /// Shows the diagnostics, and refuses the file if one of them is an error.
     fn judge(&self, diagnostics: &[Diagnostic]) -> Result<(), End> {
         let shown = render(diagnostics, &self.name, &self.text());
         if diagnostics.iter().any(Diagnostic::is_error) {

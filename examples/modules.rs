@@ -1,14 +1,16 @@
-//! Looks after the modules of a store.
+//! Manages the modules of a store.
 //!
 //! ```text
 //! cargo run --example modules -- [--backend qemu|libvirt|memory] [--store DIR] list | show NAME | remove NAME | gc |
 //!     repair NAME DIGEST
 //! ```
 //!
-//! `remove` also takes the id of a lab that a failed build kept. `gc` removes what dead builds left behind, and cached
-//! inputs that nothing needs; what it does not know it leaves alone, and says so. `repair` says which version a module has, when
-//! that was lost. Exit code 0: done; 1: it failed, or a module is damaged, standard error says why; 2: wrong usage; 141: nobody reads
-//! standard output any more.
+//! `remove` also accepts the id of a lab that a failed build kept. `gc` removes what dead builds left behind, and
+//! cached inputs that are not needed any more; it reports what it does not recognise, and leaves it alone. `repair`
+//! records which version of a module is the current one, if that was lost.
+//!
+//! Exit codes: 0 done · 1 it failed or a module is damaged, see standard error · 2 wrong usage · 141 standard output
+//! has no reader any more.
 
 #[path = "build/hypervisor.rs"]
 mod hypervisor;
@@ -28,13 +30,13 @@ use rudder::{
 };
 use std::{path::PathBuf, process::ExitCode};
 
-/// Looks after the modules of a store.
+/// Manages the modules of a store.
 #[derive(Parser)]
 struct Arguments {
-    /// Where modules are kept; left out, the user's own store.
+    /// Where modules are stored; by default, the store of this user.
     #[arg(long)]
     store: Option<PathBuf>,
-    /// The backend that built them: libvirt also removes their domains.
+    /// The backend that built the modules: libvirt also removes their domains.
     #[arg(long, value_enum, default_value = "qemu")]
     backend: Hypervisor,
     #[command(subcommand)]
@@ -49,7 +51,7 @@ enum Action {
     Show {
         /// The name of the module.
         name: String,
-        /// Prints `module.json` as it stands.
+        /// Prints `module.json` verbatim.
         #[arg(long)]
         json: bool,
     },
@@ -58,13 +60,13 @@ enum Action {
         /// The name of the module, or the id of the lab.
         name: String,
     },
-    /// Removes what dead builds left behind, and cached inputs that nothing needs.
+    /// Removes what dead builds left behind, and cached inputs that are not needed any more.
     Gc,
-    /// Says which version a module has, when that is not known any more.
+    /// Records which version of a module is the current one, if that is not known any more.
     Repair {
         /// The name of the module.
         name: String,
-        /// The digest of the version, or how it begins.
+        /// The digest of the version, or a prefix of it.
         digest: String,
     },
 }
@@ -86,7 +88,7 @@ async fn main() -> ExitCode {
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-/// What an action shows on standard output, and whether a part of it failed.
+/// What an action prints to standard output, and whether a part of it failed.
 #[derive(Default)]
 struct Done {
     shown: String,
@@ -96,7 +98,8 @@ struct Done {
 /// Adds a line.
 macro_rules! line {
     ($done:expr, $($text:tt)+) => {
-        // A record may hold what a server or a guest said: it is shown, not obeyed.
+        // A record may contain text from a server or a guest: control characters are made visible, so that a terminal
+        // does not obey them.
         $done.shown.push_str(&visible_line(&format!($($text)+)));
         $done.shown.push('\n');
     };
@@ -120,7 +123,7 @@ async fn repair(store: &Store, name: &str, digest: &str) -> Result<Done> {
     Ok(Done::default())
 }
 
-/// Tells of the modules that cannot be used; whether there are any.
+/// Reports the modules that cannot be used; returns whether there are any.
 async fn tell_damaged(backend: &dyn Backend) -> Result<bool> {
     let damaged = backend.damaged_modules().await?;
     for module in &damaged {

@@ -1,12 +1,13 @@
-//! Says everything that is wrong with manifests, without building anything.
+//! Reports all errors in manifests, without building anything.
 //!
 //! ```sh
 //! cargo run --example validate -- [--json] [--strict] FILE...
 //! ```
 //!
-//! Findings go to standard error for people, or as JSON lines to standard output; `-` is standard input.
-//! Exit code 0: no errors; 1: errors; 2: a file could not be read, findings could not be written, or wrong usage; 141: nobody reads
-//! them any more.
+//! Diagnostics go to standard error for people, or as JSON lines to standard output; `-` reads standard input.
+//!
+//! Exit codes: 0 no errors · 1 errors · 2 a file could not be read, diagnostics could not be written, or wrong usage ·
+//! 141 standard output has no reader any more.
 
 #[path = "build/output.rs"]
 mod output;
@@ -25,20 +26,20 @@ use std::{
     process::ExitCode,
 };
 
-/// Standard input is not read further than this: the parser refuses what is larger.
+/// Maximum number of bytes read from standard input: the parser refuses more.
 const MAX_READ: u64 = MAX_BYTES as u64 + 1;
 
-/// Check manifests and say everything that is wrong with them.
+/// Check manifests and report all errors in them.
 #[derive(Debug, Parser)]
 #[command(version, after_help = "Exit code 0: no errors; 1: errors; 2: a file could not be read.")]
 struct Arguments {
-    /// Write findings to standard output, one JSON object per line.
+    /// Write diagnostics to standard output, one JSON object per line.
     #[arg(long)]
     json: bool,
-    /// Take keys that no field has for errors.
+    /// Treat unknown keys as errors.
     #[arg(long)]
     strict: bool,
-    /// Colour the findings.
+    /// Colour the diagnostics.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     color: ColorChoice,
     /// Manifest files; `-` is standard input.
@@ -46,7 +47,7 @@ struct Arguments {
     files: Vec<PathBuf>,
 }
 
-/// What was found in all files.
+/// The number of diagnostics in all files.
 #[derive(Default)]
 struct Totals {
     errors: usize,
@@ -93,7 +94,7 @@ fn read(file: &Path) -> Result<Vec<u8>> {
     read.map(|_| bytes).map_err(|error| Error::io("read standard input", error))
 }
 
-/// Parses and checks one file, and shows what was found.
+/// Parses and checks one file, and shows the diagnostics.
 fn validate(arguments: &Arguments, name: &str, bytes: &[u8], totals: &mut Totals) -> Result<(), Unwritten> {
     let unknown_keys = if arguments.strict { UnknownKeys::Refuse } else { UnknownKeys::Warn };
     let parsed = parse_with(name, bytes, unknown_keys);
@@ -121,7 +122,7 @@ fn validate(arguments: &Arguments, name: &str, bytes: &[u8], totals: &mut Totals
         .map_err(Unwritten)
 }
 
-/// Each finding as one line: the file, and the fields of a [`Diagnostic`].
+/// Prints each diagnostic as one line: the file, and the fields of a [`Diagnostic`].
 fn print_json(name: &str, findings: &[Diagnostic]) -> Result<(), Unwritten> {
     for finding in findings {
         let mut line = serde_json::Map::from_iter([("file".to_owned(), name.into())]);

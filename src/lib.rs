@@ -2,7 +2,8 @@
 //!
 //! # This package
 //!
-//! It is the one dependency of a program that embeds Rudder: everything of [`rudder_core`], and the backends by feature.
+//! This is the only dependency that a program needs to embed Rudder. It re-exports all of [`rudder_core`], and the
+//! backends by feature.
 //!
 //! | feature | what it adds |
 //! |---|---|
@@ -10,7 +11,7 @@
 //! | `qemu` (default) | `rudder::qemu`: builds on raw QEMU processes |
 //! | `libvirt` | `rudder::libvirt`: builds on libvirt; needs its headers (`libvirt-dev`) |
 //! | `memory` | `rudder::memory`: a backend in memory, for tests without a hypervisor |
-//! | `testing` | `rudder::testing`: the conformance suite, for those who write backends; outside semantic versioning |
+//! | `testing` | `rudder::testing`: the conformance suite, for authors of backends; outside semantic versioning |
 
 #[doc(inline)]
 pub use rudder_core::*;
@@ -29,7 +30,7 @@ pub use rudder_local::helper;
 #[doc(inline)]
 pub use rudder_qemu as qemu;
 
-/// The code of the guide.
+/// The doctests of the guide.
 #[cfg(doctest)]
 #[doc = include_str!("../docs/guide.md")]
 mod guide {}

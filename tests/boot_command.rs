@@ -1,4 +1,5 @@
-//! Boot commands that fail on real machines: what is shown of the screen, what was fetched, and nothing left behind.
+//! Boot commands that fail on real machines: what is reported of the screen, what was fetched, and that nothing is left
+//! behind.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -11,7 +12,7 @@ use support::{Bench, Ended};
 const IPXE: &str = "/usr/lib/ipxe/ipxe.iso";
 const GRUB: &str = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
 
-/// A manifest of one VM that boots from a CD-ROM, because its disk is blank.
+/// Returns a manifest of one VM that boots from a CD-ROM because its disk is blank.
 fn from_iso(iso: &str, boot_command: &[&str], more: &str) -> String {
     let boot_command: String = boot_command.iter().map(|line| format!("      - \"{line}\"\n")).collect();
     format!(
@@ -21,7 +22,7 @@ fn from_iso(iso: &str, boot_command: &[&str], more: &str) -> String {
     )
 }
 
-/// Builds what must fail in its boot command, and leave nothing; its failure.
+/// Builds a manifest that must fail in its boot command and leave nothing behind; returns its failure.
 fn failed(bench: &Bench, manifest: &str, kind: &str) -> (Ended, Value) {
     let ended = bench.build(manifest);
     ended.expect_code(1);

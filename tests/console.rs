@@ -1,11 +1,11 @@
-//! Typing into real programs on QEMU: nothing is lost, nothing comes twice, whatever reads the keyboard.
+//! Typing into real programs on QEMU: no character is lost or duplicated, whatever reads the keyboard.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod support;
 
 use support::typing::{self, Typed, printable};
 
-/// Characters of every printable kind.
+/// Number of printable characters, of every kind.
 const MANY: usize = 2000;
 
 fn expect_all(typed: &Typed) {

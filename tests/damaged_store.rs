@@ -1,4 +1,4 @@
-//! What the examples say and do when the store is not as they left it. Needs no machine.
+//! What the examples report and do when the store was changed from outside. Needs no machine.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -15,7 +15,7 @@ use rudder::{
 use std::fs;
 use support::{Bench, one_vm};
 
-/// Publishes a module of one small disk.
+/// Publishes a module with one small disk.
 async fn publish(bench: &Bench, name: &str, content: &[u8]) -> Module {
     let store = Store::open(bench.store()).unwrap();
     let lab = store.create_lab(&LabId::new(name), name, Retention::EndWithOwner).unwrap();

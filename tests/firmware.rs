@@ -1,4 +1,5 @@
-//! Whole builds on QEMU with UEFI: Secure Boot enforced, a TPM, what both keep from layer to layer, and what a host must have.
+//! Whole builds on QEMU with UEFI: Secure Boot enforced, a TPM, what both keep from layer to layer, and what a host
+//! must provide.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -13,8 +14,8 @@ use std::{
 };
 use support::{Bench, Ended, Running, debian, guest_path, one_vm, processes_naming, tiny_manifest};
 
-/// Talks to the TPM as its specification says ("TCG TPM 2.0 Library", part 3: `NV_DefineSpace`, `NV_Write`, `NV_Read`), because
-/// the guest has no tools for it: puts a text into the memory of the TPM that stays, or reads it.
+/// Speaks the protocol of the TPM ("TCG TPM 2.0 Library", part 3: `NV_DefineSpace`, `NV_Write`, `NV_Read`), because the
+/// guest has no tools for it: writes a text to the non-volatile memory of the TPM, or reads it.
 const TPM: &str = r#"
 import struct, sys
 OWNER, INDEX, TEXT = 0x40000001, 0x01500016, b'kept by the TPM'
@@ -39,10 +40,10 @@ else:
     print(answer[2:2 + len(TEXT)].decode())
 "#;
 
-/// A variable of the firmware, of our own.
+/// A firmware variable of these tests.
 const VARIABLE: &str = "/sys/firmware/efi/efivars/RudderTest-8e6f2a4c-5b1d-4c3e-9a7f-0d2b4c6e8f10";
 
-/// A manifest of one VM with Secure Boot and a TPM.
+/// Returns a manifest of one VM with Secure Boot and a TPM.
 fn secure(name: &str, source: &str, lines: &[&str]) -> String {
     let script: String = TPM.lines().map(|line| format!("      {line}\n")).collect();
     let lines: String = lines.iter().map(|line| format!("            - {line}\n")).collect();
@@ -71,7 +72,8 @@ fn secure_boot_is_on_and_variables_and_tpm_live_on_in_the_layer() {
             "cat /sys/kernel/security/lockdown",
             "echo TPM version $(cat /sys/class/tpm/tpm0/tpm_version_major)",
             "python3 /tmp/tpm.py write",
-            // Four bytes say how it is kept (UEFI specification, 8.2: non-volatile, for boot and runtime); then the text.
+            // The attributes of the variable in four bytes (UEFI specification, 8.2: non-volatile, boot service and
+            // runtime access), followed by the text.
             &format!("printf '\\007\\000\\000\\000kept by the firmware' >{VARIABLE}"),
         ],
     ));
@@ -91,7 +93,7 @@ fn secure_boot_is_on_and_variables_and_tpm_live_on_in_the_layer() {
     assert_eq!(said(&layer), ["SecureBoot enabled", "kept by the TPM", "kept by the firmware"]);
     bench.expect_clean();
 
-    // Both are in the module, and what was made them is in its provenance.
+    // Both are in the module, and the versions of their programs are in its provenance.
     let module = fs::read(layer.stdout.lines().last().unwrap()).unwrap();
     let module: serde_json::Value = serde_json::from_slice(&module).unwrap();
     let state = module["machines"][0]["state"].as_array().unwrap();
@@ -102,7 +104,7 @@ fn secure_boot_is_on_and_variables_and_tpm_live_on_in_the_layer() {
     assert!(versions["swtpm"].is_string(), "{versions}");
 }
 
-/// A copy of the tiny guest whose loader has no signature any more.
+/// Makes a copy of the tiny guest whose boot loader is not signed any more.
 fn unsigned(bench: &Bench) -> PathBuf {
     let disk = bench.path("unsigned.raw");
     let converted = Command::new("qemu-img")
@@ -115,11 +117,11 @@ fn unsigned(bench: &Bench) -> PathBuf {
     let mark = b"UEFI SHIM\n";
     let marks: Vec<usize> =
         (0..bytes.len() - mark.len()).step_by(16).filter(|at| bytes[*at..].starts_with(mark)).collect();
-    // Under the name of removable media, and under Debian's.
+    // Once at the path of removable media, and once at Debian's path.
     assert_eq!(marks.len(), 2, "shim is there");
     for mark in marks {
-        // "PE Format": the file begins with MZ; at 0x3c is where the header is; 0xa8 behind it, in the directory of a program
-        // of 64 bits, are place and size of the signature.
+        // "PE Format": the file begins with MZ; the offset of the header is at 0x3c; the offset and size of the
+        // signature are 0xa8 behind that, in the data directory of a 64-bit program.
         let start = (0..=mark).rev().find(|at| at % 512 == 0 && bytes[*at..].starts_with(b"MZ")).unwrap();
         let header =
             start + u32::from_le_bytes(bytes[start + 0x3c..start + 0x40].try_into().unwrap()) as usize;
@@ -138,7 +140,7 @@ fn an_unsigned_loader_boots_unless_secure_boot_is_on() {
     let source = format!("{{url: 'file://{}'}}", unsigned(&bench).display());
     let look = "- {type: shell, shell: {inline: 'test -d /sys/firmware/efi && echo it booted'}}";
     let with = |firmware: &str| {
-        // GRUB does not load a kernel with less memory.
+        // With less memory GRUB does not load a kernel.
         one_vm("unsigned", &source, look)
             .replace("256Mi", "512Mi")
             .replace("    cloudInit", &format!("    {firmware}\n    tpm: false\n    cloudInit"))
@@ -153,7 +155,7 @@ fn an_unsigned_loader_boots_unless_secure_boot_is_on() {
     bench.expect_clean();
 }
 
-/// The refusal of a build by a host that lacks something; nothing was begun.
+/// Runs a build that must be refused because the host lacks something, before anything was started.
 fn refused(bench: &Bench, manifest: &str, change: impl FnOnce(&mut Command)) -> Ended {
     let mut command = bench.command(manifest);
     change(&mut command);
@@ -168,7 +170,7 @@ fn refused(bench: &Bench, manifest: &str, change: impl FnOnce(&mut Command)) -> 
 #[test]
 fn missing_firmware_and_a_missing_tpm_are_refused_at_once() {
     let bench = Bench::new();
-    // An empty descriptor hides those of its name in less specific directories.
+    // An empty descriptor hides those with the same name in less specific directories.
     let hidden = bench.path("config/qemu/firmware");
     fs::create_dir_all(&hidden).unwrap();
     for directory in ["/etc/qemu/firmware", "/usr/share/qemu/firmware"] {
@@ -188,7 +190,7 @@ fn missing_firmware_and_a_missing_tpm_are_refused_at_once() {
         ended.expect_text(&[told, "apt-get install --no-install-recommends ovmf"]);
     }
 
-    // A host that has everything but swtpm.
+    // A host that has everything except swtpm.
     let bin = bench.path("bin");
     fs::create_dir(&bin).unwrap();
     for program in ["qemu-system-x86_64", "qemu-img", "qemu-nbd", "setpriv"] {
@@ -208,7 +210,7 @@ fn which(program: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("{program} is missing: run `tools/setup qemu`"))
 }
 
-/// Whether a TPM of this bench runs.
+/// Returns whether a TPM of this bench is running.
 fn has_tpm(bench: &Bench) -> bool {
     let is = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("swtpm"));
     processes_naming(Path::new(&bench.store())).into_iter().any(|(pid, _)| is(pid))

@@ -1,4 +1,4 @@
-//! Steps that wait for a person, on real machines: gone on with by a program, and by a person at a VNC viewer.
+//! Steps that wait for a person, on real machines: resumed by a program, and by a person with a VNC viewer.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -57,7 +57,7 @@ async fn a_program_goes_on_with_a_paused_build() {
     bench.expect_clean();
 }
 
-/// Types a text at a display, with a VNC client that has nothing to do with this project.
+/// Types a text on a display, with a VNC client that is independent of this project.
 fn type_by_vnc(address: SocketAddr, password: &str, text: &str) {
     const SCRIPT: &str = r#"
         use strict; use warnings; use Net::VNC;
@@ -87,7 +87,7 @@ fn type_by_vnc(address: SocketAddr, password: &str, text: &str) {
     );
 }
 
-/// A build with standard input, at its pause; where its display is, and the password.
+/// Starts a build with standard input, and waits for its pause; returns the address of its display, and the password.
 fn paused(bench: &Bench, manifest: &str) -> (Running, SocketAddr, String) {
     let mut command = bench.command(manifest);
     command.stdin(Stdio::piped());
@@ -103,7 +103,7 @@ fn paused(bench: &Bench, manifest: &str) -> (Running, SocketAddr, String) {
 #[test]
 fn a_person_types_over_vnc_and_goes_on() {
     let bench = Bench::new();
-    // A shell instead of a login on the console, which would drop what is typed before it asks.
+    // A shell on the console instead of a login, which would drop what is typed before its prompt.
     let steps = format!(
         r"- type: shell
   shell:
@@ -123,7 +123,7 @@ fn a_person_types_over_vnc_and_goes_on() {
     );
     let (mut build, address, password) = paused(&bench, &tiny_manifest("hands", &steps));
     type_by_vnc(address, &password, "echo 'Typed: BY hand & more' >/by-hand\n");
-    // The viewer has left: who comes next needs a new password.
+    // The viewer has disconnected: the next one needs a new password.
     build.until_said("(works once)\n");
     build.press_enter();
     build.until("the end of the pause", |event| event["event"] == "resumed");
@@ -158,7 +158,7 @@ fn a_paused_build_can_be_interrupted_and_needs_somebody() {
     assert!(TcpStream::connect(address).is_err(), "the display is still open");
     bench.expect_clean();
 
-    // Standard input is /dev/null: nobody could ever go on.
+    // Standard input is /dev/null, so the build could never be resumed.
     let refused = bench.build(&manifest);
     refused.expect_code(2).expect_text(&["step 1 (by hand) of VM vm", "neither a terminal nor a pipe"]);
     assert_eq!(refused.events.len(), 0);

@@ -1,4 +1,4 @@
-//! Whole builds on QEMU whose inputs are wrong or break: what a person reads, and that nothing stays behind.
+//! Whole builds on QEMU whose inputs are wrong or break: what is reported, and that nothing is left behind.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../rudder-qemu/tests/common/small_disk.rs"]

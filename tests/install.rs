@@ -1,5 +1,5 @@
-//! Debian installed from an ISO onto a blank disk, by a boot command that waits for what the screen says: the manifests of
-//! `examples/`, with BIOS and UEFI, and the captured disk started afresh. And installers that do not come to an end.
+//! Installs Debian from an ISO onto a blank disk, by a boot command that waits for text on the screen: the manifests of
+//! `examples/`, with BIOS and UEFI. Starts the captured disk afresh. Also covers installers that never finish.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -64,7 +64,8 @@ fn an_installer_that_starts_over_and_over() {
     bench.expect_clean();
 }
 
-/// An ISO (ECMA-119) that boots by the BIOS alone ("El Torito" 1.0): says that it installs, and restarts the machine.
+/// Returns an ISO (ECMA-119) that boots with BIOS only ("El Torito" 1.0), announces an installation, and restarts the
+/// machine.
 fn looping_iso() -> Vec<u8> {
     const SECTOR: usize = 2048;
     let mut iso = vec![0; 32 * SECTOR];
@@ -78,7 +79,7 @@ fn looping_iso() -> Vec<u8> {
     put(19, 0, &[1]); // validation entry, whose words add up to 0
     put(19, 0x1c, &[0xaa, 0x55, 0x55, 0xaa]);
     put(19, 0x20, &[0x88, 0, 0, 0, 0, 0, 4, 0, 20]); // initial entry: no emulation, four sectors of 512 bytes, from 20
-    // cld; ds = 0; every byte of the text to the BIOS's teletype; a second's wait; a jump to where the processor starts.
+    // cld; ds = 0; every byte of the text to the BIOS's teletype; a wait of a second; a jump to the reset vector.
     #[rustfmt::skip]
     let code = [
         0xfc, 0x31, 0xc0, 0x8e, 0xd8, 0xbe, 0x25, 0x7c,

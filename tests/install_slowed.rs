@@ -1,5 +1,6 @@
-//! Debian installed on a machine that was slowed down: everything on one core, on which other programs compute all the time.
-//! Waits for text still work there; waits for time that were measured without the load do not. Run by `make test-slow`.
+//! Installs Debian on a slowed machine: everything runs on one core, together with other programs that compute all the
+//! time. Waits for text still work there; fixed waits that were measured without the load do not.
+//! Run by `make test-slow`.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod support;
@@ -12,10 +13,10 @@ use std::{
 };
 use support::{Bench, Ended, Running, install};
 
-/// Programs that compute on the same core as the build.
+/// Number of programs that compute on the same core as the build.
 const RIVALS: usize = 3;
 
-/// What keeps a core busy. Ends with this program, however that ends.
+/// The programs that keep a core busy. They end with this program, however it ends.
 struct Load(Vec<Child>);
 
 impl Load {
@@ -37,14 +38,14 @@ impl Drop for Load {
     }
 }
 
-/// The first core that this program may use.
+/// Returns the first core that this program may use.
 fn first_core() -> String {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
     cores.trim().split(['-', ',']).next().unwrap().to_owned()
 }
 
-/// Builds a manifest on that core alone, with its rivals.
+/// Builds a manifest on that core only, together with its rivals.
 fn build_slowed(bench: &Bench, manifest: &str) -> Ended {
     let core = first_core();
     let plain = bench.command(manifest);
@@ -60,7 +61,7 @@ fn time(event: &Value) -> jiff::Timestamp {
     event["time"].as_str().unwrap().parse().unwrap()
 }
 
-/// For each wait of the boot command, how long it took.
+/// Returns how long each wait of the boot command took.
 fn waits(ended: &Ended) -> Vec<Duration> {
     let of =
         |event: &&Value| ["boot_action", "boot_command_done"].contains(&event["event"].as_str().unwrap());
@@ -69,7 +70,7 @@ fn waits(ended: &Ended) -> Vec<Duration> {
     waits.map(|pair| time(pair[1]).duration_since(time(pair[0])).unsigned_abs()).collect()
 }
 
-/// The manifest with waits for time instead of its waits for text, each a second longer than was measured.
+/// Replaces the waits for text of a manifest by fixed waits, each a second longer than measured.
 fn with_fixed_waits(manifest: &str, measured: &[Duration]) -> String {
     let mut rest = manifest;
     let mut made = String::new();
@@ -84,7 +85,7 @@ fn with_fixed_waits(manifest: &str, measured: &[Duration]) -> String {
     made + rest
 }
 
-/// The manifest up to where the installer unpacks Debian: what comes then is the installer's own, and needs no keys.
+/// Cuts a manifest where the installer unpacks Debian: the rest is done by the installer, and needs no keys.
 fn up_to_the_installer(manifest: &str, name: &str) -> String {
     let last = "      - <waitText 'installed login:' 60m>\n";
     assert!(manifest.contains(last));
@@ -97,7 +98,7 @@ fn up_to_the_installer(manifest: &str, name: &str) -> String {
 #[test]
 fn waits_for_text_work_where_waits_for_time_fail() {
     let bench = Bench::new();
-    // Nothing of this manifest depends on how fast the machine is, but its limits.
+    // Nothing in this manifest depends on the speed of the machine, except its limits.
     let manifest = install::manifest("install.yaml")
         .replace(" 3m>", " 20m>")
         .replace("'iPXE>'>", "'iPXE>' 20m>")

@@ -1,4 +1,5 @@
-//! Builds that are interrupted in every phase: by Ctrl-C, which cleans up, and by SIGKILL, after which the next start does.
+//! Builds that are interrupted in every phase: by Ctrl-C, which cleans up, and by SIGKILL, after which the next start
+//! cleans up.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -13,7 +14,7 @@ use support::{
 
 const STEP: &str = "- {type: shell, name: work, shell: {inline: 'echo begun; sleep 600'}}";
 
-/// Starts a build and brings it into a phase; what must live as long as the build is returned with it.
+/// Starts a build and waits until it is in a phase; also returns the server that must live as long as the build.
 fn bring_into(bench: &Bench, phase: &str) -> (Running, Option<Server>) {
     let mut server = None;
     let manifest = match phase {
@@ -43,7 +44,7 @@ fn interrupted(phase: &str) {
     let ended = running.end();
     let (_, modules, _) = bench.run("modules", &["list"]);
     if phase == "TemplateProvisioning" && ended.code == 0 {
-        // Publishing is one rename: the signal came after it, and the module is whole.
+        // Publishing is one rename: the signal arrived after it, and the module is complete.
         assert_eq!(ended.outcome()["result"], "built");
         assert!(modules.contains("victim"), "{modules}");
     } else {
@@ -69,7 +70,7 @@ fn killed(phase: &str) {
         phase == "TemplateProvisioning" || !modules.contains("victim"),
         "a module of a killed build: {modules}"
     );
-    // The store is whole: the same build succeeds on it.
+    // The store is intact: the same build succeeds on it.
     bench.built(&tiny_manifest("victim", ""));
     bench.expect_clean();
 }

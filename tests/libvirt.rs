@@ -1,5 +1,5 @@
-//! Whole builds on libvirt, with a libvirtd of their own: the same manifests, events and modules as on QEMU, and modules
-//! that go from one to the other.
+//! Whole builds on libvirt, each with its own libvirtd: the same manifests, events and modules as on QEMU, and modules
+//! that are passed from one to the other.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../rudder-libvirt/tests/common/daemon.rs"]
@@ -35,7 +35,7 @@ impl Place {
         Self { scope, daemon: Daemon::of(scope, &bench.path("libvirt")), bench }
     }
 
-    /// The command that builds a manifest on libvirt.
+    /// Returns the command that builds a manifest on libvirt.
     fn command(&self, manifest: &str) -> Command {
         let mut command = self.bench.command(manifest);
         command.args(["--backend", "libvirt"]).env("LIBVIRT_DEFAULT_URI", self.daemon.uri());
@@ -47,7 +47,7 @@ impl Place {
         Running::start(self.command(manifest)).end()
     }
 
-    /// The example `modules` on libvirt, which must succeed; what it says.
+    /// Runs the example `modules` on libvirt, which must succeed; returns its output.
     fn modules(&self, args: &[&str]) -> String {
         let mut command = Command::new(support::example("modules"));
         command.args(["--backend", "libvirt", "--store"]).arg(self.bench.store()).args(args);
@@ -56,7 +56,7 @@ impl Place {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What a build must not leave; the daemon's own files and processes apart.
+    /// Asserts that a build left nothing behind, apart from the daemon's own files and processes.
     #[track_caller]
     fn expect_clean(&self) {
         assert_eq!(self.bench.machines(), Vec::<i32>::new());
@@ -70,7 +70,7 @@ impl Place {
     }
 }
 
-/// Looks at everything that there is, with libvirt's own tool, again and again.
+/// Queries everything that exists repeatedly, with libvirt's own tool.
 fn look(daemon: &Daemon, enough: &AtomicBool) -> usize {
     let mut looks = 0;
     while !enough.load(Ordering::Relaxed) {
@@ -78,7 +78,7 @@ fn look(daemon: &Daemon, enough: &AtomicBool) -> usize {
             for about in
                 ["dumpxml", "dominfo", "domstate", "domblklist", "domiflist", "domstats", "ttyconsole"]
             {
-                // It may have ended meanwhile.
+                // The domain may have ended in the meantime.
                 daemon.try_virsh(&[about, &domain]);
             }
             daemon.try_virsh(&["console", &domain]);
@@ -124,7 +124,7 @@ fn modules_go_from_one_hypervisor_to_the_other_while_somebody_looks() {
     ended.expect_code(0);
     said(&ended, "on-qemu");
     place.expect_clean();
-    // What QEMU built is not libvirt's to show.
+    // Modules built on QEMU have no domains.
     assert_eq!(place.daemon.domains(), ["base.vm", "top.vm"]);
     assert!(place.modules(&["show", "top"]).contains("version  libvirt"));
     for module in ["top", "middle", "base"] {
@@ -150,7 +150,7 @@ fn a_step_that_fails_is_told_as_on_qemu() {
     assert!(told(&ended)[0].is_string(), "{:?}", told(&ended));
 }
 
-/// Boots from a CD-ROM by what a floppy says, types, waits for texts on the screen, is served a file.
+/// Boots from a CD-ROM as a floppy directs, types, waits for texts on the screen, and downloads a served file.
 #[test]
 fn a_disk_is_mended_from_a_cd_and_starts_afresh_on_qemu() {
     mended(&Place::new());
@@ -193,7 +193,7 @@ fn libvirtd_is_killed(mut place: Place) {
     place.daemon.kill();
     let killed = Instant::now();
     let ended = running.end();
-    // Three seconds of patience; the rest is for a host that is busy.
+    // Libvirt may be unreachable for three seconds; the rest is a margin for a busy host.
     assert!(killed.elapsed() < Duration::from_secs(15), "it took {:?}", killed.elapsed());
     ended.expect_code(1);
     let outcome = ended.outcome();
@@ -215,7 +215,7 @@ fn libvirtd_is_killed(mut place: Place) {
     place.daemon.restart();
     place.modules(&["gc"]);
     place.expect_clean();
-    // And the next build is none the worse.
+    // The next build is not affected.
     place.build(&tiny_manifest("after", "")).expect_code(0);
     place.expect_clean();
 }
@@ -253,7 +253,7 @@ fn on_the_systems_libvirt_machines_are_on_a_bridge() {
     running.end().expect_code(0);
     place.expect_clean();
     assert_eq!(place.daemon.domains(), ["base.vm"]);
-    // Two at once, each with its own range.
+    // Two labs at once, each with its own address range.
     let layer =
         |name: &str| one_vm(name, "{buildRef: {name: base}}", "- {type: shell, shell: {inline: cat /notes}}");
     let other = place.bench.write("other.yaml", &layer("two"));

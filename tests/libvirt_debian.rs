@@ -1,5 +1,6 @@
-//! Whole Debians on libvirt: the demo's two layers, and the installations from an ISO. What one hypervisor built starts afresh on
-//! the other, and both tell and record the same. Run by `make test-slow`; `libvirt.rs` has the same ways with a tiny guest.
+//! Full Debian systems on libvirt: the demo's two layers, and the installations from an ISO. What one hypervisor built
+//! starts afresh on the other, and both report and record the same. Run by `make test-slow`; `libvirt.rs` covers the
+//! same paths with a tiny guest.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../rudder-libvirt/tests/common/daemon.rs"]
@@ -10,14 +11,14 @@ use daemon::Daemon;
 use std::{fs, path::Path};
 use support::{Bench, Ended, Running, alike::expect_alike, guest_path, install};
 
-/// A manifest of the demo, with the guest of these tests.
+/// Returns a manifest of the demo, with the guest of these tests.
 fn demo(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/manifests").join(file);
     let guest = format!("file://{}", guest_path("debian-12.qcow2").display());
     fs::read_to_string(path).unwrap().replace("file:../../target/guests/debian-12.qcow2", &guest)
 }
 
-/// Builds a manifest on libvirt, to its end.
+/// Builds a manifest on libvirt, to completion.
 fn build(bench: &Bench, daemon: &Daemon, manifest: &str) -> Ended {
     let mut command = bench.command(manifest);
     command.args(["--backend", "libvirt"]).env("LIBVIRT_DEFAULT_URI", daemon.uri());
@@ -27,7 +28,7 @@ fn build(bench: &Bench, daemon: &Daemon, manifest: &str) -> Ended {
     ended
 }
 
-/// Not what apt says in other words each time.
+/// Returns whether a line is the same in every build, unlike some output of apt.
 fn stays(line: &str) -> bool {
     !["Get:", "Hit:", "Ign:", "Fetched "].iter().any(|start| line.starts_with(start))
 }

@@ -1,4 +1,4 @@
-//! Whole builds on QEMU whose machines fail: what a person reads, and that nothing stays behind.
+//! Whole builds on QEMU whose machines fail: what is reported, and that nothing is left behind.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -25,7 +25,7 @@ fn qemu_refuses_to_start() {
     let bin = bench.path("bin");
     fs::create_dir_all(&bin).unwrap();
     let real = which("qemu-system-x86_64");
-    // Answers questions about features as the real one, but will not start a machine.
+    // Answers queries about features like the real one, but fails to start a machine.
     let script = format!(
         "#!/bin/sh\ncase \" $* \" in *' -blockdev '*|*' -drive '*|*' -netdev '*) echo 'cannot set up guest memory: Cannot allocate memory' >&2; exit 1;; esac\nexec {real} \"$@\"\n"
     );
@@ -60,7 +60,7 @@ fn qemu_is_killed_while_it_boots() {
     let bench = Bench::new();
     let mut running = Running::start(bench.command(&tiny_manifest("broken", "")));
     running.until_phase("Booting");
-    // Its kernel speaks: it boots.
+    // Its kernel writes to the console, so it is booting.
     let speaks = |file: &Path| {
         file.to_string_lossy().ends_with("serial.log") && file.metadata().is_ok_and(|log| log.len() > 0)
     };
@@ -151,7 +151,7 @@ fn a_guest_and_the_other_users_of_the_host_do_not_reach_each_other() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port();
-    // The gateway, and the address at which QEMU's user network would have the host's loopback.
+    // The gateway, and the address at which QEMU's user network would expose the host's loopback.
     let script = format!(
         "for address in 10.0.2.1 10.0.2.2; do if nc -w 20 $address {port} </dev/null; then echo reached $address; exit 1; fi; done; \
          echo nobody is reached"
@@ -159,7 +159,7 @@ fn a_guest_and_the_other_users_of_the_host_do_not_reach_each_other() {
     let manifest = tiny_manifest("alone", &format!("- {{type: shell, shell: {{inline: '{script}'}}}}"));
     let mut running = Running::start(bench.command(&manifest));
     running.until_phase("Provisioning");
-    // Everything that leads to the guest is in the store, which another user cannot enter.
+    // Everything that leads to the guest is in the store, which other users cannot enter.
     let store = bench.store();
     assert_eq!(fs::metadata(&store).unwrap().permissions().mode() & 0o777, 0o700);
     if rustix::process::geteuid().is_root() {

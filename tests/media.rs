@@ -1,5 +1,5 @@
-//! CD-ROMs, floppies and served files of whole builds on QEMU: what arrives in the guest, what a person reads when it cannot,
-//! and that nothing is downloaded twice.
+//! CD-ROMs, floppies and served files in whole builds on QEMU: what arrives in the guest, what is reported if it
+//! cannot, and that nothing is downloaded twice.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -13,7 +13,7 @@ use support::{
     one_vm, rescue, tiny,
 };
 
-/// Bytes that nothing makes by accident.
+/// Returns bytes that do not occur by accident.
 fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed;
     let next = |_| {
@@ -23,7 +23,7 @@ fn noise(length: usize, seed: u64) -> Vec<u8> {
     (0..length).map(next).collect()
 }
 
-/// The manifest of one tiny VM, with more fields of its own and of the build's.
+/// Returns the manifest of one tiny VM, with additional fields of the VM and of the build.
 fn manifest(name: &str, of_vm: &str, of_build: &str) -> String {
     let url = tiny();
     let of_vm: String = of_vm.lines().map(|line| format!("    {line}\n")).collect();
@@ -33,13 +33,13 @@ fn manifest(name: &str, of_vm: &str, of_build: &str) -> String {
     )
 }
 
-/// What the steps wrote.
+/// Returns the lines that the steps wrote.
 fn output(ended: &Ended) -> Vec<&str> {
     let lines = ended.events.iter().filter(|event| event["event"] == "step_output");
     lines.map(|event| event["line"].as_str().unwrap()).collect()
 }
 
-/// The bodies that a server sent.
+/// Returns the number of response bodies that a server sent.
 fn sent(server: &Server) -> usize {
     server.requests().iter().filter(|request| request.sent > 0).count()
 }
@@ -102,7 +102,7 @@ files:
     assert_eq!(lines[..expected.len()], expected, "{lines:#?}");
     assert_eq!(lines.last(), Some(&"not there"));
 
-    // An author sees who came for what, and what was not there.
+    // The events report every request, including one for a file that does not exist.
     let requests: Vec<(&str, &str, u64, u64)> = ended
         .events
         .iter()
@@ -123,7 +123,7 @@ fn what_a_boot_command_starts_from_the_cd_boots_from_the_disk_once_it_is_mended(
     bench.built(&rescue::manifest(&bench));
     bench.expect_clean();
 
-    // What was captured boots by itself.
+    // The captured disk boots by itself.
     let ended = bench.build(&one_vm("child", "{buildRef: {name: rescued}}", rescue::LOOK));
     ended.expect_code(0);
     assert_eq!(output(&ended), ["mended"]);
@@ -176,8 +176,8 @@ fn two_builds_at_once_share_the_download_of_an_iso_and_it_stays_for_its_time() {
     bench.expect_clean();
     other.expect_clean();
 
-    // The first build asked for an hour; that the second did not takes nothing back. What only the second used goes, though
-    // there is a module that was made with it.
+    // The first build asked for an hour, and the second, which did not, does not shorten that. What only the second
+    // used is removed, although a module was made with it.
     let blob = |digest: &Digest| {
         let hex = digest.to_string();
         bench.store().join("blobs/sha256").join(&hex[..2]).join(hex)

@@ -23,7 +23,7 @@ fn a_package_installed_in_the_base_and_a_file_uploaded_in_the_layer_are_both_in_
     bench.expect_clean();
     assert_eq!(module["provenance"]["inputs"][0]["url"], "module base/web");
 
-    // The captured disk, afresh: as the source of a third build that only looks.
+    // Starts the captured disk afresh, as the source of a third build that only inspects it.
     let disk = disk_path(&bench, "layer", &module["machines"][0]["disks"][0]);
     let check = Command::new("qemu-img").arg("info").arg("--output=json").arg(&disk).output().unwrap();
     let info: Value = serde_json::from_slice(&check.stdout).unwrap();
@@ -130,10 +130,10 @@ fn a_failed_build_is_kept_when_asked_and_can_be_entered_and_removed() {
         "{ssh}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    // What is kept is not what gc may take…
+    // `gc` must not remove what was kept…
     assert_eq!(bench.run("modules", &["gc"]).0, 0);
     assert_eq!(bench.machines().len(), 1, "gc leaves it");
-    // …but what the event says to do removes it.
+    // …but what the event suggests removes it.
     let lab = kept["lab"].as_str().unwrap();
     let (code, _, error) = bench.run("modules", &["remove", lab]);
     assert_eq!(code, 0, "{error}");

@@ -1,5 +1,5 @@
-//! The examples with streams that are closed, full or gone, and with signals: they cancel first, clean up, never panic, and end with
-//! an exit code that tells what happened.
+//! The examples with streams that are closed, full or gone, and with signals: they cancel first, clean up, never panic,
+//! and exit with a code that says what happened.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -19,7 +19,7 @@ use support::{Bench, example, tiny_manifest};
 const QUICK: &str = "name: quick\nvms:\n  - name: vm\n    source: {url: 'https://images.example/a.qcow2', checksum: SUM}\n    \
                      resources: {cpu: 1, memory: 512Mi}\n    cloudInit: {}\n    provisioners:\n      \
                      - {type: shell, shell: {inline: 'echo said'}}\n";
-/// Waits for a person until a signal comes.
+/// Waits for a person until a signal arrives.
 const PAUSES: &str = "      - {type: handbuild, handbuild: {instructions: wait for me}}\n";
 const WRONG: &str = "name: wrong\nvms:\n  - name: vm\n    tmp: true\n";
 
@@ -31,7 +31,7 @@ fn pausing() -> String {
     quick() + PAUSES
 }
 
-/// `build` on the memory backend.
+/// Returns the command that runs `build` on the memory backend.
 fn build(bench: &Bench, manifest: &str) -> Command {
     let mut command = Command::new(example("build"));
     let file = bench.write("manifest.yaml", manifest);
@@ -44,14 +44,14 @@ fn full() -> File {
     OpenOptions::new().write(true).open("/dev/full").unwrap()
 }
 
-/// The writing end of a pipe that nobody reads any more.
+/// Returns the writing end of a pipe without readers.
 fn unread() -> Stdio {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     writer.into()
 }
 
-/// Runs to the end, without input.
+/// Runs a command to completion, without input.
 fn run(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap()
 }
@@ -60,7 +60,7 @@ fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
-/// Reads standard error up to a line that contains this.
+/// Reads standard error up to a line that contains a text.
 fn until(child: &mut Child, text: &str) {
     let mut lines = BufReader::new(child.stderr.as_mut().unwrap());
     let mut seen = String::new();
@@ -69,7 +69,7 @@ fn until(child: &mut Child, text: &str) {
     }
 }
 
-/// Ends with this code, and nothing is said of a panic.
+/// Asserts the exit code, and that no panic was reported.
 #[track_caller]
 fn expect(output: &Output, code: i32) {
     let said = String::from_utf8_lossy(&output.stderr);
@@ -83,7 +83,7 @@ fn expect_stderr(output: &Output, text: &str) {
     assert!(said.contains(text), "expected {text:?}, but found:\n{said}");
 }
 
-/// The last event among lines of JSON.
+/// Returns the last event of a JSON Lines text.
 fn last_event(lines: &str) -> Value {
     serde_json::from_str(lines.lines().last().unwrap()).unwrap()
 }
@@ -94,7 +94,7 @@ fn a_build_whose_events_cannot_be_written_is_cancelled() {
     let written_to = |stdout: Stdio| {
         let mut command = build(&bench, &pausing());
         command.args(["--events", "json"]).stdout(stdout).stderr(Stdio::piped());
-        // Its standard input stays open: only the cancellation ends the pause.
+        // Its standard input stays open, so only the cancellation ends the pause.
         let mut child = command.spawn().unwrap();
         let input = child.stdin.take();
         let output = child.wait_with_output().unwrap();
@@ -222,7 +222,7 @@ fn every_signal_cancels_the_build_and_cleans_up() {
 #[test]
 fn a_signal_cancels_although_nothing_can_be_printed_any_more() {
     let bench = Bench::new();
-    // Its standard error is gone by the time of the signal.
+    // Its standard error is gone by the time the signal arrives.
     let mut child = build(&bench, &pausing()).stdout(full()).stderr(Stdio::piped()).spawn().unwrap();
     until(&mut child, "press Enter");
     drop(child.stderr.take());
@@ -236,14 +236,14 @@ fn a_signal_cancels_although_nothing_can_be_printed_any_more() {
 #[test]
 fn signals_end_a_build_whose_output_nobody_takes() {
     let bench = Bench::new();
-    // More than a pipe holds, in lines that a guest may write.
+    // More than a pipe holds, in lines as a guest may write them.
     let lines =
         format!("      - {{type: shell, shell: {{inline: \"{}\"}}}}\n", "echo filling\\n".repeat(2000));
     let (reader, writer) = std::io::pipe().unwrap();
     let mut command = build(&bench, &(quick() + &lines + PAUSES));
     let mut child = command.args(["--events", "json"]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
     drop(command);
-    // A pipe holds 16 pages; the last one may have room that the next line does not fit into.
+    // A pipe holds 16 pages; the last page may have space left into which the next line does not fit.
     while rustix::io::ioctl_fionread(&reader).unwrap() < 15 * 4096 {
         std::thread::sleep(Duration::from_millis(10));
         assert!(child.try_wait().unwrap().is_none());
@@ -270,7 +270,7 @@ fn a_signal_that_was_ignored_stays_ignored() {
     expect(&child.wait_with_output().unwrap(), 0);
 }
 
-/// A terminal of its own, through script(1), which is closed by killing it.
+/// Runs the build on its own terminal, through script(1), and closes the terminal by killing script.
 #[test]
 fn a_terminal_that_is_closed_cancels_the_build() {
     for events in ["", "--events json"] {
@@ -280,7 +280,7 @@ fn a_terminal_that_is_closed_cancels_the_build() {
         let program = inner.get_program().to_str().unwrap();
         let (code, told) = (bench.path("code"), bench.path("told"));
         let stdout = if events.is_empty() { String::new() } else { format!(" >{}", told.display()) };
-        // The shell survives the signal, and says how the build ended.
+        // The shell survives the signal and records the exit code of the build.
         let code_path = code.display();
         let line = format!(
             "trap : HUP; {program} {events} {}{stdout}; echo $? >{code_path}.new; mv {code_path}.new {code_path}",
@@ -309,7 +309,7 @@ fn a_terminal_that_is_closed_cancels_the_build() {
     }
 }
 
-/// The program of the README, on QEMU.
+/// Returns the command that runs the program of the README, on QEMU.
 fn embed(bench: &Bench, manifest: &str) -> Command {
     let mut command = Command::new(example("embed"));
     command.arg(bench.write("manifest.yaml", manifest)).env("RUDDER_STORE", bench.store());
@@ -326,7 +326,7 @@ fn the_program_of_the_readme_shows_mistakes_and_warnings_as_they_are() {
     assert!(said.starts_with("Error: ") && said.contains("\nerror["), "{said}");
     assert!(said.contains("\n  |\n") && !said.contains("\\n"), "{said}");
 
-    // No checksum: a warning. The image is not there: an error of the build.
+    // A missing checksum is a warning; a missing image is an error of the build.
     let missing = quick().replace("https://images.example/a.qcow2", "http://127.0.0.1:9/none");
     let missing = missing.replace(&format!(", checksum: {}", "0".repeat(64)), "");
     let output = run(&mut embed(&bench, &missing));
@@ -353,7 +353,7 @@ fn the_program_of_the_readme_cleans_up() {
                 signal(&child, kind);
                 std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
             }
-            // Nobody reads any more.
+            // Closes the reading end.
             None => drop(lines),
         }
         let mut said = String::new();

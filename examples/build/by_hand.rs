@@ -1,4 +1,4 @@
-//! Steps that wait for a person: what the person sees, the display for a VNC viewer, and Enter to go on.
+//! Steps that wait for a person: the instructions, the display for a VNC viewer, and Enter to continue.
 
 use rudder::{
     build::BuildHandle,
@@ -16,32 +16,32 @@ use tokio::sync::mpsc;
 #[derive(Default)]
 pub(crate) struct ByHand {
     pauses: VecDeque<Pause>,
-    /// Lines of standard input, read from the first pause on.
+    /// Lines of standard input, which is read from the first pause on.
     lines: Option<mpsc::UnboundedReceiver<()>>,
 }
 
 struct Pause {
     vm: String,
-    /// `None` where the display cannot be opened to a viewer.
+    /// `None` if the display cannot be opened for a viewer.
     viewer: Option<Viewer>,
 }
 
-/// What happened while VMs are paused.
+/// What can happen while VMs are paused.
 pub(crate) enum Said {
-    /// The person is done with this VM.
+    /// The person has finished with this VM.
     Done(String),
-    /// Standard input has ended: nobody can ever be done.
+    /// Standard input has ended, so that no step can be finished any more.
     Nobody,
-    /// Something to tell the person.
+    /// A message for the person.
     Tell(String),
 }
 
-/// Why nobody could say that a step of this plan is done; `None` when somebody can, or there is no such step.
+/// Returns why no person could finish a step of this plan; `None` if one can, or if there is no such step.
 pub(crate) fn nobody_for(plan: &Plan) -> Option<String> {
     let steps = plan.machines.iter().flat_map(|vm| vm.steps.iter().enumerate().map(move |step| (vm, step)));
     let (vm, (place, step)) =
         steps.into_iter().find(|(_, (_, step))| matches!(step.action, StepAction::Handbuild { .. }))?;
-    // A terminal, a pipe or a file can say it; of the other devices, /dev/null is the usual one.
+    // A terminal, a pipe or a file can provide the line. Other devices cannot; the usual one is /dev/null.
     let stat = rustix::fs::fstat(stdin());
     let is_device =
         stat.map_or(true, |stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_char_device());
@@ -57,14 +57,14 @@ pub(crate) fn nobody_for(plan: &Plan) -> Option<String> {
 }
 
 impl ByHand {
-    /// A VM waits for a person: opens its display; what comes out tells the person how to go on.
+    /// Begins a pause of a VM: opens its display. Returns a message that says how to continue.
     pub(crate) async fn begin(&mut self, build: &BuildHandle, vm: &str) -> String {
         let Some(paused) = build.paused().into_iter().find(|paused| paused.vm() == vm) else {
             return String::new();
         };
         let lines = self.lines.get_or_insert_with(read_lines);
         if self.pauses.is_empty() && stdin().is_terminal() {
-            // What was typed before anybody was asked means nothing.
+            // Lines typed before the first question are meaningless.
             while lines.try_recv().is_ok() {}
         }
         let (viewer, told) = match Viewer::open(paused.machine().clone()).await {
@@ -78,7 +78,7 @@ impl ByHand {
         format!("{told}\n{}", self.question())
     }
 
-    /// A VM goes on: its display is closed. What comes out asks for the next one.
+    /// Ends the pause of a VM: closes its display. Returns the question about the next paused VM.
     pub(crate) fn end(&mut self, vm: &str) -> Option<String> {
         self.pauses.retain(|pause| pause.vm != vm);
         (!self.pauses.is_empty()).then(|| self.question())
@@ -89,7 +89,7 @@ impl ByHand {
         format!("{next}: press Enter when you are done; Ctrl-C cancels the build")
     }
 
-    /// Waits for the person, or for their viewer; for ever while nothing is paused.
+    /// Waits for the person or for a change of a viewer; never completes while nothing is paused.
     pub(crate) async fn said(&mut self) -> Said {
         let (Some(lines), Some(first)) = (&mut self.lines, self.pauses.front()) else {
             return std::future::pending().await;
@@ -124,7 +124,7 @@ impl ByHand {
             }
         };
         if let Said::Done(_) = said {
-            // The end of standard input may follow at once: it no longer concerns this VM.
+            // Standard input may end right after the line, which no longer concerns this VM.
             self.pauses.pop_front();
         }
         said
@@ -137,7 +137,7 @@ fn invitation(vm: &str, viewer: &Viewer) -> String {
     format!("{vm}: display: vncviewer {ip}::{port}, password {password} (works once)")
 }
 
-/// Lines of standard input, from a thread: a read cannot be cancelled, and must not hold up the end of the program.
+/// Reads lines of standard input on a thread: a read cannot be cancelled, and must not delay the end of the program.
 fn read_lines() -> mpsc::UnboundedReceiver<()> {
     let (send, lines) = mpsc::unbounded_channel();
     std::thread::spawn(move || stdin().lock().lines().map_while(Result::ok).try_for_each(|_| send.send(())));

@@ -13,7 +13,7 @@ pub(crate) enum Hypervisor {
 }
 
 impl Hypervisor {
-    /// The backend, on a store in this directory.
+    /// Opens the backend, on a store in this directory.
     pub(crate) fn open(self, store: &Path) -> Result<Arc<dyn Backend>> {
         Ok(match self {
             Self::Qemu => Arc::new(QemuBackend::builder(Store::open(store)?).build()),

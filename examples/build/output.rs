@@ -1,4 +1,4 @@
-//! What the examples print. Printing never panics: a stream may be closed, full, or a terminal that is gone.
+//! Output of the examples. Printing never panics: a stream may be closed, full, or a terminal that is gone.
 
 use rudder::visible::visible;
 use std::{
@@ -6,12 +6,12 @@ use std::{
     io::{self, ErrorKind, Write as _, stderr, stdout},
 };
 
-/// What a shell reports of a program that SIGPIPE ended: nobody reads its output any more, as after `| head -1`.
+/// The exit code that a shell reports for a program ended by SIGPIPE: its output has no reader any more (`| head -1`).
 const NOBODY_READS: u8 = 141;
 
-/// Writes lines for people to standard error. When it cannot be written, nobody is there to miss them.
+/// Writes lines for people to standard error. Failures are ignored: no one is there to read them.
 pub(crate) fn tell(text: impl Display) {
-    // What guests and servers said is shown, not obeyed.
+    // Control characters in the output of guests and servers are made visible, so that a terminal does not obey them.
     let _ = writeln!(stderr().lock(), "{}", visible(&text.to_string()));
 }
 
@@ -24,12 +24,12 @@ pub(crate) fn print(text: impl Display) -> Result<(), Unwritten> {
     writeln!(out, "{text}").and_then(|()| out.flush()).map_err(Unwritten)
 }
 
-/// Standard output could not be written.
+/// The error of writing to standard output.
 #[derive(Debug)]
 pub(crate) struct Unwritten(pub(crate) io::Error);
 
 impl Unwritten {
-    /// Says so, and gives the exit code: `otherwise`, except when a reader has just had enough.
+    /// Reports the error, and returns the exit code: `otherwise`, unless a reader just closed its end.
     pub(crate) fn tell(&self, otherwise: u8) -> u8 {
         if self.0.kind() == ErrorKind::BrokenPipe {
             return NOBODY_READS;

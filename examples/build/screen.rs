@@ -1,4 +1,4 @@
-//! What a person sees of a build, on standard error: bars and colours of a terminal, or plain lines.
+//! The display of a build for people, on standard error: bars and colours on a terminal, otherwise plain lines.
 
 use crate::output::tell;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -11,10 +11,10 @@ use std::{
     io::{IsTerminal, stderr},
 };
 
-/// Where events are shown.
+/// Shows events.
 pub(crate) struct Screen {
     look: Look,
-    /// Progress by VM and task: its bar on a terminal, else the last tenth that was told.
+    /// Progress by VM and task: its bar on a terminal, otherwise the last tenth that was printed.
     bars: HashMap<(Option<String>, String), ProgressBar>,
     tenths: HashMap<(Option<String>, String), u64>,
 }
@@ -22,12 +22,12 @@ pub(crate) struct Screen {
 enum Look {
     Terminal(MultiProgress),
     Plain,
-    /// Only how it ended and what a person is to do: the events go elsewhere.
+    /// Only how the build ended, and what a person has to do: the events go elsewhere.
     Quiet,
 }
 
 impl Screen {
-    /// A screen; a quiet one shows failures and pauses only.
+    /// Returns a screen; a quiet one shows only failures and pauses.
     pub(crate) fn new(quiet: bool) -> Self {
         let look = match (quiet, stderr().is_terminal()) {
             (true, _) => Look::Quiet,
@@ -48,7 +48,7 @@ impl Screen {
                 if let EventKind::Finished { .. } = kind {
                     self.bars.drain().for_each(|(_, bar)| bar.finish_and_clear());
                 }
-                // A screen that went away is no reason to stop building.
+                // A screen that is gone is no reason to stop building.
                 let _ = bars.println(event.to_string());
             }
             (Look::Plain, _) => tell(event),

@@ -1,5 +1,5 @@
-//! SIGINT, SIGTERM and SIGHUP: the first cancels the build before anything is printed, and the program ends when the build has
-//! cleaned up, whether or not anybody still reads what it prints.
+//! SIGINT, SIGTERM and SIGHUP: the first one cancels the build before anything is printed, and the program ends when
+//! the build has cleaned up, whether or not its output is still read.
 
 use crate::output::tell;
 use futures::{Stream, StreamExt as _, stream};
@@ -17,20 +17,20 @@ use tokio::{
     time::sleep,
 };
 
-/// The exit code of a build that was cancelled.
+/// The exit code of a cancelled build.
 pub(crate) const CANCELLED: u8 = 130;
-/// How long the end of a cancelled build may take to be printed. Only a stream that nobody reads takes so long.
+/// How long printing the end of a cancelled build may take. Only a stream that is not read takes that long.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// Listens to signals for the whole life of the program.
+/// Listens for signals during the whole life of the program.
 pub(crate) struct Signals(Arc<Mutex<Option<Canceller>>>);
 
 impl Signals {
-    /// Listens from now on. A signal that is ignored stays ignored: `nohup` and shells that start a job in the background mean
-    /// it.
+    /// Starts to listen. A signal that is ignored stays ignored: `nohup`, and shells that start a job in the
+    /// background, rely on that.
     ///
     /// # Errors
-    /// When the operating system refuses.
+    /// Returns an error if the operating system refuses.
     pub(crate) fn listen() -> io::Result<Self> {
         let ignored = ignored();
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
@@ -42,7 +42,7 @@ impl Signals {
         Ok(Self(building))
     }
 
-    /// Lets the first signal cancel this build; with `None`, end the program.
+    /// Makes the first signal cancel this build; with `None`, it ends the program.
     pub(crate) fn cancel(&self, build: Option<Canceller>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = build;
     }
@@ -74,12 +74,12 @@ async fn obey(mut signals: impl Stream<Item = ()> + Unpin, building: Arc<Mutex<O
     exit(CANCELLED.into())
 }
 
-/// Tells something from a thread of its own: a stream that is stuck must not hold up signals.
+/// Prints a text from a thread of its own: a stream that is stuck must not delay the handling of signals.
 fn tell_aside(text: &'static str) {
     thread::spawn(move || tell(text));
 }
 
-/// The signals that this process was told to ignore, bit `n - 1` for signal `n`: `SigIgn` of proc_pid_status(5).
+/// Returns the signals that this process ignores, bit `n - 1` for signal `n`: `SigIgn` of proc_pid_status(5).
 fn ignored() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,6 +1,6 @@
-//! Taking a secret of 400 lines out of a log: making the masker, and masking, against replacing each line of the secret with
-//! `str::replace`, which finds no other form of it, in the same run. The last lines tell how the time grows with the length
-//! of the text and with the number of secrets; both factors should be near 2 and 1.
+//! Removes a secret of 400 lines from a log: times creating the masker and masking, compared in the same run with
+//! replacing each line of the secret by `str::replace`, which finds no other form of it. The last lines of output show
+//! how the time grows with the length of the text and with the number of secrets; the factors should be near 2 and 1.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 use criterion::Criterion;
@@ -13,7 +13,7 @@ fn secret(lines: u32) -> Secret {
     Secret::new((0..lines).map(line).collect::<Vec<_>>().join("\n"))
 }
 
-/// Lines as package managers and compilers write them, with some colours and escapes.
+/// Returns lines like those of package managers and compilers, with some colours and escapes.
 fn log(lines: usize) -> Vec<String> {
     let line = |n| match n % 4 {
         0 => format!(

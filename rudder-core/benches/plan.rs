@@ -1,5 +1,5 @@
-//! Parse, check and plan of a manifest of 10,000 lines, against `serde_yaml` alone into the same types, in the same run. The
-//! last line is the ratio of the two; the goal is at most 2.
+//! Parses, checks and plans a manifest of 10,000 lines, compared in the same run with `serde_yaml` alone into the same
+//! types. The last line of output is the ratio of the two; the goal is at most 2.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 use criterion::Criterion;
@@ -11,7 +11,7 @@ use rudder_core::{
 };
 use std::{fmt::Write as _, hint::black_box, time::Instant};
 
-/// A manifest of at least so many lines, of every kind of field that a build has today.
+/// Returns a manifest of at least this many lines, with every kind of field that a build has today.
 fn manifest(lines: usize) -> String {
     let mut text = "name: bench\nfiles:\n- {name: motd, inline: hello}\nvms:\n".to_owned();
     let mut written = 4;
@@ -76,7 +76,7 @@ fn context() -> PlanContext {
     PlanContext::new(&Capabilities::new("bench", capabilities))
 }
 
-/// The fastest of so many runs, in seconds: what the machine does when nothing else disturbs it.
+/// Returns the fastest of `runs` runs, in seconds: the time it takes on an otherwise idle machine.
 fn fastest(runs: u32, mut work: impl FnMut()) -> f64 {
     (0..runs)
         .map(|_| {

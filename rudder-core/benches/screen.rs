@@ -1,4 +1,4 @@
-//! How long it takes to read a screen, beside what it takes to make a PNG of it, and how much is read right.
+//! Times reading a screen, compared with encoding it as PNG, and shows how much is read correctly.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 use rudder_core::console::{Framebuffer, text};
@@ -34,7 +34,7 @@ fn to_png(screen: &Framebuffer, bytes: &[u8]) -> Vec<u8> {
     png
 }
 
-/// The shortest of a few times: what it takes on a machine that does nothing else.
+/// Returns the shortest of several runs: the time it takes on an otherwise idle machine.
 fn time(mut what: impl FnMut()) -> Duration {
     (0..15)
         .map(|_| {

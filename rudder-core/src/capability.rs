@@ -1,9 +1,9 @@
-//! What a backend, or this version of the engine, can do; a plan that asks for more is refused before anything starts.
+//! Capabilities of a backend or of this version of the engine. A plan that needs others is refused before anything starts.
 
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, fmt};
 
-/// One thing that a manifest may ask for.
+/// A single feature that a manifest may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -68,9 +68,9 @@ pub enum Capability {
     Display,
     /// The machine's serial console as a stream ([`Machine::serial`](crate::backend::Machine::serial)).
     Serial,
-    /// Pictures of the screen ([`Machine::screenshot`](crate::backend::Machine::screenshot)).
+    /// Screenshots ([`Machine::screenshot`](crate::backend::Machine::screenshot)).
     Screenshot,
-    /// Running copies of modules.
+    /// Running clones of modules.
     Clone,
 }
 
@@ -80,23 +80,23 @@ impl fmt::Display for Capability {
     }
 }
 
-/// A set of capabilities, and whose they are.
+/// A set of capabilities, and what has them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Capabilities {
-    /// Who has them: the name of a backend.
+    /// What has the capabilities: the name of a backend, or the engine.
     pub of: String,
     set: BTreeSet<Capability>,
 }
 
 impl Capabilities {
-    /// These, and no others.
+    /// Creates a set of exactly these capabilities.
     pub fn new(of: impl Into<String>, set: impl IntoIterator<Item = Capability>) -> Self {
         Self { of: of.into(), set: set.into_iter().collect() }
     }
 
-    /// What this version of the engine does itself, on every backend. What is missing here is refused whatever the
-    /// backend says.
+    /// Returns the capabilities that this version of the engine provides itself, on every backend. A feature of the engine missing
+    /// here is refused, whatever the backend declares.
     #[must_use]
     pub fn engine() -> Self {
         use Capability as C;
@@ -116,13 +116,13 @@ impl Capabilities {
         )
     }
 
-    /// Whether this can be done.
+    /// Returns whether the set contains this capability.
     #[must_use]
     pub fn has(&self, capability: Capability) -> bool {
         self.set.contains(&capability)
     }
 
-    /// All of them, in order.
+    /// Returns all capabilities of the set, in order.
     pub fn iter(&self) -> impl Iterator<Item = Capability> {
         self.set.iter().copied()
     }

@@ -1,11 +1,11 @@
-//! What is known of content: how many bytes there are, and what identifies them.
+//! What is known about content: its size, and what identifies it.
 
 use crate::{digest::Digest, units::human_bytes};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
-/// What identifies content, wherever it is. Two contents with the same identity are the same.
+/// Identity of content, wherever it is stored. Two contents with the same identity are the same.
 ///
 /// As text: `sha256:HEX`, `oci:DIGEST`, `cluster:NAME`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -15,14 +15,14 @@ use std::{fmt, str::FromStr};
 pub enum ContentId {
     /// The sha256 of its bytes.
     Sha256(Digest),
-    /// The digest by which a registry knows it: algorithm and value, as in `sha256:…` (OCI image specification, "Digests").
+    /// The digest of the content in a registry: algorithm and value, as in `sha256:…` (OCI image specification, "Digests").
     Oci(String),
-    /// The name that a cluster gives to it and to nothing else, such as the UID of a snapshot. Only that cluster can tell what
-    /// it stands for.
+    /// The name that a cluster gives to this content and to nothing else, such as the UID of a snapshot. Only that cluster can
+    /// resolve it.
     Cluster(String),
 }
 
-/// The text identifies no content.
+/// Error for a text that is not a valid content id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected sha256:HEX, oci:DIGEST or cluster:NAME, but found {0:?}")]
 pub struct ParseContentIdError(String);
@@ -65,32 +65,32 @@ impl fmt::Display for ContentId {
     }
 }
 
-/// What is known of content.
+/// What is known about content.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct Content {
-    /// How many bytes there are; absent: unknown.
+    /// Size in bytes; absent: unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
-    /// What identifies them; absent: unknown.
+    /// Identity of the content; absent: unknown.
     #[serde(default, rename = "content", skip_serializing_if = "Option::is_none")]
     pub id: Option<ContentId>,
 }
 
 impl Content {
-    /// So many bytes with this sha256.
+    /// Content of `size` bytes with this sha256.
     #[must_use]
     pub fn of_bytes(size: u64, sha256: Digest) -> Self {
         Self { size: Some(size), id: Some(ContentId::Sha256(sha256)) }
     }
 
-    /// These bytes.
+    /// Content with these bytes.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self::of_bytes(bytes.len() as u64, Digest::of(bytes))
     }
 
-    /// Content of which nothing is known.
+    /// Content about which nothing is known.
     #[must_use]
     pub fn unknown() -> Self {
         Self::default()
@@ -102,7 +102,7 @@ impl Content {
         Self { size: None, id: Some(id) }
     }
 
-    /// The sha256 of the bytes, if that is what identifies them.
+    /// Returns the sha256 of the bytes, if that is what identifies them.
     #[must_use]
     pub fn sha256(&self) -> Option<Digest> {
         match self.id {
@@ -111,14 +111,14 @@ impl Content {
         }
     }
 
-    /// Size and sha256, if both are known: what it takes to verify a file.
+    /// Returns size and sha256, if both are known: what is needed to verify a file.
     #[must_use]
     pub fn verifiable(&self) -> Option<(u64, Digest)> {
         self.size.zip(self.sha256())
     }
 }
 
-/// For people: `20 MiB, sha256:…`.
+/// Formats the content for people: `20 MiB, sha256:…`.
 impl fmt::Display for Content {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.size {

@@ -1,4 +1,5 @@
-//! One finding about a manifest: what, where, how bad, and how to mend it. Returned, never printed.
+//! Findings about a manifest: what is wrong, where, how serious it is, and how to fix it. They are returned, never
+//! printed.
 
 mod redact;
 mod render;
@@ -14,13 +15,13 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// The manifest builds, but its author should know.
+    /// The manifest can be built, but its author should know about this.
     Warning,
     /// The manifest is refused.
     Error,
 }
 
-/// A place in the source text. Lines and columns count from 1, columns in characters; offsets in bytes.
+/// A span of the source text. Lines and columns are counted from 1, columns in characters; offsets are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Span {
     /// Line of the first character.
@@ -29,32 +30,32 @@ pub struct Span {
     pub column: u32,
     /// Byte offset of the first character.
     pub start: usize,
-    /// Byte offset behind the last character.
+    /// Byte offset just past the last character.
     pub end: usize,
 }
 
-/// One finding about a manifest.
+/// A finding about a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Diagnostic {
-    /// A stable name of the rule, in kebab-case: `duplicate-name`.
+    /// Stable name of the rule, in kebab-case: `duplicate-name`.
     pub code: String,
-    /// Whether it stops the build.
+    /// Whether the finding stops the build.
     pub severity: Severity,
-    /// The path of the value: `spec.vms[0].disks[1].size`; empty for the document.
+    /// Path of the value: `spec.vms[0].disks[1].size`; empty for the document.
     pub path: String,
-    /// Where it stands; `None` for a manifest that was made by a program.
+    /// Location in the source; `None` for a manifest that was made by a program.
     #[serde(flatten)]
     pub span: Option<Span>,
-    /// What is wrong, with the values that matter.
+    /// What is wrong, with the relevant values.
     pub message: String,
-    /// What to do about it.
+    /// How to fix it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub help: Option<String>,
 }
 
 impl Diagnostic {
-    /// A finding that refuses the manifest.
+    /// Creates a finding that refuses the manifest.
     pub fn error(
         code: &str,
         path: impl fmt::Display,
@@ -64,7 +65,7 @@ impl Diagnostic {
         Self::new(Severity::Error, code, path, span, message)
     }
 
-    /// A finding that the author should know.
+    /// Creates a finding that does not refuse the manifest.
     pub fn warning(
         code: &str,
         path: impl fmt::Display,
@@ -91,21 +92,21 @@ impl Diagnostic {
         }
     }
 
-    /// Says what to do about it.
+    /// Sets the help, which says how to fix the problem.
     #[must_use]
     pub fn with_help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
         self
     }
 
-    /// Whether it stops the build.
+    /// Whether the finding stops the build.
     #[must_use]
     pub fn is_error(&self) -> bool {
         self.severity == Severity::Error
     }
 }
 
-/// Characters of a message; what a message repeats is cut before, so that this is seldom reached.
+/// Maximum length of a message, in characters. Quoted values are shortened before, so this is seldom reached.
 const MAX_MESSAGE: usize = 2000;
 
 fn bounded(text: String) -> String {
@@ -115,10 +116,11 @@ fn bounded(text: String) -> String {
     }
 }
 
-/// How many findings are given about a file; behind them, one says how many more there are.
+/// Maximum number of findings reported about a file; one more at the end counts the rest.
 pub const MAX_FINDINGS: usize = 1000;
 
-/// Leaves out what is beyond [`MAX_FINDINGS`] of findings in order, warnings first, and says so; `more` were left out before.
+/// Cuts findings to [`MAX_FINDINGS`], removing warnings first, and adds one that counts those removed; `more` were
+/// removed before.
 pub(crate) fn limit(diagnostics: &mut Vec<Diagnostic>, more: usize) {
     const CODE: &str = "too-many";
     let said = diagnostics.iter().any(|diagnostic| diagnostic.code == CODE);
@@ -145,16 +147,16 @@ pub(crate) fn limit(diagnostics: &mut Vec<Diagnostic>, more: usize) {
     diagnostics.push(Diagnostic::new(severity, CODE, "", None, message));
 }
 
-/// Puts findings into the order of the text, and leaves out what was said before.
+/// Sorts findings into source order, and removes duplicates.
 pub fn sort(diagnostics: &mut Vec<Diagnostic>) {
-    // Those without a place come first; the order of equal ones stays. That there are more comes last.
+    // Findings without a location come first, and the count of omitted findings last; equal ones keep their order.
     diagnostics.sort_by_key(|diagnostic| {
         (diagnostic.code == "too-many", diagnostic.span.map(|span| (span.start, span.end)))
     });
     let mut seen = std::collections::HashSet::new();
     diagnostics.retain(|diagnostic| {
         let Diagnostic { code, path, span, message, .. } = diagnostic;
-        // A value behind an alias is found at each place that uses it, but stands at one.
+        // A finding about a value behind an alias is made for each use of the alias, but all have the same location.
         let path = if span.is_some() { String::new() } else { path.clone() };
         seen.insert((span.map(|span| (span.start, span.end)), code.clone(), message.clone(), path))
     });

@@ -1,4 +1,4 @@
-//! sha256 digests as values: 64 lower-case hex digits in text, `sha256:` prefix accepted when read.
+//! sha256 digests: written as 64 lower-case hex digits; the prefix `sha256:` is accepted when parsing.
 
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
@@ -10,42 +10,42 @@ use std::{fmt, str::FromStr};
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);
 
-/// The text is not a sha256 digest.
+/// An error for text that is not a sha256 digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected 64 hexadecimal digits of a sha256, but found {0:?}")]
 pub struct ParseDigestError(String);
 
 impl Digest {
-    /// The digest of these bytes.
+    /// Computes the digest of these bytes.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(sha2::Sha256::digest(bytes).into())
     }
 
-    /// The raw 32 bytes.
+    /// Returns the raw 32 bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// The first 12 hex digits, for people.
+    /// Returns the first 12 hex digits, for people.
     #[must_use]
     pub fn short(&self) -> String {
         self.to_string()[..12].to_owned()
     }
 }
 
-/// Computes a [`Digest`] of a stream, piece by piece.
+/// Computes the [`Digest`] of a stream piece by piece.
 #[derive(Clone, Default)]
 pub struct Hasher(sha2::Sha256);
 
 impl Hasher {
-    /// Feeds bytes.
+    /// Adds bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
-    /// The digest of all that was fed.
+    /// Returns the digest of all bytes added.
     #[must_use]
     pub fn finish(self) -> Digest {
         Digest(self.0.finalize().into())

@@ -1,65 +1,65 @@
-//! The one public error of the crate: its kind, what was being done, to what, and how to mend it.
+//! The one public error type of the crate: its kind, the failed operation, what it was applied to, and how to fix it.
 //!
-//! An error says its own layer only; the chain is in [`source`](std::error::Error::source) and is printed once, at
+//! An error describes its own layer only. The chain of causes is in [`source`](std::error::Error::source) and is printed once, at
 //! the edge, by [`Error::report`]. No type of a dependency appears in it.
 
 use crate::visible::{visible, visible_line};
 use std::{borrow::Cow, error::Error as StdError, fmt};
 
-/// A result with Rudder's [`Error`].
+/// Result type with Rudder's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 
-/// What went wrong, in one word that programs may match on.
+/// Kind of an error, for programs to match on.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
 )]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// Input of the caller (manifest, argument, file name) is not what it must be.
+    /// Input from the caller (manifest, argument, file name) is invalid.
     InvalidInput,
-    /// The backend or this version of Rudder cannot do what was asked.
+    /// The backend or this version of Rudder does not support the request.
     Unsupported,
-    /// A program, device or permission that the host must have is missing.
+    /// A program, device or permission that the host must provide is missing.
     HostMissing,
     /// A file system of the host is full.
     HostDiskFull,
-    /// Something named (a URL, a module, a file) is not there.
+    /// A named thing (a URL, a module, a file) does not exist.
     NotFound,
-    /// Something is already there, or is in use by another process.
+    /// Something already exists, or is in use by another process.
     Conflict,
-    /// A download failed: connection, HTTP status, or a transfer that broke and could not be resumed.
+    /// A download failed: connection, HTTP status, or an interrupted transfer that could not be resumed.
     Download,
-    /// Bytes do not have the digest that was promised.
+    /// The bytes do not have the expected digest.
     ChecksumMismatch,
-    /// Bytes are not a disk image, or not one that can be used.
+    /// The bytes are not a disk image, or not a usable one.
     InvalidImage,
     /// The hypervisor refused to start a machine.
     LaunchFailed,
     /// A machine died, panicked, or stopped when it should have been running.
     MachineDied,
-    /// A guest did not answer within its time.
+    /// A guest did not answer in time.
     GuestUnreachable,
-    /// A guest answered and refused the credentials.
+    /// A guest answered but rejected the credentials.
     Authentication,
     /// A provisioning step failed in the guest.
     StepFailed,
     /// A deadline passed.
     TimedOut,
-    /// The caller cancelled.
+    /// The caller cancelled the operation.
     Cancelled,
-    /// A peer (guest, hypervisor, server) said something its protocol does not allow, or hung up.
+    /// A peer (guest, hypervisor, server) violated its protocol or closed the connection.
     Protocol,
-    /// The operating system refused a file or process operation.
+    /// The operating system rejected a file or process operation.
     Io,
-    /// A promise inside Rudder was broken: a bug.
+    /// An invariant inside Rudder was violated: a bug.
     Internal,
 }
 
 impl ErrorKind {
-    /// Whether trying the same again could help, unless the error says otherwise.
+    /// Returns whether retrying could help, unless the error says otherwise.
     #[must_use]
     pub fn is_retryable(self) -> bool {
         use ErrorKind::{
@@ -72,10 +72,10 @@ impl ErrorKind {
     }
 }
 
-/// Why an operation of Rudder failed.
+/// The error of a failed Rudder operation.
 ///
-/// `Display` gives one sentence of this layer; [`report`](Self::report) gives everything a person needs. So does `Debug`
-/// (`{:?}`), because that is what Rust prints of an error that `main` returns; `{:#?}` gives the fields.
+/// `Display` writes one sentence about this layer; [`report`](Self::report) returns everything a person needs. `Debug` (`{:?}`)
+/// writes the report as well, because Rust prints it for an error returned from `main`; `{:#?}` writes the fields.
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -88,7 +88,7 @@ struct Inner {
 }
 
 impl Error {
-    /// A new error. The message says what happened, with the values that matter: "expected X, but found Y".
+    /// Creates an error. The message says what happened, with the relevant values: "expected X, but found Y".
     pub fn new(kind: ErrorKind, message: impl Into<Cow<'static, str>>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -100,7 +100,7 @@ impl Error {
         }))
     }
 
-    /// An error of the operating system while doing `what` ("read /a/b"); a full disk gets its own kind.
+    /// Creates an error for an operating system error while doing `what` ("read /a/b"); a full disk has its own kind.
     pub fn io(what: impl fmt::Display, source: std::io::Error) -> Self {
         let kind = match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::HostDiskFull,
@@ -110,7 +110,8 @@ impl Error {
         Self::new(kind, format!("cannot {what}")).with_source(source)
     }
 
-    /// Adds where it happened: ("vm", "web"), ("step", "2 (install)"), ("url", …). The innermost is added first.
+    /// Adds context about where the error happened: ("vm", "web"), ("step", "2 (install)"), ("url", …). The innermost is added
+    /// first.
     #[must_use]
     pub fn with_context(mut self, key: &'static str, value: impl fmt::Display) -> Self {
         if !self.0.context.iter().any(|(k, _)| *k == key) {
@@ -119,52 +120,52 @@ impl Error {
         self
     }
 
-    /// Says what the reader can do about it.
+    /// Sets the help text: what the reader can do about the error.
     #[must_use]
     pub fn with_help(mut self, help: impl Into<Cow<'static, str>>) -> Self {
         self.0.help = Some(help.into());
         self
     }
 
-    /// Overrides whether trying again could help.
+    /// Overrides whether retrying could help.
     #[must_use]
     pub fn with_retryable(mut self, retryable: bool) -> Self {
         self.0.retryable = Some(retryable);
         self
     }
 
-    /// Keeps the error below this one.
+    /// Sets the underlying error.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<BoxError>) -> Self {
         self.0.source = Some(source.into());
         self
     }
 
-    /// What went wrong, for programs.
+    /// Returns the kind of the error, for programs.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// What the reader can do about it.
+    /// Returns the help text: what the reader can do about the error.
     #[must_use]
     pub fn help(&self) -> Option<&str> {
         self.0.help.as_deref()
     }
 
-    /// Where it happened, innermost first.
+    /// Returns the context, innermost first.
     pub fn context(&self) -> impl Iterator<Item = (&'static str, &str)> {
         self.0.context.iter().map(|(k, v)| (*k, v.as_str()))
     }
 
-    /// Whether trying the same again could help.
+    /// Returns whether retrying could help.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         self.0.retryable.unwrap_or_else(|| self.0.kind.is_retryable())
     }
 
-    /// The same error with every text of it changed by `map`: message, context, help and causes. What is changed is only
-    /// text; causes become opaque where one of them changed. This is how secrets are taken out of an error.
+    /// Applies `map` to every text of the error: message, context, help and causes. Only text changes; causes become opaque if one
+    /// of them changed. Used to remove secrets from an error.
     #[must_use]
     pub fn map_text(mut self, map: impl Fn(&str) -> String) -> Self {
         self.0.message = map(&self.0.message).into();
@@ -190,14 +191,14 @@ impl Error {
         self
     }
 
-    /// The whole story for a person: context, message, causes, help; several lines, no trailing newline. Control characters are
-    /// shown, not obeyed: see [`visible`](crate::visible).
+    /// Returns the full error for a person: context, message, causes and help, on several lines without a trailing newline. Control
+    /// characters are made visible rather than emitted: see [`visible`](crate::visible).
     #[must_use]
     pub fn report(&self) -> String {
         visible(&self.story()).into_owned()
     }
 
-    /// [`report`](Self::report) as it is, for programs.
+    /// Returns the [`report`](Self::report) with control characters unchanged, for programs.
     pub(crate) fn story(&self) -> String {
         let mut out = String::new();
         for (key, value) in self.0.context.iter().rev() {
@@ -216,7 +217,7 @@ impl Error {
     }
 }
 
-/// A cause of which only the text is left.
+/// A cause reduced to its text.
 #[derive(Debug)]
 struct Cause {
     text: String,
@@ -312,7 +313,7 @@ mod tests {
         let error = Error::new(ErrorKind::NotFound, "expected \"a\",\nbut found \"b\"")
             .with_context("vm", "web")
             .with_help("look for \"a\"");
-        // What the standard library prints of `fn main() -> Result<(), Box<dyn Error>>`.
+        // The output of the standard library for `fn main() -> Result<(), Box<dyn Error>>`.
         let boxed: Box<dyn StdError> = error.into();
         let expected = "vm web: expected \"a\",\nbut found \"b\"\n  help: look for \"a\"";
         assert_eq!(format!("{boxed:?}"), expected);

@@ -1,6 +1,6 @@
-//! What a build says while it runs; serialisable as JSON lines (`docs/events.md`).
+//! Events of a running build, serialisable as JSON lines (`docs/events.md`).
 //!
-//! Steps, actions and attempts count from 1 everywhere, for programs as for people.
+//! Steps, actions and attempts are numbered from 1 everywhere, for programs as for people.
 
 mod build_id;
 mod schema;
@@ -21,17 +21,17 @@ use std::{
     path::PathBuf,
 };
 
-/// One thing that happened.
+/// An event of a build.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Event {
-    /// The build that it happened in.
+    /// The build that the event belongs to.
     pub build_id: BuildId,
-    /// Counts from 0 without gaps within a build; a gap in what a reader sees is what it was too slow for.
+    /// Counts from 0 without gaps within a build; a reader that sees a gap was too slow for the missing events.
     pub seq: u64,
-    /// When it happened (RFC 3339, UTC).
+    /// When the event happened (RFC 3339, UTC).
     #[schemars(with = "String", extend("format" = "date-time"))]
     pub time: jiff::Timestamp,
-    /// The VM it is about; absent: the build.
+    /// The VM that the event is about; absent: the build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
     /// What happened.
@@ -39,7 +39,7 @@ pub struct Event {
     pub kind: EventKind,
 }
 
-/// Phases of a build, with the names of the VirtualMachineBuild resource.
+/// Phases of a build, named as in the VirtualMachineBuild resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 #[allow(missing_docs)] // The names are the documentation: see docs/design.md.
@@ -53,7 +53,7 @@ pub enum BuildPhase {
     Failed,
 }
 
-/// Phases of a VM, with the names of the VirtualMachineBuild resource.
+/// Phases of a VM, named as in the VirtualMachineBuild resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 #[allow(missing_docs)]
@@ -61,7 +61,7 @@ pub enum VmPhase {
     Pending,
     SourceImporting,
     Booting,
-    /// From power-on to the login, of a VM that has a boot command.
+    /// From power-on to the login, for a VM that has a boot command.
     BootCommand,
     Provisioning,
     ShuttingDown,
@@ -70,7 +70,7 @@ pub enum VmPhase {
     Failed,
 }
 
-/// Where a line of output came from.
+/// The stream that a line of output was written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OutputStream {
@@ -91,7 +91,7 @@ pub enum ExitStatus {
 }
 
 impl ExitStatus {
-    /// Whether it exited with code 0.
+    /// Returns whether the command exited with code 0.
     #[must_use]
     pub fn success(&self) -> bool {
         *self == Self::Code(0)
@@ -107,12 +107,12 @@ impl std::fmt::Display for ExitStatus {
     }
 }
 
-/// What happened.
+/// The kind of an event, with its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum EventKind {
-    /// The build begins. First event of each attempt.
+    /// The build starts. First event of each attempt.
     BuildStarted {
         /// The name of the build.
         build: String,
@@ -133,38 +133,38 @@ pub enum EventKind {
         /// The phase.
         phase: VmPhase,
     },
-    /// Something with a known or unknown size goes on.
+    /// Progress of an operation whose size may be unknown.
     Progress {
-        /// What: `download URL`, `convert DISK`…
+        /// The operation: `download URL`, `convert DISK`…
         task: String,
         /// Bytes done.
         done: u64,
-        /// Bytes in all, where known.
+        /// Total bytes, where known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         total: Option<u64>,
     },
     /// An input was read and verified.
     Input(InputRecord),
-    /// Something that the reader should know, and that does not stop the build.
+    /// Something the user should know that does not stop the build.
     Notice {
-        /// What.
+        /// The message.
         message: String,
     },
-    /// Something is likely wrong, and does not stop the build.
+    /// Something is probably wrong, but does not stop the build.
     Warning {
-        /// What.
+        /// The message.
         message: String,
     },
-    /// An action of the boot command begins.
+    /// An action of the boot command starts.
     BootAction {
         /// Its number in the boot command, from 1.
         action: usize,
-        /// How many there are.
+        /// The number of actions in the boot command.
         of: usize,
-        /// What is done: `type "linux"`, `press <enter>`, `wait up to 1m for "login:" on the screen`.
+        /// What the action does: `type "linux"`, `press <enter>`, `wait up to 1m for "login:" on the screen`.
         doing: String,
     },
-    /// The boot command has ended; from now on the login is tried.
+    /// The boot command has ended; login attempts start.
     BootCommandDone {
         /// How long it took, in milliseconds.
         millis: u64,
@@ -174,44 +174,45 @@ pub enum EventKind {
         /// Milliseconds since power-on.
         millis: u64,
     },
-    /// A file that the build serves was asked for. The VM is the one that asked, where the backend can tell.
+    /// A file served by the build was requested. The VM is the one that sent the request, where the backend can tell.
     HttpRequest {
         /// `GET`, `HEAD`…
         method: String,
-        /// What was asked for, as it was sent; cut where it is long.
+        /// The requested path as it was sent, truncated if it is long.
         path: String,
-        /// The status of the answer (RFC 9110, 15): 200 and 206 are files, 404 is a name that nothing is served under.
+        /// The status of the response (RFC 9110, 15): 200 and 206 for a file, 404 for a name under which nothing is served.
         status: u16,
-        /// Bytes of the file that were sent; fewer than it has when the guest hung up.
+        /// Bytes of the file that were sent; fewer than its size when the guest closed the connection early.
         bytes: u64,
     },
-    /// A step begins.
+    /// A step starts.
     StepStarted {
         /// Its number among the steps of its VM, from 1.
         step: usize,
-        /// Its name, else its type.
+        /// Its name, or its type if it has none.
         name: String,
     },
-    /// A step wrote a line.
+    /// A step wrote a line of output.
     StepOutput {
         /// The number of the step, from 1.
         step: usize,
-        /// Where it wrote.
+        /// The stream that the line was written to.
         stream: OutputStream,
-        /// The line, without its end; bytes that are not UTF-8 are replaced; a line over the limit comes in pieces.
+        /// The line without its line ending. Bytes that are not UTF-8 are replaced, and a line longer than the limit is split into
+        /// pieces.
         line: String,
     },
     /// A step ended.
     StepFinished {
         /// The number of the step, from 1.
         step: usize,
-        /// Its name, else its type.
+        /// Its name, or its type if it has none.
         name: String,
         /// How long it took, in milliseconds.
         millis: u64,
-        /// Whether it did what it should.
+        /// Whether the step succeeded.
         success: bool,
-        /// How its command ended, where it has one.
+        /// How its command ended, where the step has one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         exit: Option<ExitStatus>,
     },
@@ -219,12 +220,12 @@ pub enum EventKind {
     Paused {
         /// The number of the step, from 1.
         step: usize,
-        /// What the person is to do, as the manifest says it.
+        /// What the person is asked to do, as written in the manifest.
         instructions: String,
-        /// How the person reaches the machine, its display first of all: command lines and addresses, a line each.
+        /// How the person reaches the machine, starting with its display: command lines and addresses, one per line.
         access: Vec<String>,
     },
-    /// The person is done, and the build goes on.
+    /// The person is done, and the build continues.
     Resumed {
         /// The number of the step, from 1.
         step: usize,
@@ -233,28 +234,28 @@ pub enum EventKind {
     },
     /// An attempt failed, and another follows.
     Retrying {
-        /// The number of the attempt that follows.
+        /// The number of the next attempt.
         attempt: u32,
-        /// How many there may be.
+        /// The maximum number of attempts.
         of: u32,
-        /// Why the one before failed.
+        /// Why the previous attempt failed.
         reason: String,
     },
     /// The build failed and its machines were kept for inspection.
     Kept {
-        /// How to get in, a line each.
+        /// How to access the machines, one line each.
         access: Vec<String>,
-        /// The id of the lab, by which what was kept can be removed.
+        /// The id of the lab, needed to remove what was kept.
         lab: String,
     },
-    /// Events were left out because the reader was too slow.
+    /// Events were dropped because the reader was too slow.
     Lagged {
-        /// How many.
+        /// The number of dropped events.
         missed: u64,
     },
     /// The last event of a build.
     Finished {
-        /// How it ended.
+        /// How the build ended.
         outcome: Outcome,
         /// How long each phase took.
         timings: Vec<Timing>,
@@ -266,57 +267,57 @@ pub enum EventKind {
 #[serde(tag = "result", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Outcome {
-    /// A module stands.
+    /// The build produced a module.
     Built {
-        /// Its name.
+        /// The name of the module.
         module: String,
-        /// Its `module.json`, for backends that have files.
+        /// The path of its `module.json`, for backends that have files.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         path: Option<PathBuf>,
     },
-    /// It failed.
+    /// The build failed.
     Failed(Box<FailureReport>),
-    /// The caller cancelled it.
+    /// The caller cancelled the build.
     Cancelled,
 }
 
-/// What a person needs at once to understand a failure.
+/// Report of a failed build: what a person needs at once to understand the failure.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct FailureReport {
     /// The build that failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub build_id: Option<BuildId>,
-    /// What went wrong, for programs.
+    /// The kind of the error, for programs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kind: Option<ErrorKind>,
-    /// The whole story: [`Error::report`](crate::Error::report), masked.
+    /// The full error: [`Error::report`](crate::Error::report), masked.
     pub message: String,
-    /// The VM it happened to.
+    /// The VM that failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
-    /// The phase the VM was in.
+    /// The phase that the VM was in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<VmPhase>,
     /// The step by number and name: "2 (install)".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
-    /// How its command ended.
+    /// How the command of the step ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit: Option<ExitStatus>,
-    /// The last lines it wrote.
+    /// The last lines of output of the step.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub output_tail: Vec<String>,
     /// The last lines of the serial console.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub serial_tail: Vec<String>,
-    /// The files of `httpDirectory`, of a VM that failed while it booted.
+    /// The files of `httpDirectory`, for a VM that failed while booting.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub served: Vec<ServedFile>,
     /// What the screen showed, read as text: see [`console::text`](crate::console::text) for what can be read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub screen: Vec<String>,
-    /// A picture of the screen (PNG). Secrets that the screen shows are in it.
+    /// A screenshot (PNG). It contains any secrets that the screen shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub screenshot: Option<PathBuf>,
 }
@@ -325,20 +326,20 @@ pub struct FailureReport {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct ServedFile {
-    /// Its name.
+    /// The name of the file.
     pub name: String,
-    /// How often the VM got it, or a part of it. An installer that starts over and over gets its files again.
+    /// How often the VM received the file or a part of it. An installer that restarts receives its files again.
     pub requests: u64,
 }
 
 impl ServedFile {
-    /// A file, and how often it was got.
+    /// A file, and how often the VM received it.
     pub fn new(name: impl Into<String>, requests: u64) -> Self {
         Self { name: name.into(), requests }
     }
 }
 
-/// Milliseconds for people: `250 ms`, `3.2 s`, `2m5s`.
+/// Formats milliseconds for people: `250 ms`, `3.2 s`, `2m5s`.
 fn human_millis(millis: u64) -> String {
     match millis {
         0..1000 => format!("{millis} ms"),
@@ -347,7 +348,7 @@ fn human_millis(millis: u64) -> String {
     }
 }
 
-/// One line for a person (a failure: several), without time and number.
+/// Formats the event for people as one line (a failure: several), without time and number.
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(vm) = &self.vm {
@@ -357,10 +358,11 @@ impl fmt::Display for Event {
     }
 }
 
-/// One line for a person (a failure: several). Control characters are shown, not obeyed: see [`visible`](crate::visible).
+/// Formats the event for people as one line (a failure: several). Control characters are made visible rather than emitted: see
+/// [`visible`](crate::visible).
 impl fmt::Display for EventKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Whatever is written: nothing reaches a terminal that is not shown. Values in a line do not end it.
+        // Applies to everything written below: no control character reaches a terminal, and no value can end its line.
         let f = &mut Visible(f);
         match self {
             Self::BuildStarted { build, plan, backend, attempt } => {
@@ -442,7 +444,7 @@ impl fmt::Display for EventKind {
     }
 }
 
-/// The whole of it for a person, on several lines, without a trailing newline.
+/// Formats the whole report for people, on several lines, without a trailing newline.
 impl fmt::Display for FailureReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let f = &mut Visible(f);
@@ -472,7 +474,7 @@ impl fmt::Display for FailureReport {
                 _ => write!(f, "\n    | {name}: {requests} times")?,
             }
         }
-        // A wait for a text says itself what it saw instead.
+        // The error of a wait for text already contains what the screen showed instead.
         if !self.screen.is_empty() && !self.message.contains(&self.screen.join("\n")) {
             f.write_str("\n  screen:")?;
             self.screen.iter().try_for_each(|line| write!(f, "\n    | {}", visible_line(line)))?;

@@ -1,4 +1,4 @@
-//! Files that others may read while they are written.
+//! Files that may be read while they are written.
 
 use crate::{Error, Result};
 use std::{
@@ -6,8 +6,8 @@ use std::{
     path::Path,
 };
 
-/// Replaces a file, or makes it, readable by its owner only: readers see either all of the old content or all of the new,
-/// also those that have it open. The change may be lost in a power failure.
+/// Replaces or creates a file, readable by its owner only. Readers, including those that have the file open, see either
+/// all of the old content or all of the new. The change may be lost in a power failure.
 ///
 /// # Errors
 /// `HostDiskFull`; file errors.

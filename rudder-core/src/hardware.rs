@@ -1,4 +1,4 @@
-//! What a VM can be made of, in the words of the manifest.
+//! The hardware that a VM can have, in the terms of the manifest.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +24,7 @@ pub enum Bus {
     Scsi,
     /// AHCI.
     Sata,
-    /// USB mass storage. Cannot boot.
+    /// USB mass storage. Cannot be booted from.
     Usb,
     /// The chipset's IDE controller.
     Ide,
@@ -57,7 +57,7 @@ pub enum NicModel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GuestShell {
-    /// A POSIX shell; Bash where there is one.
+    /// A POSIX shell; Bash if available.
     Bash,
     /// Windows PowerShell.
     Powershell,

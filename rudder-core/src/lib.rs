@@ -1,8 +1,8 @@
-//! The core of Rudder: what a build *is* (manifest, diagnostics, plan), what a hypervisor must give
-//! (the [`backend`] traits), and what a build *does* (engine, guest conversation, store).
+//! The core of Rudder: what a build *is* (manifest, diagnostics, plan), what a hypervisor must provide (the [`backend`] traits),
+//! and what a build *does* (engine, guest sessions, store).
 //!
-//! A backend gives streams and disks; the core does the talking. See `docs/design.md` for the floors of this
-//! crate and for the reasons behind its borders.
+//! A backend provides streams and disks; the core does everything else. See `docs/design.md` for the layers of this crate and for
+//! the reasons behind its boundaries.
 
 #[cfg(feature = "engine")]
 pub mod backend;
@@ -51,7 +51,7 @@ pub mod visible;
 
 pub use error::{Error, ErrorKind, Result};
 
-// The crates whose types appear in the signatures of this one: who names them through here has the same versions.
+// The crates whose types appear in signatures of this crate. Using them through these re-exports guarantees matching versions.
 #[cfg(feature = "engine")]
 #[doc(no_inline)]
 pub use {async_trait, futures, tokio, tokio_util};

@@ -1,6 +1,6 @@
 //! The result of a build: template VMs, captured disks, provenance.
 //!
-//! How a module is written to `module.json` is decided in [`record`](crate::record).
+//! The format of `module.json` is defined in [`record`](crate::record).
 
 use crate::{
     Error, ErrorKind,
@@ -18,38 +18,38 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A module: halted template VMs, ready to be cloned as a group.
+/// A module: powered-off template VMs, ready to be cloned as a group.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Module {
-    /// Its name, a Name.
+    /// The name of the module, a Name.
     pub name: String,
     /// The digest of what was published: the same for the same disks and templates.
     pub digest: Digest,
     /// When it was published.
     pub created: jiff::Timestamp,
-    /// Its VMs, in the manifest's order.
+    /// The VMs, in the order of the manifest.
     pub machines: Vec<TemplateMachine>,
-    /// The networks that its clones get.
+    /// The networks that clones get.
     pub network: TemplateNetwork,
-    /// How to make it again.
+    /// How to build the module again.
     pub provenance: Provenance,
-    /// Where its `module.json` is, for backends that have files. Not part of the record.
+    /// The path of its `module.json`, for backends that have files. Not part of the record.
     pub path: Option<PathBuf>,
 }
 
 impl Module {
-    /// What helps when a module is damaged.
+    /// Help text for a damaged module.
     pub const REPAIR: &str = "restore the file from a copy, or build the module again";
 
-    /// The error of a record that cannot be used; `found` says what is wrong with it.
+    /// Creates the error for a record that cannot be used; `found` says what is wrong with it.
     #[must_use]
     pub fn damaged(path: &Path, found: &str) -> Error {
         let message = format!("expected the record of a module in {}, but {found}", path.display());
         Error::new(ErrorKind::InvalidInput, message).with_help(Self::REPAIR)
     }
 
-    /// The files beside its record, or the objects that hold its disks and state, and what they hold.
+    /// Returns the files beside the record, or the objects, that hold disks and state, with their content.
     pub fn files(&self) -> impl Iterator<Item = (&str, &Content)> {
         self.machines.iter().flat_map(|machine| {
             let disks = machine.disks.iter().map(|disk| (disk.file.as_str(), &disk.content));
@@ -58,50 +58,50 @@ impl Module {
     }
 }
 
-/// A module that is there and cannot be used.
+/// A module that exists but cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DamagedModule {
-    /// Its name.
+    /// The name of the module.
     pub name: String,
-    /// Why it cannot be used, and what helps; names the file.
+    /// Why it cannot be used, and how to fix that; names the file.
     pub reason: String,
 }
 
 impl DamagedModule {
-    /// A module that cannot be used, for this reason.
+    /// Creates a damaged module with the reason why it cannot be used.
     #[must_use]
     pub fn new(name: impl Into<String>, reason: impl Into<String>) -> Self {
         Self { name: name.into(), reason: reason.into() }
     }
 }
 
-/// A halted VM of a module, with the base values that clones get.
+/// A powered-off VM of a module, with the base values that clones get.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct TemplateMachine {
-    /// Its name.
+    /// The name of the VM.
     pub name: String,
-    /// Cores.
+    /// Number of CPU cores.
     pub cpus: u32,
     /// Memory in bytes.
     pub memory: u64,
-    /// Firmware.
+    /// The firmware that the VM boots with.
     pub firmware: Firmware,
-    /// Whether it has a TPM.
+    /// Whether the VM has a TPM.
     pub tpm: bool,
-    /// Its NICs.
+    /// The NICs.
     pub nics: Vec<TemplateNic>,
-    /// Its disks; the first boots.
+    /// The disks; the VM boots from the first.
     pub disks: Vec<CapturedDisk>,
-    /// What it keeps outside its disks.
+    /// State that the VM keeps outside its disks.
     pub state: Vec<CapturedState>,
-    /// Carried along for user interfaces.
+    /// Passed through for user interfaces.
     pub invisible: bool,
 }
 
 impl TemplateMachine {
-    /// A halted VM with BIOS, and nothing attached.
+    /// Creates a powered-off VM with BIOS and nothing attached.
     pub fn new(name: impl Into<String>, cpus: u32, memory: u64) -> Self {
         Self {
             name: name.into(),
@@ -121,19 +121,19 @@ impl TemplateMachine {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TemplateNic {
-    /// Its name.
+    /// The name of the NIC.
     pub name: String,
     /// The name of its subnet, one of the module's.
     pub subnet: String,
-    /// Its place among the NICs, 1–9: pins the PCI slot.
+    /// The position among the NICs, 1–9, which determines the PCI slot.
     pub slot: u8,
     /// Whether the author pinned the slot.
     pub slot_pinned: bool,
-    /// A fixed address.
+    /// The static address, if any.
     pub ip: Option<Ipv4Addr>,
-    /// Its hardware address.
+    /// The hardware address.
     pub mac: MacAddress,
-    /// What the guest sees.
+    /// The model that the guest sees.
     pub model: NicModel,
 }
 
@@ -141,84 +141,84 @@ pub struct TemplateNic {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TemplateNetwork {
-    /// Whether the author declared it; otherwise it is one VPC with one subnet, DHCP and internet.
+    /// Whether the author declared the network; otherwise it is one VPC with one subnet, DHCP and internet.
     pub declared: bool,
-    /// Networks that cannot reach each other.
+    /// Private networks that cannot reach each other.
     pub vpcs: Vec<TemplateVpc>,
-    /// Their segments.
+    /// The subnets of the VPCs.
     pub subnets: Vec<TemplateSubnet>,
 }
 
-/// A private network of a module.
+/// A VPC of a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TemplateVpc {
-    /// Its name.
+    /// The name of the VPC.
     pub name: String,
-    /// Whether its VMs reach the internet.
+    /// Whether its VMs can reach the internet.
     pub internet: bool,
 }
 
-/// A segment of a VPC of a module.
+/// A subnet of a VPC of a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TemplateSubnet {
-    /// Its name.
+    /// The name of the subnet.
     pub name: String,
     /// The name of its VPC.
     pub vpc: String,
-    /// Its addresses.
+    /// The address range.
     pub cidr: Cidr,
-    /// Whether addresses are handed out.
+    /// Whether DHCP hands out addresses.
     pub dhcp: bool,
-    /// DNS servers handed out; empty: the backend's own.
+    /// DNS servers to hand out; empty for the backend's own.
     pub dns: Vec<Ipv4Addr>,
-    /// A bare layer-2 segment that a guest serves.
+    /// Whether the subnet is a bare layer-2 segment, on which a guest provides any services.
     pub unmanaged: bool,
 }
 
-/// A disk after capture. `file` is relative to the directory of `module.json` once published.
+/// A captured disk. Once published, `file` is relative to the directory of `module.json`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CapturedDisk {
     /// The disk's name in the manifest.
     pub name: String,
-    /// How it is attached.
+    /// The bus that the disk is attached to.
     pub bus: Bus,
-    /// The file or object that holds it.
+    /// The file or object that contains the disk.
     pub file: String,
-    /// `qcow2`, `raw`…
+    /// The format of the file: `qcow2`, `raw`…
     pub format: String,
-    /// What the guest sees, in bytes.
+    /// Size seen by the guest, in bytes.
     pub virtual_size: u64,
-    /// What the file or object holds: the bytes that it takes, not what the guest sees.
+    /// The content of the file or object: its stored bytes, not the disk that the guest sees.
     pub content: Content,
 }
 
-/// What a machine keeps outside its disks, after capture. `file` as in [`CapturedDisk`].
+/// Captured state that a machine keeps outside its disks. `file` is as in [`CapturedDisk`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CapturedState {
-    /// What it is.
+    /// The kind of state.
     pub kind: StateKind,
-    /// The file or object that holds it.
+    /// The file or object that contains the state.
     pub file: String,
-    /// Its format: `raw`, `qcow2`, `swtpm`…
+    /// The format of the file: `raw`, `qcow2`, `swtpm`…
     pub format: String,
-    /// What the file or object holds: the bytes that it takes, not what the guest sees.
+    /// The content of the file or object: its stored bytes.
     pub content: Content,
 }
 
-/// What a machine keeps outside its disks.
+/// Kinds of state that a machine keeps outside its disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum StateKind {
-    /// The variables of its UEFI firmware: boot entries, Secure Boot keys.
+    /// The variables of the UEFI firmware: boot entries, Secure Boot keys.
     FirmwareVariables,
-    /// The memory of its TPM.
+    /// The memory of the TPM.
     Tpm,
 }
 
 impl StateKind {
-    /// Its name in records and file names: `firmware-variables`, `tpm`.
+    /// Returns the name used in records and file names: `firmware-variables` or `tpm`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -228,28 +228,28 @@ impl StateKind {
     }
 }
 
-/// How to make a module again.
+/// How a module was built, and how to build it again.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Provenance {
-    /// The manifest as given, secrets masked.
+    /// The manifest as given, with secrets masked.
     pub manifest: String,
     /// The digest of the plan.
     pub plan: Digest,
-    /// Every input, with what it was.
+    /// Every input, with the content that was used.
     pub inputs: Vec<InputRecord>,
-    /// Versions: `rudder`, the backend, what it drives.
+    /// Versions of `rudder`, the backend, and the programs that it drives.
     pub versions: BTreeMap<String, String>,
-    /// How long each phase took.
+    /// The duration of each phase.
     pub timings: Vec<Timing>,
-    /// Why it cannot be repeated from its manifest alone; empty: it can.
+    /// Reasons why the build cannot be repeated from the manifest alone; empty if it can.
     pub not_repeatable: Vec<String>,
-    /// What was likely wrong and did not stop the build: a machine that had to be killed at its end…
+    /// Probable problems that did not stop the build, such as a machine that had to be killed at its end.
     pub warnings: Vec<String>,
 }
 
 impl Provenance {
-    /// The record of a build of this manifest (secrets masked) and plan, with nothing else known yet.
+    /// Creates the provenance of a build of this manifest (secrets masked) and plan, with everything else empty.
     pub fn new(manifest: impl Into<String>, plan: Digest) -> Self {
         Self {
             manifest: manifest.into(),
@@ -263,69 +263,69 @@ impl Provenance {
     }
 }
 
-/// How long a phase took.
+/// The duration of a phase.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Timing {
     /// The VM; absent: the build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
-    /// The phase's name.
+    /// The name of the phase.
     pub phase: String,
-    /// Milliseconds.
+    /// The duration in milliseconds.
     pub millis: u64,
 }
 
-/// An input of a build: what was asked for, and what came.
+/// An input of a build: what was requested, and what was received.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct InputRecord {
-    /// What it is for.
+    /// What the input is for.
     pub role: InputRole,
-    /// Its URL, or `module NAME/VM`. Credentials in it are masked.
+    /// The URL of the input, or `module NAME/VM`. Credentials in it are masked.
     pub url: String,
-    /// The bytes as served, as far as they are known.
+    /// What is known about the bytes as served.
     #[serde(flatten)]
     pub content: Content,
 }
 
 impl InputRecord {
-    /// An input that came from this URL.
+    /// Creates the record of an input from this URL.
     pub fn new(role: InputRole, url: impl Into<String>, content: Content) -> Self {
         Self { role, url: url.into(), content }
     }
 
-    /// The same for another purpose.
+    /// Returns the same input with another role.
     #[must_use]
     pub fn with_role(self, role: InputRole) -> Self {
         Self { role, ..self }
     }
 }
 
-/// What an input of a build is for.
+/// The role of an input in a build.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum InputRole {
-    /// A disk of a VM is made of it.
+    /// The source of a VM's disk.
     Source {
         /// The VM.
         vm: String,
     },
     /// A file of the manifest.
     File,
-    /// A CD-ROM. It shapes a build and is not needed afterwards: how long it stays cached is up to `isoCacheTTL`, whatever was
-    /// built with it.
+    /// A CD-ROM. It is used during the build and not needed afterwards: how long it stays cached depends on `isoCacheTTL` alone,
+    /// not on modules built with it.
     Iso,
 }
 
 impl InputRole {
-    /// The source of a VM.
+    /// Returns the role of the source of a VM.
     pub fn source(vm: impl Into<String>) -> Self {
         Self::Source { vm: vm.into() }
     }
 }
 
-/// For people: `source of VM web`, `file`, `ISO`.
+/// Formats the role for people: `source of VM web`, `file`, `ISO`.
 impl fmt::Display for InputRole {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -1,4 +1,4 @@
-//! What differs between operating systems: the only place of this crate that asks which one it is compiled for, but for URLs of
+//! Differences between operating systems: the only module of this crate that depends on the target, except for URLs of
 //! directories (`plan::urls`), which need no engine.
 
 use std::{
@@ -7,8 +7,8 @@ use std::{
     path::Path,
 };
 
-/// Makes a file that does not exist yet, for writing. On Unix only its owner can read it (mode 0600); elsewhere it has the
-/// permissions that its directory hands down, which in a user's profile on Windows are those of the user alone.
+/// Creates a file for writing, and fails if it exists. On Unix only its owner can read it (mode 0600); elsewhere it
+/// inherits the permissions of its directory, which in a user's profile on Windows are limited to that user.
 pub(crate) fn create_private(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true);
@@ -17,7 +17,7 @@ pub(crate) fn create_private(path: &Path) -> io::Result<File> {
     options.open(path)
 }
 
-/// Makes a directory, as private as the files of [`create_private`] (mode 0700 on Unix).
+/// Creates a directory, as private as the files of [`create_private`] (mode 0700 on Unix).
 #[cfg(feature = "memory")]
 pub(crate) fn create_private_directory(path: &Path) -> io::Result<()> {
     #[cfg_attr(not(unix), expect(unused_mut))]
@@ -27,7 +27,7 @@ pub(crate) fn create_private_directory(path: &Path) -> io::Result<()> {
     builder.create(path)
 }
 
-/// Registers something with the I/O driver of the current Tokio runtime, and drops it. Panics where there is no driver.
+/// Registers something with the I/O driver of the current Tokio runtime, and drops it. Panics if there is no driver.
 pub(crate) fn use_io_driver() {
     #[cfg(unix)]
     drop(tokio::net::UnixDatagram::unbound());

@@ -2,21 +2,21 @@
 
 use std::{fmt, sync::Arc};
 
-/// Where an operation tells how far it is, and what the user should know. Cheap to call often: readers thin out.
+/// Receiver of the progress of an operation and of notices for the user. Cheap to call often: receivers thin out the reports.
 #[derive(Clone)]
 pub struct Progress(Arc<dyn Fn(ProgressEvent) + Send + Sync>);
 
-/// What a [`Progress`] hears.
+/// A report to a [`Progress`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ProgressEvent {
-    /// So many bytes of so many are done.
+    /// A number of bytes is done.
     Bytes {
-        /// What: `download URL`, `convert DISK`.
+        /// The operation: `download URL`, `convert DISK`.
         task: String,
         /// Bytes done.
         done: u64,
-        /// Bytes in all, where known.
+        /// Total bytes, where known.
         total: Option<u64>,
     },
     /// Something the user should know.
@@ -24,23 +24,23 @@ pub enum ProgressEvent {
 }
 
 impl Progress {
-    /// Progress that calls this.
+    /// Creates a receiver that calls this function.
     pub fn new(listener: impl Fn(ProgressEvent) + Send + Sync + 'static) -> Self {
         Self(Arc::new(listener))
     }
 
-    /// Progress that nobody hears.
+    /// Creates a receiver that discards everything.
     #[must_use]
     pub fn none() -> Self {
         Self::new(|_| {})
     }
 
-    /// So many bytes of so many are done.
+    /// Reports that `done` of `total` bytes of a task are done.
     pub fn bytes(&self, task: &str, done: u64, total: Option<u64>) {
         (self.0)(ProgressEvent::Bytes { task: task.to_owned(), done, total });
     }
 
-    /// Something the user should know.
+    /// Reports something the user should know.
     pub fn notice(&self, message: impl Into<String>) {
         (self.0)(ProgressEvent::Notice(message.into()));
     }

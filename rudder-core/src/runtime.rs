@@ -9,14 +9,16 @@ use std::{
 use tokio::{runtime::Handle, time};
 
 thread_local! {
-    /// Whether this thread is probing its runtime, so that a panic is an answer.
+    /// Whether this thread is probing its runtime, so that a panic is the answer.
     static PROBING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Checks that the caller is on a Tokio runtime that drives I/O and time. Backends call it where their work begins.
+/// Checks that the caller is on a Tokio runtime that drives I/O and time. Backends call it at the beginning of their
+/// work.
 ///
 /// # Errors
-/// `InvalidInput` when there is no runtime, or when the runtime was built without one of the two; says what is missing.
+/// `InvalidInput` when there is no runtime, or when the runtime was built without one of the two; the message says what
+/// is missing.
 pub fn check() -> Result<()> {
     if Handle::try_current().is_err() {
         let message = "expected to be called on a Tokio runtime, but found none";
@@ -24,7 +26,7 @@ pub fn check() -> Result<()> {
             "call Rudder from `#[tokio::main]`, or from within `Runtime::block_on` or `Handle::enter` of a runtime that was built with `enable_all`",
         ).with_retryable(false));
     }
-    // Tokio tells whether a driver is there only by a panic. Where panics abort, its own message has to do.
+    // Tokio reports a missing driver only by a panic. If panics abort, Tokio's own message must suffice.
     if cfg!(panic = "abort") {
         return Ok(());
     }
@@ -43,7 +45,7 @@ pub fn check() -> Result<()> {
         .with_retryable(false))
 }
 
-/// Whether something that needs a driver of the runtime does not panic. A panic is not reported to anybody else.
+/// Whether something that needs a driver of the runtime succeeds without a panic. The panic is not reported elsewhere.
 fn drives(need: impl FnOnce()) -> bool {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {

@@ -1,9 +1,10 @@
-//! Secrets of a manifest: values that never show in `Debug`, and a [`Masker`] that takes them out of any text,
-//! in escaped and encoded forms too.
+//! Secrets of a manifest: values that `Debug` never shows, and a [`Masker`] that removes them from any text, in escaped
+//! and encoded forms as well.
 //!
-//! - `parts`: what of a secret is looked for.
-//! - `view`, `dump`: a text as something else than it is written: without colours, unescaped, read from a dump of bytes.
-//! - `masker`: finds the parts in the views. `url`: what must not be shown of URLs, whoever wrote them.
+//! - `parts`: splits a secret into the parts to search for.
+//! - `view`, `dump`: transform a text before the search: without colours, unescaped, decoded from a dump of bytes.
+//! - `masker`: finds the parts in the views.
+//! - `url`: finds what must not be shown of URLs, whether or not it is known to be secret.
 
 mod dump;
 mod masker;
@@ -22,7 +23,7 @@ pub(crate) use url::{redact_written, secrets_of, url_secrets};
 use serde::{Deserialize, Serialize};
 use std::{fmt, ops::Range};
 
-/// A value that `Debug` and `Display` do not show. Serialised as the value itself: plans are not public.
+/// A value that `Debug` and `Display` do not show. It is serialised as the value itself: plans are not public.
 #[derive(Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
@@ -33,7 +34,7 @@ impl Secret {
         Self(value.into())
     }
 
-    /// The value itself.
+    /// Returns the value itself.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
@@ -52,10 +53,10 @@ impl From<&str> for Secret {
     }
 }
 
-/// What stands where a secret stood.
+/// Replacement for a secret.
 const MASK: &str = "***";
 
-/// The text with a mask in place of each range.
+/// Replaces each range of a text with the mask.
 fn replace(text: &str, ranges: &[Range<usize>]) -> String {
     let mut out = String::with_capacity(text.len());
     let mut from = 0;
@@ -68,7 +69,7 @@ fn replace(text: &str, ranges: &[Range<usize>]) -> String {
     out
 }
 
-/// Puts ranges in order, and joins those that touch.
+/// Sorts ranges, and joins those that touch.
 pub(crate) fn merge(mut found: Vec<Range<usize>>) -> Vec<Range<usize>> {
     found.sort_unstable_by_key(|range| range.start);
     let mut merged: Vec<Range<usize>> = Vec::new();

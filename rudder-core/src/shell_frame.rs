@@ -1,13 +1,15 @@
-//! How a script and what it says travel through a login shell that nobody knows: both ends of it.
+//! How a script and its output travel through an arbitrary login shell: both ends of the protocol.
 //!
-//! An SSH server hands every command line to the user's login shell, which may be any (csh, fish, zsh, a wrapper), and which may
-//! write, before the command and after it, whatever its start-up files want. So
+//! An SSH server hands every command line to the user's login shell, which may be any program (csh, fish, zsh, a
+//! wrapper), and whose start-up files may write anything before and after the command. So:
 //!
-//! - the line is always the same but for two random words. It has neither variables, newlines, backslashes nor
-//!   exclamation marks outside of what every shell takes literally in single quotes, and replaces the login shell by `/bin/sh`;
-//! - the script is not part of the line: `/bin/sh` reads it from its standard input, once it has said that it runs;
-//! - what comes before a random mark on each stream is the login shell's, and so is what comes after another one. How the script
-//!   ended stands behind the latter, since a wrapper may end in another way.
+//! - the line is always the same except for two random words. It contains no variables, newlines, backslashes or
+//!   exclamation marks outside of what every shell takes literally in single quotes, and replaces the login shell with
+//!   `/bin/sh`;
+//! - the script is not part of the line: `/bin/sh` reads it from its standard input, once it has reported that it is
+//!   running;
+//! - on each stream, everything before a random mark is from the login shell, and so is everything after a second mark.
+//!   The exit status of the script follows the second mark, since a wrapper may end with another status.
 //!
 //! ```text
 //! line    exec /bin/sh -c '… printf %s A B … read -r rudder; eval "$rudder"'
@@ -18,10 +20,10 @@
 use crate::event::ExitStatus;
 use std::fmt::Write as _;
 
-/// What the marks of the streams begin with.
+/// What the marks of each stream begin with.
 const OUT: &str = "O";
 const ERR: &str = "E";
-/// Of what a login shell says before a script runs, so much is kept for an error.
+/// How much of what a login shell writes before a script runs is kept for an error, in bytes.
 const MAX_NOISE: usize = 4096;
 
 /// The marks of one script.
@@ -37,20 +39,20 @@ impl Frame {
         Self { begin: word(), end: word() }
     }
 
-    /// The command line that an SSH server is asked to run.
+    /// Returns the command line that an SSH server is asked to run.
     pub(crate) fn line(&self) -> String {
         let begin = &self.begin;
-        // In two words: a login shell that shows what it runs shows no mark.
+        // In two arguments, so that a login shell which echoes its commands does not print the mark.
         format!(
             "exec /bin/sh -c 'printf %s {ERR} {begin} >&2; echo >&2; printf %s {OUT} {begin}; echo; read -r rudder; eval \"$rudder\"'"
         )
     }
 
-    /// What is sent to its standard input in front of what the script reads, when it has begun.
+    /// Returns what is sent to standard input, before what the script reads, once the shell has begun.
     pub(crate) fn input(&self, script: &str) -> String {
         let end = &self.end;
-        // A shell tells of a child that a signal ended with a message of its own and 128 more than its number; of an exit code,
-        // with nothing.
+        // If a child was ended by a signal, a shell reports it with a message of its own and with 128 plus the signal's
+        // number; for an exit code, it prints no message.
         let mut text = format!(
             "{{ set +eux; }} 2>/dev/null; rudder=; rudder_n=$(printf '\\n_'); rudder_n=${{rudder_n%_}}; \
              while IFS= read -r rudder_l && [ \"$rudder_l\" != {OUT}{end} ]; do rudder=$rudder$rudder_l$rudder_n; done; \
@@ -61,24 +63,25 @@ impl Frame {
         text
     }
 
-    /// What cuts standard output out of what comes.
+    /// Returns a cutter that extracts the script's standard output.
     pub(crate) fn stdout(&self) -> Cutter {
         Cutter::new(OUT, self)
     }
 
-    /// What cuts standard error out of what comes.
+    /// Returns a cutter that extracts the script's standard error.
     pub(crate) fn stderr(&self) -> Cutter {
         Cutter::new(ERR, self)
     }
 }
 
-/// Cuts the output of a script out of one stream.
+/// Extracts the output of a script from one stream.
 #[derive(Debug)]
 pub(crate) struct Cutter {
     begin: Vec<u8>,
     end: Vec<u8>,
     place: Place,
-    /// Before: what may be the beginning of the mark. Within: the same, of the other mark. After: what was said there.
+    /// Before: a possible beginning of the first mark. Within: a possible beginning of the second mark. After: what
+    /// followed the second mark.
     held: Vec<u8>,
     noise: Vec<u8>,
 }
@@ -111,7 +114,7 @@ impl Cutter {
         self.place == Place::After
     }
 
-    /// Takes what came, and gives what of it, and of what was held back, is the script's.
+    /// Takes received bytes, and returns those of the script among them and the bytes that were held back.
     pub(crate) fn push(&mut self, chunk: &[u8]) -> Vec<u8> {
         self.held.extend_from_slice(chunk);
         if self.place == Place::Before {
@@ -139,18 +142,18 @@ impl Cutter {
         std::mem::replace(&mut self.held, rest)
     }
 
-    /// What was held back of a script's output when nothing more comes.
+    /// Returns the held back bytes of the script's output, once nothing more arrives.
     pub(crate) fn rest(&mut self) -> Vec<u8> {
         if self.place == Place::Within { std::mem::take(&mut self.held) } else { Vec::new() }
     }
 
-    /// What the login shell said before the script began.
+    /// Returns what the login shell wrote before the script began.
     pub(crate) fn noise(&self) -> String {
         let before = if self.has_begun() { &[][..] } else { &self.held };
         String::from_utf8_lossy(&[&self.noise, before].concat()).trim().to_owned()
     }
 
-    /// How the script ended, where that was said.
+    /// Returns the exit status of the script, if it was received.
     pub(crate) fn status(&self) -> Option<ExitStatus> {
         if self.place != Place::After {
             return None;
@@ -164,8 +167,8 @@ impl Cutter {
     }
 }
 
-/// The name of a signal as RFC 4254, 6.10 has it, by its number, where that is the same on all systems (POSIX, kill(1)) or on
-/// most.
+/// Returns the name of a signal as in RFC 4254, 6.10, by its number, for numbers that are the same on all systems
+/// (POSIX, kill(1)) or on most.
 fn signal(number: u32) -> String {
     let name = match number {
         1 => "HUP",
@@ -190,7 +193,7 @@ fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
     bytes.windows(what.len()).position(|window| window == what)
 }
 
-/// How many bytes at the end may be the beginning of this.
+/// Returns how many bytes at the end may be the beginning of `what`.
 fn beginning(bytes: &[u8], what: &[u8]) -> usize {
     (1..what.len().min(bytes.len() + 1)).rev().find(|count| bytes.ends_with(&what[..*count])).unwrap_or(0)
 }
@@ -209,13 +212,13 @@ pub(crate) struct Sent {
     end: String,
     /// The script.
     pub(crate) script: String,
-    /// What it reads.
+    /// The input of the script.
     pub(crate) input: Vec<u8>,
 }
 
 #[cfg(feature = "memory")]
 impl Served {
-    /// Reads a command line; `None` when it is another one.
+    /// Parses a command line; `None` when it is a different one.
     pub(crate) fn read(line: &str) -> Option<Self> {
         let rest = line.strip_prefix("exec /bin/sh -c 'printf %s E ")?;
         let begin = rest.split(' ').next()?.to_owned();
@@ -223,7 +226,7 @@ impl Served {
         (frame.line() == line).then_some(Self { begin: frame.begin })
     }
 
-    /// What is said when it runs, on standard output and on standard error.
+    /// Returns what is written when the line runs, to standard output and to standard error.
     pub(crate) fn begin(&self) -> (String, String) {
         (format!("{OUT}{}\n", self.begin), format!("{ERR}{}\n", self.begin))
     }
@@ -231,7 +234,7 @@ impl Served {
 
 #[cfg(feature = "memory")]
 impl Sent {
-    /// Reads what was sent; `None` when it is not whole.
+    /// Parses what was sent; `None` when it is incomplete.
     pub(crate) fn read(bytes: &[u8]) -> Option<Self> {
         let first = bytes.iter().position(|c| *c == b'\n')?;
         let loader = std::str::from_utf8(&bytes[..first]).ok()?;
@@ -243,7 +246,7 @@ impl Sent {
         Some(Self { script, input: bytes[at + mark.len()..].to_vec(), end })
     }
 
-    /// What is said at the end, on standard output and on standard error.
+    /// Returns what is written at the end, to standard output and to standard error.
     pub(crate) fn end(&self, code: u32) -> (String, String) {
         let end = &self.end;
         (format!("{OUT}{end} {code}\n{OUT}{end}\n"), format!("{ERR}{end}"))
@@ -300,7 +303,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a login shell says around it, and however it is cut, the script's output comes out of it.
+        /// The script's output is extracted whatever a login shell writes around it, and however it is split into
+        /// chunks.
         #[test]
         fn the_output_is_cut_out_of_any_noise(
             before in prop::collection::vec(any::<u8>(), 0..200),
@@ -311,7 +315,7 @@ mod tests {
         ) {
             let frame = Frame::new();
             let (begin, end) = (format!("O{}\n", frame.begin), format!("O{}", frame.end));
-            // Parts of the marks that are none.
+            // Partial marks, which are not marks.
             let before = [&before[..], &begin.as_bytes()[..partial.min(33)]].concat();
             let text = [&text[..], &end.as_bytes()[..partial.min(32)]].concat();
             let stream = [&before[..], begin.as_bytes(), &text, format!("{end} 5\n{end}\n").as_bytes(), &after].concat();
@@ -326,7 +330,7 @@ mod tests {
             prop_assert_eq!(out.status(), Some(ExitStatus::Code(5)));
         }
 
-        /// Output is handed on as soon as it cannot be a mark, also without the end of a line.
+        /// Output is passed on as soon as it cannot be a mark, even without a newline.
         #[test]
         fn output_is_not_held_back(text in "[a-zN-Z ]{1,100}") {
             let frame = Frame::new();

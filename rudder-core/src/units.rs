@@ -4,13 +4,13 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use std::{fmt, net::Ipv4Addr, str::FromStr, time::Duration};
 
-/// A scalar does not follow its grammar.
+/// An error for a scalar that does not follow its grammar.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected {expected}, but found {found:?}")]
 pub struct ParseError {
     /// The grammar, with an example.
     pub expected: &'static str,
-    /// What stood there.
+    /// The text found instead.
     pub found: String,
 }
 
@@ -18,29 +18,29 @@ fn unexpected<T>(expected: &'static str, found: &str) -> Result<T, ParseError> {
     Err(ParseError { expected, found: found.chars().take(80).collect() })
 }
 
-/// A quantity as in Kubernetes (`25Gi`, `500M`, `1.5`, `100m`, `2e3`), held exactly in thousandths.
+/// A quantity as in Kubernetes (`25Gi`, `500M`, `1.5`, `100m`, `2e3`), stored exactly in thousandths.
 ///
-/// Grammar: <https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/>. Finer suffixes than `m` are not
-/// of use for cores and bytes and are refused, as are negative values.
+/// Grammar: <https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/>. Suffixes smaller than
+/// `m` are of no use for cores and bytes and are refused, as are negative values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Quantity {
     milli: u128,
 }
 
 impl Quantity {
-    /// A whole number.
+    /// Creates a quantity from a whole number.
     #[must_use]
     pub fn from_u64(value: u64) -> Self {
         Self { milli: u128::from(value) * 1000 }
     }
 
-    /// Rounded up to a whole number, saturating.
+    /// Rounds up to a whole number, saturating.
     #[must_use]
     pub fn ceil(self) -> u64 {
         u64::try_from(self.milli.div_ceil(1000)).unwrap_or(u64::MAX)
     }
 
-    /// In thousandths, exactly.
+    /// Returns the exact value in thousandths.
     #[must_use]
     pub fn milli(self) -> u128 {
         self.milli
@@ -58,7 +58,7 @@ impl FromStr for Quantity {
         if whole.is_empty() && fraction.is_empty() || fraction.contains('.') || number.len() > 30 {
             return unexpected(EXPECTED, text);
         }
-        // (multiplier, divisor), both exact.
+        // Exact multiplier and divisor.
         let (times, per): (u128, u128) = match suffix {
             "" => (1, 1),
             "m" => (1, 1000),
@@ -96,7 +96,7 @@ impl FromStr for Quantity {
     }
 }
 
-/// Bytes for people: `25Gi`, `1.5Gi`, `1000` — always exact or rounded to two digits behind the point.
+/// Formats bytes for people: `25Gi`, `1.5Gi`, `1000`. The result is exact or rounded to two decimal places.
 #[must_use]
 pub fn human_bytes(bytes: u64) -> String {
     for (shift, suffix) in [(40u32, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")] {
@@ -112,12 +112,12 @@ pub fn human_bytes(bytes: u64) -> String {
     bytes.to_string()
 }
 
-/// Reads a duration as in Go (`30m`, `1h30m`, `90s`, `500ms`, `1.5h`, `0`).
+/// Parses a duration as in Go (`30m`, `1h30m`, `90s`, `500ms`, `1.5h`, `0`).
 ///
 /// Grammar: <https://pkg.go.dev/time#ParseDuration>. Negative durations are refused.
 ///
 /// # Errors
-/// When the text does not follow the grammar, or is over 290 years.
+/// When the text does not follow the grammar, or the duration is longer than 290 years.
 pub fn parse_duration(text: &str) -> Result<Duration, ParseError> {
     const EXPECTED: &str = "a duration such as 30m, 1h30m, 90s or 500ms";
     if text == "0" {
@@ -162,7 +162,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, ParseError> {
     Ok(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
 }
 
-/// A duration for people, as [`parse_duration`] reads it: `1h30m`, `5m`, `90ms`; parts below a millisecond are left out.
+/// Formats a duration for people, as [`parse_duration`] parses it: `1h30m`, `5m`, `90ms`. Fractions of a millisecond
+/// are dropped.
 #[must_use]
 pub fn human_duration(duration: Duration) -> String {
     let millis = duration.as_millis();
@@ -185,19 +186,19 @@ pub fn is_name(text: &str) -> bool {
         && !text.ends_with('-')
 }
 
-/// A hardware address (EUI-48), unicast.
+/// A unicast hardware address (EUI-48).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddress([u8; 6]);
 
 impl MacAddress {
-    /// These six bytes.
+    /// Creates an address from its six bytes.
     #[must_use]
     pub fn new(bytes: [u8; 6]) -> Self {
         Self(bytes)
     }
 
-    /// The six bytes.
+    /// Returns the six bytes.
     #[must_use]
     pub fn bytes(self) -> [u8; 6] {
         self.0
@@ -259,25 +260,25 @@ impl fmt::Debug for MacAddress {
 pub struct Cidr(Ipv4Net);
 
 impl Cidr {
-    /// The network address.
+    /// Returns the network address.
     #[must_use]
     pub fn network(self) -> Ipv4Addr {
         self.0.network()
     }
 
-    /// The broadcast address.
+    /// Returns the broadcast address.
     #[must_use]
     pub fn broadcast(self) -> Ipv4Addr {
         self.0.broadcast()
     }
 
-    /// The address of the gateway: the first of the network's hosts.
+    /// Returns the address of the gateway, which is the first host of the network.
     #[must_use]
     pub fn gateway(self) -> Ipv4Addr {
         u32::from(self.network()).saturating_add(1).into()
     }
 
-    /// The length of the prefix, 0–32.
+    /// Returns the prefix length, 0–32.
     #[must_use]
     pub fn prefix(self) -> u8 {
         self.0.prefix_len()

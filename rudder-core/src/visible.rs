@@ -1,16 +1,16 @@
-//! Text for people: control characters are shown, never obeyed.
+//! Text for people: control characters are shown, not interpreted.
 //!
-//! What guests, servers and manifests say may carry escape sequences, control characters, characters that turn the
-//! direction of text and characters that nobody sees. Everything that a person reads passes through here; what programs
-//! read (JSON) stays as it is.
+//! The output of guests and servers, and the text of manifests, may contain escape sequences, control characters,
+//! characters that change the direction of text and invisible characters. Everything that a person reads passes through
+//! this module; what programs read (JSON) is left unchanged.
 
 use std::{borrow::Cow, fmt};
 
-/// Columns of a tab: what stands behind it must have the same column on every terminal.
+/// The replacement for a tab: what follows it is in the same column on every terminal.
 const TAB: &str = "    ";
 
-/// A text for people: every control character and every character that hides or turns text is written out. Ends of lines
-/// stay, so this suits texts of several lines; for a value inside a line, see [`visible_line`].
+/// Makes a text safe to show to people: every control character and every character that hides or reorders text is
+/// escaped. Newlines are kept, so this suits texts of several lines; for a value inside a line, see [`visible_line`].
 ///
 /// ```
 /// use rudder_core::visible::visible;
@@ -21,13 +21,14 @@ pub fn visible(text: &str) -> Cow<'_, str> {
     convert(text, true)
 }
 
-/// A text for people in one line: as [`visible`], and ends of lines are written out too.
+/// Makes a text safe to show in one line: like [`visible`], but also escapes newlines.
 #[must_use]
 pub fn visible_line(text: &str) -> Cow<'_, str> {
     convert(text, false)
 }
 
-/// A line of output for people: as [`visible_line`], without the sequences that only set colours (ECMA-48, SGR).
+/// Makes a line of output safe to show: like [`visible_line`], but removes sequences that only set colours (ECMA-48,
+/// SGR).
 #[must_use]
 pub fn visible_output(line: &str) -> Cow<'_, str> {
     match without_colours(line) {
@@ -36,7 +37,7 @@ pub fn visible_output(line: &str) -> Cow<'_, str> {
     }
 }
 
-/// Whether a character is one that is written out rather than obeyed. Ends of lines and tabs are among them.
+/// Whether a character must be escaped. Newlines and tabs are included.
 #[must_use]
 pub fn is_hidden(c: char) -> bool {
     // Most text is ASCII.
@@ -45,9 +46,10 @@ pub fn is_hidden(c: char) -> bool {
     }
     c.is_control()
         || matches!(c,
-            // Soft hyphen, combining grapheme joiner, Arabic letter mark, fillers without a glyph, the Mongolian vowel separator.
+            // Soft hyphen, combining grapheme joiner, Arabic letter mark, fillers without a glyph, the Mongolian vowel
+            // separator.
             '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'
-            // Zero-width characters and marks of direction; separators of lines and paragraphs, embeddings, overrides;
+            // Zero-width characters and directional marks; line and paragraph separators, embeddings, overrides;
             // invisible operators, isolates, deprecated format characters.
             | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
             | '\u{3164}' | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{fffe}' | '\u{ffff}'
@@ -55,11 +57,11 @@ pub fn is_hidden(c: char) -> bool {
             | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
 }
 
-/// A character as a terminal may have it.
+/// Writes a character in the form that is safe for a terminal.
 pub(crate) fn write_visible(c: char, out: &mut impl fmt::Write) -> fmt::Result {
     match c {
         '\t' => out.write_str(TAB),
-        // The pictures of control characters (Unicode, U+2400).
+        // Symbols for control characters (the Control Pictures of Unicode, from U+2400).
         '\0'..='\x1f' => out.write_char(char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}')),
         '\x7f' => out.write_char('\u{2421}'),
         c if is_hidden(c) => write!(out, "<U+{:04X}>", u32::from(c)),
@@ -84,7 +86,7 @@ fn convert(text: &str, keep_lines: bool) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// The text without sequences that set colours; `None` where there are none.
+/// Returns the text without sequences that set colours; `None` if there are none.
 fn without_colours(text: &str) -> Option<String> {
     const START: &str = "\x1b[";
     text.find(START)?;
@@ -105,10 +107,10 @@ fn without_colours(text: &str) -> Option<String> {
     Some(out)
 }
 
-/// Characters of a value that a message repeats; what is longer is cut.
+/// Maximum number of characters of a value that a message quotes; longer values are truncated.
 const MAX_QUOTED: usize = 80;
 
-/// A value of somebody else's as a message repeats it: in quotes, with escapes, cut where it is long.
+/// A foreign value as a message quotes it: in quotes, escaped, and truncated if it is long.
 #[derive(Clone, Copy)]
 pub(crate) struct Quoted<'t>(pub(crate) &'t str);
 
@@ -121,7 +123,7 @@ impl fmt::Debug for Quoted<'_> {
     }
 }
 
-/// The first characters of a text; `None` where it has no more.
+/// Returns the first characters of a text; `None` if it has no more.
 pub(crate) fn cut(text: &str, characters: usize) -> Option<&str> {
     if text.len() <= characters {
         return None;
@@ -129,7 +131,7 @@ pub(crate) fn cut(text: &str, characters: usize) -> Option<&str> {
     text.char_indices().nth(characters).map(|(end, _)| &text[..end])
 }
 
-/// Writes everything through [`visible`]: for `Display` of what people read.
+/// Writes everything through [`visible`], for `Display` implementations that people read.
 pub(crate) struct Visible<'f, 'g>(pub(crate) &'f mut fmt::Formatter<'g>);
 
 impl fmt::Write for Visible<'_, '_> {

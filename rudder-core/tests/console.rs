@@ -1,5 +1,5 @@
-//! A console with a machine in memory, whose keyboard and display behave as badly as real ones may: nothing is lost, nothing is
-//! typed twice, and no key stays down.
+//! The console on a machine of the memory backend whose keyboard and display are as slow and unreliable as real ones
+//! can be: nothing is lost, nothing is typed twice, and no key stays down.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use rudder_core::{
@@ -37,13 +37,13 @@ impl Rig {
         Self { backend, lab, console: Console::new(machine.clone()), machine }
     }
 
-    /// What the keyboard got, when the guest has taken all of it.
+    /// Returns what the keyboard received, after the guest has read all of it.
     async fn typed(&self) -> Typed {
         sleep(Duration::from_secs(5)).await;
         self.backend.typed("web").unwrap()
     }
 
-    /// What stayed down when the console was gone.
+    /// Returns the keys that are still down after the console was dropped.
     async fn held_at_the_end(self) -> Vec<u32> {
         drop(self.console);
         sleep(Duration::from_secs(5)).await;
@@ -55,7 +55,7 @@ impl Rig {
     }
 }
 
-/// Every printable character of ASCII, again and again, in lines.
+/// Returns `count` printable ASCII characters, in lines.
 fn printable(count: usize) -> String {
     let all: Vec<char> = (' '..='~').cycle().take(count).collect();
     all.chunks(70).map(|line| format!("{}\n", line.iter().collect::<String>())).collect()
@@ -63,7 +63,7 @@ fn printable(count: usize) -> String {
 
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_is_slow_gets_every_character() {
-    // The keyboard keeps 16 events. About eight characters a second, and then two.
+    // The keyboard buffers 16 events. The guest takes about eight characters a second, then two.
     for (interval, count) in [(50, 190), (200, 95)] {
         let rig = Rig::new(|guest| guest.takes_keys_every(Duration::from_millis(interval))).await;
         let text = printable(count);
@@ -114,7 +114,8 @@ async fn two_who_type_do_not_mix() {
     assert_eq!(rig.typed().await.lines, ["first line", "SECOND LINE"]);
 }
 
-/// Breaks the connection after one key, and after each of so many more, and says how often typing went on.
+/// Types `TEXT` again and again, with the connection breaking after 1 key, after `1 + every` keys and so on; returns
+/// how often all of it was typed.
 async fn interrupted(every: usize, script: impl Fn(Guest) -> Guest) -> usize {
     let mut whole = 0;
     for breaks in (1..=TEXT.len()).step_by(every) {
@@ -132,7 +133,7 @@ async fn interrupted(every: usize, script: impl Fn(Guest) -> Guest) -> usize {
             }
         }
         assert_eq!((typed.held.len(), typed.keys.len()), (0, 0), "broken after {breaks} keys");
-        // Whatever came of it, the keyboard is good for the next.
+        // Whether or not typing failed, the keyboard still works.
         rig.console.type_text("\nx").await.unwrap();
         assert_eq!(rig.typed().await.prompt, "x");
         assert_eq!(rig.held_at_the_end().await, NO_KEYS);
@@ -142,17 +143,17 @@ async fn interrupted(every: usize, script: impl Fn(Guest) -> Guest) -> usize {
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_connection_types_on_or_fails_and_types_nothing_twice() {
-    // Where the screen shows that the last key before the break arrived, typing goes on.
+    // If the screen shows that the last key before the break arrived, typing continues.
     assert!(interrupted(1, |guest| guest).await >= 4);
-    // Also when the guest takes it later.
+    // Also if the guest reads it later.
     assert!(interrupted(2, |guest| guest.takes_keys_every(Duration::from_millis(30))).await >= 1);
-    // What nobody sees cannot be told.
+    // Without an echo it is unknown what arrived: typing may fail.
     interrupted(4, Guest::hides_typing).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_display_that_is_gone_fails() {
-    // Shift is a key, too.
+    // Shift counts as a key.
     let rig = Rig::new(|guest| guest.loses_display_after(10)).await;
     let error = rig.console.type_text(TEXT).await.unwrap_err();
     assert!(error.to_string().contains("display"), "{error}");
@@ -180,7 +181,7 @@ async fn held_keys_are_released_when_the_console_is_dropped() {
 
 #[tokio::test(start_paused = true)]
 async fn held_keys_are_released_when_typing_fails() {
-    // Nothing is shown, and the fourth key is the last that arrives: nobody knows of the others.
+    // The screen shows nothing, and the fourth key is the last that arrives: whether the others arrived is unknown.
     let rig = Rig::new(|guest| guest.hides_typing().breaks_display_after(4)).await;
     rig.console.hold(key("leftAlt")).await.unwrap();
     rig.console.hold(u32::from('q')).await.unwrap();
@@ -194,7 +195,7 @@ async fn held_keys_are_released_when_typing_fails() {
 async fn a_modifier_is_held_on_over_a_lost_connection() {
     let rig = Rig::new(|guest| guest.breaks_display_after(2)).await;
     rig.console.hold(key("leftCtrl")).await.unwrap();
-    // The connection breaks with this key; whether it arrived is not known.
+    // The connection breaks with this key; it is unknown whether it arrived.
     rig.console.hold(key("leftAlt")).await.unwrap_err();
     assert_eq!(rig.typed().await.held, NO_KEYS);
 

@@ -1,8 +1,8 @@
-//! Every diagnostic that checking and planning give, as a person reads it.
+//! Every diagnostic of checking and planning, as rendered for people.
 //!
-//! `diagnostics/CODE.yaml` is a manifest, `diagnostics/CODE.txt` the whole rendered text about it. A first line `# run: plan`
-//! plans it, too, on a backend that can do everything; `# run: plan on nothing`, on one that can do nothing. With
-//! `RUDDER_BLESS=1` the texts are written anew: read the difference before committing it.
+//! `diagnostics/CODE.yaml` is a manifest, `diagnostics/CODE.txt` the complete rendered text about it. If the first line
+//! is `# run: plan`, the manifest is also planned, on a backend with all capabilities; `# run: plan on nothing` plans
+//! it on one without any. With `RUDDER_BLESS=1` the texts are written again: review the changes before committing them.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -53,7 +53,7 @@ fn everything() -> Capabilities {
     )
 }
 
-/// A module `base` of two VMs, `one` and `two`, each with a boot disk and a data disk.
+/// Returns a module `base` of two VMs, `one` and `two`, each with a boot disk and a data disk.
 fn base_module() -> Module {
     let digest = "0".repeat(64);
     let disk = |name: &str| {
@@ -102,7 +102,7 @@ fn findings(name: &str, text: &str) -> String {
     prepare(&name, text.as_bytes(), &context).render()
 }
 
-/// The names of the manifests in the directory, in order.
+/// Returns the names of the manifests in the directory, sorted.
 fn cases() -> Vec<String> {
     let files = fs::read_dir(directory()).unwrap().map(|entry| entry.unwrap().path());
     let yaml = files.filter(|path| path.extension().is_some_and(|extension| extension == "yaml"));
@@ -131,7 +131,7 @@ fn every_diagnostic_reads_as_it_should() {
 
 #[test]
 fn every_code_has_a_case_that_gives_it() {
-    // Only a bug gives this one.
+    // Reported only because of a bug.
     let mut missing: BTreeSet<&str> =
         codes::ALL.iter().map(|code| code.name).filter(|n| *n != "internal").collect();
     for name in cases() {

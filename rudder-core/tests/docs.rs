@@ -1,4 +1,4 @@
-//! The documentation says what the code does: every field, code, capability and dependency has its place in it.
+//! The documentation agrees with the code: it mentions every field, code, capability and dependency.
 
 #![allow(clippy::unwrap_used)]
 
@@ -22,7 +22,7 @@ fn read(file: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file)).unwrap()
 }
 
-/// The names of all properties in a schema.
+/// Collects the names of all properties in a schema.
 fn properties(schema: &Value, names: &mut BTreeSet<String>) {
     match schema {
         Value::Object(map) => {
@@ -36,7 +36,7 @@ fn properties(schema: &Value, names: &mut BTreeSet<String>) {
     }
 }
 
-/// Whatever stands between back quotes, and the words in it.
+/// Returns the contents of code spans, and the words in them.
 fn quoted(page: &str) -> BTreeSet<&str> {
     let split = |text: &'static str| move |c: char| text.contains(c);
     page.split('`').skip(1).step_by(2).flat_map(|code| code.split(split(" .:,{}[]"))).collect()
@@ -49,7 +49,7 @@ fn every_field_of_the_schema_is_in_the_reference() {
     properties(&json_schema(), &mut names);
     assert!(names.len() > 60, "{names:?}");
     let known = quoted(&page);
-    // The resource form is shown whole, in an example.
+    // An example shows the complete resource form.
     let shown = ["apiVersion", "kind", "metadata", "spec", "labels", "annotations", "status"];
     let missing: Vec<_> = names
         .iter()
@@ -88,7 +88,7 @@ fn the_table_of_backends_says_what_the_memory_backend_says() {
         .collect();
     let memory = MemoryBackend::new();
     let (memory, engine) = (memory.capabilities(), Capabilities::engine());
-    // What the engine does on a display.
+    // The engine uses these on a display.
     let seen = |capability: &Capability| {
         memory.has(Capability::Display)
             || !matches!(capability, Capability::BootCommand | Capability::HandbuildStep)
@@ -160,7 +160,7 @@ fn the_manifests_of_the_readme_and_the_guide_have_no_mistakes() {
     }
 }
 
-/// A module called `base` with a VM `web`, as the recipes take it for granted.
+/// Returns a module called `base` with a VM `web`, which the recipes require.
 fn base() -> Module {
     let mut machine = TemplateMachine::new("web", 1, 1 << 30);
     machine.disks.push(CapturedDisk {
@@ -202,7 +202,7 @@ fn every_manifest_of_the_recipes_is_planned_without_a_finding() {
         count += 1;
     }
     assert!(count >= 13, "{count}");
-    // The list at the top leads to every recipe.
+    // The list at the top links to every recipe.
     for title in page.lines().filter_map(|line| line.strip_prefix("## ")) {
         let anchor: String =
             title.to_lowercase().chars().filter(|c| c.is_alphanumeric() || " -".contains(*c)).collect();

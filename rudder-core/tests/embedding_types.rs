@@ -1,5 +1,5 @@
-//! What a program needs to name the types in the signatures of this crate, without a dependency of its own; and values that it sets
-//! without struct literals.
+//! A program can name the types in the signatures of this crate without a dependency of its own, and set values without
+//! struct literals.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -20,7 +20,7 @@ use rudder_core::{
     url::Url,
 };
 
-/// Compiles only as long as these are the types of the signatures.
+/// Compiles only as long as the signatures use these types.
 #[test]
 fn the_types_of_signatures_can_be_named() {
     let _: fn(&Event) -> Timestamp = |event| event.time;
@@ -39,7 +39,7 @@ fn the_types_of_signatures_can_be_named() {
     is_stream::<DuplexStream>();
 }
 
-/// A trait of one's own in the way of the contract.
+/// A trait of an embedding program, written like those of the contract.
 #[async_trait]
 trait Asked {
     async fn asked(&self) -> bool;

@@ -1,4 +1,4 @@
-//! The JSON lines of events are what `docs/events.md` and `docs/events.schema.json` say.
+//! The JSON lines of events agree with `docs/events.md` and `docs/events.schema.json`.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -14,14 +14,14 @@ fn docs(file: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(file)).unwrap_or_default()
 }
 
-/// The lines of the examples.
+/// Returns the lines of the examples.
 fn examples() -> Vec<String> {
     let page = docs("events.md");
     let block = page.split("```jsonl\n").nth(1).unwrap().split("```").next().unwrap();
     block.lines().map(str::to_owned).collect()
 }
 
-/// Whether the schema accepts a value; why not.
+/// Checks a value against the schema.
 fn accepts(value: &Value) -> Result<(), String> {
     let mut compiler = boon::Compiler::new();
     let mut schemas = boon::Schemas::new();
@@ -44,7 +44,7 @@ fn the_schema_in_docs_is_current() {
     );
 }
 
-/// The values that a property of this name is fixed to, anywhere in a schema.
+/// Collects the constant values of all properties with this name in a schema.
 fn constants(schema: &Value, name: &str, found: &mut BTreeSet<String>) {
     match schema {
         Value::Object(map) => {
@@ -85,7 +85,7 @@ fn the_types_and_the_schema_agree_on_every_example() {
         assert_eq!(event.to_json(), line, "an example is as it is written");
         let value: Value = serde_json::from_str(&line).unwrap();
         accepts(&value).unwrap();
-        // What may be absent is the same for both.
+        // The schema and the code agree on which fields are optional.
         for key in value.as_object().unwrap().keys() {
             let mut less = value.as_object().unwrap().clone();
             less.remove(key);

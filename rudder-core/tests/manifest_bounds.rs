@@ -1,5 +1,5 @@
-//! Whatever a manifest holds, what is said about it is bounded, and so is the work. Time is not measured here: work that grows with
-//! the square of these lengths hangs, and is seen.
+//! For any manifest, the size of the output is bounded, and so is the work. Time is not measured here: quadratic work
+//! would visibly hang at these sizes.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -14,7 +14,7 @@ fn prepared(text: &str) -> Prepared {
     prepare("m.yaml", text.as_bytes(), &PlanContext::new(&Capabilities::engine()))
 }
 
-/// The findings and the text about them are bounded, and a manifest that is refused stays refused.
+/// Asserts that the findings and the text about them are bounded, and that a refused manifest stays refused.
 fn assert_bounded(text: &str) -> Prepared {
     let prepared = prepared(text);
     assert!(prepared.has_errors());
@@ -48,12 +48,12 @@ fn many_findings_are_counted_and_not_listed() {
 fn warnings_never_hide_the_error_among_them() {
     let mut files = "files:\n".to_owned();
     for n in 0..3000 {
-        // Nothing uses it, and it has no checksum.
+        // The file is unused and has no checksum.
         writeln!(files, "- {{name: f{n}, url: 'https://example.org/{n}'}}").unwrap();
     }
     let prepared = assert_bounded(&format!("{files}vms:\n- name: A\n"));
     assert!(prepared.diagnostics.iter().any(|finding| finding.code == "invalid-name"));
-    // Nothing is wrong but too many warnings: it is planned.
+    // Only the number of warnings is too high: the manifest is still planned.
     let text =
         format!("{files}vms:\n- {{name: a, source: {{blank: true}}, resources: {{cpu: 1, memory: 1Gi}}}}\n");
     let warned = prepare("m.yaml", text.as_bytes(), &PlanContext::new(&Capabilities::engine()));

@@ -1,5 +1,5 @@
-//! Hostile and broken input ends in findings, never in a panic, an overflow or a hang.
-//! Memory and time are bounded by limits on what is read, so these tests need no clock: one that hangs is seen.
+//! Hostile and broken input results in findings, never in a panic, an overflow or a hang. Memory and time are bounded
+//! by limits on the input, so these tests need no clock: a hang would be noticed.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -7,13 +7,13 @@ use rudder_core::{
     manifest::{Manifest, parse},
 };
 
-/// All findings about a text, as a person reads them.
+/// Renders all findings about a text.
 fn shown(text: impl AsRef<[u8]>) -> String {
     let bytes = text.as_ref();
     render(&parse(bytes).diagnostics, "m.yaml", &String::from_utf8_lossy(bytes))
 }
 
-/// The code, line and column of each finding.
+/// Returns the code, line and column of each finding.
 fn codes(text: impl AsRef<[u8]>) -> Vec<String> {
     let place = |span: Option<rudder_core::diagnostic::Span>| {
         span.map_or(String::new(), |span| format!(" {}:{}", span.line, span.column))
@@ -198,7 +198,7 @@ fn a_key_twice_is_an_error_that_names_both_places() {
       |   ^^^^
       = help: leave one of them out
     "#);
-    // As values, not as text; and in large mappings as well.
+    // Keys are compared by value, not by text; in large mappings as well.
     assert_eq!(codes("x: {1: a, 0x1: b, '1': c}\n"), ["unknown-key 1:1", "duplicate-key 1:11"]);
     let many: String = (0..40).map(|n| format!("k{}: 1\n", n % 39)).collect();
     assert!(codes(many).contains(&"duplicate-key 40:1".to_owned()));
@@ -243,7 +243,7 @@ fn tags_keys_and_aliases() {
     2 | files: &here [*here]
       |               ^^^^^
     "#);
-    // Tags of the core schema mean what they say.
+    // Tags of the core schema have their standard meaning.
     let parsed = parse(b"name: !!str 123\nretries: !!int \"3\"\nvms: !!seq [!!map {name: ! 5}]\n");
     assert_eq!(parsed.diagnostics, []);
     let spec = parsed.documents[0].manifest().build_spec().unwrap();
@@ -296,7 +296,7 @@ fn aliases_that_multiply_are_stopped() {
     "#);
     let text = format!("a: &a {}\nb: [{}]\n", "x".repeat(1 << 20), "*a, ".repeat(1000));
     assert_eq!(codes(text), ["too-large 2:4"]);
-    // Many mappings behind few bytes.
+    // A few bytes expand to many mappings.
     let vms = "*v, ".repeat(1000);
     let text = format!("v: &v {{name: a}}\nb: &b [{vms}]\nc: [{}]\n", "*b, ".repeat(200));
     assert_eq!(codes(text), ["too-large 3:4"]);
@@ -322,13 +322,13 @@ fn nesting_ends_somewhere() {
     assert_eq!(codes("? ".repeat(100_000)), ["too-deep 1:129"]);
     let steps: String = (0..2000).map(|n| format!("{}a:\n", " ".repeat(n))).collect();
     assert_eq!(codes(steps), ["too-deep 65:65"]);
-    // Aliases inside each other count as well.
+    // Nested aliases count as well.
     let mut text = "a0: &a0 [x]\n".to_owned();
     for n in 1..100 {
         text += &format!("a{n}: &a{n} [*a{}]\n", n - 1);
     }
     assert_eq!(codes(text), ["too-deep 64:12"]);
-    // The next document is read all the same.
+    // The next document is still read.
     let parsed = parse(format!("{}\n---\nvms: []\n", "[".repeat(1000)).as_bytes());
     assert_eq!((parsed.documents.len(), parsed.diagnostics.len()), (1, 1));
 }

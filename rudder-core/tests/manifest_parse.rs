@@ -1,9 +1,9 @@
-//! What parsing says about manifests, good and bad: documents, forms, types, keys, places.
+//! Results of parsing valid and invalid manifests: documents, forms, types, keys, locations.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::manifest::{Manifest, Parsed, Path, parse, parse_named};
 
-/// One line per finding: `line:column path severity[code]: message (help)`.
+/// Returns one line per finding: `line:column path severity[code]: message (help)`.
 fn findings(parsed: &Parsed) -> String {
     let line = |finding: &rudder_core::diagnostic::Diagnostic| {
         let place = finding.span.map_or("-".to_owned(), |span| format!("{}:{}", span.line, span.column));

@@ -1,11 +1,11 @@
-//! Nothing is lost on the way through: what was written comes back, key by key, in every form.
+//! Round trips lose nothing: what was written is read back, key by key, in every form.
 #![allow(clippy::unwrap_used)]
 
 use proptest::prelude::*;
 use rudder_core::manifest::{Parsed, json_schema, parse};
 use serde_yaml::{Mapping, Value};
 
-/// Text of all kinds, above all the kind that looks like something else.
+/// Text of all kinds, especially text that looks like something else.
 fn text() -> impl Strategy<Value = String> {
     let special = prop::sample::select(vec![
         "",
@@ -125,7 +125,7 @@ fn scalar() -> impl Strategy<Value = Value> {
     ]
 }
 
-/// What may stand behind a key that Rudder does not know.
+/// A value for a key that Rudder does not know.
 fn anything() -> BoxedStrategy<Value> {
     let leaf = prop_oneof![6 => scalar(), 1 => Just(Value::Null)];
     let tree = leaf.prop_recursive(3, 12, 4, |inner| {
@@ -138,7 +138,7 @@ fn anything() -> BoxedStrategy<Value> {
     tree.boxed()
 }
 
-/// Values that a schema allows; objects with some of their fields and some that they do not have.
+/// Values that a schema allows. Objects have some of their fields, and some others.
 fn following(schema: &serde_json::Value, definitions: &serde_json::Value) -> BoxedStrategy<Value> {
     if let Some(name) = schema["$ref"].as_str() {
         return following(&definitions[name.rsplit('/').next().unwrap()], definitions);
@@ -162,7 +162,7 @@ fn following(schema: &serde_json::Value, definitions: &serde_json::Value) -> Box
         }
         Some("object") if schema["properties"].is_object() => {
             let fields = schema["properties"].as_object().unwrap();
-            // A null field is an absent one; only those without a type keep it.
+            // A null field counts as absent; only fields without a type keep null.
             let fields = fields.iter().map(|(key, schema)| {
                 let value = following(schema, definitions).prop_filter("not null", |value| !value.is_null());
                 let key = key.clone();
@@ -194,7 +194,7 @@ fn following(schema: &serde_json::Value, definitions: &serde_json::Value) -> Box
     }
 }
 
-/// A whole document in one of its forms.
+/// A complete document in one of the forms.
 fn document() -> BoxedStrategy<Value> {
     let schema = json_schema();
     let [resource, bare, clone] = [0, 1, 2].map(|form| following(&schema["anyOf"][form], &schema["$defs"]));
@@ -214,7 +214,7 @@ fn document() -> BoxedStrategy<Value> {
     .boxed()
 }
 
-/// A document in flow style, all text in double quotes with escapes.
+/// Writes a document in flow style, with all text in double quotes with escapes.
 fn flow(value: &Value) -> String {
     let list = |items: Vec<String>| items.join(", ");
     match value {
@@ -235,7 +235,7 @@ fn flow(value: &Value) -> String {
     }
 }
 
-/// Whether anything but a misspelt key is wrong: what keys are called is by chance here.
+/// Whether there is any error other than a misspelt key: keys are random here.
 fn is_refused(parsed: &Parsed) -> bool {
     parsed.diagnostics.iter().any(|finding| finding.is_error() && finding.code != "unknown-key")
 }
@@ -250,10 +250,10 @@ proptest! {
         prop_assert!(!is_refused(&first), "{:#?}\n{text}", first.diagnostics);
         prop_assert_eq!(first.documents.len(), 1);
         let again = first.documents[0].manifest().to_yaml().unwrap();
-        // Nothing is lost, nothing is added, nothing changes its type …
+        // Nothing is lost, nothing is added, no type changes …
         let value: Value = serde_yaml::from_str(&again).unwrap();
         prop_assert_eq!(&value, &document, "{}\n{}", text, again);
-        // … and it is the same manifest, which writes itself the same way.
+        // … and the result is the same manifest, which is written in the same way.
         let second = parse(again.as_bytes());
         prop_assert!(!is_refused(&second), "{:#?}\n{again}", second.diagnostics);
         prop_assert_eq!(first.documents[0].manifest(), second.documents[0].manifest());

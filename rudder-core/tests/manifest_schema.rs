@@ -1,4 +1,4 @@
-//! The checked-in JSON Schema is the one that the types give.
+//! The checked-in JSON Schema is the one generated from the types.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::manifest::json_schema;
@@ -18,7 +18,7 @@ fn the_schema_in_docs_is_current() {
     );
 }
 
-/// Editors complete and explain from the schema, so every field has a description.
+/// Editors use the schema for completion and explanations, so every field has a description.
 #[test]
 fn every_field_is_described() {
     let schema = json_schema();

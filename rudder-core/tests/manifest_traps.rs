@@ -1,4 +1,4 @@
-//! Text that YAML takes for something else, and keys that are nearly right: the finding says what to do.
+//! Text that YAML reads as something else, and keys that are nearly right: the finding says how to fix it.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -8,7 +8,7 @@ use rudder_core::{
     plan::{PlanContext, prepare},
 };
 
-/// A manifest with this as a line of a script.
+/// Returns a manifest with this as a line of a script.
 fn inline(line: &str) -> String {
     format!("vms:\n- name: a\n  provisioners:\n  - type: shell\n    shell:\n      inline:\n      - {line}\n")
 }
@@ -50,7 +50,7 @@ fn a_command_that_is_no_text_to_yaml_is_to_be_quoted() {
     ] {
         let helps = helps(&inline(line));
         assert!(helps.iter().any(|help| help.contains(quoted)), "{line}: {helps:?}");
-        // What the help says is a text.
+        // The quoted text that the help suggests is read as text.
         if let Some(quoted) = helps[0]
             .strip_prefix(|_: char| true)
             .and_then(|help| help.split_once("quotes, "))

@@ -1,4 +1,4 @@
-//! Plans: what is filled in, overridden, resolved; and that the digest changes exactly when the result would.
+//! Plans: defaults, overrides, references; and the digest changes exactly when the result would.
 #![allow(clippy::unwrap_used)]
 
 use proptest::prelude::*;
@@ -43,7 +43,7 @@ fn context() -> PlanContext {
         .with_modules([base_module()])
 }
 
-/// A module `base` of one VM with a boot disk on sata and a data disk.
+/// Returns a module `base` of one VM with a boot disk on sata and a data disk.
 fn base_module() -> Module {
     let digest = "0".repeat(64);
     let disk = |name: &str| {
@@ -223,7 +223,7 @@ fn a_refused_manifest_gives_an_error_that_says_why() {
     );
 }
 
-/// Everything that can stand in a manifest and shapes the result, written at length.
+/// A manifest with everything that shapes the result, written out in full.
 const FULL: &str = "
 name: site
 vms:
@@ -264,7 +264,7 @@ retries: 1
 
 #[test]
 fn the_digest_is_pinned() {
-    // A change here makes every build of every user new: it must be meant.
+    // A change here changes the digest of every existing build: it must be intended.
     insta::assert_snapshot!(planned(FULL).digest, @"dcc09a0582614c92404256dd1751439d5e3afb52969ee3d68485fdeac8d18bd4");
     insta::assert_snapshot!(planned(SMALL).digest, @"b28025073d3581a7bc6e30352c16a41cb6558f8cdba0e03e331cae7c682b3b49");
 }
@@ -289,7 +289,7 @@ fn the_digest_ignores_what_does_not_shape_the_result() {
         assert!(FULL.contains(from), "{from}");
         assert_eq!(planned(&FULL.replace(from, to)).digest, digest, "{from} → {to}");
     }
-    // The resource form says the same.
+    // The same in the resource form.
     let spec: String = FULL.lines().filter(|l| *l != "name: site").map(|l| format!("  {l}\n")).collect();
     let head =
         "apiVersion: ruddervirt.io/v1alpha1\nkind: VirtualMachineBuild\nmetadata: {name: site}\nspec:\n";
@@ -357,7 +357,7 @@ fn a_mirror_of_the_same_bytes_is_the_same_build() {
     assert_eq!(planned(&text).digest, planned(&text.replace("example.org", "mirror.example.net")).digest);
 }
 
-/// A build of so many VMs with so many cards each.
+/// Returns a build of `vms` VMs with `nics` NICs each.
 fn build(vms: usize, nics: usize) -> String {
     let mut text = "vms:\n".to_owned();
     for vm in 0..vms {
@@ -371,7 +371,7 @@ fn build(vms: usize, nics: usize) -> String {
     text
 }
 
-/// Any mapping: mostly words that manifests know.
+/// Any mapping, mostly of words used in manifests.
 fn any_yaml() -> impl Strategy<Value = serde_yaml::Value> {
     use serde_yaml::Value;
     const WORDS: &[&str] = &[

@@ -1,5 +1,5 @@
-//! What is written to disk stays readable: `records/` holds a record of each format as the version wrote it that introduced the
-//! format. Those files are never changed.
+//! Records on disk stay readable: `records/` contains a record of each format, written by the version that introduced
+//! it. These files are never changed.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -21,7 +21,7 @@ fn read(record: &str) -> Module {
     Module::from_record(path(), record.as_bytes()).unwrap()
 }
 
-/// The record of format 1 with one change.
+/// Returns the record of format 1 with one change.
 fn changed(change: impl FnOnce(&mut Value)) -> String {
     let mut record = serde_json::from_str(MODULE_1).unwrap();
     change(&mut record);

@@ -1,6 +1,7 @@
-//! Screens of real consoles are read as what they show. The pictures in `frames/` were taken by `tools/fonts/frames`; the text beside
-//! each was compared with the picture by eye, or with what was printed. U+FFFD stands in it for what is no character (a logo) and for
-//! what is said not to be readable (characters twice as wide). `RUDDER_UPDATE=1` writes what is read into the text files.
+//! Text recognition on screens of real consoles. The screenshots in `frames/` were taken by `tools/fonts/frames`; the
+//! text beside each was compared with the screenshot by eye, or with what was printed. U+FFFD in it stands for what is
+//! not a character (a logo), and for what is documented as not readable (double-width characters). `RUDDER_UPDATE=1`
+//! writes the recognised text to these files.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::fs::{self, File};
@@ -31,12 +32,13 @@ fn picture(path: &Path) -> Framebuffer {
     screen
 }
 
-/// What is read, and what is expected, without the blanks at the ends of rows.
+/// Splits a text into rows, without trailing spaces.
 fn rows(text: &str) -> Vec<String> {
     text.lines().map(|row| row.trim_end().to_owned()).collect()
 }
 
-/// Characters of a row, of which so many are the same in another; what is blank or no character in both does not count.
+/// Counts the characters of a row, and those of them that are the same in another. Cells that are empty or not a
+/// character in both do not count.
 fn compare(read: &str, expected: &str) -> (usize, usize) {
     let (mut read, mut expected) = (read.chars(), expected.chars());
     let (mut all, mut same) = (0, 0);
@@ -86,7 +88,7 @@ fn consoles_are_read_without_a_mistake() {
     assert!(!wrong && names.len() >= 10, "{report}");
 }
 
-/// Fonts draw some characters alike. The one that is read may be another than the one that was written, which is found all the same.
+/// Fonts draw some characters alike, so another one may be read than was written; a search still finds it.
 #[test]
 fn what_was_written_is_found() {
     for (name, texts) in [
@@ -103,7 +105,7 @@ fn what_was_written_is_found() {
             "grub-graphics",
             &["echo ' !\"#$%&()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abc", "grub>"],
         ),
-        // In columns, and wrapped in them.
+        // In columns, and wrapped within a column.
         (
             "edk2-setup",
             &["This is the option one adjusts to change the language for the current system", "Boot Manager"],
@@ -112,7 +114,7 @@ fn what_was_written_is_found() {
             "edk2-boot-manager",
             &["Fv(7CB8BDC9-F8EB-4F34-AAEA-3EE4AF6516A1)/FvFile(7C04A583-9E3E-4F1C-AD65-E05268D0B4D1)"],
         ),
-        // In front of pictures.
+        // On top of images.
         ("installer-menu", &["Debian GNU/Linux installer menu (BIOS mode) Install Advanced options"]),
         ("installer-grub", &["*Install", "Accessible dark contrast installer menu ..."]),
         ("ipxe-uefi", &["gw fe80::2", "iPXE> echo"]),

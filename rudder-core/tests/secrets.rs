@@ -1,4 +1,4 @@
-//! Secrets of a manifest show neither in findings nor in `Debug` of what was read and planned.
+//! Secrets of a manifest appear neither in findings nor in `Debug` output of documents and plans.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -109,7 +109,7 @@ fn everything_secret_is_masked_in_what_is_kept_of_the_manifest_and_in_output() {
     {
         assert!(kept.contains(part) || part == "set up", "{part}: {kept}");
     }
-    // The values of secret scripts, files and user data come alone.
+    // The values in secret scripts, files and user data are output on their own.
     for output in [
         "login: scr1ptpw",
         "password is us3rdata",
@@ -124,7 +124,7 @@ fn everything_secret_is_masked_in_what_is_kept_of_the_manifest_and_in_output() {
     }
 }
 
-/// Every line of these manifests is quoted by some finding; none shows the password.
+/// Every line of these manifests is quoted by a finding; none shows the password.
 #[test]
 fn lines_that_findings_quote_show_no_password() {
     for source in [
@@ -158,7 +158,7 @@ fn lines_that_findings_quote_show_no_password() {
         assert!(!prepared.diagnostics.is_empty(), "{source}");
         let json = serde_json::to_string(&prepared.diagnostics).unwrap();
         for shown in [prepared.render(), json, format!("{:?}", prepared.diagnostics)] {
-            // The name of an alias is no value.
+            // The name of an alias is not a value.
             if !source.contains("*hunter2") {
                 assert!(!shown.contains("hunter2"), "{source}\n{shown}");
             }

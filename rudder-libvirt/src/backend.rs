@@ -1,4 +1,4 @@
-//! The backend itself: what it can do, its labs and modules, and what it tidies up.
+//! The backend: its builder, its capabilities, how it opens labs and manages modules, and how it cleans up.
 
 use crate::{
     connection::Connection,
@@ -25,7 +25,7 @@ use rudder_local::{
 use std::{env, path::PathBuf, sync::Arc};
 use tokio::sync::OnceCell;
 
-/// Machines on libvirt: each a domain, on a local [`Store`].
+/// A backend that runs machines on libvirt: one domain per machine, on a local [`Store`].
 ///
 /// ```no_run
 /// # fn main() -> rudder_core::Result<()> {
@@ -45,11 +45,11 @@ pub struct LibvirtBackend {
     programs: Programs,
     accelerator: Accelerator,
     capabilities: Capabilities,
-    /// What was found when the first lab was opened.
+    /// The capabilities of the host, found when the first lab was opened.
     host_capabilities: OnceCell<Arc<HostCapabilities>>,
 }
 
-/// How a [`LibvirtBackend`] is made.
+/// Builder of a [`LibvirtBackend`].
 #[derive(Debug, Clone)]
 pub struct LibvirtBackendBuilder {
     store: Store,
@@ -59,31 +59,32 @@ pub struct LibvirtBackendBuilder {
 }
 
 impl LibvirtBackendBuilder {
-    /// Which libvirt (<https://libvirt.org/uri.html>): `qemu:///system`, `qemu:///session`,
-    /// `qemu+unix:///session?socket=PATH`, or one through ssh or TLS that ends on this host.
+    /// Sets the URI of the libvirt to use (<https://libvirt.org/uri.html>): `qemu:///system`, `qemu:///session`,
+    /// `qemu+unix:///session?socket=PATH`, or a URI with ssh or TLS that ends on this host.
     ///
-    /// `$LIBVIRT_DEFAULT_URI`, else `qemu:///system` for root and `qemu:///session` for others.
+    /// Defaults to `$LIBVIRT_DEFAULT_URI`; without it, to `qemu:///system` for root and `qemu:///session` for other
+    /// users.
     #[must_use]
     pub fn uri(mut self, uri: impl Into<String>) -> Self {
         self.uri = Some(uri.into());
         self
     }
 
-    /// Which accelerator machines run on. [`Accelerator::Auto`].
+    /// Sets the accelerator that machines run on. Defaults to [`Accelerator::Auto`].
     #[must_use]
     pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
         self.accelerator = accelerator;
         self
     }
 
-    /// The qemu-img to use, of the same version as libvirt's QEMU; `qemu-img` in `PATH`.
+    /// Sets the qemu-img binary, of the same version as libvirt's QEMU. Defaults to `qemu-img` in `PATH`.
     #[must_use]
     pub fn qemu_img(mut self, path: impl Into<PathBuf>) -> Self {
         self.programs.qemu_img = Some(path.into());
         self
     }
 
-    /// The backend. Connects to nothing yet: that is done by [`Backend::diagnose`] and when a lab is opened.
+    /// Builds the backend. Does not connect yet: [`Backend::diagnose`] does, and so does opening a lab.
     #[must_use]
     pub fn build(self) -> LibvirtBackend {
         let Self { store, uri, programs, accelerator } = self;
@@ -109,7 +110,7 @@ impl LibvirtBackend {
     /// The name of this backend.
     pub const NAME: &'static str = "libvirt";
 
-    /// A backend on this store.
+    /// Returns a builder of a backend on this store.
     #[must_use]
     pub fn builder(store: Store) -> LibvirtBackendBuilder {
         LibvirtBackendBuilder {
@@ -120,13 +121,13 @@ impl LibvirtBackend {
         }
     }
 
-    /// The store that it works in.
+    /// Returns the store that the backend works in.
     #[must_use]
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// The URI of the libvirt that it talks to.
+    /// Returns the URI of the libvirt that the backend uses.
     #[must_use]
     pub fn uri(&self) -> &str {
         self.connection.uri()
@@ -140,10 +141,12 @@ impl LibvirtBackend {
         self.host_capabilities.get_or_try_init(|| ask).await.cloned()
     }
 
-    /// Ends and removes the domains and networks of labs whose owner is gone. Before their files go: what runs on them ends first.
+    /// Ends and removes the domains and networks of labs whose owner is gone. This precedes the removal of their files,
+    /// because whatever runs on the files must end first.
     async fn reap_labelled(&self) -> Result<ReapReport> {
         let own = Owner::new(&self.store);
-        // Looked for before the labs are listed: a lab is made before its first domain.
+        // Labels are listed before labs: a lab exists before its first domain, so no new domain is mistaken for that of
+        // a dead lab.
         let owner = own.clone();
         let labelled = self.connection.ask(move |connect| {
             let domains = labelled(connect)?.into_iter().map(|(_, label)| label);
@@ -262,7 +265,7 @@ impl Backend for LibvirtBackend {
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
         let host_capabilities = self.host_capabilities().await?;
         host_capabilities.host.require(&spec.needs)?;
-        // Looking costs little; what cannot be removed now is tried again by the next.
+        // Reaping is cheap; whatever cannot be removed now is retried when the next lab is opened.
         match self.reap().await {
             Ok(report) => {
                 for what in report.failed {
@@ -318,7 +321,7 @@ impl Backend for LibvirtBackend {
             Ok(store.labs()?.into_iter().find(|lab| lab.id == wanted.as_str()).map(|lab| lab.state))
         });
         if !matches!(state.await?, Some(LabState::Dead | LabState::Kept)) {
-            // It says why not.
+            // The store's error says why it cannot be removed.
             return self.store.remove_lab(id.as_str()).await;
         }
         let (own, lab) = (Owner::new(&self.store), id.clone());
@@ -331,7 +334,7 @@ impl Backend for LibvirtBackend {
         let mut report = ReapReport::default();
         match self.reap_labelled().await {
             Ok(found) => report = found,
-            // Files and processes of dead owners go all the same.
+            // The files and processes of dead owners are removed nevertheless.
             Err(error) => report.failed.push(error.report()),
         }
         report.merge(self.store.reap().await?);

@@ -1,8 +1,9 @@
-//! The connection to libvirt: calls that do not hold up the runtime, bounded in time; what becomes of it when it is lost.
+//! The connection to libvirt: calls that do not block the runtime and are bounded in time, and reconnecting after a
+//! loss.
 //!
-//! A call of libvirt blocks until the daemon answers. Each runs on a thread for blocking work, and is given up after
-//! [`CALL_LIMIT`]. Before each, a lost connection is opened again; a question, which changes nothing, is put a second time
-//! when the connection broke under it. An order is not: it may have been carried out.
+//! A libvirt call blocks until the daemon replies. Each call runs on a thread for blocking work and is abandoned after
+//! [`CALL_LIMIT`]. A lost connection is reopened before each call. A query changes nothing, so it is repeated once if
+//! the connection breaks during it. A command is not repeated: it may have been executed.
 
 use rudder_core::{Error, ErrorKind, Result};
 use rudder_local::process::without_advice;
@@ -18,23 +19,23 @@ use virt::{
     sys,
 };
 
-/// How long libvirt may take to answer.
+/// How long libvirt may take to reply.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
 
-/// What libvirt says when a call fails.
+/// The error that libvirt returns when a call fails.
 pub(crate) type Refusal = virt::error::Error;
 
 /// Why a call failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// There is no connection, or it broke.
+    /// There is no connection, or it broke during the call.
     Lost(Error),
-    /// Libvirt refused.
+    /// Libvirt returned an error.
     Refused(Refusal),
 }
 
 impl Failure {
-    /// As an error of this kind, unless the connection is what is missing.
+    /// Converts this failure to an error of the given kind, unless the connection is what failed.
     pub(crate) fn into_error(self, kind: ErrorKind, what: &str) -> Error {
         match self {
             Self::Lost(error) => error,
@@ -55,20 +56,20 @@ impl Failure {
         }
     }
 
-    /// Whether libvirt knows no such domain.
+    /// Returns whether libvirt knows no such domain.
     pub(crate) fn is_no_domain(&self) -> bool {
         matches!(self, Self::Refused(refusal) if refusal.code() == ErrorNumber::NoDomain)
     }
 }
 
-/// A connection that is open. Closing it waits for the daemon, so that is done elsewhere.
+/// An open connection. Closing it waits for the daemon, so a separate thread does that.
 struct Link(Option<Connect>);
 
 impl Drop for Link {
     fn drop(&mut self) {
         if let Some(mut connect) = self.0.take() {
             let close = move || {
-                // A connection that broke is closed all the same.
+                // Nothing is left to do if the connection is broken already.
                 let _ = connect.close();
             };
             if let Err(error) =
@@ -80,7 +81,7 @@ impl Drop for Link {
     }
 }
 
-/// A connection that is opened when it is first needed, and again when it was lost.
+/// A connection that is opened when it is first needed, and reopened after a loss.
 pub(crate) struct Connection {
     uri: String,
     link: Mutex<Option<Arc<Link>>>,
@@ -94,7 +95,7 @@ impl fmt::Debug for Connection {
 
 impl Connection {
     pub(crate) fn new(uri: String) -> Self {
-        // Without this libvirt writes every error to the standard error of the program that embeds us.
+        // Otherwise libvirt writes every error to the standard error of the embedding program.
         static SILENT: Once = Once::new();
         SILENT.call_once(clear_error_callback);
         Self { uri, link: Mutex::default() }
@@ -104,7 +105,7 @@ impl Connection {
         &self.uri
     }
 
-    /// Asks something; put again when the connection broke.
+    /// Runs a query, and repeats it once if the connection breaks.
     pub(crate) async fn ask<T: Send + 'static>(
         self: &Arc<Self>,
         question: impl Fn(&Connect) -> Result<T, Refusal> + Send + 'static,
@@ -113,7 +114,7 @@ impl Connection {
         this.clone().bounded(move || this.ask_blocking(question)).await
     }
 
-    /// Orders something, over a connection that was just seen to work.
+    /// Runs a command, on a connection that was just verified to work.
     pub(crate) async fn order<T: Send + 'static>(
         self: &Arc<Self>,
         order: impl FnOnce(&Connect) -> Result<T, Refusal> + Send + 'static,
@@ -122,7 +123,7 @@ impl Connection {
         this.clone().bounded(move || this.order_blocking(order)).await
     }
 
-    /// [`ask`](Self::ask), for threads that may wait.
+    /// A blocking [`ask`](Self::ask).
     pub(crate) fn ask_blocking<T>(
         &self,
         question: impl Fn(&Connect) -> Result<T, Refusal>,
@@ -133,7 +134,7 @@ impl Connection {
         }
     }
 
-    /// [`order`](Self::order), for threads that may wait.
+    /// A blocking [`order`](Self::order).
     pub(crate) fn order_blocking<T>(
         &self,
         order: impl FnOnce(&Connect) -> Result<T, Refusal>,
@@ -168,7 +169,7 @@ impl Connection {
             ));
         };
         work(connect).map_err(|refusal| {
-            // Tells by the socket, without a question to the daemon.
+            // Checks the socket, without a request to the daemon.
             if connect.is_alive().unwrap_or(false) {
                 return Failure::Refused(refusal);
             }
@@ -209,18 +210,19 @@ impl Connection {
     }
 }
 
-/// The domain of this name.
+/// Looks up the domain with this name.
 pub(crate) fn domain(connect: &Connect, name: &str) -> Result<Domain, Refusal> {
     Domain::lookup_by_name(connect, name)
 }
 
-/// Ends a domain if it runs, and removes it with all that libvirt keeps of it. One that is not there is no failure.
+/// Ends a domain if it runs, and removes it along with everything that libvirt keeps of it. A domain that does not
+/// exist is not an error.
 pub(crate) fn remove_domain(domain: &Domain) -> Result<(), Refusal> {
     let gone = |result: Result<(), Refusal>, fine: ErrorNumber| match result {
         Err(refusal) if refusal.code() == ErrorNumber::NoDomain || refusal.code() == fine => Ok(()),
         other => other,
     };
-    // It may end by itself in between.
+    // The domain may end by itself in the meantime.
     gone(domain.destroy(), ErrorNumber::OperationInvalid)?;
     let flags = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
         | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA

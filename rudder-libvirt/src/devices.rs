@@ -1,4 +1,4 @@
-//! The devices of a domain, as XML: disks and media, the firmware, the serial console, the TPM, cards.
+//! The devices of a domain, as XML: disks and media, firmware, the serial console, the TPM and NICs.
 
 use crate::{
     network::Card,
@@ -9,25 +9,25 @@ use rudder_core::{Error, ErrorKind, Result, hardware::Bus};
 use rudder_local::{machine_state::Flash, pci_layout::slot};
 use std::path::{Path, PathBuf};
 
-/// The longest path of a socket, in bytes (unix(7), without the closing zero).
+/// The longest path of a socket, in bytes (unix(7), without the terminating NUL).
 const SOCKET_PATH: usize = 107;
 
 /// A disk of a domain.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    /// Its file; absolute.
+    /// The absolute path of its image.
     pub(crate) path: PathBuf,
     pub(crate) bus: Bus,
-    /// Whether what is written to it is thrown away when the domain ends.
+    /// Whether writes to it are discarded when the domain ends.
     pub(crate) transient: bool,
 }
 
-/// Where the serial console goes.
+/// The host side of the serial console.
 #[derive(Debug)]
 pub(crate) enum Serial {
-    /// A socket. No log of libvirt's: without its log daemon, that grows for as long as the guest writes.
+    /// A socket. Libvirt's own log is not used: without its log daemon, it grows for as long as the guest writes.
     Socket(PathBuf),
-    /// A terminal of libvirt's, for `virsh console`.
+    /// A terminal that libvirt allocates, for `virsh console`.
     Terminal,
 }
 
@@ -38,21 +38,21 @@ pub(crate) struct Uefi {
     pub(crate) variables: Variables,
 }
 
-/// The variables of a domain's firmware.
+/// The file of the firmware's variables.
 #[derive(Debug)]
 pub(crate) enum Variables {
-    /// This file.
+    /// This file itself.
     Own(PathBuf),
-    /// A copy of this file, which libvirt keeps.
+    /// A copy of this file, which libvirt makes and keeps.
     CopyOf(PathBuf),
 }
 
 /// The TPM of a domain.
 #[derive(Debug)]
 pub(crate) enum Tpm {
-    /// Somebody listens on this socket.
+    /// A TPM process that already listens on this socket.
     At(PathBuf),
-    /// One that libvirt makes and keeps.
+    /// A TPM that libvirt starts and keeps.
     OfLibvirt,
 }
 
@@ -70,8 +70,9 @@ pub(crate) fn write_serial(xml: &mut Xml, serial: &Serial) {
 
 pub(crate) fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool) {
     xml.element("disk", &[("type", "file"), ("device", "disk")], |xml| {
-        // A lab's disks are thrown away when the host crashes: no flush has to reach its platters. Paused rather than
-        // told to the guest: the host's trouble would look like a broken disk there.
+        // The disks of a lab are discarded when the host crashes, so no flush has to reach the physical disk. An I/O
+        // error pauses the machine instead of being reported to the guest, where a problem of the host would look like
+        // a broken disk.
         xml.empty(
             "driver",
             &[
@@ -87,7 +88,8 @@ pub(crate) fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool)
         xml.empty("source", &[("file", &text(&disk.path))]);
         xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
         if disk.transient {
-            // With a shared backing file it is opened for reading only, but plugged in late, which not every bus can do.
+            // With a shared backing file the image is opened read-only, but the disk is hot-plugged, which not every
+            // bus supports.
             let shared = matches!(disk.bus, Bus::Virtio | Bus::Scsi | Bus::Usb);
             xml.empty("transient", if shared { &[("shareBacking", "yes")] } else { &[] });
         }
@@ -98,7 +100,7 @@ pub(crate) fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool)
     });
 }
 
-/// A medium that nobody writes to.
+/// Writes a read-only medium.
 pub(crate) fn write_medium(xml: &mut Xml, device: &str, path: &Path, place: &Place, order: Option<usize>) {
     xml.element("disk", &[("type", "file"), ("device", device)], |xml| {
         xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
@@ -125,7 +127,7 @@ pub(crate) fn write_firmware(xml: &mut Xml, uefi: &Uefi) {
     if uefi.flash.smm {
         attributes.push(("secure", "yes"));
     }
-    // Raw is what libvirt takes for granted; older ones know nothing else.
+    // Raw is libvirt's default, and the only format that older versions know.
     if uefi.flash.code.format != "raw" {
         attributes.push(("format", &uefi.flash.code.format));
     }
@@ -150,7 +152,7 @@ pub(crate) fn write_card(xml: &mut Xml, card: &Card) {
         xml.empty("mac", &[("address", &card.mac)]);
         xml.empty("source", &[("network", &card.network)]);
         xml.empty("model", &[("type", card.model)]);
-        // Without a boot ROM: nothing boots from the network, and loading it takes time.
+        // No boot ROM: nothing boots from the network, and loading the ROM takes time.
         xml.empty("rom", &[("enabled", "no")]);
         address(xml, &pci(slot::NICS + card.slot, 0, false));
     });

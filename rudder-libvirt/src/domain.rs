@@ -1,8 +1,9 @@
-//! The XML of a domain (<https://libvirt.org/formatdomain.html>): from what a machine is made of to what libvirt defines.
-//! Nothing here touches the host.
+//! The XML of a domain (<https://libvirt.org/formatdomain.html>): turns the description of a machine into what libvirt
+//! defines, without touching the host.
 //!
-//! Where its devices sit is in `pci_addresses`, how each is written in `devices`. NICs that are on no network of libvirt's are given to
-//! QEMU as arguments: libvirt knows no stream of frames over a unix socket.
+//! `pci_addresses` decides where its devices are attached, `devices` writes each of them. NICs that are not on a
+//! network of libvirt are passed to QEMU as arguments, because libvirt does not support a stream of frames over a unix
+//! socket.
 
 use crate::{
     devices::{
@@ -22,51 +23,52 @@ use rudder_local::{
 };
 use std::path::PathBuf;
 
-/// The cards of a domain.
+/// The NICs of a domain.
 #[derive(Debug)]
 pub(crate) enum Cards {
-    /// In networks of libvirt's.
+    /// NICs on networks of libvirt.
     Bridged(Vec<Card>),
-    /// On what these arguments of QEMU connect them to.
+    /// NICs defined by these QEMU arguments.
     Arguments(Vec<String>),
 }
 
-/// Everything that a domain is made of.
+/// Everything that the XML of a domain is built from.
 #[derive(Debug)]
 pub(crate) struct Domain<'a> {
     pub(crate) name: &'a str,
-    /// What people see of it.
+    /// A title for people.
     pub(crate) title: &'a str,
     pub(crate) label: &'a Label,
     pub(crate) host_capabilities: &'a HostCapabilities,
     pub(crate) cpus: u32,
-    /// In bytes.
+    /// Memory, in bytes.
     pub(crate) memory: u64,
     pub(crate) disks: Vec<Disk>,
-    /// What the machine is built around.
+    /// The chipset of the machine.
     pub(crate) chipset: Chipset,
     /// The bus of the CD-ROMs.
     pub(crate) cdrom_bus: Bus,
-    /// `None`: BIOS.
+    /// The firmware with UEFI; `None` means BIOS.
     pub(crate) uefi: Option<Uefi>,
     pub(crate) tpm: Option<Tpm>,
-    /// Images of CD-ROMs, in order.
+    /// The images of the CD-ROMs, in order.
     pub(crate) cdroms: Vec<PathBuf>,
     pub(crate) floppy: Option<PathBuf>,
     pub(crate) seed: Option<PathBuf>,
     pub(crate) serial: Serial,
     pub(crate) cards: Cards,
-    /// Whose rights its process has, where libvirt may choose; `None`: libvirt's choice.
+    /// The user and group that the QEMU process runs as, where libvirt may choose; `None` leaves the choice to libvirt.
     pub(crate) owner: Option<(u32, u32)>,
-    /// The lab whose end ends its process.
+    /// The lab whose removal also ends the process.
     pub(crate) lab: Option<&'a LabId>,
 }
 
 impl Domain<'_> {
-    /// As XML.
+    /// Returns the XML of the domain.
     ///
     /// # Errors
-    /// `InvalidInput` when the machine cannot be put together: too many disks on a bus, a path that libvirt cannot hold.
+    /// `InvalidInput` when the machine cannot be assembled: too many disks on a bus, or a path that libvirt cannot
+    /// represent.
     pub(crate) fn xml(&self) -> Result<String> {
         if let Serial::Socket(socket) = &self.serial {
             check_socket(socket)?;
@@ -79,7 +81,7 @@ impl Domain<'_> {
         let cdroms = self.cdroms.iter().map(|_| places.take(self.cdrom_bus)).collect::<Result<Vec<_>>>()?;
         let seed = match (&self.seed, self.disks.first().map_or(Bus::Virtio, |disk| disk.bus)) {
             (None, _) => None,
-            // On the bus of the boot disk, because the guest has a driver for that one; last, so that no disk moves.
+            // On the bus of the boot disk, for which the guest has a driver; last, so that no disk moves.
             (Some(_), Bus::Virtio) => {
                 let address = pci(slot::SEED, 0, false);
                 Some((Bus::Virtio, Place { target: places.name("virtio"), bus: "virtio", address }))
@@ -96,7 +98,7 @@ impl Domain<'_> {
                     write_disk(xml, disk, place, index == 0);
                 }
                 for (index, (image, place)) in self.cdroms.iter().zip(&cdroms).enumerate() {
-                    // Behind the boot disk: a blank one falls through to here.
+                    // After the boot disk: firmware falls through to the CD-ROM if that disk is blank.
                     write_medium(xml, "cdrom", image, place, Some(index + 2));
                 }
                 if let Some(image) = &self.floppy {
@@ -139,7 +141,7 @@ impl Domain<'_> {
         let cpus = self.cpus.max(1).to_string();
         xml.text("vcpu", &[], &cpus);
         xml.element("os", &[], |xml| {
-            // The older board by the name that libvirt said it has; the other one it finds out itself.
+            // The older board is named as libvirt reported it; libvirt resolves the name of the other one by itself.
             let machine =
                 if self.is_q35() { self.chipset.machine() } else { &self.host_capabilities.machine };
             xml.text("type", &[("arch", "x86_64"), ("machine", machine)], "hvm");
@@ -164,15 +166,16 @@ impl Domain<'_> {
         }
         xml.empty("clock", &[("offset", "utc")]);
         if self.uefi.is_some() {
-            // Sleep would leave the firmware in the middle of what it guards; no guest here has a use for it.
+            // Suspending to RAM would interrupt what the firmware protects; no guest here needs it.
             xml.element("pm", &[], |xml| xml.empty("suspend-to-mem", &[("enabled", "no")]));
         }
         xml.text("on_poweroff", &[], "destroy");
         xml.text("on_reboot", &[], "restart");
-        // Looked at before it is ended: the picture of a panic says what happened.
+        // Preserved until a screenshot is taken, which shows what happened.
         xml.text("on_crash", &[], "preserve");
         if let Some((user, group)) = self.owner {
-            // The files are its owner's already, and stay so: other labs read the same images.
+            // The files already belong to this owner, and libvirt must not relabel them: other labs read the same
+            // images.
             xml.element("seclabel", &[("type", "static"), ("model", "dac"), ("relabel", "no")], |xml| {
                 xml.text("label", &[], &format!("+{user}:+{group}"));
             });
@@ -186,7 +189,7 @@ impl Domain<'_> {
                 write_card(xml, card);
             }
         }
-        // Reached through libvirt alone: nothing listens.
+        // The display is only reachable through libvirt: no port is opened.
         xml.element("graphics", &[("type", "vnc"), ("sharePolicy", "force-shared")], |xml| {
             xml.empty("listen", &[("type", "none")]);
         });

@@ -1,21 +1,22 @@
-//! What follows from what was seen of a machine: how it fares, and how it ended. Nothing here asks anybody.
+//! Derives the state of a machine, and how it ended, from what was observed. Performs no I/O.
 //!
-//! Libvirt tells best how a machine ended, but not always soon: it waits until the process is gone from the host's list, which
-//! the host's init may take its time for, and answers nothing about the domain meanwhile. The kernel tells at once that the
-//! process has ended. So what libvirt did not say after [`GRACE`] is concluded here. A guest that powered off by itself is
-//! never called dead: libvirt then ends QEMU, which ends well.
+//! Libvirt is the best source of how a machine ended, but it can be slow: it waits until the host's init has reaped the
+//! process, which may take a while, and does not answer anything about the domain in the meantime. The kernel reports
+//! at once that the process has ended. Whatever libvirt has not reported after [`GRACE`] is therefore concluded here. A
+//! guest that powered off by itself is never reported as dead: libvirt then ends QEMU, which exits successfully.
 
 use crate::process::Broke;
 use rudder_core::backend::{Death, Exit};
 use std::time::Duration;
 use virt::sys;
 
-/// How long libvirt has to say how a machine ended whose process is known to have ended.
+/// How long libvirt may take to report how a machine ended, once its process is known to have ended.
 pub(crate) const GRACE: Duration = Duration::from_millis(750);
-/// The same for a process that ended well, or nobody knows how: whether its guest powered off only libvirt knows.
+/// The same, for a process that exited successfully or whose exit status is unknown: only libvirt knows whether its
+/// guest powered off.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a look showed.
+/// The observed state of a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Seen {
     Running,
@@ -29,7 +30,7 @@ pub(crate) enum Seen {
 }
 
 impl Seen {
-    /// What a state and its reason (virDomainState, virDomainPausedReason, virDomainCrashedReason) mean.
+    /// Converts a state and its reason (virDomainState, virDomainPausedReason, virDomainCrashedReason).
     pub(crate) fn of(state: sys::virDomainState, reason: i32) -> Self {
         match state {
             sys::VIR_DOMAIN_CRASHED => Self::Panicked,
@@ -46,12 +47,12 @@ fn is(reason: i32, constant: u32) -> bool {
     u32::try_from(reason) == Ok(constant)
 }
 
-/// The death of a machine.
+/// Returns the exit of a machine that died.
 pub(crate) fn died(cause: Death, detail: &str) -> Exit {
     Exit::Died { cause, detail: detail.to_owned() }
 }
 
-/// How a machine ended that libvirt says is off, and for what reason (virDomainShutoffReason).
+/// Returns how a machine ended that libvirt reports as shut off, from the reason (virDomainShutoffReason).
 pub(crate) fn told(reason: i32, killed: Option<&str>) -> Exit {
     if is(reason, sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN) {
         return Exit::PoweredOff;
@@ -74,21 +75,21 @@ pub(crate) fn told(reason: i32, killed: Option<&str>) -> Exit {
     )
 }
 
-/// What is known of a machine whose process has ended, and of whose end libvirt has said nothing yet.
+/// What is known of a machine whose process has ended before libvirt reported how.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Gone<'a> {
-    /// For how long it has been gone.
+    /// The time since the process ended.
     pub(crate) since: Duration,
-    /// How it broke, if it did and that is known.
+    /// How the process failed, if it did and that is known.
     pub(crate) broke: Option<Broke>,
-    /// Whether it was seen shutting down.
+    /// Whether the machine was observed shutting down.
     pub(crate) shutting_down: bool,
-    /// Why we had it ended, before it was gone.
+    /// Why Rudder ended the machine, if it did so before the process was gone.
     pub(crate) killed: Option<&'a str>,
 }
 
 impl Gone<'_> {
-    /// How long libvirt is waited for.
+    /// How long to wait for libvirt.
     pub(crate) fn patience(&self) -> Duration {
         match (self.shutting_down, self.killed, self.broke) {
             (true, _, _) | (false, None, Some(_)) => GRACE,
@@ -97,7 +98,8 @@ impl Gone<'_> {
         }
     }
 
-    /// How the machine ended, as far as that can be told without libvirt; `None`: libvirt is waited for.
+    /// Returns how the machine ended, as far as that is known without libvirt; `None` means to keep waiting for
+    /// libvirt.
     pub(crate) fn conclude(&self) -> Option<Exit> {
         let over = self.since >= self.patience();
         over.then(|| match (self.shutting_down, self.killed, self.broke) {
@@ -165,7 +167,7 @@ mod tests {
             assert_eq!(gone.conclude(), None, "libvirt has its grace");
             assert_eq!(Gone { since: GRACE, ..gone }.conclude(), Some(Exit::PoweredOff));
         }
-        // It may have done so between two looks: QEMU ended well, and libvirt is waited for.
+        // It may have powered off between two checks: QEMU exited successfully, and libvirt has to report why.
         for since in [GRACE, PATIENCE - Duration::from_millis(1)] {
             assert_eq!(Gone { since, ..GONE }.conclude(), None);
         }

@@ -1,4 +1,5 @@
-//! What this libvirt offers: its emulator, machine type, processor and virtualisation, by its own domain capabilities.
+//! The capabilities of this libvirt: its emulator, machine type, CPU modes and virtualisation, as its domain
+//! capabilities report them.
 
 use crate::{
     connection::{Connection, Failure},
@@ -14,31 +15,32 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 /// The architecture of the machines.
 const ARCH: &str = "x86_64";
-/// The machine type that is asked for: the same as on raw QEMU, so that a module runs on both.
+/// The requested machine type: the same as with the QEMU backend, so that a module runs on both.
 const MACHINE: &str = "pc";
 
-/// What a domain is made with on this host.
+/// The properties of domains on this host.
 #[derive(Debug)]
 pub(crate) struct HostCapabilities {
     pub(crate) emulator: String,
-    /// Of the domain: `kvm` or `qemu`.
+    /// The type of domains: `kvm` or `qemu`.
     pub(crate) kind: &'static str,
-    /// The machine type, with its version.
+    /// The machine type, including its version.
     pub(crate) machine: String,
-    /// The mode of the processor; `None`: the machine's own.
+    /// The CPU mode; `None` means the default of the machine type.
     pub(crate) cpu: Option<&'static str>,
-    /// The QEMU behind it, and its accelerator.
+    /// The QEMU that libvirt uses, and its accelerator.
     pub(crate) host: Arc<Host>,
     pub(crate) versions: BTreeMap<String, String>,
-    /// Whether networks are bridges of libvirt's: it is the system's.
+    /// Whether networks are bridges made by libvirt, which requires the system's libvirt.
     pub(crate) bridges: bool,
 }
 
 impl HostCapabilities {
-    /// Asks libvirt.
+    /// Queries libvirt.
     ///
     /// # Errors
-    /// `HostMissing` where there is no libvirt or no QEMU, or libvirt works on another host: labs are in a store here.
+    /// `HostMissing` if there is no libvirt or no QEMU, or if libvirt runs on another host: labs are in a store on this
+    /// one.
     pub(crate) async fn ask(
         connection: &Arc<Connection>,
         programs: &Programs,
@@ -96,8 +98,8 @@ impl HostCapabilities {
 }
 
 impl HostCapabilities {
-    /// Whose rights QEMU has under a libvirt of the system: those of this process, whose store it works in. One of a user
-    /// has no choice.
+    /// Returns the user and group that QEMU runs as under the system's libvirt: those of this process, in whose store
+    /// it works. The libvirt of a user has no choice, so this is `None`.
     pub(crate) fn owner(&self) -> Option<(u32, u32)> {
         let own = || (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         self.bridges.then(own)
@@ -111,7 +113,7 @@ async fn capabilities(connection: &Arc<Connection>, kind: &'static str) -> Resul
     connection.ask(ask).await.map(|text| elements(&text))
 }
 
-/// The best processor that is offered: the host's own under KVM, all that QEMU can emulate without.
+/// Returns the best CPU mode offered: the host's CPU under KVM, otherwise everything that QEMU can emulate.
 fn cpu(told: &[Element], kind: &str) -> Option<&'static str> {
     let wanted: &[&str] = if kind == "kvm" { &["host-passthrough", "host-model"] } else { &["maximum"] };
     wanted.iter().copied().find(|mode| {
@@ -132,7 +134,7 @@ fn short(hostname: &str) -> &str {
     hostname.split('.').next().unwrap_or(hostname)
 }
 
-/// A version as libvirt counts it: 1000000 × major + 1000 × minor + release (virConnectGetLibVersion).
+/// Formats a version number of libvirt, which is 1000000 × major + 1000 × minor + release (virConnectGetLibVersion).
 fn dotted(version: u32) -> String {
     format!("{}.{}.{}", version / 1_000_000, version / 1000 % 1000, version % 1000)
 }

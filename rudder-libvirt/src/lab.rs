@@ -1,4 +1,4 @@
-//! The place of one build or clone: a directory in the store, its volumes, and domains that carry its label.
+//! The lab of one build or clone: a directory in the store, its volumes, and the domains that carry its label.
 
 use crate::{
     connection::Connection,
@@ -32,7 +32,7 @@ use std::{
     },
 };
 
-/// The machines of a lab, in the order in which they were defined.
+/// The machines of a lab, in the order of their definition.
 type Machines = Arc<Mutex<Vec<Arc<LibvirtMachine>>>>;
 
 /// A lab on libvirt.
@@ -41,9 +41,10 @@ pub(crate) struct LibvirtLab {
     context: Arc<LabContext>,
     store: Store,
     machines: Machines,
-    /// How many machines were begun. Several may be asked for at once: they are defined one by one, each with files of its own.
+    /// Number of machines whose definition was started. Concurrent requests are served one by one, and each machine has
+    /// files of its own.
     begun: tokio::sync::Mutex<usize>,
-    /// Kept or destroyed: nothing is left to do when it is dropped.
+    /// Whether the lab was kept or destroyed, so that nothing is left to do when it is dropped.
     settled: AtomicBool,
 }
 
@@ -79,7 +80,7 @@ impl LibvirtLab {
         locked(&self.machines)
     }
 
-    /// Serves files on the host's addresses of these networks, to their guests.
+    /// Serves files to the guests of these networks, on the host's address in each.
     async fn serve_on(&self, bridges: &[Bridge], site: &Site) -> Result<Served> {
         let (mut addresses, mut servers, mut port) = (BTreeMap::new(), Vec::new(), 0);
         for bridge in bridges {
@@ -93,7 +94,7 @@ impl LibvirtLab {
                 let machines = machines.upgrade().map(|machines| locked(&machines).clone());
                 let machine =
                     machines.into_iter().flatten().find(|machine| machine.has_address(&subnet, guest));
-                // Nobody but a guest has an address there; one may have taken another than it was given.
+                // Only guests have an address there; a guest may have taken a different one than it was given.
                 machine.map_or(Admission::Welcome, |machine| Admission::Machine(machine.name().to_owned()))
             };
             let server = Server::on((host, port).into(), site.clone(), admit).await?;
@@ -164,7 +165,7 @@ impl Lab for LibvirtLab {
 
     async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
         let module = self.store.publish(self.context.storage.dir(), draft).await?;
-        // The module is there, whole. Its domains follow it: what is missing is made up for by the next start or reap.
+        // The module is published and complete. Missing domains are defined by the next start or reap.
         if let Err(error) = modules::show(&self.context, &module).await {
             tracing::warn!(
                 module = module.name,

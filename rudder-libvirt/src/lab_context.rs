@@ -1,5 +1,5 @@
-//! What a lab on libvirt and its machines share: storage, the connection, networks; and the objects of libvirt that carry a label
-//! of ours.
+//! What a lab on libvirt shares with its machines: storage, the connection, networks. Also finds and removes the
+//! libvirt objects that carry Rudder's labels.
 
 use crate::{
     connection::{Connection, Failure, Refusal, remove_domain},
@@ -13,24 +13,24 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::RwLock;
 use virt::{connect::Connect, domain::Domain, error::ErrorNumber, sys};
 
-/// What a lab and its machines share.
+/// The state shared by a lab and its machines.
 #[derive(Debug)]
 pub(crate) struct LabContext {
     pub(crate) storage: Arc<LabStorage>,
     pub(crate) lan: Lan,
     pub(crate) connection: Arc<Connection>,
     pub(crate) host_capabilities: Arc<HostCapabilities>,
-    /// The store that the lab is in, for labels.
+    /// The store that contains the lab, for labels.
     pub(crate) store: Owner,
-    /// Its networks, where libvirt makes them.
+    /// The lab's networks, if libvirt makes them.
     bridges: OnceLock<Vec<Bridge>>,
-    /// Held for reading while libvirt makes something for the lab, whether or not its caller still waits; true: the lab is
-    /// at its end, and nothing more is made.
+    /// Held for reading while libvirt creates something for the lab, whether or not the caller still waits. True once
+    /// the lab is closing, after which nothing more is created.
     closed: Arc<RwLock<bool>>,
 }
 
 impl LabContext {
-    /// On this storage; without networks yet.
+    /// Returns a context on this storage, without networks.
     pub(crate) fn new(
         storage: LabStorage,
         lan: Lan,
@@ -49,28 +49,28 @@ impl LabContext {
         }
     }
 
-    /// Says that the lab is at its end, once nothing is being made for it any more.
+    /// Closes the lab to new work, once no work is in progress any more.
     pub(crate) async fn close(&self) {
         *self.closed.write().await = true;
     }
 
-    /// [`close`](Self::close) for a thread without a runtime.
+    /// A blocking [`close`](Self::close), for a thread without a runtime.
     pub(crate) fn close_blocking(&self) {
         *self.closed.blocking_write() = true;
     }
 
-    /// Its networks, where libvirt makes them; `None`: its machines are on the lab's own switches.
+    /// Returns the lab's networks if libvirt makes them; `None` if its machines are on the lab's own switches.
     pub(crate) fn bridges(&self) -> Option<&[Bridge]> {
         self.bridges.get().map(Vec::as_slice)
     }
 
-    /// The label of one of its machines, or, without a name, of its networks.
+    /// Returns the label of one of the lab's machines or, with an empty name, of its networks.
     pub(crate) fn label(&self, vm: &str) -> Label {
         let (store, lab) = (self.store.of_labs(), self.storage.id().clone());
         Label::Lab { store, lab, vm: vm.to_owned(), owner: std::process::id() }
     }
 
-    /// Makes its networks.
+    /// Creates the lab's networks.
     pub(crate) async fn make_bridges(self: Arc<Self>) -> Result<()> {
         let made = self.detached(|context| async move {
             let (label, id, network) =
@@ -82,14 +82,14 @@ impl LabContext {
                      qemu:///session needs neither",
                 )
             })?;
-            // Nobody else sets it.
+            // Set only here.
             let _ = context.bridges.set(made);
             Ok(())
         });
         made.await
     }
 
-    /// Does something that goes on when the caller is dropped, and that the end of the lab waits for.
+    /// Runs work that continues if the caller is dropped, and that closing the lab waits for.
     pub(crate) async fn detached<T, W>(self: Arc<Self>, work: impl FnOnce(Arc<Self>) -> W) -> Result<T>
     where
         T: Send + 'static,
@@ -112,14 +112,14 @@ impl LabContext {
     }
 }
 
-/// The domains that carry a label of ours, with it.
+/// Returns the domains that carry a label of Rudder, each with its label.
 pub(crate) fn labelled(connect: &Connect) -> Result<Vec<(Domain, Label)>, Refusal> {
     let kind = i32::try_from(sys::VIR_DOMAIN_METADATA_ELEMENT).unwrap_or_default();
     let mut found = Vec::new();
     for domain in connect.list_all_domains(0)? {
         match domain.get_metadata(kind, Some(label::NAMESPACE), 0) {
             Ok(text) => found.extend(Label::read(&text).map(|label| (domain, label))),
-            // Not ours, or just gone.
+            // Has no label of Rudder, or was just removed.
             Err(refusal)
                 if matches!(refusal.code(), ErrorNumber::NoDomainMetadata | ErrorNumber::NoDomain) => {}
             Err(refusal) => return Err(refusal),
@@ -128,7 +128,8 @@ pub(crate) fn labelled(connect: &Connect) -> Result<Vec<(Domain, Label)>, Refusa
     Ok(found)
 }
 
-/// Ends and removes the domains and networks of a lab, by their labels; what they are. May be repeated.
+/// Ends and removes the domains and networks of a lab, which their labels identify; returns descriptions of what was
+/// removed. May be repeated.
 pub(crate) fn remove_all_of(connect: &Connect, store: &Owner, id: &LabId) -> Result<Vec<String>, Refusal> {
     let mut removed = Vec::new();
     for (domain, label) in labelled(connect)? {
@@ -148,7 +149,7 @@ pub(crate) fn remove_all_of(connect: &Connect, store: &Owner, id: &LabId) -> Res
     Ok(removed)
 }
 
-/// What a failure to reach or use libvirt is to somebody who only tidies up.
+/// Converts a failure to reach or use libvirt during a clean-up.
 pub(crate) fn tidying(failure: Failure) -> Error {
     failure.into_error(ErrorKind::Io, "look for domains that carry a label")
 }

@@ -1,39 +1,41 @@
-//! Labels: what Rudder writes into the metadata of the domains and networks that it makes. What carries none is never touched.
+//! The labels that Rudder writes into the metadata of its domains and networks. Objects without a label are never
+//! touched.
 
 use crate::xml::{Element, Xml, elements};
 use rudder_core::{backend::LabId, digest::Digest};
 use rudder_local::store::Store;
 
-/// The namespace of the labels (Domain XML format, "metadata": an application has one of its own).
+/// The namespace of the labels (Domain XML format, "metadata": each application has its own).
 pub(crate) const NAMESPACE: &str = "https://rudder-vm.github.io/libvirt/1";
 
-/// What something of libvirt's belongs to.
+/// What a libvirt object belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Label {
-    /// A lab that a living process works in, or did.
+    /// A lab, whether or not its owner still lives.
     Lab {
-        /// The store that the lab is in.
+        /// The store that contains the lab.
         store: StoreLabel,
         lab: LabId,
-        /// The machine; empty for a network.
+        /// The name of the machine; empty for a network.
         vm: String,
-        /// The number of the process that made it. For people: whether it lives is told by the lab's lock.
+        /// The id of the process that created the object. Informative only: the lab's lock shows whether the owner
+        /// lives.
         owner: u32,
     },
     /// A published module.
     Module { store: StoreLabel, name: String, digest: Digest, vm: String },
 }
 
-/// A store, as labels name it.
+/// A store, as labels identify it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct StoreLabel {
-    /// Its directory.
+    /// The path of its directory.
     pub(crate) path: String,
-    /// [Which](Store::mark) store it is; empty in labels of earlier versions.
+    /// The [mark](Store::mark) that identifies the store; empty in labels of earlier versions.
     pub(crate) mark: String,
 }
 
-/// The store of a backend, as it knows its own labels.
+/// The store of a backend, which recognises the labels of that backend.
 #[derive(Debug, Clone)]
 pub(crate) struct Owner(Store);
 
@@ -46,30 +48,31 @@ impl Owner {
         self.0.root().to_string_lossy().into_owned()
     }
 
-    /// The name of its store in the labels of labs: what runs there belongs to this very directory.
+    /// Returns the identity of the store in the labels of labs: their processes belong to this very directory.
     pub(crate) fn of_labs(&self) -> StoreLabel {
         StoreLabel { path: self.path(), mark: self.0.mark() }
     }
 
-    /// The name of its store in the labels of modules, which outlive the host's next start.
+    /// Returns the identity of the store in the labels of modules, which outlive a reboot of the host.
     pub(crate) fn of_modules(&self) -> StoreLabel {
         StoreLabel { path: self.path(), mark: self.0.name().to_owned() }
     }
 
-    /// Whether a label is of its store: at the same path, in another container for example, there may be another store.
+    /// Returns whether a label belongs to this store: the path alone is not enough, since another container may have a
+    /// different store at the same path.
     pub(crate) fn owns(&self, label: &Label) -> bool {
         let store = label.store();
         store.path == self.path() && (store.mark.is_empty() || self.0.recognises(&store.mark))
     }
 
-    /// Whether a label is of this lab of its store.
+    /// Returns whether a label belongs to this lab of this store.
     pub(crate) fn owns_lab(&self, label: &Label, id: &LabId) -> bool {
         matches!(label, Label::Lab { lab, .. } if lab == id) && self.owns(label)
     }
 }
 
 impl Label {
-    /// Writes it as the only child of `metadata`.
+    /// Writes the label as the only child of `metadata`.
     pub(crate) fn write(&self, xml: &mut Xml) {
         let namespace = ("xmlns:rudder", NAMESPACE);
         xml.element("metadata", &[], |xml| match self {
@@ -98,17 +101,17 @@ impl Label {
         });
     }
 
-    /// Reads the element in our namespace, as libvirt gives it.
+    /// Reads a label from an element of our namespace, as libvirt returns it.
     pub(crate) fn read(text: &str) -> Option<Self> {
         let elements = elements(text);
         Self::of(elements.iter().find(|element| matches!(element.name.as_str(), "lab" | "module"))?)
     }
 
-    /// Finds it in the XML of a network: libvirt does not give the metadata of networks on its own before 9.7.
+    /// Finds a label in the XML of a network: before 9.7, libvirt cannot return the metadata of a network separately.
     pub(crate) fn of_network(text: &str) -> Option<Self> {
         let elements = elements(text);
         let of_lab = |element: &&Element| element.is(&["network", "metadata", "lab"]);
-        // Names are read without their prefixes: ours is bound to our namespace.
+        // Prefixes are not kept when names are read, so check that `rudder` is bound to our namespace.
         let ours = |element: &&Element| element.attribute("rudder") == Some(NAMESPACE);
         Self::of(elements.iter().filter(of_lab).find(ours)?)
     }
@@ -133,7 +136,7 @@ impl Label {
         })
     }
 
-    /// The store that it belongs to.
+    /// Returns the store that the label belongs to.
     fn store(&self) -> &StoreLabel {
         match self {
             Self::Lab { store, .. } | Self::Module { store, .. } => store,
@@ -188,7 +191,8 @@ mod tests {
         let lab = lab_of(lab);
         assert!(open().owns(&lab) && open().owns(&module) && open().owns(&earlier));
 
-        // A copy in its place: machines are the original's; the domains of modules name files at this path.
+        // A copy of the store at its path: labs belong to the original, and the domains of modules name files at this
+        // path.
         let elsewhere = dir.path().join("elsewhere");
         std::fs::rename(&path, &elsewhere).unwrap();
         let copied = std::process::Command::new("cp").arg("-a").args([&elsewhere, &path]).status().unwrap();
@@ -196,7 +200,7 @@ mod tests {
         assert!(!open().owns(&lab) && open().owns(&module));
         assert!(!Owner::new(&Store::open(&elsewhere).unwrap()).owns(&module));
 
-        // Another store in its place.
+        // A different store at the same path.
         std::fs::remove_dir_all(&path).unwrap();
         assert!(!open().owns(&lab) && !open().owns(&module));
     }

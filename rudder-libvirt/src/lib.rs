@@ -1,18 +1,20 @@
 //! The libvirt backend of Rudder: each machine is a domain of a libvirt daemon on this host.
 //!
-//! # Its rooms
-//! `backend` what is here, open a lab, reap · `lab` machines and their end · `machine` start, dial, capture · `watch` how a
-//! machine fares and how it ended · `modules` the halted domains of a published module · and libvirt's own trade:
-//! `connection`, `host_capabilities`, `domain`, `network`, `label`, `process`, `xml`.
+//! # Modules
+//! `backend` checks the host, opens labs and reaps · `lab` manages machines and their end · `machine` starts, dials and
+//! captures a machine · `watch` watches a machine and reports how it ended · `modules` manages the halted domains of
+//! published modules. `connection`, `host_capabilities`, `domain`, `network`, `label`, `process` and `xml` are the
+//! interface to libvirt.
 //!
-//! # Who ends what
-//! A domain is started so that libvirt ends it when the connection of its owner closes (`VIR_DOMAIN_START_AUTODESTROY`), and
-//! carries a label in its metadata (store, lab, VM, owner): `reap` finds by it what a killed owner left. Its process carries
-//! the lab's id in its environment, so that a lab can be removed even while libvirt cannot be reached.
+//! # Cleaning up
+//! A domain is started in such a way that libvirt ends it when the connection of its owner closes
+//! (`VIR_DOMAIN_START_AUTODESTROY`). It carries a label in its metadata (store, lab, VM, owner), by which `reap` finds
+//! what a killed owner left behind. Its process carries the lab's id in its environment, so that a lab can be removed
+//! even while libvirt is unreachable.
 //!
 //! # What is polled
-//! The `virt` crate has no domain events (0.4). The end of a machine's process is told by the kernel; whether a machine was
-//! paused, by a panic or a disk that failed, is asked for four times a second.
+//! The `virt` crate (0.4) does not support domain events. The kernel reports the end of a machine's process; whether a
+//! machine was paused, by a panic or a disk error, is polled four times a second.
 
 mod backend;
 mod connection;

@@ -1,4 +1,4 @@
-//! One VM in a lab: a domain of libvirt's, with its disks in the lab.
+//! A machine in a lab: a libvirt domain, with its disks in the lab.
 
 mod consoles;
 mod launch;
@@ -51,10 +51,10 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use virt::{connect::Connect, sys};
 
-/// How long a guest may take to answer when it is dialled.
+/// How long a guest may take to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
-/// A VM on libvirt.
+/// A machine on libvirt.
 #[derive(Debug)]
 pub(crate) struct LibvirtMachine(Arc<Inner>);
 
@@ -62,32 +62,32 @@ pub(crate) struct LibvirtMachine(Arc<Inner>);
 struct Inner {
     context: Arc<LabContext>,
     spec: MachineSpec,
-    /// Its own number in the lab.
+    /// Its number, unique in the lab.
     number: usize,
-    /// The name of its domain.
+    /// The name of the domain.
     domain: String,
-    /// What it keeps outside its disks.
+    /// The state that the machine keeps outside its disks.
     state: MachineState,
     phase: watch::Sender<Phase>,
     running: Mutex<Option<Running>>,
-    /// The serial console of its last run.
+    /// The serial console of the last run.
     console: Mutex<Option<Arc<SerialConsole>>>,
-    /// Held for reading while a disk is captured, for writing while the machine is started.
+    /// Held for reading while a disk is captured, and for writing while the machine is started.
     disks: Arc<RwLock<()>>,
 }
 
-/// What there is of a machine while it runs.
+/// The state of a machine that exists only while it runs.
 #[derive(Debug)]
 struct Running {
     orders: mpsc::UnboundedSender<Stop>,
     ways: Ways,
-    /// Of its TPM.
+    /// The release switch of its TPM.
     released: Option<Arc<AtomicBool>>,
     _watcher: AbortOnDropHandle<()>,
 }
 
 impl LibvirtMachine {
-    /// Defines a machine; `number` is its own in the lab.
+    /// Defines a machine; `number` is unique in the lab.
     pub(crate) async fn define(context: &Arc<LabContext>, spec: &MachineSpec, number: usize) -> Result<Self> {
         let inner = Inner {
             context: Arc::clone(context),
@@ -116,22 +116,22 @@ impl LibvirtMachine {
         });
         order.await?;
         if context.bridges().is_none() {
-            // Last: what could not be defined is not on the network.
+            // Last, so that a machine that could not be defined is not on the network.
             context.lan.add(spec, number)?;
         }
         Ok(Self(Arc::new(inner)))
     }
 
-    /// Ends it if it runs or starts.
+    /// Ends the machine if it is running or starting.
     pub(crate) async fn end(&self) {
         let mut phase = self.0.phase.subscribe();
-        // Neither can fail as long as this holds the sender.
+        // Neither wait can fail while `self` holds the sender.
         let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
         self.0.order(Stop::Kill);
         let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
     }
 
-    /// Whether it has this address in a subnet. Blocks.
+    /// Returns whether the machine has this address in a subnet. Blocks.
     pub(crate) fn has_address(&self, subnet: &str, address: Ipv4Addr) -> bool {
         let nics = self.0.spec.nics.iter().filter(|nic| nic.subnet == subnet);
         let macs: Vec<String> = nics.map(|nic| nic.mac.to_string()).collect();
@@ -142,7 +142,7 @@ impl LibvirtMachine {
         found.is_ok_and(|found| found.contains(&Some(address)))
     }
 
-    /// Lets its TPM outlive this process, as its domain does, and frees its serial console.
+    /// Lets its TPM outlive this process, as its domain does, and releases its serial console.
     pub(crate) fn release(&self) {
         if let Some(console) = self.0.console() {
             console.let_go();
@@ -152,19 +152,21 @@ impl LibvirtMachine {
         }
     }
 
-    /// How people get in once the lab is kept: its console then belongs to whoever connects to QEMU.
+    /// Describes how to access the machine once the lab is kept: its console is then available to any client that
+    /// connects to QEMU.
     pub(crate) fn kept_access(&self) -> Vec<String> {
         self.0.access_by("serial")
     }
 
-    /// Drops its watcher; for when nobody can wait.
+    /// Drops its watcher without waiting.
     pub(crate) fn abandon(&self) {
         drop(self.0.running().take());
     }
 }
 
 impl Inner {
-    /// The name of a file of it in the lab. Short, because a socket's path has at most 107 bytes (unix(7)).
+    /// Returns the name of one of its files in the lab. Short, because the path of a socket has at most 107 bytes
+    /// (unix(7)).
     fn file(&self, suffix: &str) -> String {
         format!("m{}.{suffix}", self.number)
     }
@@ -176,7 +178,8 @@ impl Inner {
             None => {
                 let sockets =
                     Lan::sockets(self.number, &self.spec).into_iter().map(|file| storage.path(&file));
-                // The whole path: libvirt starts QEMU elsewhere. It is shorter than that of the serial console, which is checked.
+                // Absolute paths, because libvirt starts QEMU in another directory. They are shorter than the path of
+                // the serial console, whose length is checked.
                 let paths: Vec<String> = sockets.map(|socket| socket.display().to_string()).collect();
                 Cards::Arguments(nic_arguments(&self.spec, storage.network(), &paths)?)
             }
@@ -216,7 +219,7 @@ impl Inner {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The ways to it while it runs.
+    /// Returns how to reach the machine's ports while it runs.
     fn ways(&self) -> Result<Ways> {
         match (&*self.running(), &*self.phase.borrow()) {
             (Some(running), Phase::Running) => Ok(running.ways.clone()),
@@ -227,7 +230,7 @@ impl Inner {
         }
     }
 
-    /// Keeps it from being started.
+    /// Keeps a stopped machine from being started while the guard is held.
     fn at_rest(&self) -> Result<RwLockReadGuard<'_, ()>> {
         let running =
             || self.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
@@ -248,12 +251,12 @@ impl Inner {
 
     fn order(&self, order: Stop) {
         if let Some(running) = &*self.running() {
-            // Nobody hears it when it has just ended.
+            // The watcher does not receive it if the machine has just ended.
             let _ = running.orders.send(order);
         }
     }
 
-    /// The guest's address on the bridge of its first card, as libvirt knows it now.
+    /// Returns the guest's current address on the bridge of its first NIC, as libvirt knows it.
     async fn find_address(&self) -> Result<Option<Ipv4Addr>> {
         let Some(mac) = self.spec.nics.first().map(|nic| nic.mac.to_string()) else { return Ok(None) };
         let name = self.domain.clone();
@@ -272,7 +275,7 @@ impl Inner {
         }
     }
 
-    /// Says that it runs, and has it watched.
+    /// Publishes that the machine runs, and starts its watcher.
     fn run(&self, launched: Launched) {
         let Launched { ways, process, tpm, console } = launched;
         let released = tpm.as_ref().map(Tpm::release_switch);
@@ -320,7 +323,8 @@ impl Machine for LibvirtMachine {
                 "expected a machine that does not run, but found a running one",
             ));
         };
-        // Libvirt goes on with what it was asked for, also when the caller does not wait: so the rest is not the caller's.
+        // Libvirt completes what was requested even if the caller is dropped, so the remaining steps run in a task of
+        // their own.
         let (reply, answer) = oneshot::channel();
         let (inner, context) = (Arc::clone(this), Arc::clone(&this.context));
         tokio::spawn(async move {
@@ -366,7 +370,7 @@ impl Machine for LibvirtMachine {
 
     async fn stop(&self, how: Stop) -> Result<Exit> {
         let mut phase = self.0.phase.subscribe();
-        // One that is just being started is stopped when it runs.
+        // A machine that is being started is stopped once it runs.
         let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
         self.0.order(how);
         self.wait().await
@@ -396,11 +400,11 @@ impl Machine for LibvirtMachine {
         let connected = timeout(CONNECT_LIMIT, TcpStream::connect((address, port))).await;
         let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let stream = connected.map_err(|error| {
-            // It may have another one the next time.
+            // The guest may have a different address next time.
             self.0.keep_address(None);
             unreachable(format!("cannot connect to port {port} of the guest")).with_source(error)
         })?;
-        // Keystrokes and packets of SSH are small, and each is waited for.
+        // Keystrokes and SSH packets are small, and each is waited for.
         let _ = stream.set_nodelay(true);
         Ok(Box::new(stream))
     }
@@ -434,7 +438,7 @@ impl Machine for LibvirtMachine {
                 let taken = picture(&self.0.context.connection, &self.0.domain).await;
                 taken.map_err(|error| error.with_context("vm", &self.0.spec.name))
             }
-            // A machine that died in sight left a last picture.
+            // The watcher took a last screenshot of a machine that failed.
             Err(error) => {
                 let path = self.0.context.storage.path(&self.0.file("screen.png"));
                 tokio::fs::read(path).await.map_err(|_| error)

@@ -1,5 +1,5 @@
-//! The halted domains of a published module: whoever looks with libvirt's tools sees it, and can start it. What is written
-//! to it is thrown away when it ends (`transient`), because the files of a module never change.
+//! The halted domains of a published module, which make it visible to libvirt's tools and can be started there. Their
+//! writes are discarded when they end (`transient`), because the files of a module never change.
 
 use crate::{
     connection::{Connection, Refusal, remove_domain},
@@ -25,7 +25,7 @@ use rudder_local::{
 use std::{path::Path, sync::Arc};
 use virt::connect::Connect;
 
-/// Defines the domains of a module that was just published from this lab, instead of those of its earlier version.
+/// Defines the domains of a module that was just published from this lab, replacing those of its previous version.
 pub(crate) async fn show(context: &Arc<LabContext>, module: &Module) -> Result<()> {
     let (context, module) = (Arc::clone(context), module.clone());
     context
@@ -60,7 +60,8 @@ pub(crate) async fn define(
     })
 }
 
-/// Removes the domains of those modules of a store for whose name and digest this says so; their names.
+/// Removes the domains of those modules of a store whose name and digest match a predicate; returns the names of the
+/// domains.
 pub(crate) fn remove(
     connect: &Connect,
     store: &Owner,
@@ -80,8 +81,8 @@ pub(crate) fn remove(
     Ok(removed)
 }
 
-/// Brings the domains in line with the modules of the store: removes those of modules that are gone, and defines those that
-/// a builder did not get to any more. What was done.
+/// Reconciles the domains with the modules of the store: removes those of modules that no longer exist, and defines
+/// those that a builder could not define any more. Returns what was removed.
 pub(crate) async fn reconcile(
     connection: &Arc<Connection>,
     host_capabilities: &HostCapabilities,
@@ -89,7 +90,7 @@ pub(crate) async fn reconcile(
 ) -> Result<Vec<String>> {
     let owner = Owner::new(store);
     let own = owner.clone();
-    // Looked for before the modules are listed: a domain is defined when its module is there already.
+    // Domains are listed before modules: a module exists before its domains are defined.
     let shown = connection.ask(move |connect| {
         let labels = labelled(connect)?.into_iter().map(|(_, label)| label);
         Ok(labels.filter(|label| own.owns(label)).collect::<Vec<_>>())
@@ -98,7 +99,7 @@ pub(crate) async fn reconcile(
     let listing = store.clone();
     let listed = blocking(move || Ok((listing.modules()?, listing.damaged_modules()?)));
     let (modules, damaged) = listed.await?;
-    // What cannot be read now is not gone: its domains stay as they are.
+    // A module that cannot be read now may still exist, so its domains are kept.
     let is_gone = move |name: &str, digest: &Digest, there: &[(String, Digest)]| {
         !there.iter().any(|(its, one)| its == name && one == digest)
             && !damaged.iter().any(|module| module.name == name)
@@ -121,7 +122,7 @@ pub(crate) async fn reconcile(
         let removed = removed.await.map_err(tidying)?;
         done.extend(removed.into_iter().map(|domain| format!("domain {domain} of a module that is gone")));
     }
-    // Modules that another backend built are not ours to show.
+    // Modules built by another backend have no domains.
     let ours = modules.iter().filter(|module| module.provenance.versions.contains_key("libvirt"));
     for module in ours.filter(|module| module.machines.iter().any(|machine| !is_shown(module, machine))) {
         define(connection, host_capabilities, &owner, module).await?;

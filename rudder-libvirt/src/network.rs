@@ -1,8 +1,9 @@
-//! The networks of a lab (<https://libvirt.org/formatnetwork.html>): how its machines are reached.
+//! The networks of a lab (<https://libvirt.org/formatnetwork.html>), through which its machines are reached.
 //!
-//! A libvirt of the system makes bridges: each subnet of the lab is a network of its own, with DHCP, to the outside through
-//! NAT or isolated; the guest's address is in libvirt's leases, and whoever is on the host reaches it. A libvirt of a user's
-//! session may not do that: its machines have QEMU's user network, with forwarded ports.
+//! The system's libvirt makes bridges: each subnet of the lab is a network of its own, isolated or with NAT to the
+//! outside, and with DHCP if the subnet has it. The guest's address is in libvirt's leases, and every process on the
+//! host can reach it. The libvirt of a user's session may not make bridges: there, machines are on the lab's own
+//! network in user space.
 
 use crate::{
     connection::{Connection, Refusal},
@@ -19,21 +20,21 @@ use rudder_core::{
 use std::{net::Ipv4Addr, sync::Arc};
 use virt::{connect::Connect, domain::Domain, error::ErrorNumber, network::Network, sys};
 
-/// How often another range of addresses is tried when one is in use on the host.
+/// Maximum number of address ranges to try, since some may be in use on the host.
 const RANGES: usize = 16;
 
-/// A network of libvirt's that carries a subnet of a lab.
+/// A libvirt network for a subnet of a lab.
 #[derive(Debug, Clone)]
 pub(crate) struct Bridge {
     /// The name of the subnet.
     pub(crate) subnet: String,
     /// The name of the network.
     pub(crate) network: String,
-    /// Its addresses; the host has the first.
+    /// Its addresses; the host has the first one.
     pub(crate) addresses: Cidr,
 }
 
-/// A card of a domain.
+/// A NIC of a domain.
 #[derive(Debug)]
 pub(crate) struct Card {
     pub(crate) mac: String,
@@ -42,10 +43,10 @@ pub(crate) struct Card {
     pub(crate) slot: u8,
 }
 
-/// The cards of a machine on these bridges.
+/// Returns the NICs of a machine on these bridges.
 ///
 /// # Errors
-/// `InvalidInput` for a card that is in no subnet, or in a slot that there is not.
+/// `InvalidInput` for a NIC that is in no subnet, or whose slot does not exist.
 pub(crate) fn cards(spec: &MachineSpec, bridges: &[Bridge]) -> Result<Vec<Card>> {
     let card = |nic: &PlannedNic| {
         let invalid = |message: String| {
@@ -69,7 +70,7 @@ pub(crate) fn cards(spec: &MachineSpec, bridges: &[Bridge]) -> Result<Vec<Card>>
     spec.nics.iter().map(card).collect()
 }
 
-/// A model, as libvirt calls it: `virtio`, and otherwise the name of QEMU's device.
+/// Returns libvirt's name of a NIC model: `virtio`, or the name of QEMU's device.
 fn model(model: NicModel) -> &'static str {
     match model {
         NicModel::E1000 => "e1000",
@@ -81,7 +82,7 @@ fn model(model: NicModel) -> &'static str {
     }
 }
 
-/// Makes the networks of a lab, which carry this label. They are gone with the host's next start.
+/// Creates the networks of a lab, with this label. They do not survive a reboot of the host.
 pub(crate) fn create(
     connect: &Connect,
     lab: &LabId,
@@ -102,7 +103,7 @@ pub(crate) fn create(
                     bridges.push(Bridge { subnet: subnet.name.clone(), network: network.clone(), addresses });
                     break;
                 }
-                // In use on this host: libvirt has no code of its own for that.
+                // The range is in use on this host: libvirt has no error code of its own for that.
                 Err(refusal) if !planned.declared && refusal.code() == ErrorNumber::InternalError => {
                     refused = Some(refusal);
                 }
@@ -116,9 +117,10 @@ pub(crate) fn create(
     Ok(bridges)
 }
 
-/// 256 addresses of a private range (RFC 1918) that few use. Each lab has its own: all are on one host.
+/// Returns 256 addresses of a rarely used private range (RFC 1918). All labs of a host share its address space, so each
+/// gets a range of its own.
 fn any_range() -> Option<Cidr> {
-    // From 10.128.0.0 to 10.255.255.0.
+    // Between 10.128.0.0 and 10.255.255.0.
     let first = Ipv4Addr::from(0x0a80_0000 | rand::random_range(0..1_u32 << 15) << 8);
     format!("{first}/24").parse().ok()
 }
@@ -131,7 +133,7 @@ fn xml(name: &str, label: &Label, subnet: &PlannedSubnet, addresses: Cidr, inter
         if internet {
             xml.empty("forward", &[("mode", "nat")]);
         }
-        // Nothing is attached to it that could be a loop: its ports work at once.
+        // Nothing attached to the bridge can form a loop, so its ports may forward at once.
         xml.empty("bridge", &[("stp", "off"), ("delay", "0")]);
         if !subnet.dns.is_empty() {
             xml.element("dns", &[], |xml| {
@@ -156,10 +158,10 @@ fn xml(name: &str, label: &Label, subnet: &PlannedSubnet, addresses: Cidr, inter
     xml.finish()
 }
 
-/// The networks that carry a label of a lab, with it.
+/// Returns the networks that carry a label of Rudder, each with its label.
 pub(crate) fn labelled(connect: &Connect) -> Result<Vec<(Network, Label)>, Refusal> {
     let networks = match connect.list_all_networks(0) {
-        // A libvirt without networks.
+        // This libvirt has no network driver.
         Err(refusal) if refusal.code() == ErrorNumber::NoSupport => return Ok(Vec::new()),
         other => other?,
     };
@@ -167,7 +169,7 @@ pub(crate) fn labelled(connect: &Connect) -> Result<Vec<(Network, Label)>, Refus
     for network in networks {
         match network.get_xml_desc(0) {
             Ok(text) => found.extend(Label::of_network(&text).map(|label| (network, label))),
-            // Just gone.
+            // Was just removed.
             Err(refusal) if refusal.code() == ErrorNumber::NoNetwork => {}
             Err(refusal) => return Err(refusal),
         }
@@ -175,7 +177,7 @@ pub(crate) fn labelled(connect: &Connect) -> Result<Vec<(Network, Label)>, Refus
     Ok(found)
 }
 
-/// Ends a network. One that is not there is no failure.
+/// Ends a network. A network that does not exist is not an error.
 pub(crate) fn remove(network: &Network) -> Result<(), Refusal> {
     match network.destroy() {
         Err(refusal) if !matches!(refusal.code(), ErrorNumber::NoNetwork | ErrorNumber::OperationInvalid) => {
@@ -185,11 +187,11 @@ pub(crate) fn remove(network: &Network) -> Result<(), Refusal> {
     }
 }
 
-/// The address of a domain's card, when it has one: leased from libvirt, else as the host's neighbours tell.
+/// Returns the address of a domain's NIC, if it has one: from libvirt's leases, otherwise from the host's ARP table.
 pub(crate) fn address(domain: &Domain, mac: &str) -> Result<Option<Ipv4Addr>, Refusal> {
     let sources = [
         sys::VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE,
-        // A guest that gave itself an address.
+        // For a guest that configured its address itself.
         sys::VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP,
     ];
     for source in sources {
@@ -204,7 +206,8 @@ pub(crate) fn address(domain: &Domain, mac: &str) -> Result<Option<Ipv4Addr>, Re
     Ok(None)
 }
 
-/// Whether the libvirt at this URI is the system's, which may make bridges (<https://libvirt.org/drvqemu.html>).
+/// Returns whether this URI is that of the system's libvirt, which may make bridges
+/// (<https://libvirt.org/drvqemu.html>).
 pub(crate) fn is_system(connection: &Arc<Connection>) -> bool {
     let path = connection.uri().split(['?', '#']).next().unwrap_or_default();
     path.ends_with("/system")

@@ -1,11 +1,11 @@
-//! The addresses of the devices of a domain, as libvirt writes them: the same locations as on raw QEMU
-//! ([`rudder_local::pci_layout`]), so that a guest finds its disks and NICs there whichever of the two built its module.
+//! The addresses of a domain's devices in libvirt's notation. They match the locations that the QEMU backend uses
+//! ([`rudder_local::pci_layout`]), so that a guest finds its disks and NICs there whichever backend built its module.
 
 use crate::xml::Xml;
 use rudder_core::{Result, hardware::Bus};
 use rudder_local::pci_layout::{AHCI_PORTS, Chipset, Location, Locations, XHCI_PORTS, bus_name, slot};
 
-/// An address: the attributes of `address`.
+/// The attributes of an `address` element.
 pub(crate) type Address = Vec<(&'static str, String)>;
 
 pub(crate) fn pci(slot: u8, function: usize, multifunction: bool) -> Address {
@@ -37,37 +37,37 @@ pub(crate) fn address(xml: &mut Xml, address: &Address) {
     xml.empty("address", &attributes);
 }
 
-/// Where a disk sits.
+/// The location of a disk.
 #[derive(Debug)]
 pub(crate) struct Place {
-    /// The name that libvirt wants: `vda`, `sdb`. A guest may call it otherwise.
+    /// The name that libvirt requires: `vda`, `sdb`. The guest may use another one.
     pub(crate) target: String,
-    /// As libvirt calls it.
+    /// The bus, in libvirt's terms.
     pub(crate) bus: &'static str,
     pub(crate) address: Address,
 }
 
-/// Gives each disk its place.
+/// Assigns a location to each disk.
 #[derive(Debug)]
 pub(crate) struct Places {
     chipset: Chipset,
     locations: Locations,
-    /// Names are given by prefix, which several buses share.
+    /// Number of names assigned per prefix; several buses share a prefix.
     names: [usize; 3],
 }
 
 impl Places {
-    /// None is taken yet.
+    /// Returns an allocator with all locations free.
     pub(crate) fn new(chipset: Chipset) -> Self {
         Self { chipset, locations: Locations::new(chipset), names: [0; 3] }
     }
 
-    /// The number of the first SATA controller besides the chipset's own, which comes first.
+    /// Returns the number of the first additional SATA controller; the chipset's own, if it has one, is number 0.
     fn first_sata(&self) -> usize {
         usize::from(self.chipset == Chipset::Q35)
     }
 
-    /// The next place on a bus.
+    /// Takes the next location on a bus.
     pub(crate) fn take(&mut self, bus: Bus) -> Result<Place> {
         let on_sata = bus == Bus::Ide && self.chipset == Chipset::Q35;
         let address = match self.locations.take(bus)? {
@@ -84,7 +84,7 @@ impl Places {
         Ok(Place { target: self.name(bus), bus, address })
     }
 
-    /// The next name of a disk: `vda` … `vdz`, `vdaa` …
+    /// Returns the next name of a disk: `vda` … `vdz`, `vdaa` …
     pub(crate) fn name(&mut self, bus: &str) -> String {
         let (prefix, index) = match bus {
             "virtio" => ("vd", 0),
@@ -104,7 +104,7 @@ impl Places {
         format!("{prefix}{}", letters.iter().rev().collect::<String>())
     }
 
-    /// The controllers of what was taken.
+    /// Writes the controllers that the assigned locations need.
     pub(crate) fn controllers(&self, xml: &mut Xml) {
         let mut write =
             |kind: &str, index: usize, model: Option<&str>, ports: Option<usize>, at: Option<Address>| {

@@ -1,11 +1,11 @@
-//! Pictures of the screen of a domain.
+//! Screenshots of domains.
 
 use crate::connection::{Connection, domain};
 use rudder_core::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use virt::{connect::Connect, stream::Stream};
 
-/// A picture of the screen of a domain that runs, as PNG.
+/// Takes a screenshot of a running domain, as PNG.
 pub(crate) async fn picture(connection: &Arc<Connection>, name: &str) -> Result<Vec<u8>> {
     let name = name.to_owned();
     let take = move |connect: &Connect| {

@@ -1,5 +1,5 @@
-//! Which process of this host runs a domain, and how it ended. Libvirt does not say, but names the domain in the command line,
-//! and hands on the lab's id in the environment (`domain`).
+//! Finds the process of a domain on this host, and how it ended. Libvirt does not report either, but QEMU's command
+//! line contains the name of the domain, and its environment contains the lab's id (`domain`).
 
 use rudder_core::backend::LabId;
 use rudder_local::store::LAB_VARIABLE;
@@ -11,7 +11,7 @@ use std::{
 };
 use tokio::net::unix::pipe;
 
-/// How a process ended that did not end well.
+/// How a process ended that did not exit successfully.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Broke {
     Signal(u32),
@@ -27,35 +27,38 @@ impl fmt::Display for Broke {
     }
 }
 
-/// The process of a domain of a lab; `None` when none runs, or it is another user's.
+/// Returns the process id of a domain of a lab; `None` if there is no such process or it belongs to another user.
 pub(crate) fn of_domain(domain: &str, lab: &LabId) -> Option<u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.find(|pid: &u32| runs(&place(*pid), domain, lab))
 }
 
-/// A process that was found running, and whose end is told by the kernel: nobody looks again and again.
+/// A process that was found running. The kernel reports its end, so nothing is polled.
 #[derive(Debug)]
 pub(crate) struct Found {
     pid: u32,
     handle: pipe::Receiver,
 }
 
-/// Finds the process of a domain that was just started, while it runs: one that has ended has no name any more.
+/// Finds the process of a domain that was just started. It must still run: a process that has ended has no command
+/// line.
 pub(crate) async fn find(domain: String, lab: LabId) -> Option<Found> {
     let open = move || {
         let pid = of_domain(&domain, &lab)?;
         let handle = pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()?;
-        // It is still the same: its number was not given to another in between.
+        // Check again, in case the process id was reused in the meantime.
         runs(&place(pid), &domain, &lab).then_some((pid, handle))
     };
     let (pid, handle) = tokio::task::spawn_blocking(open).await.ok().flatten()?;
-    // A handle of a process becomes readable when it ends (pidfd_open(2)), as a pipe does: for the runtime they are the same.
+    // A pidfd becomes readable when its process ends (pidfd_open(2)), and so does a pipe: the runtime treats both the
+    // same.
     let handle = pipe::Receiver::from_file_unchecked(File::from(handle)).ok()?;
     Some(Found { pid, handle })
 }
 
-/// Waits until a process has ended; how, if it broke and that can still be read. For ever, where none was found.
+/// Waits until a process has ended, and returns how it failed, if it did and its status can still be read. Never
+/// completes if no process was found.
 pub(crate) async fn ended(found: Option<Found>) -> Option<Broke> {
     if let Some(Found { pid, handle }) = found
         && handle.readable().await.is_ok()
@@ -65,16 +68,16 @@ pub(crate) async fn ended(found: Option<Found>) -> Option<Broke> {
     std::future::pending().await
 }
 
-/// How a process that nobody has taken note of yet broke, from its line in /proc (proc_pid_stat(5)). What ended well, and what this
-/// user may not know, look the same.
+/// Returns how a process that was not reaped yet failed, from its line in /proc (proc_pid_stat(5)). `None` if it exited
+/// successfully or this user may not read the status.
 fn broke(stat: &str) -> Option<Broke> {
-    // The name in the second field may contain anything; the state is the third field, the status the 52nd.
+    // The name in the second field may contain anything. The state is the third field, the exit status the 52nd.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
     if !matches!(fields.next()?, "Z" | "X") {
         return None;
     }
     let status: u32 = fields.nth(48)?.parse().ok()?;
-    // As wait(2) encodes it.
+    // Encoded as by wait(2).
     match (status & 0x7f, status >> 8 & 0xff) {
         (0, 0) => None,
         (0, code) => Some(Broke::Code(code)),

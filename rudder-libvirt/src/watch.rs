@@ -1,4 +1,4 @@
-//! Who watches a running machine: looks how it fares, ends it when told to, and says how it ended.
+//! The watcher of a running machine: polls its state, ends it on request, and reports how it ended.
 //!
 //! ```text
 //! Defined ──start──▶ Starting ──▶ Running ──▶ Ended(exit) ──start──▶ Starting …
@@ -29,23 +29,24 @@ use tokio::{
 };
 use virt::sys;
 
-/// How often is looked.
+/// Interval between checks of the domain's state.
 const LOOK: Duration = Duration::from_millis(250);
-/// How often is looked once the machine's process has ended: libvirt is about to say how.
+/// Interval between checks once the machine's process has ended: libvirt is about to report how.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// How long libvirt may be out of reach, as when its daemon is restarted, before the machine counts as lost.
+/// How long libvirt may be unreachable, for example while its daemon restarts, before the machine counts as lost.
 const LOST_LIMIT: Duration = Duration::from_secs(3);
-/// How often the power button is pressed for a guest that does not react: it may not have been listening yet.
+/// Interval at which the power button is pressed again for a guest that does not react: it may not have been listening
+/// yet.
 const PRESS_AGAIN: Duration = Duration::from_secs(10);
-/// How long a machine may run on after its TPM has ended.
+/// How long a machine may keep running after its TPM has ended.
 const TPM_LIMIT: Duration = Duration::from_millis(500);
-/// How long the last picture of a machine that failed may take.
+/// How long the last screenshot of a failed machine may take.
 const PICTURE_LIMIT: Duration = Duration::from_secs(1);
 
-/// How long what the guest wrote last may take to be recorded.
+/// How long recording the last output of the guest may take.
 const CONSOLE_LIMIT: Duration = Duration::from_millis(500);
 
-/// Where a machine is in its life.
+/// The phase of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Phase {
     Defined,
@@ -60,18 +61,18 @@ pub(crate) struct Watcher {
     pub(crate) connection: Arc<Connection>,
     /// The name of the domain.
     pub(crate) domain: String,
-    /// Its process, where that was found.
+    /// The process of the domain, if it was found.
     pub(crate) process: Option<Found>,
     pub(crate) orders: mpsc::UnboundedReceiver<Stop>,
-    /// Its TPM.
+    /// The TPM of the machine.
     pub(crate) tpm: Option<Tpm>,
     pub(crate) phase: watch::Sender<Phase>,
     pub(crate) console: Arc<SerialConsole>,
-    /// Where a last picture of the screen goes.
+    /// The file for a last screenshot.
     pub(crate) picture: PathBuf,
 }
 
-/// A guest that was asked to end.
+/// A request to shut down that the guest has not fulfilled yet.
 struct Request {
     limit: Duration,
     deadline: Instant,
@@ -79,13 +80,13 @@ struct Request {
 }
 
 impl Watcher {
-    /// Watches until the machine has ended, and publishes how.
+    /// Watches until the machine has ended, and publishes how it ended.
     pub(crate) async fn run(mut self) {
         let exit = self.watch().await;
         if let Some(tpm) = &mut self.tpm {
             tpm.finish().await;
         }
-        // What the guest wrote last is still on its way.
+        // The last output of the guest may still be in transit.
         let _ = timeout(CONSOLE_LIMIT, self.console.finished()).await;
         self.phase.send_replace(Phase::Ended(exit));
     }
@@ -94,7 +95,7 @@ impl Watcher {
         let mut killed: Option<String> = None;
         let mut request: Option<Request> = None;
         let mut lost_since: Option<Instant> = None;
-        // One look at a time: libvirt keeps those waiting that ask for a domain which it is stopping.
+        // One check at a time: libvirt blocks queries about a domain that it is stopping.
         let mut look = Instant::now() + LOOK;
         let mut looking: Fuse<BoxFuture<'static, _>> = Fuse::terminated();
         let mut killing: Fuse<BoxFuture<'static, ()>> = Fuse::terminated();
@@ -158,7 +159,7 @@ impl Watcher {
                     match seen {
                         Ok(Seen::Running) => {
                             lost_since = None;
-                            // It ends with its machine, which is seen a moment later.
+                            // The TPM also ends with its machine, whose end is observed a moment later.
                             if let Some((since, told)) = tpm_ended.take_if(|(since, _)| since.elapsed() >= TPM_LIMIT) {
                                 tracing::debug!(domain = self.domain, ?since, told, "a machine lost its TPM");
                                 self.end(gone).await;
@@ -219,14 +220,14 @@ impl Watcher {
                 let name = name.clone();
                 move |connect: &virt::connect::Connect| domain(connect, &name)?.destroy()
             };
-            // One that ended by itself, or cannot be reached, is seen at the next look.
+            // If the domain ended by itself or cannot be reached, the next check shows it.
             if let Err(failure) = connection.order(kill).await {
                 tracing::debug!(domain = name, ?failure, "cannot destroy a domain");
             }
         }
     }
 
-    /// Ends the machine, and waits for its process's end or libvirt's word for it, whichever comes first.
+    /// Ends the machine, and waits for the end of its process or libvirt's confirmation, whichever comes first.
     async fn end(&self, gone: Fuse<BoxFuture<'static, Option<Broke>>>) {
         tokio::select! {
             () = self.kill() => {}
@@ -234,7 +235,7 @@ impl Watcher {
         }
     }
 
-    /// Not waited for: the guest's end may come before libvirt's answer.
+    /// Presses the power button. Does not wait: the guest may end before libvirt replies.
     fn press(&self) {
         let (connection, name) = (Arc::clone(&self.connection), self.domain.clone());
         tokio::spawn(async move {
@@ -254,7 +255,8 @@ impl Watcher {
         }
     }
 
-    /// Whether a device stopped because the host's disk is full (QEMU QMP Reference Manual, `query-block`: `nospace`).
+    /// Returns whether a device stopped because the host's disk is full (QEMU QMP Reference Manual, `query-block`:
+    /// `nospace`).
     async fn is_disk_full(&self) -> bool {
         let name = self.domain.clone();
         let ask = move |connect: &virt::connect::Connect| {
@@ -269,7 +271,7 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        // Dropped before its time: nobody waits for ever.
+        // Dropped before the machine ended: publish an end, so that no caller waits forever.
         self.phase.send_if_modified(|phase| {
             let running = *phase == Phase::Running;
             if running {
@@ -280,7 +282,7 @@ impl Drop for Watcher {
     }
 }
 
-/// How a TPM ended. Of none, for ever.
+/// Waits until the TPM has ended, and returns how; never completes if there is none.
 async fn ended_of(tpm: &mut Option<Tpm>) -> String {
     match tpm {
         Some(tpm) => tpm.ended().await,

@@ -1,12 +1,12 @@
-//! Writing XML: elements, attributes and text, all of it escaped by the writer, never put together as text. Reading the
-//! attributes of elements, which is all that is read here.
+//! Writes XML: elements, attributes and text, all escaped by the writer and never concatenated as strings. Reads
+//! elements with their attributes and text.
 
 use quick_xml::{
     Reader, Writer, XmlVersion,
     events::{BytesEnd, BytesStart, BytesText, Event},
 };
 
-/// An XML text that is being written.
+/// An XML document that is being written.
 #[allow(missing_debug_implementations)] // A writer of quick-xml has none.
 pub(crate) struct Xml(Writer<Vec<u8>>);
 
@@ -16,11 +16,11 @@ impl Xml {
     }
 
     fn event(&mut self, event: Event<'_>) {
-        // Writing into memory does not fail.
+        // Writing to memory does not fail.
         let _ = self.0.write_event(event);
     }
 
-    /// An element with what is inside of it.
+    /// Writes an element with content.
     pub(crate) fn element(
         &mut self,
         name: &str,
@@ -32,18 +32,18 @@ impl Xml {
         self.event(Event::End(BytesEnd::new(name)));
     }
 
-    /// An element with nothing inside.
+    /// Writes an empty element.
     pub(crate) fn empty(&mut self, name: &str, attributes: &[(&str, &str)]) {
         self.event(Event::Empty(start(name, attributes)));
     }
 
-    /// An element with text inside.
+    /// Writes an element that contains text.
     pub(crate) fn text(&mut self, name: &str, attributes: &[(&str, &str)], text: &str) {
         let text = clean(text);
         self.element(name, attributes, |xml| xml.event(Event::Text(BytesText::new(&text))));
     }
 
-    /// What was written.
+    /// Returns the document.
     pub(crate) fn finish(self) -> String {
         String::from_utf8_lossy(&self.0.into_inner()).into_owned()
     }
@@ -57,21 +57,22 @@ fn start<'a>(name: &'a str, attributes: &[(&str, &str)]) -> BytesStart<'a> {
     start
 }
 
-/// The text with what XML cannot hold (Extensible Markup Language 1.0, 2.2: most control characters) shown as such.
+/// Replaces characters that XML cannot represent (Extensible Markup Language 1.0, 2.2: most control characters) with
+/// U+FFFD.
 fn clean(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') { '\u{fffd}' } else { c })
         .collect()
 }
 
-/// An element that was read: its name without a prefix, its attributes, and how deep it stands.
+/// An element that was read: its name without a prefix, its attributes, its ancestors and its text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Element {
     pub(crate) name: String,
     pub(crate) attributes: Vec<(String, String)>,
-    /// The names of the elements around it, outermost first.
+    /// The names of its ancestors, outermost first.
     pub(crate) around: Vec<String>,
-    /// The text directly in it, up to its first element.
+    /// The text directly in it.
     pub(crate) text: String,
 }
 
@@ -80,14 +81,14 @@ impl Element {
         self.attributes.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
-    /// Whether the names around it and its own are these.
+    /// Returns whether the names of its ancestors, followed by its own, equal `path`.
     pub(crate) fn is(&self, path: &[&str]) -> bool {
         let own = self.around.iter().map(String::as_str).chain([self.name.as_str()]);
         own.eq(path.iter().copied())
     }
 }
 
-/// All elements of a text, in order; as far as it can be read.
+/// Returns all elements of a text, in order, up to the first syntax error.
 pub(crate) fn elements(text: &str) -> Vec<Element> {
     let mut reader = Reader::from_str(text);
     let (mut found, mut open): (Vec<Element>, Vec<usize>) = (Vec::new(), Vec::new());

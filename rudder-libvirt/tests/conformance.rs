@@ -1,5 +1,5 @@
-//! The libvirt backend keeps the contract: the suite of `rudder_core::testing`, with a libvirtd of its own and a real guest,
-//! in a user's session and as the system's.
+//! The libvirt backend fulfils the contract: the suite of `rudder_core::testing`, with its own libvirtd and a real
+//! guest, both with a session daemon and with a system daemon.
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -25,15 +25,15 @@ use std::{
     sync::Arc,
 };
 
-/// Set for the process that plays an owner: the directory of its store, and the URI of its libvirt.
+/// Set in a process that plays an owner: the directory of its store, and the URI of its libvirt.
 const STORE: &str = "RUDDER_SUITE_STORE";
 const URI: &str = "RUDDER_SUITE_URI";
-/// The port of the guest's echo.
+/// The port of the guest's echo service.
 const ECHO: u16 = 7;
 
 #[derive(Debug)]
 struct LibvirtAdapter {
-    /// The test that it is for.
+    /// The name of the test that uses the adapter.
     test: &'static str,
     store: PathBuf,
     uri: String,
@@ -46,13 +46,13 @@ impl LibvirtAdapter {
         Ok(LibvirtBackend::builder(store).uri(&self.uri).accelerator(Accelerator::Tcg).build())
     }
 
-    /// The QEMU of a machine.
+    /// Returns the QEMU process of a machine.
     fn process(&self, lab: &LabId, machine: &str) -> Option<i32> {
         let name = format!("guest=rudder.{lab}.{machine},");
         qemus_of(&self.store).into_iter().find(|pid| command_line(*pid).contains(&name))
     }
 
-    /// A list of virsh's.
+    /// Returns the lines of a list that virsh prints.
     fn list(&self, args: &[&str]) -> Vec<String> {
         let output = Command::new("virsh").args(["-c", &self.uri]).args(args).stdin(Stdio::null()).output();
         let output = output.unwrap();
@@ -62,7 +62,7 @@ impl LibvirtAdapter {
     }
 }
 
-/// The tiny guest, made by `make guests`.
+/// Returns the path of the tiny guest, made by `make guests`.
 fn tiny() -> PathBuf {
     let made = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guests");
     let path = std::env::var_os("RUDDER_GUESTS").map_or_else(made, PathBuf::from).join("tiny.qcow2");
@@ -95,7 +95,7 @@ impl Adapter for LibvirtAdapter {
             traces.extend(entries.map(|entry| entry.path().display().to_string()));
         }
         let domains = self.list(&["list", "--all", "--name"]);
-        // Those of a module are there as long as it is.
+        // The domains of a module exist for as long as the module.
         let of_module = |name: &str| {
             name.split_once('.').is_some_and(|(module, _)| self.store.join("modules").join(module).is_dir())
         };
@@ -127,7 +127,7 @@ impl Adapter for LibvirtAdapter {
             "<waitText '$' 1m>echo typed on the screen >/tmp/typed<enter>",
         ];
         guest.boot_command = Some(command.map(str::to_owned).to_vec());
-        // It is emulated.
+        // The guest is emulated.
         guest.large = 4 << 20;
         guest.serial_says = Some("login:".to_owned());
         Some(guest)
@@ -135,7 +135,7 @@ impl Adapter for LibvirtAdapter {
 
     fn bad_images(&self) -> Option<BadImages> {
         let broken = self.store.join("broken.qcow2");
-        // The magic of qcow2 (docs/interop/qcow2.txt), and nothing that makes sense behind it.
+        // The magic number of qcow2 (docs/interop/qcow2.txt), followed by nothing valid.
         fs::write(&broken, [b"QFI\xfb".as_slice(), &[0xff; 4096]].concat()).unwrap();
         let url = |path: &Path| url::Url::from_file_path(path).unwrap();
         Some(BadImages::new(url(&self.store.join("missing.qcow2")), url(&broken)))
@@ -178,7 +178,7 @@ async fn the_libvirt_backend_keeps_the_contract() {
     keeps_the_contract(TEST, Scope::Session, None).await;
 }
 
-/// What is different there: networks, how guests are reached, and what owners leave.
+/// Covers what is specific to the system's libvirt: networks, how guests are reached, and what owners leave behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_libvirt_backend_of_the_system_keeps_the_contract() {
     const TEST: &str = "the_libvirt_backend_of_the_system_keeps_the_contract";

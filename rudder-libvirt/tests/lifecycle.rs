@@ -1,4 +1,5 @@
-//! The life of machines on a real libvirt: start, wait, stop in every order, death, capture. Nothing is left afterwards.
+//! The life cycle of machines on a real libvirt: start, wait, stop in every order, death, capture. Nothing is left
+//! afterwards.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -24,7 +25,7 @@ fn killed(exit: &Exit) -> bool {
     matches!(exit, Exit::Killed { .. })
 }
 
-/// Waits until a guest listens for its power button.
+/// Waits until a guest is listening for its power button.
 async fn ready(machine: &dyn Machine) {
     while machine.serial_tail(100).await.unwrap() != b"ready" {
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -89,12 +90,12 @@ async fn streams_reach_port_display_and_serial_console() {
     let lab = place.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    // This guest never takes its address.
+    // This guest never configures its address.
     let error = machine.dial(22).await.map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::GuestUnreachable);
     assert_eq!(machine.reachable_at(22), None);
     assert_eq!(machine.dial(23).await.map(drop).unwrap_err().kind(), ErrorKind::InvalidInput);
-    // Two look at once, and somebody else besides them.
+    // Two viewers at once, while other clients use the serial console and take a screenshot.
     let (mut one, mut other) = (machine.display().await.unwrap(), machine.display().await.unwrap());
     for display in [&mut one, &mut other] {
         let mut greeting = [0; 4];
@@ -152,7 +153,7 @@ async fn every_end_is_told_from_the_others() {
     place.assert_clean().await;
 }
 
-/// The processes of machines are orphans, and libvirt waits until the host's init has taken note of their end.
+/// The processes of machines are orphans, and libvirt waits until the host's init has reaped them.
 #[tokio::test(flavor = "multi_thread")]
 async fn ends_are_told_when_the_hosts_init_is_slow() {
     let place = Place::new().await;
@@ -163,7 +164,7 @@ async fn ends_are_told_when_the_hosts_init_is_slow() {
         qemu
     };
     let is_held = |name: &str| {
-        // Also asking would wait.
+        // A query through libvirt would block, too.
         let status =
             place.dir.path().join(format!("libvirt/run/libvirt/qemu/run/rudder.{}.{name}.xml", lab.id()));
         assert!(status.exists(), "expected libvirt not to have let go of {name} yet");
@@ -182,7 +183,7 @@ async fn ends_are_told_when_the_hosts_init_is_slow() {
         "{exit:?}"
     );
     is_held("guest");
-    // Whoever starts it again waits until libvirt has let go.
+    // Starting it again waits until libvirt has released it.
     let again = tokio::spawn({
         let rest = Arc::clone(&rest);
         async move { rest.start().await }
@@ -196,7 +197,7 @@ async fn ends_are_told_when_the_hosts_init_is_slow() {
     is_held("guest");
     orphans::let_go(pid);
 
-    // A guest that powers off is not dead, however late libvirt says so.
+    // A guest that powers off is not dead, however late libvirt reports it.
     let mut off = sector_machine(&*lab, &sector::power_off_on_button(), Bus::Virtio, 1 << 20).await;
     off.name = "off".to_owned();
     let off = lab.create_machine(&off).await.unwrap();
@@ -246,18 +247,18 @@ async fn a_module_is_also_a_set_of_halted_domains() {
         lab.destroy().await.unwrap();
         assert_eq!(place.daemon.domains(), ["base.web"]);
 
-        // It can be started; what is written then is thrown away, and the module stays as it is.
+        // It can be started; what is written then is discarded, and the module stays unchanged.
         let disk = module.path.unwrap().parent().unwrap().join(&module.machines[0].disks[0].file);
         let before = std::fs::read(&disk).unwrap();
         place.daemon.virsh(&["start", "base.web"]);
         place.daemon.virsh(&["destroy", "base.web"]);
         assert!(before == std::fs::read(&disk).unwrap());
     }
-    // What a builder did not get to is made up for.
+    // Domains that a builder did not define are added by the next reap.
     place.daemon.virsh(&["undefine", "base.web"]);
     place.backend.reap().await.unwrap();
     assert_eq!(place.daemon.domains(), ["base.web"]);
-    // What another process removed from the store is removed from libvirt.
+    // The domains of a module that another process removed from the store are removed from libvirt.
     place.backend.store().remove_module("base").await.unwrap();
     place.backend.reap().await.unwrap();
     assert_eq!(place.daemon.domains(), Vec::<String>::new());
@@ -277,7 +278,7 @@ async fn what_is_dropped_is_removed_and_what_is_foreign_stays() {
     let lab = place.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    // Another backend on the same store, as another process has it: the lab lives, and is left alone.
+    // Another backend on the same store, as in another process: the lab is alive, so it is not touched.
     let other = backend(place.dir.path(), &place.daemon);
     assert_eq!(other.reap().await.unwrap().removed, Vec::<String>::new());
     assert_eq!(place.daemon.domains().len(), 2);

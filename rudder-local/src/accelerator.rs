@@ -1,27 +1,27 @@
-//! Which accelerator a machine runs on, and why.
+//! The choice of a machine's accelerator, and the reasons for it.
 
 use rudder_core::{Error, ErrorKind, Result};
 use std::{fmt, fs::OpenOptions, io, path::Path};
 
-/// Which accelerator is wanted.
+/// The requested accelerator.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Accelerator {
-    /// KVM where an ordinary guest can run on it, else TCG.
+    /// KVM if an ordinary guest can run on it, else TCG.
     #[default]
     Auto,
     /// KVM, or an error.
     Kvm,
-    /// TCG: QEMU translates every instruction. Works everywhere, and is slow.
+    /// TCG: QEMU translates every instruction. Works everywhere, but is slow.
     Tcg,
 }
 
-/// The accelerator that was chosen.
+/// The chosen accelerator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chosen {
     /// The kernel's KVM.
     Kvm,
-    /// QEMU's own translator.
+    /// QEMU's own binary translator.
     Tcg,
 }
 
@@ -34,7 +34,7 @@ impl fmt::Display for Chosen {
     }
 }
 
-/// What the host says about KVM.
+/// What the host reports about KVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Facts {
     /// Whether `/dev/kvm` opens for reading and writing.
@@ -45,7 +45,7 @@ pub(crate) struct Facts {
     pub(crate) built_in: bool,
 }
 
-/// What became of opening `/dev/kvm`.
+/// The result of opening `/dev/kvm`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Device {
     Opens,
@@ -64,7 +64,7 @@ impl Facts {
         Self { device, hardware: has_virtualisation(&cpuinfo), built_in }
     }
 
-    /// Why an ordinary guest cannot run on KVM here, and what would mend it; `None`: it can.
+    /// Returns why an ordinary guest cannot run on KVM here, and how to fix it; `None` if it can.
     fn obstacle(self) -> Option<(&'static str, &'static str)> {
         if !self.built_in {
             Some(("this QEMU was built without KVM", "install Debian's package qemu-system-x86"))
@@ -86,7 +86,7 @@ impl Facts {
     }
 }
 
-/// Whether these contents of `/proc/cpuinfo` show hardware virtualisation.
+/// Returns whether these contents of `/proc/cpuinfo` show hardware virtualisation.
 fn has_virtualisation(cpuinfo: &str) -> bool {
     cpuinfo
         .lines()
@@ -94,7 +94,7 @@ fn has_virtualisation(cpuinfo: &str) -> bool {
         .any(|flags| flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
 }
 
-/// The accelerator, and what the user should know about it.
+/// Returns the accelerator, and a notice about it for the user.
 pub(crate) fn decide(wanted: Accelerator, facts: Facts) -> Result<(Chosen, Option<String>)> {
     match (wanted, facts.obstacle()) {
         (Accelerator::Tcg, _) => Ok((Chosen::Tcg, None)),
@@ -105,7 +105,7 @@ pub(crate) fn decide(wanted: Accelerator, facts: Facts) -> Result<(Chosen, Optio
                 "machines run without hardware acceleration (TCG), several times slower: {why}; to change that, {help}"
             )),
         )),
-        // Forced, and QEMU can at least try.
+        // Requested explicitly, and QEMU can at least try.
         (Accelerator::Kvm, Some((why, _))) if facts.built_in && facts.device == Device::Opens => {
             Ok((Chosen::Kvm, Some(format!("KVM is used because it was asked for, although {why}"))))
         }

@@ -1,5 +1,5 @@
-//! Which UEFI firmware a machine gets: QEMU's firmware descriptors, read and chosen as their specification says
-//! ([docs/interop/firmware.json]). No path of a firmware is known here but those of the descriptors.
+//! The choice of a machine's UEFI firmware: QEMU's firmware descriptors are read and selected according to their specification
+//! ([docs/interop/firmware.json]). Firmware is only found through descriptors; no paths are built in.
 //!
 //! [docs/interop/firmware.json]: https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/firmware.json
 
@@ -12,25 +12,25 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// How to install what is missing, on Debian and its children.
+/// How to install what is missing, on Debian and its derivatives.
 pub const INSTALL: &str = "apt-get install --no-install-recommends ovmf";
 
-/// The processor that machines have, as descriptors call it.
+/// The architecture of machines, as named in descriptors.
 const ARCHITECTURE: &str = "x86_64";
 
-/// UEFI firmware that a machine can have.
+/// UEFI firmware for a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Uefi {
-    /// The program.
+    /// The firmware executable.
     pub code: Image,
-    /// What the variables of a new machine are copied from.
+    /// The template that the variables of a new machine are copied from.
     pub template: Image,
-    /// Whether it keeps its variables from the guest's kernel by system management mode.
+    /// Whether it protects its variables from the guest's kernel with system management mode.
     pub smm: bool,
 }
 
 impl Uefi {
-    /// What it is, for the provenance: the name of its file and what is in it.
+    /// Returns the version for the provenance: the name and digest of its file.
     ///
     /// # Errors
     /// The file cannot be read.
@@ -43,28 +43,28 @@ impl Uefi {
     }
 }
 
-/// A file of flash memory.
+/// A flash image.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Image {
-    /// Where it is.
+    /// Path of the file.
     #[serde(rename = "filename")]
     pub path: PathBuf,
-    /// Its format, as QEMU calls it.
+    /// Its format, in QEMU's naming.
     pub format: String,
 }
 
-/// What is wanted of a firmware.
+/// Requirements for a firmware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted<'a> {
-    /// The machine by its whole name, such as `pc-q35-7.2`.
+    /// The full name of the machine type, such as `pc-q35-7.2`.
     pub machine: &'a str,
-    /// Whether it enforces Secure Boot, with keys that are enrolled.
+    /// Whether it enforces Secure Boot, with enrolled keys.
     pub secure: bool,
-    /// Format and size of variables that there are already, which it must be able to go on with.
+    /// Format and size of existing variables, which it must be able to use.
     pub variables: Option<(&'a str, u64)>,
 }
 
-/// A descriptor, as far as it concerns us.
+/// The fields of a descriptor that are used here.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Descriptor {
@@ -75,19 +75,19 @@ struct Descriptor {
     features: Vec<String>,
 }
 
-/// How a firmware gets into the machine.
+/// How a firmware is mapped into the machine.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "device", rename_all = "kebab-case")]
 enum Mapping {
     Flash {
-        /// `split` unless it is said otherwise: a program that all share, and variables of each machine.
+        /// The default is `split`: an executable that all machines share, and variables for each machine.
         #[serde(default)]
         mode: Option<String>,
         executable: Image,
         #[serde(rename = "nvram-template")]
         nvram_template: Option<Image>,
     },
-    /// Without variables, or with those of another kind.
+    /// Without variables, or with variables of another kind.
     #[serde(other)]
     Other,
 }
@@ -123,22 +123,22 @@ impl Descriptor {
     }
 }
 
-/// The firmware that is installed, in the order in which it is preferred.
+/// The installed firmware, in order of preference.
 #[derive(Debug, Default)]
 pub struct Catalog {
     directories: Vec<PathBuf>,
     descriptors: Vec<(PathBuf, Descriptor)>,
-    /// What could not be read, and why.
+    /// Descriptors that could not be read, and why.
     broken: Vec<String>,
 }
 
 impl Catalog {
-    /// Reads the descriptors of these directories; the first is the most specific. A file hides those of its name in the
-    /// directories behind its own, and an empty one is nothing but that. All are in the order of their names.
+    /// Reads the descriptors in these directories, the most specific of which comes first. A file hides files of the same name in
+    /// later directories, and an empty file serves only that purpose. All descriptors are ordered by name.
     pub fn read(directories: Vec<PathBuf>) -> Self {
         let mut files: BTreeMap<OsString, PathBuf> = BTreeMap::new();
         for directory in &directories {
-            // Most hosts do not have all of them.
+            // Most hosts lack some of them.
             for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
                 let path = entry.path();
                 if path.extension().is_some_and(|extension| extension == "json") {
@@ -163,7 +163,7 @@ impl Catalog {
         catalog
     }
 
-    /// The firmware for a machine: the first that can be had.
+    /// Returns the firmware for a machine: the first that meets the requirements.
     ///
     /// # Errors
     /// `HostMissing`, with the package to install.
@@ -175,11 +175,11 @@ impl Catalog {
             }
             let (code, template) = descriptor.images()?;
             if wanted.secure {
-                // Without SMM the guest's kernel could change the keys; without keys nothing is refused.
+                // Without SMM the guest's kernel could change the keys; without keys nothing is enforced.
                 let all = ["secure-boot", "enrolled-keys", "requires-smm"];
                 all.iter().all(|feature| descriptor.has(feature)).then_some(())?;
             } else if descriptor.has("enrolled-keys") {
-                // It would enforce what nobody asked for.
+                // It would enforce Secure Boot, which was not requested.
                 return None;
             }
             match usable(code, template, wanted.variables) {
@@ -197,7 +197,7 @@ impl Catalog {
         let mut found = None;
         for (path, descriptor) in &self.descriptors {
             let Some(uefi) = suits(path, descriptor) else { continue };
-            // System management mode costs time, and guards nothing where there are no keys.
+            // System management mode costs time, and protects nothing if there are no keys.
             if wanted.secure || !uefi.smm {
                 return Ok(uefi);
             }
@@ -232,7 +232,7 @@ impl Catalog {
     }
 }
 
-/// Why the files of a descriptor cannot be used, if so.
+/// Checks that the files of a descriptor can be used; the error says why not.
 fn usable(code: &Image, template: &Image, variables: Option<(&str, u64)>) -> Result<(), String> {
     let size = |image: &Image| {
         let meta = fs::metadata(&image.path);
@@ -247,15 +247,15 @@ fn usable(code: &Image, template: &Image, variables: Option<(&str, u64)>) -> Res
             template.format
         ));
     }
-    // The size of other formats is not that of the flash memory.
+    // For other formats, the file size differs from that of the flash memory.
     if format == "raw" && room != size {
         return Err(format!("it has {room} bytes for variables, and there are already {size}"));
     }
     Ok(())
 }
 
-/// The directories of descriptors, the most specific first: the user's, the administrator's, the distribution's, and that
-/// of a QEMU that was installed elsewhere.
+/// Returns the directories of descriptors, the most specific first: the user's, the administrator's, the distribution's, and
+/// that of a QEMU installed elsewhere.
 pub fn directories(qemu: &Path) -> Vec<PathBuf> {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let user = absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
@@ -271,7 +271,7 @@ pub fn directories(qemu: &Path) -> Vec<PathBuf> {
     bases.into_iter().map(|base| base.join("qemu/firmware")).collect()
 }
 
-/// Whether a name matches a pattern in which `*` is any text and `?` any byte.
+/// Returns whether a name matches a pattern in which `*` is any text and `?` any byte.
 fn matches(pattern: &[u8], name: &[u8]) -> bool {
     match (pattern.split_first(), name.split_first()) {
         (None, None) => true,

@@ -1,7 +1,7 @@
-//! The process that runs the network of a lab which outlives its owner.
+//! The process that runs the network of a lab that outlives its owner.
 //!
-//! A program that embeds Rudder becomes that process when it is started as one: it calls [`run`] first in its `main`. Where it
-//! does not, the program `rudder-helper` is looked for beside it and in `PATH`.
+//! A program that embeds Rudder can act as this process: it calls [`run`] first in its `main`. For programs that do not, the
+//! program `rudder-helper` is searched for in the same directory and in `PATH`.
 
 use crate::network::{Network, NetworkOptions, NetworkRecord};
 use std::{
@@ -19,32 +19,32 @@ use std::{
     time::Duration,
 };
 
-/// In the environment of a helper: the file, in the directory that it is started in, with the [`NetworkRecord`] to run.
+/// The environment variable that names the file with the [`NetworkRecord`] to run, in the helper's initial working directory.
 pub const VARIABLE: &str = "RUDDER_HELPER";
-/// The name of the program.
+/// The name of the helper program.
 const PROGRAM: &str = "rudder-helper";
 
-/// Interval between looks whether the lab's directory is still there.
+/// Interval between checks whether the lab's directory still exists.
 const GONE: Duration = Duration::from_secs(2);
 
 /// Whether this program calls [`run`].
 static IS_HELPER: AtomicBool = AtomicBool::new(false);
 
-/// Becomes the helper process, and does not return, if this process was started as one; else does nothing. To be called first in
+/// Acts as the helper process and does not return, if this process was started as one; otherwise does nothing. Call it first in
 /// `main`.
 pub fn run() {
     IS_HELPER.store(true, Ordering::Relaxed);
     let Some(record) = env::var_os(VARIABLE) else { return };
-    // On a thread of its own, where a runtime may be started also when `main` is on one already.
+    // On a separate thread, where a runtime can be started even if `main` already runs on one.
     let ended = std::thread::spawn(move || run_network(Path::new(&record))).join();
     if let Ok(Err(error)) = &ended {
-        // There is no subscriber yet; what it says goes to a file in the lab.
+        // There is no subscriber yet; standard error goes to a file in the lab.
         let _ = writeln!(io::stderr(), "the network of the lab has ended: {error}");
     }
     process::exit(1);
 }
 
-/// A program that is the helper process when it is started with [`VARIABLE`].
+/// A program that acts as the helper process when started with [`VARIABLE`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HelperProgram {
     /// Its path.
@@ -54,19 +54,19 @@ pub struct HelperProgram {
 }
 
 impl HelperProgram {
-    /// A program without arguments.
+    /// Returns a program without arguments.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), arguments: Vec::new() }
     }
 
-    /// With these arguments.
+    /// Sets the arguments.
     #[must_use]
     pub fn arguments(mut self, arguments: impl IntoIterator<Item: Into<OsString>>) -> Self {
         self.arguments = arguments.into_iter().map(Into::into).collect();
         self
     }
 
-    /// The one to use on this host: this program if it calls [`run`], else `rudder-helper` beside it or in `PATH`.
+    /// Finds the helper program of this host: this program if it calls [`run`], else `rudder-helper` beside it or in `PATH`.
     #[must_use]
     pub fn find() -> Option<Self> {
         let own = env::current_exe().ok();
@@ -80,7 +80,7 @@ impl HelperProgram {
     }
 }
 
-/// Runs a network until the process is ended, or the directory of its lab is gone.
+/// Runs a network until the process is killed, or the directory of its lab is gone.
 fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
     let record = NetworkRecord::from_json(record, &fs::read(record)?).map_err(io::Error::other)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -100,7 +100,7 @@ fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
         let _open = open;
         loop {
             tokio::time::sleep(GONE).await;
-            // A directory without a name has no links (stat(2)): somebody removed the lab by hand.
+            // A directory without a name has no links (stat(2)): the lab was removed by hand.
             if fs::metadata(".")?.nlink() == 0 {
                 return Err(io::Error::new(io::ErrorKind::NotFound, "the directory of the lab was removed"));
             }

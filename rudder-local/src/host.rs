@@ -1,4 +1,4 @@
-//! What the host has: programs, their versions, what QEMU can do (by asking it), and the accelerator.
+//! What the host provides: programs, their versions, the features of QEMU (as reported by QEMU), and the accelerator.
 
 use crate::{
     accelerator::{self, Accelerator, Chosen, Facts},
@@ -18,30 +18,30 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// How to install what is missing, on Debian and its children.
+/// How to install what is missing, on Debian and its derivatives.
 const INSTALL: &str = "apt-get install --no-install-recommends qemu-system-x86 qemu-utils";
 /// The same for machines with a TPM.
 const INSTALL_TPM: &str = "apt-get install --no-install-recommends swtpm swtpm-tools";
 
-/// Which programs to use; what is not given is looked for in `PATH`.
+/// The programs to use; those not set are searched for in `PATH`.
 #[derive(Debug, Clone, Default)]
 pub struct Programs {
     /// `qemu-system-x86_64`.
     pub qemu: Option<PathBuf>,
     /// `qemu-img`, of the same version.
     pub qemu_img: Option<PathBuf>,
-    /// `setpriv` of util-linux, by which processes end with their owner.
+    /// `setpriv` of util-linux, which lets processes end with their owner.
     pub setpriv: Option<PathBuf>,
     /// `swtpm`, for machines with a TPM.
     pub swtpm: Option<PathBuf>,
-    /// The directories of firmware descriptors, where they are not QEMU's.
+    /// The directories of firmware descriptors; `None` for QEMU's.
     pub firmware: Option<Vec<PathBuf>>,
-    /// The program that runs the network of a kept lab; the one that is found when a lab is kept.
+    /// The program that runs the network of a kept lab; `None` to find one when a lab is kept.
     pub helper: Option<HelperProgram>,
 }
 
 impl Programs {
-    /// The same, independent of the working directory of later. A name without a directory stays one.
+    /// Makes the paths independent of later changes of the working directory. A name without a directory is left as it is.
     #[must_use]
     pub fn rooted(mut self) -> Self {
         let Self { qemu, qemu_img, setpriv, swtpm, firmware, helper } = &mut self;
@@ -67,10 +67,10 @@ pub struct Host {
     pub(crate) qemu_img: PathBuf,
     pub(crate) qemu_nbd: PathBuf,
     pub(crate) setpriv: Option<PathBuf>,
-    /// The swtpm to use, where it was given.
+    /// The swtpm to use, if it was set.
     pub swtpm: Option<PathBuf>,
     pub(crate) accelerator: Chosen,
-    /// What the user should know about the accelerator.
+    /// A notice about the accelerator for the user.
     pub notice: Option<String>,
     versions: BTreeMap<String, String>,
     devices: BTreeSet<String>,
@@ -80,10 +80,10 @@ pub struct Host {
 }
 
 impl Host {
-    /// Looks at everything that a machine needs.
+    /// Checks everything that a machine needs.
     ///
     /// # Errors
-    /// `HostMissing`, with how to mend it.
+    /// `HostMissing`, with how to fix it.
     pub async fn examine(programs: &Programs, wanted: Accelerator) -> Result<Self> {
         let qemu = require(programs.qemu.as_deref(), "qemu-system-x86_64")?;
         let qemu_img = require(programs.qemu_img.as_deref(), "qemu-img")?;
@@ -114,7 +114,7 @@ impl Host {
         })
     }
 
-    /// Refuses what this host cannot give to any machine.
+    /// Checks that this host can provide these capabilities.
     ///
     /// # Errors
     /// `HostMissing`, with the package to install.
@@ -133,7 +133,7 @@ impl Host {
         Ok(())
     }
 
-    /// The firmware of a machine: that enforces Secure Boot or not, and can go on with variables of this format and size.
+    /// Returns the firmware of a machine, which enforces Secure Boot or not, and can use variables of this format and size.
     ///
     /// # Errors
     /// `HostMissing`, with the package to install.
@@ -143,19 +143,19 @@ impl Host {
         self.firmware.choose(Wanted { machine, secure, variables })
     }
 
-    /// The accelerator that machines run on.
+    /// Returns the accelerator that machines run on.
     #[must_use]
     pub fn accelerator(&self) -> Chosen {
         self.accelerator
     }
 
-    /// Versions that belong into the provenance.
+    /// Returns the versions for the provenance.
     #[must_use]
     pub fn versions(&self) -> &BTreeMap<String, String> {
         &self.versions
     }
 
-    /// Refuses a device that this QEMU does not have.
+    /// Checks that this QEMU has a device.
     ///
     /// # Errors
     /// `HostMissing`.
@@ -171,7 +171,7 @@ impl Host {
         .with_help(format!("install a complete QEMU: {INSTALL}")))
     }
 
-    /// The programs that a TPM needs.
+    /// Returns the programs that a TPM needs.
     ///
     /// # Errors
     /// `HostMissing`, with the packages to install.
@@ -179,13 +179,13 @@ impl Host {
         TpmPrograms::find(self.swtpm.as_deref())
     }
 
-    /// The lifetime of a process that ends with its owner.
+    /// Returns the lifetime of a process that ends with its owner.
     #[must_use]
     pub fn with_owner(&self) -> Lifetime {
         Lifetime::WithOwner(self.setpriv.clone())
     }
 
-    /// The version of a program, as its option `--version` says.
+    /// Returns the version of a program according to its option `--version`.
     ///
     /// # Errors
     /// `HostMissing` when it cannot be run.
@@ -193,13 +193,13 @@ impl Host {
         ask_version(program, self.with_owner()).await
     }
 
-    /// The emulator.
+    /// Returns the path of the emulator.
     #[must_use]
     pub fn qemu(&self) -> &Path {
         &self.qemu
     }
 
-    /// Whether this QEMU has a device.
+    /// Returns whether this QEMU has a device.
     #[must_use]
     pub fn has_device(&self, device: &str) -> bool {
         self.devices.contains(device)
@@ -211,12 +211,12 @@ impl Host {
 pub struct TpmPrograms {
     /// The TPM itself.
     pub swtpm: PathBuf,
-    /// What makes a new one.
+    /// The program that creates a new one.
     pub setup: PathBuf,
 }
 
 impl TpmPrograms {
-    /// Looks for them.
+    /// Finds the programs.
     ///
     /// # Errors
     /// `HostMissing`, with the packages to install.
@@ -227,7 +227,7 @@ impl TpmPrograms {
         };
         let place = given.map_or_else(|| "in PATH".to_owned(), |path| format!("at {}", path.display()));
         let swtpm = find(given, "swtpm").ok_or_else(|| missing("swtpm", &place))?;
-        // Beside it, where it is not in PATH.
+        // Beside swtpm, in case it is not in PATH.
         let beside = swtpm.parent().map(|directory| directory.join("swtpm_setup"));
         let setup = find(beside.as_deref(), "swtpm_setup").or_else(|| find(None, "swtpm_setup"));
         let setup = setup.ok_or_else(|| missing("swtpm_setup", "in PATH"))?;
@@ -243,7 +243,7 @@ fn require(given: Option<&Path>, name: &str) -> Result<PathBuf> {
     })
 }
 
-/// The qemu-nbd that came with a qemu-img: the one beside it, else the first in `PATH`.
+/// Returns the qemu-nbd that came with a qemu-img: the one beside it, else the first in `PATH`.
 fn require_nbd(qemu_img: &Path) -> Result<PathBuf> {
     match find(Some(&qemu_img.with_file_name("qemu-nbd")), "qemu-nbd") {
         Some(beside) => Ok(beside),
@@ -256,11 +256,11 @@ struct Answers {
     version: String,
     kvm: bool,
     devices: BTreeSet<String>,
-    /// Machines by their short names, with the whole ones: `q35` is `pc-q35-7.2`.
+    /// Full names of machine types by their short names: `q35` is `pc-q35-7.2`.
     machines: BTreeMap<String, String>,
 }
 
-/// Asks QEMU itself what it is and can do (QEMU QMP Reference Manual), on a machine without anything.
+/// Asks QEMU for its version and features (QEMU QMP Reference Manual), on a machine without any devices.
 async fn ask_qemu(qemu: &Path, lifetime: Lifetime) -> Result<Answers> {
     let questions = [
         json!({"execute": "qmp_capabilities"}),
@@ -326,7 +326,7 @@ fn read_answers(output: &[u8]) -> Option<Answers> {
     Some(Answers { version: version?, kvm, devices, machines })
 }
 
-/// The version in `NAME version 7.2.22 (…)`.
+/// Returns the version in `NAME version 7.2.22 (…)`.
 async fn ask_version(program: &Path, lifetime: Lifetime) -> Result<String> {
     let finished = Invocation::new(program, lifetime).args(["--version"]).run(None).await?;
     let finished = finished.success("ask for its version")?;
@@ -338,7 +338,7 @@ fn read_version(text: &str) -> String {
     words.next().unwrap_or("unknown").trim_end_matches(',').to_owned()
 }
 
-/// What is here, what is missing, how to mend it. `store` is where labs are.
+/// Reports what the host has, what is missing, and how to fix it. `store` is the directory that contains the labs.
 pub async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) -> HostReport {
     let mut report = HostReport::default();
     let setpriv = find(programs.setpriv.as_deref(), "setpriv");
@@ -390,7 +390,7 @@ pub async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) ->
     report
 }
 
-/// What only some manifests need.
+/// Returns the findings about what only some manifests need.
 fn optional(programs: &Programs, answers: &Answers) -> Vec<HostFinding> {
     let Some(qemu) = find(programs.qemu.as_deref(), "qemu-system-x86_64") else { return Vec::new() };
     let catalog = programs.catalog(&qemu);
@@ -414,11 +414,11 @@ fn finding(what: &str, required: bool, outcome: Result<String, &Error>) -> HostF
     HostFinding { what: what.to_owned(), present, required, detail, help }
 }
 
-/// Below this many free bytes even a small build is likely to fail.
+/// Number of free bytes below which even a small build is likely to fail.
 const LITTLE_SPACE: u64 = 2 << 30;
 
 fn free_space(store: &Path) -> HostFinding {
-    // The store may not be there yet: then what counts is where it will be.
+    // If the store does not exist yet, its nearest existing parent counts.
     let there = store.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let free = rustix::fs::statvfs(there).map(|stat| stat.f_bavail * stat.f_frsize);
     let enough = free.as_ref().is_ok_and(|free| *free >= LITTLE_SPACE);

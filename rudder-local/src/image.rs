@@ -1,4 +1,4 @@
-//! Disk images, through qemu-img: overlays on what is in the store, and what they stand on.
+//! Disk images, through qemu-img: overlays on images in the store, and their backing files.
 
 mod base;
 mod map;
@@ -14,19 +14,19 @@ use crate::lab_storage::LabStorage;
 use rudder_core::{Error, ErrorKind, Result, units::human_bytes};
 use std::path::Path;
 
-/// Sizes of disks are whole sectors.
+/// The size of a sector; sizes of disks are multiples of it.
 const SECTOR: u64 = 512;
 
-/// What an overlay stands on.
+/// The backing file of an overlay.
 #[derive(Debug)]
 pub struct Backing<'a> {
-    /// The file; absolute, so that it is nothing else to QEMU.
+    /// Path of the file; absolute, so that QEMU cannot interpret it as anything else.
     pub path: &'a Path,
-    /// Its format, as QEMU calls it: never guessed from the content, which a guest may have written.
+    /// Its format, in QEMU's naming: never guessed from the content, which a guest may have written.
     pub format: &'a str,
 }
 
-/// Makes a qcow2 file of the lab: on another image, which is never changed, or blank.
+/// Creates a qcow2 file in the lab: an overlay on another image, which is never changed, or a blank disk.
 pub async fn create(storage: &LabStorage, file: &str, backing: Option<Backing<'_>>, size: u64) -> Result<()> {
     let mut command = storage.qemu_img().args(["create", "-q", "-f", "qcow2"]);
     if let Some(backing) = backing {
@@ -36,7 +36,7 @@ pub async fn create(storage: &LabStorage, file: &str, backing: Option<Backing<'_
     finished.success("create a disk").map(drop)
 }
 
-/// The size of a new disk: as large as wanted, and never smaller than what it stands on.
+/// Returns the size of a new disk: as requested, but never smaller than its backing file.
 pub fn size_over(image: u64, wanted: Option<u64>) -> Result<u64> {
     match wanted {
         Some(wanted) if wanted < image => Err(Error::new(
@@ -52,7 +52,7 @@ pub fn size_over(image: u64, wanted: Option<u64>) -> Result<u64> {
     }
 }
 
-/// The smallest size that is written with a whole number and holds this.
+/// Rounds a size up to one that is written with a whole number.
 fn whole(size: u64) -> String {
     let unit = if size >= 10 << 30 { 1 << 30 } else { 1 << 20 };
     human_bytes(size.next_multiple_of(unit))

@@ -1,4 +1,5 @@
-//! Sources brought into a lab: images by URL, blank disks, and the disks of modules, each as an overlay that a machine may write to.
+//! Imports sources into a lab: images by URL, blank disks, and the disks of modules, each as an overlay that a machine may
+//! write to.
 
 use crate::{
     image::{self, Backing, Base},
@@ -13,8 +14,8 @@ use rudder_core::{
 };
 
 impl LabStorage {
-    /// Brings a source into the lab, as [`Lab::import`](rudder_core::backend::Lab::import) promises. The id of a disk is the
-    /// name of its file in the lab's directory, in qcow2; that of a CD-ROM is the path of the file in the store.
+    /// Imports a source into the lab, as [`Lab::import`](rudder_core::backend::Lab::import) promises. The id of a disk is the
+    /// name of its qcow2 file in the lab's directory; that of a CD-ROM is the path of the file in the store.
     ///
     /// # Errors
     /// As `Lab::import`.
@@ -59,7 +60,7 @@ impl LabStorage {
         Ok(Imported { volume, input: Some(input) })
     }
 
-    /// A CD-ROM is attached as it was served, from where it is cached.
+    /// Imports a CD-ROM, which is attached as it was served, from where it is cached.
     async fn import_cdrom(
         &self,
         url: &PlannedUrl,
@@ -105,7 +106,7 @@ impl LabStorage {
         Ok(Imported { volume, input: Some(input) })
     }
 
-    /// Makes the volume of a request on this image.
+    /// Creates the volume of a request on this image.
     async fn volume(&self, backing: Option<(Backing<'_>, u64)>, wanted: Option<u64>) -> Result<Volume> {
         let (backing, size) = match backing {
             Some((backing, image_size)) => (Some(backing), image::size_over(image_size, wanted)?),

@@ -1,6 +1,6 @@
-//! What a lab of a backend that runs QEMU stands on: a directory in the store, and the volumes in it. Brings sources in,
-//! and takes captured disks out. Whether the machines on these volumes are started by this crate or by somebody else
-//! (libvirt) makes no difference here.
+//! The storage of a lab, for backends that run QEMU: a directory in the store, and the volumes in it. Imports sources,
+//! and captures disks. It makes no difference here whether the machines on these volumes are started by this crate or by
+//! another program (libvirt).
 
 use crate::{
     host::Host,
@@ -25,10 +25,10 @@ use std::{
     },
 };
 
-/// The file in a lab's directory that says how to get into its machines, once it was kept.
+/// The file in a kept lab's directory that says how to access its machines.
 const ACCESS_FILE: &str = "access.json";
 
-/// What a lab and its machines stand on.
+/// The directory, volumes and host of a lab.
 #[derive(Debug)]
 pub struct LabStorage {
     id: LabId,
@@ -37,21 +37,21 @@ pub struct LabStorage {
     network: PlannedNetwork,
     retention: Retention,
     store: Store,
-    /// The directory itself: a way to its sockets that is short whatever its path is.
+    /// The open directory: gives its sockets a short path, whatever the directory's own path is.
     handle: File,
-    /// Virtual sizes of the volumes, by their file names.
+    /// Virtual sizes of the volumes, by file name.
     volumes: Mutex<BTreeMap<String, u64>>,
-    /// Versions that belong into the provenance, besides the host's.
+    /// Versions for the provenance, in addition to the host's.
     versions: Mutex<BTreeMap<String, String>>,
     next_volume: AtomicUsize,
     notice_told: AtomicBool,
 }
 
 impl LabStorage {
-    /// Makes the directory of a lab in the store; this process owns it.
+    /// Creates the directory of a lab in the store, owned by this process.
     ///
     /// # Errors
-    /// `Conflict` when there is a lab with this id; file errors.
+    /// `Conflict` when a lab with this id exists; file errors.
     pub async fn open(store: &Store, host: Arc<Host>, spec: &LabSpec) -> Result<Self> {
         let (owned, id, name, retention) =
             (store.clone(), spec.id.clone(), spec.name.clone(), spec.retention);
@@ -73,49 +73,49 @@ impl LabStorage {
         })
     }
 
-    /// The lab's id.
+    /// Returns the lab's id.
     #[must_use]
     pub fn id(&self) -> &LabId {
         &self.id
     }
 
-    /// The lab's directory.
+    /// Returns the lab's directory.
     #[must_use]
     pub fn dir(&self) -> &LabDir {
         &self.dir
     }
 
-    /// The host that its machines run on.
+    /// Returns the host that its machines run on.
     #[must_use]
     pub fn host(&self) -> &Host {
         &self.host
     }
 
-    /// Its networks.
+    /// Returns its networks.
     #[must_use]
     pub fn network(&self) -> &PlannedNetwork {
         &self.network
     }
 
-    /// Whether its machines may have to outlive their owner.
+    /// Returns whether its machines may have to outlive their owner.
     #[must_use]
     pub fn retention(&self) -> Retention {
         self.retention
     }
 
-    /// A file of the lab.
+    /// Returns the path of a file of the lab.
     #[must_use]
     pub fn path(&self, file: &str) -> PathBuf {
         self.dir.path().join(file)
     }
 
-    /// A socket of the lab, by a path that fits into an address (unix(7): at most 107 bytes).
+    /// Returns a path of a socket of the lab that is short enough for an address (unix(7): at most 107 bytes).
     #[must_use]
     pub fn socket(&self, file: &str) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/{file}", self.handle.as_raw_fd()))
     }
 
-    /// Versions that belong into the provenance: the host's, and of what the lab's machines were made with.
+    /// Returns the versions for the provenance: the host's, and those of what the lab's machines were made with.
     #[must_use]
     pub fn versions(&self) -> BTreeMap<String, String> {
         let mut versions = self.host.versions().clone();
@@ -123,29 +123,29 @@ impl LabStorage {
         versions
     }
 
-    /// Takes note of something that a machine of the lab is made with.
+    /// Records the version of something that a machine of the lab is made with.
     pub fn note_version(&self, what: &str, version: String) {
         self.versions.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned(), version);
     }
 
-    /// qemu-img, in the lab's directory.
+    /// Returns an invocation of qemu-img in the lab's directory.
     pub fn qemu_img(&self) -> Invocation {
         self.tool(&self.host.qemu_img)
     }
 
-    /// qemu-nbd, in the lab's directory.
+    /// Returns an invocation of qemu-nbd in the lab's directory.
     pub fn qemu_nbd(&self) -> Invocation {
         self.tool(&self.host.qemu_nbd)
     }
 
-    /// A program in the lab's directory; it ends with its owner.
+    /// Returns an invocation of a program in the lab's directory; it ends with its owner.
     pub fn tool(&self, program: &Path) -> Invocation {
         Invocation::new(program, self.host.with_owner())
             .directory(self.dir.path())
             .variable(LAB_VARIABLE, self.id.as_str())
     }
 
-    /// The lifetime of the processes of a machine of the lab.
+    /// Returns the lifetime of the processes of the lab's machines.
     #[must_use]
     pub fn lifetime(&self) -> Lifetime {
         match self.retention {
@@ -154,8 +154,8 @@ impl LabStorage {
         }
     }
 
-    /// Records a process of a machine in the ledger of the lab, so that it is found when this process is gone. Of one that
-    /// has ended already, nothing is recorded: whoever talks to it notices.
+    /// Records a process of a machine in the ledger of the lab, so that it can be found after this process is gone. A process that
+    /// has already ended is not recorded: whoever communicates with it notices.
     ///
     /// # Errors
     /// File errors.
@@ -168,17 +168,17 @@ impl LabStorage {
         }
     }
 
-    /// The store that the lab is in.
+    /// Returns the store that contains the lab.
     pub(crate) fn store(&self) -> &Store {
         &self.store
     }
 
-    /// A number that no other volume of the lab has.
+    /// Returns a number that no other volume of the lab has.
     pub(crate) fn number_of_volume(&self) -> usize {
         self.next_volume.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Takes a volume of this virtual size into the lab.
+    /// Adds a volume of this virtual size to the lab.
     pub(crate) fn add_volume(&self, id: &str, size: u64) {
         self.volumes().insert(id.to_owned(), size);
     }
@@ -187,7 +187,7 @@ impl LabStorage {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The virtual size of a volume of the lab.
+    /// Returns the virtual size of a volume of the lab.
     ///
     /// # Errors
     /// `InvalidInput` when the lab has no such volume.
@@ -209,7 +209,7 @@ impl LabStorage {
         volumes.try_for_each(|volume| self.volume_size(&volume.id).map(drop))
     }
 
-    /// Lets the lab outlive this process, with a note how to get into its machines.
+    /// Lets the lab outlive this process, with a note on how to access its machines.
     ///
     /// # Errors
     /// `InvalidInput` when it was not opened to be kept; file errors.
@@ -223,13 +223,13 @@ impl LabStorage {
         .await
     }
 
-    /// Keeps what the lab needs, until the lab is gone.
+    /// Holds the lease of something that the lab needs until the lab is gone.
     pub(crate) async fn hold(&self, lease: Lease) -> Result<()> {
         let dir = Arc::clone(&self.dir);
         blocking(move || dir.hold(lease)).await
     }
 
-    /// Tells once what the user should know about the host.
+    /// Reports the notice about the host, once.
     pub(crate) fn tell_notice(&self, progress: &Progress) {
         if let Some(notice) = &self.host.notice
             && !self.notice_told.swap(true, Ordering::Relaxed)
@@ -238,7 +238,7 @@ impl LabStorage {
         }
     }
 
-    /// A VM of a module, which stays for as long as the lab does.
+    /// Returns a VM of a module, and keeps the module for as long as the lab lives.
     pub async fn parent(&self, parent: &PlannedBuildRef) -> Result<Parent> {
         let (store, name, digest) = (self.store.clone(), parent.module.clone(), parent.digest);
         let (module, lease) = blocking(move || store.lease_module(&name, &digest)).await?;
@@ -252,7 +252,7 @@ impl LabStorage {
     }
 }
 
-/// Runs file work where it does not hold up the runtime.
+/// Runs file operations where they do not block the async runtime.
 ///
 /// # Errors
 /// Those of the work.
@@ -264,7 +264,7 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
     }
 }
 
-/// How to get into the machines of a lab that was kept, in this directory.
+/// Returns how to access the machines of the kept lab in this directory.
 #[must_use]
 pub fn kept_access(directory: &Path) -> Vec<String> {
     let record = std::fs::read(directory.join(ACCESS_FILE)).unwrap_or_default();

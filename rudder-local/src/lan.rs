@@ -1,5 +1,5 @@
-//! The network of a lab: its switches and routers, the cables to the NICs of QEMU, the sockets through which a person gets in,
-//! and the process that runs all of it once the lab was kept.
+//! The network of a lab: its switches and routers, the cables to QEMU's NICs, the sockets through which a person connects to
+//! machines, and the process that runs all of it once the lab was kept.
 
 use crate::{
     helper::{self, HelperProgram},
@@ -28,12 +28,12 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// The file, in a kept lab's directory, with the network that the helper process runs.
 const RECORD: &str = "network.json";
-/// What the helper process says.
+/// The file with the output of the helper process.
 const LOG: &str = "network.log";
-/// How long the helper process may take until it runs the network, and the interval at which it is looked.
+/// Time limit for the helper process to run the network, and the interval between checks whether it does.
 const HELPER_LIMIT: Duration = Duration::from_secs(30);
 const HELPER_LOOK: Duration = Duration::from_millis(5);
-/// How long QEMU may take to listen for its NICs.
+/// Time limit for QEMU to listen for its NICs.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 
 /// The network of a lab.
@@ -47,7 +47,7 @@ struct Running {
     /// `None` once another process runs it.
     network: Option<Arc<Network>>,
     machines: BTreeMap<String, Machine>,
-    /// What a person should know of a network that was handed over.
+    /// What a person should know about a network that was handed over.
     told: Vec<String>,
 }
 
@@ -57,7 +57,7 @@ struct Machine {
     number: usize,
     nics: usize,
     ports: Vec<u16>,
-    /// Its cables and doors while it runs.
+    /// The task that holds its cables and doors while it runs.
     connected: Option<AbortOnDropHandle<()>>,
 }
 
@@ -69,18 +69,18 @@ impl Machine {
 
     fn doors(&self) -> impl Iterator<Item = (u16, String)> {
         let number = self.number;
-        // Without a NIC nothing is reached.
+        // Without a NIC no port can be reached.
         self.ports.iter().filter(|_| self.nics > 0).map(move |port| (*port, door(number, *port)))
     }
 }
 
-/// The file of the socket that leads to a port of a machine.
+/// Returns the file of the socket that leads to a port of a machine.
 fn door(number: usize, port: u16) -> String {
     format!("m{number}.p{port}")
 }
 
 impl Lan {
-    /// The network of a lab of this name.
+    /// Creates the network of a lab of this name.
     #[must_use]
     pub fn new(plan: &PlannedNetwork, name: &str) -> Self {
         let network = Some(Arc::new(Network::new(plan, &NetworkOptions::new(name))));
@@ -91,13 +91,13 @@ impl Lan {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The files of the sockets on which QEMU listens for the NICs of the machine of this number, in order.
+    /// Returns the files of the sockets on which QEMU listens for the NICs of the machine with this number, in order.
     #[must_use]
     pub fn sockets(number: usize, spec: &MachineSpec) -> Vec<String> {
         (0..spec.nics.len()).map(|index| nic_socket(number, index)).collect()
     }
 
-    /// Adds a machine, of this number in the lab.
+    /// Adds a machine with this number in the lab.
     ///
     /// # Errors
     /// `InvalidInput` for a NIC in no subnet of the lab; `Conflict` when the network has a machine of this name, or is run by
@@ -125,7 +125,7 @@ impl Lan {
         }
     }
 
-    /// Removes the sockets of the last run of a machine, on which nobody listens any more.
+    /// Removes the sockets of the last run of a machine, on which nothing listens any more.
     ///
     /// # Errors
     /// File errors.
@@ -163,13 +163,13 @@ impl Lan {
         Ok(())
     }
 
-    /// Plugs in the cables of a machine, and opens its doors; `None` when the network is not run here.
+    /// Plugs in the cables of a machine, and opens its doors; `None` when the network does not run in this process.
     fn plug(&self, storage: &LabStorage, name: &str) -> Result<Option<(Plugged, Doors)>> {
         let running = self.running();
         let Some(network) = &running.network else { return Ok(None) };
         let Some(machine) = running.machines.get(name) else { return Ok(None) };
         for file in machine.sockets() {
-            // QEMU makes them as the umask says. The directory is closed to others anyway.
+            // QEMU creates them with permissions according to the umask. The directory is closed to others anyway.
             let _ = fs::set_permissions(storage.path(&file), fs::Permissions::from_mode(0o600));
         }
         let plugged = network.plug(name, machine.sockets().map(|file| storage.socket(&file)));
@@ -179,10 +179,10 @@ impl Lan {
         Ok(Some((plugged, doors)))
     }
 
-    /// Connects to a port of a machine that runs, as [`Machine::dial`](rudder_core::backend::Machine::dial) promises.
+    /// Connects to a port of a running machine, as [`Machine::dial`](rudder_core::backend::Machine::dial) promises.
     ///
     /// # Errors
-    /// As there.
+    /// As `Machine::dial`.
     pub async fn dial(&self, storage: &LabStorage, spec: &MachineSpec, port: u16) -> Result<BoxedStream> {
         let error =
             |kind: ErrorKind, message: String| Error::new(kind, message).with_context("vm", &spec.name);
@@ -227,17 +227,17 @@ impl Lan {
         }
     }
 
-    /// The command, for a shell of this host, whose standard input and output lead to a port of a machine.
+    /// Returns a shell command for this host whose standard input and output are connected to a port of a machine.
     #[must_use]
     pub fn proxy_command(&self, storage: &LabStorage, name: &str, port: u16) -> Option<String> {
         let running = self.running();
         let (_, file) = running.machines.get(name)?.doors().find(|(known, _)| *known == port)?;
-        // From within the directory: a socket's address has at most 107 bytes (unix(7)). One command and no list: ssh runs
-        // what it is given behind `exec` (ssh_config(5), ProxyCommand).
+        // Runs in the directory, because a socket's address has at most 107 bytes (unix(7)). A single command instead of a list,
+        // because ssh runs it behind `exec` (ssh_config(5), ProxyCommand).
         Some(format!("env --chdir={} nc -U {file}", quoted(&storage.dir().path().display().to_string())))
     }
 
-    /// How a person reaches the ports of a machine, a line each.
+    /// Returns how a person connects to the ports of a machine, one line per port.
     #[must_use]
     pub fn access(&self, storage: &LabStorage, spec: &MachineSpec) -> Vec<String> {
         let lines = spec.ports.iter().filter_map(|port| {
@@ -250,7 +250,7 @@ impl Lan {
         lines.collect()
     }
 
-    /// Hands the network over to the helper process, which outlives this one; what a person should know of it. May be repeated.
+    /// Hands the network over to the helper process, which outlives this one; returns what a person should know. May be repeated.
     ///
     /// # Errors
     /// File errors.
@@ -270,7 +270,7 @@ impl Lan {
             for recorded in &mut record.machines {
                 let Some(machine) = running.machines.get_mut(&recorded.name) else { continue };
                 recorded.sockets = machine.sockets().collect();
-                // A machine that does not run has none.
+                // A machine that is not running has no doors.
                 if machine.connected.take().is_some_and(|connected| !connected.is_finished()) {
                     recorded.doors = machine.doors().collect();
                 }
@@ -354,7 +354,7 @@ fn remove_file(path: &Path) -> Result<()> {
     }
 }
 
-/// Writes a file that only its owner can read.
+/// Writes a new file that only its owner can read.
 fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     use io::Write as _;
     let file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
@@ -362,7 +362,7 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
         .map_err(|error| Error::io(format_args!("write {}", path.display()), error))
 }
 
-/// A word of a POSIX shell that stands for exactly this text.
+/// Quotes a text as one word for a POSIX shell.
 fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
     if !text.is_empty() && text.chars().all(plain) {

@@ -1,8 +1,8 @@
-//! What the backends for the hypervisors of one host share: the [`store`] and its records on disk, the storage of a
-//! lab, the [`network`] of a lab, capture, firmware, TPMs, the PCI layout of machines, processes and the ledger that they are recorded in.
+//! What the backends for hypervisors on one host share: the [`store`] and its records on disk, the storage of a lab, the
+//! [`network`] of a lab, capture, firmware, TPMs, the PCI layout of machines, processes, and the ledger that records them.
 //!
-//! Only [`store`] is meant for programs that embed Rudder, which find it as `rudder::store`. Everything else is for
-//! backends, and outside of semantic versioning.
+//! Only [`store`] is meant for programs that embed Rudder, which use it as `rudder::store`. Everything else is for
+//! backends, and not covered by semantic versioning.
 
 pub mod accelerator;
 pub mod capture;

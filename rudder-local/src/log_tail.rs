@@ -3,10 +3,10 @@
 use crate::process::without_advice;
 use std::path::Path;
 
-/// How much of a log is quoted in a message, in bytes.
+/// Number of bytes of a log that are quoted in a message.
 const QUOTED_BYTES: u64 = 4096;
 
-/// The last lines of a log, as one line for a message; empty when there are none.
+/// Returns the last lines of a log joined into one line for a message; empty if there are none.
 pub async fn last_lines(log: &Path) -> String {
     let bytes = tail(log, QUOTED_BYTES).await.unwrap_or_default();
     let text = without_advice(&String::from_utf8_lossy(&bytes));
@@ -14,7 +14,7 @@ pub async fn last_lines(log: &Path) -> String {
     lines[lines.len().saturating_sub(10)..].join(" | ")
 }
 
-/// The last bytes of a file; of one that is not there, none.
+/// Returns the last bytes of a file; none if it does not exist.
 ///
 /// # Errors
 /// File errors.

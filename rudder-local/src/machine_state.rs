@@ -1,5 +1,5 @@
-//! What a machine keeps outside its disks: the variables of its firmware and the state of its TPM. Given to it when it is
-//! defined, either new or as a module has them, and captured after it has ended.
+//! The state of a machine outside its disks: the variables of its firmware and the state of its TPM. It is created new or copied
+//! from a module when the machine is defined, and captured after the machine has ended.
 
 use crate::{
     firmware::{Image, Uefi},
@@ -24,15 +24,15 @@ const TPM_FORMAT: &str = "swtpm";
 /// The flash memory of a machine with UEFI.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Flash {
-    /// The firmware's program, which is the host's and is never written to.
+    /// The firmware's executable, which belongs to the host and is never written to.
     pub code: Image,
-    /// The format of the variables, as QEMU calls it.
+    /// The format of the variables, in QEMU's naming.
     pub variables: String,
     /// Whether the variables are protected from the guest's kernel by system management mode.
     pub smm: bool,
 }
 
-/// The firmware for a machine of a module, whose variables have this format and size; `None` for a machine with BIOS.
+/// Returns the firmware for a machine of a module, whose variables have this format and size; `None` for a machine with BIOS.
 ///
 /// # Errors
 /// `HostMissing`, with the package to install.
@@ -68,7 +68,7 @@ struct Files {
 }
 
 impl Files {
-    /// Short names, because the path of a socket has at most 107 bytes (unix(7)).
+    /// Names the files of the machine with this number. They are short, because a socket's path has at most 107 bytes (unix(7)).
     fn new(number: usize) -> Self {
         let file = |suffix: &str| format!("m{number}.{suffix}");
         Self {
@@ -81,7 +81,7 @@ impl Files {
     }
 }
 
-/// What a machine keeps outside its disks.
+/// The state of a machine outside its disks.
 #[derive(Debug)]
 pub struct MachineState {
     storage: Arc<LabStorage>,
@@ -92,8 +92,8 @@ pub struct MachineState {
 }
 
 impl MachineState {
-    /// Makes the state of a machine, new or as the module has it that the machine starts from. `number` is the machine's own
-    /// in the lab.
+    /// Creates the state of a machine, either new or copied from the module that the machine starts from. `number` is the number
+    /// of the machine in the lab.
     ///
     /// # Errors
     /// `HostMissing` when the host has no such firmware or TPM; `InvalidImage` when the module's files were changed; file
@@ -111,26 +111,26 @@ impl MachineState {
         Ok(Self { storage: Arc::clone(storage), machine: spec.name.clone(), tpm: spec.tpm, files, flash })
     }
 
-    /// Its flash memory, where its firmware is UEFI, and the name of the file of its variables in the lab.
+    /// Returns its flash memory, and the name of the file with its variables in the lab; `None` unless its firmware is UEFI.
     #[must_use]
     pub fn flash(&self) -> Option<(&Flash, &str)> {
         Some((self.flash.as_ref()?, &self.files.variables))
     }
 
-    /// The name of the socket of its TPM in the lab, where it has one: something listens there after
+    /// Returns the name of its TPM's socket in the lab, if it has a TPM, which listens there after
     /// [`start_tpm`](Self::start_tpm).
     #[must_use]
     pub fn tpm_socket(&self) -> Option<&str> {
         self.tpm.then_some(self.files.tpm_socket.as_str())
     }
 
-    /// Starts its TPM, where it has one, for one run of the machine: it ends when QEMU hangs up.
+    /// Starts its TPM, if it has one, for one run of the machine: the TPM ends when QEMU closes the connection.
     ///
     /// # Errors
     /// `HostMissing` without swtpm; `LaunchFailed`; file errors.
     pub async fn start_tpm(&self) -> Result<Option<Tpm>> {
         let Some(socket) = self.tpm_socket() else { return Ok(None) };
-        // That of the last run.
+        // The socket of the last run.
         let _ = tokio::fs::remove_file(self.storage.path(socket)).await;
         let Files { tpm, tpm_socket, tpm_log, .. } = &self.files;
         let files = tpm::Files { directory: tpm, socket: tpm_socket, log: tpm_log };
@@ -156,7 +156,7 @@ impl MachineState {
         let (storage, prefix) = (Arc::clone(&self.storage), self.files.captured.clone());
         blocking(move || {
             let captured = wanted.into_iter().map(|(kind, format, path)| {
-                // A copy: the machine may be started again, and what was captured stays what it was.
+                // A copy, because the machine may be started again, which must not change what was captured.
                 let bytes = read(&path)?;
                 let file = format!("{prefix}.{}", kind.name());
                 let target = storage.path(&file);
@@ -206,7 +206,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))
 }
 
-/// Writes a file that only its owner can read.
+/// Writes a new file that only its owner can read.
 fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     file.and_then(|mut file| file.write_all(bytes))

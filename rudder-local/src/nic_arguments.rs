@@ -1,4 +1,4 @@
-//! The arguments of QEMU for NICs and the networks behind them.
+//! QEMU's arguments for NICs and the networks behind them.
 
 use crate::{
     pci_layout::{Chipset, slot},
@@ -11,13 +11,13 @@ use rudder_core::{
     plan::{PlannedNetwork, PlannedNic, PlannedSubnet},
 };
 
-/// The name of the socket, in the lab, of a NIC: `number` is the machine's, `index` that of the NIC. QEMU listens there.
+/// Returns the name of a NIC's socket in the lab, on which QEMU listens: `number` is the machine's, `index` the NIC's.
 #[must_use]
 pub fn nic_socket(number: usize, index: usize) -> String {
     format!("m{number}.n{index}")
 }
 
-/// QEMU's name of a model of NIC.
+/// Returns QEMU's name of a NIC model.
 #[must_use]
 pub fn driver(model: NicModel) -> &'static str {
     match model {
@@ -30,7 +30,7 @@ pub fn driver(model: NicModel) -> &'static str {
     }
 }
 
-/// The arguments that make the NICs of a machine, each on a socket of this path, on which QEMU listens for the lab's network.
+/// Returns the arguments for the NICs of a machine, each with the socket path on which QEMU listens for the lab's network.
 ///
 /// # Errors
 /// `InvalidInput` when a NIC is in no subnet of the lab, or its slot is out of range.
@@ -45,7 +45,7 @@ pub fn nic_arguments(
     }
     for (index, (nic, socket)) in spec.nics.iter().zip(sockets).enumerate() {
         subnet(spec, nic, network)?;
-        // QEMU 7.2. It listens, because only later versions connect again after the other side was away.
+        // QEMU 7.2. It listens, because only later versions reconnect after the other side was away.
         let path = escape(socket);
         line.option("-netdev", format!("stream,id=net{index},server=on,addr.type=unix,addr.path={path}"));
         device(&mut line, spec, index, nic)?;
@@ -53,8 +53,8 @@ pub fn nic_arguments(
     Ok(line.words)
 }
 
-/// The arguments that make the NICs of a machine which somebody starts without a lab: each is in QEMU's user network with the
-/// addresses of its subnet, from which it reaches the outside where its VPC has internet, and nothing reaches it.
+/// Returns the arguments for the NICs of a machine that is started without a lab: each is in QEMU's user network with the
+/// addresses of its subnet. It reaches the outside if its VPC has internet, and nothing reaches it.
 ///
 /// # Errors
 /// As [`nic_arguments`].
@@ -88,7 +88,7 @@ fn invalid(spec: &MachineSpec, nic: &PlannedNic, message: String) -> Error {
     Error::new(ErrorKind::InvalidInput, message).with_context("nic", &nic.name).with_context("vm", &spec.name)
 }
 
-/// The subnet that a NIC is in.
+/// Returns the subnet of a NIC.
 fn subnet<'n>(
     spec: &MachineSpec,
     nic: &PlannedNic,
@@ -99,7 +99,7 @@ fn subnet<'n>(
     })
 }
 
-/// Arguments that grow.
+/// Arguments under construction.
 struct Line {
     words: Vec<String>,
     chipset: Chipset,
@@ -111,7 +111,7 @@ impl Line {
     }
 }
 
-/// Puts a NIC in its slot.
+/// Adds a NIC in its slot.
 fn device(line: &mut Line, spec: &MachineSpec, index: usize, nic: &PlannedNic) -> Result<()> {
     if !(1..=9).contains(&nic.slot) {
         return Err(invalid(spec, nic, format!("expected a slot from 1 to 9, but found {}", nic.slot)));

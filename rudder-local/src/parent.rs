@@ -12,30 +12,30 @@ use std::fs;
 /// A VM of a module.
 #[derive(Debug)]
 pub struct Parent {
-    /// What the module says of it.
+    /// The VM's entry in the module.
     pub machine: TemplateMachine,
     /// The module.
     pub module: Module,
-    /// The store that the files of the module are in.
+    /// The store that contains the module's files.
     pub store: Store,
 }
 
 impl Parent {
-    /// The captured state of this kind, if there is one.
+    /// Returns the captured state of this kind, if it exists.
     #[must_use]
     pub fn state(&self, kind: StateKind) -> Option<&CapturedState> {
         self.machine.state.iter().find(|state| state.kind == kind)
     }
 
-    /// Its variables, for a machine with this firmware. Those of another would be without the keys of Secure Boot, or with
-    /// keys that nobody asked for.
+    /// Returns its variables, for a machine with this firmware. Those of another firmware would lack the keys of Secure Boot, or
+    /// contain keys that were not requested.
     #[must_use]
     pub fn variables(&self, firmware: Firmware) -> Option<&CapturedState> {
         let same = self.machine.firmware == firmware;
         self.state(StateKind::FirmwareVariables).filter(|_| same)
     }
 
-    /// The bytes of a state, which are those that were captured.
+    /// Returns the bytes of a state, checked to be those that were captured.
     ///
     /// # Errors
     /// `InvalidImage` when the file was changed since; file errors.

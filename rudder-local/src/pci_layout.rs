@@ -1,25 +1,25 @@
-//! Where the devices of a machine sit: the two boards that machines are built around, and the PCI addresses on them.
+//! The locations of a machine's devices: the two boards that machines are built around, and the PCI addresses on them.
 //!
-//! # Where everything sits
-//! With BIOS, the machine is QEMU's `pc` (i440FX, 1996): every card and disk of the manifest has a place on it that guests of
-//! all ages find. With UEFI it is `q35` (ICH9, 2007), for which UEFI and its system management mode are made; but where
-//! there are IDE disks, which only the older chipset has. On either, all is on one PCI bus with fixed addresses, so that what
-//! a guest saw in a build is at the same place in a clone:
+//! # Layout
+//! With BIOS, the machine is QEMU's `pc` (i440FX, 1996): every NIC and disk of the manifest has a location on it that guests
+//! of all ages support. With UEFI it is `q35` (ICH9, 2007), for which UEFI and its system management mode are made, unless
+//! there are IDE disks, which only the older chipset has. On both, everything is on one PCI bus with fixed addresses, so that
+//! a guest finds its devices in a clone at the same locations as in the build:
 //!
 //! | address | what |
 //! |---|---|
-//! | 00, 01 (`pc`) or 00, 1f (`q35`) | the chipset: host bridge, ISA bridge with the controller of floppies, IDE or SATA, ACPI |
+//! | 00, 01 (`pc`) or 00, 1f (`q35`) | the chipset: host bridge, ISA bridge with the floppy controller, IDE or SATA, ACPI |
 //! | 02 | VGA |
 //! | 03 | the SCSI controller (virtio-scsi), if there are scsi disks |
 //! | 04 | SATA controllers (AHCI), six disks each, one per function |
 //! | 05 | the USB controllers (xHCI), eight disks each, one per function |
 //! | 06 | the random number generator |
 //! | 08–0f | virtio disks: the first eight on function 0, the next on function 1 … |
-//! | 11–19 | the cards: slot 1–9 of the manifest |
+//! | 11–19 | the NICs: slot 1–9 of the manifest |
 //! | 1a | the seed |
 //!
-//! CD-ROMs are on the chipset's own controller, behind the disks there, or all of them on SATA where they would not fit.
-//! What boots is the first disk; one that does not boot falls through to the CD-ROMs, in order.
+//! CD-ROMs are on the chipset's own controller, after the disks there, or all of them on SATA if they would not fit.
+//! The machine boots from the first disk, and then from the CD-ROMs in order if the disk is not bootable.
 //!
 
 use rudder_core::{
@@ -37,7 +37,7 @@ pub const XHCI_PORTS: usize = 8;
 /// Disks on the SCSI controller.
 const SCSI_TARGETS: usize = 64;
 
-/// PCI slots, see the table above.
+/// PCI slots, see the table in the documentation of `pci_layout`.
 pub mod slot {
     /// The graphics adapter.
     pub const VGA: u8 = 0x02;
@@ -57,7 +57,7 @@ pub mod slot {
     pub const SEED: u8 = 0x1a;
 }
 
-/// What a machine is built around.
+/// The board that a machine is built around.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chipset {
     /// QEMU's `pc`.
@@ -67,7 +67,7 @@ pub enum Chipset {
 }
 
 impl Chipset {
-    /// That of a machine.
+    /// Returns the chipset of a machine.
     pub fn of(spec: &MachineSpec) -> Self {
         let ide = spec.disks.iter().any(|disk| disk.bus == Bus::Ide);
         match spec.firmware {
@@ -77,7 +77,7 @@ impl Chipset {
         }
     }
 
-    /// QEMU's short name for its machine.
+    /// Returns QEMU's short name for its machine type.
     pub fn machine(self) -> &'static str {
         match self {
             Self::I440Fx => "pc",
@@ -85,7 +85,7 @@ impl Chipset {
         }
     }
 
-    /// Its PCI bus.
+    /// Returns the name of its PCI bus.
     pub fn bus(self) -> &'static str {
         match self {
             Self::I440Fx => "pci.0",
@@ -93,7 +93,7 @@ impl Chipset {
         }
     }
 
-    /// The device that does power management.
+    /// Returns the device that does power management.
     pub fn power(self) -> &'static str {
         match self {
             Self::I440Fx => "PIIX4_PM",
@@ -101,7 +101,7 @@ impl Chipset {
         }
     }
 
-    /// The controller of floppies that it lacks.
+    /// Returns the floppy controller that has to be added, if the chipset lacks one.
     pub fn floppies(self) -> Option<&'static str> {
         match self {
             Self::I440Fx => None,
@@ -109,7 +109,7 @@ impl Chipset {
         }
     }
 
-    /// Units on its own disk controller: IDE's two channels of two, or six ports of SATA.
+    /// Returns the number of units on its own disk controller: IDE's two channels of two, or six SATA ports.
     pub fn units(self) -> usize {
         match self {
             Self::I440Fx => 4,
@@ -117,7 +117,7 @@ impl Chipset {
         }
     }
 
-    /// A unit on its own disk controller.
+    /// Returns the properties that address a unit on its own disk controller.
     pub fn unit(self, index: usize) -> String {
         match self {
             Self::I440Fx => format!("bus=ide.{},unit={}", index / 2, index % 2),
@@ -125,14 +125,14 @@ impl Chipset {
         }
     }
 
-    /// The properties of a device at a PCI slot, as QEMU's option `-device` wants them.
+    /// Returns the properties of a device at a PCI slot, for QEMU's option `-device`.
     #[must_use]
     pub fn device(self, driver: &str, slot: u8, function: usize) -> String {
         format!("{driver},bus={},addr={slot:02x}.{function}", self.bus())
     }
 }
 
-/// The name of a bus in manifests and messages.
+/// Returns the name of a bus in manifests and messages.
 #[must_use]
 pub fn bus_name(bus: Bus) -> &'static str {
     match bus {
@@ -144,7 +144,7 @@ pub fn bus_name(bus: Bus) -> &'static str {
     }
 }
 
-/// Where a disk or CD-ROM sits.
+/// The location of a disk or CD-ROM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Location {
     /// A virtio disk: a PCI device of its own, with others on its other functions.
@@ -180,7 +180,7 @@ pub enum Location {
     },
 }
 
-/// Gives each disk its location: the next that is free on its bus.
+/// Assigns each disk the next free location on its bus.
 #[derive(Debug)]
 pub struct Locations {
     chipset: Chipset,
@@ -188,13 +188,13 @@ pub struct Locations {
 }
 
 impl Locations {
-    /// None is used yet.
+    /// Returns an allocator with all locations free.
     #[must_use]
     pub fn new(chipset: Chipset) -> Self {
         Self { chipset, used: [0; 5] }
     }
 
-    /// The next location on a bus.
+    /// Takes the next location on a bus.
     ///
     /// # Errors
     /// `InvalidInput` when the bus is full.
@@ -210,7 +210,7 @@ impl Locations {
         self.used[bus as usize] += 1;
         Ok(match bus {
             Bus::Virtio => Location::Virtio {
-                // Below eight, so it fits.
+                // Less than eight, so the cast is lossless.
                 slot: slot::VIRTIO_DISKS + (index % FUNCTIONS) as u8,
                 function: index / FUNCTIONS,
             },
@@ -221,13 +221,13 @@ impl Locations {
         })
     }
 
-    /// How many locations on a bus are used.
+    /// Returns the number of used locations on a bus.
     #[must_use]
     pub fn used(&self, bus: Bus) -> usize {
         self.used[bus as usize]
     }
 
-    /// How many locations a bus has.
+    /// Returns the number of locations on a bus.
     #[must_use]
     pub fn limit(&self, bus: Bus) -> usize {
         match bus {
@@ -240,11 +240,11 @@ impl Locations {
     }
 }
 
-/// The bus of the CD-ROMs, `Ide` meaning the chipset's own controller: the same for all, so that the guest finds them in order.
+/// Returns the bus of all CD-ROMs, where `Ide` means the chipset's own controller: one bus, so that guests find them in order.
 #[must_use]
 pub fn cdrom_bus(spec: &MachineSpec) -> Bus {
     let disks = spec.disks.iter().filter(|disk| disk.bus == Bus::Ide).count();
-    // The seed is there, too, when the boot disk is.
+    // The seed is on the same controller as the boot disk.
     let seed = spec.seed.is_some() && spec.disks.first().is_some_and(|disk| disk.bus == Bus::Ide);
     if disks + usize::from(seed) + spec.cdroms.len() <= Chipset::of(spec).units() {
         Bus::Ide

@@ -1,8 +1,8 @@
-//! Programs of the host: found, started so that they end with their owner, run to their end.
+//! Programs of the host: finding them, starting them so that they end with their owner, and running them to completion.
 //!
-//! The kernel can end a child when its parent dies (`PR_SET_PDEATHSIG`, prctl(2)), but counts the *thread* that
-//! forked as the parent. So everything is started by one thread that lives as long as the library, never by a thread of
-//! a runtime, and through setpriv(1), which asks the kernel for it without unsafe code of ours.
+//! The kernel can kill a child when its parent dies (`PR_SET_PDEATHSIG`, prctl(2)), but it treats the *thread* that
+//! forked as the parent. So all children are started by one thread that lives as long as the library, never by a thread of
+//! a runtime, and through setpriv(1), which makes the system call without unsafe code of ours.
 
 use rudder_core::{Error, ErrorKind, Result};
 use std::{
@@ -24,20 +24,20 @@ use tokio::{
     sync::oneshot,
 };
 
-/// How much of what a program says is kept, in bytes.
+/// Number of bytes of a program's output that are kept.
 const KEPT_OUTPUT: u64 = 1 << 20;
 
-/// What ends a process besides itself.
+/// What ends a process, apart from itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lifetime {
-    /// The death of its owner, however the owner dies, where this program (setpriv) is there to ask the kernel for it;
-    /// and that its handle is dropped.
+    /// The death of its owner, however the owner dies, if this program (setpriv) exists to set that up;
+    /// and dropping its handle.
     WithOwner(Option<PathBuf>),
-    /// That its handle is dropped, but not the death of its owner.
+    /// Dropping its handle, but not the death of its owner.
     Kept,
 }
 
-/// A value inside a QEMU option: commas are doubled (qemu(1), "-drive"), and nothing else is special.
+/// Escapes a value in a QEMU option: commas are doubled (qemu(1), "-drive"), and nothing else is special.
 #[must_use]
 pub fn escape(value: &str) -> String {
     value.replace(',', ",,")
@@ -48,18 +48,18 @@ pub fn escape(value: &str) -> String {
 pub struct Invocation {
     /// Its path.
     pub program: PathBuf,
-    /// Its arguments, each as it is.
+    /// Its arguments, passed verbatim.
     pub args: Vec<OsString>,
-    /// The directory it runs in.
+    /// The working directory.
     pub directory: Option<PathBuf>,
-    /// What is added to its environment.
+    /// Variables added to its environment.
     pub variables: Vec<(&'static str, OsString)>,
     /// What ends it.
     pub lifetime: Lifetime,
 }
 
 impl Invocation {
-    /// A program without arguments.
+    /// Returns an invocation without arguments.
     #[must_use]
     pub fn new(program: &Path, lifetime: Lifetime) -> Self {
         Self {
@@ -78,7 +78,7 @@ impl Invocation {
         self
     }
 
-    /// Sets the directory that it runs in.
+    /// Sets the working directory.
     #[must_use]
     pub fn directory(mut self, directory: &Path) -> Self {
         self.directory = Some(directory.to_owned());
@@ -92,7 +92,7 @@ impl Invocation {
         self
     }
 
-    /// Its name, for messages.
+    /// Returns its name, for messages.
     pub fn name(&self) -> String {
         self.program.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
     }
@@ -107,9 +107,9 @@ impl Invocation {
             Lifetime::WithOwner(None) | Lifetime::Kept => Command::new(&self.program),
         };
         command.args(&self.args);
-        // What it says is read by us: one language, whatever the user's is.
+        // Its messages are parsed here, so they must be in one language, whatever the user's is.
         command.env("LC_ALL", "C").envs(self.variables.iter().map(|(name, value)| (name, value)));
-        // Ctrl-C on the terminal is for the owner, who then ends its children in order.
+        // Ctrl-C in the terminal is for the owner, which then ends its children in order.
         command.process_group(0);
         if let Some(directory) = &self.directory {
             command.current_dir(directory);
@@ -117,7 +117,7 @@ impl Invocation {
         command
     }
 
-    /// Starts it.
+    /// Starts the program.
     pub async fn spawn(self, stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Result<OwnedChild> {
         let mut command = self.command();
         command.stdin(stdin).stdout(stdout).stderr(stderr);
@@ -135,12 +135,12 @@ impl Invocation {
         answer.await.map_err(|_| failed(io::ErrorKind::BrokenPipe.into()))?.map_err(failed)
     }
 
-    /// Runs it to its end, with this as its input; dropping the future kills it.
+    /// Runs it to completion with this input; dropping the future kills it.
     pub async fn run(self, input: Option<&[u8]>) -> Result<Finished> {
         self.run_watched(input, |_| {}).await
     }
 
-    /// [`run`](Self::run), and calls this with every piece that it writes on its standard output.
+    /// Runs it like [`run`](Self::run), and calls a function with every piece of its standard output.
     pub async fn run_watched(
         self,
         input: Option<&[u8]>,
@@ -155,7 +155,7 @@ impl Invocation {
         let write = async {
             if let (Some(mut stdin), Some(input)) = (stdin, input) {
                 use tokio::io::AsyncWriteExt;
-                // A program that does not want all of it says why by its status.
+                // A program that does not read all its input says why by its status.
                 let _ = stdin.write_all(input).await;
             }
             Ok(())
@@ -184,11 +184,11 @@ async fn read(stream: Option<impl AsyncRead + Unpin>, mut heard: impl FnMut(&[u8
     }
 }
 
-/// What a program that ran to its end left.
+/// The result of a program that ran to completion.
 #[derive(Debug)]
 pub struct Finished {
     name: String,
-    /// How it ended.
+    /// Its exit status.
     pub status: ExitStatus,
     /// Its standard output.
     pub stdout: Vec<u8>,
@@ -197,16 +197,16 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// Itself if it succeeded, else what it said as an error that begins with `what` ("create the overlay of disk x").
+    /// Returns itself on success, else its standard error as an error that begins with `what` ("create the overlay of disk x").
     pub fn success(self, what: &str) -> Result<Self> {
         if self.status.success() { Ok(self) } else { Err(self.failure(what)) }
     }
 
-    /// What it said, as an error.
+    /// Returns its standard error as an error.
     pub fn failure(&self, what: &str) -> Error {
         let said = without_advice(&String::from_utf8_lossy(&self.stderr));
         let said = said.trim();
-        // strerror(3) in the C locale; qemu-img has no other way to say it.
+        // strerror(3) in the C locale; qemu-img has no other way to report it.
         let full = said.contains("No space left on device") || said.contains("Disk quota exceeded");
         let kind = if full { ErrorKind::HostDiskFull } else { ErrorKind::Io };
         let said = if said.is_empty() { describe(self.status) } else { said.to_owned() };
@@ -219,7 +219,7 @@ impl Finished {
     }
 }
 
-/// What QEMU's programs said, without what they advise: they would have the user repair a file in place, and the files are
+/// Removes advice from messages of QEMU's programs: they suggest repairing a file in place, but the files are
 /// those of the store, which must never change.
 #[must_use]
 pub fn without_advice(said: &str) -> String {
@@ -232,7 +232,7 @@ pub fn without_advice(said: &str) -> String {
     said.lines().filter(|line| !advice(line)).collect::<Vec<_>>().join("\n")
 }
 
-/// How a process ended, for people.
+/// Describes how a process ended, for people.
 pub fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exited with code {code}"),
@@ -244,7 +244,7 @@ pub fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// The names of signals that end processes whose story people will want to know (signal(7)).
+/// Returns the names of signals (signal(7)) that end processes in ways that need an explanation.
 fn signal_name(signal: i32) -> Option<&'static str> {
     Some(match signal {
         1 => "SIGHUP",
@@ -258,7 +258,7 @@ fn signal_name(signal: i32) -> Option<&'static str> {
     })
 }
 
-/// A child that is killed when this is dropped, unless it was released.
+/// A child that is killed when dropped, unless it was released.
 #[derive(Debug)]
 pub struct OwnedChild {
     child: Child,
@@ -266,23 +266,23 @@ pub struct OwnedChild {
 }
 
 impl OwnedChild {
-    /// Its number; `None` once it ended and was waited for.
+    /// Returns its process ID; `None` once it ended and was waited for.
     pub fn pid(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// Waits for its end. May be repeated.
+    /// Waits until it ends. May be repeated.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         self.child.wait().await
     }
 
-    /// Kills it.
+    /// Kills the child.
     pub fn kill(&mut self) {
-        // The only failure is that it has ended already.
+        // The only failure is that it has already ended.
         let _ = self.child.start_kill();
     }
 
-    /// A switch that, once set, lets it outlive this.
+    /// Returns a switch that, once set, lets the child outlive this value.
     pub fn release_switch(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.released)
     }
@@ -302,7 +302,7 @@ struct Job {
     reply: oneshot::Sender<io::Result<OwnedChild>>,
 }
 
-/// The thread that starts everything.
+/// The thread that starts all children.
 static STARTER: LazyLock<Result<mpsc::Sender<Job>, io::ErrorKind>> = LazyLock::new(|| {
     let (sender, receiver) = mpsc::channel::<Job>();
     std::thread::Builder::new()
@@ -311,7 +311,7 @@ static STARTER: LazyLock<Result<mpsc::Sender<Job>, io::ErrorKind>> = LazyLock::n
             for Job { mut command, runtime, reply } in receiver {
                 let _context = runtime.enter();
                 let child = command.spawn().map(|child| OwnedChild { child, released: Arc::default() });
-                // Nobody there to take it: dropping it kills it.
+                // The receiver is gone: dropping the child kills it.
                 let _ = reply.send(child);
             }
         })
@@ -319,7 +319,7 @@ static STARTER: LazyLock<Result<mpsc::Sender<Job>, io::ErrorKind>> = LazyLock::n
         .map_err(|error| error.kind())
 });
 
-/// Where a program is: the given path, else the first of this name in `PATH`.
+/// Returns the path of a program: the given one, else the first of this name in `PATH`.
 pub fn find(given: Option<&Path>, name: &str) -> Option<PathBuf> {
     let is_program =
         |path: &Path| rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok() && path.is_file();

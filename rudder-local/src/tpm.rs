@@ -1,6 +1,6 @@
-//! The TPM 2.0 of a machine: a process of swtpm beside its QEMU, and its state in the lab.
+//! The TPM 2.0 of a machine: an swtpm process beside its QEMU, and its state in the lab.
 //!
-//! swtpm is given a listening socket as its standard input, so QEMU never comes too early; it ends when QEMU hangs up.
+//! swtpm inherits a listening socket as its standard input, so QEMU never connects too early; it ends when QEMU disconnects.
 
 use crate::{
     host::TpmPrograms,
@@ -24,38 +24,38 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// The file in which swtpm keeps what a TPM does not forget (swtpm(8), `--tpmstate`).
+/// The file in which swtpm keeps the permanent state of a TPM (swtpm(8), `--tpmstate`).
 pub const STATE_FILE: &str = "tpm2-00.permall";
 
-/// The banks of measurements of a new TPM: what firmware and guests use. Every other is computed for nothing, at every
-/// measurement.
+/// The PCR banks of a new TPM: those that firmware and guests use. Every further bank would be computed at every measurement,
+/// to no purpose.
 const BANKS: &str = "sha256";
 
-/// How long a TPM may take to end after its machine has.
+/// Time limit for a TPM to end after its machine has.
 const QUIT_LIMIT: Duration = Duration::from_secs(2);
 
-/// The version of swtpm, for the provenance.
+/// Returns the version of swtpm, for the provenance.
 pub async fn version(storage: &LabStorage) -> Result<String> {
     let TpmPrograms { swtpm, .. } = storage.host().tpm()?;
     storage.host().ask_version(&swtpm).await
 }
 
-/// Makes the directory for the state of a TPM.
+/// Creates the directory for the state of a TPM.
 pub fn make_directory(path: &Path) -> Result<()> {
     let made = std::fs::DirBuilder::new().mode(0o700).create(path);
     made.map_err(|error| Error::io(format_args!("make the directory {}", path.display()), error))
 }
 
-/// Makes a new TPM in a directory of the lab.
+/// Creates a new TPM in a directory of the lab.
 pub async fn manufacture(storage: &LabStorage, directory: &str) -> Result<()> {
     let TpmPrograms { swtpm, setup } = storage.host().tpm()?;
-    // It looks for swtpm in PATH.
+    // swtpm_setup searches for swtpm in PATH.
     let mut path = swtpm.parent().map(|directory| directory.as_os_str().to_owned()).unwrap_or_default();
     if let Some(rest) = std::env::var_os("PATH") {
         path.push(":");
         path.push(rest);
     }
-    // Not with the configuration of the host, which says what certificates are made with.
+    // Without the host's configuration, which determines how certificates are made.
     let finished = storage
         .tool(&setup)
         .args(["--tpm2", "--tpmstate", directory, "--pcr-banks", BANKS, "--config", "/dev/null"])
@@ -63,7 +63,7 @@ pub async fn manufacture(storage: &LabStorage, directory: &str) -> Result<()> {
         .run(None)
         .await?;
     if !finished.status.success() {
-        // It says what went wrong on either.
+        // Its error messages may be on either stream.
         let said = [&finished.stdout[..], b"\n", &finished.stderr[..]].concat();
         let said = String::from_utf8_lossy(&said);
         let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
@@ -79,11 +79,11 @@ pub struct Files<'a> {
     pub directory: &'a str,
     /// Its control socket.
     pub socket: &'a str,
-    /// Where it writes what it has to say.
+    /// Its log file.
     pub log: &'a str,
 }
 
-/// Starts a TPM, which lives as long as the machines of the lab may and waits for QEMU.
+/// Starts a TPM, which waits for QEMU and may live as long as the machines of the lab.
 ///
 /// # Errors
 /// `HostMissing` without swtpm; `LaunchFailed`; file errors.
@@ -104,7 +104,7 @@ pub async fn start(storage: &LabStorage, files: Files<'_>) -> Result<Tpm> {
     Ok(Tpm { child, log: storage.path(files.log) })
 }
 
-/// A TPM that runs. Dropping it ends it, unless it was released.
+/// A running TPM. Dropping it kills it, unless it was released.
 #[derive(Debug)]
 pub struct Tpm {
     child: OwnedChild,
@@ -112,19 +112,19 @@ pub struct Tpm {
 }
 
 impl Tpm {
-    /// The id of its process while it runs.
+    /// Returns its process ID while it runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.child.pid()
     }
 
-    /// A switch that, once set, lets it outlive this value.
+    /// Returns a switch that, once set, lets it outlive this value.
     #[must_use]
     pub fn release_switch(&self) -> Arc<AtomicBool> {
         self.child.release_switch()
     }
 
-    /// Waits for its end, and says how it ended. May be repeated.
+    /// Waits until it ends, and returns how it ended. May be repeated.
     pub async fn ended(&mut self) -> String {
         let status = self.child.wait().await;
         let told = status.map_or_else(|error| format!("could not be waited for: {error}"), describe);
@@ -134,7 +134,7 @@ impl Tpm {
         }
     }
 
-    /// Waits until it has ended, which it does by itself when its machine has, and kills it when it does not.
+    /// Waits until it has ended, as it does by itself when its machine has, and kills it if it does not.
     pub async fn finish(&mut self) {
         if timeout(QUIT_LIMIT, self.child.wait()).await.is_err() {
             self.child.kill();

@@ -21,7 +21,7 @@ fn it_ends_when_somebody_removes_its_lab_by_hand() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // Returns once the helper has opened the pipe, so that it runs the network before its directory goes.
+    // Returns once the helper has opened the pipe, so that it runs the network before its directory is removed.
     fs::write(&record, RECORD).unwrap();
     lab.close().unwrap();
     assert_eq!(helper.wait().unwrap().code(), Some(1));

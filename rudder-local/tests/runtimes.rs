@@ -1,11 +1,11 @@
-//! A store that is used without a runtime, or on one that drives neither I/O nor time, says what is missing.
+//! A store that is used without a runtime, or on one without I/O or time enabled, reports what is missing.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{Error, ErrorKind, backend::Progress, plan::PlannedUrl};
 use rudder_local::store::Store;
 use tokio::runtime::Builder;
 
-/// Runs something where it cannot work.
+/// Runs something in every context where it cannot work.
 fn everywhere<T, F: Future<Output = T>>(work: impl Fn() -> F, look: impl Fn(T, &str)) {
     look(futures::executor::block_on(work()), "found none");
     for (mut builder, missing) in [

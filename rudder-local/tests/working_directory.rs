@@ -1,5 +1,5 @@
-//! Relative paths start from the working directory of the moment in which they are given, wherever the process goes later. A test
-//! binary of its own, because it changes the directory of its process.
+//! Relative paths are resolved against the working directory at the time they are passed, wherever the process moves later. A
+//! separate test binary, because it changes the working directory of its process.
 
 #![allow(clippy::unwrap_used)]
 
@@ -29,7 +29,7 @@ vms:
 async fn relative_paths_stay_where_they_were_given() {
     let [start, elsewhere] = [(); 2].map(|()| tempfile::tempdir().unwrap());
     env::set_current_dir(start.path()).unwrap();
-    // As the kernel says it: a temporary directory may be behind a symbolic link.
+    // As the kernel reports it: a temporary directory may be behind a symbolic link.
     let home = env::current_dir().unwrap();
     std::fs::create_dir("manifests").unwrap();
     std::fs::write("manifests/tool", "a tool").unwrap();

@@ -1,4 +1,4 @@
-//! The backend itself: what it can do, and its labs and modules.
+//! The backend: its builder, its capabilities, and how it opens labs and manages modules.
 
 use crate::lab::QemuLab;
 use async_trait::async_trait;
@@ -19,7 +19,8 @@ use rudder_local::{
 use std::{path::PathBuf, sync::Arc};
 use tokio::sync::OnceCell;
 
-/// Machines on raw QEMU: one process per machine, user networking, a local [`Store`]. Needs no root.
+/// A backend that runs machines on plain QEMU: one process per machine, a network in user space, and a local [`Store`].
+/// Needs no root.
 ///
 /// ```no_run
 /// # fn main() -> rudder_core::Result<()> {
@@ -38,11 +39,11 @@ pub struct QemuBackend {
     programs: Programs,
     accelerator: Accelerator,
     capabilities: Capabilities,
-    /// What was found when the first lab was opened.
+    /// The capabilities of the host, found when the first lab was opened.
     host: OnceCell<Arc<Host>>,
 }
 
-/// How a [`QemuBackend`] is made.
+/// Builder of a [`QemuBackend`].
 #[derive(Debug, Clone)]
 pub struct QemuBackendBuilder {
     store: Store,
@@ -51,52 +52,55 @@ pub struct QemuBackendBuilder {
 }
 
 impl QemuBackendBuilder {
-    /// Which accelerator machines run on. [`Accelerator::Auto`].
+    /// Sets the accelerator that machines run on. Defaults to [`Accelerator::Auto`].
     #[must_use]
     pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
         self.accelerator = accelerator;
         self
     }
 
-    /// The QEMU to use; `qemu-system-x86_64` in `PATH`. Version 7.2 or later.
+    /// Sets the QEMU binary, version 7.2 or later. Defaults to `qemu-system-x86_64` in `PATH`.
     #[must_use]
     pub fn qemu(mut self, path: impl Into<PathBuf>) -> Self {
         self.programs.qemu = Some(path.into());
         self
     }
 
-    /// The qemu-img to use, of the same version as QEMU; `qemu-img` in `PATH`.
+    /// Sets the qemu-img binary, of the same version as QEMU. Defaults to `qemu-img` in `PATH`.
     #[must_use]
     pub fn qemu_img(mut self, path: impl Into<PathBuf>) -> Self {
         self.programs.qemu_img = Some(path.into());
         self
     }
 
-    /// The setpriv (util-linux) to use, by which processes end with their owner; `setpriv` in `PATH`, and it goes without.
+    /// Sets the setpriv binary (util-linux), which makes processes end with their owner. Defaults to `setpriv` in
+    /// `PATH`. Optional: without it, machines of a killed process run until the next start removes them.
     #[must_use]
     pub fn setpriv(mut self, path: impl Into<PathBuf>) -> Self {
         self.programs.setpriv = Some(path.into());
         self
     }
 
-    /// The swtpm to use, for machines with a TPM; `swtpm` in `PATH`. `swtpm_setup` is looked for beside it, then in `PATH`.
+    /// Sets the swtpm binary, for machines with a TPM. Defaults to `swtpm` in `PATH`. `swtpm_setup` is searched for
+    /// beside it, then in `PATH`.
     #[must_use]
     pub fn swtpm(mut self, path: impl Into<PathBuf>) -> Self {
         self.programs.swtpm = Some(path.into());
         self
     }
 
-    /// The program that runs the network of a lab which was kept, so that its guests are reached when this process is gone.
-    /// This program where it calls [`rudder_local::helper::run`], else `rudder-helper` beside it or in `PATH`.
+    /// Sets the program that runs the network of a kept lab, so that its guests stay reachable after this process has
+    /// ended. Defaults to this program if it calls [`rudder_local::helper::run`], otherwise to `rudder-helper` beside
+    /// it or in `PATH`.
     #[must_use]
     pub fn helper(mut self, helper: HelperProgram) -> Self {
         self.programs.helper = Some(helper);
         self
     }
 
-    /// The directories with the [descriptors] of the firmware that machines with UEFI get, the most specific first; those of
-    /// QEMU: `$XDG_CONFIG_HOME/qemu/firmware`, `/etc/qemu/firmware`, `/usr/share/qemu/firmware`, and `share/qemu/firmware`
-    /// where QEMU was installed.
+    /// Sets the directories that contain the [descriptors] of the firmware for machines with UEFI, the most specific
+    /// first. Defaults to QEMU's own: `$XDG_CONFIG_HOME/qemu/firmware`, `/etc/qemu/firmware`,
+    /// `/usr/share/qemu/firmware`, and `share/qemu/firmware` where QEMU is installed.
     ///
     /// [descriptors]: https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/firmware.json
     #[must_use]
@@ -105,7 +109,7 @@ impl QemuBackendBuilder {
         self
     }
 
-    /// The backend. Looks at nothing yet: that is done by [`Backend::diagnose`] and when a lab is opened.
+    /// Builds the backend. Inspects nothing on the host: [`Backend::diagnose`] does, and so does opening a lab.
     #[must_use]
     pub fn build(self) -> QemuBackend {
         let Self { store, programs, accelerator } = self;
@@ -118,13 +122,13 @@ impl QemuBackend {
     /// The name of this backend.
     pub const NAME: &'static str = "qemu";
 
-    /// A backend on this store.
+    /// Returns a builder of a backend on this store.
     #[must_use]
     pub fn builder(store: Store) -> QemuBackendBuilder {
         QemuBackendBuilder { store, programs: Programs::default(), accelerator: Accelerator::default() }
     }
 
-    /// The store that it works in.
+    /// Returns the store that the backend works in.
     #[must_use]
     pub fn store(&self) -> &Store {
         &self.store
@@ -188,7 +192,7 @@ impl Backend for QemuBackend {
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
         let host = self.host().await?;
         host.require(&spec.needs)?;
-        // Looking costs little; what cannot be removed now is tried again by the next.
+        // Reaping is cheap; whatever cannot be removed now is retried when the next lab is opened.
         match self.reap().await {
             Ok(report) => {
                 for what in report.failed {

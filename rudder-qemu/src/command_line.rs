@@ -1,8 +1,9 @@
-//! The command line of a machine: from what a machine is made of to QEMU's arguments. Nothing here touches the host.
+//! The command line of a machine: turns the description of a machine into QEMU's arguments, without touching the host.
 //!
-//! Where everything sits is decided by [`rudder_local::pci_layout`].
+//! [`rudder_local::pci_layout`] decides where each device is attached.
 //!
-//! Text of a manifest is in one place only, the name of the process, and goes through [`escape`](rudder_local::process::escape). File names are ours.
+//! Text from a manifest appears in one argument only, the name of the process, and goes through
+//! [`escape`](rudder_local::process::escape). File names are chosen by Rudder.
 
 mod disks;
 
@@ -16,33 +17,34 @@ use rudder_local::{
 };
 use serde_json::json;
 
-/// The names of a machine's files, relative to the directory of its lab.
+/// The names of a machine's files, relative to its lab's directory.
 #[derive(Debug, Clone)]
 pub(crate) struct Files {
-    /// Of the control socket.
+    /// The control socket.
     pub(crate) qmp: String,
-    /// Of the display's socket.
+    /// The socket of the display.
     pub(crate) display: String,
-    /// Of the serial console's socket, which serves one client at a time.
+    /// QEMU's socket of the serial console, which serves one client at a time.
     pub(crate) serial: String,
-    /// Of the socket on which people share the serial console.
+    /// The socket through which any number of people share the serial console.
     pub(crate) console: String,
-    /// Of the end of what the guest wrote on its serial console.
+    /// The last output of the guest on its serial console.
     pub(crate) serial_log: String,
-    /// Of what QEMU says.
+    /// QEMU's own output.
     pub(crate) log: String,
-    /// Of the seed's medium.
+    /// The seed medium.
     pub(crate) seed: String,
-    /// Of the floppy.
+    /// The floppy image.
     pub(crate) floppy: String,
-    /// Of the last picture of the screen.
+    /// The last screenshot.
     pub(crate) picture: String,
-    /// Of the sockets of its NICs.
+    /// The sockets of its NICs.
     pub(crate) nics: Vec<String>,
 }
 
 impl Files {
-    /// The files of the machine of this number. Short, because a socket's path has at most 107 bytes (unix(7)).
+    /// Returns the file names of the machine with this number. They are short because the path of a socket has at most
+    /// 107 bytes (unix(7)).
     pub(crate) fn new(number: usize) -> Self {
         let file = |suffix: &str| format!("m{number}.{suffix}");
         Self {
@@ -60,25 +62,25 @@ impl Files {
     }
 }
 
-/// NICs of a machine at most: each has a slot of its own.
+/// Maximum number of NICs of a machine: each has a slot of its own.
 const MOST_NICS: usize = 9;
 
-/// Everything that the command line is made of.
+/// Everything that the command line is built from.
 #[derive(Debug)]
 pub(crate) struct Machine<'a> {
-    /// The mark by which its process is known: contains the id of the lab.
+    /// The name that identifies its process; contains the id of the lab.
     pub(crate) mark: &'a str,
     pub(crate) spec: &'a MachineSpec,
     pub(crate) network: &'a PlannedNetwork,
     pub(crate) files: &'a Files,
     pub(crate) accelerator: Chosen,
-    /// The flash memory of a machine with UEFI, and the file of its variables.
+    /// The flash memory of a machine with UEFI, and the file with its variables.
     pub(crate) flash: Option<(&'a Flash, &'a str)>,
-    /// The socket of the machine's TPM.
+    /// The socket of its TPM.
     pub(crate) tpm_socket: Option<&'a str>,
 }
 
-/// The devices that this machine needs besides the chipset's, by the names QEMU has for them.
+/// Returns the devices that this machine needs besides those of the chipset, by their QEMU names.
 pub(crate) fn devices(spec: &MachineSpec) -> Vec<&'static str> {
     let mut devices = vec!["VGA"];
     for disk in &spec.disks {
@@ -106,23 +108,23 @@ pub(crate) fn devices(spec: &MachineSpec) -> Vec<&'static str> {
     devices
 }
 
-/// The interface of a TPM: the command response buffer of "TCG PC Client Platform TPM Profile", which firmware and guests of
-/// all kinds have drivers for.
+/// The interface of a TPM: the command response buffer of the "TCG PC Client Platform TPM Profile", for which all kinds
+/// of firmware and guests have drivers.
 const TPM: &str = "tpm-crb";
 
-/// Optional devices: used where this QEMU has them.
+/// Optional devices, used if this QEMU supports them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Extras {
-    /// `pvpanic`: tells when the guest's kernel panics.
+    /// `pvpanic`: reports a panic of the guest's kernel.
     pub(crate) panic: bool,
-    /// `virtio-rng-pci`: entropy, without which old guests wait at boot.
+    /// `virtio-rng-pci`: a source of entropy, without which old guests wait at boot.
     pub(crate) random: bool,
 }
 
-/// The arguments.
+/// Returns QEMU's arguments for a machine.
 ///
 /// # Errors
-/// `InvalidInput` when the machine cannot be put together: too many disks on a bus, a card in no subnet.
+/// `InvalidInput` when the machine cannot be assembled: too many disks on a bus, or a NIC in no subnet.
 pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<String>> {
     let Machine { mark, spec, files, .. } = machine;
     let chipset = Chipset::of(spec);
@@ -153,7 +155,7 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     line.option("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", spec.cpus.max(1)));
     line.option("-m", format!("{}M", spec.memory.div_ceil(1 << 20).max(1)));
     line.option("-rtc", "base=utc");
-    // Only what was asked for is booted, and the first disk is asked for.
+    // Boots only from devices with a boot index; the first disk has one.
     line.option("-boot", "strict=on,menu=off");
     line.option("-action", "panic=pause,shutdown=poweroff,reboot=reset");
     line.option("-msg", "timestamp=on");
@@ -165,7 +167,7 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     line.option("-mon", "chardev=qmp,mode=control");
     line.option(
         "-chardev",
-        // No log of QEMU's: it grows for as long as the guest writes.
+        // QEMU's own log is not used: it grows for as long as the guest writes.
         format!("socket,id=serial,path={},server=on,wait=off", files.serial),
     );
     line.option("-serial", "chardev:serial");
@@ -184,7 +186,7 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
     }
     disks::attach(&mut line, spec, files)?;
     line.words.extend(nic_arguments(spec, machine.network, &files.nics)?);
-    // Nothing runs before its events are heard.
+    // The guest must not run before its events are received.
     line.flag("-S");
     Ok(line.words)
 }
@@ -204,22 +206,22 @@ impl Line {
         self.words.push(value.into());
     }
 
-    /// A block device in QEMU's JSON form, in which nothing needs escaping but what JSON escapes.
+    /// Adds a block device in QEMU's JSON form, which needs no escaping beyond that of JSON.
     fn blockdev(&mut self, value: &serde_json::Value) {
         self.option("-blockdev", value.to_string());
     }
 
-    /// A device at a place of the PCI bus.
+    /// Returns the options of a device at a PCI address.
     fn device(&self, driver: &str, address: u8, function: usize) -> String {
         self.chipset.device(driver, address, function)
     }
 
-    /// A controller with more than one function says so on each.
+    /// Returns the options of a controller that may have several functions, each of which must say so.
     fn controller(&self, driver: &str, address: u8, function: usize) -> String {
         format!("{},multifunction=on", self.device(driver, address, function))
     }
 
-    /// The two pieces of flash memory: the firmware's program, and its variables.
+    /// Adds the two flash devices: the firmware's code, and its variables.
     fn flash(&mut self, flash: &Flash, variables: &str) {
         self.blockdev(&json!({
             "node-name": "firmware",
@@ -233,10 +235,10 @@ impl Line {
             "file": {"driver": "file", "filename": variables},
         }));
         if flash.smm {
-            // Only in system management mode are the variables written to.
+            // The variables can only be written in system management mode.
             self.option("-global", "driver=cfi.pflash01,property=secure,value=on");
         }
-        // Sleep would leave the firmware in the middle of what it guards; no guest here has a use for it.
+        // Suspending to RAM would interrupt what the firmware protects; no guest here needs it.
         self.option("-global", format!("{}.disable_s3=1", self.chipset.power()));
     }
 }

@@ -1,4 +1,4 @@
-//! The place of one build or clone: a directory in the store, its volumes, its machines.
+//! The lab of one build or clone: a directory in the store, its volumes and its machines.
 
 use crate::machine::QemuMachine;
 use async_trait::async_trait;
@@ -25,17 +25,18 @@ use std::{
     },
 };
 
-/// The machines of a lab, in the order in which they were defined.
+/// The machines of a lab, in the order of their definition.
 type Machines = Mutex<Vec<Arc<QemuMachine>>>;
 
-/// A lab on raw QEMU.
+/// A lab on QEMU.
 #[derive(Debug)]
 pub(crate) struct QemuLab {
     storage: Arc<LabStorage>,
     lan: Arc<Lan>,
     store: Store,
     machines: Machines,
-    /// How many machines were begun. Several may be asked for at once: they are defined one by one, each with files of its own.
+    /// Number of machines whose definition was started. Concurrent requests are served one by one, and each machine has
+    /// files of its own.
     begun: tokio::sync::Mutex<usize>,
     kept: AtomicBool,
 }

@@ -1,4 +1,4 @@
-//! One VM in a lab: a QEMU process while it runs, disks in the lab when it does not.
+//! A machine in a lab: a QEMU process while it runs, disks in the lab while it does not.
 
 mod consoles;
 
@@ -38,12 +38,12 @@ use std::{
 use tokio::sync::{RwLock, RwLockReadGuard, mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-/// How long QEMU may take from its start until it answers.
+/// How long QEMU may take from its start until it accepts connections.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(60);
-/// How often is looked whether it answers.
+/// Interval between connection attempts.
 const LAUNCH_LOOK: Duration = Duration::from_millis(5);
 
-/// A VM on raw QEMU.
+/// A machine on QEMU.
 #[derive(Debug)]
 pub(crate) struct QemuMachine {
     storage: Arc<LabStorage>,
@@ -55,26 +55,26 @@ pub(crate) struct QemuMachine {
     number: usize,
     phase: watch::Sender<Phase>,
     running: Mutex<Option<Running>>,
-    /// The serial console of its last run.
+    /// The serial console of the last run.
     console: Mutex<Option<Arc<SerialConsole>>>,
-    /// How many pictures of its screen were begun.
+    /// Number of screenshots taken, or started.
     pictures: AtomicUsize,
-    /// Held for reading while a disk is captured, for writing while the machine is started.
+    /// Held for reading while a disk is captured, and for writing while the machine is started.
     disks: RwLock<()>,
 }
 
-/// What there is of a machine while it runs.
+/// The state of a machine that exists only while it runs.
 #[derive(Debug)]
 struct Running {
     qmp: Qmp,
     orders: mpsc::UnboundedSender<Stop>,
-    /// Of each of its processes.
+    /// The release switch of each of its processes.
     released: Vec<Arc<AtomicBool>>,
     _watcher: AbortOnDropHandle<Exit>,
 }
 
 impl QemuMachine {
-    /// Defines a machine; `number` is its own in the lab.
+    /// Defines a machine; `number` is unique in the lab.
     pub(crate) async fn define(
         storage: Arc<LabStorage>,
         lan: Arc<Lan>,
@@ -109,7 +109,7 @@ impl QemuMachine {
             let written = tokio::fs::write(&path, image).await;
             written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
         }
-        // Last: what could not be defined is not on the network.
+        // Last, so that a machine that could not be defined is not on the network.
         lan.add(spec, number)?;
         let phase = watch::Sender::new(Phase::Defined);
         let spec = spec.clone();
@@ -135,7 +135,7 @@ impl QemuMachine {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something of it while it runs.
+    /// Returns something that exists only while the machine runs.
     fn with_running<T>(&self, what: impl FnOnce(&Running) -> T) -> Result<T> {
         let running = self.running();
         match (&*running, &*self.phase.borrow()) {
@@ -153,12 +153,12 @@ impl QemuMachine {
 
     fn order(&self, order: Stop) {
         if let Some(running) = &*self.running() {
-            // Nobody hears it when it has just ended.
+            // The watcher does not receive it if the machine has just ended.
             let _ = running.orders.send(order);
         }
     }
 
-    /// Lets its process outlive this one.
+    /// Lets its processes outlive this one.
     pub(crate) fn release(&self) {
         if let Some(running) = &*self.running() {
             for switch in &running.released {
@@ -170,18 +170,18 @@ impl QemuMachine {
         }
     }
 
-    /// Drops its watcher, which kills its process unless that was released; for when nobody can wait.
+    /// Drops its watcher without waiting, which kills its process unless that was released.
     pub(crate) fn abandon(&self) {
         drop(self.running().take());
     }
 
-    /// Ends it if it runs or starts.
+    /// Ends the machine if it is running or starting.
     pub(crate) async fn end(&self) {
         if let Phase::Running = &*self.phase.borrow() {
             self.order(Stop::Kill);
         }
         let mut phase = self.phase.subscribe();
-        // It cannot fail as long as this holds the sender.
+        // Cannot fail while `self` holds the sender.
         let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
     }
 
@@ -211,10 +211,10 @@ impl QemuMachine {
             let (qmp, notes) = self.connect(&mut child).await?;
             let mut phase = self.phase.subscribe();
             let ended = async move {
-                // Without anybody who tells of it, it has ended, too.
+                // If the sender is gone, the machine has ended as well.
                 let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
             };
-            // Before it runs: nothing of what it writes is missed.
+            // Before the guest runs, so that none of its output is lost.
             let console = self.attach_console().await?;
             self.lan.connect(&self.storage, &self.spec.name, ended).await?;
             qmp.cont().await?;
@@ -230,12 +230,13 @@ impl QemuMachine {
         }
     }
 
-    /// How people get in once the lab is kept: its console then belongs to whoever connects to QEMU.
+    /// Describes how to access the machine once the lab is kept: its console is then available to any client that
+    /// connects to QEMU.
     pub(crate) fn kept_access(&self) -> Vec<String> {
         self.access_by(&self.files.serial)
     }
 
-    /// How people get in, with the serial console on this socket.
+    /// Describes how to access the machine, with the serial console on this socket.
     fn access_by(&self, serial: &str) -> Vec<String> {
         if self.with_running(|_| ()).is_err() {
             return Vec::new();
@@ -248,7 +249,7 @@ impl QemuMachine {
         lines
     }
 
-    /// Waits until QEMU answers, or has ended.
+    /// Waits until QEMU accepts a connection or has ended.
     async fn connect(&self, child: &mut OwnedChild) -> Result<(Qmp, mpsc::UnboundedReceiver<Note>)> {
         let socket = self.storage.socket(&self.files.qmp);
         loop {
@@ -275,7 +276,7 @@ impl QemuMachine {
         }
     }
 
-    /// Keeps a machine that does not run from being started.
+    /// Keeps a stopped machine from being started while the guard is held.
     fn at_rest(&self) -> Result<RwLockReadGuard<'_, ()>> {
         let running =
             || self.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
@@ -301,7 +302,7 @@ struct Launched {
     console: Arc<SerialConsole>,
 }
 
-/// Puts a machine back where it was when starting it did not work out.
+/// Restores the previous phase of a machine that could not be started.
 struct Starting<'a> {
     phase: &'a watch::Sender<Phase>,
     before: Option<Phase>,
@@ -384,7 +385,7 @@ impl Machine for QemuMachine {
 
     async fn stop(&self, how: Stop) -> Result<Exit> {
         let mut phase = self.phase.subscribe();
-        // One that is just being started is stopped when it runs.
+        // A machine that is being started is stopped once it runs.
         let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
         self.order(how);
         self.wait().await

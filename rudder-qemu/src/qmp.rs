@@ -1,7 +1,7 @@
-//! The conversation with a QEMU process: commands, answers, and the events that say how the guest fares.
+//! A client of QEMU's control socket: commands, replies, and the events that report the state of the guest.
 //!
-//! The protocol is the QEMU Machine Protocol, spoken through the `qapi` crate. That crate knows the events of one
-//! version of QEMU and hangs up at one it does not know; so what it does not know is taken out before it gets there.
+//! The protocol is the QEMU Machine Protocol (QMP), implemented by the `qapi` crate. That crate knows the events of one
+//! version of QEMU and closes the connection on any other, so unknown events are filtered out before they reach it.
 
 use qapi::{
     ExecuteError,
@@ -17,17 +17,17 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-/// How long QEMU may take to answer a command; it does so at once, unless something is badly wrong.
+/// How long QEMU may take to reply to a command. It normally replies at once.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
-/// What an event says, as far as it matters here.
+/// The part of an event that is relevant here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Note {
-    /// The machine goes off: by its guest, or for a reason outside it ("host-signal", "host-qmp-quit"…).
+    /// The machine shuts down, either by its guest or for an external reason ("host-signal", "host-qmp-quit"…).
     Shutdown { by_guest: bool, reason: String },
     /// The guest's kernel panicked.
     Panicked,
-    /// A disk could not be read or written, and the machine was paused.
+    /// A disk could not be read or written, and QEMU paused the machine.
     IoError { node: String, operation: String, reason: String, full: bool },
 }
 
@@ -35,10 +35,10 @@ pub(crate) enum Note {
 #[derive(Clone)]
 pub(crate) struct Qmp {
     service: Arc<QapiService<QmpStreamTokio<OwnedWriteHalf>>>,
-    /// Whose turn it is to speak, and whether QEMU has hung up: the service takes no command after one that could not
-    /// be sent.
+    /// Serialises commands, and records whether QEMU has closed the connection: after a command that could not be sent,
+    /// the service accepts no more.
     hung_up: Arc<Mutex<bool>>,
-    /// Reads as long as anybody holds the connection.
+    /// Read replies and events for as long as any clone of the connection exists.
     _reader: Arc<[AbortOnDropHandle<()>; 2]>,
 }
 
@@ -49,12 +49,12 @@ impl std::fmt::Debug for Qmp {
 }
 
 impl Qmp {
-    /// Connects, and says what is heard from then on. The notes end when QEMU hangs up.
+    /// Connects, and returns the events received from then on. The channel closes when QEMU closes the connection.
     pub(crate) async fn connect(socket: &Path) -> io::Result<(Self, mpsc::UnboundedReceiver<Note>)> {
         let (read, write) = UnixStream::connect(socket).await?.into_split();
         let (known, filtered) = tokio::io::duplex(64 << 10);
         let filter = AbortOnDropHandle::new(tokio::spawn(async move {
-            // Both ends of its life are the end of the conversation, which the reader notices.
+            // Success and failure alike mean that the connection has ended, which the reader notices.
             let _ = drop_unknown_events(read, known).await;
         }));
         let negotiation = QmpStreamTokio::open_split(filtered, write).await?;
@@ -65,7 +65,7 @@ impl Qmp {
             use futures::StreamExt;
             while let Some(item) = events.next().await {
                 match item {
-                    // Nobody listening is fine: answers must be read all the same.
+                    // Without a receiver of events, replies must still be read.
                     Ok(event) => drop(note_of(event).map(|note| sender.send(note))),
                     Err(error) => tracing::debug!(%error, "QMP: answer to nobody, or not understood"),
                 }
@@ -77,7 +77,7 @@ impl Qmp {
         ))
     }
 
-    /// Sends a command and waits for its answer. A dropped future does not disturb the conversation.
+    /// Sends a command and waits for its reply. Dropping the future leaves the connection usable.
     async fn execute<C>(&self, what: &str, command: C) -> Result<C::Ok>
     where
         C: QmpCommand + Send + Sync + 'static,
@@ -90,7 +90,7 @@ impl Qmp {
                 return Err(ExecuteError::Io(io::ErrorKind::BrokenPipe.into()));
             }
             let answer = this.service.execute(command).await;
-            // What cannot be understood was answered all the same.
+            // A reply that cannot be parsed is a reply nevertheless.
             *hung_up =
                 matches!(&answer, Err(ExecuteError::Io(error)) if error.kind() != io::ErrorKind::InvalidData);
             answer
@@ -112,7 +112,7 @@ impl Qmp {
         }
     }
 
-    /// Lets the machine run.
+    /// Starts or resumes the guest.
     pub(crate) async fn cont(&self) -> Result<()> {
         self.execute("start the machine", qmp::cont {}).await.map(drop)
     }
@@ -122,12 +122,12 @@ impl Qmp {
         self.execute("press the power button", qmp::system_powerdown {}).await.map(drop)
     }
 
-    /// Ends QEMU, in order.
+    /// Asks QEMU to exit cleanly.
     pub(crate) async fn quit(&self) -> Result<()> {
         self.execute("end", qmp::quit {}).await.map(drop)
     }
 
-    /// Writes a picture of the screen to a file, given relative to QEMU's directory.
+    /// Writes a screenshot to a file, given relative to QEMU's directory.
     pub(crate) async fn screendump(&self, file: &str) -> Result<()> {
         let command = qmp::screendump {
             filename: file.to_owned(),
@@ -139,7 +139,7 @@ impl Qmp {
     }
 }
 
-/// Passes the lines of QMP on, but for events that the `qapi` crate does not know.
+/// Copies the lines of QMP, without the events that the `qapi` crate does not know.
 async fn drop_unknown_events(read: impl AsyncRead + Unpin, mut known: DuplexStream) -> io::Result<()> {
     let mut lines = BufReader::new(read).split(b'\n');
     while let Some(mut line) = lines.next_segment().await? {
@@ -168,7 +168,7 @@ fn note_of(event: qmp::Event) -> Option<Note> {
             Some(Note::Shutdown { by_guest: data.guest, reason: reason.to_owned() })
         }
         Event::GUEST_PANICKED { .. } => Some(Note::Panicked),
-        // Reported to the guest or ignored: then the machine goes on.
+        // With any other action, the error is reported to the guest or ignored, and the machine keeps running.
         Event::BLOCK_IO_ERROR { data, .. } if data.action == qmp::BlockErrorAction::stop => {
             Some(Note::IoError {
                 node: data.node_name.unwrap_or(data.device),

@@ -1,4 +1,4 @@
-//! Who watches a running machine: hears its events, ends it when told to, and says how it ended.
+//! The watcher of a running machine: receives its events, ends it on request, and reports how it ended.
 //!
 //! ```text
 //! Defined ──start──▶ Starting ──▶ Running ──▶ Ended(exit) ──start──▶ Starting …
@@ -6,7 +6,8 @@
 //!                        ▼
 //!                   as it was before
 //! ```
-//! One task per running machine owns the process; dropping the task kills it, unless it was released.
+//! Each running machine has one task, which owns the process; dropping the task kills the process unless it was
+//! released.
 
 use crate::qmp::{Note, Qmp};
 use rudder_core::backend::{Death, Exit, Stop};
@@ -22,16 +23,17 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-/// How often the power button is pressed for a guest that does not react: it may not have been listening yet.
+/// Interval at which the power button is pressed again for a guest that does not react: it may not have been listening
+/// yet.
 const PRESS_AGAIN: Duration = Duration::from_secs(10);
-/// How long QEMU may take to end in order; then it is killed.
+/// How long QEMU may take to exit cleanly before it is killed.
 const QUIT_LIMIT: Duration = Duration::from_secs(2);
-/// How long the last picture of a machine that failed may take.
+/// How long the last screenshot of a failed machine may take.
 const PICTURE_LIMIT: Duration = Duration::from_millis(500);
-/// How long after the end of the process, or of the conversation, the other may take to end.
+/// How long to wait, after the process or the QMP connection has ended, for the other to end as well.
 const HANG_UP_LIMIT: Duration = Duration::from_secs(1);
 
-/// Where a machine is in its life.
+/// The phase of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Phase {
     Defined,
@@ -40,17 +42,17 @@ pub(crate) enum Phase {
     Ended(Exit),
 }
 
-/// What was seen of a machine, and what was done to it.
+/// What was observed of a machine, and what was done to it.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Seen {
     shutdown: Option<(bool, String)>,
     panicked: bool,
-    /// The first disk error: what happened, and whether the host's disk is full.
+    /// The first disk error: its description, and whether the host's disk is full.
     io_error: Option<(String, bool)>,
     hung_up: bool,
-    /// How its TPM ended, when it ended before QEMU did.
+    /// How its TPM ended, if it ended before QEMU did.
     tpm_ended: Option<String>,
-    /// Why we ended it.
+    /// Why Rudder ended it.
     killed: Option<String>,
 }
 
@@ -58,20 +60,20 @@ struct Seen {
 #[derive(Debug)]
 pub(crate) struct Watcher {
     pub(crate) child: OwnedChild,
-    /// Its TPM.
+    /// The TPM of the machine.
     pub(crate) tpm: Option<Tpm>,
     pub(crate) qmp: Qmp,
     pub(crate) notes: mpsc::UnboundedReceiver<Note>,
     pub(crate) orders: mpsc::UnboundedReceiver<Stop>,
     pub(crate) phase: watch::Sender<Phase>,
-    /// Where QEMU's messages go.
+    /// The file with QEMU's messages.
     pub(crate) log: PathBuf,
     pub(crate) console: Arc<SerialConsole>,
-    /// Where a last picture of the screen goes.
+    /// The file for a last screenshot.
     pub(crate) picture: PathBuf,
 }
 
-/// A guest that was asked to end.
+/// A request to shut down that the guest has not fulfilled yet.
 struct Request {
     limit: Duration,
     deadline: Instant,
@@ -79,7 +81,7 @@ struct Request {
 }
 
 impl Watcher {
-    /// Watches until the machine has ended, and publishes how.
+    /// Watches until the machine has ended, and publishes how it ended.
     pub(crate) async fn run(mut self) -> Exit {
         let mut seen = Seen::default();
         let mut request: Option<Request> = None;
@@ -96,7 +98,7 @@ impl Watcher {
                         self.take_last_picture().await;
                         self.child.kill();
                     },
-                    // It has just ended, or is out of control.
+                    // QEMU has just ended, or can no longer be controlled.
                     None => {
                         seen.hung_up = true;
                         kill_at.get_or_insert(Instant::now() + HANG_UP_LIMIT);
@@ -114,7 +116,7 @@ impl Watcher {
                 },
                 () = sleep_until(press.unwrap_or_else(Instant::now)), if press.is_some() => {
                     let qmp = self.qmp.clone();
-                    // Not waited for: the guest's end may come before QEMU's answer.
+                    // Not awaited: the guest may end before QEMU replies.
                     tokio::spawn(async move { qmp.press_power_button().await });
                     if let Some(request) = &mut request {
                         request.press += PRESS_AGAIN;
@@ -125,7 +127,7 @@ impl Watcher {
                     seen.killed.get_or_insert_with(|| format!("did not power off within {limit:?}"));
                     kill_at.get_or_insert(self.quit());
                 }
-                // It ends when QEMU hangs up, which QEMU does shortly before its own end.
+                // The TPM ends when QEMU closes its connection, which happens shortly before QEMU itself ends.
                 told = ended(&mut tpm), if tpm.is_some() && tpm_told.is_none() => {
                     tpm_told = Some(told);
                     if seen.shutdown.is_none() {
@@ -140,10 +142,10 @@ impl Watcher {
             }
         };
         if let Some(tpm) = &mut tpm {
-            // Its state is complete when it has ended.
+            // The state of a TPM is complete once it has ended.
             tpm.finish().await;
         }
-        // What the guest wrote last is still on its way, and so are the last events.
+        // The last output of the guest and the last events may still be in transit.
         let _ = timeout(HANG_UP_LIMIT, self.console.finished()).await;
         while let Ok(Some(note)) = timeout(HANG_UP_LIMIT, self.notes.recv()).await {
             seen.hear(note);
@@ -157,7 +159,7 @@ impl Watcher {
         exit
     }
 
-    /// Takes a picture of a machine that failed. One that is cut short by the end of QEMU is not taken for a picture.
+    /// Takes a last screenshot of a failed machine. One that is cut short by the end of QEMU is discarded.
     async fn take_last_picture(&self) {
         let Some(name) = self.picture.file_name().and_then(|name| name.to_str()) else { return };
         // Relative to QEMU's directory, which is the lab's.
@@ -170,7 +172,7 @@ impl Watcher {
         }
     }
 
-    /// Asks QEMU to end, which writes what it holds in memory; says when to kill it if it does not.
+    /// Asks QEMU to exit, which flushes what it holds in memory; returns when to kill it if it does not.
     fn quit(&self) -> Instant {
         let qmp = self.qmp.clone();
         tokio::spawn(async move { qmp.quit().await });
@@ -180,7 +182,7 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        // Dropped before its time: nobody waits for ever.
+        // Dropped before the machine ended: publish an end, so that no caller waits forever.
         self.phase.send_if_modified(|phase| {
             let running = *phase == Phase::Running;
             if running {
@@ -192,7 +194,7 @@ impl Drop for Watcher {
 }
 
 impl Seen {
-    /// Takes a note; says whether the machine is beyond help.
+    /// Records an event; returns whether the machine cannot recover.
     fn hear(&mut self, note: Note) -> bool {
         match note {
             Note::Shutdown { by_guest, reason } => {
@@ -211,7 +213,7 @@ impl Seen {
     }
 }
 
-/// How a TPM ended. Of none, for ever.
+/// Waits until the TPM has ended, and returns how; never completes if there is none.
 async fn ended(tpm: &mut Option<Tpm>) -> String {
     match tpm {
         Some(tpm) => tpm.ended().await,
@@ -219,13 +221,13 @@ async fn ended(tpm: &mut Option<Tpm>) -> String {
     }
 }
 
-/// How the process ended.
+/// How the QEMU process ended.
 struct Ended {
     told: String,
     orderly: bool,
 }
 
-/// How a machine ended, from all that is known.
+/// Determines how a machine ended from everything that is known.
 fn verdict(seen: &Seen, ended: &Ended, last_words: &str) -> Exit {
     let with_words = |what: String| match last_words {
         "" => what,
@@ -287,7 +289,7 @@ mod tests {
     fn only_the_guest_powers_off() {
         let off = seen([shutdown(true, "guest-shutdown")]);
         assert_eq!(verdict(&off, &orderly(), ""), Exit::PoweredOff);
-        // Also when it was about to be killed for being slow.
+        // Even if it was about to be killed for being slow.
         let late = Seen { killed: Some("did not power off within 60s".to_owned()), ..off };
         assert_eq!(verdict(&late, &orderly(), ""), Exit::PoweredOff);
         let told = Seen { killed: Some("why".to_owned()), ..seen([shutdown(false, "host-qmp-quit")]) };

@@ -1,4 +1,4 @@
-//! The QEMU backend keeps the contract: the suite of `rudder_core::testing`, with real processes and a real guest.
+//! The QEMU backend fulfils the contract: the suite of `rudder_core::testing`, with real processes and a real guest.
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -21,9 +21,9 @@ use std::{
     sync::Arc,
 };
 
-/// Set for the process that plays an owner: the directory of its store.
+/// Set in a process that plays an owner: the directory of its store.
 const STORE: &str = "RUDDER_SUITE_STORE";
-/// The port of the guest's echo.
+/// The port of the guest's echo service.
 const ECHO: u16 = 7;
 
 #[derive(Debug)]
@@ -37,14 +37,14 @@ impl QemuAdapter {
         Ok(QemuBackend::builder(Store::open(&self.store)?).accelerator(Accelerator::Tcg).build())
     }
 
-    /// The QEMU of a machine.
+    /// Returns the QEMU process of a machine.
     fn process(&self, lab: &LabId, machine: &str) -> Option<i32> {
         let name = format!("{lab}/{machine},");
         processes_below(&self.store).into_iter().find(|pid| command_line(*pid).contains(&name))
     }
 }
 
-/// The tiny guest, made by `make guests`.
+/// Returns the path of the tiny guest, made by `make guests`.
 fn tiny() -> PathBuf {
     let made = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guests");
     let path = std::env::var_os("RUDDER_GUESTS").map_or_else(made, PathBuf::from).join("tiny.qcow2");
@@ -99,7 +99,7 @@ impl Adapter for QemuAdapter {
             "<waitText '$' 1m>echo typed on the screen >/tmp/typed<enter>",
         ];
         guest.boot_command = Some(command.map(str::to_owned).to_vec());
-        // It is emulated.
+        // The guest is emulated.
         guest.large = 4 << 20;
         guest.serial_says = Some("login:".to_owned());
         Some(guest)
@@ -107,7 +107,7 @@ impl Adapter for QemuAdapter {
 
     fn bad_images(&self) -> Option<BadImages> {
         let broken = self.store.join("broken.qcow2");
-        // The magic of qcow2 (docs/interop/qcow2.txt), and nothing that makes sense behind it.
+        // The magic number of qcow2 (docs/interop/qcow2.txt), followed by nothing valid.
         fs::write(&broken, [b"QFI\xfb".as_slice(), &[0xff; 4096]].concat()).unwrap();
         let url = |path: &Path| url::Url::from_file_path(path).unwrap();
         Some(BadImages::new(url(&self.store.join("missing.qcow2")), url(&broken)))
@@ -128,7 +128,7 @@ async fn the_qemu_backend_keeps_the_contract() {
         panic!("{:?}", testing::own(Arc::new(adapter)).await);
     }
     let dir = tempfile::Builder::new().prefix("rudder-test-").tempdir().unwrap();
-    // A place that means something to a shell, to QEMU's options and to a URL.
+    // A path with characters that are special to a shell, to QEMU's options and in a URL.
     let store = dir.path().join("a \"store\", isn't it = é 🦀 %20");
     fs::create_dir(&store).unwrap();
     let adapter = QemuAdapter { store, guest: tiny() };

@@ -1,4 +1,4 @@
-//! What becomes of machines when their owner is gone: nothing is left, unless it was kept.
+//! What happens to machines when their owner is gone: nothing is left, unless the lab was kept.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -21,12 +21,12 @@ use std::{
 
 use tokio::io::AsyncReadExt as _;
 
-/// Set for the process that plays the builder: the directory of its store.
+/// Set in the process that plays the builder: the directory of its store.
 const BUILDER: &str = "RUDDER_TEST_BUILDER";
 /// How long the machines of a killed builder may run.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Runs one machine until it is killed.
+/// Runs one machine until this process is killed.
 async fn play_builder(store: &Path, retention: Retention) {
     let backend = QemuBackend::builder(Store::open(store).unwrap()).accelerator(Accelerator::Tcg).build();
     let mut spec = LabSpec::new("killed", network());
@@ -38,7 +38,7 @@ async fn play_builder(store: &Path, retention: Retention) {
     machine.wait().await.unwrap();
 }
 
-/// Starts this test again as the builder, and kills it when its machine runs.
+/// Runs this test again as the builder, and kills the builder once its machine runs.
 async fn kill_a_builder(test: &str, store: &Path) {
     let mut builder = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test])
@@ -109,7 +109,7 @@ const HELPER: &str = "the_helper_process";
 
 #[test]
 fn the_helper_process() {
-    // Only where it was started as one: the others find none.
+    // Only if this process was started as a helper; in a normal test run this does nothing.
     if std::env::var_os(rudder_local::helper::VARIABLE).is_some() {
         rudder_local::helper::run();
     }
@@ -125,12 +125,12 @@ async fn a_kept_lab_outlives_its_owner_until_it_is_removed() {
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     let kept = lab.keep().await.unwrap();
-    // Its owner reaches it over the other process, too: the guest has no address.
+    // Its owner also reaches it through the helper process: the guest has no address.
     let mut stream = machine.dial(22).await.unwrap();
     assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
     drop((machine, lab));
     assert_eq!(place.backend.reap().await.unwrap().removed, Vec::<String>::new());
-    // QEMU and the network.
+    // QEMU and the network helper.
     assert_eq!(processes_below(place.dir.path()).len(), 2);
     let door = place.dir.path().join("labs").join(kept.id.as_str()).join("m0.p22");
     assert_eq!(std::fs::metadata(&door).unwrap().permissions().mode() & 0o777, 0o600);

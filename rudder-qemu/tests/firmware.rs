@@ -1,4 +1,4 @@
-//! What a host must have for UEFI, Secure Boot and a TPM; and a TPM that dies. Machines that stay in their firmware.
+//! What a host must provide for UEFI, Secure Boot and a TPM, and a TPM that dies. The machines stay in their firmware.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -13,7 +13,7 @@ use rudder_core::{
 };
 use std::{fs, path::PathBuf};
 
-/// A lab whose machines need this.
+/// Returns the specification of a lab whose machines need these capabilities.
 fn needing(needs: &[Capability]) -> LabSpec {
     let mut spec = LabSpec::new("test", network());
     spec.needs = needs.iter().copied().collect();
@@ -22,7 +22,7 @@ fn needing(needs: &[Capability]) -> LabSpec {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_host_does_not_have_is_refused_before_anything_starts() {
-    // A host without firmware and without swtpm.
+    // A host with neither firmware nor swtpm.
     let empty = tempfile::tempdir().unwrap();
     let directory = empty.path().join("firmware");
     let place = Place::of(1, |builder| {
@@ -47,11 +47,11 @@ async fn what_the_host_does_not_have_is_refused_before_anything_starts() {
     assert!(secure.ends_with("ovmf"), "{secure}");
     let tpm = refusal(Capability::Tpm).await;
     assert!(tpm.contains("apt-get install --no-install-recommends swtpm swtpm-tools"), "{tpm}");
-    // Whoever asks for none of it does not notice.
+    // A lab that needs none of it is not affected.
     let lab = place.lab().await;
     let mut spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
     lab.create_machine(&spec).await.unwrap();
-    // And who does not say so to the lab is still never given BIOS instead.
+    // A machine that needs firmware is never given BIOS instead, even if its lab did not declare the need.
     spec.name = "other".to_owned();
     spec.firmware = Firmware::Uefi;
     assert_eq!(lab.create_machine(&spec).await.unwrap_err().kind(), ErrorKind::HostMissing);
@@ -69,7 +69,7 @@ async fn what_the_host_does_not_have_is_refused_before_anything_starts() {
     place.assert_clean().await;
 }
 
-/// The process below a directory that runs this program.
+/// Returns the process below a directory that runs this program.
 fn process(directory: &std::path::Path, program: &str) -> Option<i32> {
     let is = |pid: &i32| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with(program));
     processes_below(directory).into_iter().find(is)
@@ -88,7 +88,7 @@ async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_told() {
     let swtpm = || process(place.dir.path(), "swtpm");
     assert_eq!(swtpm(), None, "made, and not running");
 
-    // It ends with the machine, and comes again with it.
+    // The TPM ends with the machine, and starts with it again.
     for _ in 0..2 {
         machine.start().await.unwrap();
         assert!(swtpm().is_some());
@@ -103,7 +103,7 @@ async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_told() {
         let path = lab_file(&place, &captured.file);
         assert_eq!(Some(fs::metadata(path).unwrap().len()), captured.content.size);
     }
-    // May be repeated.
+    // Capturing may be repeated.
     assert_eq!(machine.capture_state().await.unwrap().len(), 2);
 
     machine.start().await.unwrap();
@@ -116,7 +116,7 @@ async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_told() {
         "{detail}"
     );
 
-    // Dropped in the middle, neither is left.
+    // Dropped while running, neither process is left.
     machine.start().await.unwrap();
     drop(lab);
     drop(machine);
@@ -124,7 +124,7 @@ async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_told() {
     place.assert_clean().await;
 }
 
-/// A file of the only lab.
+/// Returns the path of a file of the only lab.
 fn lab_file(place: &Place, file: &str) -> PathBuf {
     let labs = fs::read_dir(place.dir.path().join("labs")).unwrap();
     let lab = labs.flatten().find(|entry| !entry.file_name().to_string_lossy().starts_with('.')).unwrap();

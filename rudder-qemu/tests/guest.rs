@@ -1,4 +1,4 @@
-//! What guests do, seen from outside: they boot from every bus, power off, panic, fill the host's disk.
+//! What guests do, seen from outside: they boot from every bus, power off, panic, and fill the host's disk.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -30,7 +30,7 @@ async fn a_guest_boots_from_every_bus_that_boots_and_powers_off() {
     for bus in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Ide] {
         let lab = place.lab().await;
         let mut spec = sector_machine(&*lab, &sector::power_off("hello, \"world\""), bus, DISK).await;
-        // All the company that it may have changes nothing.
+        // Additional disks on any bus make no difference.
         let request = ImportRequest::new("guest", "extra", PlannedSource::Blank, Some(DISK));
         for other in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
             let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
@@ -64,7 +64,7 @@ async fn a_blank_disk_falls_through_to_the_cd_and_boots_once_it_is_installed() {
     std::fs::write(&cdrom, sector::cdrom(&sector::install("installing, ", &installed))).unwrap();
     let other = place.dir.path().join("other.iso");
     std::fs::write(&other, vec![0; 1 << 20]).unwrap();
-    // The second has no room for CD-ROMs on IDE.
+    // The second combination leaves no space for CD-ROMs on IDE.
     for buses in [&[Bus::Virtio][..], &[Bus::Ide; 3], &[Bus::Sata], &[Bus::Scsi]] {
         let lab = place.lab().await;
         let mut spec = common::blank_machine(&*lab, "web", buses).await;
@@ -75,7 +75,7 @@ async fn a_blank_disk_falls_through_to_the_cd_and_boots_once_it_is_installed() {
         }
         let machine = lab.create_machine(&spec).await.unwrap();
         machine.start().await.unwrap();
-        // The CD-ROM that does not boot is passed over; the one that does resets the machine, which then boots the disk.
+        // Firmware skips the CD-ROM that does not boot. The bootable one resets the machine, which then boots the disk.
         assert_eq!(wait(&*machine).await, Exit::PoweredOff, "{buses:?}");
         let said = String::from_utf8(machine.serial_tail(1000).await.unwrap()).unwrap();
         assert_eq!(said, "installing, installed", "{buses:?}");
@@ -98,7 +98,7 @@ async fn a_guest_is_asked_to_power_off_by_its_button() {
     let exit = machine.stop(Stop::Graceful { limit: Duration::from_secs(120) }).await.unwrap();
     assert_eq!(exit, Exit::PoweredOff);
     assert_eq!(machine.stop(Stop::Kill).await.unwrap(), Exit::PoweredOff);
-    // A second run has a console of its own.
+    // A second run has its own console.
     machine.start().await.unwrap();
     assert!(matches!(machine.stop(Stop::Kill).await.unwrap(), Exit::Killed { .. }));
     lab.destroy().await.unwrap();
@@ -127,7 +127,7 @@ async fn a_full_disk_of_the_host_is_said_to_be_full() {
     if !may_mount("a_full_disk_of_the_host_is_said_to_be_full") {
         return;
     }
-    // For its turn among the tests.
+    // Waits for its turn among the tests.
     let place = Place::new().await;
     let root = place.dir.path().join("small");
     let small = SmallDisk::mount(&root, 12);
@@ -146,7 +146,7 @@ async fn a_full_disk_of_the_host_is_said_to_be_full() {
         detail,
         "the host has no space left for the machine's disks: write of disk0 failed: No space left on device"
     );
-    // Nor is there room for a copy.
+    // There is no space for a copy either.
     let error = machine.capture("root", &Progress::none()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::HostDiskFull, "{}", error.report());
     lab.destroy().await.unwrap();

@@ -1,4 +1,5 @@
-//! The life of machines on real QEMU: start, wait, stop in every order, death, capture. Nothing is left afterwards.
+//! The life cycle of machines on real QEMU: start, wait, stop in every order, death, capture. Nothing is left
+//! afterwards.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -77,10 +78,10 @@ async fn streams_reach_port_display_and_serial_console() {
     let lab = place.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    // This guest never takes its address.
+    // This guest never configures its address.
     let error = machine.dial(22).await.map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::GuestUnreachable);
-    // Nothing on the network of the host leads to it; a socket in the lab does.
+    // The host's network does not lead to the guest; a socket in the lab does.
     assert_eq!(machine.reachable_at(22), None);
     assert!(machine.proxy_command(22).unwrap().ends_with(" nc -U m0.p22"));
     assert_eq!(machine.proxy_command(23), None);
@@ -107,7 +108,7 @@ async fn served_files_are_for_the_machines_of_the_lab_only() {
     let files = [("x".to_owned(), SiteFile::bytes(b"hello".as_slice()))];
     let served = lab.serve(Site::new(files.into(), |request| panic!("{request:?}"))).await.unwrap();
     assert_eq!(served.addresses, [("default".to_owned(), "10.0.2.1".parse().unwrap())].into());
-    // On the address of the gateway, and not on this host.
+    // Listens on the gateway's address, not on this host.
     let own: Vec<String> = std::fs::read_dir("/proc/self/fd")
         .unwrap()
         .flatten()
@@ -190,7 +191,7 @@ async fn what_was_written_is_captured_and_published() {
     lab.destroy().await.unwrap();
     drop((machine, lab));
 
-    // The next layer stands on it.
+    // The next layer is based on it.
     let lab = place.lab().await;
     let parent = rudder_core::plan::PlannedBuildRef {
         module: "base".to_owned(),
@@ -217,7 +218,7 @@ async fn what_was_written_is_captured_and_published() {
     place.assert_clean().await;
 }
 
-/// A file of the only lab.
+/// Returns the path of a file of the only lab.
 fn lab_file(place: &Place, file: &str) -> std::path::PathBuf {
     let labs = std::fs::read_dir(place.dir.path().join("labs")).unwrap();
     let lab = labs.flatten().find(|entry| !entry.file_name().to_string_lossy().starts_with('.')).unwrap();

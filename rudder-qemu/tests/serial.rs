@@ -1,5 +1,5 @@
-//! A guest that writes on its serial console without end: what the host keeps of it is bounded, while it is built, when its lab
-//! was kept, and when its owner is gone.
+//! A guest that writes to its serial console without end: the host stores a bounded amount of it while the machine
+//! runs, when its lab was kept, and when its owner is gone.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -12,12 +12,12 @@ use rudder_core::{
 use std::{os::unix::fs::MetadataExt, path::Path};
 use tokio::{io::AsyncReadExt, net::UnixStream};
 
-/// More than is kept anywhere, in bytes.
+/// More than is stored anywhere, in bytes.
 const FLOOD: usize = 800 << 10;
-/// As much as a machine's record may take on disk, in bytes.
+/// Maximum size on disk of the record of a machine, in bytes.
 const RECORD: u64 = 512 << 10;
 
-/// The size of all that is recorded of serial consoles in a directory, and when that was last written to.
+/// Returns the total size of the serial console records in a directory, and the time of the last write to them.
 fn recorded(directory: &Path) -> (u64, i64) {
     let entries = std::fs::read_dir(directory).unwrap().flatten();
     let records = entries.filter(|entry| entry.file_name().to_string_lossy().contains("serial.log"));
@@ -27,7 +27,7 @@ fn recorded(directory: &Path) -> (u64, i64) {
     (metadata.iter().map(std::fs::Metadata::len).sum(), written.unwrap_or_default())
 }
 
-/// Reads this much; the stream must not end before.
+/// Reads this many bytes; the stream must not end earlier.
 async fn read(stream: &mut (impl AsyncReadExt + Unpin), bytes: usize) {
     stream.read_exact(&mut vec![0; bytes]).await.unwrap();
 }
@@ -50,13 +50,14 @@ async fn what_a_guest_writes_without_end_is_bounded() {
     let tail = machine.serial_tail(usize::MAX).await.unwrap();
     assert!((SERIAL_KEPT..=FLOOD).contains(&tail.len()), "{} bytes are kept", tail.len());
 
-    // Its end changes nothing of that, and its last words survive.
+    // The bound still holds after the machine has ended, and its last output is preserved.
     machine.stop(Stop::Kill).await.unwrap();
     assert!(machine.serial_tail(SERIAL_KEPT).await.unwrap().len() == SERIAL_KEPT);
     assert!(recorded(&directory).0 <= RECORD);
     drop((idle, reader));
 
-    // Kept and left by its owner, it writes on; nothing is recorded, and the console is free for whoever comes.
+    // Once the lab is kept and its owner is gone, the guest continues to write. Nothing is recorded, and any client may
+    // connect to the console.
     machine.start().await.unwrap();
     let mut reader = machine.serial().await.unwrap();
     read(&mut reader, 1000).await;

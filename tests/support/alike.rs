@@ -1,15 +1,17 @@
-//! Two builds of one manifest, compared: the same events in the same order, and the same record of the module, but for what is
-//! of one build alone.
+//! Compares two builds of one manifest: the same events in the same order, and the same record of the module, except
+//! for what is specific to one build.
 
 use super::Ended;
 use serde_json::Value;
 use std::fs;
 
-/// What two builds need not have in common, wherever it is in their events and records: when, how long, where, by what.
+/// Fields that may differ between two builds wherever they occur in events and records: times, durations, locations,
+/// programs.
 const OWN: [&str; 10] =
     ["build_id", "seq", "time", "millis", "created", "timings", "backend", "versions", "digest", "outcome"];
 
-/// Fails unless both were built, told the same, and wrote the same record. Lines of output count as far as `counts` says.
+/// Fails unless both builds succeeded, reported the same, and wrote the same record. Lines of output are compared only
+/// if `counts` returns true.
 #[track_caller]
 pub fn expect_alike(one: &Ended, other: &Ended, counts: impl Fn(&str) -> bool) {
     for (what, one, other) in [
@@ -25,20 +27,20 @@ pub fn expect_alike(one: &Ended, other: &Ended, counts: impl Fn(&str) -> bool) {
 
 fn events(ended: &Ended, counts: impl Fn(&str) -> bool) -> Vec<Value> {
     let all = ended.events.iter().filter(|event| {
-        // How often progress is told depends on how long things take.
+        // The number of progress events depends on how long things take.
         event["event"] != "progress" && event["line"].as_str().is_none_or(&counts)
     });
     all.map(without_own).collect()
 }
 
-/// The `module.json` that a build wrote.
+/// Returns the `module.json` that a build wrote.
 fn record(ended: &Ended) -> Value {
     let path = ended.outcome()["path"].as_str().unwrap_or_else(|| panic!("a module: {}", ended.stdout));
     let mut record: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     for machine in record["machines"].as_array_mut().unwrap() {
         for disk in machine["disks"].as_array_mut().unwrap() {
             let disk = disk.as_object_mut().unwrap();
-            // The guest writes times and keys of its own.
+            // The guest writes its own times and keys.
             disk.remove("size");
             disk.remove("sha256");
         }

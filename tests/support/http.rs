@@ -1,4 +1,4 @@
-//! A file server on loopback that can be told to misbehave, and counts what it was asked for.
+//! A file server on loopback that can be made to misbehave, and records its requests.
 #![allow(dead_code, clippy::unwrap_used, unreachable_pub)]
 
 use std::{
@@ -11,12 +11,12 @@ use std::{
     thread,
 };
 
-/// How the server answers a path.
+/// How the server answers a request.
 #[derive(Clone)]
 pub enum Answer {
     /// 200 or 206 with these bytes.
     Bytes(Arc<[u8]>),
-    /// The same, but the first connection is cut after so many bytes.
+    /// The same, but the first connection is cut after this many bytes.
     CutOnce(Arc<[u8]>, usize),
     /// A status and a short text.
     Status(u16, &'static str),
@@ -24,16 +24,16 @@ pub enum Answer {
     Stall(Arc<[u8]>, usize),
 }
 
-/// A request that came.
+/// A request that was received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     pub path: String,
     pub range: Option<String>,
-    /// Bytes of the body that were sent.
+    /// Number of bytes of the body that were sent.
     pub sent: usize,
 }
 
-/// The server; it stops when dropped.
+/// The server, which stops when dropped.
 pub struct Server {
     address: std::net::SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,

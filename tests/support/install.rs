@@ -1,11 +1,11 @@
-//! The manifests of `examples/` that install Debian from an ISO: built, with what their installers asked for, and their modules
-//! started afresh.
+//! The manifests of `examples/` that install Debian from an ISO: builds them, checks what their installers requested,
+//! and starts their modules afresh.
 
 use super::{Bench, Ended, guest_path};
 use serde_json::Value;
 use std::{fs, path::Path};
 
-/// One of the examples, with what its module is and how that shows what it was started by.
+/// One of the examples, its module, and a way to see how the module was started.
 pub struct Example {
     file: &'static str,
     module: &'static str,
@@ -27,7 +27,7 @@ pub const UEFI: Example = Example {
     look: "sudo efibootmgr",
 };
 
-/// An example, with the guests of these tests.
+/// Returns the manifest of an example, with the guests of these tests.
 pub fn manifest(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/manifests").join(file);
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -38,7 +38,7 @@ pub fn manifest(file: &str) -> String {
     text.replace(here, &there)
 }
 
-/// The files that were asked for, with the status of the answers, in order.
+/// Returns the requested files with the status of the answers, in order.
 pub fn requests(ended: &Ended) -> Vec<(String, u64)> {
     let requests = ended.events.iter().filter(|event| event["event"] == "http_request");
     requests
@@ -46,14 +46,14 @@ pub fn requests(ended: &Ended) -> Vec<(String, u64)> {
         .collect()
 }
 
-/// The lines that the steps of a build wrote.
+/// Returns the lines that the steps of a build wrote.
 fn said(ended: &Ended) -> Vec<&str> {
     let lines = ended.events.iter().filter(|event| event["event"] == "step_output");
     lines.filter_map(|event| event["line"].as_str()).collect()
 }
 
-/// Builds an example, and starts the captured disk afresh on QEMU: a layer on the module, whose only step looks around. Where it
-/// all is, the `module.json`, and what was seen.
+/// Builds an example, and starts the captured disk afresh on QEMU: a layer on the module, whose only step inspects it.
+/// Returns the bench, the `module.json`, and the output of the step.
 pub fn installs(example: &Example, build: &dyn Fn(&Bench, &str) -> Ended) -> (Bench, Value, Vec<String>) {
     let Example { file, module, firmware, look } = example;
     let bench = Bench::new();
@@ -84,7 +84,7 @@ pub fn installs(example: &Example, build: &dyn Fn(&Bench, &str) -> Ended) -> (Be
     (bench, record, lines)
 }
 
-/// Fails unless the firmware started what the installer entered into its variables, as `efibootmgr` shows it.
+/// Fails unless the firmware started the entry that the installer added to its variables, as `efibootmgr` shows it.
 #[track_caller]
 pub fn expect_entry(lines: &[String]) {
     let current =

@@ -1,4 +1,4 @@
-//! What the whole-build tests share: guests, the `build` example as a user runs it, and the look at what is left behind.
+//! Shared by the whole-build tests: guests, the `build` example as a user runs it, and the check for leftovers.
 #![allow(dead_code, clippy::unwrap_used, clippy::print_stderr, unreachable_pub)]
 
 pub mod alike;
@@ -20,15 +20,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// No build of these tests takes longer, on any machine they are meant for.
+/// Longer than any build of these tests takes, on any machine that they are meant for.
 const PATIENCE: Duration = Duration::from_secs(1800);
 
-/// The image of the tiny guest, as a `file:` URL. Made by `make guests`.
+/// Returns the image of the tiny guest as a `file:` URL. Made by `make guests`.
 pub fn tiny() -> String {
     guest("tiny.qcow2")
 }
 
-/// The image of the Debian guest, as a `file:` URL. Made by `make guests`.
+/// Returns the image of the Debian guest as a `file:` URL. Made by `make guests`.
 pub fn debian() -> String {
     guest("debian-12.qcow2")
 }
@@ -38,7 +38,7 @@ fn guest(file: &str) -> String {
     format!("file://{}", path.display())
 }
 
-/// Where a guest image is.
+/// Returns the path of a guest image.
 pub fn guest_path(file: &str) -> PathBuf {
     let directory = std::env::var_os("RUDDER_GUESTS")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests"), PathBuf::from);
@@ -47,7 +47,7 @@ pub fn guest_path(file: &str) -> PathBuf {
     path
 }
 
-/// A program of `examples/`, which cargo builds before it runs the tests.
+/// Returns the path of a program of `examples/`, which cargo builds before it runs the tests.
 pub fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test.parent().unwrap().parent().unwrap().join("examples").join(name);
@@ -59,7 +59,7 @@ pub fn example(name: &str) -> PathBuf {
     path
 }
 
-/// A directory of its own for one test, with a store in it; checked for leftovers when the test says so.
+/// A directory for one test, with a store in it; checked for leftovers when the test asks for it.
 pub struct Bench {
     root: tempfile::TempDir,
 }
@@ -77,14 +77,14 @@ impl Bench {
         self.path("store")
     }
 
-    /// Writes a file and says where it is.
+    /// Writes a file and returns its path.
     pub fn write(&self, name: &str, content: &str) -> PathBuf {
         let path = self.path(name);
         fs::write(&path, content).unwrap();
         path
     }
 
-    /// The command `build --store STORE --events json MANIFEST`, not yet started.
+    /// Returns the command `build --store STORE --events json MANIFEST`, not yet started.
     pub fn command(&self, manifest: &str) -> Command {
         let mut command = Command::new(example("build"));
         let file = self.write("manifest.yaml", manifest);
@@ -93,19 +93,20 @@ impl Bench {
         command
     }
 
-    /// Where the programs under test put temporary files, so that the test can see what stays.
+    /// Returns the directory in which the programs under test put temporary files, so that the test can see what is
+    /// left.
     pub fn tmp(&self) -> PathBuf {
         let tmp = self.path("tmp");
         fs::create_dir_all(&tmp).unwrap();
         tmp
     }
 
-    /// Builds a manifest to its end.
+    /// Builds a manifest to completion.
     pub fn build(&self, manifest: &str) -> Ended {
         Running::start(self.command(manifest)).end()
     }
 
-    /// Builds a manifest, which must succeed; gives its `module.json`.
+    /// Builds a manifest, which must succeed; returns its `module.json`.
     pub fn built(&self, manifest: &str) -> Value {
         let ended = self.build(manifest);
         ended.expect_code(0);
@@ -113,7 +114,7 @@ impl Bench {
         serde_json::from_slice(&fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"))).unwrap()
     }
 
-    /// Runs an example with `--store`, and gives what it printed.
+    /// Runs an example with `--store`, and returns what it printed.
     pub fn run(&self, program: &str, args: &[&str]) -> (i32, String, String) {
         let output = Command::new(example(program))
             .arg("--store")
@@ -129,8 +130,8 @@ impl Bench {
         )
     }
 
-    /// Everything of this bench that a failed or finished build must not leave: processes, labs, sockets, locks, partial
-    /// and temporary files.
+    /// Returns everything in this bench that a finished or failed build must not leave behind: processes, labs,
+    /// sockets, locks, partial and temporary files.
     pub fn leftovers(&self) -> Vec<String> {
         let mut left: Vec<String> = processes_naming(self.root.path())
             .into_iter()
@@ -170,14 +171,14 @@ impl Bench {
         left
     }
 
-    /// Fails when anything is left.
+    /// Fails if anything is left.
     #[track_caller]
     pub fn expect_clean(&self) {
         let left = self.leftovers();
         assert!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
     }
 
-    /// Waits until no process of this bench runs, at most so long.
+    /// Waits until no process of this bench runs, for at most `limit`.
     #[track_caller]
     pub fn expect_no_process_within(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
@@ -191,7 +192,7 @@ impl Bench {
         }
     }
 
-    /// The QEMU processes of this bench.
+    /// Returns the QEMU processes of this bench.
     pub fn machines(&self) -> Vec<i32> {
         processes_naming(self.root.path())
             .into_iter()
@@ -204,7 +205,7 @@ impl Bench {
     }
 }
 
-/// A test that fails leaves no machine running.
+/// Kills machines that a failed test left running.
 impl Drop for Bench {
     fn drop(&mut self) {
         for pid in self.machines() {
@@ -213,7 +214,7 @@ impl Drop for Bench {
     }
 }
 
-/// All files, directories and sockets below a directory.
+/// Returns all files, directories and sockets below a directory.
 pub fn walk(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
@@ -226,7 +227,7 @@ pub fn walk(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Running processes whose command line, working directory or open files name a path.
+/// Returns the running processes whose command line, working directory or open files name a path.
 pub fn processes_naming(path: &Path) -> Vec<(i32, String)> {
     let path = path.to_string_lossy();
     let mut found = Vec::new();
@@ -248,7 +249,7 @@ pub fn processes_naming(path: &Path) -> Vec<(i32, String)> {
     found
 }
 
-/// A build that runs.
+/// A running build.
 pub struct Running {
     child: Child,
     events: mpsc::Receiver<String>,
@@ -257,7 +258,7 @@ pub struct Running {
     seen: Vec<String>,
 }
 
-/// A test that fails leaves no build running.
+/// Ends a build that a failed test left running.
 impl Drop for Running {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {
@@ -267,7 +268,7 @@ impl Drop for Running {
     }
 }
 
-/// A build that ended.
+/// A build that has ended.
 #[derive(Debug)]
 pub struct Ended {
     pub code: i32,
@@ -299,7 +300,7 @@ impl Running {
         i32::try_from(self.child.id()).unwrap()
     }
 
-    /// Reads events until one satisfies the condition; fails when the build ends before.
+    /// Reads events until one satisfies the condition; fails if the build ends first.
     #[track_caller]
     pub fn until(&mut self, what: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
@@ -324,7 +325,7 @@ impl Running {
         self.until(&format!("phase {phase}"), |event| event["phase"] == phase)
     }
 
-    /// Reads events until a step says a line that contains a text.
+    /// Reads events until a step writes a line that contains a text.
     #[track_caller]
     pub fn until_output(&mut self, text: &str) -> Value {
         self.until(&format!("output {text:?}"), |event| {
@@ -336,7 +337,7 @@ impl Running {
         kill_process(Pid::from_raw(self.pid()).unwrap(), signal).unwrap();
     }
 
-    /// Waits until what a person reads contains a text; gives the rest of that line.
+    /// Waits until the messages for people contain a text; returns the rest of that line.
     #[track_caller]
     pub fn until_said(&self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
@@ -354,18 +355,18 @@ impl Running {
         }
     }
 
-    /// Presses Enter, where standard input is a pipe.
+    /// Presses Enter, if standard input is a pipe.
     #[track_caller]
     pub fn press_enter(&mut self) {
         self.child.stdin.as_mut().expect("standard input is a pipe").write_all(b"\n").unwrap();
     }
 
-    /// Ends standard input, where it is a pipe.
+    /// Closes standard input, if it is a pipe.
     pub fn close_input(&mut self) {
         drop(self.child.stdin.take());
     }
 
-    /// Waits for the end.
+    /// Waits until the build has ended.
     #[track_caller]
     pub fn end(mut self) -> Ended {
         let deadline = Instant::now() + PATIENCE;
@@ -395,7 +396,7 @@ impl Ended {
         self
     }
 
-    /// What a person read contains every one of these.
+    /// Asserts that the messages for people contain all of these texts.
     #[track_caller]
     pub fn expect_text(&self, texts: &[&str]) -> &Self {
         for text in texts {
@@ -408,7 +409,7 @@ impl Ended {
         self
     }
 
-    /// The last event.
+    /// Returns the last event.
     #[track_caller]
     pub fn outcome(&self) -> &Value {
         let last = self.events.last().expect("at least one event");
@@ -416,18 +417,18 @@ impl Ended {
         &last["outcome"]
     }
 
-    /// The first event that satisfies a condition.
+    /// Returns the first event that satisfies a condition.
     pub fn event(&self, wanted: impl Fn(&Value) -> bool) -> Option<&Value> {
         self.events.iter().find(|event| wanted(event))
     }
 }
 
-/// A manifest of one tiny VM, with these provisioners (YAML of the list's items, each line as it stands).
+/// Returns a manifest of one tiny VM with these provisioners (YAML list items, each line verbatim).
 pub fn tiny_manifest(name: &str, provisioners: &str) -> String {
     one_vm(name, &format!("{{url: '{}'}}", tiny()), provisioners)
 }
 
-/// A manifest of one VM with this source and these provisioners.
+/// Returns a manifest of one VM with this source and these provisioners.
 pub fn one_vm(name: &str, source: &str, provisioners: &str) -> String {
     let steps: String = provisioners.lines().map(|line| format!("      {line}\n")).collect();
     let steps = if steps.is_empty() { String::new() } else { format!("    provisioners:\n{steps}") };

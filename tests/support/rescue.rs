@@ -1,5 +1,5 @@
-//! An installation in small: a disk that does not boot is started from a CD-ROM by what a floppy says, and is mended with what is
-//! served. Everything of the way from an ISO is in it, and it takes seconds.
+//! A small installation: a machine whose disk does not boot is started from a CD-ROM as a floppy directs, and its disk
+//! is repaired with a served file. It covers every part of an installation from an ISO, and takes seconds.
 
 use super::{Bench, guest_path};
 use std::{
@@ -9,10 +9,10 @@ use std::{
     process::Command,
 };
 
-/// A step for a layer on the module: what was captured boots by itself, without the CD-ROM.
+/// A step for a layer on the module: the captured disk boots by itself, without the CD-ROM.
 pub const LOOK: &str = "- {type: shell, shell: {inline: 'test ! -e /dev/sr0 && cat /etc/motd'}}";
 
-/// The manifest of the module `rescued`; its disk and what is served are in the bench.
+/// Returns the manifest of the module `rescued`; its disk and the served files are in the bench.
 pub fn manifest(bench: &Bench) -> String {
     let grub = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
     assert!(Path::new(grub).is_file(), "{grub} is missing: run `make test`, or install grub-rescue-pc");
@@ -27,7 +27,7 @@ pub fn manifest(bench: &Bench) -> String {
     disk.read_exact(&mut code).unwrap();
     fs::write(bench.path("boot.bin"), code).unwrap();
     disk.rewind().unwrap();
-    // int 18h: go on with the next device ("BIOS Boot Specification" 1.01, 6.7).
+    // int 18h: continue with the next boot device ("BIOS Boot Specification" 1.01, 6.7).
     disk.write_all(&[0xcd, 0x18]).unwrap();
     drop(disk);
     format!(

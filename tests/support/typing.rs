@@ -1,4 +1,5 @@
-//! What the test and the bench of typing share: prompts of real programs, text typed into them, and how it is read back.
+//! Shared by the test and the benchmark of typing: prompts of real programs, text typed into them, and how it is read
+//! back.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 use rudder::{
@@ -16,17 +17,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// CD-ROMs of Debian's packages grub-rescue-pc and ipxe. They boot as disks, too.
+/// CD-ROMs of Debian's packages grub-rescue-pc and ipxe. They also boot as disks.
 pub const GRUB: &str = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
 pub const IPXE: &str = "/usr/lib/ipxe/ipxe.iso";
 
-/// Nothing here takes longer, on any machine it is meant for.
+/// Longer than any wait here takes, on any machine that this is meant for.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
-/// Every printable character of ASCII, in an order that changes, up to this number.
+/// Returns `count` characters that contain every printable character of ASCII, in varying order.
 pub fn printable(count: usize) -> String {
     let all: Vec<char> = (' '..='~').collect();
-    // 7 and 95 have no divisor in common: each round has every character once.
+    // 7 and 95 have no common divisor, so each round contains every character once.
     (0..count).map(|index| all[(index * 7 + index / 95 * 13) % 95]).collect()
 }
 
@@ -67,12 +68,12 @@ impl Rig {
     }
 }
 
-/// What came of typing.
+/// The result of typing.
 #[derive(Debug)]
 pub struct Typed {
     pub wanted: String,
     pub found: String,
-    /// How many characters went over the keyboard, with what is around them.
+    /// Number of characters typed, including those around the text.
     pub strokes: usize,
     pub took: Duration,
 }
@@ -83,7 +84,7 @@ impl Typed {
     }
 }
 
-/// Types and measures.
+/// Types text, and measures how long it takes.
 struct Typist<'a> {
     console: &'a Console,
     strokes: usize,
@@ -112,7 +113,7 @@ fn lines(text: &str, length: usize) -> Vec<String> {
     all.chunks(length).map(|line| line.iter().collect()).collect()
 }
 
-/// What was said on the serial line between two marks, without line ends.
+/// Returns the output on the serial console between two marks, without line ends.
 async fn between(machine: &dyn Machine, begin: &str, end: &str) -> Option<String> {
     let said = String::from_utf8_lossy(&machine.serial_tail(1 << 20).await.unwrap()).into_owned();
     let (_, rest) = said.split_once(begin)?;
@@ -120,19 +121,19 @@ async fn between(machine: &dyn Machine, begin: &str, end: &str) -> Option<String
     Some(inner.replace(['\r', '\n'], ""))
 }
 
-/// The command line of GRUB, from Debian's rescue CD; read back over the serial line.
+/// Types into the command line of GRUB, from Debian's rescue CD; reads back over the serial console.
 pub async fn grub(text: &str) -> Typed {
     let rig = Rig::boot(Path::new(GRUB), 128 << 20).await;
-    // A menu comes first.
+    // GRUB shows a menu first.
     rig.console.wait_text("for a command-line", PATIENCE).await.unwrap();
     rig.console.press(u32::from('c')).await.unwrap();
     rig.console.wait_text("grub>", PATIENCE).await.unwrap();
     rig.console.type_text("insmod serial\nserial\nset begin='<<<'\nset end='>>>'\n").await.unwrap();
     let mut typist = Typist::new(&rig.console);
-    // Shorter than a line of the screen, with the quotes.
+    // Shorter than a line of the screen, including the quotes.
     let lines = lines(text, 60);
     for (index, line) in lines.iter().enumerate() {
-        // Nothing is special between single quotes but the quote.
+        // Between single quotes, only the quote itself is special.
         let quoted = line.replace('\'', "'\"'\"'");
         typist.types(&format!("set t{index}='{quoted}'\n")).await;
     }
@@ -146,7 +147,7 @@ pub async fn grub(text: &str) -> Typed {
     typed
 }
 
-/// The shell of iPXE; read back from the screen.
+/// Types into the shell of iPXE; reads back from the screen.
 pub async fn ipxe(text: &str) -> Typed {
     let rig = Rig::boot(Path::new(IPXE), 128 << 20).await;
     rig.console.wait_text("Ctrl-B", PATIENCE).await.unwrap();
@@ -159,7 +160,7 @@ pub async fn ipxe(text: &str) -> Typed {
     let mut found = String::new();
     for line in lines(text, 72) {
         typist.types(&line).await;
-        // The last key may still be on its way to the screen, and a picture may be taken in the middle of drawing.
+        // The screen may not show the last key yet, and a screenshot may be taken in the middle of drawing.
         let patience = Instant::now() + Duration::from_secs(20);
         let shown = loop {
             let screen = rig.console.text().await.unwrap();
@@ -172,7 +173,7 @@ pub async fn ipxe(text: &str) -> Typed {
             tokio::time::sleep(Duration::from_millis(100)).await;
         };
         found.push_str(&shown);
-        // The line is taken back, so that nothing of it is run.
+        // The line is erased, so that nothing of it is executed.
         rig.console.hold(control).await.unwrap();
         rig.console.press(u32::from('u')).await.unwrap();
         rig.console.release(control).await.unwrap();
@@ -182,7 +183,7 @@ pub async fn ipxe(text: &str) -> Typed {
     typed
 }
 
-/// A Linux console, of the tiny guest; read back over the serial line.
+/// Types into a Linux console of the tiny guest; reads back over the serial console.
 pub async fn linux(text: &str, image: &Path) -> Typed {
     let rig = Rig::boot(image, 256 << 20).await;
     rig.console.wait_text("login:", PATIENCE).await.unwrap();

@@ -8,18 +8,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The record in the directory of a kept lab.
+/// Name of the record in the directory of a kept lab.
 const RECORD: &str = "kept.json";
 
-/// A lab that was kept.
+/// A lab that was kept for inspection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct KeptLab {
-    /// Its id, for [`Backend::remove_lab`](super::Backend::remove_lab).
+    /// The id of the lab, for [`Backend::remove_lab`](super::Backend::remove_lab).
     pub id: LabId,
-    /// How to get into each machine, a line each.
+    /// How to access each machine, one line each.
     pub access: Vec<String>,
-    /// The login of each machine, as far as the build that kept the lab wrote it down.
+    /// The login of each machine, where the build that kept the lab recorded it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logins: Vec<KeptLogin>,
 }
@@ -28,11 +28,11 @@ pub struct KeptLab {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct KeptLogin {
-    /// The VM.
+    /// The name of the VM.
     pub vm: String,
-    /// The user.
+    /// The name of the user.
     pub username: String,
-    /// The port of its SSH server, in the guest.
+    /// The port of the SSH server in the guest.
     pub port: u16,
     /// The file with the private key; absent where the manifest's author has the key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -40,13 +40,13 @@ pub struct KeptLogin {
 }
 
 impl KeptLab {
-    /// A kept lab, and how to get into its machines.
+    /// Creates a kept lab with instructions on how to access its machines.
     #[must_use]
     pub fn new(id: LabId, access: Vec<String>) -> Self {
         Self { id, access, logins: Vec::new() }
     }
 
-    /// The kept lab in this directory, as the build that kept it wrote it down; with `access` where none did. For
+    /// Reads the record that the build left in this directory when it kept the lab; uses `access` where there is no record. For
     /// [`Backend::kept_labs`](super::Backend::kept_labs).
     #[must_use]
     pub fn read(id: LabId, directory: &Path, access: Vec<String>) -> Self {
@@ -56,7 +56,7 @@ impl KeptLab {
         recorded.filter(|lab| lab.id == id).unwrap_or_else(|| Self::new(id, access))
     }
 
-    /// Writes it down in the lab's directory, for this user only.
+    /// Writes the record into the lab's directory, readable by this user only.
     pub(crate) fn write(&self, directory: &Path) -> Result<()> {
         let failed = |error| Error::io(format_args!("write {}", directory.join(RECORD).display()), error);
         let mut file = tempfile::NamedTempFile::new_in(directory).map_err(failed)?;

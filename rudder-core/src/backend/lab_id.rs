@@ -1,16 +1,17 @@
-//! Ids of labs.
+//! Lab ids.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// The id of a lab: unique, and safe as the name of a file or an object and as the value of a label. At most 63 lower-case letters,
-/// digits and `-`; the first and the last are no `-` (RFC 1123 labels, as Kubernetes wants them for names and label values).
+/// digits and `-`, where the first and last characters are not `-` (RFC 1123 labels, as Kubernetes requires for names and label
+/// values).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct LabId(String);
 
 impl LabId {
-    /// A new id: the name of the build, and 48 random bits.
+    /// Creates a new id from the name of the build and 48 random bits.
     #[must_use]
     pub fn new(build: &str) -> Self {
         let name: String = build
@@ -24,10 +25,10 @@ impl LabId {
         Self(format!("{name}-{:012x}", rand::random::<u64>() & 0xffff_ffff_ffff))
     }
 
-    /// The id that somebody wrote down.
+    /// Parses an existing id.
     ///
     /// # Errors
-    /// `InvalidInput` when it is not an id.
+    /// `InvalidInput` when the text is not a valid id.
     pub fn parse(text: &str) -> crate::Result<Self> {
         let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
         let is_id = !text.is_empty()
@@ -42,7 +43,7 @@ impl LabId {
         Ok(Self(text.to_owned()))
     }
 
-    /// As text.
+    /// Returns the id as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0

@@ -1,28 +1,28 @@
-//! The contract: what a hypervisor must give. A backend gives streams and disks; the core does the talking.
+//! The contract between the core and a hypervisor. A backend provides streams and disks; the core does everything else.
 //!
 //! # Contract
-//! The conformance suite (`rudder_core::testing`) asks for what is written here and in the documentation of each method, and for
-//! nothing else.
+//! The conformance suite (`rudder_core::testing`) tests what is written here and in the documentation of each method, and nothing
+//! else.
 //!
-//! - **Cancel safety.** Dropping the future of any method leaves only what [`Lab::destroy`] or [`Backend::reap`] removes.
-//! - **Ownership.** Everything a backend makes carries the id of its lab and of its owner (the process), so that `reap`
-//!   finds what dead owners left, and never touches what living ones use.
-//! - **Errors** say what a person can do; a machine's death is reported by [`Machine::wait`], not by timeouts. Their kinds are
+//! - **Cancel safety.** Dropping the future of any method leaves behind only what [`Lab::destroy`] or [`Backend::reap`] removes.
+//! - **Ownership.** Everything a backend creates carries the id of its lab and of its owner (the process), so that `reap` finds
+//!   what dead owners left behind and never touches what living owners use.
+//! - **Errors** say what the user can do. The death of a machine is reported by [`Machine::wait`], not by timeouts. Error kinds are
 //!   part of the contract:
 //!
-//!   | kind | of what |
+//!   | kind | when |
 //!   |---|---|
-//!   | `Conflict` | what cannot be done in this state: an id or a name that is taken, a machine that runs or does not, a module or a lab in use, a lab that was destroyed |
-//!   | `NotFound` | a module, lab, VM or disk that does not exist |
-//!   | `InvalidInput` | what can never be done: a name that the backend cannot hold, a port that the machine was not made with, a lab that was not opened to be kept |
-//!   | `Unsupported` | what the backend does not claim among its capabilities |
-//!   | `GuestUnreachable` | a guest that cannot be reached yet; the caller tries again |
-//! - **Time.** Every end of a machine, whoever brought it about, is reported within [`END_TOLD_WITHIN`].
-//! - **Progress** of one call: what is done of a task never decreases and never exceeds its total, the total never changes once it
-//!   is known, and the last that is reported of each task is that all of it is done.
-//! - **Names** and other text of a manifest reach the hypervisor escaped, never as part of a command line. Two names that
-//!   differ stay two, also when they are 63 characters long and differ in the last one only. A name that the backend cannot
-//!   hold is `InvalidInput`; it is never changed.
+//!   | `Conflict` | the operation is impossible in the current state: an id or a name is taken, a machine is or is not running, a module or a lab is in use, a lab was destroyed |
+//!   | `NotFound` | a module, lab, VM or disk does not exist |
+//!   | `InvalidInput` | the operation can never succeed: the backend cannot represent a name, the machine was not created with a port, the lab was not opened to be kept |
+//!   | `Unsupported` | the backend does not declare the needed capability |
+//!   | `GuestUnreachable` | the guest cannot be reached yet; the caller tries again |
+//! - **Time.** Every end of a machine, whatever caused it, is reported within [`END_TOLD_WITHIN`].
+//! - **Progress** of one call: the amount done of a task never decreases and never exceeds its total, the total never changes once
+//!   it is known, and the last report of each task says that all of it is done.
+//! - **Names** and other text of a manifest reach the hypervisor escaped, never as part of a command line. Two different names stay
+//!   different, even when they are 63 characters long and differ only in the last one. A name that the backend cannot represent is
+//!   `InvalidInput`; it is never changed.
 
 mod kept;
 mod lab_id;
@@ -49,16 +49,16 @@ use async_trait::async_trait;
 use std::{fmt::Debug, path::PathBuf, sync::Arc, time::Duration};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// How long after a machine has ended [`Machine::wait`] must have returned: after its guest powered off, after
-/// [`Machine::stop`] killed it, after what runs it died.
+/// Time within which [`Machine::wait`] must return after a machine has ended: after its guest powered off, after [`Machine::stop`]
+/// killed it, or after the process that runs it died.
 pub const END_TOLD_WITHIN: Duration = Duration::from_secs(2);
 
-/// How much of the end of a serial console is kept at least, in bytes. A backend also bounds what it keeps, in memory and on disk,
-/// whatever the guest writes and however fast.
+/// Minimum number of bytes kept from the end of a serial console. A backend also bounds what it keeps, in memory and on disk,
+/// however much and however fast the guest writes.
 pub const SERIAL_KEPT: usize = 64 << 10;
 
-/// A stream of bytes in both directions. Either side may end its own half and go on reading: what the other side sends after that
-/// arrives.
+/// A stream of bytes in both directions. Either side may shut down its sending half and continue reading; what the other side sends
+/// after that still arrives.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
@@ -66,34 +66,35 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
 /// A boxed [`Stream`].
 pub type BoxedStream = Box<dyn Stream>;
 
-/// A hypervisor that can open labs and keep modules.
+/// A hypervisor that can open labs and stores modules.
 #[async_trait]
 pub trait Backend: Debug + Send + Sync + 'static {
-    /// Its name, as users write it: `qemu`, `libvirt`, `memory`.
+    /// Returns the backend's name as users write it: `qemu`, `libvirt`, `memory`.
     fn name(&self) -> &str;
 
-    /// What it can do. Constant for the life of the value; what depends on the host is found when it is made.
+    /// Returns what the backend can do. Constant for the life of the value; what depends on the host is detected when the value is
+    /// created.
     fn capabilities(&self) -> &Capabilities;
 
-    /// What exists on this host, what is missing, and how to fix it: at least one finding. Starts nothing; may be repeated.
+    /// Reports what exists on this host, what is missing, and how to fix it: at least one finding. Starts nothing; may be repeated.
     async fn diagnose(&self) -> Result<HostReport>;
 
-    /// What brings files that the engine reads to this host, unless the build names another
-    /// ([`Build::fetcher`](crate::build::Build::fetcher)). A backend that caches sources on this host shares its cache.
+    /// Returns the fetcher for files that the engine reads, used unless the build sets another
+    /// ([`Build::fetcher`](crate::build::Build::fetcher)). A backend that caches sources on this host shares that cache.
     fn fetcher(&self) -> Arc<dyn Fetch>;
 
-    /// Opens the isolated place of one build or one clone. Also reaps what dead owners left, where that is cheap.
+    /// Opens the isolated environment of one build or one clone. Also reaps what dead owners left behind, where that is cheap.
     ///
     /// # Errors
-    /// `HostMissing` when something the lab needs is missing; `Conflict` when the id is that of a lab that exists, also one
-    /// that was kept. Nothing is left behind then.
+    /// `HostMissing` when something the lab needs is missing; `Conflict` when a lab with this id exists, including a kept one.
+    /// Nothing is left behind on failure.
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>>;
 
-    /// All modules that can be used, in the order of their names. May be repeated.
+    /// Returns all usable modules, sorted by name. May be repeated.
     async fn modules(&self) -> Result<Vec<Module>>;
 
-    /// The modules that are there and cannot be used, since their records or files are damaged or of a later version, in the order
-    /// of their names. May be repeated. A backend that cannot have any needs not say so.
+    /// Returns the modules that exist but cannot be used, because their records or files are damaged or of a later version, sorted
+    /// by name. May be repeated. The default suits a backend that cannot have any.
     async fn damaged_modules(&self) -> Result<Vec<DamagedModule>> {
         Ok(Vec::new())
     }
@@ -101,154 +102,159 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// Removes a module and all its files.
     ///
     /// # Errors
-    /// `NotFound` when there is none of this name; `Conflict` when a living lab builds on it.
+    /// `NotFound` when no module has this name; `Conflict` when a living lab builds on it.
     async fn remove_module(&self, name: &str) -> Result<()>;
 
-    /// The labs that were [kept](Lab::keep) for inspection and not yet removed. May be repeated.
+    /// Returns the labs that were [kept](Lab::keep) for inspection and not yet removed. May be repeated.
     async fn kept_labs(&self) -> Result<Vec<KeptLab>>;
 
-    /// The machines of a lab that was [kept](Lab::keep), by this process or by another, in their order: their displays,
-    /// consoles and ports, as far as they run. May be repeated. A lab that is not there is `NotFound`; a backend that cannot
-    /// find machines again says `Unsupported`, as this default does.
+    /// Returns the machines of a lab that was [kept](Lab::keep), by this process or by another, in their order, with access to the
+    /// displays, consoles and ports of those that still run. May be repeated. A lab that does not exist is `NotFound`; a backend
+    /// that cannot find machines again returns `Unsupported`, as this default does.
     async fn kept_machines(&self, id: &LabId) -> Result<Vec<Arc<dyn Machine>>> {
         let message = format!("the backend {} cannot reach the machines of the kept lab {id}", self.name());
         Err(Error::new(ErrorKind::Unsupported, message).with_help("use the command lines of `access`"))
     }
 
-    /// Removes a lab that was kept, all of it.
+    /// Removes a kept lab and everything in it.
     ///
     /// # Errors
-    /// `NotFound` when there is no such lab; `Conflict` when a living owner works in it.
+    /// `NotFound` when there is no such lab; `Conflict` when a living owner uses it.
     async fn remove_lab(&self, id: &LabId) -> Result<()>;
 
-    /// Removes what dead owners left behind, except labs that were kept: processes, files, networks, objects. Never
-    /// touches what a living owner has.
-    /// May be repeated, and run by several processes at once.
+    /// Removes what dead owners left behind, except kept labs: processes, files, networks, objects. Never touches what belongs to a
+    /// living owner. May be repeated, and run by several processes at once.
     async fn reap(&self) -> Result<ReapReport>;
 
-    /// Removes cached inputs that nothing needs. Never touches what a module or a living lab needs. May be repeated.
+    /// Removes cached inputs that are not needed. Never touches what a module or a living lab needs. May be repeated.
     async fn collect(&self) -> Result<ReapReport>;
 }
 
-/// The isolated place of one build or one clone: its networks, volumes and machines.
+/// The isolated environment of one build or one clone: its networks, volumes and machines.
 #[async_trait]
 pub trait Lab: Debug + Send + Sync {
-    /// Its id: that of the [`LabSpec`] it was opened with. Unique among all labs of the backend.
+    /// Returns the id from the [`LabSpec`] the lab was opened with. Unique among all labs of the backend.
     fn id(&self) -> &LabId;
 
-    /// Versions that belong into the provenance: `qemu` → `7.2.22`… At least one: the hypervisor's own.
+    /// Returns the versions to record in the provenance, such as `qemu` → `7.2.22`. At least one: the hypervisor's own.
     fn versions(&self) -> std::collections::BTreeMap<String, String>;
 
-    /// Brings a source into the lab, without changing what it came from: as a disk that a machine may write to, or as a
-    /// CD-ROM. A source that cannot be one, such as a blank CD-ROM, is `Unsupported`.
+    /// Imports a source into the lab without changing the original: as a disk that a machine may write to, or as a CD-ROM. A source
+    /// that cannot be imported as this kind, such as a blank CD-ROM, is `Unsupported`.
     ///
-    /// Requests of the same URL, in this or another process, share one download. Progress is reported in bytes as served.
-    /// May be repeated: each call makes a volume of its own.
+    /// Requests for the same URL, in this or another process, share one download. Progress is reported in bytes as served. May be
+    /// repeated: each call creates a volume of its own.
     ///
     /// # Errors
-    /// `Download`, `NotFound` (also of a module of another digest, and of a VM or a disk that a module does not have),
+    /// `Download`, `NotFound` (also for a module whose digest differs, and for a VM or a disk that a module does not have),
     /// `ChecksumMismatch`, `InvalidImage`, `HostDiskFull`, and `InvalidInput` when `request.size` is smaller than the image or
-    /// a blank disk has none.
+    /// missing for a blank disk.
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported>;
 
-    /// Serves files over HTTP to the machines of the lab and to nobody else, until the returned value is dropped or the
-    /// lab is destroyed, whichever comes first. No other process of the host is answered, on whatever address. Needs [`Capability::HttpDirectory`](crate::capability::Capability::HttpDirectory).
+    /// Serves files over HTTP to the machines of the lab and to no one else, until the returned value is dropped or the lab is
+    /// destroyed, whichever happens first. Requests from other processes of the host are never answered, on any address. Needs
+    /// [`Capability::HttpDirectory`](crate::capability::Capability::HttpDirectory).
     ///
-    /// A backend whose machines reach the host hands the site to the core's own server.
+    /// A backend whose machines can reach the host passes the site to the core's own server.
     async fn serve(&self, site: Site) -> Result<Served>;
 
-    /// Defines a machine with the processors, memory, disks and NICs of the specification, also several at once. Does not
-    /// start it.
+    /// Defines a machine with the processors, memory, disks and NICs of the specification. Does not start it. May be called for
+    /// several machines at once.
     ///
     /// # Errors
-    /// `Conflict` when the lab has a machine of this name or was destroyed; `InvalidInput` when the machine cannot be made.
+    /// `Conflict` when the lab already has a machine of this name or was destroyed; `InvalidInput` when the machine cannot be
+    /// created.
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>>;
 
-    /// Makes a module of captured disks, all or nothing: readers see either the old module of that name or the new one, never
-    /// a partial one, and the old one stays when this fails. The disks belong to the module afterwards.
+    /// Creates a module from captured disks, all or nothing: readers see either the old module of that name or the new one, never a
+    /// partial one, and the old one stays when this fails. The disks belong to the module afterwards.
     ///
     /// # Errors
-    /// An error, whatever its kind but `Internal`, when a disk or state was not captured in this lab.
+    /// An error of any kind except `Internal` when a disk or state was not captured in this lab.
     async fn publish(&self, draft: ModuleDraft) -> Result<Module>;
 
-    /// Lets the lab outlive its owner, for inspection: its machines keep running if they run. Says how to get in: at least a line
-    /// where a machine runs. May be repeated.
+    /// Lets the lab outlive its owner, for inspection. Machines that are running keep running. The result says how to log in, with
+    /// at least one line when a machine is running. May be repeated.
     ///
     /// # Errors
     /// `InvalidInput` when the lab was not opened with [`Retention::MayBeKept`]; `Conflict` when it was destroyed.
     async fn keep(&self) -> Result<KeptLab>;
 
-    /// The directory of the host that lives as long as the lab does, also when it is kept, and that only its owner can read:
-    /// the build leaves the key to a kept lab there, and [`KeptLab::read`] finds it. `None` where there is none.
+    /// Returns a directory on the host that exists as long as the lab does, even when the lab is kept, and that only its owner can
+    /// read. The build stores the key to a kept lab there, and [`KeptLab::read`] finds it. `None` when the lab has no directory.
     fn directory(&self) -> Option<PathBuf> {
         None
     }
 
-    /// Ends every machine and removes everything of the lab. May be repeated; works from every state. A lab that was
-    /// kept is destroyed too.
+    /// Ends every machine and removes everything that belongs to the lab, even if it was kept. May be repeated; works in every
+    /// state.
     async fn destroy(&self) -> Result<()>;
 }
 
 /// One VM in a lab.
 #[async_trait]
 pub trait Machine: Debug + Send + Sync {
-    /// Its name in the lab.
+    /// Returns the machine's name in the lab.
     fn name(&self) -> &str;
 
-    /// Powers it on. After it ended, it may be started again.
+    /// Powers the machine on. A machine that has ended may be started again.
     ///
     /// # Errors
-    /// `Conflict` when it runs, or when its lab was destroyed; `LaunchFailed`, with what the hypervisor said.
+    /// `Conflict` when the machine is running or its lab was destroyed; `LaunchFailed`, with the hypervisor's message.
     async fn start(&self) -> Result<()>;
 
-    /// Waits until it ends, and says why; of a machine that has ended, at once. Any number of callers, all of whom are told the
-    /// same, within [`END_TOLD_WITHIN`].
+    /// Waits until the machine ends, and returns why. Returns at once if it has already ended. Any number of callers may wait, and
+    /// all receive the same result within [`END_TOLD_WITHIN`].
     ///
     /// # Errors
-    /// `Conflict` when it was never started.
+    /// `Conflict` when the machine was never started.
     async fn wait(&self) -> Result<Exit>;
 
-    /// Makes it end, and says how it ended, as [`wait`](Self::wait) does. Of a machine that has ended: its exit, at once. Several
-    /// may ask at once, in different ways.
+    /// Ends the machine, and returns how it ended, as [`wait`](Self::wait) does. Returns the exit at once if the machine has
+    /// already ended. Several callers may stop it at once, in different ways.
     ///
     /// # Errors
-    /// `Conflict` when it was never started.
+    /// `Conflict` when the machine was never started.
     async fn stop(&self, how: Stop) -> Result<Exit>;
 
-    /// Connects to a TCP port of the guest, one of [`MachineSpec::ports`]; never to a port of the host. Where nobody listens in
-    /// the guest, the stream ends early, unless the hypervisor can tell; the caller tries again. Streams end with the machine.
+    /// Connects to a TCP port of the guest, one of [`MachineSpec::ports`]; never to a port of the host. When nothing listens in the
+    /// guest and the hypervisor cannot detect that, the stream ends early, and the caller tries again. Streams end with the
+    /// machine.
     ///
     /// # Errors
-    /// `GuestUnreachable`, at once, when nobody listens and the hypervisor can tell; `Conflict` when the machine does not run;
+    /// `GuestUnreachable`, at once, when the hypervisor detects that nothing listens; `Conflict` when the machine is not running;
     /// `InvalidInput` when the port is not one of [`MachineSpec::ports`].
     async fn dial(&self, port: u16) -> Result<BoxedStream>;
 
-    /// Connects to the display, speaking RFB (RFC 6143) without authentication; any number at once. Needs
-    /// [`Capability::Display`](crate::capability::Capability::Display).
+    /// Connects to the display, which speaks RFB (RFC 6143) without authentication. Any number of connections may be open at once.
+    /// Needs [`Capability::Display`](crate::capability::Capability::Display).
     ///
     /// # Errors
-    /// `Conflict` when the machine does not run; `Unsupported` when this is not claimed.
+    /// `Conflict` when the machine is not running; `Unsupported` when the backend does not declare the capability.
     async fn display(&self) -> Result<BoxedStream>;
 
-    /// Connects to the serial console; any number at once. Each gets everything that the guest writes from then on, at least;
-    /// what is typed reaches the guest. One that does not read loses the oldest of more than [`SERIAL_KEPT`] bytes, and holds up
-    /// neither the guest nor other readers. Needs [`Capability::Serial`](crate::capability::Capability::Serial).
+    /// Connects to the serial console. Any number of connections may be open at once. Each receives at least everything that the
+    /// guest writes from then on, and what is written to it reaches the guest. A connection that is not read loses the oldest bytes
+    /// beyond the last [`SERIAL_KEPT`], and holds up neither the guest nor other readers. Needs
+    /// [`Capability::Serial`](crate::capability::Capability::Serial).
     ///
     /// # Errors
-    /// `Conflict` when the machine does not run; `Unsupported` when this is not claimed.
+    /// `Conflict` when the machine is not running; `Unsupported` when the backend does not declare the capability.
     async fn serial(&self) -> Result<BoxedStream>;
 
-    /// What the guest wrote on its serial console since it was last powered on, from position `from` (in bytes) or the oldest byte
-    /// that is kept, and what it goes on writing. The stream ends once the machine has ended and all of it is read. After the
-    /// end, what was kept of the last power-on is still there; of a machine that was never powered on, there is nothing.
+    /// Returns what the guest has written to its serial console since it was last powered on, and what it writes from now on. The
+    /// log starts at position `from` (in bytes) or at the oldest byte that is kept. The stream ends once the machine has ended and
+    /// everything has been read. After the machine has ended, what was kept of the last power-on is still available; the log of a
+    /// machine that was never powered on is empty.
+    ///
     /// At least [`SERIAL_KEPT`] bytes are kept. Any number of readers at once. Needs
     /// [`Capability::Serial`](crate::capability::Capability::Serial).
     ///
     /// # Errors
-    /// `Unsupported` when this is not claimed. Never `Conflict`.
+    /// `Unsupported` when the backend does not declare the capability. Never `Conflict`.
     async fn serial_log(&self, from: u64) -> Result<SerialLog>;
 
-    /// At most the last `limit` bytes that the guest wrote on its serial console since it was last powered on.
+    /// Returns at most the last `limit` bytes that the guest has written to its serial console since it was last powered on.
     ///
     /// # Errors
     /// As [`serial_log`](Self::serial_log).
@@ -256,55 +262,59 @@ pub trait Machine: Debug + Send + Sync {
         self.serial_log(0).await?.tail(limit).await
     }
 
-    /// A picture of the screen, as PNG, also several at once. Of a machine that has ended: the last that exists of it. Needs
-    /// [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
+    /// Takes a screenshot, as PNG. May be called several times at once. For a machine that has ended, returns its last screenshot.
+    /// Needs [`Capability::Screenshot`](crate::capability::Capability::Screenshot).
     ///
     /// # Errors
-    /// `Conflict` when the machine does not run and there is no last picture; `Unsupported` when this is not claimed.
+    /// `Conflict` when the machine is not running and has no last screenshot; `Unsupported` when the backend does not declare the
+    /// capability.
     async fn screenshot(&self) -> Result<Vec<u8>>;
 
-    /// Where programs of the host reach a TCP port of the guest while it runs, also after its owner is gone; `None` where only
-    /// [`dial`](Self::dial) does. For telling a person how to log in.
+    /// Returns the address at which programs on the host reach a TCP port of the guest while it runs, even after its owner is gone,
+    /// for instructions on how to log in. `None` when only [`dial`](Self::dial) reaches it.
     fn reachable_at(&self, port: u16) -> Option<std::net::SocketAddr> {
         let _ = port;
         None
     }
 
-    /// A command for a shell of this host whose standard input and output lead to a TCP port of the guest while it runs, also after
-    /// its owner is gone: what `ssh -o ProxyCommand=…` takes. `None` where there is none.
+    /// Returns a command for a shell on this host whose standard input and output connect to a TCP port of the guest while it runs,
+    /// even after its owner is gone, as `ssh -o ProxyCommand=…` takes. `None` when there is none.
     fn proxy_command(&self, port: u16) -> Option<String> {
         let _ = port;
         None
     }
 
-    /// How a person gets in while it runs: command lines and addresses, a line each.
+    /// Returns how to access the machine while it runs: command lines and addresses, one per line.
     fn access(&self) -> Vec<String>;
 
-    /// Captures a disk of a machine that has ended: self-contained, compressed, verified against what the VM wrote, which
-    /// includes everything that its guest synchronised before it was killed. It stays in the lab until [`Lab::publish`]. May be
-    /// repeated, also after the machine has run again: each time the disk as it is then, and the last counts. Tells its progress.
+    /// Captures a disk of a machine that has ended: self-contained, compressed, and verified against what the VM wrote, which
+    /// includes everything that its guest synced before it was killed. The result stays in the lab until [`Lab::publish`]. May be
+    /// repeated, also after the machine has run again: each call captures the disk as it is then, and the last capture counts.
+    /// Reports progress.
     ///
     /// # Errors
-    /// `Conflict` while the machine runs; `NotFound` when it has no such disk; `HostDiskFull`.
+    /// `Conflict` while the machine is running; `NotFound` when it has no such disk; `HostDiskFull`.
     async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk>;
 
-    /// Captures what a machine that does not run keeps outside its disks: firmware variables, the state of its TPM. What it
-    /// has none of is not in the list. Of one that has not run yet: what it starts with, which is that of
-    /// [`MachineSpec::state_of`], byte for byte. Each stays in the lab until [`Lab::publish`]. May be repeated; the last counts.
+    /// Captures what a machine that is not running keeps outside its disks: firmware variables and the state of its TPM. The list
+    /// omits what the machine does not have. For a machine that has not run yet, this is its initial state, that of
+    /// [`MachineSpec::state_of`], byte for byte. Each item stays in the lab until [`Lab::publish`]. May be repeated; the last
+    /// capture counts.
     ///
     /// # Errors
-    /// `Conflict` while the machine runs.
+    /// `Conflict` while the machine is running.
     async fn capture_state(&self) -> Result<Vec<CapturedState>>;
 }
 
-/// How a machine is made to end.
+/// How [`Machine::stop`] ends a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// Presses the power button, and waits; after the limit, and not before, kills. What happened is in the [`Exit`].
+    /// Presses the power button and waits; kills the machine once the limit has passed, and not before. The [`Exit`] says what
+    /// happened.
     Graceful {
-        /// How long the guest may take.
+        /// How long the guest may take to power off.
         limit: Duration,
     },
-    /// Pulls the plug.
+    /// Kills the machine at once.
     Kill,
 }

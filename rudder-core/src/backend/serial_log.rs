@@ -1,4 +1,5 @@
-//! The serial console as a log: what a guest wrote since it was powered on, from any position, and what it goes on writing.
+//! The serial console as a log: what a guest has written since it was powered on, from any position, and what it writes from now
+//! on.
 
 use super::SerialRing;
 use crate::{Error, Result};
@@ -17,37 +18,37 @@ use tokio::{
 };
 use tokio_util::io::StreamReader;
 
-/// What a guest writes on its serial console, from a position on. The stream ends with the power-on it belongs to.
+/// Output of a guest on its serial console, from a given position. The stream ends with the power-on that it belongs to.
 ///
 /// Positions count the bytes that were written since the machine was powered on.
 #[non_exhaustive]
 pub struct SerialLog {
-    /// Tells power-ons apart: two logs of one machine with the same number are of the same power-on.
+    /// Identifies the power-on: two logs of one machine with the same number belong to the same power-on.
     pub power_on: u64,
     /// The position of the first byte of the stream.
     pub start: u64,
-    /// The position behind the last byte that had been written when the log was opened.
+    /// The position after the last byte that had been written when the log was opened.
     pub end: u64,
-    /// The bytes. A reader that falls behind by more than is kept loses the oldest.
+    /// The bytes. A reader that falls too far behind loses the oldest bytes that are no longer kept.
     pub stream: Box<dyn AsyncRead + Send + Unpin>,
 }
 
 impl SerialLog {
-    /// A log that gives `end - start` bytes at once, and then what is written later.
+    /// Creates a log whose stream yields `end - start` bytes at once, followed by what is written later.
     pub fn new(power_on: u64, start: u64, end: u64, stream: impl AsyncRead + Send + Unpin + 'static) -> Self {
         Self { power_on, start, end, stream: Box::new(stream) }
     }
 
-    /// The log of a machine that was never powered on.
+    /// Creates the log of a machine that was never powered on.
     #[must_use]
     pub fn empty() -> Self {
         Self::new(0, 0, 0, tokio::io::empty())
     }
 
-    /// At most the last `limit` bytes that had been written when it was opened.
+    /// Reads at most the last `limit` bytes that had been written when the log was opened.
     ///
     /// # Errors
-    /// What the stream fails with.
+    /// The error of the stream.
     pub async fn tail(self, limit: usize) -> Result<Vec<u8>> {
         let mut ring = SerialRing::new(limit);
         let mut written = self.stream.take(self.end - self.start);
@@ -73,8 +74,8 @@ impl fmt::Debug for SerialLog {
     }
 }
 
-/// The record of one power-on, for backends: one side writes what the guest writes, any number of readers follow. Keeps the last
-/// bytes only, in bounded memory. Clones are handles of the same.
+/// The record of one power-on, for backends: one side appends what the guest writes, and any number of readers follow. Keeps only
+/// the last bytes, in bounded memory. Clones share the same record.
 #[derive(Debug, Clone)]
 pub struct SerialRecord(Arc<Inner>);
 
@@ -82,12 +83,12 @@ pub struct SerialRecord(Arc<Inner>);
 struct Inner {
     power_on: u64,
     ring: Mutex<SerialRing>,
-    /// Changes with everything that is written; true once nothing more comes.
+    /// Notifies readers of every write; true once no more bytes will arrive.
     over: watch::Sender<bool>,
 }
 
 impl SerialRecord {
-    /// The record of a new power-on, which keeps at most `limit` bytes.
+    /// Creates the record of a new power-on, which keeps at most `limit` bytes.
     #[must_use]
     pub fn new(limit: usize) -> Self {
         static POWER_ONS: AtomicU64 = AtomicU64::new(1);
@@ -108,41 +109,41 @@ impl SerialRecord {
         self.0.over.send_modify(|_| {});
     }
 
-    /// Says that nothing more comes: all logs end once they are read.
+    /// Marks the record as complete: each log ends once it has been read to the end.
     pub fn close(&self) {
         self.0.over.send_replace(true);
     }
 
-    /// Whether nothing more comes.
+    /// Returns whether the record is complete.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         *self.0.over.borrow()
     }
 
-    /// Waits until nothing more comes.
+    /// Waits until the record is complete.
     pub async fn closed(&self) {
-        // The sender lives as long as this.
+        // The sender lives as long as `self`.
         let _ = self.0.over.subscribe().wait_for(|over| *over).await;
     }
 
-    /// Waits until nobody reads a log of it.
+    /// Waits until the record has no readers.
     pub async fn unread(&self) {
         self.0.over.closed().await;
     }
 
-    /// The position behind the last byte.
+    /// Returns the position after the last byte.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.ring().end()
     }
 
-    /// At most the last `limit` bytes.
+    /// Returns at most the last `limit` bytes.
     #[must_use]
     pub fn tail(&self, limit: usize) -> Vec<u8> {
         self.ring().tail(limit)
     }
 
-    /// The log from a position on; where that is no longer kept, from the oldest byte that is.
+    /// Returns the log from a position, or from the oldest byte that is still kept.
     #[must_use]
     pub fn log(&self, from: u64) -> SerialLog {
         let over = self.0.over.subscribe();
@@ -152,7 +153,7 @@ impl SerialRecord {
         };
         let next = |(record, mut over, position): (Self, watch::Receiver<bool>, u64)| async move {
             loop {
-                // Before the ring is read: what was written until then is found there.
+                // Checked before the ring is read, so that everything written up to this point is found in it.
                 let is_over = *over.borrow_and_update();
                 let (fresh, end) = {
                     let ring = record.ring();

@@ -1,11 +1,11 @@
-//! The end of an endless stream in bounded memory, for backends that keep what guests write on their serial consoles.
+//! The last bytes of an endless stream in bounded memory, for backends that keep what guests write to their serial consoles.
 
 use std::collections::VecDeque;
 
-/// The last bytes of a serial console. Memory use is bounded by the limit, whatever is written and however fast.
+/// A ring buffer of the last bytes of a serial console. Its limit bounds memory use, however much and however fast is written.
 ///
-/// Positions count every byte that was ever written, so that several readers can follow at their own pace: one that falls
-/// behind by more than the limit loses the oldest bytes and disturbs nobody.
+/// Positions count every byte that was ever written, so that several readers can follow at their own pace. A reader that falls
+/// behind by more than the limit loses the oldest bytes and affects no other reader.
 ///
 /// ```
 /// use rudder_core::backend::SerialRing;
@@ -25,13 +25,13 @@ pub struct SerialRing {
 }
 
 impl SerialRing {
-    /// An empty ring that keeps at most `limit` bytes.
+    /// Creates an empty ring that keeps at most `limit` bytes.
     #[must_use]
     pub fn new(limit: usize) -> Self {
         Self { bytes: VecDeque::new(), end: 0, limit }
     }
 
-    /// Appends bytes; the oldest make way.
+    /// Appends bytes, dropping the oldest to make room.
     pub fn push(&mut self, bytes: &[u8]) {
         self.end += bytes.len() as u64;
         let kept = &bytes[bytes.len().saturating_sub(self.limit)..];
@@ -40,25 +40,25 @@ impl SerialRing {
         self.bytes.extend(kept);
     }
 
-    /// The position behind the last byte: how many bytes were written in all.
+    /// Returns the position after the last byte: the number of bytes ever written.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.end
     }
 
-    /// The position of the oldest byte that is kept.
+    /// Returns the position of the oldest byte that is kept.
     #[must_use]
     pub fn start(&self) -> u64 {
         self.end - self.bytes.len() as u64
     }
 
-    /// At most the last `limit` bytes.
+    /// Returns at most the last `limit` bytes.
     #[must_use]
     pub fn tail(&self, limit: usize) -> Vec<u8> {
         self.bytes.iter().skip(self.bytes.len().saturating_sub(limit)).copied().collect()
     }
 
-    /// The bytes from a position to the end; where those are no longer kept, from the oldest that is.
+    /// Returns the bytes from a position to the end, or from the oldest byte that is still kept.
     #[must_use]
     pub fn since(&self, position: u64) -> Vec<u8> {
         let wanted = self.end.saturating_sub(position);

@@ -1,4 +1,4 @@
-//! Files that a lab serves to its machines, and what it tells of requests.
+//! Files that a lab serves to its machines over HTTP, and reports of requests for them.
 
 use crate::fetch::Fetched;
 use async_trait::async_trait;
@@ -15,13 +15,13 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncSeekExt as _};
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Site {
-    /// Each file by its name, which is its path without the leading `/`.
+    /// The files by name; the name is the path without the leading `/`.
     pub files: BTreeMap<String, SiteFile>,
     listener: Arc<dyn Fn(SiteRequest) + Send + Sync>,
 }
 
 impl Site {
-    /// These files; `listener` hears of every request once it was answered.
+    /// Creates a site with these files; `listener` is called with every request once it was answered.
     pub fn new(
         files: BTreeMap<String, SiteFile>,
         listener: impl Fn(SiteRequest) + Send + Sync + 'static,
@@ -29,7 +29,7 @@ impl Site {
         Self { files, listener: Arc::new(listener) }
     }
 
-    /// Tells of a request that was answered.
+    /// Reports a request that was answered to the listener.
     pub fn answered(&self, request: SiteRequest) {
         (self.listener)(request);
     }
@@ -41,68 +41,68 @@ impl fmt::Debug for Site {
     }
 }
 
-/// A file that is served: its size is known, and it can be opened any number of times. Cheap to clone.
+/// A file to serve: its size is known, and it can be opened any number of times. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct SiteFile(Arc<dyn FileSource>);
 
-/// Where the bytes of a [`SiteFile`] come from. They do not change while it is served.
+/// Source of the bytes of a [`SiteFile`]. The bytes must not change while they are served.
 #[async_trait]
 pub trait FileSource: fmt::Debug + Send + Sync + 'static {
-    /// How many bytes there are.
+    /// Returns the size in bytes.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the source cannot be read.
     async fn size(&self) -> io::Result<u64>;
 
-    /// The bytes from this position to the end.
+    /// Opens the bytes from this position to the end.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the source cannot be read.
     async fn open(&self, from: u64) -> io::Result<Box<dyn AsyncRead + Send + Unpin>>;
 }
 
 impl SiteFile {
-    /// A file whose bytes come from elsewhere.
+    /// Creates a file with this source.
     pub fn new(source: impl FileSource) -> Self {
         Self(Arc::new(source))
     }
 
-    /// These bytes.
+    /// Creates a file with these bytes.
     pub fn bytes(bytes: impl Into<Arc<[u8]>>) -> Self {
         Self::new(Bytes(bytes.into()))
     }
 
-    /// A file of this host.
+    /// Creates a file that is read from a path on this host.
     pub fn path(path: impl Into<PathBuf>) -> Self {
         Self::new(HostFile { path: path.into(), lease: None })
     }
 
-    /// A file that was fetched, which stays as long as this or a clone of it lives.
+    /// Creates a file from a fetched one, which stays in place as long as the new value or a clone of it exists.
     #[must_use]
     pub fn fetched(fetched: Fetched) -> Self {
         Self::new(HostFile { path: fetched.path.clone(), lease: Some(fetched) })
     }
 
-    /// How many bytes there are.
+    /// Returns the size in bytes.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the file cannot be read.
     pub async fn size(&self) -> io::Result<u64> {
         self.0.size().await
     }
 
-    /// The bytes from this position to the end.
+    /// Opens the bytes from this position to the end.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the file cannot be read.
     pub async fn open(&self, from: u64) -> io::Result<Box<dyn AsyncRead + Send + Unpin>> {
         self.0.open(from).await
     }
 
-    /// All of its bytes.
+    /// Reads all bytes.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the file cannot be read.
     pub async fn read(&self) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
         self.open(0).await?.read_to_end(&mut bytes).await?;
@@ -115,7 +115,7 @@ struct Bytes(Arc<[u8]>);
 
 impl fmt::Debug for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // They may hold secrets.
+        // The bytes may contain secrets.
         write!(f, "{} bytes", self.0.len())
     }
 }
@@ -133,7 +133,7 @@ impl FileSource for Bytes {
     }
 }
 
-/// A file of this host.
+/// A file on this host.
 #[derive(Debug)]
 struct HostFile {
     path: PathBuf,
@@ -158,20 +158,20 @@ impl FileSource for HostFile {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SiteRequest {
-    /// The machine that asked, where the backend can tell.
+    /// The machine that sent the request, where the backend can tell.
     pub machine: Option<String>,
     /// `GET`, `HEAD`…
     pub method: String,
-    /// What was asked for, as it was sent, without control characters and of bounded length.
+    /// The requested path as it was sent, without control characters and of bounded length.
     pub path: String,
-    /// The status of the answer (RFC 9110, 15).
+    /// The status of the response (RFC 9110, 15).
     pub status: u16,
-    /// Bytes of the file that were sent.
+    /// Number of bytes of the file that were sent.
     pub bytes: u64,
 }
 
 impl SiteRequest {
-    /// A request that was answered.
+    /// Creates the report of a request that was answered.
     pub fn new(
         machine: Option<String>,
         method: impl Into<String>,
@@ -183,19 +183,19 @@ impl SiteRequest {
     }
 }
 
-/// A [`Site`] that is served. Dropping it ends that.
+/// A [`Site`] that is being served. Dropping the value stops the server.
 #[non_exhaustive]
 pub struct Served {
-    /// Its address, as the machines on each subnet reach it, by the name of the subnet.
+    /// The server's address as reached from each subnet, by the name of the subnet.
     pub addresses: BTreeMap<String, Ipv4Addr>,
-    /// Its port.
+    /// The server's port.
     pub port: u16,
-    // A mutex makes it `Sync` whatever it holds.
+    // A mutex makes the type `Sync`, whatever it holds.
     _server: Mutex<Box<dyn Send>>,
 }
 
 impl Served {
-    /// Served at these addresses as long as `server` lives.
+    /// Creates a value for a site that is served at these addresses as long as `server` exists.
     pub fn new(addresses: BTreeMap<String, Ipv4Addr>, port: u16, server: impl Send + 'static) -> Self {
         Self { addresses, port, _server: Mutex::new(Box::new(server)) }
     }

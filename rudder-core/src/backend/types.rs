@@ -1,4 +1,4 @@
-//! The nouns of the contract.
+//! Types of the contract.
 
 use super::LabId;
 use crate::{
@@ -11,63 +11,63 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 
-/// What a lab is opened for.
+/// Specification of a lab to open.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct LabSpec {
-    /// Its id.
+    /// The id of the lab.
     pub id: LabId,
     /// The name of the build or clone.
     pub name: String,
-    /// Its networks.
+    /// The networks of the lab.
     pub network: PlannedNetwork,
-    /// Whether its machines may have to outlive their owner.
+    /// Whether the machines may have to outlive their owner.
     pub retention: Retention,
-    /// What its machines will need that not every host has: firmware, a TPM. A backend refuses a lab whose machines its host
-    /// cannot make, before anything is downloaded for them.
+    /// What the machines will need that not every host has: firmware, a TPM. A backend refuses a lab whose machines its host cannot
+    /// run before anything is downloaded for them.
     pub needs: BTreeSet<Capability>,
 }
 
 /// Whether the machines of a lab may have to outlive the process that made them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Retention {
-    /// No: when the owner dies, however it dies, the backend ends them as soon as it can.
+    /// No: when the owner dies, in whatever way, the backend ends the machines as soon as it can.
     #[default]
     EndWithOwner,
-    /// The owner may call [`Lab::keep`](super::Lab::keep), and its machines then stay.
+    /// Yes: the owner may call [`Lab::keep`](super::Lab::keep), and the machines then stay.
     MayBeKept,
 }
 
 impl LabSpec {
-    /// A lab for a build or clone of this name, on these networks.
+    /// Creates the specification of a lab for a build or clone of this name, with these networks.
     pub fn new(name: impl Into<String>, network: PlannedNetwork) -> Self {
         let name = name.into();
         Self { id: LabId::new(&name), name, network, retention: Retention::default(), needs: BTreeSet::new() }
     }
 }
 
-/// What [`Lab::import`](super::Lab::import) is asked for.
+/// Request to [`Lab::import`](super::Lab::import).
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ImportRequest {
-    /// The machine it is for, for file names and labels.
+    /// The machine that the volume is for; used in file names and labels.
     pub machine: String,
-    /// The disk or CD-ROM it becomes, unique in the machine.
+    /// The name of the disk or CD-ROM, unique in the machine.
     pub disk: String,
-    /// Whether it becomes a disk or a CD-ROM.
+    /// Whether to import a disk or a CD-ROM.
     pub kind: VolumeKind,
-    /// Where it comes from.
+    /// The source to import.
     pub source: PlannedSource,
-    /// Of a `buildRef`, which disk of the parent's VM; `None`: its boot disk.
+    /// For a `buildRef`, which disk of the parent's VM; `None` for its boot disk.
     pub parent_disk: Option<String>,
-    /// How large it shall be, in bytes; `None`: as large as the source.
+    /// Size of the volume in bytes; `None` for the size of the source.
     pub size: Option<u64>,
-    /// How long the source stays cached after its last use, at least, where the backend caches sources.
+    /// Minimum time that the source stays cached after its last use, where the backend caches sources.
     pub keep_for: Duration,
 }
 
 impl VolumeKind {
-    /// Its name in messages: `disk`, `cdrom`.
+    /// Returns the name used in messages: `disk` or `cdrom`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -77,19 +77,19 @@ impl VolumeKind {
     }
 }
 
-/// What a machine uses a volume as.
+/// How a machine uses a volume.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum VolumeKind {
-    /// A disk that the machine may write to. The image is recognised by its content, and unpacked.
+    /// A disk that the machine may write to. The image format is detected from its content, and the image is unpacked.
     #[default]
     Disk,
-    /// A read-only CD-ROM: the bytes as they are served.
+    /// A read-only CD-ROM with the bytes as served.
     Cdrom,
 }
 
 impl ImportRequest {
-    /// Disk `disk` of machine `machine` from this source.
+    /// Creates a request for disk `disk` of machine `machine` from this source.
     pub fn new(
         machine: impl Into<String>,
         disk: impl Into<String>,
@@ -107,18 +107,18 @@ impl ImportRequest {
         }
     }
 
-    /// A CD-ROM of machine `machine` from this URL; `name` is unique among its disks and CD-ROMs.
+    /// Creates a request for a CD-ROM of machine `machine` from this URL; `name` is unique among the machine's disks and CD-ROMs.
     pub fn cdrom(machine: impl Into<String>, name: impl Into<String>, url: PlannedUrl) -> Self {
         Self { kind: VolumeKind::Cdrom, ..Self::new(machine, name, PlannedSource::Url(url), None) }
     }
 }
 
-/// Content that a machine is given as a disk or a CD-ROM. The id means something to its backend only.
+/// Content attached to a machine as a disk or a CD-ROM. The id has a meaning only to its backend.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
-    /// The backend's name for it: a path, an object name.
+    /// The backend's name for the volume: a path or an object name.
     pub id: String,
-    /// What the guest sees, in bytes.
+    /// Size seen by the guest, in bytes.
     pub virtual_size: u64,
 }
 
@@ -127,22 +127,22 @@ pub struct Volume {
 pub struct Imported {
     /// The volume.
     pub volume: Volume,
-    /// What it was made of, for the provenance; `None` for a blank disk.
+    /// The content that the volume was made from, for the provenance; `None` for a blank disk.
     pub input: Option<InputRecord>,
 }
 
 /// A disk of a machine.
 #[derive(Debug, Clone)]
 pub struct MachineDisk {
-    /// Its name, unique in the machine.
+    /// The name of the disk, unique in the machine.
     pub name: String,
-    /// How it is attached.
+    /// The bus that the disk is attached to.
     pub bus: Bus,
-    /// Its content.
+    /// The content of the disk.
     pub volume: Volume,
 }
 
-/// A NoCloud seed (cloud-init documentation, datasource NoCloud): what stands in its files.
+/// The files of a NoCloud seed (cloud-init documentation, datasource NoCloud).
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Seed {
@@ -152,19 +152,19 @@ pub struct Seed {
     pub user_data: Vec<u8>,
     /// `network-config`.
     pub network_config: Option<String>,
-    /// The same as a medium: a file system labelled `cidata`, for backends that attach media.
+    /// The same files as a medium: a file system labelled `cidata`, for backends that attach media.
     pub image: Arc<[u8]>,
 }
 
 impl fmt::Debug for Seed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // User data may hold secrets.
+        // User data may contain secrets.
         f.debug_struct("Seed").field("meta_data", &self.meta_data).finish_non_exhaustive()
     }
 }
 
 impl Seed {
-    /// A seed of these files, and a medium that holds them.
+    /// Creates a seed from these files and a medium that contains them.
     pub fn new(
         meta_data: String,
         user_data: Vec<u8>,
@@ -175,39 +175,39 @@ impl Seed {
     }
 }
 
-/// What a machine is made of.
+/// Specification of a machine to create.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct MachineSpec {
-    /// Its name, a Name, unique in the lab.
+    /// The name of the machine: a Name, unique in the lab.
     pub name: String,
-    /// Cores.
+    /// Number of CPU cores.
     pub cpus: u32,
     /// Memory in bytes.
     pub memory: u64,
-    /// Firmware.
+    /// The firmware that the machine boots with.
     pub firmware: Firmware,
-    /// Whether it has a TPM 2.0.
+    /// Whether the machine has a TPM 2.0.
     pub tpm: bool,
-    /// Its disks; the first boots.
+    /// The disks; the machine boots from the first.
     pub disks: Vec<MachineDisk>,
-    /// Its cards.
+    /// The NICs.
     pub nics: Vec<PlannedNic>,
-    /// The ports that [`Machine::dial`](super::Machine::dial) must reach.
+    /// The guest ports that [`Machine::dial`](super::Machine::dial) must be able to reach.
     pub ports: Vec<u16>,
-    /// A NoCloud seed.
+    /// The NoCloud seed, if any.
     pub seed: Option<Seed>,
-    /// CD-ROMs in order, read-only: volumes that were imported as [`VolumeKind::Cdrom`]. A disk that does not boot
-    /// falls through to the first of them. Needs [`Capability::Isos`](crate::capability::Capability::Isos).
+    /// CD-ROMs in order, read-only: volumes imported as [`VolumeKind::Cdrom`]. If the disk is not bootable, the machine boots from
+    /// the first of them. Needs [`Capability::Isos`](crate::capability::Capability::Isos).
     pub cdroms: Vec<Volume>,
-    /// A floppy: the image of a 1.44 MB disk. Needs [`Capability::Floppy`](crate::capability::Capability::Floppy).
+    /// The image of a 1.44 MB floppy disk. Needs [`Capability::Floppy`](crate::capability::Capability::Floppy).
     pub floppy: Option<Arc<[u8]>>,
-    /// The VM of a module whose state outside its disks (firmware variables, TPM) it starts with, where it has any.
+    /// The VM of a module whose state outside its disks (firmware variables, TPM) the machine starts with, where that VM has any.
     pub state_of: Option<PlannedBuildRef>,
 }
 
 impl MachineSpec {
-    /// A machine with BIOS and nothing attached.
+    /// Creates the specification of a machine with BIOS and nothing attached.
     pub fn new(name: impl Into<String>, cpus: u32, memory: u64) -> Self {
         Self {
             name: name.into(),
@@ -231,18 +231,18 @@ impl MachineSpec {
 #[serde(tag = "exit", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Exit {
-    /// The guest switched it off.
+    /// The guest powered off.
     PoweredOff,
     /// [`Machine::stop`](super::Machine::stop) killed it, for this reason ("did not power off within 60 s", "was told to").
     Killed {
-        /// Why.
+        /// The reason.
         why: String,
     },
-    /// It died.
+    /// The machine died.
     Died {
-        /// How.
+        /// The cause.
         cause: Death,
-        /// What the hypervisor said of it: signal, last lines of its output.
+        /// Details from the hypervisor: a signal, the last lines of its output.
         detail: String,
     },
 }
@@ -252,7 +252,7 @@ pub enum Exit {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Death {
-    /// The hypervisor's process ended or was killed by somebody else.
+    /// The hypervisor's process exited, or something other than Rudder killed it.
     Hypervisor,
     /// The guest's kernel panicked.
     GuestPanic,
@@ -262,22 +262,22 @@ pub enum Death {
     HostDiskFull,
 }
 
-/// What is to be published.
+/// A module to publish.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ModuleDraft {
     /// The name of the module.
     pub name: String,
-    /// Its VMs, with what [`Machine::capture`](super::Machine::capture) returned.
+    /// The VMs, with what [`Machine::capture`](super::Machine::capture) returned.
     pub machines: Vec<TemplateMachine>,
     /// The networks that clones get.
     pub network: TemplateNetwork,
-    /// How to make it again.
+    /// How to build the module again.
     pub provenance: Provenance,
 }
 
 impl ModuleDraft {
-    /// A module of these VMs.
+    /// Creates a draft of a module with these VMs.
     pub fn new(
         name: impl Into<String>,
         machines: Vec<TemplateMachine>,
@@ -287,7 +287,7 @@ impl ModuleDraft {
         Self { name: name.into(), machines, network: network.into(), provenance }
     }
 
-    /// The module of this draft, published now. `digest` names its content.
+    /// Converts the draft to a module published now. `digest` identifies its content.
     #[must_use]
     pub fn into_module(self, digest: Digest) -> Module {
         let Self { name, machines, network, provenance } = self;
@@ -296,59 +296,59 @@ impl ModuleDraft {
     }
 }
 
-/// What is here, what is missing.
+/// Report of what exists on the host and what is missing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct HostReport {
-    /// Each thing that was looked at.
+    /// One entry for each requirement that was checked.
     pub findings: Vec<HostFinding>,
 }
 
 impl HostReport {
-    /// Whether everything that is required is here.
+    /// Returns whether everything that is required is present.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.findings.iter().all(|finding| finding.present || !finding.required)
     }
 }
 
-/// One thing that a backend needs or can use.
+/// A single thing that a backend needs or can use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostFinding {
-    /// What: `qemu-system-x86_64`, `accelerator`…
+    /// What was checked: `qemu-system-x86_64`, `accelerator`…
     pub what: String,
-    /// Whether it is here.
+    /// Whether it is present.
     pub present: bool,
-    /// Whether nothing goes without it.
+    /// Whether the backend cannot work without it.
     pub required: bool,
     /// Its version, or what is wrong with it.
     pub detail: String,
-    /// How to mend it.
+    /// How to fix it.
     pub help: Option<String>,
 }
 
-/// What was removed.
+/// Report of what was removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct ReapReport {
-    /// Each thing: "process 1234 of lab x", "lab x", "download y".
+    /// One entry per removed item: "process 1234 of lab x", "lab x", "download y".
     pub removed: Vec<String>,
-    /// Bytes of disk freed.
+    /// Bytes of disk space freed.
     pub freed: u64,
-    /// What should have been removed and could not be, and why.
+    /// What should have been removed but could not be, and why.
     pub failed: Vec<String>,
-    /// What is not known well enough to be removed, or looks damaged: why it stays, and how to repair it.
+    /// What was left in place because too little is known about it or it appears to be damaged: why it stays, and how to repair it.
     #[serde(default)]
     pub warnings: Vec<String>,
 }
 
 impl ReapReport {
-    /// Adds what another found.
+    /// Merges another report into this one.
     pub fn merge(&mut self, other: Self) {
         self.removed.extend(other.removed);
         self.freed += other.freed;
         self.failed.extend(other.failed);
-        // Both may have met the same.
+        // Both reports may contain the same warning.
         for warning in other.warnings {
             if !self.warnings.contains(&warning) {
                 self.warnings.push(warning);

@@ -1,4 +1,4 @@
-//! The phases of one attempt at a build, as types, and what its VMs share.
+//! The phases of one attempt at a build, as types, and the state that its VMs share.
 //!
 //! ```text
 //! Pending ──open──▶ Opened ──build──▶ Built ──capture──▶ Captured ──publish──▶ Module
@@ -9,9 +9,9 @@
 //! |---|---|
 //! | open | nothing |
 //! | build, capture | the lab; no module |
-//! | publish | the lab; no module, or (when the failure came after the fact) the whole of it |
+//! | publish | the lab; no module, or (when the failure came after publishing) the whole module |
 //!
-//! Whoever runs the attempt keeps the lab, and removes or keeps it afterwards: see `engine`.
+//! The caller that runs the attempt holds the lab, and removes or keeps it afterwards: see `engine`.
 
 use super::{
     BuildOptions,
@@ -47,8 +47,8 @@ use std::{
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-/// How long a step that must not be torn (opening a lab, publishing) may go on after a cancellation, and after the build's
-/// deadline.
+/// How long an operation that must not be interrupted (opening a lab, publishing) may continue after a cancellation, and after the
+/// build's deadline.
 const UNTORN: Duration = Duration::from_secs(10);
 const UNTORN_AT_LIMIT: Duration = Duration::from_millis(750);
 
@@ -65,7 +65,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// What the VMs of an attempt share.
+/// State shared by the VMs of an attempt.
 #[derive(Debug)]
 pub(super) struct Attempt {
     pub(super) plan: Arc<Plan>,
@@ -78,15 +78,15 @@ pub(super) struct Attempt {
     pub(super) pauses: Arc<Pauses>,
     pub(super) key: BuildKey,
     pub(super) media: Media,
-    /// The machines that were defined.
+    /// The machines defined so far.
     pub(super) machines: Arc<Machines>,
-    /// Whether one was powered on.
+    /// Whether any machine was powered on.
     pub(super) started: AtomicBool,
     inputs: Mutex<Vec<InputRecord>>,
 }
 
 impl Attempt {
-    /// Takes note of an input; of a locked build, refuses it when its bytes are not those of the record.
+    /// Records an input. A locked build rejects it when its bytes are not those of the record.
     pub(super) fn input(&self, vm: Option<&str>, input: InputRecord) -> Result<()> {
         let input = self.sink.masked_input(input);
         self.options.locked.as_ref().map_or(Ok(()), |lock: &Lock| lock.check(&input))?;
@@ -100,7 +100,7 @@ impl Attempt {
     }
 }
 
-/// Nothing is there yet.
+/// An attempt that has not started; nothing exists yet.
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) plan: Arc<Plan>,
@@ -112,19 +112,19 @@ pub(super) struct Pending {
     pub(super) machines: Arc<Machines>,
 }
 
-/// The lab is open.
+/// An attempt whose lab is open.
 #[derive(Debug)]
 pub(super) struct Opened(pub(super) Arc<Attempt>);
 
-/// All VMs were provisioned, and are off.
+/// An attempt whose VMs are all provisioned and powered off.
 #[derive(Debug)]
 pub(super) struct Built(Arc<Attempt>, Vec<Halted>);
 
-/// All disks are captured.
+/// An attempt whose disks are all captured.
 #[derive(Debug)]
 pub(super) struct Captured(Arc<Attempt>, Vec<TemplateMachine>);
 
-/// What a machine needs that not every host has.
+/// Returns the capabilities that a machine needs and not every host has.
 fn needs(hardware: &Hardware) -> impl Iterator<Item = Capability> {
     let firmware = match hardware.firmware {
         Firmware::Bios => None,
@@ -153,7 +153,7 @@ impl Pending {
             super::FailurePolicy::Destroy => Retention::EndWithOwner,
         };
         spec.needs = self.plan.machines.iter().flat_map(|planned| needs(&planned.hardware)).collect();
-        // Torn in the middle, half a lab would be left that nobody holds.
+        // An interruption would leave half a lab that has no owner.
         let lab = untorn(&self.guard, self.backend.open_lab(&spec)).await?;
         let Self { plan, backend, options, sink, guard, pauses, machines } = self;
         Ok(Opened(Arc::new(Attempt {
@@ -175,10 +175,10 @@ impl Pending {
 }
 
 impl Opened {
-    /// Imports, boots, provisions and shuts down all VMs, side by side.
+    /// Imports, boots, provisions and shuts down all VMs, in parallel.
     ///
-    /// All VMs are defined before the first is powered on, and all are provisioned before the first is shut down: the
-    /// steps of one may need the others.
+    /// All VMs are defined before the first is powered on, and all are provisioned before the first is shut down: the steps of one
+    /// may need the others.
     pub(super) async fn build(self) -> Result<Built, Failure> {
         let Self(attempt) = self;
         attempt.guard.halted()?;
@@ -219,7 +219,7 @@ impl Opened {
 }
 
 impl Built {
-    /// Captures all disks of all VMs, side by side.
+    /// Captures all disks of all VMs, in parallel.
     pub(super) async fn capture(self) -> Result<Captured, Failure> {
         let Self(attempt, halted) = self;
         attempt.guard.halted()?;
@@ -230,7 +230,7 @@ impl Built {
 }
 
 impl Captured {
-    /// Publishes the module. A cancellation that comes now comes too late, unless publishing hangs.
+    /// Publishes the module. A cancellation at this point is too late, unless publishing hangs.
     pub(super) async fn publish(self) -> Result<Module, Failure> {
         let Self(attempt, templates) = self;
         attempt.guard.halted()?;
@@ -254,7 +254,7 @@ impl Captured {
     }
 }
 
-/// Refuses what this engine does not do, for plans that were made without asking it. Nothing is ignored silently.
+/// Rejects what this engine does not support, for plans that were made without checking. Nothing is ignored silently.
 fn supported(plan: &Plan, backend: &Capabilities) -> Result<()> {
     let refuse = |what: &str, vm: &str| {
         let message = format!("this version of rudder cannot do what the plan asks for: {what}");
@@ -279,7 +279,7 @@ fn supported(plan: &Plan, backend: &Capabilities) -> Result<()> {
     Ok(())
 }
 
-/// The files behind URLs that are served or that steps put into guests, each URL once, with what it is called.
+/// Returns the files behind URLs that are served or that steps put into guests, each URL once, with its name for messages.
 fn wanted(plan: &Plan) -> Vec<(&str, &PlannedUrl)> {
     let served = plan.files.iter().filter(|file| plan.http_files.contains(&file.name));
     let served = served.map(|file| (file.name.as_str(), &file.content));
@@ -300,8 +300,8 @@ fn wanted(plan: &Plan) -> Vec<(&str, &PlannedUrl)> {
     wanted
 }
 
-/// Runs the same phase of several VMs side by side. The first failure cancels the rest, and is what comes out when all
-/// have ended; otherwise the results come in the order of the VMs.
+/// Runs the same phase of several VMs in parallel. The first failure cancels the rest and is returned when all have ended;
+/// otherwise the results are in the order of the VMs.
 async fn side_by_side<T, F>(
     halt: &CancellationToken,
     work: impl Iterator<Item = F>,
@@ -329,12 +329,12 @@ where
     first.map_or_else(|| Ok(done.into_iter().map(|(_, value)| value).collect()), Err)
 }
 
-/// Of two failures the first; but one that was only cancelled explains nothing.
+/// Returns the first of two failures, unless it is a mere cancellation, which explains nothing.
 fn worse(first: Failure, second: Failure) -> Failure {
     if first.error.kind() == ErrorKind::Cancelled { second } else { first }
 }
 
-/// Both, or the failure that explains more.
+/// Returns the first value if both succeeded, otherwise the failure that explains more.
 fn first_of<T, U>(one: Result<T, Failure>, other: Result<U, Failure>) -> Result<T, Failure> {
     match (one, other) {
         (Ok(value), Ok(_)) => Ok(value),
@@ -344,8 +344,8 @@ fn first_of<T, U>(one: Result<T, Failure>, other: Result<U, Failure>) -> Result<
     }
 }
 
-/// Waits for something that is better not torn: after a cancellation or the deadline it may go on for a moment, and when
-/// it ends well then, it has.
+/// Waits for an operation that should not be interrupted: it may continue for a moment after a cancellation or the deadline, and if
+/// it succeeds in that time, its result counts.
 async fn untorn<T>(guard: &Guard, thing: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::pin!(thing);
     match guard.wait(async { Ok(thing.as_mut().await) }).await {

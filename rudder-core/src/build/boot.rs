@@ -1,4 +1,4 @@
-//! The boot command: what is typed on a machine's display, and waited for on it, between power-on and login.
+//! The boot command: what is typed on a machine's display, and waited for on its screen, between power-on and login.
 
 use super::{attempt::Attempt, guard::Limit, vm::Vm};
 use crate::{
@@ -13,18 +13,18 @@ use crate::{
 use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
 
-/// How long releasing keys may hold up a boot command that has ended.
+/// How long releasing keys may delay the end of a boot command.
 const RELEASE: Duration = Duration::from_secs(2);
 
-/// A boot command whose templates have their values.
+/// A boot command whose templates are filled in.
 #[derive(Debug)]
 pub(super) struct BootCommand(Vec<BootAction>);
 
 impl BootCommand {
-    /// The boot command of a VM, if it has one.
+    /// Returns the boot command of a VM, if it has one.
     ///
     /// # Errors
-    /// `InvalidInput` when it names the server of the build's files, and the VM reaches none.
+    /// `InvalidInput` when the boot command refers to the server of the build's files and the VM cannot reach it.
     pub(super) fn of(attempt: &Attempt, planned: &PlannedMachine) -> Result<Option<Self>> {
         if planned.boot_command.is_empty() {
             return Ok(None);
@@ -57,7 +57,7 @@ impl BootCommand {
         actions.collect::<Result<_>>().map(|actions| Some(Self(actions)))
     }
 
-    /// Goes through it, from power-on. However it ends, no key stays down.
+    /// Performs the actions, from power-on. All keys are released, however this ends.
     pub(super) async fn run(self, vm: &Vm, machine: &Arc<dyn Machine>) -> Result<()> {
         let limit = Limit::default();
         let typing = self.type_on(vm, machine, &limit);
@@ -66,7 +66,7 @@ impl BootCommand {
 
     async fn type_on(&self, vm: &Vm, machine: &Arc<dyn Machine>, limit: &Limit) -> Result<()> {
         let (sink, start, of) = (&vm.attempt.sink, Instant::now(), self.0.len());
-        // When this future is dropped, so is the console, which releases what it holds.
+        // Dropping this future drops the console, which releases the keys that it holds.
         let console = Console::new(Arc::clone(machine));
         let mut result = Ok(());
         for (action, what) in self.0.iter().enumerate() {
@@ -84,7 +84,7 @@ impl BootCommand {
                 break;
             }
         }
-        // A failure is told at once: the console releases its keys when it is dropped.
+        // A failure is reported at once: the console releases its keys when it is dropped.
         if result.is_ok()
             && let Ok(Err(error)) = timeout(RELEASE, console.release_all()).await
         {
@@ -113,7 +113,7 @@ async fn perform(console: &Console, action: &BootAction) -> Result<()> {
     }
 }
 
-/// What is done, for people.
+/// Describes an action for people.
 fn describe(action: &BootAction) -> String {
     let key = |keysym: &u32| match key_name(*keysym) {
         Some(name) => format!("<{name}>"),

@@ -1,7 +1,7 @@
-//! Driving a build from its first attempt to its outcome, and cleaning up behind every attempt.
+//! Drives a build from its first attempt to its outcome, and cleans up after every attempt.
 //!
-//! Everything that an attempt makes is in its lab, and the lab is held here: whatever happens inside (failure, cancellation,
-//! panic), it is destroyed, or kept when the caller asked for that, before the outcome is told.
+//! Everything that an attempt creates is in its lab, and the lab is held here. Whatever happens inside (failure, cancellation,
+//! panic), the lab is destroyed, or kept when the caller asked for that, before the outcome is returned.
 
 use super::{
     Build, BuildFailure, BuildOptions, FailurePolicy, Shared,
@@ -26,7 +26,7 @@ use std::{
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-/// Runs a build to its end. Never fails to clean up, never panics with the engine's own work.
+/// Runs a build to its end. Cleans up in every case, and turns panics of the engine's own work into failures.
 pub(super) async fn run(
     build: Build,
     sink: Sink,
@@ -63,7 +63,7 @@ pub(super) async fn run(
             }
             Err(failure) => {
                 sink.build_phase(BuildPhase::Failed);
-                // What failed while being cancelled failed of that.
+                // A failure during a cancellation counts as the cancellation.
                 let failure = if cancel.is_cancelled() { Failure::from(cancelled()) } else { failure };
                 let left = deadline.left(Instant::now());
                 match after_failure(attempt, plan.retries, &failure.error, left) {
@@ -91,7 +91,7 @@ pub(super) async fn run(
     Err(told(&plan.name, shared, &sink, failure, kept, machines))
 }
 
-/// The failure of a build that cannot even begin here.
+/// Returns the failure of a build that cannot even start here.
 pub(super) fn unable(build: &Build, shared: &Shared, sink: &Sink, error: Error) -> Box<BuildFailure> {
     let Build { plan, backend, .. } = build;
     sink.started(&plan.name, &plan.digest.to_string(), backend.name(), 1);
@@ -99,7 +99,7 @@ pub(super) fn unable(build: &Build, shared: &Shared, sink: &Sink, error: Error) 
     told(&plan.name, shared, sink, Failure::from(error), None, Vec::new())
 }
 
-/// Tells that a build has failed, the last thing that it says.
+/// Reports that a build has failed, as its last event.
 fn told(
     build: &str,
     shared: &Shared,
@@ -121,7 +121,7 @@ fn told(
     Box::new(BuildFailure { error, report, kept, machines })
 }
 
-/// One attempt, and what must be cleaned up behind it.
+/// Runs one attempt, and returns its result with what must be cleaned up afterwards.
 async fn one_attempt(pending: Pending) -> (Result<Module, Failure>, Option<Arc<Attempt>>) {
     let opened = match caught(pending.open()).await {
         Ok(opened) => opened,
@@ -132,7 +132,7 @@ async fn one_attempt(pending: Pending) -> (Result<Module, Failure>, Option<Arc<A
     (caught(work).await, Some(attempt))
 }
 
-/// A panic inside an attempt is a failure like others: what it left behind is cleaned up.
+/// Turns a panic inside an attempt into an ordinary failure, so that what it left behind is cleaned up.
 async fn caught<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
@@ -151,7 +151,7 @@ async fn clean_up(
 ) -> Option<KeptLab> {
     let attempt = attempt?;
     let wanted = may_keep && options.on_failure == FailurePolicy::Keep;
-    // Without a machine there is nothing to look at.
+    // Without a machine that was started there is nothing to inspect.
     if wanted && attempt.started.load(Ordering::Relaxed) {
         match timeout(options.cleanup_limit, keep(&attempt)).await {
             Ok(Ok(kept)) => {
@@ -168,7 +168,7 @@ async fn clean_up(
     None
 }
 
-/// Destroys a lab; what cannot be removed is told, and hides neither a module nor a failure.
+/// Destroys a lab. What cannot be removed is reported, and hides neither a module nor a failure.
 async fn destroy(lab: &Arc<dyn Lab>, options: &BuildOptions, sink: &Sink) {
     let left = match timeout(options.cleanup_limit, caught_destroy(lab)).await {
         Ok(Ok(())) => return,

@@ -1,4 +1,4 @@
-//! What is gathered about a failure before its machine is torn down: console, screen, last words.
+//! Evidence of a failure, gathered before its machine is torn down: console, screen, last output.
 
 use super::sink::Sink;
 use crate::{
@@ -12,15 +12,15 @@ use futures::FutureExt as _;
 use std::{path::Path, sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout, timeout_at};
 
-/// How long a dying machine may take to give all evidence together. The failure is known to readers of events by then.
+/// Time limit for gathering all evidence from a failing machine. Readers of events already know of the failure by then.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How much of that its display may take; the rest is for a screenshot that the backend takes by other means.
+/// How much of that time the display may take; the rest is for a screenshot that the backend takes by other means.
 const DISPLAY_PATIENCE: Duration = Duration::from_secs(3);
-/// How much of the serial console is read, in bytes, and shown, in lines.
+/// How much of the serial console is read (bytes) and shown (lines).
 const SERIAL_BYTES: usize = 16 * 1024;
 const SERIAL_LINES: usize = 40;
 
-/// Adds what the machine can still tell. Never fails: a piece that cannot be had is left out.
+/// Adds the available evidence to the report. Never fails: what cannot be gathered is left out.
 pub(super) async fn gather(
     report: &mut FailureReport,
     machine: &Arc<dyn Machine>,
@@ -30,7 +30,7 @@ pub(super) async fn gather(
 ) {
     let end = Instant::now() + PATIENCE;
     let screen = async {
-        // Text and picture are of one moment where both can be had from the display.
+        // Text and screenshot come from the same frame if the display provides both.
         if !capabilities.has(Capability::Display) || !runs(machine) {
             return None;
         }
@@ -39,7 +39,7 @@ pub(super) async fn gather(
     };
     let (serial, frame) = futures::join!(timeout_at(end, machine.serial_tail(SERIAL_BYTES)), screen);
     if let Ok(Ok(bytes)) = serial {
-        // Masked as one text first: a secret may run over lines.
+        // Masked as one text first, since a secret may span lines.
         let text = sink.mask(&plain_lines(&bytes).join("\n"));
         let lines: Vec<&str> = text.lines().collect();
         let shown = &lines[lines.len().saturating_sub(SERIAL_LINES)..];
@@ -62,26 +62,26 @@ pub(super) async fn gather(
     }
 }
 
-/// Whether a machine runs. Of one that has ended, the display is not waited for.
+/// Returns whether a machine is running. The display of a machine that has ended is not waited for.
 fn runs(machine: &Arc<dyn Machine>) -> bool {
     machine.wait().now_or_never().is_none()
 }
 
-/// Writes a file that only its owner may read, and the directory it is in.
+/// Writes a file that only its owner may read, and creates its directory.
 pub(super) async fn save(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let (path, bytes) = (path.to_owned(), bytes.to_vec());
     let write = move || {
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir)?;
         }
-        // Somebody may be looking at the one that an earlier build left there.
+        // Another process may be reading the file that an earlier build left there.
         replace_file(&path, &bytes).map_err(std::io::Error::other)
     };
     tokio::task::spawn_blocking(write).await.map_err(std::io::Error::other)?
 }
 
-/// The lines of a terminal's output without its control sequences (ECMA-48), read with the states of a terminal. Carriage
-/// returns end a line too: progress bars overwrite themselves with them. Empty lines are left out.
+/// Returns the lines of a terminal's output without its control sequences (ECMA-48), parsed with a terminal's state machine.
+/// Carriage returns end a line as well, because progress bars use them to overwrite themselves. Empty lines are left out.
 pub(super) fn plain_lines(bytes: &[u8]) -> Vec<String> {
     #[derive(Default)]
     struct Screen {

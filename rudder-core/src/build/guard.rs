@@ -1,4 +1,4 @@
-//! Waiting: always for one of four, the thing itself, the end of the machine, a cancellation, a deadline.
+//! Waits that always watch four things: the operation itself, the end of the machine, a cancellation, a deadline.
 
 use super::{limit::Deadline, log::lock, panic::panicked};
 use crate::{
@@ -13,13 +13,13 @@ use std::{
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-/// How long a conversation that broke waits for the machine to explain it. A dead machine does so at once; a guest that
-/// switches itself off stops its SSH server first and is off some seconds later, without hardware acceleration many.
+/// How long a broken connection waits for the machine to explain it. A dead machine does so at once; a guest that powers itself off
+/// stops its SSH server first and is off some seconds later, or many seconds later without hardware acceleration.
 const EXPLANATION: Duration = Duration::from_secs(15);
-/// How long a machine is asked whether it has ended when something failed on its own or at its limit.
+/// How long to wait for the end of a machine when an operation failed on its own or at its limit.
 const GLANCE: Duration = Duration::from_millis(50);
 
-/// What every wait of a build watches beside the thing it waits for.
+/// What every wait of a build watches besides the operation it waits for.
 #[derive(Debug, Clone)]
 pub(super) struct Guard {
     pub(super) halt: CancellationToken,
@@ -27,12 +27,12 @@ pub(super) struct Guard {
 }
 
 impl Guard {
-    /// Between two phases: whether to go on.
+    /// Returns an error if the build was cancelled; checked between two phases.
     pub(super) fn halted(&self) -> Result<()> {
         if self.halt.is_cancelled() { Err(cancelled()) } else { Ok(()) }
     }
 
-    /// Waits for something that needs no machine. On cancellation or at the deadline its future is dropped.
+    /// Waits for an operation that needs no machine. Its future is dropped on cancellation or at the deadline.
     pub(super) async fn wait<T>(&self, thing: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             biased;
@@ -42,8 +42,7 @@ impl Guard {
         }
     }
 
-    /// Waits for something that needs the machine to run and ends by itself at `limit`; `doing` ends the sentence
-    /// "… while".
+    /// Waits for an operation that needs the machine to run and ends by itself at `limit`; `doing` ends the sentence "… while".
     pub(super) async fn watch<T>(
         &self,
         machine: &Arc<dyn Machine>,
@@ -64,8 +63,8 @@ impl Guard {
         }
     }
 
-    /// A conversation that broke because its machine ended is the machine's failure. The hypervisor may need a moment to
-    /// see it, which it gets until the next limit: what failed at its limit is told at once.
+    /// Turns an error that was caused by the end of the machine into the machine's failure. The hypervisor may need a moment to
+    /// notice, and has until the next limit: an operation that failed at its limit is reported at once.
     pub(super) async fn explain(
         &self,
         machine: &Arc<dyn Machine>,
@@ -86,19 +85,19 @@ impl Guard {
     }
 }
 
-/// When the thing that is waited for gives up by itself, where that is known.
+/// The time at which the awaited operation gives up by itself, where that is known.
 #[derive(Debug, Default)]
 pub(super) struct Limit(Mutex<Option<Instant>>);
 
 impl Limit {
-    /// A limit that passes after this time.
+    /// Creates a limit that expires after this time.
     pub(super) fn after(time: Duration) -> Self {
         let limit = Self::default();
         limit.set(Some(time));
         limit
     }
 
-    /// Starts anew, with this time from now or without an end.
+    /// Restarts the limit, with this time from now or without an end.
     pub(super) fn set(&self, time: Option<Duration>) {
         *lock(&self.0) = time.and_then(|time| Instant::now().checked_add(time));
     }
@@ -108,12 +107,12 @@ impl Limit {
     }
 }
 
-/// The caller cancelled, or another VM of the build failed first.
+/// Returns the error for a build that the caller cancelled, or in which another VM failed first.
 pub(super) fn cancelled() -> Error {
     Error::new(ErrorKind::Cancelled, "the build was cancelled")
 }
 
-/// A machine ended that should have been running.
+/// Returns the error for a machine that ended when it should have been running.
 pub(super) fn ended(exit: &Exit, doing: &str) -> Error {
     let (kind, message) = match exit {
         Exit::PoweredOff => (ErrorKind::MachineDied, format!("the guest switched itself off while {doing}")),

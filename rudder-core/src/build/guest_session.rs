@@ -1,4 +1,4 @@
-//! What the engine says to a guest, and with what: seed, login, steps, switching off.
+//! How the engine interacts with a guest: seed, login, steps, powering off.
 
 use super::{
     FailurePolicy,
@@ -22,17 +22,18 @@ use futures::FutureExt as _;
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout};
 
-/// How long a guest that may be kept has to end a step that was stopped, and to clean up after it.
+/// How long a guest that may be kept has to end a stopped step and to clean up after it.
 const SETTLE: Duration = Duration::from_secs(10);
-/// How long the output of a step whose machine has ended may take to arrive.
+/// How long the output of a step may take to arrive after its machine has ended.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
-/// The key that logs in to a VM: the author's, else the build's.
+/// Returns the key that logs in to a VM: the author's if there is one, otherwise the build's.
 fn key(attempt: &Attempt, planned: &PlannedMachine) -> Result<BuildKey> {
     planned.communicator.private_key.as_ref().map_or_else(|| Ok(attempt.key.clone()), BuildKey::import)
 }
 
-/// The seed of a VM, new for every attempt: a guest whose disk was another's before takes itself for a new one.
+/// Creates the seed of a VM, new for every attempt, so that a guest whose disk belonged to another guest considers itself a new
+/// instance.
 pub(super) fn seed(attempt: &Attempt, planned: &PlannedMachine) -> Result<Option<Seed>> {
     let Some(config) = &planned.cloud_init else { return Ok(None) };
     let login = SeedLogin::new(&planned.communicator.username, key(attempt, planned)?.authorized_key());
@@ -40,7 +41,7 @@ pub(super) fn seed(attempt: &Attempt, planned: &PlannedMachine) -> Result<Option
     cloud_init::seed(&instance, &planned.name, &login, config).map(Some)
 }
 
-/// A machine of a VM, and how to log in to it.
+/// Combines a machine of a VM with the login to it.
 pub(super) fn reachable(
     attempt: &Attempt,
     planned: &PlannedMachine,
@@ -59,14 +60,14 @@ pub(super) async fn log_in(vm: &Vm, defined: &BuildMachine) -> Result<Session> {
     vm.attempt.guard.watch(defined.machine(), "booting", &limit, defined.session(timeout)).await
 }
 
-/// A step that failed.
+/// The failure of a step.
 #[derive(Debug)]
 pub(super) struct StepFailure {
     pub(super) error: Error,
     pub(super) exit: Option<ExitStatus>,
 }
 
-/// Runs the step at this index. However it ends, what it runs in the guest is ended too.
+/// Runs the step at this index. However it ends, the processes that it started in the guest are ended as well.
 pub(super) async fn run_step(
     vm: &Vm,
     machine: &Arc<dyn Machine>,
@@ -97,7 +98,7 @@ pub(super) async fn run_step(
         let name = step.name.clone();
         sink.emit(Some(vm.name()), EventKind::StepFinished { step: number, name, millis, success, exit });
     };
-    // A step that is stopped is told to have failed before anybody waits for the guest to clean up.
+    // A stopped step is reported as failed before the guest is given time to clean up.
     let mut is_told = false;
     let mut stopped = |error: &Error| {
         is_told = true;
@@ -111,7 +112,7 @@ pub(super) async fn run_step(
     };
     let settle = match attempt.options.on_failure {
         FailurePolicy::Keep => SETTLE,
-        // The guest goes with its machine.
+        // The guest is removed with its machine.
         FailurePolicy::Destroy => Duration::ZERO,
     };
     let context = StepContext {
@@ -133,7 +134,7 @@ pub(super) async fn run_step(
         tokio::select! {
             biased;
             ended = machine.wait() => {
-                // What the step wrote last may still be on its way.
+                // The last output of the step may still be on its way.
                 let _ = timeout(LAST_WORDS, running).await;
                 StepOutcome::from(ended.and_then(|exit| Err(guard::ended(&exit, &doing))))
             }
@@ -142,7 +143,7 @@ pub(super) async fn run_step(
         }
     };
     let result = match result {
-        // A step that the build's deadline ended is the build's failure, and says which field raises it.
+        // A step ended by the build's deadline is a failure of the build, and the error names the field that raises the limit.
         Err(error) if error.kind() == ErrorKind::TimedOut && attempt.guard.deadline.has_passed() => {
             Err(attempt.guard.deadline.error())
         }
@@ -157,12 +158,12 @@ pub(super) async fn run_step(
     result.map_err(|error| StepFailure { error, exit })
 }
 
-/// How scripts learn where the files of `httpDirectory` are.
+/// Returns the variable that tells scripts where the files of `httpDirectory` are served.
 fn site_variable((address, port): (Ipv4Addr, u16)) -> (String, String) {
     ("RUDDER_HTTP_ADDR".to_owned(), format!("{address}:{port}"))
 }
 
-/// Asks the guest to switch itself off, from within; returns only when it cannot.
+/// Asks the guest to power itself off from within; returns only if that fails.
 pub(super) async fn power_off(session: &Session) -> Error {
     match session.guest().power_off().await {
         Ok(()) => std::future::pending().await,

@@ -1,4 +1,4 @@
-//! Keeping the machines of a failed build for a person to look at.
+//! Keeps the machines of a failed build for inspection.
 
 use super::{attempt::Attempt, machines::BuildMachine};
 use crate::{
@@ -9,8 +9,8 @@ use crate::{
 };
 use std::path::PathBuf;
 
-/// Keeps the lab, and says how to log in to each machine: with the build's key, which is written for that, or with the one that
-/// the author gave. What is said is also written down in the lab's directory, for [`Backend::kept_labs`].
+/// Keeps the lab and returns how to log in to each machine: with the build's key, which is written to a file for that, or with the
+/// key that the author provided. The record is also written to the lab's directory, for [`Backend::kept_labs`].
 pub(super) async fn keep(attempt: &Attempt) -> Result<KeptLab> {
     let mut kept = attempt.lab.keep().await?;
     let machines = attempt.machines.list();
@@ -40,7 +40,7 @@ pub(super) async fn keep(attempt: &Attempt) -> Result<KeptLab> {
                 address.ip(),
             ));
         } else if let Some(command) = defined.machine().proxy_command(communicator.port) {
-            // OpenSSH replaces tokens that begin with a percent sign (ssh_config(5)).
+            // OpenSSH expands tokens that begin with a percent sign (ssh_config(5)).
             let proxy = word(&format!("ProxyCommand={}", command.replace('%', "%%")));
             access.push(format!(
                 "{0}: ssh -i {identity} -o IdentitiesOnly=yes -o StrictHostKeyChecking=no \
@@ -65,13 +65,13 @@ pub(super) async fn keep(attempt: &Attempt) -> Result<KeptLab> {
     Ok(kept)
 }
 
-/// Writes the build's key into the lab's directory, with which it goes; where there is none, beside the reports.
+/// Writes the build's key into the lab's directory, so that it is removed with the lab, or else into the report directory.
 async fn write_key(attempt: &Attempt) -> Result<PathBuf> {
     let path = match attempt.lab.directory() {
         Some(directory) => directory.join("login.key"),
         None => {
             let dir = attempt.options.report_dir.clone().unwrap_or_else(std::env::temp_dir);
-            // `$TMPDIR` may be relative, and whoever reads the path may be elsewhere.
+            // `$TMPDIR` may be relative, and the path may be read from another working directory.
             let dir = std::path::absolute(&dir).unwrap_or(dir);
             let made = tokio::fs::create_dir_all(&dir).await;
             made.map_err(|error| Error::io(format_args!("create the directory {}", dir.display()), error))?;
@@ -82,11 +82,11 @@ async fn write_key(attempt: &Attempt) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The machines of a lab that was kept, by this process or by another: for their consoles, and for logging in to their guests
+/// Returns the machines of a lab that was kept, by this process or by another, for access to their consoles, and to their guests
 /// with the key that was kept with them.
 ///
 /// # Errors
-/// `NotFound` when the lab is not there; `Unsupported` when the backend cannot reach the machines of a kept lab; `Io` or
+/// `NotFound` when the lab does not exist; `Unsupported` when the backend cannot reach the machines of a kept lab; `Io` or
 /// `InvalidInput` when the key cannot be read.
 ///
 /// ```no_run
@@ -112,7 +112,7 @@ pub async fn kept_machines(backend: &dyn Backend, lab: &KeptLab) -> Result<Vec<B
     known.collect()
 }
 
-/// The login that was written down; `None` where the author has the key.
+/// Returns the recorded login; `None` if the author has the key.
 fn login_of(login: &KeptLogin) -> Result<Option<Login>> {
     let Some(path) = &login.key else { return Ok(None) };
     let failed = |error| Error::io(format_args!("read the key {}", path.display()), error);
@@ -120,7 +120,7 @@ fn login_of(login: &KeptLogin) -> Result<Option<Login>> {
     Ok(Some(Login::new(&login.username, BuildKey::import(&Secret::new(text))?)))
 }
 
-/// A word of a POSIX shell that stands for exactly this text.
+/// Quotes a text as a single word of a POSIX shell.
 fn word(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
     if !text.is_empty() && text.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! Deciding without doing: when a build must have ended, what it says when it has not, and whether it is tried again.
+//! Decisions without side effects: the deadline of a build, its error, and whether a failed build is retried.
 
 use crate::{Error, ErrorKind, units::human_duration};
 use std::{future::pending, sync::Arc, time::Duration};
@@ -7,7 +7,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// When the whole build must have ended, all its attempts. It can stand still for a while. Clones are the same.
+/// The deadline of the whole build with all its attempts. It can be suspended. Clones share the same deadline.
 #[derive(Debug, Clone)]
 pub(super) struct Deadline {
     clock: Arc<watch::Sender<Clock>>,
@@ -16,40 +16,40 @@ pub(super) struct Deadline {
 
 #[derive(Debug, Clone, Copy)]
 struct Clock {
-    /// When it passes, were it to run on from now, or from `since` when it stands still.
+    /// When the deadline passes if it runs on from now or, while it is suspended, from `since`.
     at: Instant,
     since: Instant,
-    /// How many hold it.
+    /// The number of holders that suspend it.
     holds: usize,
 }
 
-/// A deadline stands still as long as one of these lives.
+/// Suspends a deadline as long as it exists.
 #[derive(Debug)]
 pub(super) struct Hold(Deadline);
 
-/// Longer than any build; what is over it is as good as no limit.
+/// Longer than any build; a longer limit is as good as none.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 impl Deadline {
-    /// `span` from `start`.
+    /// Creates a deadline `span` after `start`.
     pub(super) fn new(start: Instant, span: Duration) -> Self {
         let clock = Clock { at: start + span.min(FOREVER), since: start, holds: 0 };
         Self { clock: Arc::new(watch::Sender::new(clock)), span }
     }
 
-    /// What is left of it.
+    /// Returns the remaining time.
     pub(super) fn left(&self, now: Instant) -> Duration {
         let clock = self.clock.borrow();
         let now = if clock.holds > 0 { clock.since } else { now };
         clock.at.saturating_duration_since(now)
     }
 
-    /// Whether it has passed.
+    /// Returns whether the deadline has passed.
     pub(super) fn has_passed(&self) -> bool {
         self.left(Instant::now()).is_zero()
     }
 
-    /// Waits until it has passed.
+    /// Waits until the deadline has passed.
     pub(super) async fn passed(&self) {
         let mut changes = self.clock.subscribe();
         loop {
@@ -59,13 +59,13 @@ impl Deadline {
             tokio::select! {
                 biased;
                 () = passing => return,
-                // The sender is ours: it cannot be gone.
+                // `self` holds the sender, so this cannot be an error.
                 _ = changes.changed() => {}
             }
         }
     }
 
-    /// Makes it stand still.
+    /// Suspends the deadline until the returned value is dropped.
     pub(super) fn hold(&self) -> Hold {
         self.clock.send_modify(|clock| {
             if clock.holds == 0 {
@@ -76,7 +76,7 @@ impl Deadline {
         Hold(self.clone())
     }
 
-    /// What it says when it has passed.
+    /// Returns the error for a deadline that has passed.
     pub(super) fn error(&self) -> Error {
         let message = format!("the build did not end within {}", human_duration(self.span));
         Error::new(ErrorKind::TimedOut, message)
@@ -96,16 +96,16 @@ impl Drop for Hold {
     }
 }
 
-/// Whether a build that failed is started again.
+/// Whether a failed build is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// With this attempt, counted from 1.
+    /// Start this attempt, counted from 1.
     Again(u32),
-    /// That was all.
+    /// No further attempt.
     GiveUp,
 }
 
-/// Decides after attempt number `attempt` (from 1) failed, when up to `retries` may follow the first.
+/// Decides what follows after attempt number `attempt` (from 1) failed, when up to `retries` may follow the first.
 pub(super) fn after_failure(attempt: u32, retries: u32, error: &Error, left: Duration) -> Verdict {
     let may = error.is_retryable() && error.kind() != ErrorKind::Cancelled && !left.is_zero();
     if may && attempt <= retries { Verdict::Again(attempt.saturating_add(1)) } else { Verdict::GiveUp }

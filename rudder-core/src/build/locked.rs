@@ -1,4 +1,4 @@
-//! Building against an earlier record: an input whose bytes changed since is an error that names it.
+//! Locked builds: compares inputs with an earlier record, and names an input whose bytes have changed.
 
 use crate::{
     Error, ErrorKind, Result,
@@ -6,7 +6,7 @@ use crate::{
     plan::{Plan, PlannedMachine, StepAction},
 };
 
-/// What a locked build cannot promise to repeat, and of which VM: inputs are compared, a person's work is not.
+/// Returns what a locked build cannot promise to repeat, with the name of the VM: inputs are compared, a person's work is not.
 pub(super) fn beyond(plan: &Plan) -> Vec<(&str, String)> {
     let by_hand = |vm: &PlannedMachine| {
         let steps = vm.steps.iter().enumerate();
@@ -21,7 +21,7 @@ pub(super) fn beyond(plan: &Plan) -> Vec<(&str, String)> {
     machines.flat_map(|vm| by_hand(vm).into_iter().map(move |step| (vm.name.as_str(), said(step)))).collect()
 }
 
-/// The inputs of an earlier build, and what it is called in messages.
+/// The inputs of an earlier build, and the name of that build in messages.
 #[derive(Debug, Clone)]
 pub(super) struct Lock {
     inputs: Vec<InputRecord>,
@@ -38,11 +38,11 @@ impl Lock {
         Self { inputs: provenance.inputs.clone(), name: String::new() }
     }
 
-    /// Checks an input against what the record says of the same URL, or of the same role when its URL is new.
+    /// Checks an input against the record of the same URL, or of the same role if the URL is new.
     ///
     /// # Errors
-    /// `ChecksumMismatch` when the content differs, `InvalidInput` when the record knows nothing of it, `Unsupported` when it is
-    /// not known what came now or then.
+    /// `ChecksumMismatch` when the content differs, `InvalidInput` when the record does not contain the input, `Unsupported` when
+    /// the content then or now is unknown.
     pub(super) fn check(&self, input: &InputRecord) -> Result<()> {
         let known = |same: fn(&InputRecord, &InputRecord) -> bool| {
             self.inputs.iter().filter(move |known| same(known, input)).collect::<Vec<_>>()

@@ -1,9 +1,9 @@
-//! The log of a build's events: bounded, never in the way of the engine, read by any number of readers.
+//! The log of a build's events: bounded, never blocking the engine, with any number of readers.
 //!
-//! Readers hold nothing but the number of the event they want next, so a slow one costs nothing and stalls nobody. Events
-//! that tell how the build goes (phases, steps, inputs, warnings, the outcome) stay for the life of the log: the plan
-//! bounds their number. Events that only pass by (progress, output, notices) share a ring; a reader that was too slow for
-//! some of them is told how many ([`EventKind::Lagged`]).
+//! A reader holds only the number of the event it wants next, so a slow one costs nothing and stalls no one. Events that describe
+//! the course of the build (phases, steps, inputs, warnings, the outcome) stay for the life of the log: the plan bounds their
+//! number. Transient events (progress, output, notices) share a ring; a reader that was too slow for some of them learns how many
+//! it missed ([`EventKind::Lagged`]).
 
 use crate::event::{BuildId, Event, EventKind};
 use futures::{Stream, stream::BoxStream};
@@ -16,7 +16,7 @@ use std::{
 };
 use tokio::sync::watch;
 
-/// The events so far, as far as they are kept.
+/// The events so far that are still kept.
 #[derive(Debug)]
 pub(super) struct Log {
     build_id: BuildId,
@@ -26,22 +26,22 @@ pub(super) struct Log {
     capacity: usize,
 }
 
-/// What a reader that wants event `n` gets.
+/// The result of reading event `n`.
 #[derive(Debug, PartialEq)]
 pub(super) enum Read {
-    /// The event; the reader wants the one behind it next.
+    /// The event; the reader wants the next one after it.
     Event(Arc<Event>),
-    /// Nothing yet.
+    /// There is no such event yet.
     Later,
 }
 
 impl Log {
-    /// An empty log of a build, which keeps this many passing events.
+    /// Creates the empty log of a build, which keeps this many transient events.
     pub(super) fn new(build_id: BuildId, capacity: usize) -> Self {
         Self { build_id, next: 0, lasting: Vec::new(), passing: VecDeque::new(), capacity }
     }
 
-    /// Adds an event, and drops the oldest passing one when there are too many.
+    /// Adds an event, and drops the oldest transient one if there are too many.
     pub(super) fn push(&mut self, time: jiff::Timestamp, vm: Option<String>, kind: EventKind) {
         let lasting = is_lasting(&kind);
         let event = Arc::new(Event { build_id: self.build_id.clone(), seq: self.next, time, vm, kind });
@@ -56,7 +56,7 @@ impl Log {
         }
     }
 
-    /// The first event that is kept from `seq` on; when some before it are gone, first a [`EventKind::Lagged`] in their place.
+    /// Returns the first event that is kept from `seq` on, preceded by an [`EventKind::Lagged`] if some before it are gone.
     pub(super) fn read(&self, seq: u64) -> Read {
         let lasting = self.lasting.get(self.lasting.partition_point(|event| event.seq < seq));
         let passing = self.passing.get(self.passing.partition_point(|event| event.seq < seq));
@@ -72,15 +72,15 @@ impl Log {
     }
 }
 
-/// Whether an event must reach every reader, however slow.
+/// Returns whether an event must reach every reader, however slow.
 fn is_lasting(kind: &EventKind) -> bool {
     !matches!(kind, EventKind::Progress { .. } | EventKind::StepOutput { .. } | EventKind::Notice { .. })
 }
 
-/// The events of a build, from its first one on, as a stream that ends after [`EventKind::Finished`].
+/// The events of a build, from the first one on, as a stream that ends after [`EventKind::Finished`].
 ///
-/// A reader that is too slow misses progress, output and notices, and is told how many by [`EventKind::Lagged`]; it never
-/// stalls the build. Dropping it changes nothing for the build.
+/// A reader that is too slow misses progress, output and notices, and learns how many from [`EventKind::Lagged`]; it never stalls
+/// the build. Dropping the stream does not affect the build.
 pub struct Events(BoxStream<'static, Event>);
 
 impl Events {
@@ -89,7 +89,7 @@ impl Events {
         Self(Box::pin(futures::stream::unfold(start, |(log, mut pulse, seq)| async move {
             let seq = seq?;
             loop {
-                // Marked as seen before reading: what is pushed in between wakes us again.
+                // Marked as seen before reading, so that an event pushed in between wakes this reader again.
                 pulse.mark_unchanged();
                 let read = lock(&log).read(seq);
                 if let Read::Event(event) = read {
@@ -97,7 +97,7 @@ impl Events {
                     let next = (!last).then_some(event.seq + 1);
                     return Some(((*event).clone(), (log, pulse, next)));
                 }
-                // The engine is gone without a last word: its runtime was shut down.
+                // The engine is gone without a last event: its runtime was shut down.
                 if pulse.changed().await.is_err() && lock(&log).read(seq) == Read::Later {
                     return None;
                 }
@@ -105,7 +105,7 @@ impl Events {
         })))
     }
 
-    /// The next event; `None` after the last.
+    /// Waits for the next event; `None` after the last.
     pub async fn next(&mut self) -> Option<Event> {
         futures::StreamExt::next(&mut self.0).await
     }
@@ -125,7 +125,7 @@ impl fmt::Debug for Events {
     }
 }
 
-/// Locks, also after a panic elsewhere: what is inside is never left half-changed.
+/// Locks the mutex, even after a panic elsewhere: the contents are never left half-changed.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -151,7 +151,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is pushed: every reader sees every lasting event, in order, and knows exactly how many others it missed.
+        /// Whatever is pushed, every reader sees every lasting event, in order, and knows exactly how many others it missed.
         #[test]
         fn readers_see_what_lasts_and_count_what_passed(
             lasting in prop::collection::vec(any::<bool>(), 0..200),

@@ -1,4 +1,4 @@
-//! The machines of a build, for programs that look into one while it runs or after it was kept.
+//! The machines of a build, for programs that inspect one while it runs or after it was kept.
 
 use super::{guard::ended, log::lock};
 use crate::{
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-/// A machine of a build that runs or whose lab was kept, and how the build logs in to it.
+/// A machine of a running build or of a kept lab, with the login that the build uses.
 ///
 /// It does not keep the machine alive: when the build removes its lab, the console and the guest end with errors.
 #[derive(Debug, Clone)]
@@ -27,38 +27,38 @@ impl BuildMachine {
         Self { machine, port, login }
     }
 
-    /// Logs in with this from now on: for a kept lab whose manifest has a password or a key of its author's, which are not
-    /// written down with it.
+    /// Sets the login to use from now on: for a kept lab whose manifest has a password or the author's own key, which are not
+    /// recorded with the lab.
     #[must_use]
     pub fn with_login(mut self, login: Login) -> Self {
         self.login = Some(login);
         self
     }
 
-    /// The name of the VM.
+    /// Returns the name of the VM.
     #[must_use]
     pub fn name(&self) -> &str {
         self.machine.name()
     }
 
-    /// The machine itself. It must keep running: a machine that ends fails the build.
+    /// Returns the machine itself. It must keep running: a machine that ends fails the build.
     #[must_use]
     pub fn machine(&self) -> &Arc<dyn Machine> {
         &self.machine
     }
 
-    /// Its screen, keyboard and serial line. What is typed here mixes with what a boot command types.
+    /// Opens its screen, keyboard and serial console. Keys typed here mix with those of a boot command.
     #[must_use]
     pub fn console(&self) -> Console {
         Console::new(Arc::clone(&self.machine))
     }
 
-    /// Logs in to the guest as the build does, over a connection of its own. Waits for a guest that still boots, at most
-    /// `limit`. The host key is the one that the build pinned, if it logged in before.
+    /// Logs in to the guest as the build does, over a connection of its own. Waits at most `limit` for a guest that is still
+    /// booting. If the build has logged in before, the host key that it pinned is required.
     ///
     /// # Errors
-    /// Those of [`Login::connect`]; `MachineDied` when the machine has ended or ends meanwhile; `InvalidInput` for a machine
-    /// of a kept lab whose key its author has.
+    /// Those of [`Login::connect`]; `MachineDied` when the machine has ended or ends meanwhile; `InvalidInput` for a machine of a
+    /// kept lab whose key only its author has.
     pub async fn guest(&self, limit: Duration) -> Result<Guest> {
         let (login, endpoint) = (self.login()?, self.endpoint());
         tokio::select! {
@@ -68,7 +68,7 @@ impl BuildMachine {
         }
     }
 
-    /// Logs in, with a connection that can be made again.
+    /// Logs in, with a connection that can be re-established.
     pub(super) async fn session(&self, limit: Duration) -> Result<Session> {
         Session::open(self.endpoint(), self.login()?.clone(), limit).await
     }
@@ -86,7 +86,7 @@ impl BuildMachine {
     }
 }
 
-/// The machines that a build has defined, in the order in which it did.
+/// The machines that a build has defined, in the order of their definition.
 #[derive(Debug, Default)]
 pub(super) struct Machines(Mutex<Vec<BuildMachine>>);
 
@@ -99,7 +99,7 @@ impl Machines {
         lock(&self.0).clone()
     }
 
-    /// Forgets them all: their lab is gone, or is no longer the build's.
+    /// Removes and returns all machines: their lab is gone, or no longer belongs to the build.
     pub(super) fn take(&self) -> Vec<BuildMachine> {
         std::mem::take(&mut *lock(&self.0))
     }

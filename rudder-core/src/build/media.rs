@@ -1,5 +1,5 @@
-//! What the machines of an attempt boot with and fetch while they do: files behind URLs, each brought to the host once, and
-//! the files that are served over HTTP from before the first machine is powered on until the last is provisioned.
+//! What the machines of an attempt boot from and fetch while they boot: files behind URLs, each downloaded once, and the files
+//! served over HTTP from before the first machine is powered on until the last is provisioned.
 
 use super::{attempt::Attempt, log::lock};
 use crate::{
@@ -19,33 +19,33 @@ use std::{
 };
 use tokio::sync::OnceCell;
 
-/// Counts, by machine and name of a file.
+/// Number of requests by machine and file name.
 type Requests = HashMap<(Option<String>, Vec<u8>), u64>;
 
-/// What was behind URLs, where it is now; and the server of the build's files while it runs.
+/// Fetched files, and the server of the build's files while it runs.
 #[derive(Debug, Default)]
 pub(super) struct Media {
     fetched: Mutex<HashMap<String, Arc<OnceCell<Fetched>>>>,
     served: Mutex<Option<Served>>,
-    /// How often a machine got a served file, by machine (where it is known) and name.
+    /// How often a machine received a served file, by machine (where it is known) and name.
     requests: Arc<Mutex<Requests>>,
 }
 
 impl Media {
-    /// Where what is behind a URL is now, once it was fetched.
+    /// Returns the path of the file that was fetched from a URL.
     pub(super) fn get(&self, url: &PlannedUrl) -> Option<PathBuf> {
         self.cell(url).get().map(|fetched| fetched.path.clone())
     }
 
     fn cell(&self, url: &PlannedUrl) -> Arc<OnceCell<Fetched>> {
-        // The same URL with another promised digest is another file.
+        // The same URL with another expected digest is another file.
         let key = format!("{:?} {}", url.sha256, url.url);
         Arc::clone(lock(&self.fetched).entry(key).or_default())
     }
 }
 
 impl Attempt {
-    /// Brings what is behind a URL to the host. Whoever asks for the same meanwhile waits for it.
+    /// Downloads the file behind a URL. Concurrent calls for the same file wait for the first one.
     pub(super) async fn fetch(&self, url: &PlannedUrl) -> Result<Fetched> {
         let cell = self.media.cell(url);
         let fetch = async || {
@@ -57,7 +57,7 @@ impl Attempt {
         cell.get_or_try_init(fetch).await.cloned()
     }
 
-    /// The content of the entry of `files` of this name.
+    /// Returns the content of the entry of `files` with this name.
     async fn content(&self, name: &str) -> Result<SiteFile> {
         let file = self.plan.files.iter().find(|file| file.name == name).ok_or_else(|| {
             let message = format!("expected {name:?} in the files of the plan, but found none");
@@ -72,7 +72,7 @@ impl Attempt {
         }
     }
 
-    /// The CD-ROMs of a VM, in order.
+    /// Imports the CD-ROMs of a VM, in order.
     pub(super) async fn cdroms(&self, planned: &PlannedMachine) -> Result<Vec<Volume>> {
         let vm = planned.name.as_str();
         let import = |(index, url): (usize, &PlannedUrl)| {
@@ -88,7 +88,7 @@ impl Attempt {
         try_join_all(planned.isos.iter().enumerate().map(import)).await
     }
 
-    /// The floppy of a VM, if it has one.
+    /// Creates the floppy of a VM, if it has one.
     pub(super) async fn floppy(&self, planned: &PlannedMachine) -> Result<Option<Arc<[u8]>>> {
         if planned.floppy.is_empty() {
             return Ok(None);
@@ -130,8 +130,8 @@ impl Attempt {
         Ok(())
     }
 
-    /// What a machine got of the files that are served, in the order of the plan. A request of which nobody knows whose it
-    /// was counts for all.
+    /// Returns how often a machine received each served file, in the order of the plan. Requests whose machine is unknown count
+    /// for all machines.
     pub(super) fn served_to(&self, vm: &str) -> Vec<ServedFile> {
         let requests = lock(&self.media.requests);
         let of = |machine: Option<&str>, name: &String| {
@@ -142,12 +142,12 @@ impl Attempt {
         names.map(|name| ServedFile::new(name, of(Some(vm), name) + of(None, name))).collect()
     }
 
-    /// Ends what [`start_serving`](Self::start_serving) began.
+    /// Stops the server that [`start_serving`](Self::start_serving) started.
     pub(super) fn stop_serving(&self) {
         drop(lock(&self.media.served).take());
     }
 
-    /// Address and port of the served files, as a VM reaches them on the first of its networks where they are; `None` where
+    /// Returns the address and port of the served files as a VM reaches them on the first of its networks that has them; `None` if
     /// it reaches none.
     pub(super) fn site_of(&self, planned: &PlannedMachine) -> Option<(Ipv4Addr, u16)> {
         let served = lock(&self.media.served);
@@ -157,7 +157,7 @@ impl Attempt {
     }
 }
 
-/// The image of a floppy. A file that would not fit is not even read.
+/// Creates the image of a floppy. If a file would not fit, no file is read.
 async fn floppy_of(files: &[(String, SiteFile)]) -> Result<Arc<[u8]>> {
     let mut sizes = Vec::with_capacity(files.len());
     for (name, file) in files {

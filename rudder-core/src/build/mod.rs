@@ -1,27 +1,27 @@
-//! The engine: drives a plan to a module, and tells how it goes.
+//! The engine: drives a plan to a module, and reports its progress.
 //!
 //! ```text
 //! build    Pending ▶ Networking ▶ Building ▶ CapturingDisks ▶ TemplateProvisioning ▶ Succeeded
 //! each VM  Pending ▶ SourceImporting ▶ Booting ▶ [BootCommand] ▶ Provisioning ▶ ShuttingDown ▶ DiskCaptured ▶ Succeeded
 //! ```
 //!
-//! and from every phase to `Failed`. VMs run side by side; the first failure stops the others. Every VM is defined
-//! before the first is powered on, and every VM is provisioned before the first is shut down, since the steps of one may
-//! need the others.
+//! and from every phase to `Failed`. VMs are built in parallel; the first failure stops the others. Every VM is defined before the
+//! first is powered on, and every VM is provisioned before the first is shut down, since the steps of one may need the others.
 //!
-//! - **Limits.** `timeout` spans the whole build with all its attempts and ends with the module; `sshTimeout` runs from
-//!   power-on, or the end of the boot command, to a working login; `stepTimeout` spans a step. Each failure says which limit it was and which field raises it.
-//! - **Death.** A machine that ends before its last step has ended fails the build within two seconds, with how it died.
-//! - **Cancellation.** [`BuildHandle::cancel`], or dropping the handle. What was begun is ended and removed before the outcome
-//!   is told; a cancellation that comes while the module is being published comes too late, and the build succeeds.
-//! - **Pauses.** A `handbuild` step waits for a person: [`EventKind::Paused`](crate::event::EventKind::Paused) says what is
-//!   to be done, [`BuildHandle::paused`] gives the machine, and [`BuildHandle::resume`] goes on. Nothing but the step's own
-//!   `stepTimeout` ends a pause that nobody ends: the build's limit stands still meanwhile, unless
-//!   [`Build::paused_deadline`] says otherwise.
-//! - **Retries.** After a failure that [another try could help](crate::Error::is_retryable), the whole build starts again in a
-//!   new lab, up to `retries` times.
-//! - **Cleaning up** is not under the build's limit but under [`Build::cleanup_limit`]; what cannot be removed is a
-//!   warning, and what [`Backend::reap`] is for.
+//! - **Limits.** `timeout` covers the whole build with all its attempts, until the module exists; `sshTimeout` runs from power-on,
+//!   or the end of the boot command, to a working login; `stepTimeout` covers a step. Each failure names the limit that was
+//!   exceeded and the field that raises it.
+//! - **Death.** A machine that ends before its last step has ended fails the build within two seconds, with the cause.
+//! - **Cancellation.** [`BuildHandle::cancel`], or dropping the handle. Work in progress is stopped and cleaned up before the
+//!   outcome is returned. A cancellation that arrives while the module is being published is too late, and the build succeeds.
+//! - **Pauses.** A `handbuild` step waits for a person: [`EventKind::Paused`](crate::event::EventKind::Paused) says what to do,
+//!   [`BuildHandle::paused`] returns the machine, and [`BuildHandle::resume`] continues the build. Without a call to it, only the
+//!   step's own `stepTimeout` ends a pause: the build's limit is suspended meanwhile, unless [`Build::paused_deadline`] says
+//!   otherwise.
+//! - **Retries.** After a failure that [a retry could fix](crate::Error::is_retryable), the whole build starts again in a new lab,
+//!   up to `retries` times.
+//! - **Cleanup** is not subject to the build's limit but to [`Build::cleanup_limit`]. What cannot be removed is reported as a
+//!   warning, and left to [`Backend::reap`].
 //! - **Secrets** of the plan are masked in every event, error, report and record.
 //!
 //! # Example
@@ -82,30 +82,30 @@ use std::{
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-/// What becomes of the machines of a build that failed.
+/// What happens to the machines of a failed build.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FailurePolicy {
-    /// They are removed.
+    /// The machines are removed.
     #[default]
     Destroy,
-    /// They are kept for inspection, and an event says how to get in and how to remove them. A build that was
-    /// cancelled, or that another attempt follows, keeps nothing.
+    /// The machines are kept for inspection, and an event says how to access and how to remove them. Nothing is kept of a build
+    /// that was cancelled, or of an attempt that is followed by another.
     Keep,
 }
 
-/// What becomes of the limit of the whole build while one of its VMs waits for a person.
+/// What happens to the limit of the whole build while one of its VMs waits for a person.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PausedDeadline {
-    /// It stands still, for all VMs of the build.
+    /// The limit is suspended, for all VMs of the build.
     #[default]
     StandsStill,
-    /// It runs on.
+    /// The limit keeps running.
     Runs,
 }
 
-/// What a build was asked to do beside its plan.
+/// Options of a build apart from its plan.
 #[derive(Debug, Clone)]
 struct BuildOptions {
     on_failure: FailurePolicy,
@@ -118,7 +118,7 @@ struct BuildOptions {
     paused_deadline: PausedDeadline,
 }
 
-/// A build that is about to start.
+/// A build that has not been started.
 #[derive(Debug, Clone)]
 #[must_use = "a build does nothing until it is started"]
 pub struct Build {
@@ -128,7 +128,7 @@ pub struct Build {
 }
 
 impl Build {
-    /// A build of this plan on this backend.
+    /// Creates a build of this plan on this backend.
     pub fn new(plan: impl Into<Arc<Plan>>, backend: Arc<dyn Backend>) -> Self {
         let options = BuildOptions {
             on_failure: FailurePolicy::default(),
@@ -143,64 +143,65 @@ impl Build {
         Self { plan: plan.into(), backend, options }
     }
 
-    /// What becomes of the machines when the build fails; they are destroyed by default.
+    /// Sets what happens to the machines when the build fails; they are destroyed by default.
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.options.on_failure = policy;
         self
     }
 
-    /// Builds against the record of an earlier build: an input (image, file, parent module) whose bytes changed since, or
-    /// that it does not know, fails the build before anything boots.
+    /// Compares the inputs with the record of an earlier build: an input (image, file, parent module) whose bytes have changed, or
+    /// that the record does not contain, fails the build before any machine boots.
     pub fn locked(mut self, earlier: &Module) -> Self {
         self.options.locked = Some(Lock::new(earlier));
         self
     }
 
-    /// Brings the files that the build reads to this host with `fetcher`, instead of [`Backend::fetcher`].
+    /// Fetches the files that the build reads with `fetcher` instead of [`Backend::fetcher`].
     pub fn fetcher(mut self, fetcher: Arc<dyn Fetch>) -> Self {
         self.options.fetcher = Some(fetcher);
         self
     }
 
-    /// The directory for what belongs to the report of a failed build: screenshots (PNG), and with [`FailurePolicy::Keep`] the
-    /// key to get in, where the backend has no directory for it. Created when needed; what is written is readable by its
-    /// owner only, and is the caller's to remove.
+    /// Sets the directory for what belongs to the report of a failed build: screenshots (PNG) and, with [`FailurePolicy::Keep`],
+    /// the key to log in, if the backend has no directory for it. Created when needed. The files are readable by their owner only,
+    /// and the caller is responsible for removing them.
     ///
-    /// A relative path starts from the working directory of this moment, wherever the process goes later. Without a directory,
-    /// no screenshots are taken.
+    /// A relative path is resolved against the current working directory at the time of this call. Without a directory, no
+    /// screenshots are taken.
     pub fn report_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         let dir = dir.into();
-        // Only an empty path, or a working directory that is gone, cannot be made absolute.
+        // Fails only for an empty path or a working directory that no longer exists.
         self.options.report_dir = Some(path::absolute(PathBuf::from(".").join(&dir)).unwrap_or(dir));
         self
     }
 
-    /// How long a guest may take to shut down before it is killed; 2 minutes by default. Half of the time it is asked from
-    /// within, the other half by its power button. A guest that was killed is a warning, also in the provenance.
+    /// Sets how long a guest may take to shut down before it is killed; 2 minutes by default. For the first half of the time the
+    /// guest is asked from within, for the second half with its power button. Killing a guest is a warning, which is also recorded
+    /// in the provenance.
     pub fn shutdown_limit(mut self, limit: Duration) -> Self {
         self.options.shutdown_limit = limit;
         self
     }
 
-    /// How long cleaning up may take; 1 minute by default. What is left then is a warning.
+    /// Sets how long cleanup may take; 1 minute by default. What is left after that is reported as a warning.
     pub fn cleanup_limit(mut self, limit: Duration) -> Self {
         self.options.cleanup_limit = limit;
         self
     }
 
-    /// What becomes of the build's limit while a VM waits for a person; it stands still by default.
+    /// Sets what happens to the build's limit while a VM waits for a person; it is suspended by default.
     pub fn paused_deadline(mut self, policy: PausedDeadline) -> Self {
         self.options.paused_deadline = policy;
         self
     }
 
-    /// How many events of progress and output are kept for slow readers; 4096 by default, at least 1.
+    /// Sets how many events of progress and output are kept for slow readers; 4096 by default, at least 1.
     pub fn event_capacity(mut self, events: usize) -> Self {
         self.options.event_capacity = events.max(1);
         self
     }
 
-    /// Starts it, as a task of the current Tokio runtime. Without a runtime, or on one that was built without I/O or time,
+    /// Starts the build as a task of the current Tokio runtime. Without a runtime, or on one that was built without I/O or time,
     /// the build fails at once, and its outcome says what is missing.
     pub fn start(self) -> BuildHandle {
         let id = BuildId::random();
@@ -217,9 +218,9 @@ impl Build {
         let span = tracing::info_span!("build", id = %shared.id, name = %self.plan.name, backend = self.backend.name());
         let (token, told) = (canceller.cancel.clone(), Arc::clone(&shared));
         let work = async move {
-            // Nobody may be listening any more: the build was cancelled by dropping its handle.
+            // The receiver may be gone: the build was cancelled by dropping its handle.
             let _ = tell.send(engine::run(self, sink, token, &told).await);
-            // Also when the runtime drops this task: then nothing of it is left either.
+            // Also when the runtime drops this task, since nothing of the build is left then either.
             drop(ended);
         };
         tokio::spawn(tracing::Instrument::instrument(work, span));
@@ -227,7 +228,7 @@ impl Build {
     }
 }
 
-/// What a build that runs shares with its handle.
+/// State shared between a running build and its handle.
 #[derive(Debug)]
 struct Shared {
     id: BuildId,
@@ -235,7 +236,7 @@ struct Shared {
     machines: Arc<Machines>,
 }
 
-/// A build that runs. Dropping it cancels the build, which then cleans up on its own; [`Canceller::ended`] waits for that.
+/// A running build. Dropping the handle cancels the build, which then cleans up on its own; [`Canceller::ended`] waits for that.
 #[derive(Debug)]
 #[must_use = "dropping the handle cancels the build"]
 pub struct BuildHandle {
@@ -247,39 +248,39 @@ pub struct BuildHandle {
 }
 
 impl BuildHandle {
-    /// The id of the build: its events and its report carry it.
+    /// Returns the id of the build, which its events and its report carry.
     #[must_use]
     pub fn id(&self) -> &BuildId {
         &self.shared.id
     }
 
-    /// What happens, from the first event on, whenever it is asked for. Any number of readers; none keeps the build alive,
-    /// and none that is slow stalls it.
+    /// Returns the events from the first one on, whenever it is called. Any number of readers; no reader keeps the build alive, and
+    /// a slow one does not stall it.
     #[must_use]
     pub fn events(&self) -> Events {
         Events::new(Arc::clone(&self.log), self.pulse.clone())
     }
 
-    /// Cancels the build. It cleans up before it ends. May be repeated.
+    /// Cancels the build. The build cleans up before it ends. May be repeated.
     pub fn cancel(&self) {
         self.canceller.cancel();
     }
 
-    /// A way to cancel the build from elsewhere, a signal handler for instance, and to wait for its end. Does not keep the
-    /// build alive.
+    /// Returns a way to cancel the build from elsewhere, such as a signal handler, and to wait for its end. Does not keep the build
+    /// alive.
     #[must_use]
     pub fn canceller(&self) -> Canceller {
         self.canceller.clone()
     }
 
-    /// The machines of the current attempt that are defined by now, running or not: for their consoles, and for logging in
-    /// to their guests. Empty before the first is defined and after the build has ended.
+    /// Returns the machines that the current attempt has defined so far, running or not, for access to their consoles and guests.
+    /// Empty before the first is defined and after the build has ended.
     #[must_use]
     pub fn machines(&self) -> Vec<BuildMachine> {
         self.shared.machines.list()
     }
 
-    /// The machine of a VM.
+    /// Returns the machine of a VM.
     ///
     /// # Errors
     /// `NotFound` when the current attempt has not defined a machine of this name.
@@ -293,21 +294,21 @@ impl BuildHandle {
         })
     }
 
-    /// The VMs that wait for a person now, longest first.
+    /// Returns the VMs that are waiting for a person, longest wait first.
     #[must_use]
     pub fn paused(&self) -> Vec<PausedVm> {
         self.shared.pauses.list()
     }
 
-    /// Lets a VM that waits for a person go on.
+    /// Resumes a VM that is waiting for a person.
     ///
     /// # Errors
-    /// `Conflict` when no VM of this name waits for a person now.
+    /// `Conflict` when no VM of this name is waiting for a person.
     pub fn resume(&self, vm: &str) -> Result<()> {
         self.shared.pauses.resume(vm)
     }
 
-    /// Waits for the end, cleaning up included. Dropping the future cancels the build.
+    /// Waits for the end of the build, including cleanup. Dropping the future cancels the build.
     ///
     /// # Errors
     /// When the build failed or was cancelled.
@@ -327,7 +328,7 @@ impl Drop for BuildHandle {
     }
 }
 
-/// Cancels a build from elsewhere, and knows when it has ended.
+/// Cancels a build from elsewhere, and waits for its end.
 #[derive(Debug, Clone, Default)]
 pub struct Canceller {
     cancel: CancellationToken,
@@ -335,13 +336,13 @@ pub struct Canceller {
 }
 
 impl Canceller {
-    /// Cancels the build. It cleans up before it ends. May be repeated.
+    /// Cancels the build. The build cleans up before it ends. May be repeated.
     pub fn cancel(&self) {
         self.cancel.cancel();
     }
 
-    /// Waits until the build has ended and has cleaned up, whatever became of its handle. Any number of callers, also after
-    /// the fact.
+    /// Waits until the build has ended and has cleaned up, even if its handle was dropped. Any number of callers may wait; returns
+    /// at once if the build has already ended.
     ///
     /// ```
     /// # use rudder_core::build::BuildHandle;
@@ -356,22 +357,22 @@ impl Canceller {
     }
 }
 
-/// Why a build made no module. `Display` and `source` are those of its error; `Debug` (`{:?}`) is the whole report, because that
-/// is what Rust prints of an error that `main` returns.
+/// Why a build produced no module. `Display` and `source` are those of its error; `Debug` (`{:?}`) writes the whole report, because
+/// Rust prints it for an error returned from `main`.
 #[non_exhaustive]
 pub struct BuildFailure {
     /// What went wrong, without secrets.
     pub error: Error,
-    /// What a person needs at once to understand it; empty when the build was cancelled.
+    /// What a person needs at once to understand the failure; empty when the build was cancelled.
     pub report: FailureReport,
-    /// What was kept for inspection.
+    /// The lab that was kept for inspection.
     pub kept: Option<KeptLab>,
-    /// The machines of what was kept, for this process.
+    /// The machines of the kept lab, for this process.
     pub machines: Vec<BuildMachine>,
 }
 
 impl BuildFailure {
-    /// Whether the caller cancelled the build.
+    /// Returns whether the caller cancelled the build.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.error.kind() == ErrorKind::Cancelled
@@ -390,7 +391,7 @@ impl fmt::Debug for BuildFailure {
                 .field("machines", machines)
                 .finish();
         }
-        // A build that was cancelled, or lost its runtime, has no report beyond its error.
+        // A build that was cancelled, or lost its runtime, has no report other than its error.
         if report.message.is_empty() {
             write!(f, "{error:?}")?;
         } else {
@@ -415,10 +416,10 @@ impl std::error::Error for BuildFailure {
 }
 
 impl Event {
-    /// The event as one line of JSON, without its end.
+    /// Returns the event as one line of JSON, without the line ending.
     #[must_use]
     pub fn to_json(&self) -> String {
-        // Nothing in an event can fail to serialise: no map with keys that are not text, no fallible type.
+        // Serialisation cannot fail: an event contains no map with non-text keys and no fallible type.
         serde_json::to_string(self).unwrap_or_default()
     }
 }

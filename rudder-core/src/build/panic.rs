@@ -1,5 +1,5 @@
-//! Panics of a guest's kernel that the hypervisor does not hear of: early in the boot, before the driver for it is there, and
-//! in guests that have none. Linux writes them on its console, and then stands still.
+//! Detects panics of a guest's kernel that the hypervisor is not notified of: early in the boot, before the driver for that is
+//! loaded, and in guests that have none. Linux writes them to its console and then halts.
 
 use super::evidence::plain_lines;
 use crate::{
@@ -12,17 +12,17 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
-/// How long the report of a panic must stand: a kernel that restarts itself says so right behind it.
+/// How long the report of a panic must stand without a restart: a kernel that restarts itself announces that right after it.
 const STANDS: Duration = Duration::from_secs(2);
-/// How much of the end of the serial console is read: the report of a panic with its call trace.
+/// How many bytes are read from the end of the serial console: enough for the report of a panic with its call trace.
 const BYTES: usize = 16 * 1024;
-/// What Linux says (`panic()` in kernel/panic.c).
+/// The message of a Linux panic (`panic()` in kernel/panic.c).
 const SIGN: &str = "Kernel panic - not syncing";
-/// What it says when it restarts itself: then it may well come back.
+/// The message of Linux before it restarts itself, in which case the guest may well recover.
 const RESTART: &str = "Rebooting in";
 
-/// Waits until the guest's kernel has panicked, and says so; `doing` ends the sentence "… while". Of a machine without a
-/// serial console, for ever.
+/// Waits until the guest's kernel has panicked, and returns the error; `doing` ends the sentence "… while". Waits forever if the
+/// machine has no serial console.
 pub(super) async fn panicked(machine: &Arc<dyn Machine>, doing: &str) -> Error {
     loop {
         let Ok(log) = machine.serial_log(0).await else { return std::future::pending().await };
@@ -37,7 +37,7 @@ pub(super) async fn panicked(machine: &Arc<dyn Machine>, doing: &str) -> Error {
     }
 }
 
-/// The line of a panic that stood at the end of a console for a while; `None` once the console has ended.
+/// Returns the line of a panic after which the kernel did not restart itself; `None` once the console has ended.
 async fn panic_in(mut console: impl AsyncRead + Unpin) -> Option<String> {
     let (mut end, mut piece) = (SerialRing::new(BYTES), [0; 4096]);
     let mut found: Option<(String, Instant)> = None;
@@ -60,7 +60,7 @@ async fn panic_in(mut console: impl AsyncRead + Unpin) -> Option<String> {
     }
 }
 
-/// The line of a panic that stands at the end of a console.
+/// Returns the line of the last panic in the output of a console, unless the kernel restarts itself after it.
 fn panic_line(console: &[u8]) -> Option<String> {
     let lines = plain_lines(console);
     let at = lines.iter().rposition(|line| line.contains(SIGN) && !line.contains("end Kernel panic"))?;

@@ -1,4 +1,4 @@
-//! VMs that wait for a person, and how they go on.
+//! VMs that wait for a person, and how they are resumed.
 
 use super::{PausedDeadline, limit::Hold, log::lock, vm::Vm};
 use crate::{Error, ErrorKind, Result, backend::Machine, event::EventKind};
@@ -10,7 +10,7 @@ use std::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// A VM that waits for a person.
+/// A VM that is waiting for a person.
 #[derive(Clone)]
 pub struct PausedVm {
     machine: Arc<dyn Machine>,
@@ -20,38 +20,38 @@ pub struct PausedVm {
 
 impl std::fmt::Debug for PausedVm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The instructions may hold secrets.
+        // The instructions may contain secrets.
         f.debug_struct("PausedVm").field("vm", &self.vm()).field("step", &self.step).finish_non_exhaustive()
     }
 }
 
 impl PausedVm {
-    /// Its name.
+    /// Returns the name of the VM.
     #[must_use]
     pub fn vm(&self) -> &str {
         self.machine.name()
     }
 
-    /// The number of the step that waits, from 1.
+    /// Returns the number of the waiting step, from 1.
     #[must_use]
     pub fn step(&self) -> usize {
         self.step
     }
 
-    /// What the person is to do, as written in the manifest: secrets in it are not masked.
+    /// Returns what the person is asked to do, as written in the manifest; secrets in it are not masked.
     #[must_use]
     pub fn instructions(&self) -> &str {
         &self.instructions
     }
 
-    /// The machine, for its display and serial console. It must keep running: a machine that ends fails the build.
+    /// Returns the machine, for its display and serial console. It must keep running: a machine that ends fails the build.
     #[must_use]
     pub fn machine(&self) -> &Arc<dyn Machine> {
         &self.machine
     }
 }
 
-/// The VMs of a build that wait for a person, longest first.
+/// The VMs of a build that are waiting for a person, longest wait first.
 #[derive(Debug, Default)]
 pub(super) struct Pauses(Mutex<Vec<(PausedVm, CancellationToken)>>);
 
@@ -71,7 +71,7 @@ impl Pauses {
     }
 }
 
-/// A pause that goes on. However it ends, the VM is no longer among those that wait, and the build's limit runs again.
+/// An active pause. However it ends, the VM is no longer among those that wait, and the build's limit runs again.
 #[derive(Debug)]
 struct Pause {
     pauses: Arc<Pauses>,
@@ -82,7 +82,7 @@ struct Pause {
     _hold: Option<Hold>,
 }
 
-/// Lets a VM wait for a person, and says so at once; what comes out ends when the person is done.
+/// Pauses a VM for a person, and reports that at once; the returned future completes when the person is done.
 pub(super) fn pause(
     vm: &Vm,
     machine: &Arc<dyn Machine>,

@@ -1,4 +1,5 @@
-//! The one place through which a build speaks: every event passes here, loses its secrets, is thinned, numbered and timed.
+//! The single point through which a build reports: every event is masked, numbered and timestamped here, and progress is thinned
+//! out.
 
 use super::log::{Log, lock};
 use crate::{
@@ -15,12 +16,12 @@ use std::{
 };
 use tokio::{sync::watch, time::Instant};
 
-/// How often progress of one task is told, at most; its last word always is.
+/// Minimum interval between progress events of one task; its last one is always reported.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// How many of a step's last lines a failure report shows.
 const OUTPUT_TAIL: usize = 30;
 
-/// Where the engine says what happens. Cheap to clone.
+/// Receiver of everything that the engine reports. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Sink(Arc<Inner>);
 
@@ -31,10 +32,10 @@ struct Inner {
     state: Mutex<State>,
 }
 
-/// What the sink remembers of what was said.
+/// What the sink remembers about earlier reports.
 #[derive(Default)]
 struct State {
-    /// The phase of the build (`None`) and of each VM, and since when.
+    /// The phase of the build (`None`) and of each VM, and when it started.
     phases: HashMap<Option<String>, (String, Instant)>,
     vm_phases: HashMap<String, VmPhase>,
     timings: Vec<Timing>,
@@ -43,10 +44,10 @@ struct State {
     tasks: HashMap<(Option<String>, String), Task>,
 }
 
-/// How far a task's progress was told.
+/// The reported progress of a task.
 struct Task {
     told: Instant,
-    /// What was held back since.
+    /// Progress held back since.
     held: Option<(u64, Option<u64>)>,
     complete: bool,
 }
@@ -63,24 +64,24 @@ impl Sink {
         (Self(Arc::new(inner)), log, seen)
     }
 
-    /// Takes the secrets out of a text.
+    /// Masks the secrets in a text.
     pub(super) fn mask(&self, text: &str) -> String {
         self.0.masker.mask(text).into_owned()
     }
 
-    /// What takes the secrets out.
+    /// Returns the masker of the secrets.
     pub(super) fn masker(&self) -> &Masker {
         &self.0.masker
     }
 
-    /// Tells that an attempt begins; what was remembered of the one before is forgotten, warnings too.
+    /// Reports that an attempt starts; what was remembered of the previous one is forgotten, including warnings.
     pub(super) fn started(&self, build: &str, plan: &str, backend: &str, attempt: u32) {
         *lock(&self.0.state) = State::default();
         let (build, plan, backend) = (build.to_owned(), plan.to_owned(), backend.to_owned());
         self.emit(None, EventKind::BuildStarted { build, plan, backend, attempt });
     }
 
-    /// Tells that the build entered a phase.
+    /// Reports that the build entered a phase.
     pub(super) fn build_phase(&self, phase: BuildPhase) {
         tracing::debug!(?phase, "build phase");
         let last = matches!(phase, BuildPhase::Succeeded | BuildPhase::Failed);
@@ -88,7 +89,7 @@ impl Sink {
         self.emit(None, EventKind::BuildPhase { phase });
     }
 
-    /// Tells that a VM entered a phase.
+    /// Reports that a VM entered a phase.
     pub(super) fn vm_phase(&self, vm: &str, phase: VmPhase) {
         tracing::debug!(vm, ?phase, "VM phase");
         let last = matches!(phase, VmPhase::Succeeded | VmPhase::Failed);
@@ -97,12 +98,12 @@ impl Sink {
         self.emit(Some(vm), EventKind::VmPhase { phase });
     }
 
-    /// The phase that a VM is in.
+    /// Returns the phase that a VM is in.
     pub(super) fn phase_of(&self, vm: &str) -> VmPhase {
         lock(&self.0.state).vm_phases.get(vm).copied().unwrap_or(VmPhase::Pending)
     }
 
-    /// Tells a warning, and keeps it for the provenance.
+    /// Reports a warning, and keeps it for the provenance.
     pub(super) fn warn(&self, vm: Option<&str>, message: impl Into<String>) {
         let message = self.mask(&message.into());
         let kept = vm.map_or_else(|| message.clone(), |vm| format!("vm {vm}: {message}"));
@@ -110,7 +111,7 @@ impl Sink {
         self.emit(vm, EventKind::Warning { message });
     }
 
-    /// Tells a line of a step, and keeps the last ones for a failure report.
+    /// Reports a line of a step's output, and keeps the last ones for a failure report.
     pub(super) fn output(&self, vm: &str, step: usize, stream: OutputStream, line: &str) {
         let line = self.mask(line);
         {
@@ -124,23 +125,23 @@ impl Sink {
         self.push(Some(vm), EventKind::StepOutput { step, stream, line });
     }
 
-    /// Tells that a step begins; the lines of the one before are forgotten.
+    /// Reports that a step starts; the output of the previous step is forgotten.
     pub(super) fn step_started(&self, vm: &str, step: usize, name: &str) {
         lock(&self.0.state).tails.remove(vm);
         self.emit(Some(vm), EventKind::StepStarted { step, name: name.to_owned() });
     }
 
-    /// The last lines that the step of a VM wrote.
+    /// Returns the last lines that the step of a VM wrote.
     pub(super) fn output_tail(&self, vm: &str) -> Vec<String> {
         lock(&self.0.state).tails.get(vm).into_iter().flatten().cloned().collect()
     }
 
-    /// The warnings of this attempt so far.
+    /// Returns the warnings of this attempt so far.
     pub(super) fn warnings(&self) -> Vec<String> {
         lock(&self.0.state).warnings.clone()
     }
 
-    /// How long each phase took so far; those that go on count until now.
+    /// Returns the duration of each phase so far; running phases count until now.
     pub(super) fn timings(&self) -> Vec<Timing> {
         let state = lock(&self.0.state);
         let mut open: Vec<_> = state.phases.iter().collect();
@@ -149,7 +150,7 @@ impl Sink {
         state.timings.iter().cloned().chain(open).collect()
     }
 
-    /// What a backend reports progress of a VM (or of the build) to.
+    /// Returns the receiver to which a backend reports progress of a VM (or of the build).
     pub(super) fn progress(&self, vm: Option<&str>) -> Progress {
         let (sink, vm) = (self.clone(), vm.map(str::to_owned));
         Progress::new(move |event| match event {
@@ -158,13 +159,13 @@ impl Sink {
         })
     }
 
-    /// Says how the build ended. Nothing comes after it.
+    /// Reports how the build ended. No event follows.
     pub(super) fn finished(&self, outcome: Outcome) {
         let timings = self.timings();
         self.emit(None, EventKind::Finished { outcome, timings });
     }
 
-    /// Says anything else. Progress that was held back is told before it.
+    /// Reports any other event. Progress that was held back is reported before it.
     pub(super) fn emit(&self, vm: Option<&str>, kind: EventKind) {
         self.flush(vm);
         self.push(vm, self.masked(kind));
@@ -176,7 +177,7 @@ impl Sink {
         self.0.pulse.send_replace(());
     }
 
-    /// Progress of a task: told when the last word on it is old enough, or when it is complete.
+    /// Reports the progress of a task if the last report is old enough or the task is complete; otherwise holds it back.
     fn bytes(&self, vm: Option<&str>, task: String, done: u64, total: Option<u64>) {
         let complete = total.is_some_and(|total| done >= total);
         let now = Instant::now();
@@ -198,7 +199,7 @@ impl Sink {
         self.push(vm, self.masked(EventKind::Progress { task, done, total }));
     }
 
-    /// Tells the progress of a VM's tasks that was held back.
+    /// Reports the progress of a VM's tasks that was held back.
     fn flush(&self, vm: Option<&str>) {
         let mut held: Vec<(String, u64, Option<u64>)> = {
             let mut state = lock(&self.0.state);
@@ -215,7 +216,7 @@ impl Sink {
         }
     }
 
-    /// Ends the phase that was, and starts the next.
+    /// Ends the current phase, and starts the next.
     fn clock(&self, vm: Option<&str>, phase: Option<String>) {
         let mut state = lock(&self.0.state);
         let vm = vm.map(str::to_owned);
@@ -227,7 +228,7 @@ impl Sink {
         }
     }
 
-    /// An event without secrets. Every text in it is named here: a new kind of event must say what it holds.
+    /// Masks the secrets in an event. Every text is listed here, so a new kind of event must declare its texts.
     fn masked(&self, kind: EventKind) -> EventKind {
         use EventKind as K;
         let mask = |text: String| self.mask(&text);
@@ -265,12 +266,12 @@ impl Sink {
         }
     }
 
-    /// An input record without secrets.
+    /// Masks the secrets in an input record.
     pub(super) fn masked_input(&self, input: InputRecord) -> InputRecord {
         InputRecord { url: self.mask(&input.url), ..input }
     }
 
-    /// A failure report without secrets.
+    /// Masks the secrets in a failure report.
     pub(super) fn masked_report(&self, report: FailureReport) -> FailureReport {
         let lines = |lines: Vec<String>| self.0.masker.mask_lines(lines);
         FailureReport {

@@ -1,4 +1,4 @@
-//! The phases of one VM, as types: each consumes the one before and holds exactly what the next needs.
+//! The phases of one VM, as types: each consumes the previous one and holds exactly what the next needs.
 //!
 //! ```text
 //! Planned ──import──▶ Defined ──boot──▶ Booted ──provision──▶ Provisioned ──shut_down──▶ Halted ──capture──▶ template
@@ -6,16 +6,16 @@
 //!                    [BootCommand]
 //! ```
 //!
-//! Any failure ends in [`Failure`], with its evidence gathered while the machine was still there. What it leaves behind:
+//! Any failure ends in [`Failure`], with evidence gathered while the machine still existed. What it leaves behind:
 //!
 //! | failed in | what the lab holds |
 //! |---|---|
 //! | import | volumes, no machine |
-//! | boot, provision | a machine that runs, or has died |
-//! | shut down | a machine that runs, or was killed |
-//! | capture | a halted machine, some captured disks |
+//! | boot, provision | a machine that is running or has died |
+//! | shut down | a machine that is running or was killed |
+//! | capture | a powered-off machine, some captured disks |
 //!
-//! All of it is the lab's, and goes with it; a VM removes nothing itself.
+//! All of it belongs to the lab and is removed with it; a VM removes nothing itself.
 
 use super::{
     attempt::{Attempt, Failure},
@@ -45,23 +45,23 @@ pub(super) struct Vm {
     index: usize,
 }
 
-/// Nothing is there yet.
+/// A VM of which nothing exists yet.
 #[derive(Debug)]
 pub(super) struct Planned(Vm);
 
-/// Its disks are imported, and the machine is defined.
+/// A VM whose disks are imported and whose machine is defined.
 #[derive(Debug)]
 pub(super) struct Defined(Vm, BuildMachine);
 
-/// It runs, and the guest let us log in.
+/// A VM that is running, with a session in its guest.
 #[derive(Debug)]
 pub(super) struct Booted(Vm, Arc<dyn Machine>, Session);
 
-/// Its steps have run. It stays on until those of the other VMs have, too.
+/// A VM whose steps have run. It keeps running until those of the other VMs have, too.
 #[derive(Debug)]
 pub(super) struct Provisioned(Vm, Arc<dyn Machine>, Session);
 
-/// It is off.
+/// A VM that is powered off.
 #[derive(Debug)]
 pub(super) struct Halted(Vm, Arc<dyn Machine>);
 
@@ -78,7 +78,7 @@ impl Vm {
         self.attempt.sink.vm_phase(self.name(), phase);
     }
 
-    /// What an error of this VM becomes: the evidence is gathered, and the phase is `Failed`.
+    /// Turns an error of this VM into a failure: gathers the evidence, and enters the phase `Failed`.
     async fn failed(&self, machine: Option<&Arc<dyn Machine>>, error: Error) -> Failure {
         let error = error.with_context("vm", self.name());
         let phase = Some(self.attempt.sink.phase_of(self.name()));
@@ -86,7 +86,7 @@ impl Vm {
         self.gathered(machine, Failure { error, report: Box::new(report) }).await
     }
 
-    /// The same, of a step.
+    /// Turns the failure of a step into a failure, as `failed` does.
     async fn step_failed(&self, machine: &Arc<dyn Machine>, index: usize, failure: StepFailure) -> Failure {
         let StepFailure { error, exit } = failure;
         let step = format!("{} ({})", index + 1, self.planned().steps[index].name);
@@ -122,7 +122,7 @@ impl Vm {
         Failure { error, report }
     }
 
-    /// Tells that this VM has failed, and why, and stops the others: at once, and once. Gathering evidence takes its time
+    /// Reports that this VM has failed, and why, and stops the others: at once, and only once. Gathering evidence takes its time
     /// afterwards.
     pub(super) fn announce(&self, error: &Error) {
         let sink = &self.attempt.sink;
@@ -144,7 +144,7 @@ impl Planned {
         vms.map(|index| Self(Vm { attempt: Arc::clone(attempt), index })).collect()
     }
 
-    /// Brings its sources into the lab, and defines the machine.
+    /// Imports its sources into the lab, and defines the machine.
     pub(super) async fn import(self) -> Result<Defined, Failure> {
         let Self(vm) = self;
         vm.enter(VmPhase::SourceImporting);
@@ -182,7 +182,7 @@ impl Planned {
 
     async fn volume(vm: &Vm, place: usize, disk: &PlannedDisk) -> Result<Volume> {
         let (attempt, planned) = (&vm.attempt, vm.planned());
-        // The first disk receives the source; of the others, those of a parent module come from it, and the rest are new.
+        // The source becomes the first disk. Of the others, those of a parent module are imported from it, and the rest are blank.
         let source = if place == 0 || disk.inherited { planned.source.clone() } else { PlannedSource::Blank };
         let mut request = ImportRequest::new(&planned.name, &disk.name, source, disk.size);
         request.parent_disk = disk.inherited.then(|| disk.name.clone());
@@ -196,7 +196,7 @@ impl Planned {
 }
 
 impl Defined {
-    /// Powers it on, types its boot command, and logs in.
+    /// Powers the machine on, types its boot command, and logs in.
     pub(super) async fn boot(self) -> Result<Booted, Failure> {
         let Self(vm, defined) = self;
         let machine = Arc::clone(defined.machine());
@@ -225,7 +225,7 @@ impl Defined {
 }
 
 impl Booted {
-    /// Runs its steps, in order.
+    /// Runs the steps, in order.
     pub(super) async fn provision(self) -> Result<Provisioned, Failure> {
         let Self(vm, machine, mut session) = self;
         vm.enter(VmPhase::Provisioning);
@@ -239,9 +239,9 @@ impl Booted {
 }
 
 impl Provisioned {
-    /// Keeps an eye on the machine until all VMs are provisioned: the steps of the others may need it.
+    /// Watches the machine until all VMs are provisioned, since the steps of the others may need it.
     ///
-    /// A guest that has switched itself off by then did so after its last step, which is where it is going anyway.
+    /// A guest may power itself off in this time: its last step has ended, and it is about to be shut down anyway.
     pub(super) async fn stand_by(self, all: &CancellationToken) -> Result<Self, Failure> {
         let Self(vm, machine, _) = &self;
         let all = async {
@@ -263,7 +263,7 @@ impl Provisioned {
         }
     }
 
-    /// Switches it off: from within the guest, else by its power button, else by pulling the plug, which is told.
+    /// Shuts the machine down: from within the guest, or by its power button, or by killing it, which is reported.
     pub(super) async fn shut_down(self) -> Result<Halted, Failure> {
         let Self(vm, machine, session) = self;
         vm.enter(VmPhase::ShuttingDown);
@@ -303,7 +303,7 @@ impl Provisioned {
 }
 
 impl Halted {
-    /// Captures all its disks.
+    /// Captures all disks.
     pub(super) async fn capture(self) -> Result<TemplateMachine, Failure> {
         let Self(vm, machine) = self;
         match Self::disks(&vm, &machine).await {

@@ -1,4 +1,4 @@
-//! How a guest is reached: the communicator, cloud-init, and whether anything lets us in.
+//! Checks of guest access: the communicator, cloud-init, and whether Rudder has any way to log in.
 
 use super::{
     codes,
@@ -12,7 +12,7 @@ use crate::{
     visible::Quoted,
 };
 
-/// The shell of a VM's guest; `None` for one that does not exist, which is reported once.
+/// Returns the shell of a VM's guest, or `None` for an unknown one, which `communicator` reports.
 pub(crate) fn shell(vm: &Vm) -> Option<GuestShell> {
     match vm.communicator.as_ref().and_then(|communicator| communicator.shell.as_deref()) {
         None | Some("bash") => Some(GuestShell::Bash),
@@ -73,7 +73,7 @@ pub(super) fn cloud_init(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
         return;
     }
     let kind = vm.source.as_ref().and_then(source_kind);
-    // A blank disk is installed by its boot command, which makes its own user.
+    // A blank disk is installed by its boot command, and the installer creates the user.
     let is_image = !matches!(kind, None | Some(SourceKind::Blank));
     let communicator = vm.communicator.as_ref();
     let can_log_in = communicator.is_some_and(|communicator| {
@@ -92,7 +92,7 @@ pub(super) fn cloud_init(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
     }
 }
 
-/// Exactly one of `configMapRef` and `secretRef`.
+/// Checks that exactly one of `configMapRef` and `secretRef` is present.
 pub(super) fn value_from(findings: &mut Findings<'_>, from: &ValueFrom, at: &Path<'_>) {
     match (&from.config_map_ref, &from.secret_ref) {
         (None, None) => {

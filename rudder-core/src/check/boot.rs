@@ -1,4 +1,4 @@
-//! Boot commands: their mistakes, each at its place inside the string where the string stands as written.
+//! Checks of boot commands. Each mistake is located inside its string if the source holds the string verbatim.
 
 use super::{
     codes::{self, Code},
@@ -23,7 +23,7 @@ pub(super) fn command(findings: &mut Findings<'_>, command: &[String], at: &Path
     }
 }
 
-/// Templates of the file server, where no files are served: one finding for each VM.
+/// Reports templates that refer to the file server when no files are served, at most once per VM.
 pub(super) fn unserved(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
     let serves = spec.http_directory.as_ref().is_some_and(|directory| !directory.files.is_empty());
     if serves || findings.written(false, &at.key("httpDirectory")) {
@@ -45,16 +45,16 @@ pub(super) fn unserved(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<
     }
 }
 
-/// No variable has a longer name, blanks included.
+/// Upper bound for the length of a variable name, including surrounding spaces.
 const MAX_TEMPLATE: usize = 64;
 
-/// Every `{{…}}` of a text, and what is inside without blanks.
+/// Returns the range of each `{{…}}` in a text, and its trimmed content.
 fn templates(text: &str) -> impl Iterator<Item = (Range<usize>, &str)> {
     let mut at = 0;
     std::iter::from_fn(move || {
         loop {
             let start = at + text[at..].find("{{")?;
-            // The next may begin inside of what is no template.
+            // If this is not a template, the next one may begin inside it.
             at = start + 2;
             let window = &text[at..text.floor_char_boundary(at + MAX_TEMPLATE)];
             if let Some(length) = window.find("}}") {
@@ -121,7 +121,7 @@ fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &P
     place(findings, code, (message, help), text, mistake.range.clone(), &at.index(mistake.element));
 }
 
-/// Reports what is wrong with a part of an element, at that part.
+/// Reports a mistake in a part of an element, at that part.
 fn place(
     findings: &mut Findings<'_>,
     code: &'static Code,
@@ -131,14 +131,15 @@ fn place(
     element: &Path<'_>,
 ) {
     let finding = findings.report(code, element, message);
-    // Where it stands in a long text is not worth counting its characters for each of many.
+    // Deep inside a long text, counting characters to find the column of each mistake would take too long.
     if range.start > 64 * 1024 {
         finding.help = Some(help);
         return;
     }
     finding.help = Some(help);
     if let Some(span) = &mut finding.span {
-        // Where the text stands in the source as it is, or between quotes, offsets in it are offsets in the source.
+        // If the source holds the text verbatim, with or without quotes, offsets in the text map to offsets in the
+        // source.
         let written = span.end.saturating_sub(span.start);
         let quote =
             written.checked_sub(text.len()).filter(|extra| matches!(extra, 0 | 2)).map(|extra| extra / 2);

@@ -1,4 +1,4 @@
-//! The top level: the resource around a spec, files, what serves them, limits of time.
+//! Checks of the top level: the resource around a spec, files, the file server, timeouts.
 
 use super::{
     boot, codes, files,
@@ -7,14 +7,14 @@ use super::{
 };
 use crate::manifest::{BuildSpec, Path, Resource};
 
-/// The head of a resource: `metadata`. Its `apiVersion` and `kind` decide how it is parsed, and are checked there.
+/// Checks the `metadata` of a resource. Its `apiVersion` and `kind` select the parser, and are checked there.
 pub(super) fn envelope<S>(findings: &mut Findings<'_>, resource: &Resource<S>, root: &Path<'_>) {
     if let Some(metadata) = &resource.metadata {
         findings.optional_name(metadata.name.as_deref(), &root.key("metadata").key("name"));
     }
 }
 
-/// What a build is made of.
+/// Checks the spec of a build.
 pub(super) fn spec(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
     let vms = at.key("vms");
     if spec.vms.is_empty() && !findings.written(false, &vms) {

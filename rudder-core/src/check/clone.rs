@@ -1,4 +1,4 @@
-//! Clones: what can be checked without the module that they are a copy of.
+//! Checks of clones, without access to the module that is cloned.
 
 use super::{
     codes,
@@ -29,7 +29,7 @@ pub(super) fn spec(findings: &mut Findings<'_>, spec: &CloneSpec, at: &Path<'_>)
         if let Some(resources) = &one.resources {
             vm::resources(findings, resources, &at.key("resources"), vm::Required::No);
         }
-        // Without a network of its own the clone has the template's, which is not known here.
+        // A clone without a network of its own gets that of the template, which is not known here.
         network::nics(findings, &one.nics, &at, spec.network.is_some().then_some(&declared));
     }
     findings.duration(spec.timeout.as_ref(), &at.key("timeout"), Zero::Refused);

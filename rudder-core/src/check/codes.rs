@@ -1,16 +1,16 @@
-//! Every code that checking and planning give, in one place: its name, how bad it is, what it means.
+//! The codes of all diagnostics that checking and planning report, with their severity and meaning.
 
 use crate::diagnostic::Severity;
 
-/// A rule: the code of its diagnostics.
+/// The code of a rule, which its diagnostics carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Code {
-    /// Its stable name, in kebab-case.
+    /// Stable name, in kebab-case.
     pub name: &'static str,
-    /// Whether breaking it refuses the manifest.
+    /// Severity of a violation: an error refuses the manifest, a warning does not.
     pub severity: Severity,
-    /// What it means, in a sentence.
+    /// Meaning, as one sentence.
     pub meaning: &'static str,
 }
 
@@ -21,7 +21,7 @@ macro_rules! codes {
             pub const $constant: Code = Code { name: $name, severity: Severity::$severity, meaning: $meaning };
         )*
 
-        /// All of them.
+        /// All codes.
         pub const ALL: &[Code] = &[$($constant),*];
     };
 }
@@ -80,7 +80,7 @@ codes! {
     NO_LOGIN Warning "no-login" "Nothing lets Rudder log in to the guest: SSH is likely never to answer."
 }
 
-/// The code of this name.
+/// Returns the code with this name.
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Code> {
     ALL.iter().find(|code| code.name == name)

@@ -1,4 +1,4 @@
-//! The files of a build and what names them; everything that is downloaded: URLs and checksums.
+//! Checks of the files of a build and the references to them, and of everything that is downloaded: URLs and checksums.
 
 use super::{
     codes,
@@ -33,7 +33,7 @@ impl<'m> Names<'m> {
         Self { files, sorted, used: RefCell::default() }
     }
 
-    /// Notes that something uses a file, which must be there.
+    /// Records that a file is used; reports it if `files` does not have it.
     pub(super) fn refer(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) -> Option<&'m File> {
         match self.files.get_key_value(name) {
             Some((name, file)) => {
@@ -49,7 +49,7 @@ impl<'m> Names<'m> {
     }
 }
 
-/// The entries of `files`.
+/// Checks the entries of `files`.
 pub(super) fn declared(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
     let files = at.key("files");
     findings.unique("file", &files, spec.files.iter().map(|file| file.name.as_deref()));
@@ -74,7 +74,7 @@ pub(super) fn declared(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<
     }
 }
 
-/// Warns of the entries of `files` that nothing has used.
+/// Warns about entries of `files` that nothing uses.
 pub(super) fn unused(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>, names: &Names<'_>) {
     let files = at.key("files");
     for (index, file) in spec.files.iter().enumerate() {
@@ -111,7 +111,7 @@ fn file_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
     }
 }
 
-/// `files[].name` of `httpDirectory` or `floppy`: each must be there.
+/// Checks each `files[].name` of `httpDirectory` or `floppy` against `files`.
 pub(super) fn references<'m>(
     findings: &mut Findings<'_>,
     list: &FileNames,
@@ -130,7 +130,7 @@ pub(super) fn references<'m>(
     files
 }
 
-/// CD-ROMs.
+/// Checks CD-ROMs.
 pub(super) fn isos(findings: &mut Findings<'_>, isos: &[Iso], at: &Path<'_>) {
     for (index, iso) in isos.iter().enumerate() {
         let at = at.index(index);
@@ -141,7 +141,7 @@ pub(super) fn isos(findings: &mut Findings<'_>, isos: &[Iso], at: &Path<'_>) {
     }
 }
 
-/// A `url` and its `checksum`, fields of `parent`.
+/// Checks a `url` and its `checksum`, both fields of `parent`.
 pub(super) fn download(
     findings: &mut Findings<'_>,
     what: &str,
@@ -188,7 +188,7 @@ pub(super) fn download(
     }
 }
 
-/// A `checksum` without a `url` beside it.
+/// Reports a `checksum` without a `url` beside it.
 pub(super) fn checksum_of_nothing(findings: &mut Findings<'_>, parent: &Path<'_>) {
     if !findings.written(false, &parent.key("url")) {
         findings
@@ -201,7 +201,7 @@ pub(super) fn checksum_of_nothing(findings: &mut Findings<'_>, parent: &Path<'_>
     }
 }
 
-/// Reads a URL that can be fetched; else says why not. Never shows a password in it.
+/// Parses a URL that can be fetched; the error says why it cannot. Never shows a password in the URL.
 pub(crate) fn checked_url(written: &str) -> Result<Url, String> {
     let shown = || format!("{:?}", Quoted(&redact_written(cut(written, 2000).unwrap_or(written))));
     let is_break = |c: char| matches!(c, '\t' | '\n' | '\r');
@@ -216,7 +216,7 @@ pub(crate) fn checked_url(written: &str) -> Result<Url, String> {
     match url.scheme() {
         "http" | "https" => Ok(url),
         "file" => match written.find(['#', '?', '\\']) {
-            // They would end the path, or stand for a slash.
+            // These would end the path, or be read as a slash.
             Some(at) => {
                 let found = &written[at..=at];
                 Err(format!(
@@ -237,10 +237,10 @@ pub(crate) fn checked_url(written: &str) -> Result<Url, String> {
     }
 }
 
-/// What `#` and `?`, and a backslash, mean in a URL.
+/// Meaning of `#` and `?`, and of a backslash, in a URL.
 const MEANING: [&str; 2] = ["ends the path", "stands for a slash"];
 
-/// What to do about a URL that cannot be fetched.
+/// Returns the help for a URL that cannot be fetched.
 fn url_help(written: &str) -> &'static str {
     if written.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("file:"))
         && written.contains(['#', '?', '\\'])
@@ -251,12 +251,12 @@ fn url_help(written: &str) -> &'static str {
     }
 }
 
-/// Why a URL or an image does not stay the same.
+/// Why the content of a URL or an image may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unpinned<'u> {
-    /// A piece of the path is a word for "the newest".
+    /// A path segment that means "the newest".
     Moving(&'u str),
-    /// An image without a tag.
+    /// An image reference without a tag.
     Untagged,
 }
 
@@ -271,10 +271,11 @@ impl std::fmt::Display for Unpinned<'_> {
     }
 }
 
-/// Words in a path that say that what is behind it changes.
+/// Path segments that mark content as changing over time.
 const MOVING: &[&str] = &["latest", "current", "nightly", "daily", "rolling", "head", "main", "master"];
 
-/// Whether a URL names something that changes in time: a directory `latest`, `current`…, or a file name with `latest` in it.
+/// Returns why the content of a URL may change, if it may: a directory named `latest`, `current`…, or a file name that
+/// contains `latest`.
 pub(crate) fn unpinned(url: &Url) -> Option<Unpinned<'_>> {
     url.path().split('/').find_map(|segment| {
         let lower = segment.to_ascii_lowercase();
@@ -284,7 +285,7 @@ pub(crate) fn unpinned(url: &Url) -> Option<Unpinned<'_>> {
     })
 }
 
-/// Whether an OCI reference names something that changes in time.
+/// Returns why the content of an OCI reference may change, if it may.
 pub(crate) fn unpinned_image(image: &str) -> Option<Unpinned<'_>> {
     if image.contains("@sha256:") {
         return None;

@@ -1,4 +1,4 @@
-//! Where findings are gathered, and the scalars that every subject reads.
+//! Collects findings, and parses the scalars that several subjects share.
 
 use super::codes::{self, Code};
 use crate::{
@@ -9,21 +9,21 @@ use crate::{
 };
 use std::{collections::HashMap, time::Duration};
 
-/// Gathers findings about one document.
+/// The findings about one document.
 #[derive(Debug)]
 pub(crate) struct Findings<'d> {
     document: &'d Document,
     found: Vec<Diagnostic>,
-    /// How many were found beyond the limit, and the last of them.
+    /// Number of findings beyond the limit, and the last of them.
     more: usize,
     last: Option<Diagnostic>,
     has_errors: bool,
-    /// How many more words are compared to suggest one.
+    /// Number of comparisons left for suggestions.
     comparisons: usize,
 }
 
-/// How many words are compared with what was found, for all suggestions about a document: a long list of names, and as many
-/// that are not among them, would take long otherwise.
+/// Maximum number of comparisons for all suggestions about a document. Without it, a long list of names and as many
+/// references to unknown names would take quadratic time.
 const MAX_COMPARISONS: usize = 100_000;
 
 impl<'d> Findings<'d> {
@@ -50,14 +50,14 @@ impl<'d> Findings<'d> {
         self.has_errors
     }
 
-    /// All findings in the order of the text, each once.
+    /// Returns all findings in source order, without duplicates.
     pub(crate) fn finish(mut self) -> Vec<Diagnostic> {
         diagnostic::sort(&mut self.found);
         diagnostic::limit(&mut self.found, self.more);
         self.found
     }
 
-    /// Notes a finding at a value; where the value itself has no place, at the nearest parent that has one.
+    /// Adds a finding at a value. If the value has no location, the nearest parent that has one is used.
     pub(crate) fn report(
         &mut self,
         code: &Code,
@@ -65,7 +65,7 @@ impl<'d> Findings<'d> {
         message: impl Into<String>,
     ) -> &mut Diagnostic {
         let is_error = code.severity == diagnostic::Severity::Error;
-        // The first error is kept whatever came before it.
+        // The first error is kept no matter how many warnings came before it.
         let is_first_error = is_error && !self.has_errors;
         self.has_errors |= is_error;
         if self.found.len() >= diagnostic::MAX_FINDINGS && !is_first_error {
@@ -82,7 +82,7 @@ impl<'d> Findings<'d> {
         &mut self.found[index]
     }
 
-    /// The known word that is nearest to what was found, if one is near and not too many were compared.
+    /// Returns the known name nearest to `found`, if one is near and the limit on comparisons has not been reached.
     pub(crate) fn suggestion<'k>(
         &mut self,
         found: &str,
@@ -95,12 +95,12 @@ impl<'d> Findings<'d> {
         nearest(found, known)
     }
 
-    /// Whether the author wrote something there: also when it had the wrong type and was already reported.
+    /// Whether the author wrote a value at this path, even one of the wrong type, which was already reported.
     pub(crate) fn written(&self, value: bool, at: &Path<'_>) -> bool {
         value || self.document.is_pruned(at)
     }
 
-    /// Notes that a required field of `parent` is not there, unless something was there and had the wrong type.
+    /// Reports that a required field of `parent` is missing, unless it was present with the wrong type.
     pub(crate) fn missing(&mut self, parent: &Path<'_>, field: &str, why: &str) {
         let at = parent.key(field);
         if !self.document.is_pruned(&at) && !self.document.is_pruned(parent) {
@@ -113,12 +113,12 @@ impl<'d> Findings<'d> {
         }
     }
 
-    /// Notes that a text does not follow its grammar.
+    /// Reports that a scalar does not follow its grammar.
     pub(crate) fn invalid(&mut self, code: &Code, at: &Path<'_>, error: &ParseError) -> &mut Diagnostic {
         self.report(code, at, error.to_string())
     }
 
-    /// Checks the form of a name that may be left out.
+    /// Checks the form of an optional name.
     pub(crate) fn optional_name(&mut self, name: Option<&str>, at: &Path<'_>) {
         if let Some(name) = name
             && !is_name(name)
@@ -133,7 +133,7 @@ impl<'d> Findings<'d> {
         }
     }
 
-    /// Checks a name that must be there.
+    /// Checks a required name.
     pub(crate) fn required_name(&mut self, name: Option<&str>, parent: &Path<'_>, why: &str) {
         match name {
             Some(_) => self.optional_name(name, &parent.key("name")),
@@ -141,7 +141,7 @@ impl<'d> Findings<'d> {
         }
     }
 
-    /// Checks that the names of a list are unique; `what` is "VM", "disk"….
+    /// Checks that the names in a list are unique; `what` is "VM", "disk"….
     pub(crate) fn unique<'n>(
         &mut self,
         what: &str,
@@ -169,7 +169,7 @@ impl<'d> Findings<'d> {
         }
     }
 
-    /// Notes that a name refers to nothing; suggests the nearest of those that exist.
+    /// Reports a reference to an unknown name, and suggests the nearest known one.
     pub(crate) fn unknown_reference<'n>(
         &mut self,
         code: &Code,
@@ -199,7 +199,7 @@ impl<'d> Findings<'d> {
         .help = Some(help);
     }
 
-    /// Notes that a value is none of those that are possible.
+    /// Reports a value that is not one of the possible ones.
     pub(crate) fn unknown_value(&mut self, at: &Path<'_>, found: &str, possible: &[&str]) {
         let expected = match possible {
             [one] => (*one).to_owned(),
@@ -215,7 +215,7 @@ impl<'d> Findings<'d> {
         .help = help;
     }
 
-    /// Notes that two fields stand side by side of which only one may.
+    /// Reports two mutually exclusive fields.
     pub(crate) fn exclusive(&mut self, parent: &Path<'_>, first: &str, second: &str) {
         self.report(
             &codes::EXCLUSIVE_FIELDS,
@@ -255,7 +255,7 @@ pub(crate) enum Zero {
     Refused,
 }
 
-/// Reads a scalar as a quantity.
+/// Parses a scalar as a quantity.
 pub(crate) fn quantity(scalar: &Scalar) -> Result<Quantity, ParseError> {
     match scalar {
         Scalar::Text(text) => text.parse(),
@@ -263,7 +263,7 @@ pub(crate) fn quantity(scalar: &Scalar) -> Result<Quantity, ParseError> {
     }
 }
 
-/// Reads a scalar as a duration.
+/// Parses a scalar as a duration.
 pub(crate) fn duration(scalar: &Scalar) -> Result<Duration, ParseError> {
     match scalar {
         Scalar::Text(text) => parse_duration(text),
@@ -271,9 +271,9 @@ pub(crate) fn duration(scalar: &Scalar) -> Result<Duration, ParseError> {
     }
 }
 
-/// The known word that is nearest to what was found, if one is near.
+/// Returns the known name nearest to `found`, if one is near.
 pub(crate) fn nearest<'k>(found: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
-    // Longer words than this are not names, and the distance is quadratic.
+    // Anything longer is not a name, and the edit distance takes quadratic time.
     if found.len() > 128 {
         return None;
     }
@@ -284,7 +284,7 @@ pub(crate) fn nearest<'k>(found: &str, known: impl IntoIterator<Item = &'k str>)
         .map(|word| {
             let lower = word.to_lowercase();
             let mut distance = strsim::damerau_levenshtein(&found, &lower);
-            // `motd` for `motd.txt`: a beginning counts as near.
+            // A prefix counts as near: `motd` suggests `motd.txt`.
             if found.len() >= 3 && lower.starts_with(&found) {
                 distance = distance.min(1);
             }
@@ -295,7 +295,7 @@ pub(crate) fn nearest<'k>(found: &str, known: impl IntoIterator<Item = &'k str>)
         .map(|(_, word)| word)
 }
 
-/// A Name that is like this text.
+/// Returns a valid Name similar to this text.
 fn name_like(text: &str) -> Option<String> {
     let mut name = String::new();
     for character in text.chars().take(63) {

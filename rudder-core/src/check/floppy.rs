@@ -1,4 +1,4 @@
-//! Floppies: what fits on one, by names and sizes, before the files that come from URLs are here and afterwards.
+//! Checks of what fits on a floppy, from names and sizes: before files are downloaded, and again afterwards.
 
 use super::{
     codes,
@@ -11,16 +11,16 @@ use crate::{
 };
 use std::collections::HashMap;
 
-/// What a 1.44 MB floppy holds (FAT12 as every `mkfs.fat` makes it): 2880 sectors of 512 bytes, less boot sector, two
-/// tables of 9 and 14 of root directory; and 224 directory entries, one of which is left free.
+/// Capacity of a 1.44 MB floppy (FAT12 as `mkfs.fat` formats it): 2880 sectors of 512 bytes, less the boot sector, two
+/// tables of 9 sectors and a root directory of 14; and 224 directory entries, one of which is left free.
 const SECTORS: u64 = 2880 - 1 - 2 * 9 - 14;
 const SECTOR: u64 = 512;
 const ENTRIES: u64 = 224 - 1;
 
-/// What to do about files that do not fit.
+/// Help for files that do not fit.
 pub(crate) const TOO_LARGE_HELP: &str = "serve large files with `httpDirectory`";
 
-/// How much of a floppy files take.
+/// Space that files take on a floppy.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct FloppyUse {
     sectors: u64,
@@ -28,18 +28,18 @@ pub(crate) struct FloppyUse {
 }
 
 impl FloppyUse {
-    /// What these files take, by their names and their sizes in bytes.
+    /// Computes the space taken by files with these names and sizes in bytes.
     pub(crate) fn of<'n>(files: impl IntoIterator<Item = (&'n str, u64)>) -> Self {
         let mut all = Self::default();
         for (name, size) in files {
             all.sectors = all.sectors.saturating_add(size.div_ceil(SECTOR));
-            // One of the short name, and one for each 13 units of the long one.
+            // One entry for the short name, and one for each 13 UTF-16 units of the long name.
             all.entries += 1 + (name.encode_utf16().count() as u64).div_ceil(13);
         }
         all
     }
 
-    /// What does not fit, and by how much; a sentence each.
+    /// Returns a sentence for each limit that is exceeded, with the excess.
     pub(crate) fn excess(self) -> Vec<String> {
         let mut excess = Vec::new();
         if self.sectors > SECTORS {
@@ -60,7 +60,7 @@ impl FloppyUse {
     }
 }
 
-/// Whether a FAT directory can hold this name, as it stands (fatgen103, "Long Directory Entries").
+/// Whether a FAT directory can hold this name unchanged (fatgen103, "Long Directory Entries").
 fn is_fat_name(name: &str) -> bool {
     !name.contains(['"', '*', ':', '<', '>', '?', '\\', '|'])
         && !name.starts_with(' ')
@@ -68,7 +68,7 @@ fn is_fat_name(name: &str) -> bool {
         && name.chars().all(|c| u32::from(c) <= 0xffff)
 }
 
-/// The files of a floppy, as far as their size is known before they are downloaded.
+/// Checks the files of a floppy. A file that has yet to be downloaded counts as empty.
 pub(super) fn floppy(findings: &mut Findings<'_>, list: &FileNames, at: &Path<'_>, names: &Names<'_>) {
     let list_at = at.key("files");
     let mut seen = HashMap::new();

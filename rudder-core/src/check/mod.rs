@@ -1,8 +1,9 @@
-//! The rules of a manifest: each finding with its place, all of them in one go, never stopping at the first.
+//! The rules of a manifest. Checking reports all findings at once, each with its location, and never stops at the
+//! first.
 //!
-//! A file per subject. Wrong types, unknown and duplicate keys, and mistakes of YAML itself are found while parsing
-//! ([`crate::manifest`]); what depends on a backend, on limits or on inputs is found while planning
-//! ([`crate::plan`]). Everything else is here. The codes of all of them are listed in [`codes`].
+//! There is one file per subject. Wrong types, unknown and duplicate keys, and YAML mistakes are found while parsing
+//! ([`crate::manifest`]). What depends on a backend, limits or inputs is found while planning ([`crate::plan`]).
+//! Everything else is checked here. The codes of all findings are listed in [`codes`].
 
 mod access;
 mod boot;
@@ -32,7 +33,7 @@ use crate::{
     manifest::{Document, Manifest, Path},
 };
 
-/// Every finding about a document that can be made without knowing where it will be built, in the order of the text.
+/// Returns all findings about a document that do not depend on where it will be built, in source order.
 #[must_use]
 pub fn check(document: &Document) -> Vec<Diagnostic> {
     let mut findings = Findings::new(document);

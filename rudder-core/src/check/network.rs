@@ -1,4 +1,4 @@
-//! Networks: VPCs, subnets, cards, addresses, and what is overridden of them during the build.
+//! Checks of networks: VPCs, subnets, NICs, addresses, and their overrides during the build.
 
 use super::{
     codes,
@@ -16,7 +16,7 @@ use std::{
     net::Ipv4Addr,
 };
 
-/// The subnet of a build that declares none: its name and its addresses, those of QEMU's user network.
+/// Name and addresses of the subnet of a build that declares none; the addresses are those of QEMU's user network.
 pub(crate) const DEFAULT_SUBNET: (&str, &str) = ("default", "10.0.2.0/24");
 
 /// The names that a network declares.
@@ -63,7 +63,7 @@ impl<'m> Declared<'m> {
     }
 }
 
-/// `vpcs` and `subnets`.
+/// Checks `vpcs` and `subnets`.
 pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<'_>) {
     let declared = Declared::new(Some(network));
     let vpcs = at.key("vpcs");
@@ -73,7 +73,7 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
     }
     let subnets = at.key("subnets");
     findings.unique("subnet", &subnets, network.subnets.iter().map(|subnet| subnet.name.as_deref()));
-    // Per VPC, the networks seen so far.
+    // The networks seen so far, per VPC.
     let mut seen: HashMap<Option<&str>, Taken> = HashMap::new();
     for (index, subnet) in network.subnets.iter().enumerate() {
         let at = subnets.index(index);
@@ -139,12 +139,12 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
     }
 }
 
-/// The networks of a VPC that were seen so far, by their first address; none has addresses of another.
+/// The networks seen so far in a VPC, by first address. They do not overlap.
 #[derive(Default)]
 struct Taken(BTreeMap<u32, (Cidr, usize)>);
 
 impl Taken {
-    /// Takes a network; what it shares addresses with, if anything. Of two networks that do, one is inside of the other.
+    /// Adds a network, and returns one that it overlaps, if any. Of two overlapping networks, one contains the other.
     fn take(&mut self, cidr: Cidr, index: usize) -> Option<(Cidr, usize)> {
         let (first, last) = (u32::from(cidr.network()), u32::from(cidr.broadcast()));
         let before = self.0.range(..=first).next_back().map(|(_, other)| *other);
@@ -161,7 +161,7 @@ impl Taken {
     }
 }
 
-/// A subnet must have room: a gateway and a guest; /29 when a guest serves it.
+/// Reports a subnet without room for a gateway and a guest; a subnet that a guest serves needs at least a /29.
 fn narrow(findings: &mut Findings<'_>, cidr: Cidr, unmanaged: bool, at: &Path<'_>) {
     let (most, what) = if unmanaged { (29, "an unmanaged subnet of") } else { (30, "a subnet of") };
     if cidr.prefix() > most {
@@ -173,7 +173,7 @@ fn narrow(findings: &mut Findings<'_>, cidr: Cidr, unmanaged: bool, at: &Path<'_
     }
 }
 
-/// `10.1.0.5/24` as `10.1.0.0/24`.
+/// Clears the host bits: `10.1.0.5/24` becomes `10.1.0.0/24`.
 fn without_host_bits(text: &str) -> Option<String> {
     let (address, prefix) = text.split_once('/')?;
     let address = u32::from(address.parse::<Ipv4Addr>().ok()?);
@@ -184,7 +184,7 @@ fn without_host_bits(text: &str) -> Option<String> {
 
 const MODELS: &[&str] = &["e1000", "virtio", "e1000e", "rtl8139", "pcnet", "ne2k_pci"];
 
-/// The model of this name.
+/// Returns the model with this name.
 pub(crate) fn model(name: &str) -> Option<NicModel> {
     Some(match name {
         "e1000" => NicModel::E1000,
@@ -197,7 +197,7 @@ pub(crate) fn model(name: &str) -> Option<NicModel> {
     })
 }
 
-/// The `nics` of `parent`, each on its own; without `network`, what they refer to is not known.
+/// Checks the `nics` of `parent` one by one. Without `network`, their references cannot be checked.
 pub(super) fn nics(
     findings: &mut Findings<'_>,
     nics: &[Nic],
@@ -269,7 +269,7 @@ pub(super) fn nics(
     }
 }
 
-/// `buildOverrides`: each names something that exists.
+/// Checks that everything named in `buildOverrides` exists.
 pub(super) fn overrides(
     findings: &mut Findings<'_>,
     spec: &BuildSpec,
@@ -344,7 +344,7 @@ pub(super) fn overrides(
     }
 }
 
-/// Fixed addresses, of all cards together: once as clones have them, and once as the build has them.
+/// Checks the fixed addresses of all NICs together, once as clones have them and once as the build has them.
 pub(super) fn addresses(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
     let fixed = |nics: &[Nic]| nics.iter().any(|nic| nic.ip.is_some() || nic.mac.is_some());
     let overrides = spec.build_overrides.as_ref();
@@ -362,7 +362,7 @@ pub(super) fn addresses(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path
     let overrides_at = at.key("buildOverrides");
     let overrides_at = overrides_at.key("vms");
     let mut build = Addresses::new(spec, true);
-    // First those that stay as they are, so that a clash is reported at the override.
+    // NICs without overrides first, so that a conflict is reported at the override.
     let overridden: HashMap<&str, usize> = overrides
         .vms
         .iter()
@@ -380,7 +380,7 @@ pub(super) fn addresses(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path
     }
 }
 
-/// The addresses given out so far, in one view of the networks.
+/// The addresses in use so far, for the networks of the clones or those of the build.
 struct Addresses<'m> {
     subnets: HashMap<&'m str, (Cidr, bool)>,
     first: Option<&'m str>,

@@ -1,5 +1,5 @@
-//! Texts that the guest runs: scripts, their environment, and user data for cloud-init. What cannot work, or would be ignored, is
-//! said at its line instead of in the middle of a build.
+//! Checks of texts for the guest: scripts, their environment, and user data for cloud-init. What cannot work or would
+//! be ignored is reported at its line, not in the middle of a build.
 
 use super::{codes, findings::Findings};
 use crate::{
@@ -10,14 +10,14 @@ use crate::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_yaml::Value;
 
-/// What a variable and its value take at most: `MAX_ARG_STRLEN` of Linux, with the `=` and the end (execve(2)).
+/// Maximum size of a variable with its value: Linux's `MAX_ARG_STRLEN`, less the `=` and the terminator (execve(2)).
 const MAX_VARIABLE: usize = 128 * 1024 - 2;
-/// What an environment takes at most: half of what Linux gives arguments and environment with a stack of 8 MiB.
+/// Maximum size of an environment: half of what Linux allows for arguments and environment with an 8 MiB stack.
 const MAX_ENVIRONMENT: usize = 1024 * 1024;
 
-/// Variables that shells do not let anybody set: `export` of one ends the shell (bash(1), dash(1)).
+/// Read-only variables of shells: to `export` one ends the shell (bash(1), dash(1)).
 const READ_ONLY: [&str; 7] = ["BASHOPTS", "BASH_VERSINFO", "EUID", "OPTIND", "PPID", "SHELLOPTS", "UID"];
-/// Variables that shells set themselves, whatever the environment says.
+/// Variables that shells set themselves, overriding the environment.
 const SET_BY_SHELL: [&str; 16] = [
     "_",
     "BASHPID",
@@ -37,7 +37,7 @@ const SET_BY_SHELL: [&str; 16] = [
     "SHLVL",
 ];
 
-/// The text of a script.
+/// Checks the text of a script.
 pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, guest: Option<GuestShell>) {
     if text.contains('\0') {
         findings.report(
@@ -50,7 +50,7 @@ pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, gue
         return;
     }
     let mut lines = text.split('\n').peekable();
-    // Where the first line ends with CR LF, all are converted.
+    // If the first line ends with CR LF, all line endings are converted.
     let is_dos = lines.peek().is_some_and(|first| first.ends_with('\r')) && text.contains('\n');
     let wrong = lines.enumerate().find(|(_, line)| match is_dos {
         true => line.trim_end_matches('\r').contains('\r'),
@@ -71,7 +71,7 @@ pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, gue
     }
 }
 
-/// The variables of a script.
+/// Checks the environment of a script.
 pub(super) fn environment(
     findings: &mut Findings<'_>,
     env: &YamlMapping,
@@ -140,7 +140,8 @@ fn too_large(findings: &mut Findings<'_>, at: &Path<'_>, what: &str, limit: usiz
         .help = Some("put large texts into the guest with a file step".to_owned());
 }
 
-/// A name that a shell can export. Others exist in the environments of processes, but no shell passes them on reliably.
+/// Checks that a shell can export the name. A process may have variables with other names, but shells do not pass them
+/// on reliably.
 fn variable_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>, guest: Option<GuestShell>) {
     let is_shell_name = !name.is_empty()
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
@@ -187,7 +188,7 @@ fn variable_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>, guest: 
     }
 }
 
-/// `spring.profiles.active` as `SPRING_PROFILES_ACTIVE`, which Spring and others read for it.
+/// Converts `spring.profiles.active` to `SPRING_PROFILES_ACTIVE`, which Spring and others accept instead.
 fn like_shell_name(name: &str) -> Option<String> {
     if name.len() > 80 || name.chars().any(char::is_control) || name.contains('\'') {
         return None;
@@ -198,7 +199,7 @@ fn like_shell_name(name: &str) -> Option<String> {
     like.contains(|c: char| c != '_').then(|| like.to_owned())
 }
 
-/// What user data may begin with (cloud-init documentation, user data formats), in lower case.
+/// Prefixes of user data that cloud-init knows (cloud-init documentation, user data formats), in lower case.
 const HEADERS: [&str; 9] = [
     "#!",
     "#cloud-config",
@@ -211,7 +212,7 @@ const HEADERS: [&str; 9] = [
     "##template: jinja",
 ];
 
-/// User data: what cloud-init would ignore.
+/// Reports user data that cloud-init would ignore.
 pub(crate) fn user_data(findings: &mut Findings<'_>, text: &str, at: &Path<'_>) {
     if let Some((message, help)) = ignored(text) {
         findings.report(&codes::USER_DATA_IGNORED, at, format!("{message}: cloud-init ignores it")).help =
@@ -219,7 +220,8 @@ pub(crate) fn user_data(findings: &mut Findings<'_>, text: &str, at: &Path<'_>) 
     }
 }
 
-/// Why cloud-init would ignore user data, and what to do about it. Nothing of the text is repeated: it may hold secrets.
+/// Returns why cloud-init would ignore user data, and what to do about it. Quotes nothing of the text, which may hold
+/// secrets.
 fn ignored(text: &str) -> Option<(String, String)> {
     if text.trim().is_empty() {
         return None;
@@ -260,7 +262,7 @@ fn ignored(text: &str) -> Option<(String, String)> {
             "expected a mapping behind `#cloud-config`, but found something else",
             "write `key: value` lines",
         ),
-        // Later keys win there.
+        // In cloud-init the last of several equal keys wins.
         Err(error) if error.to_string().contains("duplicate") => None,
         Err(error) => {
             let place =
@@ -273,7 +275,7 @@ fn ignored(text: &str) -> Option<(String, String)> {
     }
 }
 
-/// A MIME archive, as cloud-init finds one; `head` is in lower case.
+/// Whether this is a MIME archive as cloud-init detects one; `head` is in lower case.
 fn is_mime(head: &str) -> bool {
     let is_header = |line: &str| {
         line.starts_with("from ")
@@ -284,7 +286,7 @@ fn is_mime(head: &str) -> bool {
     head.contains("mime-version:") && head.lines().next().is_some_and(is_header)
 }
 
-/// Whether a text is base64 of user data, or of user data that was compressed.
+/// Whether a text is user data in base64, compressed or not.
 fn encoded(text: &str) -> bool {
     let digits: String = text.chars().filter(|c| !c.is_whitespace()).take(16).collect();
     digits.len() == 16

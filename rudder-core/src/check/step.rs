@@ -1,4 +1,4 @@
-//! Provisioners: a type, the block of that type, and nothing of another.
+//! Checks of provisioners: the type, the block of that type, and that no other block is present.
 
 use super::{
     access, codes,
@@ -12,10 +12,10 @@ use crate::{
     visible::Quoted,
 };
 
-/// Characters of the name of a step.
+/// Maximum length of the name of a step, in characters.
 const MAX_NAME: usize = 200;
 
-/// What a provisioner is.
+/// The kind of a provisioner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StepKind {
     Shell,
@@ -29,12 +29,12 @@ impl StepKind {
     const ALL: [Self; 5] = [Self::Shell, Self::File, Self::Reboot, Self::WindowsUpdate, Self::Handbuild];
     const TYPES: [&str; 5] = ["shell", "file", "reboot", "windows-update", "handbuild"];
 
-    /// The `type` that says it.
+    /// Returns the value of `type` for this kind.
     pub(crate) fn name(self) -> &'static str {
         Self::TYPES[self as usize]
     }
 
-    /// The field of its block.
+    /// Returns the field that holds the block of this kind.
     fn block(self) -> &'static str {
         match self {
             Self::WindowsUpdate => "windowsUpdate",
@@ -53,7 +53,7 @@ impl StepKind {
     }
 }
 
-/// What the `type` of a provisioner says.
+/// Returns the kind that the `type` of a provisioner selects.
 pub(crate) fn step_kind(step: &Provisioner) -> Option<StepKind> {
     let name = step.r#type.as_deref()?;
     StepKind::ALL.into_iter().find(|kind| kind.name() == name)
@@ -147,7 +147,7 @@ pub(super) fn step(
     }
 }
 
-/// The block of the type must be there where it says something needed; no other may.
+/// Reports a missing block if the type requires one, and any block of another type.
 fn blocks(findings: &mut Findings<'_>, step: &Provisioner, kind: StepKind, at: &Path<'_>) {
     let others: Vec<StepKind> =
         StepKind::ALL.into_iter().filter(|other| *other != kind && other.is_in(step)).collect();
@@ -197,7 +197,7 @@ fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &Path<'_>, guest: Op
     }
 }
 
-/// `executeCommand` must say where the script goes, and knows no other variable.
+/// Checks that `executeCommand` contains the path of the script, and no unknown variable.
 fn execute_command(findings: &mut Findings<'_>, command: &str, at: &Path<'_>) {
     let mut rest = command;
     let mut names_script = false;

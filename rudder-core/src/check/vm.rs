@@ -1,4 +1,4 @@
-//! A VM: its source, resources, disks, and what else is not a subject of its own.
+//! Checks of a VM: its source, resources, disks, and whatever is not a subject of its own.
 
 use super::{
     access, boot, codes,
@@ -14,19 +14,19 @@ use crate::{
     visible::Quoted,
 };
 
-/// The name of the disk of a VM that declares none.
+/// Name of the disk of a VM that declares none.
 pub(crate) const DEFAULT_DISK: &str = "rootdisk";
 
-/// The size of a disk that says none: 20Gi.
+/// Size of a disk without `size`: 20Gi.
 pub(crate) const DEFAULT_DISK_SIZE: u64 = 20 << 30;
 
-/// The most cards a VM may have.
+/// Maximum number of NICs of a VM.
 pub(crate) const MAX_NICS: usize = 9;
 
-/// Less memory or disk than this is a forgotten unit: 1Mi.
+/// Less memory or disk space than this (1Mi) means that the unit was forgotten.
 const LEAST_BYTES: u64 = 1 << 20;
 
-/// Which kind of source a VM has.
+/// The kind of source of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SourceKind {
     Url,
@@ -37,7 +37,7 @@ pub(crate) enum SourceKind {
 }
 
 impl SourceKind {
-    /// The field that says it.
+    /// Returns the field of this kind.
     pub(crate) fn field(self) -> &'static str {
         match self {
             Self::Url => "url",
@@ -49,7 +49,7 @@ impl SourceKind {
     }
 }
 
-/// All the kinds that a source names; exactly one is right.
+/// Returns all kinds that a source names; exactly one is correct.
 fn kinds(source: &Source) -> impl Iterator<Item = SourceKind> {
     [
         (source.url.is_some(), SourceKind::Url),
@@ -62,7 +62,7 @@ fn kinds(source: &Source) -> impl Iterator<Item = SourceKind> {
     .filter_map(|(there, kind)| there.then_some(kind))
 }
 
-/// The kind of a source, when it names exactly one.
+/// Returns the kind of a source, if it names exactly one.
 pub(crate) fn source_kind(source: &Source) -> Option<SourceKind> {
     let mut kinds = kinds(source);
     kinds.next().filter(|_| kinds.next().is_none())
@@ -167,16 +167,16 @@ fn container_disk(findings: &mut Findings<'_>, image: &str, at: &Path<'_>) {
     }
 }
 
-/// Whether both fields of `resources` must be there.
+/// Whether both fields of `resources` are required.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Required {
-    /// Both.
+    /// Both are required.
     Yes,
-    /// An override: what is left out stays as it is.
+    /// An override: omitted fields keep their values.
     No,
 }
 
-/// `cpu` and `memory`.
+/// Checks `cpu` and `memory`.
 pub(super) fn resources(findings: &mut Findings<'_>, one: &Resources, at: &Path<'_>, required: Required) {
     match &one.cpu {
         None if required == Required::Yes => findings.missing(at, "cpu", "the number of cores, such as `2`"),
@@ -207,7 +207,7 @@ pub(super) fn resources(findings: &mut Findings<'_>, one: &Resources, at: &Path<
     }
 }
 
-/// A quantity of bytes of which there must be some.
+/// Checks a quantity of bytes: at least 1Mi, at most 1Ei.
 fn bytes(findings: &mut Findings<'_>, what: &str, scalar: &Scalar, at: &Path<'_>) {
     match quantity(scalar) {
         Err(error) => {
@@ -239,7 +239,7 @@ fn bytes(findings: &mut Findings<'_>, what: &str, scalar: &Scalar, at: &Path<'_>
 fn disks(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
     let at = at.key("disks");
     findings.unique("disk", &at, vm.disks.iter().map(|disk| disk.name.as_deref()));
-    // With `buildRef` the boot disk is inherited, and none of these boots.
+    // With `buildRef` the boot disk is inherited, and none of these disks boots.
     let inherits = vm.source.as_ref().and_then(source_kind) == Some(SourceKind::BuildRef);
     for (index, one) in vm.disks.iter().enumerate() {
         let boots = index == 0 && !inherits;
@@ -273,7 +273,7 @@ fn disk(findings: &mut Findings<'_>, disk: &Disk, at: &Path<'_>, boots: bool) {
 
 const BUSES: &[&str] = &["virtio", "scsi", "sata", "usb", "ide"];
 
-/// The bus of this name.
+/// Returns the bus with this name.
 pub(crate) fn bus(name: &str) -> Option<Bus> {
     Some(match name {
         "virtio" => Bus::Virtio,

@@ -1,35 +1,36 @@
-//! How the screen tells that a guest took keys: by what it drew since.
+//! Detects from changes on the screen that a guest took keys.
 //!
-//! To keep the pace, no font is known. A character is at least [`CELL`] pixels wide, so several that are echoed side by side
-//! change a strip of the screen that is at least so wide; a blinking cursor changes one cell. That tells when a guest takes
-//! keys, but not exactly how many it took, since a cursor goes before them: where that matters the text is [read](reads).
+//! The pace is kept without knowing any font. A character is at least [`CELL`] pixels wide, so several that are echoed
+//! side by side change a strip of the screen of at least the corresponding width; a blinking cursor changes one cell.
+//! This shows that a guest takes keys, but not exactly how many it took, since a cursor precedes them. Where that
+//! matters, the text is [read](reads).
 
 use super::{Framebuffer, text};
 
-/// The narrowest characters of consoles are 8 pixels wide.
+/// Width of the narrowest console characters, in pixels.
 const CELL: usize = 8;
-/// The widest cursors.
+/// Width of the widest cursors, in pixels.
 const CURSOR: usize = 9;
-/// The highest lines of consoles; what is higher is more than a line.
+/// Height of the tallest console lines, in pixels; a taller change is more than a line.
 const LINE: usize = 36;
 
-/// What became of an echo.
+/// How much of an echo is visible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Echo {
-    /// Nothing is different.
+    /// Nothing has changed.
     Nothing,
-    /// One cell, where more were typed: a cursor blinked, or the first character came.
+    /// One cell, where more were typed: a cursor blinked, or the first character appeared.
     Cell,
-    /// Less than what was typed could have drawn, but more than a cursor.
+    /// Less than what was typed would have drawn, but more than a cursor.
     Part,
-    /// More than a line is different: the screen scrolled, or shows something else.
+    /// More than a line has changed: the screen scrolled, or shows something else.
     Other,
     /// As much as what was typed would draw.
     All,
 }
 
-/// Compares the screen before and after characters were typed. `span` is how many cells lie between the first and the last
-/// of them that are not blanks, both counted.
+/// Compares the screen before and after characters were typed. `span` is the number of cells from the first to the last
+/// visible character, inclusive.
 pub(super) fn compare(before: &Framebuffer, now: &Framebuffer, span: usize) -> Echo {
     if (before.width(), before.height()) != (now.width(), now.height()) {
         return Echo::Other;
@@ -48,7 +49,7 @@ pub(super) fn compare(before: &Framebuffer, now: &Framebuffer, span: usize) -> E
         left = left.min(first);
         right = right.max((0..now.width()).rfind(differs).unwrap_or(first));
     }
-    // Of the outermost cells only a part may be inked.
+    // The outermost cells may be drawn only in part.
     let width = right + 1 - left;
     if width >= span.saturating_sub(1) * CELL + 1 + usize::from(span > 1) {
         Echo::All
@@ -59,8 +60,8 @@ pub(super) fn compare(before: &Framebuffer, now: &Framebuffer, span: usize) -> E
     }
 }
 
-/// Whether the first row of text that became different did so by these characters, all of them, and nothing else before
-/// them. What cannot be read says no, and so does what might be a cursor.
+/// Whether the first row of text that changed did so by exactly these characters, all of them, and nothing before them.
+/// Returns `false` for what cannot be read, and for what might be a cursor.
 pub(super) fn reads(before: &Framebuffer, now: &Framebuffer, typed: &str) -> bool {
     if typed.ends_with(['_', ' ']) || typed.is_empty() {
         return false;
@@ -69,7 +70,7 @@ pub(super) fn reads(before: &Framebuffer, now: &Framebuffer, typed: &str) -> boo
     let Some((old, new)) = before.rows().zip(now.rows()).find(|(old, new)| old != new) else { return false };
     let first = old.iter().zip(new).position(|(old, new)| old != new).unwrap_or(old.len());
     let blanks = typed.chars().take_while(|character| *character == ' ').count();
-    // Blanks change nothing, unless a cursor stood there.
+    // Spaces change nothing, unless a cursor was there.
     [first.checked_sub(blanks), Some(first)].into_iter().flatten().any(|start| {
         let mut shown = new[start..].iter();
         typed.chars().all(|character| shown.next().is_some_and(|cell| *cell == character))
@@ -91,7 +92,7 @@ mod tests {
         let before = Framebuffer::new(640, 400);
         assert_eq!(compare(&before, &before, 3), Echo::Nothing);
         let mut now = before.clone();
-        // A cursor that blinks, nine pixels wide.
+        // A blinking cursor, nine pixels wide.
         ink(&mut now, 16, 30, 9);
         assert_eq!(compare(&before, &now, 2), Echo::Cell);
         ink(&mut now, 24, 30, 9);
@@ -116,7 +117,7 @@ mod tests {
     fn what_was_typed_is_read_to_the_last_character() {
         let before = screen("> one t");
         assert!(reads(&before, &screen("> one two"), "wo"));
-        // A cursor stood where the text goes on, and stands behind it.
+        // A cursor was where the text continues, and is now behind it.
         let cursor = screen("> one t_");
         assert!(reads(&cursor, &screen("> one two_"), "wo"));
         assert!(reads(&cursor, &screen("> one t wo_"), " wo"));
@@ -125,7 +126,7 @@ mod tests {
             let whole = missing == "> one twoo";
             assert_eq!(reads(&before, &screen(missing), "wo"), whole, "{missing}");
         }
-        // Two of three and a cursor look like three.
+        // Two of three characters and a cursor look like three.
         assert!(!reads(&screen("> ab"), &screen("> abab_"), "ab_"));
         assert!(!reads(&screen("> ab"), &screen("> aba"), "ab"));
         assert!(!reads(&screen("> ab"), &Framebuffer::new(320, 200), "ab"));

@@ -1,6 +1,6 @@
 //! What a screen shows, as pixels.
 
-/// A picture of a screen.
+/// The pixels of a screen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Framebuffer {
     width: usize,
@@ -9,25 +9,25 @@ pub struct Framebuffer {
 }
 
 impl Framebuffer {
-    /// A black screen of this size, in pixels.
+    /// Returns a black screen of this size, in pixels.
     #[must_use]
     pub fn new(width: usize, height: usize) -> Self {
         Self { width, height, pixels: vec![[0; 3]; width * height] }
     }
 
-    /// Pixels in a row.
+    /// Returns the number of pixels in a row.
     #[must_use]
     pub fn width(&self) -> usize {
         self.width
     }
 
-    /// Rows.
+    /// Returns the number of rows.
     #[must_use]
     pub fn height(&self) -> usize {
         self.height
     }
 
-    /// A row from the top: red, green and blue of each pixel from the left.
+    /// Returns a row, counted from the top: red, green and blue of each pixel from the left.
     ///
     /// # Panics
     /// When there is no such row.
@@ -36,13 +36,13 @@ impl Framebuffer {
         &self.pixels[y * self.width..][..self.width]
     }
 
-    /// Whether a row is the same in both; a row that one of them does not have is not.
+    /// Whether a row is the same in both; `false` if one of them does not have the row.
     pub(crate) fn same_row(&self, other: &Self, y: usize) -> bool {
-        // Bytes are compared at once, pixels one by one.
+        // Bytes are compared at once, pixels would be compared one by one.
         y < self.height.min(other.height) && self.row(y).as_flattened() == other.row(y).as_flattened()
     }
 
-    /// A row from the top, to write to.
+    /// Returns a row, counted from the top, for writing.
     ///
     /// # Panics
     /// When there is no such row.

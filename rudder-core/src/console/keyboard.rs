@@ -1,13 +1,15 @@
-//! Typing: as fast as the guest takes it, and nothing twice.
+//! Typing at the speed of the guest, without ever sending a key twice.
 //!
-//! **Pace.** Keyboards have small memories (a PS/2 keyboard of QEMU keeps 16 bytes, a BIOS 15 keys) and forget what comes
-//! when they are full, and no protocol tells how full they are. So keys go out in bursts of half of that, and the next burst
-//! waits until the screen shows what the last one typed. Where nothing is echoed (a password, a menu) it waits a while
-//! instead; longer where the screen answered before, or begins to, since then the guest is only busy.
+//! **Pace.** Keyboards have small buffers (a PS/2 keyboard of QEMU keeps 16 bytes, a BIOS 15 keys) and drop whatever
+//! arrives when they are full, and no protocol reports how full they are. So keys are sent in bursts of half that size,
+//! and the next burst waits until the screen shows what the last one typed. Where nothing is echoed (a password, a
+//! menu), it waits for a fixed time instead, and for longer if the screen echoed earlier keys or has begun to echo,
+//! since the guest is then only busy.
 //!
-//! **A connection that breaks.** Key events are handed to one connection and never sent again. When the server told that it
-//! has them, or the screen, read as text, shows every character, typing goes on over a new connection; when that cannot be
-//! known it fails, so that a text is typed as a whole or an error.
+//! **A connection that breaks.** Key events are handed to one connection and never sent again. If the server has
+//! confirmed that it received them, or the screen, read as text, shows every character, typing continues over a new
+//! connection. If neither can be established, it fails, so that a text is either typed completely or an error is
+//! returned.
 
 use super::{
     Console, Framebuffer,
@@ -21,38 +23,38 @@ use crate::{
 use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout_at};
 
-/// Bytes of a PS/2 keyboard's queue that a burst may take: twice as many fit, so that one burst may be left in it.
+/// Bytes of a PS/2 keyboard's queue that a burst may use: half of the queue, so that one burst may still be in it.
 const BURST: usize = 8;
-/// How long an echo is waited for where none came before. That is about as slow as others type always.
+/// How long to wait for an echo where earlier keys were not echoed. That is about as slow as other tools always type.
 const SILENT: Duration = Duration::from_millis(700);
-/// How long it is waited for where nothing is known yet.
+/// How long to wait for an echo where it is not yet known whether keys are echoed.
 const UNKNOWN: Duration = Duration::from_secs(2);
-/// How long it is waited for where the screen answered before, or has begun to.
+/// How long to wait for an echo where earlier keys were echoed, or the echo has begun.
 const ECHOING: Duration = Duration::from_secs(6);
-/// How long a key that is no character may take to show on the screen.
+/// How long a key that is not a character may take to have an effect on the screen.
 const PRESSED: Duration = Duration::from_millis(150);
-/// How long the screen must stand still after something else than an echo was drawn. A server that draws thirty times a
-/// second has had its turn then.
+/// How long the screen must remain unchanged after something other than an echo was drawn. A server that draws thirty
+/// times a second has sent an update within that time.
 const STILL: Duration = Duration::from_millis(70);
-/// How long a screen that moves all the time holds up a burst.
+/// How long a screen that changes all the time delays a burst.
 const RESTLESS: Duration = Duration::from_millis(500);
-/// When the server is asked for a sign of life, where the screen gives none.
+/// When the server is probed if the screen shows no reaction.
 const PROBE: Duration = Duration::from_millis(100);
-/// How long it may take to give one.
+/// How long the server may take to answer a probe.
 const DELIVERY: Duration = Duration::from_secs(10);
-/// How often a burst is tried on a new connection, of which nothing was written.
+/// How often a burst of which nothing was written is sent again on a new connection.
 const TRIES: usize = 3;
 
-/// What is remembered between keys.
+/// State that is kept between keys.
 #[derive(Debug, Default)]
 pub(super) struct Keyboard {
-    /// The keys that a caller holds.
+    /// The keys that a caller holds down.
     held: Vec<u32>,
     /// The keys that were sent last.
     last: Vec<u32>,
-    /// The connection that they were sent on.
+    /// The connection on which they were sent.
     link: Option<u64>,
-    /// Whether the screen showed what was typed last.
+    /// Whether the screen echoed what was typed last; `None` while unknown.
     echoes: Option<bool>,
 }
 
@@ -60,12 +62,12 @@ pub(super) struct Keyboard {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Burst {
     events: Vec<KeyEvent>,
-    /// The characters of the text.
+    /// The characters of the text; empty for other keys.
     text: String,
-    /// How many cells the echo spans, from the first to the last character that is not blank; `None` when only the guest
-    /// knows what the keys do.
+    /// Width of the echo in cells, from the first to the last visible character; `None` when only the guest knows what
+    /// the keys do.
     span: Option<usize>,
-    /// How long the screen may take to answer keys of which only the guest knows what they do.
+    /// How long the screen may take to react to keys whose effect only the guest knows.
     patience: Duration,
 }
 
@@ -83,12 +85,13 @@ fn up(keysym: u32) -> KeyEvent {
     KeyEvent { keysym, down: false }
 }
 
-/// Shift, Ctrl, Lock, Meta, Alt, Super and Hyper, left and right.
+/// Whether a key is Shift, Ctrl, Lock, Meta, Alt, Super or Hyper, left or right.
 fn is_modifier(keysym: u32) -> bool {
     (0xffe1..=0xffee).contains(&keysym)
 }
 
-/// Cuts a text into bursts, none of which ends with a blank after something else: the last character shows on the screen.
+/// Splits a text into bursts. No burst ends with a space unless it consists of spaces, so that its last character is
+/// visible on the screen.
 ///
 /// # Errors
 /// `InvalidInput` for a character that a US keyboard does not have.
@@ -116,7 +119,8 @@ fn bursts(text: &str) -> Result<Vec<Burst>> {
     Ok(bursts)
 }
 
-/// How many strokes fit into a burst. What newlines and tabs do is known to the guest alone, so they come alone.
+/// Returns how many strokes fit into a burst. The effect of newlines and tabs is known only to the guest, so each is a
+/// burst of its own.
 fn longest(strokes: &[(char, Stroke)]) -> usize {
     let (mut bytes, mut shifted) = (0, false);
     let mut count = 0;
@@ -158,15 +162,15 @@ fn burst(strokes: &[(char, Stroke)]) -> Burst {
 }
 
 impl Console {
-    /// Types a text as on a US keyboard, newlines as Enter. Returns when the guest has taken it, as far as the screen tells;
-    /// keys of several callers do not mix.
+    /// Types a text as on a US keyboard, with Enter for newlines. Returns when the guest has taken it, as far as the
+    /// screen shows; keys of concurrent callers are not interleaved.
     ///
-    /// Nothing is typed twice. When the future is dropped, typing stops between two characters, and no key stays down.
+    /// Nothing is typed twice. If the future is dropped, typing stops between two characters, and no key stays down.
     ///
     /// # Errors
     /// `InvalidInput` for a character that a US keyboard does not have, before anything is typed. `Protocol` when the
-    /// connection to the display broke, and either could not be made again or nobody can know how much was typed. Keys that
-    /// were [held](Self::hold) are released then.
+    /// connection to the display broke and either could not be made again or it cannot be determined how much was
+    /// typed. Keys that were [held](Self::hold) are released in that case.
     pub async fn type_text(&self, text: &str) -> Result<()> {
         let bursts = bursts(text)?;
         let mut keyboard = self.keyboard.lock().await;
@@ -181,21 +185,23 @@ impl Console {
         Ok(())
     }
 
-    /// Presses and releases a key, by its X11 keysym.
+    /// Presses and releases a key, given by its X11 keysym.
     ///
     /// # Errors
-    /// As of [`type_text`](Self::type_text).
+    /// The same errors as [`type_text`](Self::type_text).
     pub async fn press(&self, keysym: u32) -> Result<()> {
         let mut keyboard = self.keyboard.lock().await;
         self.play(&mut keyboard, &Burst::keys(vec![down(keysym), up(keysym)], PRESSED)).await
     }
 
-    /// Presses a key and holds it until [`release`](Self::release), an error of the keyboard, or the end of the console.
+    /// Presses a key and holds it until [`release`](Self::release), an error of the keyboard, or the end of the
+    /// console.
     ///
-    /// When a connection breaks, the next one holds Shift, Ctrl, Alt and Super again, and lets other keys go.
+    /// When a connection breaks, Shift, Ctrl, Alt and Super are pressed again on the next one, and other keys are
+    /// released.
     ///
     /// # Errors
-    /// As of [`type_text`](Self::type_text).
+    /// The same errors as [`type_text`](Self::type_text).
     pub async fn hold(&self, keysym: u32) -> Result<()> {
         let mut keyboard = self.keyboard.lock().await;
         self.play(&mut keyboard, &Burst::keys(vec![down(keysym)], Duration::ZERO)).await?;
@@ -206,7 +212,7 @@ impl Console {
     /// Releases a key.
     ///
     /// # Errors
-    /// As of [`type_text`](Self::type_text).
+    /// The same errors as [`type_text`](Self::type_text).
     pub async fn release(&self, keysym: u32) -> Result<()> {
         let mut keyboard = self.keyboard.lock().await;
         keyboard.held.retain(|other| *other != keysym);
@@ -216,7 +222,7 @@ impl Console {
     /// Releases every key that is held.
     ///
     /// # Errors
-    /// As of [`type_text`](Self::type_text).
+    /// The same errors as [`type_text`](Self::type_text).
     pub async fn release_all(&self) -> Result<()> {
         let mut keyboard = self.keyboard.lock().await;
         let held = std::mem::take(&mut keyboard.held);
@@ -227,12 +233,12 @@ impl Console {
         self.play(&mut keyboard, &Burst::keys(events, Duration::ZERO)).await
     }
 
-    /// Sends a burst and waits until the guest took it. After an error nothing is held.
+    /// Sends a burst and waits until the guest has taken it. After an error, no key is held.
     async fn play(&self, keyboard: &mut Keyboard, burst: &Burst) -> Result<()> {
         let played = self.send_and_wait(keyboard, burst).await;
         if played.is_err() {
             let held = std::mem::take(&mut keyboard.held);
-            // On a connection that lives, or on none: that is the end of what was pressed, too.
+            // Only on a connection that still works: without one, nothing is pressed any more.
             if let Some(link) = self.living_link().await {
                 link.send(held.into_iter().chain(keyboard.last.drain(..)).map(up).collect()).await;
             }
@@ -255,7 +261,8 @@ impl Console {
         }
     }
 
-    /// The connection. On a new one, what was pressed on the last is released, and what is held is held.
+    /// Returns a working connection. On a new one, keys that were pressed on the last are released, and held modifiers
+    /// are pressed again.
     async fn ready(&self, keyboard: &mut Keyboard) -> Result<Arc<Link>> {
         let link = self.link().await?;
         if keyboard.link.replace(link.number()).is_some_and(|last| last != link.number()) {
@@ -263,7 +270,7 @@ impl Console {
                 keyboard.held.iter().partition(|keysym| is_modifier(**keysym));
             let released = others.into_iter().chain(keyboard.last.iter().copied());
             let released = released.filter(|keysym| !modifiers.contains(keysym)).map(up);
-            // A modifier that is pressed twice is pressed; another key would be typed again.
+            // Pressing a modifier twice is harmless; any other key would be typed again.
             let events: Vec<_> = released.chain(modifiers.iter().copied().map(down)).collect();
             if !events.is_empty() {
                 link.send(events).await;
@@ -273,8 +280,8 @@ impl Console {
         Ok(link)
     }
 
-    /// Waits until the screen shows that the guest took a burst; where it does not tell, until the server has it and the
-    /// guest had its time.
+    /// Waits until the screen shows that the guest took a burst. If the screen does not show it, waits until the server
+    /// has confirmed the burst and the guest has had time to process it.
     async fn taken(
         &self,
         keyboard: &mut Keyboard,
@@ -306,7 +313,8 @@ impl Console {
                         }
                         return Ok(());
                     }
-                    // How much of it arrived is asked now, not only whether the guest is ready for more.
+                    // After a break, the question is how much of the burst arrived, not only whether the guest is ready
+                    // for more.
                     (Echo::All, Some(_)) => {
                         if link.with_frame(|frame| echo::reads(before, frame, &burst.text)) {
                             return Ok(());
@@ -322,7 +330,7 @@ impl Console {
                     Some(error) => return Err(lost(&error)),
                     None => broke = Some(error),
                 }
-                // The screen may still tell.
+                // The screen may still show what arrived.
                 link = self.ready(keyboard).await?;
                 progress = link.progress();
                 (seen, changed, sent) = (None, None, Instant::now());
@@ -349,7 +357,7 @@ impl Console {
                 delivery.ask(&link, state.updates);
             }
             let wakes = [probe, until, sent + DELIVERY].into_iter().filter(|at| *at > now);
-            // Who is gone has told that it ended.
+            // A link that is gone has already reported its end.
             let _ = timeout_at(wakes.min().unwrap_or(sent + DELIVERY), progress.changed()).await;
         }
     }
@@ -362,14 +370,14 @@ fn lost(error: &Arc<Error>) -> Error {
         .with_help("nothing is typed twice, so typing has to begin anew from a place that the guest knows")
 }
 
-/// Whether a server has read what was sent.
+/// Determines whether a server has read what was sent.
 ///
 /// A request for a pixel is answered after everything that was sent before it. But the answer to an earlier request may
-/// be on its way: only the second update after asking is certain to come later than the question.
+/// still be in transit: only the second update after the request certainly follows it.
 #[derive(Debug, Default)]
 struct Delivery {
     questions: u8,
-    /// The updates that had come when the last question was asked.
+    /// The number of updates received when the last request was sent.
     updates: u64,
     answers: u8,
 }
@@ -399,7 +407,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    /// What a PS/2 keyboard and its user make of events.
+    /// Returns the text that a PS/2 keyboard produces from the events.
     fn typed(bursts: &[Burst]) -> String {
         let mut text = String::new();
         for burst in bursts {

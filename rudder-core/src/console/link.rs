@@ -1,7 +1,8 @@
-//! One connection to a display: a task that keeps the picture current and sends keys, and ends with the connection.
+//! One connection to a display: a task that keeps a copy of the screen current and sends keys, and ends with the
+//! connection.
 //!
-//! What became of keys is told exactly: not sent at all, handed to the connection, or unknown. A connection that is let go
-//! releases what it pressed.
+//! It reports exactly what happened to keys: not sent at all, handed to the connection, or unknown. A connection that
+//! is dropped releases the keys that it pressed.
 
 use super::{Framebuffer, rfb, scancode};
 use crate::{Error, ErrorKind, Result, backend::BoxedStream};
@@ -18,41 +19,41 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a server may take to greet, and to send its first picture.
+/// How long a server may take for the handshake, and for its first update.
 const GREETING: Duration = Duration::from_secs(10);
-/// How long it may leave what is sent unread.
+/// How long a server may leave what is sent unread.
 const SENDING: Duration = Duration::from_secs(10);
-/// How long releasing keys may hold up the end.
+/// How long releasing keys may delay the end of a connection.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// A key pressed or released.
+/// A key that is pressed or released.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct KeyEvent {
     pub(super) keysym: u32,
     pub(super) down: bool,
 }
 
-/// What became of key events.
+/// What happened to key events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sent {
     /// The connection has them. That says nothing yet about the server.
     Written,
     /// The connection was gone before the first was written.
     Not,
-    /// It broke meanwhile.
+    /// The connection broke while they were being written.
     Unknown,
 }
 
-/// How far a connection is.
+/// The progress of a connection.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Progress {
-    /// How many updates came.
+    /// Number of updates received.
     pub(super) updates: u64,
-    /// How many of them changed the picture.
+    /// Number of updates that changed the screen.
     pub(super) changes: u64,
-    /// The whole screen was drawn once.
+    /// Whether the whole screen was drawn once.
     pub(super) drawn: bool,
-    /// It is over, and why.
+    /// Why the connection has ended, if it has.
     pub(super) ended: Option<Arc<Error>>,
 }
 
@@ -69,7 +70,7 @@ impl Shared {
     }
 }
 
-/// A connection. When the last handle is dropped, what it pressed is released, and it ends.
+/// A connection. When the last handle is dropped, it releases the keys that it pressed, and ends.
 #[derive(Debug)]
 pub(super) struct Link {
     number: u64,
@@ -81,7 +82,7 @@ pub(super) struct Link {
 #[derive(Debug)]
 enum Order {
     Keys(Keys),
-    /// Asks for a pixel, whether it changed or not: the answer shows that the server has read all that was sent before.
+    /// Requests a pixel, whether it changed or not: the answer shows that the server has read everything sent before.
     Probe,
 }
 
@@ -93,7 +94,7 @@ struct Keys {
 
 impl Drop for Keys {
     fn drop(&mut self) {
-        // Nobody took it.
+        // The task never took the order.
         if let Some(done) = self.done.take() {
             let _ = done.send(Sent::Not);
         }
@@ -101,7 +102,7 @@ impl Drop for Keys {
 }
 
 impl Link {
-    /// Greets the server and waits for its picture.
+    /// Performs the handshake and waits for the first update.
     pub(super) async fn open(mut stream: BoxedStream, number: u64) -> Result<Self> {
         let late = |_| Error::new(ErrorKind::TimedOut, "the display did not answer within 10 s");
         let size = timeout(GREETING, rfb::shake_hands(&mut stream)).await.map_err(late)??;
@@ -120,12 +121,12 @@ impl Link {
         Ok(link)
     }
 
-    /// Which of the connections of its console it is.
+    /// Returns the number of this connection among those of its console.
     pub(super) fn number(&self) -> u64 {
         self.number
     }
 
-    /// Whether it lives.
+    /// Fails with the reason if the connection has ended.
     pub(super) fn check(&self) -> Result<()> {
         match &self.shared.progress.borrow().ended {
             Some(error) => Err(again(error)),
@@ -137,12 +138,12 @@ impl Link {
         self.shared.progress.subscribe()
     }
 
-    /// What the screen shows now.
+    /// Returns a copy of what the screen shows now.
     pub(super) fn frame(&self) -> Framebuffer {
         self.shared.frame().clone()
     }
 
-    /// Looks at what the screen shows now.
+    /// Calls a function with what the screen shows now.
     pub(super) fn with_frame<T>(&self, look: impl FnOnce(&Framebuffer) -> T) -> T {
         look(&self.shared.frame())
     }
@@ -150,7 +151,7 @@ impl Link {
     /// Sends key events, each at most once.
     pub(super) async fn send(&self, events: Vec<KeyEvent>) -> Sent {
         let (done, sent) = oneshot::channel();
-        // What cannot be handed over is dropped, and says so itself.
+        // An order that cannot be handed over is dropped, and reports that itself.
         let _ = self.orders.send(Order::Keys(Keys { events, done: Some(done) }));
         match timeout(SENDING, sent).await {
             Ok(Ok(sent)) => sent,
@@ -160,7 +161,7 @@ impl Link {
 
     /// Makes the server send an update.
     pub(super) fn probe(&self) {
-        // Of a connection that is over, its end is the answer.
+        // If the connection is over, its end is the answer.
         let _ = self.orders.send(Order::Probe);
     }
 }
@@ -169,7 +170,7 @@ fn gone() -> Error {
     rfb::mistake("the connection to the display is over")
 }
 
-/// An error that several are told.
+/// Wraps an error that is reported several times.
 fn again(error: &Arc<Error>) -> Error {
     Error::new(error.kind(), error.to_string()).with_source(error.clone())
 }
@@ -184,7 +185,7 @@ async fn serve(stream: BoxedStream, shared: Arc<Shared>, orders: mpsc::Unbounded
     shared.progress.send_modify(|progress| progress.ended = Some(Arc::new(ended)));
 }
 
-/// Draws updates, and asks for the next, until the connection ends.
+/// Draws updates, and requests the next one, until the connection ends.
 async fn read(
     stream: ReadHalf<BoxedStream>,
     shared: &Shared,
@@ -194,7 +195,7 @@ async fn read(
     let mut frame = shared.frame().clone();
     let mut whole = false;
     loop {
-        // Incremental requests say what changed since; after a new size everything did.
+        // Incremental requests return what has changed; after a change of size, that is everything.
         if requests.send(rfb::update_request(whole, frame.width(), frame.height())).is_err() {
             return gone();
         }
@@ -205,7 +206,7 @@ async fn read(
         if update.extended_keys {
             shared.extended_keys.store(true, Ordering::Relaxed);
         }
-        // A size or an offer may come alone, before the picture that was asked for.
+        // A change of size or an announcement may arrive on its own, before the requested update.
         let drew = !update.rows.is_empty();
         whole = !update.resized && (whole || drew);
         let changed = publish(&mut shared.frame(), &frame, &update);
@@ -217,7 +218,7 @@ async fn read(
     }
 }
 
-/// Takes over what an update drew; whether anything is different now.
+/// Copies what an update drew to the shown screen. Returns whether anything changed.
 fn publish(shown: &mut Framebuffer, drawn: &Framebuffer, update: &rfb::Update) -> bool {
     if update.resized {
         *shown = drawn.clone();
@@ -233,7 +234,7 @@ fn publish(shown: &mut Framebuffer, drawn: &Framebuffer, update: &rfb::Update) -
     changed
 }
 
-/// Sends what is asked for, until nobody can ask any more or the connection ends.
+/// Sends orders and requests, until no sender is left or the connection ends.
 async fn write(
     mut stream: WriteHalf<BoxedStream>,
     shared: &Shared,
@@ -280,7 +281,7 @@ async fn put(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<()>
     stream.flush().await.map_err(rfb::broken)
 }
 
-/// Key events as they are sent, remembering which keys are down.
+/// Encodes key events, and keeps track of which keys are down.
 fn bytes(events: &[KeyEvent], shared: &Shared, pressed: &mut Vec<u32>) -> Vec<u8> {
     let extended = shared.extended_keys.load(Ordering::Relaxed);
     let mut bytes = Vec::new();

@@ -1,7 +1,6 @@
-//! The conversation with a machine's screen, keyboard and serial line.
+//! Access to a machine's screen, keyboard and serial console.
 //!
-//! Everything here needs [`Machine::display`] and [`Machine::serial_log`] only, so that every
-//! backend has it.
+//! Everything here needs only [`Machine::display`] and [`Machine::serial_log`], so it works with every backend.
 //!
 //! # Example
 //! ```no_run
@@ -46,7 +45,7 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
-/// How long after a failed attempt to connect the next one follows.
+/// Pauses between attempts to connect; after the last one, connecting fails.
 const PAUSES: [Duration; 6] = [
     Duration::from_millis(20),
     Duration::from_millis(80),
@@ -56,10 +55,11 @@ const PAUSES: [Duration; 6] = [
     Duration::from_secs(1),
 ];
 
-/// The screen, keyboard and serial line of a machine.
+/// The screen, keyboard and serial console of a machine.
 ///
-/// It connects to the display when it is first used, keeps the picture current from then on, and connects again when the
-/// connection breaks. Keys that are held are released when it is dropped, and after every error of the keyboard.
+/// It connects to the display when first used, keeps its copy of the screen current from then on, and connects again
+/// when the connection breaks. Keys that are held are released when it is dropped, and after every error of the
+/// keyboard.
 #[derive(Debug)]
 pub struct Console {
     machine: Arc<dyn Machine>,
@@ -70,7 +70,7 @@ pub struct Console {
 }
 
 impl Console {
-    /// A console, not yet connected.
+    /// Returns a console that is not connected yet.
     #[must_use]
     pub fn new(machine: Arc<dyn Machine>) -> Self {
         Self {
@@ -82,28 +82,28 @@ impl Console {
         }
     }
 
-    /// What the screen shows.
+    /// Returns what the screen shows, as pixels.
     ///
     /// # Errors
-    /// When there is no connection to the display and none can be made: what [`Machine::display`] fails with, `Protocol`
-    /// when it breaks RFB, `Authentication` when it wants a password, `TimedOut` when it is silent.
+    /// If there is no connection to the display and none can be made: the error of [`Machine::display`], `Protocol`
+    /// when the display violates RFB, `Authentication` when it requires a password, `TimedOut` when it does not answer.
     pub async fn framebuffer(&self) -> Result<Framebuffer> {
         Ok(self.link().await?.frame())
     }
 
-    /// What the screen shows, read as text. See [`text`] for what can be read.
+    /// Returns what the screen shows, read as text. See [`text`] for what can be read.
     ///
     /// # Errors
-    /// As of [`framebuffer`](Self::framebuffer).
+    /// The same errors as [`framebuffer`](Self::framebuffer).
     pub async fn text(&self) -> Result<ScreenText> {
         let link = self.link().await?;
         Ok(link.with_frame(text::read))
     }
 
-    /// Waits until the screen shows a text; what it shows then.
+    /// Waits until the screen shows a text. Returns what it then shows.
     ///
     /// # Errors
-    /// `TimedOut` after the limit, with the screen as text; else as of [`framebuffer`](Self::framebuffer).
+    /// `TimedOut` after the limit, with the screen as text; otherwise those of [`framebuffer`](Self::framebuffer).
     pub async fn wait_text(&self, text: &str, limit: Duration) -> Result<ScreenText> {
         crate::runtime::check()?;
         let deadline = Instant::now() + limit;
@@ -113,7 +113,7 @@ impl Console {
             let Ok(link) = timeout_at(deadline, self.link()).await else { break };
             let link = link?;
             let mut progress = link.progress();
-            // Another connection begins to count anew.
+            // A new connection counts from zero.
             let changes = (link.number(), progress.borrow_and_update().changes);
             if seen.replace(changes) != Some(changes) {
                 let screen = link.with_frame(text::read);
@@ -122,7 +122,7 @@ impl Console {
                 }
                 shown = Some(screen);
             }
-            // Who is gone has told that it ended, and the next round connects again.
+            // A link that is gone has already reported its end, and the next round connects again.
             if timeout_at(deadline, progress.changed()).await.is_err() {
                 break;
             }
@@ -137,15 +137,15 @@ impl Console {
         Err(Error::new(ErrorKind::TimedOut, message))
     }
 
-    /// A picture of the screen, as PNG.
+    /// Takes a screenshot, as PNG.
     ///
     /// # Errors
-    /// As of [`framebuffer`](Self::framebuffer).
+    /// The same errors as [`framebuffer`](Self::framebuffer).
     pub async fn screenshot(&self) -> Result<Vec<u8>> {
         self.framebuffer().await?.to_png()
     }
 
-    /// The connection that lives, or a new one.
+    /// Returns the working connection, or makes a new one.
     async fn link(&self) -> Result<Arc<Link>> {
         crate::runtime::check()?;
         let mut slot = self.link.lock().await;
@@ -174,7 +174,7 @@ impl Console {
         Ok(link)
     }
 
-    /// The connection, if there is one that lives.
+    /// Returns the connection, if there is one that works.
     async fn living_link(&self) -> Option<Arc<Link>> {
         self.link.lock().await.clone().filter(|link| link.check().is_ok())
     }

@@ -1,10 +1,10 @@
-//! Screens as PNG files.
+//! Screenshots as PNG files.
 
 use super::Framebuffer;
 use crate::{Error, ErrorKind, Result};
 
 impl Framebuffer {
-    /// The picture as a PNG file: 8 bits of red, green and blue each.
+    /// Encodes the screen as a PNG file: 8 bits each of red, green and blue.
     ///
     /// # Errors
     /// `InvalidInput` when there is nothing to show: a width or a height of zero.

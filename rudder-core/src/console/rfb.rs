@@ -1,15 +1,17 @@
-//! The client's side of RFB (RFC 6143): the handshake, what is sent, and updates decoded into a framebuffer.
+//! The client side of RFB (RFC 6143): the handshake, the messages of the client, and updates, which are decoded into a
+//! framebuffer.
 //!
-//! A server is not trusted: every length is checked, pixels are read a row at a time, and what is skipped is never kept.
+//! The server is not trusted: every length is checked, pixels are read a row at a time, and skipped data is never
+//! buffered.
 
 use super::Framebuffer;
 use crate::{Error, ErrorKind, Result};
 use std::ops::Range;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-/// The largest screen that is taken: 8K.
+/// The largest screen that is accepted, in pixels: 8K.
 const MOST_PIXELS: usize = 7680 * 4320;
-/// The longest name and the longest reason that are read.
+/// The longest name and the longest reason that are read, in bytes.
 const LONGEST_TEXT: u32 = 64 * 1024;
 
 /// Numbers of encodings and pseudo-encodings (RFC 6143, 7.7 and 7.8; the registry of rfbproto).
@@ -21,20 +23,21 @@ mod encoding {
     pub(super) const EXTENDED_DESKTOP_SIZE: i32 = -308;
 }
 
-/// A mistake of the server.
+/// Returns the error of a server that violates the protocol.
 pub(super) fn mistake(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Protocol, message.into())
 }
 
-/// The end of a connection.
+/// Returns the error of a broken connection.
 pub(super) fn broken(error: std::io::Error) -> Error {
     mistake("the connection to the display broke").with_source(error)
 }
 
-/// Greets the server; the size of its screen.
+/// Performs the handshake. Returns the size of the screen.
 ///
 /// # Errors
-/// `Protocol` when it is no RFB server or breaks the protocol, `Authentication` when it wants a password.
+/// `Protocol` when the other side is not an RFB server or violates the protocol, `Authentication` when it requires a
+/// password.
 pub(super) async fn shake_hands<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<(usize, usize)> {
     let mut greeting = [0; 12];
     stream.read_exact(&mut greeting).await.map_err(broken)?;
@@ -70,7 +73,7 @@ pub(super) async fn shake_hands<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut 
         }
     }
 
-    // Others may look on.
+    // Shared: other clients may stay connected.
     stream.write_all(&[1]).await.map_err(broken)?;
     stream.flush().await.map_err(broken)?;
     let width = usize::from(stream.read_u16().await.map_err(broken)?);
@@ -98,7 +101,7 @@ fn minor_version(greeting: &[u8; 12]) -> Result<u16> {
     match major {
         ..3 => Err(strange()),
         3 => Ok(minor),
-        // A later version speaks the last one that both know (7.1.1).
+        // A later version falls back to the last one that both support (7.1.1).
         _ => Ok(8),
     }
 }
@@ -106,7 +109,7 @@ fn minor_version(greeting: &[u8; 12]) -> Result<u16> {
 async fn refused<S: AsyncRead + Unpin>(stream: &mut S) -> Error {
     let mut reason = Vec::new();
     if let Ok(length @ ..=LONGEST_TEXT) = stream.read_u32().await {
-        // What arrived of it is shown.
+        // Shows as much of the reason as arrived.
         let _ = stream.take(u64::from(length)).read_to_end(&mut reason).await;
     }
     let reason = String::from_utf8_lossy(&reason);
@@ -137,7 +140,7 @@ async fn skip<R: AsyncRead + Unpin>(stream: &mut R, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// What a client says first: pixels of 32 bits, blue in the lowest byte, and what it understands.
+/// Returns the first messages of a client: pixels of 32 bits, blue in the lowest byte, and the supported encodings.
 pub(super) fn introduction() -> Vec<u8> {
     // SetPixelFormat (7.5.1): bits per pixel, depth, big-endian, true colour, three maxima, three shifts, padding.
     let mut bytes = vec![0, 0, 0, 0, 32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0];
@@ -154,31 +157,31 @@ pub(super) fn introduction() -> Vec<u8> {
     bytes
 }
 
-/// `FramebufferUpdateRequest` (7.5.3) of the left upper part of the screen.
+/// Returns a `FramebufferUpdateRequest` (7.5.3) for the area of this size at the upper left of the screen.
 pub(super) fn update_request(incremental: bool, width: usize, height: usize) -> [u8; 10] {
     let [w, h] = [width, height].map(|size| u16::try_from(size).unwrap_or(u16::MAX).to_be_bytes());
     [3, u8::from(incremental), 0, 0, 0, 0, w[0], w[1], h[0], h[1]]
 }
 
-/// `KeyEvent` (7.5.4).
+/// Returns a `KeyEvent` (7.5.4).
 pub(super) fn key_event(down: bool, keysym: u32) -> [u8; 8] {
     let sym = keysym.to_be_bytes();
     [4, u8::from(down), 0, 0, sym[0], sym[1], sym[2], sym[3]]
 }
 
-/// QEMU Extended Key Event (rfbproto, "QEMU Client Message"): names the place of the key beside its meaning, so that no
-/// keymap stands between.
+/// Returns a QEMU Extended Key Event (rfbproto, "QEMU Client Message"): it contains the scancode of the key in addition
+/// to its keysym, so that it does not depend on a keymap.
 pub(super) fn extended_key_event(down: bool, keysym: u32, scancode: u8) -> [u8; 12] {
     let sym = keysym.to_be_bytes();
     [255, 0, 0, u8::from(down), sym[0], sym[1], sym[2], sym[3], 0, 0, 0, scancode]
 }
 
-/// What an update brought.
+/// The content of an update.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Update {
-    /// The screen has another size now.
+    /// Whether the size of the screen has changed.
     pub(super) resized: bool,
-    /// The server understands [`extended_key_event`].
+    /// Whether the server understands [`extended_key_event`].
     pub(super) extended_keys: bool,
     /// The rows that were drawn.
     pub(super) rows: Range<usize>,
@@ -197,7 +200,7 @@ impl Update {
 /// Reads messages until the end of an update, and draws it.
 ///
 /// # Errors
-/// `Protocol` when the server breaks the protocol or hangs up. The framebuffer may be half drawn then.
+/// `Protocol` when the server violates the protocol or hangs up. The framebuffer may then be partly drawn.
 pub(super) async fn read_update<R: AsyncRead + Unpin>(
     stream: &mut R,
     frame: &mut Framebuffer,
@@ -213,7 +216,7 @@ pub(super) async fn read_update<R: AsyncRead + Unpin>(
                 }
                 return Ok(update);
             }
-            // SetColourMapEntries: there is no map in true colour, but some servers send one.
+            // SetColourMapEntries: unused in true colour, but some servers send it.
             1 => {
                 skip(stream, 3).await?;
                 let colours = stream.read_u16().await.map_err(broken)?;
@@ -271,7 +274,7 @@ async fn rectangle<R: AsyncRead + Unpin>(
         encoding::EXTENDED_DESKTOP_SIZE => {
             let screens = stream.read_u8().await.map_err(broken)?;
             skip(stream, 3 + 16 * u64::from(screens)).await?;
-            // y is the status of a request to resize; on an error the size stays.
+            // y is the status of a resize request; on an error the size is unchanged.
             if y == 0 {
                 resize(frame, update, width, height)?;
             }
@@ -310,7 +313,7 @@ fn resize(frame: &mut Framebuffer, update: &mut Update, width: usize, height: us
 fn copy(frame: &mut Framebuffer, from: (usize, usize), to: (usize, usize), width: usize, height: usize) {
     let mut row = Vec::with_capacity(width);
     for step in 0..height {
-        // What overlaps is copied from the side that it moves to.
+        // Overlapping areas are copied starting from the side that they move towards.
         let step = if from.1 < to.1 { height - 1 - step } else { step };
         row.clear();
         row.extend_from_slice(&frame.row(from.1 + step)[from.0..from.0 + width]);

@@ -1,7 +1,8 @@
-//! Where keys are on a US keyboard: scan codes of the PC/XT (set 1), as QEMU's extended key events carry them. A code that
-//! follows 0xe0 on the wire has its highest bit set instead.
+//! The positions of keys on a US keyboard: scan codes of the PC/XT (set 1), as in QEMU's extended key events. A code
+//! that is preceded by 0xe0 on the wire has its highest bit set instead.
 
-/// The rows of a US keyboard from the left, by what their keys give without and with Shift, and the code of the first key.
+/// The rows of a US keyboard from the left: the characters of the keys without and with Shift, and the code of the
+/// first key.
 const ROWS: [(&str, &str, u8); 5] = [
     ("1234567890-=", "!@#$%^&*()_+", 0x02),
     ("qwertyuiop[]", "QWERTYUIOP{}", 0x10),
@@ -10,7 +11,7 @@ const ROWS: [(&str, &str, u8); 5] = [
     (" ", " ", 0x39),
 ];
 
-/// The code of the key that gives this keysym on a US keyboard.
+/// Returns the code of the key for this keysym on a US keyboard.
 pub(super) fn of_keysym(keysym: u32) -> Option<u8> {
     if let Ok(character @ 0x20..=0x7e) = u8::try_from(keysym) {
         let character = char::from(character);

@@ -1,7 +1,7 @@
-//! Waiting for text on the serial line.
+//! Waiting for text on the serial console.
 //!
-//! The line is read from its log ([`Machine::serial_log`]), so that nothing is missed that was said before, and the line stays
-//! free for a person.
+//! The console is read from its log ([`Machine::serial_log`]), so that nothing written earlier is missed, and the
+//! console stays free for a person.
 
 use super::Console;
 use crate::{
@@ -14,14 +14,14 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-/// Interval between looks whether a machine that has ended, or has not begun, was powered on.
+/// Interval between checks whether a machine that has ended, or was never started, was powered on.
 const POWERED_ON: Duration = Duration::from_millis(500);
-/// How much text is remembered.
+/// How much text is kept, in bytes.
 const REMEMBERED: usize = 1 << 20;
 /// How many of the last lines an error shows.
 const SHOWN: usize = 20;
 
-/// What was said on a serial line, without control sequences, and how far it was waited for.
+/// The output of a serial console, without control sequences, and the position up to which it was waited for.
 #[derive(Default)]
 pub(super) struct SerialLine {
     source: Source,
@@ -38,9 +38,9 @@ impl std::fmt::Debug for SerialLine {
 /// Where the bytes come from.
 #[derive(Default)]
 struct Source {
-    /// Whose log this is; 0 before there was one.
+    /// The power-on that the log belongs to; 0 before there was one.
     power_on: u64,
-    /// The position behind the last byte that was read.
+    /// The position after the last byte that was read.
     read: u64,
     /// The log, until it ends.
     open: Option<SerialLog>,
@@ -49,7 +49,7 @@ struct Source {
 #[derive(Default)]
 struct Said {
     text: String,
-    /// Up to where the last wait that succeeded came.
+    /// The end of the text that the last successful wait matched.
     waited: usize,
 }
 
@@ -66,7 +66,7 @@ impl vte::Perform for Said {
 }
 
 impl Said {
-    /// Whether this was said since the last wait; then it is the last wait.
+    /// Whether a text was written since the last successful wait; if so, this becomes the last one.
     fn take(&mut self, text: &str) -> bool {
         let Some(at) = self.text[self.waited..].find(text) else { return false };
         self.waited += at + text.len();
@@ -94,7 +94,7 @@ impl SerialLine {
         self.said.forget();
     }
 
-    /// Reads what is new, or waits for it until the deadline at most.
+    /// Reads new output, or waits for it until the deadline at most.
     async fn listen(&mut self, machine: &dyn Machine, deadline: Instant) -> Result<()> {
         let mut buffer = [0; 4096];
         let Some(log) = &mut self.source.open else { return self.open(machine, deadline).await };
@@ -110,11 +110,11 @@ impl SerialLine {
         Ok(())
     }
 
-    /// Opens the log where reading it ended; that of another power-on from its beginning.
+    /// Opens the log at the position that was read last; the log of another power-on from its beginning.
     async fn open(&mut self, machine: &dyn Machine, deadline: Instant) -> Result<()> {
         let mut log = machine.serial_log(self.source.read).await?;
         if log.power_on != self.source.power_on {
-            // One that was asked for from a position begins there.
+            // A log that was requested from a position starts at that position.
             if log.start > 0 && self.source.read > 0 {
                 log = machine.serial_log(0).await?;
             }
@@ -129,12 +129,13 @@ impl SerialLine {
 }
 
 impl Console {
-    /// Waits until a text comes on the serial line. Control sequences between its letters do not matter. What was said
-    /// before counts from where the last such wait ended, and at first from power-on, as far as it is kept; a machine that
-    /// is powered on anew begins anew. Waits of several callers come one after the other.
+    /// Waits until a text appears on the serial console. Control sequences between its letters are ignored. Earlier
+    /// output counts from where the last such wait ended, and at first from power-on, as far as it is kept; after
+    /// another power-on, it counts from the beginning. Concurrent waits run one after another.
     ///
     /// # Errors
-    /// `TimedOut` after the limit, with the last lines of the serial console; what [`Machine::serial_log`] fails with.
+    /// `TimedOut` after the limit, with the last lines of the serial console; otherwise the errors of
+    /// [`Machine::serial_log`].
     pub async fn wait_serial(&self, text: &str, limit: Duration) -> Result<()> {
         crate::runtime::check()?;
         let deadline = Instant::now() + limit;

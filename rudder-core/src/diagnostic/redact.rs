@@ -1,14 +1,14 @@
-//! Where a source holds what must not be shown when a line of it is quoted: values of keys that say that they are secret, and
-//! what authorises in URLs.
+//! Finds the parts of a source that must not be shown when a line of it is quoted: values of keys whose names mark them
+//! as secret, and credentials in URLs.
 //!
-//! The source may not be YAML at all, which is what a finding is about then; so it is read for keys and the values behind them,
-//! in every form that a value has, and in doubt more is hidden.
+//! The source may not even be valid YAML, since that may be what the finding is about. So it is scanned for keys and
+//! the values after them, in every form that a value can have, and in doubt more is hidden.
 
 use crate::secret::url_secrets;
 use regex::Regex;
 use std::{collections::HashSet, ops::Range, sync::LazyLock};
 
-/// Words in keys whose values are secret, without `-` and `_`, in lower case.
+/// Words in keys whose values are secret, in lower case and without `-` and `_`.
 const WORDS: [&str; 10] = [
     "password",
     "passwd",
@@ -22,16 +22,16 @@ const WORDS: [&str; 10] = [
     "passwort",
 ];
 
-/// Keys of the manifest that say where a secret is, not what it is.
+/// Keys of the manifest that refer to a secret but do not contain it.
 const REFERENCES: [&str; 2] = ["sshprivatekeysecret", "secretref"];
 
-/// A key and what separates it from its value, in YAML, JSON, shells and files of settings.
+/// Matches a key and the separator before its value, in YAML, JSON, shells and configuration files.
 #[expect(clippy::unwrap_used, reason = "a constant, which every test of this file compiles")]
 static KEY: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(r#"["']?([A-Za-z_][A-Za-z0-9_.-]{0,63})["']?[ \t]*(?:\n[ \t]*)?([:=])"#).unwrap()
 });
 
-/// Whether the value of a key is not shown: it says so, or is a misspelling of one that does.
+/// Whether the value of a key must not be shown: its name marks it as secret, or is a misspelling of one that does.
 pub(crate) fn is_secret_key(key: &str) -> bool {
     if key.len() > 64 {
         return false;
@@ -47,7 +47,7 @@ pub(crate) fn is_secret_key(key: &str) -> bool {
     WORDS.iter().any(|word| plain.contains(word)) || is_near("sshpassword") || is_near("password")
 }
 
-/// The ranges of a source that are not shown: in order, not touching.
+/// Returns the ranges of a source that must not be shown, in order and not touching.
 pub(super) fn hidden(source: &str) -> Vec<Range<usize>> {
     let mut found = url_secrets(source);
     let mut aliases = HashSet::new();
@@ -68,7 +68,7 @@ pub(super) fn hidden(source: &str) -> Vec<Range<usize>> {
             found.push(value);
         }
     }
-    // What an alias stands for is written elsewhere.
+    // Hide the anchored values that hidden aliases refer to.
     if !aliases.is_empty() {
         for (at, _) in source.match_indices('&') {
             let name = anchor_name(&source[at + 1..]);
@@ -82,7 +82,7 @@ pub(super) fn hidden(source: &str) -> Vec<Range<usize>> {
     crate::secret::merge(found)
 }
 
-/// What may be a password in a value that should be a URL, and is none.
+/// Returns what may be a password in a value that should be a URL, but is not one.
 fn user_information(source: &str, value: Range<usize>) -> Option<Range<usize>> {
     let text = &source[value.clone()];
     let end = text.rfind('@').filter(|_| !text.contains("://"))?;
@@ -98,7 +98,7 @@ fn indent(line: &str) -> usize {
     line.len() - line.trim_start_matches([' ', '-', '?']).len()
 }
 
-/// Reads the value behind a key.
+/// Finds the value of a key.
 struct Reader<'s> {
     source: &'s str,
     /// Where the key begins.
@@ -106,7 +106,7 @@ struct Reader<'s> {
 }
 
 impl<'s> Reader<'s> {
-    /// The column of the key, in bytes.
+    /// Returns the column of the key, in bytes.
     fn column(&self) -> usize {
         self.key - self.source[..self.key].rfind('\n').map_or(0, |end| end + 1)
     }
@@ -115,7 +115,7 @@ impl<'s> Reader<'s> {
         self.source[from..].find('\n').map_or(self.source.len(), |length| from + length)
     }
 
-    /// The end of a word of a shell that begins here.
+    /// Returns the end of the shell word that begins here.
     fn word(&self, from: usize) -> usize {
         let rest = &self.source[from..];
         match rest.chars().next() {
@@ -126,13 +126,13 @@ impl<'s> Reader<'s> {
         }
     }
 
-    /// The value that stands behind this place, and the name of the alias that it is.
+    /// Returns the range of the value that follows this position, and the name of the alias if it is one.
     fn value(&self, from: usize) -> (Range<usize>, Option<&'s str>) {
         let skip = |at: usize| {
             at + self.source[at..].len() - self.source[at..].trim_start_matches([' ', '\t', '\r']).len()
         };
         let mut start = skip(from);
-        // Anchors and tags in front of it.
+        // Skip anchors and tags before the value.
         while self.source[start..].starts_with(['&', '!']) {
             let length = anchor_name(&self.source[start..]).len();
             start = skip(start + length.max(1));
@@ -151,14 +151,15 @@ impl<'s> Reader<'s> {
         (start..end.max(start), None)
     }
 
-    /// The end of a value that was meant to go on: behind it stands what is neither a comment nor the next value.
+    /// Returns the end of a value; that is the end of the line if the value is followed by anything but a comment or
+    /// the next value, since that may be a part of it.
     fn rest_of_line(&self, end: usize) -> usize {
         let line_end = self.line_end(end);
         let rest = self.source[end..line_end].trim_start();
         if rest.is_empty() || rest.starts_with([',', '}', ']', '#', ':']) { end } else { line_end }
     }
 
-    /// The end of a text in quotes; of one that is not closed, the end of the source.
+    /// Returns the end of a quoted text, or the end of the source if the quotes are not closed.
     fn quoted(&self, start: usize, quote: char) -> usize {
         let bytes = self.source.as_bytes();
         let mut at = start + 1;
@@ -178,7 +179,7 @@ impl<'s> Reader<'s> {
         self.source.len()
     }
 
-    /// The end of a list or mapping in brackets.
+    /// Returns the end of a list or mapping in brackets.
     fn flow(&self, start: usize) -> usize {
         let bytes = self.source.as_bytes();
         let (mut at, mut depth) = (start, 0usize);
@@ -202,7 +203,7 @@ impl<'s> Reader<'s> {
         self.source.len()
     }
 
-    /// The end of a text without quotes.
+    /// Returns the end of an unquoted text.
     fn plain(&self, start: usize) -> usize {
         let line_end = self.line_end(start);
         let line = self.source[..self.key].rfind('\n').map_or(0, |end| end + 1);
@@ -211,12 +212,12 @@ impl<'s> Reader<'s> {
             let end = self.source[start..line_end].find([',', '}', ']']);
             return end.map_or(line_end, |end| start + end);
         }
-        // A text may go on in lines that are indented deeper.
+        // The text may continue in lines with deeper indentation.
         self.block(line_end)
     }
 
-    /// The end of the lines behind this one that belong to the value: those that are indented deeper than the key, and elements
-    /// of a list below it.
+    /// Returns the end of the following lines that belong to the value: lines indented deeper than the key, and
+    /// elements of a list below it.
     fn block(&self, mut end: usize) -> usize {
         let column = self.column();
         while end < self.source.len() {
@@ -239,7 +240,7 @@ impl<'s> Reader<'s> {
 mod tests {
     use super::*;
 
-    /// What is left of a source.
+    /// Returns a source without its hidden parts.
     fn shown(source: &str) -> String {
         let mut shown = source.to_owned();
         for range in hidden(source).into_iter().rev() {

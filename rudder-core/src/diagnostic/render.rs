@@ -1,16 +1,16 @@
-//! Findings for people: message, place, the line of the source with the value underlined, help.
+//! Renders findings as text: message, location, the source line with the value underlined, and help.
 
 use super::{Diagnostic, Severity, Span, redact::hidden, sort};
 use crate::visible::{visible_line, write_visible};
 use std::{borrow::Cow, fmt::Write as _, ops::Range};
 use unicode_width::UnicodeWidthChar as _;
 
-/// Columns of source that are shown at most.
+/// Maximum number of source columns shown.
 const MAX_COLUMNS: usize = 120;
-/// Columns in front of the value that are kept when a line is cut.
+/// Number of columns kept before the value when a line is cut.
 const COLUMNS_BEFORE: usize = 50;
 
-/// Renders findings as plain text, in the order of the source, each once; see [`Renderer`].
+/// Renders findings as plain text, in source order and without duplicates; see [`Renderer`].
 ///
 /// ```
 /// let text = "vms:\n- name: web\n  tmp: true\n";
@@ -30,7 +30,7 @@ pub fn render(diagnostics: &[Diagnostic], source_name: &str, source_text: &str) 
     Renderer::new().render(diagnostics, source_name, source_text)
 }
 
-/// Whether text carries ANSI colours (ECMA-48, SGR).
+/// Whether text contains ANSI colours (ECMA-48, SGR).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Colour {
     /// Plain text.
@@ -40,28 +40,28 @@ pub enum Colour {
     Always,
 }
 
-/// How findings are rendered. Whatever stands in the source, nothing but printable characters comes out, in lines of bounded length,
-/// and neither values of keys that say that they are secret nor passwords and tokens in URLs are shown.
+/// Renders findings as text. Whatever the source contains, the output consists of printable characters in lines of
+/// bounded length, and shows neither values of keys whose names mark them as secret nor passwords and tokens in URLs.
 #[derive(Debug, Clone, Default)]
 pub struct Renderer {
     colour: Colour,
 }
 
 impl Renderer {
-    /// Plain text.
+    /// Creates a renderer of plain text.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With or without colours.
+    /// Sets whether the text contains colours.
     #[must_use]
     pub fn colour(mut self, colour: Colour) -> Self {
         self.colour = colour;
         self
     }
 
-    /// All findings about one source, in its order, each once, with an empty line between them.
+    /// Renders all findings about one source, in source order and without duplicates, separated by empty lines.
     #[must_use]
     pub fn render(&self, diagnostics: &[Diagnostic], source_name: &str, source_text: &str) -> String {
         let mut diagnostics = diagnostics.to_vec();
@@ -85,7 +85,7 @@ impl Renderer {
             path => format!(" ({})", clean(path)),
         };
         let name = clean(source.name);
-        // Writing to a String does not fail.
+        // Writing to a `String` does not fail.
         let mut line = |text: String| {
             let _ = writeln!(out, "{}", text.trim_end());
         };
@@ -120,11 +120,11 @@ impl Renderer {
     }
 }
 
-/// What findings are about.
+/// The source that findings are about.
 struct Source<'s> {
     name: &'s str,
     text: &'s str,
-    /// What is not shown of it, in order.
+    /// Ranges that must not be shown, in order.
     hidden: Vec<Range<usize>>,
 }
 
@@ -135,24 +135,24 @@ impl Source<'_> {
     }
 }
 
-/// The shown part of the first line of a span.
+/// The part of the first line of a span that is shown.
 struct Snippet {
     text: String,
-    /// Columns in front of the carets.
+    /// Number of columns before the carets.
     before: usize,
-    /// Columns underlined.
+    /// Number of underlined columns.
     width: usize,
 }
 
 impl Snippet {
-    /// `None` when the text is not the one the span is about.
+    /// Returns the snippet of a span, or `None` if the span does not fit the text.
     fn of(span: Span, about: &Source<'_>) -> Option<Self> {
         let source = about.text;
         let start = floor(source, span.start);
         if span.start > source.len() {
             return None;
         }
-        // A line may be as long as the file: nothing outside of this window is looked at.
+        // A line may be as long as the file: nothing outside this window is examined.
         let window = MAX_COLUMNS * 4;
         let from = floor(source, start.saturating_sub(window));
         let to = floor(source, start.saturating_add(window));
@@ -202,7 +202,7 @@ impl Snippet {
     }
 }
 
-/// The last place at or before this one that does not split a character.
+/// Returns the last character boundary at or before this offset.
 fn floor(text: &str, at: usize) -> usize {
     let mut at = at.min(text.len());
     while !text.is_char_boundary(at) {
@@ -215,15 +215,15 @@ fn width(cell: &str) -> usize {
     cell.chars().map(|c| c.width().unwrap_or(1)).sum()
 }
 
-/// A character as a terminal may have it.
+/// Returns a character as it may be sent to a terminal.
 fn printable(c: char) -> String {
     let mut cell = String::new();
-    // Writing to a String does not fail.
+    // Writing to a `String` does not fail.
     let _ = write_visible(c, &mut cell);
     cell
 }
 
-/// A text of a finding in one line.
+/// Joins a text of a finding into one line.
 fn clean(text: &str) -> Cow<'_, str> {
     if text.contains('\n') {
         return Cow::Owned(visible_line(&text.replace('\n', " ")).into_owned());

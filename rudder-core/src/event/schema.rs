@@ -1,10 +1,10 @@
-//! The JSON Schema of events, generated from the types and checked in at `docs/events.schema.json`.
+//! The JSON Schema of events, generated from the types and checked in as `docs/events.schema.json`.
 
 use super::Event;
 use serde_json::Value;
 
-/// The JSON Schema (draft 2020-12) of an event as a line of JSON. Later versions may add kinds of events and fields; those that
-/// exist stay.
+/// Returns the JSON Schema (draft 2020-12) of an event as a line of JSON. Later versions may add kinds of events and fields;
+/// existing ones stay.
 #[must_use]
 pub fn json_schema() -> Value {
     let mut schema = schemars::generate::SchemaSettings::draft2020_12()

@@ -1,10 +1,10 @@
-//! Events as people and programs read them.
+//! Events as read by people and by programs.
 #![allow(clippy::unwrap_used)]
 use super::*;
 use crate::{content::Content, module::InputRole, visible::is_hidden};
 use proptest::prelude::*;
 
-/// Every kind of event that holds a text, with this text wherever one can be.
+/// Returns every kind of event that contains text, with this text in every field that can hold it.
 fn events(text: &str) -> Vec<EventKind> {
     let text = || text.to_owned();
     let sha256 = crate::digest::Digest::of(b"");

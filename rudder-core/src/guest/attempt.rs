@@ -1,4 +1,5 @@
-//! One attempt at a login: dialling, the greeting, the key exchange, the credentials. Each stage has time of its own.
+//! One attempt at a login: dialling, the greeting, the key exchange, the credentials. Each stage has its own time
+//! limit.
 
 use super::{
     Guest, cuttable_stream,
@@ -20,13 +21,13 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// How long a server that has said a byte may take for the key exchange, and then for each round of credentials. Emulated
-/// guests under load take a minute; OpenSSH hangs up after two (sshd_config, `LoginGraceTime`).
+/// How long a server that has sent a byte may take for the key exchange, and then for each round of credentials.
+/// Emulated guests under load take a minute; OpenSSH hangs up after two (sshd_config, `LoginGraceTime`).
 const STAGE: Duration = Duration::from_secs(150);
-/// A server that says nothing for so long may be one that is gone: others are tried beside it.
+/// A server that is silent for this long may be gone: other attempts are made beside this one.
 const STALLED: Duration = Duration::from_secs(20);
-/// How often credentials are tried on one connection: OpenSSH hangs up after 6 failures (sshd_config, `MaxAuthTries`), and new
-/// connections would earn penalties (sshd_config, `PerSourcePenalties`).
+/// How often credentials are tried on one connection: OpenSSH hangs up after 6 failures (sshd_config, `MaxAuthTries`),
+/// and new connections would earn penalties (sshd_config, `PerSourcePenalties`).
 const MAX_TRIES: u32 = 5;
 
 /// How an attempt ended.
@@ -36,19 +37,19 @@ pub(super) enum Ended {
     Fatal(Error),
 }
 
-/// What the attempts of one wait have in common.
+/// State shared by the attempts of one wait.
 #[derive(Debug)]
 pub(super) struct Tries {
     pub(super) pace: Mutex<Pace>,
-    /// Told when an attempt hears something, falls silent or ends.
+    /// Notified when an attempt receives something, falls silent or ends.
     pub(super) changed: Notify,
     sight: Mutex<Sight>,
 }
 
-/// What was seen of a guest that did not let us in.
+/// What was seen of a guest that has not let the build in.
 #[derive(Debug, Default)]
 struct Sight {
-    /// In words, after "last seen: ".
+    /// A description that follows "last seen: ".
     last: Option<String>,
     refused: Option<MethodSet>,
 }
@@ -81,7 +82,7 @@ impl Tries {
         lock(&self.sight).last = Some(what.into());
     }
 
-    /// What a wait that is over says.
+    /// Returns the error of a wait that timed out.
     pub(super) fn error(&self, user: &str, password: bool, waited: Duration) -> Error {
         let (seconds, sight) = (waited.as_secs_f64(), lock(&self.sight));
         if let Some(methods) = &sight.refused {
@@ -114,7 +115,7 @@ impl Tries {
     }
 }
 
-/// Tries once. `patience` is for the first byte.
+/// Makes one attempt. `patience` is the time limit for the first byte.
 pub(super) async fn attempt(
     login: Login,
     endpoint: Endpoint,
@@ -186,7 +187,7 @@ pub(super) async fn attempt(
         };
         {
             let mut sight = lock(&tries.sight);
-            // A server that hangs up says nothing of its methods: what it said before counts.
+            // A server that hangs up does not list its methods: those it listed before are kept.
             if !refused.is_empty() || sight.refused.is_none() {
                 sight.refused = Some(refused);
             }
@@ -203,8 +204,8 @@ pub(super) async fn attempt(
     Ended::LoggedIn(Box::new(Guest::new(handle, watch, seen, login.username.clone())))
 }
 
-/// Ends when an attempt on which nothing came should: its time is over, which is worth telling, or the server speaks on
-/// another.
+/// Completes when an attempt on which nothing arrived should end: its time is over, which is reported, or the server
+/// answers on another attempt.
 async fn given_up(tries: &Tries, number: u64, end: Instant) -> Option<String> {
     loop {
         let changed = tries.changed.notified();
@@ -220,7 +221,7 @@ async fn given_up(tries: &Tries, number: u64, end: Instant) -> Option<String> {
     }
 }
 
-/// Ends when an attempt should: nothing has come until `end`, or what comes takes longer than a stage may.
+/// Completes when an attempt should end: nothing has arrived until `end`, or a stage takes longer than it may.
 async fn silence(
     mut received: watch::Receiver<u64>,
     tries: &Tries,
@@ -231,7 +232,7 @@ async fn silence(
     if *received.borrow_and_update() == 0 {
         tokio::select! {
             changed = received.changed() => if changed.is_err() {
-                // The connection is over, which whoever made it hears first.
+                // The connection is over, which the future that uses it reports.
                 std::future::pending::<()>().await;
             },
             why = given_up(tries, number, end) => return why,
@@ -257,7 +258,8 @@ async fn silence(
     Some(format!("the server answered, but {stage} did not end within {} s", STAGE.as_secs()))
 }
 
-/// One round of everything we have; `None`: let in, else what the server would still take.
+/// Tries all credentials once. Returns `None` if they were accepted, else the methods that the server would still
+/// accept.
 async fn authenticate(
     handle: &mut client::Handle<Handler>,
     login: &Login,
@@ -281,7 +283,8 @@ async fn authenticate(
     if methods.contains(&MethodKind::KeyboardInteractive) {
         *tries += 1;
         let mut answer = handle.authenticate_keyboard_interactive_start(&login.username, None).await?;
-        // Any number of rounds is allowed, also with no prompts (RFC 4256, 3.2): more than a few are not for us.
+        // Any number of rounds is allowed, even without prompts (RFC 4256, 3.2); more than a few are not meant for this
+        // client.
         for _ in 0..8 {
             match answer {
                 KeyboardInteractiveAuthResponse::Success => return Ok(None),
@@ -302,7 +305,7 @@ async fn authenticate(
 fn config() -> client::Config {
     client::Config {
         client_id: russh::SshId::Standard(concat!("SSH-2.0-rudder_", env!("CARGO_PKG_VERSION")).into()),
-        // A guest that says nothing for over a minute is gone; one under load answers late.
+        // A guest that is silent for over a minute is gone; one under load answers late.
         keepalive_interval: Some(Duration::from_secs(15)),
         keepalive_max: 4,
         nodelay: true,
@@ -310,12 +313,12 @@ fn config() -> client::Config {
     }
 }
 
-/// What a connection learned: shared between its handler, which the SSH library owns, and its guest.
+/// What is known of a connection: shared between its handler, which the SSH library owns, and its guest.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    // The host key, as on the wire.
+    // The host key, in wire format.
     key: Mutex<Option<Vec<u8>>>,
-    // Set when it is not the pinned one: its fingerprint.
+    // The fingerprint of the host key, if it is not the pinned one.
     changed: Mutex<Option<String>>,
     // Why the connection ended.
     pub(super) ended: Mutex<Option<String>>,
@@ -333,7 +336,7 @@ fn changed_key(seen: &Seen) -> Error {
     .with_retryable(false)
 }
 
-/// The client's side of a connection.
+/// The client side of a connection.
 pub(super) struct Handler {
     pin: HostKeyPin,
     seen: Arc<Seen>,
@@ -371,7 +374,7 @@ impl client::Handler for Handler {
     }
 }
 
-/// The innermost cause, which says what the operating system said.
+/// Returns the innermost cause, which contains the message of the operating system.
 fn first_cause(error: &Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(next) = cause.source() {

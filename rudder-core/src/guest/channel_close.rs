@@ -1,17 +1,17 @@
-//! Sessions that are on their way out. Some servers (dropbear 2022.82 to 2024.86) close a new session when the process of
-//! an old one ends while it is being opened: so a new one waits until the old ones are over.
+//! Sessions that are closing. Some servers (dropbear 2022.82 to 2024.86) close a new session when the process of an old
+//! one ends while it is being opened, so a new one waits until the old ones have ended.
 
 use std::{sync::Arc, time::Duration};
 use tokio::sync::watch;
 
-/// Longer nobody waits for a server that does not end a session.
+/// Maximum wait for a server that does not end a session.
 pub(super) const LIMIT: Duration = Duration::from_secs(5);
 
-/// How many sessions are ending.
+/// The number of sessions that are closing.
 #[derive(Debug, Clone, Default)]
 pub(super) struct ClosingChannels(Arc<watch::Sender<usize>>);
 
-/// One of them, until it is dropped.
+/// A closing session, until it is dropped.
 #[derive(Debug)]
 pub(super) struct ClosingChannel(ClosingChannels);
 
@@ -21,7 +21,7 @@ impl ClosingChannels {
         ClosingChannel(self.clone())
     }
 
-    /// Waits until none is left, not much longer than [`LIMIT`].
+    /// Waits until none is left, for not much longer than [`LIMIT`].
     pub(super) async fn over(&self) {
         let mut count = self.0.subscribe();
         let _ = tokio::time::timeout(2 * LIMIT, count.wait_for(|count| *count == 0)).await;

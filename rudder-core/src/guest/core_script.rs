@@ -1,7 +1,8 @@
-//! The scripts that the core itself runs in guests, recognised: for a guest without a shell, such as that of the memory backend.
+//! Recognises the scripts that the core itself runs in guests, for a guest without a shell, such as that of the memory
+//! backend.
 //!
-//! A script is taken apart and made again by the same functions that make it for real guests; what differs in a single character
-//! is not recognised. So a test double understands exactly what real guests are sent.
+//! A script is parsed and generated again by the same functions that generate it for real guests; if a single character
+//! differs, it is not recognised. So a test double understands exactly what is sent to real guests.
 
 use super::{
     exec::is_plain,
@@ -20,17 +21,17 @@ pub(crate) enum CoreScript {
     PowerOff,
     /// Runs a script in a private directory.
     Run(Script),
-    /// Ends what is left of a run and removes its directory.
+    /// Ends the remaining processes of a run and removes its directory.
     CleanUp,
-    /// Creates an empty file; fails where there is one.
+    /// Creates an empty file; fails if the file exists.
     Create(String),
-    /// Writes its standard input to a file and creates the parents of that.
+    /// Writes its standard input to a file and creates the file's parent directories.
     Write(String),
-    /// Copies a file, as root, and creates the parents of the copy.
+    /// Copies a file, as root, and creates the parent directories of the copy.
     Copy {
-        /// The file that is copied.
+        /// The file to copy.
         from: String,
-        /// The copy.
+        /// The path of the copy.
         to: String,
     },
     /// Removes a file, and directories if they are empty.
@@ -38,7 +39,7 @@ pub(crate) enum CoreScript {
 }
 
 impl CoreScript {
-    /// Recognises a script by its text and its standard input; `None` for a script of somebody else.
+    /// Recognises a script by its text and its standard input; `None` for any other script.
     pub(crate) fn read(script: &str, input: &[u8]) -> Option<Self> {
         match script {
             BOOT_IDENTITY => return Some(Self::BootIdentity),
@@ -112,7 +113,7 @@ fn read_copy(script: &str) -> Option<CoreScript> {
     (as_root(&inner) == script).then_some(CoreScript::Copy { from, to })
 }
 
-/// The command that says what is written, and the path of the file.
+/// Returns the command whose output is written, and the path of the file.
 fn read_place(script: &str) -> Option<(String, String)> {
     let (path, _) = unquote(script.strip_prefix("f=")?)?;
     let source = script.lines().rev().nth(1)?.split_once(" >\"$f\"")?.0;
@@ -131,7 +132,7 @@ fn read_remove(script: &str) -> Option<CoreScript> {
     (remove(&path, &directories) == script).then_some(CoreScript::Remove(path, directories))
 }
 
-/// Reads a word that was quoted for a shell; gives the word, and what follows it.
+/// Parses a word that was quoted for a shell. Returns the word, and the text that follows it.
 fn unquote(text: &str) -> Option<(String, &str)> {
     let Some(mut rest) = text.strip_prefix('\'') else {
         let end = text.find(|c| !is_plain(c)).unwrap_or(text.len());
@@ -210,7 +211,7 @@ mod tests {
             let Some(CoreScript::Run(read)) = CoreScript::read(&place.bootstrap(bundle.len()), &bundle) else { panic!() };
             prop_assert_eq!(&*read.text, text);
             prop_assert_eq!((read.env, read.execute_command), (env, execute_command));
-            // Half of it is none of ours.
+            // A truncated bundle is not recognised.
             prop_assert!(CoreScript::read(&place.bootstrap(bundle.len()), &bundle[1..]).is_none());
         }
     }

@@ -1,5 +1,5 @@
-//! A stream that can be cut from outside and that tells whether anything came, and what came first. The SSH library moves the stream into a
-//! task of its own; cutting it is how that task ends at once when its connection is dropped.
+//! A stream that can be cut from outside, and that reports how much has arrived and what arrived first. The SSH library
+//! moves the stream into a task of its own; cutting the stream ends that task at once when its connection is dropped.
 
 use crate::backend::BoxedStream;
 use std::{
@@ -17,7 +17,7 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// What is seen of a wire from outside. Cuts it when dropped.
+/// The view of a stream from outside. Cuts the stream when dropped.
 #[derive(Debug)]
 pub(super) struct StreamWatch {
     cut: CancellationToken,
@@ -25,11 +25,11 @@ pub(super) struct StreamWatch {
     beginning: Arc<Mutex<Vec<u8>>>,
 }
 
-/// How many of the first bytes are kept: a line of a server that does not want to talk.
+/// How many of the first bytes are kept: a line from a server that refuses the connection.
 const BEGINNING: usize = 200;
 
 impl StreamWatch {
-    /// What a server said that is not SSH, for people: `Exceeded MaxStartups`, for example.
+    /// Returns what a server sent that is not SSH, for people: `Exceeded MaxStartups`, for example.
     pub(super) fn text(&self) -> Option<String> {
         let bytes = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
         let text = String::from_utf8_lossy(&bytes);
@@ -38,7 +38,7 @@ impl StreamWatch {
         (!shown.starts_with("SSH-")).then_some(shown)
     }
 
-    /// Bytes that came from the guest so far, and a way to hear of more.
+    /// Returns a receiver of the number of bytes that have arrived from the guest.
     pub(super) fn received(&self) -> watch::Receiver<u64> {
         self.received.subscribe()
     }
@@ -59,7 +59,7 @@ pub(super) struct CuttableStream {
     count: AtomicU64,
 }
 
-/// Splits a stream into what is given away and what watches it.
+/// Splits a stream into the stream to pass on and its watch.
 pub(super) fn cuttable(inner: BoxedStream) -> (CuttableStream, StreamWatch) {
     let cut = CancellationToken::new();
     let received = Arc::new(watch::Sender::new(0));

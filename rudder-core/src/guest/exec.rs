@@ -1,5 +1,5 @@
-//! One script on one channel: its input, its output line by line, its end. The login shell between it and us is told from it:
-//! see [`shell_frame`](crate::shell_frame).
+//! One script on one channel: its input, its output line by line, its exit status. What the login shell in between
+//! writes is separated from the script's output: see [`shell_frame`](crate::shell_frame).
 
 use super::{Guest, lines::Lines};
 use crate::{
@@ -12,37 +12,37 @@ use russh::{Channel, ChannelMsg, ChannelReadHalf, ChannelWriteHalf, Sig, client:
 use std::time::Duration;
 use tokio::{sync::Notify, time::Instant};
 
-/// After the command ended, output is read on until nothing came for so long: a process that it left in the background
-/// may hold the output open for ever.
+/// How long output may pause before reading stops, after the command ended: a process that it left in the background
+/// may hold the output open forever.
 const GRACE: Duration = Duration::from_millis(500);
-/// And at most so long, when that process keeps writing.
+/// How long output is read at most after the command ended, if that process keeps writing.
 const MAX_GRACE: Duration = Duration::from_secs(10);
 /// The number of the stream for standard error (RFC 4254, 5.2).
 const STDERR: u32 = 1;
-/// So often a session is opened anew that the server closed before it had begun what was asked of it. dropbear 2022.82 to
+/// How often a session is opened if the server closes it before what was requested has begun. dropbear 2022.82 to
 /// 2024.86 closes a session at once when a process of another session ends between its opening and its request.
 const MAX_STARTS: usize = 8;
-/// A server that says nothing for so long after it closed a session is taken as gone.
+/// How long a server may be silent after it closed a session, before it is considered gone.
 const ANSWER: Duration = Duration::from_secs(10);
-/// How long a login shell may take before it runs what it was asked to. One that waits for something never will.
+/// How long a login shell may take before it runs what was requested. One that waits for input never does.
 const BEGIN: Duration = Duration::from_secs(120);
-/// Of the output of [`Guest::command`], so much is kept of each stream.
+/// How much of the output of [`Guest::command`] is kept of each stream, in bytes.
 const MAX_KEPT: usize = 256 * 1024;
 
-/// What a short command said.
+/// The output and exit status of a short command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CommandOutput {
-    /// How it ended.
+    /// The exit status.
     pub status: ExitStatus,
-    /// Its standard output, at most 256 KiB.
+    /// Standard output, at most 256 KiB.
     pub stdout: String,
-    /// Its standard error, at most 256 KiB.
+    /// Standard error, at most 256 KiB.
     pub stderr: String,
 }
 
 impl CommandOutput {
-    /// Everything it wrote, for an error.
+    /// Returns everything the command wrote, for an error.
     pub(crate) fn text(&self) -> String {
         let text = format!("{}{}", self.stdout, self.stderr);
         let text = text.trim();
@@ -51,8 +51,8 @@ impl CommandOutput {
 }
 
 impl Guest {
-    /// Runs a script with `/bin/sh`, without input, and collects what it says. For short ones. It does not matter which login
-    /// shell the user has, nor what that says.
+    /// Runs a short script with `/bin/sh`, without input, and collects its output. It works with any login shell,
+    /// whatever that prints.
     ///
     /// # Errors
     /// `GuestUnreachable` when the connection breaks; `Protocol` when the server or the login shell does not run it.
@@ -78,10 +78,10 @@ impl Guest {
         Ok(CommandOutput { status, stdout, stderr })
     }
 
-    /// Runs a script with `/bin/sh`, without input, and hands on its output while it runs.
+    /// Runs a script with `/bin/sh`, without input, and passes on its output while it runs.
     ///
     /// # Errors
-    /// As [`command`](Self::command).
+    /// The same errors as [`command`](Self::command).
     pub async fn shell_line(
         &self,
         command: &str,
@@ -101,7 +101,7 @@ impl Guest {
         }
     }
 
-    /// Opens a session and starts something in it, which has begun when this returns.
+    /// Opens a session and makes a request in it. Returns once the request has begun, or was not accepted.
     pub(super) async fn start(&self, what: &str, request: Request<'_>) -> Result<Start<'_>> {
         for _ in 0..MAX_STARTS {
             self.shared.closing.over().await;
@@ -115,7 +115,8 @@ impl Guest {
             asked.map_err(|error| self.broken(what, Some(error)))?;
             let answer = loop {
                 match reader.wait().await {
-                    // What a command says and its end show that it ran; the rest, an early EOF among it, says nothing.
+                    // Output and an exit status show that the command ran. Other messages, such as an early EOF, show
+                    // nothing.
                     Some(
                         answer @ (ChannelMsg::Success
                         | ChannelMsg::Failure
@@ -133,7 +134,7 @@ impl Guest {
                 None => return Err(self.broken(what, None)),
                 Some(ChannelMsg::Failure) => return Ok(Start::Refused),
                 Some(ChannelMsg::Close) => {
-                    // Without an answer nothing has begun (RFC 4254, 6.5): nothing is done twice.
+                    // Without an answer nothing has begun (RFC 4254, 6.5), so nothing runs twice.
                     open.finish();
                     tracing::debug!(what, "the server closed a session before it began");
                 }
@@ -177,10 +178,10 @@ impl Guest {
         let Some(writer) = &open.writer else { return Err(self.broken(what, None)) };
         let begun = Notify::new();
         let writing = async {
-            // Not before: the start-up files of a login shell may read what is not meant for them.
+            // Not earlier: the start-up files of a login shell could read what is not meant for them.
             begun.notified().await;
             let script = Bytes::from(frame.input(script));
-            // A command that does not read its input is no error: how it ended says more.
+            // A command that does not read its input is not an error: its exit status is more informative.
             if writer.data_bytes(script).await.is_ok() && writer.data_bytes(input).await.is_ok() {
                 let _ = writer.eof().await;
             }
@@ -207,7 +208,7 @@ impl Guest {
     ) -> Result<ExitStatus> {
         let mut stdout = (frame.stdout(), Lines::new(OutputStream::Stdout));
         let mut stderr = (frame.stderr(), Lines::new(OutputStream::Stderr));
-        // What the server says, which is how the login shell ended where that did not make way.
+        // The exit status that the server reports: that of the login shell, unless `/bin/sh` replaced it.
         let mut status = None;
         let mut last = None;
         let mut closed = false;
@@ -246,7 +247,7 @@ impl Guest {
                     status = Some(ExitStatus::Signal(signal_text(&signal_name)));
                     last.get_or_insert(Instant::now() + MAX_GRACE);
                 }
-                // A server closes after all output; background processes that hold the output open keep it from doing so.
+                // A server closes the channel after all output, unless background processes hold the output open.
                 Some(ChannelMsg::Close) => {
                     closed = true;
                     break;
@@ -277,7 +278,7 @@ impl Guest {
         }
     }
 
-    /// The login shell did not run what it was asked to.
+    /// Returns the error of a login shell that did not run what was requested.
     fn not_begun(&self, status: Option<&ExitStatus>, streams: &[&Cutter]) -> Error {
         let said: Vec<String> =
             streams.iter().map(|cutter| cutter.noise()).filter(|said| !said.is_empty()).collect();
@@ -307,33 +308,33 @@ impl Guest {
     }
 }
 
-/// What is asked of a new session.
+/// A request in a new session.
 #[derive(Clone, Copy)]
 pub(super) enum Request<'a> {
-    /// To run this line of the user's login shell.
+    /// Runs this line in the user's login shell.
     Exec(&'a str),
-    /// To start this subsystem.
+    /// Starts this subsystem.
     Subsystem(&'a str),
 }
 
-/// What came of it.
+/// The result of a request.
 pub(super) enum Start<'a> {
-    /// It has begun; with what came in place of the server's consent, if anything.
+    /// It has begun. If a message arrived in place of the server's confirmation, it is the last field.
     Begun(ChannelReadHalf, OpenChannel<'a>, Option<ChannelMsg>),
-    /// The server does not do that.
+    /// The server does not support it.
     Refused,
-    /// The server closed every session without a word.
+    /// The server closed every session without an answer.
     Closed,
 }
 
-/// A channel whose command is told to end, and that is closed, when it is dropped before its end.
+/// A channel that, if dropped before its end, signals its command to end and is closed.
 pub(super) struct OpenChannel<'a> {
     guest: &'a Guest,
     writer: Option<ChannelWriteHalf<Msg>>,
 }
 
 impl OpenChannel<'_> {
-    /// Nothing is done on dropping any more.
+    /// Disarms the drop handler, and returns the writing half.
     pub(super) fn finish(mut self) -> Option<ChannelWriteHalf<Msg>> {
         self.writer.take()
     }
@@ -353,7 +354,7 @@ impl Drop for OpenChannel<'_> {
     }
 }
 
-/// As RFC 4254, 6.10 writes it.
+/// Returns the name of a signal as in RFC 4254, 6.10.
 fn signal_text(signal: &Sig) -> String {
     match signal {
         Sig::Custom(name) => name.clone(),
@@ -361,7 +362,7 @@ fn signal_text(signal: &Sig) -> String {
     }
 }
 
-/// A word of a POSIX shell that stands for exactly this text.
+/// Quotes a text as one word of a POSIX shell.
 pub(super) fn quote(text: &str) -> String {
     if !text.is_empty() && text.chars().all(is_plain) {
         return text.to_owned();
@@ -369,7 +370,7 @@ pub(super) fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// Whether a character stands for itself in a word without quotes.
+/// Whether a character is literal in an unquoted word.
 pub(super) fn is_plain(c: char) -> bool {
     c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c)
 }

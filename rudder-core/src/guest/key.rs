@@ -1,4 +1,4 @@
-//! The key of a build: a fresh ed25519 pair, or one that the author gave.
+//! The key of a build: a new ed25519 pair, or one that the author provided.
 
 use crate::{Error, ErrorKind, Result, platform::create_private, secret::Secret};
 use russh::keys::{
@@ -15,7 +15,7 @@ pub struct BuildKey {
 }
 
 impl BuildKey {
-    /// A fresh ed25519 pair (RFC 8709), made from the operating system's randomness.
+    /// Generates an ed25519 pair (RFC 8709) from the operating system's randomness.
     #[must_use]
     pub fn generate() -> Self {
         use rand::Rng as _;
@@ -27,10 +27,11 @@ impl BuildKey {
         Self { key: Arc::new(key) }
     }
 
-    /// A key as OpenSSH or OpenSSL write it: `BEGIN OPENSSH PRIVATE KEY`, or PEM of PKCS#8, PKCS#1 (RSA) or SEC1.
+    /// Reads a key in a form that OpenSSH or OpenSSL writes: `BEGIN OPENSSH PRIVATE KEY`, or PEM of PKCS#8, PKCS#1
+    /// (RSA) or SEC1.
     ///
     /// # Errors
-    /// `InvalidInput` when the text is not a private key, or is one that a password protects.
+    /// `InvalidInput` when the text is not a private key, or is one that is protected by a password.
     pub fn import(text: &Secret) -> Result<Self> {
         let invalid = |what: &'static str| Error::new(ErrorKind::InvalidInput, what);
         let protected = || {
@@ -49,7 +50,7 @@ impl BuildKey {
             Ok(key) if key.is_encrypted() => Err(protected()),
             Ok(key) => Ok(Self { key: Arc::new(key) }),
             Err(russh::keys::Error::KeyIsEncrypted) => Err(protected()),
-            // The cause may quote parts of the key: it is left out.
+            // The cause is left out, since it may quote parts of the key.
             Err(_) => {
                 Err(invalid("expected an SSH private key in OpenSSH or PEM form, but could not read it")
                     .with_help("check that the whole file was given, with its BEGIN and END lines"))
@@ -57,11 +58,11 @@ impl BuildKey {
         }
     }
 
-    /// The public half as a line of `authorized_keys`: algorithm, base64, comment; no newline.
+    /// Returns the public key as a line of `authorized_keys`: algorithm, base64, comment; no newline.
     #[must_use]
     pub fn authorized_key(&self) -> String {
         let mut public = self.key.public_key().clone();
-        // A comment of the author's may hold anything; ours is a plain word that scripts can rely on.
+        // A comment of the author's may contain anything; this one is a plain word that scripts can rely on.
         public.set_comment("rudder");
         public.to_openssh().unwrap_or_default()
     }
@@ -69,7 +70,7 @@ impl BuildKey {
     /// Writes the private key in OpenSSH form, readable by its owner only (mode 0600 on Unix), for `ssh -i`.
     ///
     /// # Errors
-    /// `Io` or `HostDiskFull` when the file cannot be written; `Conflict` when it is there already.
+    /// `Io` or `HostDiskFull` when the file cannot be written; `Conflict` when it already exists.
     pub async fn write(&self, path: &Path) -> Result<()> {
         let text = self.key.to_openssh(LineEnding::LF).map_err(|error| {
             Error::new(ErrorKind::Internal, "cannot encode the build's key").with_source(error)

@@ -1,32 +1,32 @@
-//! Bytes of output into lines of text.
+//! Splits output bytes into lines of text.
 
 use crate::event::OutputStream;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A line that grows to this many bytes is delivered in pieces of at least this length; the last piece, and a line that
-/// is delivered whole, is shorter, if need be empty. So a text of this length or more goes on in the next.
+/// A line that grows to this many bytes is delivered in pieces of at least this length. The last piece, and a line that
+/// is delivered whole, is shorter, and may be empty. So a text of this length or more continues in the next one.
 pub const MAX_LINE: usize = 8 * 1024;
 
-/// Of a line that is drawn over and over with carriage returns, at most one state in this time is delivered.
+/// Interval between delivered states of a line that is redrawn with carriage returns.
 const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
 
-/// Cuts one stream of output into lines.
+/// Splits one stream of output into lines.
 ///
-/// - A line ends with `\n` or `\r\n`; the end is not part of it. What follows the last end is delivered by
+/// - A line ends with `\n` or `\r\n`, which is not part of it. What follows the last line ending is delivered by
 ///   [`finish`](Self::finish).
-/// - A `\r` inside a line starts drawing it over: what stood there is delivered at most once a second, the final state
+/// - A `\r` inside a line starts redrawing it: the previous state is delivered at most once a second, the final state
 ///   always.
 /// - Bytes that are not UTF-8 become U+FFFD; a character that is split between two chunks stays whole.
 #[derive(Debug)]
 pub(super) struct Lines {
     stream: OutputStream,
     text: String,
-    // The beginning of a character whose rest has not come yet: at most 3 bytes.
+    // The beginning of a character whose rest has not arrived yet: at most 3 bytes.
     partial: Vec<u8>,
-    // A carriage return came, and it is not known yet whether a newline follows.
+    // A carriage return arrived, and it is not known yet whether a newline follows.
     returned: bool,
-    // Pieces of the present line were delivered.
+    // Pieces of the current line were delivered.
     pieces: bool,
     last_progress: Option<Instant>,
 }
@@ -72,7 +72,7 @@ impl Lines {
         }
     }
 
-    /// Delivers what is left after the last end of a line.
+    /// Delivers what remains after the last line ending.
     pub(super) fn finish(&mut self, output: &mut dyn FnMut(OutputStream, &str)) {
         if !std::mem::take(&mut self.partial).is_empty() {
             self.push_str("\u{fffd}", output);

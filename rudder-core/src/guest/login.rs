@@ -1,9 +1,9 @@
 //! From a machine that was just powered on to a working login.
 //!
-//! While a guest boots, its port refuses, swallows or drops connections, in whatever way the hypervisor's network does
-//! that; then its server may answer before cloud-init has put the key in place. So attempts overlap while they are silent,
-//! are left in peace as soon as the server has said a byte, and are repeated until the time is over, at a [`Pace`] that a
-//! guest under load can keep up with. What was last seen is part of the error then.
+//! While a guest boots, its port refuses, drops or closes connections, depending on the hypervisor's network;
+//! afterwards its server may answer before cloud-init has installed the key. So attempts overlap while the server is
+//! silent, are left alone as soon as it has sent a byte, and are repeated until the timeout, at a [`Pace`] that a guest
+//! under load can keep up with. The error of a timeout says what was last seen.
 
 use super::{
     BuildKey, Guest,
@@ -23,22 +23,22 @@ use std::{
 };
 use tokio::time::Instant;
 
-/// Where a guest's SSH server is: something that gives a new stream to it, as often as asked.
+/// The location of a guest's SSH server: opens any number of streams to it.
 #[derive(Clone)]
 pub struct Endpoint(Arc<dyn Fn() -> BoxFuture<'static, Result<BoxedStream>> + Send + Sync>);
 
 impl Endpoint {
-    /// An endpoint that calls this for every stream.
+    /// Returns an endpoint that calls this function for every stream.
     pub fn new(dial: impl Fn() -> BoxFuture<'static, Result<BoxedStream>> + Send + Sync + 'static) -> Self {
         Self(Arc::new(dial))
     }
 
-    /// A new stream.
+    /// Opens a new stream.
     pub(super) fn dial(&self) -> BoxFuture<'static, Result<BoxedStream>> {
         (self.0)()
     }
 
-    /// A TCP port of a machine.
+    /// Returns the endpoint of a TCP port of a machine.
     #[must_use]
     pub fn of(machine: Arc<dyn Machine>, port: u16) -> Self {
         Self::new(move || {
@@ -54,13 +54,13 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// The host key that the guest showed when the first login worked. Shared by all connections of a build to one VM: clones
-/// share it.
+/// The host key that the guest presented at the first successful login. All connections of a build to one VM share it:
+/// clones share the key.
 #[derive(Debug, Clone, Default)]
 pub struct HostKeyPin(Arc<Mutex<Option<Vec<u8>>>>);
 
 impl HostKeyPin {
-    /// No key yet.
+    /// Returns a pin without a key yet.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -75,7 +75,8 @@ impl HostKeyPin {
     }
 }
 
-/// Who logs in, and with what. The key is tried first, then the password in whatever way the server takes it.
+/// The user and the credentials of a login. The key is tried first, then the password in any way that the server
+/// accepts.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Login {
@@ -83,34 +84,34 @@ pub struct Login {
     pub username: String,
     /// The build's key.
     pub key: BuildKey,
-    /// Tried beside the key.
+    /// A password to try in addition to the key.
     pub password: Option<Secret>,
     /// The host key, once known.
     pub pin: HostKeyPin,
 }
 
 impl Login {
-    /// A login with this key.
+    /// Returns a login with this key.
     pub fn new(username: impl Into<String>, key: BuildKey) -> Self {
         Self { username: username.into(), key, password: None, pin: HostKeyPin::new() }
     }
 
-    /// Tries this password too.
+    /// Also tries this password.
     #[must_use]
     pub fn with_password(mut self, password: Option<Secret>) -> Self {
         self.password = password;
         self
     }
 
-    /// Connects until a login works or the time is over. Dropping the future ends every attempt.
+    /// Connects until a login works or the timeout expires. Dropping the future ends every attempt.
     ///
-    /// The host key is pinned when the login worked, not before: cloud-init makes new host keys on the first boot, and
-    /// a server that answered before that shows others.
+    /// The host key is pinned only once the login has worked: cloud-init makes new host keys on the first boot, and a
+    /// server that answered before that presents others.
     ///
     /// # Errors
-    /// - `GuestUnreachable`: nothing spoke SSH in time; says what was last seen.
-    /// - `Authentication`: the guest answered, and refused the credentials to the end.
-    /// - `Protocol`: it shows another host key than the pinned one; at once.
+    /// - `GuestUnreachable`: nothing spoke SSH before the timeout; the error says what was last seen.
+    /// - `Authentication`: the guest answered, and refused the credentials until the timeout.
+    /// - `Protocol`: the guest presents a host key other than the pinned one; fails at once.
     pub async fn connect(&self, endpoint: &Endpoint, timeout: Duration) -> Result<Guest> {
         crate::runtime::check()?;
         let start = Instant::now();
@@ -145,7 +146,7 @@ impl Login {
                     Ended::Fatal(error) => return Err(error),
                     Ended::Failed(setback) => tries.end(number, setback),
                 },
-                // Another may be due earlier or later now.
+                // The time of the next attempt may have changed.
                 () = changed => {}
             }
         }

@@ -1,8 +1,8 @@
-//! The conversation with the operating system inside a machine: SSH and SFTP over [`Machine::dial`](crate::backend::Machine::dial).
+//! Access to the operating system inside a machine: SSH and SFTP over [`Machine::dial`](crate::backend::Machine::dial).
 //!
-//! [`Login::connect`] waits for a guest that boots, [`Session`] keeps the connection over restarts, and a [`Guest`] runs
-//! scripts and commands, uploads files, and switches the guest off. Everything is cancel-safe: dropping a future that
-//! runs something in the guest ends it there too, and [`Guest::settle`] waits until that is done.
+//! [`Login::connect`] waits for a guest that is booting, [`Session`] reconnects after restarts, and a [`Guest`] runs
+//! scripts and commands, uploads files, and powers the guest off. Everything is cancel-safe: dropping a future that
+//! runs something in the guest ends it there as well, and [`Guest::settle`] waits until that is done.
 
 mod attempt;
 mod channel_close;
@@ -58,7 +58,7 @@ struct Shared {
     user: String,
     cleanups: TaskTracker,
     closing: ClosingChannels,
-    // Cuts the stream when dropped: after the handle.
+    // Cuts the stream when dropped, which is after the handle.
     _watch: StreamWatch,
 }
 
@@ -76,7 +76,7 @@ impl Guest {
         }
     }
 
-    /// The user that is logged in.
+    /// Returns the user that is logged in.
     #[must_use]
     pub fn user(&self) -> &str {
         &self.shared.user
@@ -88,8 +88,8 @@ impl Guest {
         self.shared.handle.is_closed()
     }
 
-    /// Waits until the connection is gone, and looks every second whether the guest still answers: it is taken as gone
-    /// when it has not for `patience`.
+    /// Waits until the connection is gone. Checks every second whether the guest still answers; without an answer for
+    /// `patience`, the connection is considered gone.
     pub async fn gone(&self, patience: Duration) {
         loop {
             let closed = async {
@@ -115,7 +115,7 @@ impl Guest {
         }
     }
 
-    /// Waits until what dropped operations left in the guest was removed, at most `limit`.
+    /// Waits until what dropped operations left in the guest was removed, for at most `limit`.
     pub async fn settle(&self, limit: Duration) {
         let cleanups = &self.shared.cleanups;
         cleanups.close();
@@ -123,13 +123,13 @@ impl Guest {
         cleanups.reopen();
     }
 
-    /// Says goodbye and hangs up. What other clones are doing ends with an error.
+    /// Disconnects. Operations of other clones end with an error.
     pub async fn close(self) {
         let bye = self.shared.handle.disconnect(russh::Disconnect::ByApplication, "", "");
         let _ = tokio::time::timeout(Duration::from_secs(1), bye).await;
     }
 
-    /// The connection broke while `what` went on.
+    /// Returns the error of a connection that broke during `what`.
     fn broken(&self, what: &str, cause: Option<russh::Error>) -> Error {
         let seen = self.shared.seen.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let why = seen

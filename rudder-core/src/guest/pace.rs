@@ -1,9 +1,9 @@
-//! When to try a login again. Decides, and does nothing: time comes from outside.
+//! Decides when to try a login again. It has no side effects: the time is passed in.
 //!
-//! A port that refuses costs a booting guest nothing, so it is tried often. Every connection that a server may have accepted
-//! costs the guest a process, which a guest under load takes seconds to start, and OpenSSH drops connections at random when 10
-//! of them have not logged in (sshd_config, `MaxStartups`). So they are few at a time, each is given time, and one that was
-//! given up still counts for a while.
+//! A port that refuses connections costs a booting guest nothing, so it is tried often. Every connection that a server
+//! may have accepted costs the guest a process, which a guest under load takes seconds to start, and OpenSSH drops
+//! connections at random when 10 of them have not logged in (sshd_config, `MaxStartups`). So few of them are open at a
+//! time, each is given time, and one that was given up still counts for a while.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -11,24 +11,25 @@ use std::{
 };
 use tokio::time::Instant;
 
-/// Connections that a guest may have at a time without a login, those among them that were given up a moment ago.
+/// Maximum number of connections to a guest without a login, including those given up a moment ago.
 const MAX_UNAUTHENTICATED: usize = 6;
-/// So many of the first attempts follow each other at once: the guest may be up already, and have lost the first packets.
+/// Number of first attempts that follow each other at once: the guest may be up already, and have lost the first
+/// packets.
 const BURST: u64 = 4;
-/// How long one attempt, whichever is the oldest, is given for its first byte; OpenSSH itself hangs up at that age
-/// (sshd_config, `LoginGraceTime`).
+/// How long one attempt, the oldest, may wait for its first byte; OpenSSH itself hangs up after that time (sshd_config,
+/// `LoginGraceTime`).
 const PATIENT: Duration = Duration::from_secs(120);
-/// The pause after an attempt that the guest may be working on while it works on another one.
+/// The pause before another attempt beside one that the guest may still be working on.
 const COMPANY: Duration = Duration::from_secs(20);
 
 /// Why an attempt ended without a login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Setback {
-    /// No connection, or one that was closed before the server said anything: nobody listens yet.
+    /// No connection, or one that was closed before the server sent anything: no process listens yet.
     Closed,
-    /// We gave it up.
+    /// The attempt was given up here.
     GivenUp,
-    /// The server spoke, and hung up before the credentials were tried.
+    /// The server answered, and hung up before the credentials were tried.
     Broke,
     /// The server did not accept the credentials.
     Refused,
@@ -39,23 +40,23 @@ pub(super) enum Setback {
 pub(super) struct Pace {
     start: Instant,
     not_before: Instant,
-    /// Not before this, whatever else happens: the server hung up or refused.
+    /// No attempt begins before this: the server hung up or refused.
     held_until: Instant,
     attempts: u64,
     open: usize,
-    /// Until when those that were given up may be on the guest's hands.
+    /// Until when attempts that were given up may still occupy the guest.
     given_up: VecDeque<Instant>,
     patient: Option<u64>,
-    /// The attempt that the server speaks on.
+    /// The attempt on which the server is answering.
     speaker: Option<u64>,
-    /// Attempts on which the server spoke, and has fallen silent.
+    /// Attempts on which the server answered, and then fell silent.
     stalled: BTreeSet<u64>,
     last_heard: Option<Instant>,
     breaking_since: Option<Instant>,
     refused_since: Option<Instant>,
 }
 
-/// A pause in proportion to the time that was waited already.
+/// Returns a pause proportional to the time waited so far.
 fn share(waited: Duration, share: u32, least: Duration, most: Duration) -> Duration {
     (waited / share).clamp(least, most)
 }
@@ -82,24 +83,24 @@ impl Pace {
         }
     }
 
-    /// How many attempts began.
+    /// Returns the number of attempts that began.
     pub(super) fn attempts(&self) -> u64 {
         self.attempts
     }
 
-    /// When the next attempt may begin; `None`: not before something changes.
+    /// Returns when the next attempt may begin; `None` if not before something changes.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
         if self.speaker.is_some() || self.open >= MAX_UNAUTHENTICATED {
             return None;
         }
         let mut lingering = self.given_up.iter().copied().filter(|end| *end > now);
         let over = (self.open + lingering.clone().count() + 1).saturating_sub(MAX_UNAUTHENTICATED);
-        // So many of those that were given up must be gone first.
+        // This many of those that were given up must be gone first.
         let free = if over == 0 { Some(now) } else { lingering.nth(over - 1) };
         free.map(|free| free.max(self.not_before).max(self.held_until))
     }
 
-    /// Begins an attempt; its number, and how long it may wait for the first byte.
+    /// Begins an attempt. Returns its number, and how long it may wait for the first byte.
     pub(super) fn begin(&mut self, now: Instant) -> (u64, Duration) {
         self.attempts += 1;
         self.open += 1;
@@ -108,7 +109,7 @@ impl Pace {
         let pause = match self.attempts {
             _ if !self.stalled.is_empty() => COMPANY,
             ..=BURST => millis(500),
-            // As often as there is room for another: attempts come evenly.
+            // As often as there is capacity for another, so that attempts are evenly spaced.
             _ => (patience + self.linger(now)) / MAX_UNAUTHENTICATED as u32,
         };
         self.not_before = now + pause;
@@ -119,24 +120,25 @@ impl Pace {
         (self.attempts, patience)
     }
 
-    /// How long an attempt may wait for its first byte: a guest that takes long to boot takes long to answer.
+    /// Returns how long an attempt may wait for its first byte: a guest that is slow to boot is slow to answer.
     fn patience(&self, now: Instant) -> Duration {
         share(now - self.start, 2, millis(5000), millis(60_000))
     }
 
-    /// How long the guest may take to notice that we gave up.
+    /// Returns how long the guest may take to notice that an attempt was given up.
     fn linger(&self, now: Instant) -> Duration {
         share(now - self.start, 4, millis(2000), millis(20_000))
     }
 
-    /// Something came on this attempt.
+    /// Records that data arrived on this attempt.
     pub(super) fn heard(&mut self, number: u64, now: Instant) {
         self.stalled.remove(&number);
         self.speaker.get_or_insert(number);
         self.last_heard = Some(now);
     }
 
-    /// Nothing came on it for a while: the guest may have restarted, so others may be tried beside it.
+    /// Records that nothing arrived on this attempt for a while: the guest may have restarted, so others may be tried
+    /// beside it.
     pub(super) fn stalls(&mut self, number: u64) {
         if self.speaker == Some(number) {
             self.speaker = None;
@@ -144,23 +146,23 @@ impl Pace {
         self.stalled.insert(number);
     }
 
-    /// Whether the server speaks on another attempt than this.
+    /// Whether the server is answering on another attempt than this.
     pub(super) fn is_overtaken(&self, number: u64) -> bool {
         self.speaker.is_some_and(|speaker| speaker != number)
     }
 
-    /// The key exchange of an attempt has ended.
+    /// Records that the key exchange of an attempt has ended.
     pub(super) fn greeted(&mut self) {
         self.breaking_since = None;
     }
 
-    /// How long to wait after credentials were refused.
+    /// Returns how long to wait after credentials were refused.
     pub(super) fn refused(&mut self, now: Instant) -> Duration {
         let since = *self.refused_since.get_or_insert(now);
         share(now - since, 4, millis(1000), millis(20_000))
     }
 
-    /// An attempt ended without a login.
+    /// Records that an attempt ended without a login.
     pub(super) fn end(&mut self, number: u64, setback: Setback, now: Instant) {
         self.open -= 1;
         self.stalled.remove(&number);
@@ -173,9 +175,9 @@ impl Pace {
         match setback {
             Setback::Closed => {
                 let pause = match self.last_heard {
-                    // A guest that boots; this is the usual case, and must not cost time.
+                    // The guest is booting: the usual case, which must not cost time.
                     None => share(now - self.start, 100, millis(100), millis(1000)),
-                    // One that restarts, or refuses us for a while.
+                    // The guest is restarting, or refuses connections for a while.
                     Some(heard) => share(now - heard, 20, millis(100), millis(5000)),
                 };
                 self.not_before = self.not_before.min(now + pause);
@@ -199,7 +201,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Attempts that all end in one way after a while; how many there are in so many seconds.
+    /// Returns how many attempts there are in this many seconds, if all end in one way after a while.
     fn attempts(setback: Setback, takes: Duration, seconds: u64) -> u64 {
         let start = Instant::now();
         let (mut pace, mut now) = (Pace::new(start), start);
@@ -257,7 +259,7 @@ mod tests {
                         pace.end(number, setback, now);
                     }
                 }
-                // Something can always happen: an attempt is open, or the next has its time.
+                // Progress is always possible: an attempt is open, or the next one has a time.
                 prop_assert!(!open.is_empty() || pace.next(now).is_some());
             }
         }

@@ -1,15 +1,15 @@
-//! Which boot of the guest this is, and the end of it.
+//! Identifies the current boot of the guest, and powers it off.
 
 use super::{Guest, exec::CommandOutput};
 use crate::{Error, ErrorKind, Result};
 use std::time::Duration;
 
-/// Says something that changes with every boot. Linux has an identity (random(4)); the BSDs know when they started; others
-/// tell it to `who`.
+/// Prints something that changes with every boot. Linux has an identity (random(4)); the BSDs know when they started;
+/// other systems report it through `who`.
 pub(super) const BOOT_IDENTITY: &str = "cat /proc/sys/kernel/random/boot_id 2>/dev/null \
     || sysctl -n kern.boottime 2>/dev/null || who -b 2>/dev/null || uptime -s";
 
-/// Whatever works as this user. `poweroff` and `shutdown` live where the path of a user does not lead.
+/// Tries every way that may work as this user. `poweroff` and `shutdown` may be outside of a user's PATH.
 pub(super) const POWER_OFF: &str = r#"
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin; export PATH
 if [ "$(id -u)" = 0 ]; then as=; elif command -v sudo >/dev/null 2>&1; then as='sudo -n'
@@ -21,10 +21,10 @@ exit 1
 "#;
 
 impl Guest {
-    /// Something that changes with every boot of the guest.
+    /// Returns a text that changes with every boot of the guest.
     ///
     /// # Errors
-    /// `GuestUnreachable` when the connection breaks; `Unsupported` when the guest knows nothing of the kind.
+    /// `GuestUnreachable` when the connection breaks; `Unsupported` when the guest provides nothing of that kind.
     pub async fn boot_id(&self) -> Result<String> {
         let output = self.command(BOOT_IDENTITY).await?;
         let identity = output.stdout.trim();
@@ -37,11 +37,11 @@ impl Guest {
         ))
     }
 
-    /// Switches the guest off from within, as root or with sudo. Returns when the guest has begun to, or has hung up;
-    /// [`Machine::wait`](crate::backend::Machine::wait) says when it is off.
+    /// Powers the guest off from within, as root or with sudo. Returns when the guest has begun to power off, or has
+    /// hung up; [`Machine::wait`](crate::backend::Machine::wait) reports when it is off.
     ///
     /// # Errors
-    /// `StepFailed` when no way of doing it worked; says what the guest answered.
+    /// `StepFailed` when no way of doing it worked; the message contains the guest's output.
     pub async fn power_off(&self) -> Result<()> {
         // A guest on its way down may neither answer nor hang up.
         let told = tokio::time::timeout(Duration::from_secs(10), self.command(POWER_OFF)).await;
@@ -65,7 +65,8 @@ impl Guest {
         }
     }
 
-    /// A shell that the shutdown killed, or one that could not do it: only with the latter the guest stays.
+    /// Distinguishes a shell that the shutdown killed from one that could not power off: only in the latter case does
+    /// the guest stay up.
     async fn went_down(&self) -> bool {
         let limit = Duration::from_secs(2);
         tokio::time::timeout(limit, self.gone(limit)).await.is_ok()

@@ -1,12 +1,12 @@
-//! Scripts: how they get into the guest, run there as files, and leave nothing behind.
+//! Scripts: how they get into the guest, run there as files, and are removed afterwards.
 //!
 //! One channel does it all. A small command makes a private directory and reads a *bundle* from its standard input: a
-//! prelude of shell lines with the script behind them. When all of it has come, the prelude cuts off the script into a
-//! file of its own, exports the environment, and becomes (`exec`) the interpreter: so its exit status is that of the
-//! script. Nothing of the environment or the script is part of a command line, where
-//! every user of the guest could read it.
+//! prelude of shell lines followed by the script. When all of it has arrived, the prelude extracts the script into a
+//! separate file, exports the environment, and replaces itself (`exec`) with the interpreter, so its exit status is
+//! that of the script. No part of the environment or the script is on a command line, where every user of the guest
+//! could read it.
 //!
-//! A second channel removes the directory afterwards; when the run is dropped before its end, it also ends the processes.
+//! A second channel removes the directory afterwards; if the run is dropped before its end, it also ends the processes.
 
 use super::{Guest, exec::quote};
 use crate::{
@@ -16,20 +16,21 @@ use crate::{
 use bytes::Bytes;
 use std::{collections::BTreeMap, fmt::Write as _, sync::Arc, time::Duration};
 
-/// Where a private directory may be made, tried in this order: a file system may be read-only, full, or mounted `noexec`.
-/// The user's home is tried last.
+/// Parents for a private directory, tried in this order: a file system may be read-only, full, or mounted `noexec`. The
+/// user's home is tried last.
 const PLACES: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 
-/// A script and how it is run. `Debug` shows neither the text nor values of the environment.
+/// A script and how it is run. `Debug` shows neither the text nor the values of the environment.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Script {
-    /// The text. A `#!` first line says what runs it; without one bash does with `set -e`, or sh where there is no bash.
-    /// A text whose first line ends with CR LF gets the line ends that Unix shells understand; a byte order mark is left out.
+    /// The text. A `#!` first line selects the interpreter; without one, it is bash with `set -e`, or sh where there is
+    /// no bash. If the first line ends with CR LF, line endings are converted to those of Unix; a byte order mark is
+    /// removed.
     pub text: Arc<str>,
-    /// Its environment. Names are those of shell variables.
+    /// The environment. Names are those of shell variables.
     pub env: BTreeMap<String, String>,
-    /// A line of shell that runs it, with `{{ .Command }}` for the path of the script.
+    /// A line of shell that runs the script, with `{{ .Command }}` for its path.
     pub execute_command: Option<String>,
 }
 
@@ -40,26 +41,26 @@ impl std::fmt::Debug for Script {
 }
 
 impl Script {
-    /// A script with no environment of its own, run directly.
+    /// Returns a script with no environment of its own, run directly.
     pub fn new(text: impl Into<Arc<str>>) -> Self {
         Self { text: text.into(), env: BTreeMap::new(), execute_command: None }
     }
 
-    /// With this environment.
+    /// Sets the environment.
     #[must_use]
     pub fn with_env(mut self, env: BTreeMap<String, String>) -> Self {
         self.env = env;
         self
     }
 
-    /// Run by this line.
+    /// Sets the line of shell that runs the script.
     #[must_use]
     pub fn with_execute_command(mut self, command: Option<String>) -> Self {
         self.execute_command = command;
         self
     }
 
-    /// What is sent: shell lines, and the script behind them.
+    /// Returns what is sent: shell lines, followed by the script.
     pub(super) fn bundle(&self, place: &Place) -> Result<Bytes> {
         let text = self.unix_text();
         let mut exports = String::new();
@@ -87,7 +88,8 @@ impl Script {
         }
         let (dir, inner, marker) = (&place.dir, place.inner(), &place.marker);
         let (script, pid) = (format!("{inner}/script"), format!("{dir}/pid"));
-        // What must not be changed by the script's environment (a PATH, say) is looked up before it is exported.
+        // Whatever the script's environment must not affect (through PATH, for instance) is looked up before the
+        // environment is exported.
         let shell = "if command -v bash >/dev/null 2>&1; then s=bash; else s=sh; fi\n";
         let run = match shebang(&text) {
             Some((interpreter, Some(argument))) => {
@@ -99,7 +101,7 @@ impl Script {
         let failed = format!("{{ echo \"{marker}: failed: cannot write into {dir}\" >&2; exit 125; }}");
         let body = match &self.execute_command {
             None => {
-                // `s` is looked up, then the environment takes over; `command -v` gave a name, PATH may have changed.
+                // `s` is resolved to a path before the environment is exported, since that may change PATH.
                 format!("{shell}s=$(command -v \"$s\")\necho $$ >{pid} || {failed}\n{exports}{run}\n")
             }
             Some(command) => {
@@ -116,7 +118,7 @@ impl Script {
             }
         };
         let make = if inner == *dir { String::new() } else { format!("mkdir {inner} || {failed}\n") };
-        // The umask of the private directory is not that of the script.
+        // The umask of the private directory must not apply to the script.
         let restore = if self.execute_command.is_none() { "umask \"$1\"\n" } else { "" };
         let prelude = |cut: usize| {
             format!(
@@ -131,7 +133,7 @@ impl Script {
     }
 
     fn unix_text(&self) -> std::borrow::Cow<'_, str> {
-        // A byte order mark in front of `#!` keeps the kernel from seeing it.
+        // With a byte order mark before `#!`, the kernel does not recognise it.
         let text = self.text.strip_prefix('\u{feff}').unwrap_or(&self.text);
         match text.split_once('\n') {
             Some((first, _)) if first.ends_with('\r') => text.replace("\r\n", "\n").into(),
@@ -140,13 +142,13 @@ impl Script {
     }
 }
 
-/// A private directory of one run.
+/// The private directory of a run.
 pub(super) struct Place {
     token: String,
     dir: String,
-    // With an execute command: a directory inside whose name nobody can list.
+    // With an execute command: an inner directory whose name other users cannot list.
     pub(super) hidden: Option<String>,
-    // How the lines of ours begin that are not the script's output.
+    // Prefix of the lines that are Rudder's own and not the script's output.
     marker: String,
 }
 
@@ -167,7 +169,8 @@ impl Place {
         }
     }
 
-    /// Makes the directory, reads the bundle, checks that all of it came, and becomes it.
+    /// Returns the command that makes the directory, reads the bundle, checks that it is complete, and replaces itself
+    /// with it.
     pub(super) fn bootstrap(&self, size: usize) -> String {
         let (dir, marker) = (&self.dir, &self.marker);
         let probe = if self.hidden.is_some() {
@@ -184,7 +187,8 @@ impl Place {
     }
 }
 
-/// Ends what is left of a run in a guest. As the user first, then with sudo where that is allowed.
+/// Ends the remaining processes of a run in a guest and removes its directory: first as the user, then with sudo where
+/// that is allowed.
 pub(super) const CLEAN_UP: &str = r#"
 d=$1; how=$2
 as() { "$@" 2>/dev/null || sudo -n "$@" 2>/dev/null; }
@@ -214,7 +218,7 @@ rm -rf "$d" 2>/dev/null
 [ ! -e "$d" ] || sudo -n rm -rf "$d"
 "#;
 
-/// Ends and removes a run when it is dropped before it was finished.
+/// Ends a run and removes its directory when dropped before it was finished.
 struct Leftover {
     guest: Guest,
     dir: Option<String>,
@@ -247,7 +251,7 @@ async fn clean_up(guest: Guest, dir: String, how: &'static str) {
     let command = clean_up_script(&dir, how);
     let mut ignore = |_: OutputStream, _: &str| {};
     let cleaning = guest.shell("cleaning up", &command, Bytes::new(), &mut ignore);
-    // A guest that has gone down keeps nobody waiting.
+    // The time is limited, since a guest may have gone down.
     let done = tokio::time::timeout(Duration::from_secs(30), cleaning).await;
     if !matches!(done, Ok(Ok(_))) {
         tracing::debug!(dir, "could not clean up in the guest");
@@ -255,16 +259,17 @@ async fn clean_up(guest: Guest, dir: String, how: &'static str) {
 }
 
 impl Guest {
-    /// Runs a script, and hands on its output line by line while it runs; see [`MAX_LINE`](super::MAX_LINE) for long lines.
-    /// It has no input. A script that a signal ended may show that as shells do, as exit code 128 + the number of the signal.
-    /// Its directory is removed before this returns; a process that it left in the background goes on.
+    /// Runs a script, and passes on its output line by line while it runs; see [`MAX_LINE`](super::MAX_LINE) for long
+    /// lines. The script has no input. If a signal ended it, the exit status may be what shells report: 128 plus the
+    /// number of the signal. Its directory is removed before this returns; a process that it left in the background
+    /// continues.
     ///
     /// Dropping the future ends the script and its children, and removes its directory: [`settle`](Guest::settle) waits
     /// for that.
     ///
     /// # Errors
     /// `GuestUnreachable` when the connection breaks; `InvalidInput` for an environment that no process can receive;
-    /// `StepFailed` when the guest has no place for the script. How the script ended is no error here.
+    /// `StepFailed` when the guest has no usable directory for the script. A script that fails is not an error here.
     pub async fn run(
         &self,
         script: &Script,
@@ -294,7 +299,7 @@ impl Guest {
         .with_help("is its disk full, or are /tmp, /var/tmp and the home read-only or mounted noexec?"))
     }
 
-    /// `None`: the place cannot be used, and `why` says why.
+    /// Runs a script in a directory below `parent`. Returns `None` if that cannot be used, with the reason in `why`.
     async fn run_in(
         &self,
         parent: &str,
@@ -308,7 +313,7 @@ impl Guest {
         let bootstrap = place.bootstrap(bundle.len());
         let leftover = Leftover { guest: self.clone(), dir: Some(place.dir.clone()) };
         let mut ours = None;
-        // Until the bundle stands, what is written is about the place; then it is the script's.
+        // Until the bundle is complete, output is about the directory; afterwards it is the script's.
         let mut said = Vec::new();
         let prefix = format!("{}: ", place.marker);
         let status = self
@@ -316,7 +321,8 @@ impl Guest {
                 if let Some(message) = text.strip_prefix(&prefix) {
                     ours = Some(message.to_owned());
                 } else if stream == OutputStream::Stderr && text.contains(&place.dir) && ours.is_none() {
-                    // It may be the reason why the place cannot be used; if it is the script's own, it is handed on.
+                    // This may be the reason why the directory cannot be used. It is passed on in case it is the
+                    // script's own output.
                     said.push(text.to_owned());
                     output(stream, text);
                 } else {
@@ -343,12 +349,12 @@ impl Guest {
     }
 }
 
-/// Always in quotes: a value may begin with anything.
+/// Quotes a text, always: a value may begin with any character.
 fn single_quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// The interpreter of a `#!` line and its one argument, as the kernel reads it (execve(2)).
+/// Returns the interpreter of a `#!` line and its single argument, as the kernel parses it (execve(2)).
 fn shebang(text: &str) -> Option<(&str, Option<&str>)> {
     let line = text.strip_prefix("#!")?.lines().next()?.trim_matches([' ', '\t']);
     let (interpreter, argument) = match line.split_once([' ', '\t']) {

@@ -1,10 +1,10 @@
-//! A connection that is made again after a restart.
+//! A connection that can be made again after a restart.
 
 use super::{Endpoint, Guest, Login};
 use crate::Result;
 use std::time::Duration;
 
-/// A login, where it goes, and the connection that stands now.
+/// A login, its endpoint, and the current connection.
 #[derive(Debug)]
 pub struct Session {
     endpoint: Endpoint,
@@ -13,7 +13,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Waits for a working login; errors are those of [`Login::connect`].
+    /// Waits for a working login.
     ///
     /// # Errors
     /// See [`Login::connect`].
@@ -22,13 +22,13 @@ impl Session {
         Ok(Self { endpoint, login, guest })
     }
 
-    /// The connection that stands now.
+    /// Returns the current connection.
     #[must_use]
     pub fn guest(&self) -> &Guest {
         &self.guest
     }
 
-    /// Who logs in, and with what.
+    /// Returns the login.
     #[must_use]
     pub fn login(&self) -> &Login {
         &self.login
@@ -37,7 +37,7 @@ impl Session {
     /// Makes a new connection and drops the old one.
     ///
     /// # Errors
-    /// See [`Login::connect`]; the old connection stays then.
+    /// See [`Login::connect`]; the old connection is then kept.
     pub async fn reconnect(&mut self, timeout: Duration) -> Result<()> {
         self.guest = self.login.connect(&self.endpoint, timeout).await?;
         Ok(())

@@ -1,4 +1,4 @@
-//! Files into the guest: over SFTP, or through `cat` where the server has none.
+//! Uploads files to the guest: over SFTP, or through `cat` where the server has none.
 
 use super::{
     Guest, channel_close,
@@ -20,24 +20,25 @@ use tokio::{
 };
 use tokio_util::io::StreamReader;
 
-/// Bytes of one write: what every server takes (draft-ietf-secsh-filexfer-02, 3).
+/// Size of a write in bytes, which every server accepts (draft-ietf-secsh-filexfer-02, 3).
 const CHUNK: usize = 32 * 1024;
-/// Writes under way: 2 MiB keep a fast link busy without a guest's memory being of interest.
+/// Maximum number of concurrent writes: 2 MiB keep a fast link busy, and are negligible for a guest's memory.
 const IN_FLIGHT: usize = 64;
 
-/// How long removing what a failed upload left may take.
+/// How long removing the remains of a failed upload may take.
 const TIDY: Duration = Duration::from_secs(10);
-/// How scripts that place a file end, after sysexits.h: a directory stands there; it cannot be written; the user may not.
+/// Exit codes of scripts that write a file, after sysexits.h: the destination is a directory; it cannot be written; the
+/// user lacks permission.
 pub(crate) const IS_DIRECTORY: u32 = 73;
 pub(crate) const NOT_WRITTEN: u32 = 74;
 pub(crate) const DENIED: u32 = 77;
 
-/// What is uploaded.
+/// The content to upload.
 #[derive(Debug, Clone, Copy)]
 pub enum Content<'a> {
     /// These bytes.
     Bytes(&'a [u8]),
-    /// The bytes of this file of the host.
+    /// The content of this file on the host.
     File(&'a Path),
 }
 
@@ -55,7 +56,7 @@ impl Content<'_> {
     }
 }
 
-/// Why a file could not be written the direct way.
+/// Why a file could not be written directly.
 enum Refusal {
     Denied,
     Failed(Error),
@@ -68,13 +69,13 @@ impl From<Error> for Refusal {
 }
 
 impl Guest {
-    /// Writes a file of the guest, replacing what stood there and keeping its owner and mode; a new file gets what the
-    /// guest gives new files, usually 0644. Parents are made. The size is verified. Where the user may not write, it goes
-    /// through a temporary file and `sudo -n`.
+    /// Writes a file of the guest. An existing file is replaced and keeps its owner and mode; a new file gets the
+    /// guest's default mode, usually 0644. Parent directories are created. The size is verified. If the user may not
+    /// write, the file is written through a temporary file and `sudo -n`.
     ///
     /// # Errors
-    /// `StepFailed` when the guest cannot take the file, and says why; `GuestUnreachable` when the connection breaks;
-    /// `Io` or `NotFound` when a file of the host cannot be read.
+    /// `StepFailed` when the guest cannot take the file, with the reason; `GuestUnreachable` when the connection
+    /// breaks; `Io` or `NotFound` when a file of the host cannot be read.
     pub async fn upload(&self, content: Content<'_>, destination: &str) -> Result<()> {
         if !destination.starts_with('/') || destination.ends_with('/') || destination.contains('\0') {
             return Err(Error::new(
@@ -87,7 +88,7 @@ impl Guest {
             None => self.upload_over(&Cat { guest: self }, content, destination).await,
         };
         if uploaded.is_err() && !self.is_closed() {
-            // What was begun is removed before anybody looks for it.
+            // An incomplete file is removed before anyone can see it.
             self.settle(TIDY).await;
         }
         uploaded.map_err(|error| error.with_context("file", destination))
@@ -105,7 +106,7 @@ impl Guest {
             Err(Refusal::Failed(error)) => return Err(error),
             Err(Refusal::Denied) => return Err(failed(format!("the guest refused to write {temporary}"))),
         }
-        // `cat` keeps owner and mode of a file that stands there, and follows links as SFTP does.
+        // `cat` keeps owner and mode of an existing file, and follows links as SFTP does.
         let size = content.open().await?.1;
         let script = place(&format!("cat {temporary}"), destination, size);
         let placed = self.command(&as_root(&script)).await?;
@@ -123,14 +124,14 @@ impl Guest {
         }
     }
 
-    /// A file that only its maker can read, in a directory that the user may write to. Its name is ours, so that nothing has to
-    /// be read to know it.
+    /// Makes a file that only its owner can read, in a directory that the user may write to. Its name is chosen here,
+    /// so that nothing has to be read to know it.
     async fn temporary(&self) -> Result<(Leftover, String)> {
         let mut why = String::new();
         for directory in ["/tmp", "/var/tmp"] {
             let path = format!("{directory}/rudder-{:016x}", rand::random::<u64>());
             let leftover = Leftover::new(self, &path, Vec::new());
-            // Made anew, or not at all.
+            // Fails if the file exists.
             let made = self.command(&create(&path)).await?;
             if made.status.success() {
                 return Ok((leftover, path));
@@ -140,12 +141,12 @@ impl Guest {
         Err(failed(format!("the guest has no room for a temporary file: {why}")))
     }
 
-    /// `None`: the server has no SFTP.
+    /// Starts an SFTP session; `None` when the server has no SFTP.
     async fn sftp(&self) -> Result<Option<Sftp<'_>>> {
         let (reader, open) = match self.start("a file was uploaded", Request::Subsystem("sftp")).await? {
             Start::Begun(reader, open, None) => (reader, open),
             Start::Refused | Start::Closed => return Ok(None),
-            // It ended before it said anything.
+            // It ended before it sent anything.
             Start::Begun(.., Some(_)) => return Ok(None),
         };
         let Some(writer) = open.finish() else { return Err(self.broken("a file was uploaded", None)) };
@@ -156,20 +157,20 @@ impl Guest {
             StreamReader::new(futures::stream::poll_fn(move |cx| received.poll_recv(cx))),
             sending,
         );
-        // A guest on an emulated processor with a slow disk takes its time; a dead one is noticed by the connection.
+        // A guest on an emulated processor with a slow disk is slow; a dead one is detected by the connection.
         let config = Config { request_timeout_secs: 120, ..Config::default() };
         let session = RawSftpSession::new_with_config(stream, config);
         let sftp = Sftp { guest: self, session, channel: Some((receiving, writer)) };
         match sftp.session.init().await {
             Ok(_) => Ok(Some(sftp)),
-            // The server named a program that is not there, and hung up.
+            // The server is configured with a program that does not exist, and closed the channel.
             Err(_) if !self.is_closed() => Ok(None),
             Err(_) => Err(self.broken("a file was uploaded", None)),
         }
     }
 }
 
-/// Hands on what the server says, until it has closed the channel: only then its process has ended.
+/// Passes on what the server sends, until it has closed the channel: only then has its process ended.
 async fn receive(
     mut reader: ChannelReadHalf,
     replies: mpsc::Sender<io::Result<Bytes>>,
@@ -181,7 +182,7 @@ async fn receive(
             ChannelMsg::Data { data } => match greeting.push(data) {
                 Ok(data) => {
                     if let Some(replies) = replies.as_ref().filter(|_| !data.is_empty()) {
-                        // Nobody may want to know any more: the end is waited for all the same.
+                        // The receiver may be gone; the end is waited for nevertheless.
                         let _ = replies.send(Ok(data)).await;
                     }
                 }
@@ -194,20 +195,20 @@ async fn receive(
     }
 }
 
-/// Finds the first packet of an SFTP server. sshd starts a server of its own program through the user's login shell, which may
-/// say something first.
+/// Finds the first packet of an SFTP server. sshd starts an external server through the user's login shell, which may
+/// write something first.
 #[derive(Debug, Default)]
 struct Greeting {
     found: bool,
     held: Vec<u8>,
 }
 
-/// Something else than an SFTP server talks.
+/// The other side is not an SFTP server.
 #[derive(Debug, PartialEq, Eq)]
 struct NotSftp;
 
 impl Greeting {
-    /// What a login shell may say before its server speaks.
+    /// How much a login shell may write before its server does, in bytes.
     const MAX_NOISE: usize = 64 * 1024;
 
     fn push(&mut self, data: Bytes) -> Result<Bytes, NotSftp> {
@@ -215,7 +216,8 @@ impl Greeting {
             return Ok(data);
         }
         self.held.extend_from_slice(&data);
-        // SSH_FXP_VERSION, version 3 (draft-ietf-secsh-filexfer-02, 3 and 4): a length, 2, 3. Text has no zeros.
+        // SSH_FXP_VERSION, version 3 (draft-ietf-secsh-filexfer-02, 3 and 4): a length, 2, 3. Text contains no zero
+        // bytes.
         let is_start = |bytes: &[u8]| matches!(bytes, [0, 0, _, _, 2, 0, 0, 0, 3]);
         if let Some(at) = self.held.windows(9).position(is_start) {
             self.found = true;
@@ -225,7 +227,7 @@ impl Greeting {
     }
 }
 
-/// A way of writing a file as the user.
+/// A way to write a file as the user.
 trait Way {
     async fn put(&self, content: Content<'_>, path: &str) -> Result<(), Refusal>;
 }
@@ -238,7 +240,7 @@ struct Sftp<'a> {
 
 impl Drop for Sftp<'_> {
     fn drop(&mut self) {
-        // Dropping the session, which comes next, tells the server to end. The next session waits until it has.
+        // Dropping the session, which happens next, tells the server to end. The next session waits until it has.
         if let Some((mut receiving, writer)) = self.channel.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
@@ -282,7 +284,7 @@ impl Sftp<'_> {
         Ok(self.session.open(path, flags, FileAttributes::empty()).await?.handle)
     }
 
-    /// Makes the directories above a file; those that it made, the innermost first.
+    /// Makes the parent directories of a file. Returns those that it made, the innermost first.
     async fn make_parents(&self, path: &str) -> Result<Vec<String>, Refusal> {
         let mut missing = Vec::new();
         let mut next = parent(path);
@@ -308,7 +310,7 @@ impl Sftp<'_> {
 impl Way for Sftp<'_> {
     async fn put(&self, content: Content<'_>, path: &str) -> Result<(), Refusal> {
         let what = format!("write {path}");
-        // What stands there is somebody's: also a link that leads nowhere.
+        // Whatever exists there belongs to someone else, including a dangling link.
         let is_new = match self.session.stat(path).await {
             Ok(attrs) if attrs.attrs.is_dir() => return Err(Refusal::Failed(is_directory(path))),
             Ok(_) => false,
@@ -386,8 +388,8 @@ impl Way for Cat<'_> {
     }
 }
 
-/// A script that writes what `source` says to a file, makes its parents, and checks the size. What it made is gone when it
-/// failed.
+/// Returns a script that writes the output of `source` to a file, makes its parent directories, and checks the size. If
+/// it fails, it removes what it made.
 pub(super) fn place(source: &str, path: &str, size: u64) -> String {
     let (file, directory) = (quote(path), quote(parent(path)));
     format!(
@@ -406,23 +408,23 @@ eval "$undo"; exit {NOT_WRITTEN}"#
     )
 }
 
-/// A script that makes an empty file of its user's own, where there is none.
+/// Returns a script that makes an empty file that only its user can access, and fails if it exists.
 pub(super) fn create(path: &str) -> String {
     format!("umask 077; set -C; : >{path}")
 }
 
-/// A script that removes a file, and directories that are empty.
+/// Returns a script that removes a file, and directories that are empty.
 pub(super) fn remove(path: &str, directories: &[String]) -> String {
     let directories = directories.iter().map(|directory| format!("; rmdir {} 2>/dev/null", quote(directory)));
     format!("rm -f {}{}", quote(path), directories.collect::<String>())
 }
 
-/// Runs a script as root.
+/// Returns a command line that runs a script as root.
 pub(super) fn as_root(script: &str) -> String {
     format!("sudo -n /bin/sh -c {}", quote(script))
 }
 
-/// What is removed from the guest unless it is kept: a file, and the directories that were made for it.
+/// What is removed from the guest unless kept: a file, and the directories that were made for it.
 struct Leftover {
     guest: Guest,
     remove: Option<String>,

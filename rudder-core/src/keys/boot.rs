@@ -1,17 +1,17 @@
-//! The grammar of boot commands: from the strings of a manifest to pieces and mistakes.
+//! The grammar of boot commands: parses the strings of a manifest into tokens and mistakes.
 
 use super::{NAMED, named_key, us_stroke, wait};
 use crate::visible::cut;
 use std::time::Duration;
 
-/// The templates that a boot command may hold, by name.
+/// The variables that a template in a boot command may use.
 pub const BOOT_VARIABLES: &[&str] = &["HTTPIP", "HTTPPort", "Name"];
 
-/// A piece of a boot command.
+/// A token of a boot command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BootToken {
-    /// Text to type. Templates in it are written one way: `{{ .Name }}`, with the inner blanks.
+    /// Text to type. Templates in it are normalised to `{{ .Name }}`, with the inner spaces.
     Text(String),
     /// Presses and releases a key.
     Press(u32),
@@ -21,73 +21,74 @@ pub enum BootToken {
     Release(u32),
     /// Waits.
     Wait(Duration),
-    /// Waits until a text stands on the screen. Templates as in [`Text`](Self::Text).
+    /// Waits until a text appears on the screen. Templates are normalised as in [`Text`](Self::Text).
     WaitText {
         /// The text, not empty.
         text: String,
-        /// How long at most.
+        /// Maximum time to wait.
         limit: Duration,
     },
-    /// Waits until a text comes on the serial line. Templates as in [`Text`](Self::Text).
+    /// Waits until a text appears on the serial console. Templates are normalised as in [`Text`](Self::Text).
     WaitSerial {
         /// The text, not empty.
         text: String,
-        /// How long at most.
+        /// Maximum time to wait.
         limit: Duration,
     },
 }
 
-/// What is wrong with a piece of a boot command.
+/// The kind of a mistake in a boot command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BootMistakeKind {
-    /// `<…>` is no token.
+    /// `<…>` is not a token.
     UnknownToken,
-    /// `{{ … }}` is no variable.
+    /// `{{ … }}` is not a variable.
     UnknownVariable,
     /// A key is held and never released.
     UnclosedHold,
     /// A key is released that is not held.
     NotHeld,
-    /// A character that a US keyboard does not have.
+    /// A character does not exist on a US keyboard.
     Untypable,
-    /// A wait for a text does not give one in quotes.
+    /// A wait for a text has no text in quotes.
     MissingText,
-    /// The quotes of a text to wait for, or the token behind them, are not closed.
+    /// The quotes of a text to wait for, or the token after them, are not closed.
     UnclosedText,
-    /// What stands behind a text to wait for is no duration above 0.
+    /// What follows a text to wait for is not a duration above 0.
     BadLimit,
 }
 
-/// A mistake in a boot command, and where it stands.
+/// A mistake in a boot command, with its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootMistake {
     /// The index of the list element.
     pub element: usize,
-    /// The bytes in the element.
+    /// The byte range in the element.
     pub range: std::ops::Range<usize>,
-    /// What kind of mistake.
+    /// The kind of mistake.
     pub kind: BootMistakeKind,
-    /// What stands there; cut where it is long.
+    /// The text at that location, truncated if it is long.
     pub found: String,
 }
 
-/// Mistakes of one boot command that are told; those behind them are not looked for.
+/// Maximum number of mistakes reported for one boot command; parsing does not look for more.
 const MAX_MISTAKES: usize = 1000;
 
-/// Characters of what a mistake repeats.
+/// Maximum number of characters of the text that a mistake quotes.
 const MAX_FOUND: usize = 80;
 
-/// Reads a boot command: its pieces, and its mistakes. Each element is read on its own, but a hold may end in a later one.
+/// Parses a boot command into tokens and mistakes. Each element is parsed on its own, but a hold may end in a later
+/// one.
 ///
-/// `<waitText 'TEXT'>` and `<waitSerial 'TEXT' 90s>` hold a text in single or double quotes, in which that quote is written
-/// twice, and anything else stands for itself.
+/// `<waitText 'TEXT'>` and `<waitSerial 'TEXT' 90s>` contain a text in single or double quotes. That quote is escaped
+/// by doubling it; every other character is literal.
 ///
-/// `<` opens a token where `>` follows a word (`<enter>`), or a character and `On` or `Off` (`<aOn>`, `<<On>`); any other
-/// `<` is typed. So `["<", "b>"]` types what `["<b>"]` would take for a token.
+/// `<` opens a token where `>` follows a word (`<enter>`), or a character and `On` or `Off` (`<aOn>`, `<<On>`); any
+/// other `<` is typed. So `["<", "b>"]` types what `["<b>"]` would parse as a token.
 ///
-/// The work is linear in the length of the text. At most a thousand mistakes are told.
+/// The work is linear in the length of the text. At most a thousand mistakes are reported.
 pub fn parse_boot_command<'a>(
     elements: impl IntoIterator<Item = &'a str>,
 ) -> (Vec<BootToken>, Vec<BootMistake>) {
@@ -105,11 +106,11 @@ pub fn parse_boot_command<'a>(
 struct Parser {
     tokens: Vec<BootToken>,
     mistakes: Vec<BootMistake>,
-    /// Keys that are held, each with the mistake that it is if nothing releases it.
+    /// Keys that are held, each with the mistake to report if nothing releases it.
     held: Vec<(u32, BootMistake)>,
-    /// The element that is read.
+    /// The index of the current element.
     index: usize,
-    /// Nothing closes a template from here on.
+    /// Whether no template is closed from here on.
     unclosed: bool,
 }
 
@@ -139,7 +140,7 @@ impl Parser {
         length
     }
 
-    /// Reads `<…>` at the start of `rest`; its length, or `None` when the `<` is a literal.
+    /// Parses `<…>` at the start of `rest`. Returns its length, or `None` when the `<` is a literal.
     fn token(&mut self, at: usize, rest: &str) -> Option<usize> {
         if let Some((character, down, length)) = character_hold(rest) {
             let keysym = match us_stroke(character) {
@@ -156,7 +157,7 @@ impl Parser {
         if let Some(read) = wait::for_text(rest) {
             return Some(self.wait_for_text(at, rest, read));
         }
-        // A token holds no `<`: what was looked at here is not looked at again from the next one.
+        // A token contains no `<`, so a later one does not scan this text again.
         let body = &rest[1..1 + rest[1..].find(['<', '>'])?];
         if rest[1 + body.len()..].starts_with('<') {
             return None;
@@ -184,7 +185,7 @@ impl Parser {
         Some(length)
     }
 
-    /// Takes `<waitText …>` or `<waitSerial …>` at `at`; its length.
+    /// Adds the token for `<waitText …>` or `<waitSerial …>` at `at`. Returns its length.
     fn wait_for_text(&mut self, at: usize, rest: &str, read: wait::Read<'_>) -> usize {
         let wait::Read { on, length, text } = read;
         match text {
@@ -202,7 +203,7 @@ impl Parser {
         length
     }
 
-    /// A text between quotes: those that are written twice stand for one, and templates are written one way.
+    /// Returns the text between quotes, with doubled quotes unescaped and templates normalised.
     fn waited_for(&mut self, at: usize, raw: &str, quote: char) -> String {
         let (mut text, mut done) = (String::new(), 0);
         let outside = std::mem::take(&mut self.unclosed);
@@ -220,14 +221,14 @@ impl Parser {
         text
     }
 
-    /// Reads `{{…}}` at the start of `rest`; its length, or `None` when the brace is a literal.
+    /// Parses `{{…}}` at the start of `rest`. Returns its length, or `None` when the brace is a literal.
     fn template(&mut self, at: usize, rest: &str) -> Option<usize> {
         let (template, length) = self.read_template(at, rest)?;
         self.push_text(&template);
         Some(length)
     }
 
-    /// The template at the start of `rest`, written one way (nothing, when it is a mistake), and its length there.
+    /// Returns the normalised template at the start of `rest` (empty if it is a mistake), and its length in the source.
     fn read_template(&mut self, at: usize, rest: &str) -> Option<(String, usize)> {
         let body = rest.strip_prefix("{{").filter(|_| !self.unclosed)?;
         let Some(length) = body.find("}}") else {
@@ -286,7 +287,7 @@ impl Parser {
     }
 }
 
-/// `<` one character, `On` or `Off`, `>`: the character, whether it goes down, the length of it all.
+/// Parses `<`, one character, `On` or `Off`, and `>`. Returns the character, whether it goes down, and the length.
 fn character_hold(rest: &str) -> Option<(char, bool, usize)> {
     let mut characters = rest[1..].chars();
     let character = characters.next()?;
@@ -299,7 +300,7 @@ fn character_hold(rest: &str) -> Option<(char, bool, usize)> {
     None
 }
 
-/// A key's name, then `On` or `Off`.
+/// Parses a key's name followed by `On` or `Off`.
 fn named_hold(body: &str) -> Option<(u32, bool)> {
     [("on", true), ("off", false)].into_iter().find_map(|(suffix, down)| {
         let split = body.len().checked_sub(suffix.len())?;
@@ -308,11 +309,11 @@ fn named_hold(body: &str) -> Option<(u32, bool)> {
     })
 }
 
-/// The known token nearest to `found` (with its angle brackets), if one is near.
+/// Returns the known token nearest to `found` (with its angle brackets), if one is similar.
 #[must_use]
 pub fn nearest_token(found: &str) -> Option<String> {
     let body = found.trim_start_matches('<').trim_end_matches('>').to_ascii_lowercase();
-    // Of a token with a text in it, the name is what can be misspelt.
+    // In a token with a text, only the name can be misspelt.
     if let Some((name, _)) = body.split_once(char::is_whitespace) {
         let near = wait::NAMES.iter().filter(|known| {
             strsim::damerau_levenshtein(name, &known.to_ascii_lowercase()) * 3 <= known.len()

@@ -1,6 +1,6 @@
 //! Keys: X11 keysyms, the US keyboard, and in `boot` the grammar of boot commands.
 //!
-//! Keysyms are those of `X11/keysymdef.h`, as RFB sends them (RFC 6143, 7.5.4).
+//! Keysyms are those of `X11/keysymdef.h`, as sent over RFB (RFC 6143, 7.5.4).
 
 mod boot;
 mod wait;
@@ -11,7 +11,7 @@ pub use wait::DEFAULT_WAIT_LIMIT;
 /// The keysym of the left Shift key.
 pub const SHIFT_LEFT: u32 = 0xffe1;
 
-/// Keys that have a name in boot commands. Names are compared without regard to case.
+/// Keys that have a name in boot commands. Names are case-insensitive.
 const NAMED: &[(&str, u32)] = &[
     ("enter", 0xff0d),
     ("return", 0xff0d),
@@ -56,29 +56,29 @@ const NAMED: &[(&str, u32)] = &[
     ("rightShift", 0xffe2),
 ];
 
-/// The keysym of a key by its name in boot commands, without regard to case: `enter`, `F1`, `leftCtrl`.
+/// Returns the keysym of a key by its case-insensitive name in boot commands: `enter`, `F1`, `leftCtrl`.
 #[must_use]
 pub fn named_key(name: &str) -> Option<u32> {
     NAMED.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, keysym)| *keysym)
 }
 
-/// The name of a key in boot commands, by its keysym; `None` for those without one, characters for instance.
+/// Returns the name of a key in boot commands, by its keysym; `None` for keys without one, such as characters.
 #[must_use]
 pub fn key_name(keysym: u32) -> Option<&'static str> {
     NAMED.iter().find(|(_, known)| *known == keysym).map(|(name, _)| *name)
 }
 
-/// What is pressed on a US keyboard for a character.
+/// The key to press on a US keyboard for a character.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Stroke {
     /// The keysym of the character (not of the unshifted key), as an RFB client sends it.
     pub keysym: u32,
-    /// Whether Shift is held meanwhile.
+    /// Whether Shift is held while the key is pressed.
     pub shift: bool,
 }
 
-/// How a character is typed on a US keyboard: printable ASCII, newline (Enter) and tab; `None` for all others.
+/// Returns how a character is typed on a US keyboard: printable ASCII, newline (Enter) and tab; `None` for all others.
 #[must_use]
 pub fn us_stroke(character: char) -> Option<Stroke> {
     let (keysym, shift) = match character {

@@ -1,10 +1,10 @@
-//! The tokens of boot commands that wait: for a time, or for a text on the screen or the serial line.
+//! The tokens of boot commands that wait: for a duration, or for a text on the screen or the serial console.
 
 use super::BootMistakeKind;
 use crate::units::parse_duration;
 use std::{ops::Range, time::Duration};
 
-/// How long a boot command waits for a text when it does not say it.
+/// How long a boot command waits for a text unless it specifies a limit.
 pub const DEFAULT_WAIT_LIMIT: Duration = Duration::from_secs(60);
 
 /// The tokens that wait for a text.
@@ -17,28 +17,28 @@ pub(super) enum On {
     Serial,
 }
 
-/// A token that waits for a text, as read. Ranges and places are from its `<`.
+/// A parsed token that waits for a text. Ranges and positions are relative to its `<`.
 #[derive(Debug)]
 pub(super) struct Read<'t> {
     pub(super) on: On,
-    /// How long it is, or what is taken as it.
+    /// The length of the token; on a mistake, of what is taken for it.
     pub(super) length: usize,
     pub(super) text: Result<Text<'t>, (BootMistakeKind, Range<usize>)>,
 }
 
-/// What it waits for.
+/// What the token waits for.
 #[derive(Debug)]
 pub(super) struct Text<'t> {
-    /// What stands between the quotes.
+    /// The text between the quotes, unparsed.
     pub(super) raw: &'t str,
-    /// Where that begins.
+    /// The position at which that text begins.
     pub(super) raw_at: usize,
-    /// The quote, which stands twice in the text for one.
+    /// The quote, which is escaped in the text by doubling it.
     pub(super) quote: char,
     pub(super) limit: Duration,
 }
 
-/// Reads `<waitText 'TEXT' LIMIT>` or `<waitSerial …>`; `None` where neither of them begins.
+/// Parses `<waitText 'TEXT' LIMIT>` or `<waitSerial …>`; `None` where neither of them begins.
 pub(super) fn for_text(rest: &str) -> Option<Read<'_>> {
     let body = rest.strip_prefix('<')?;
     let (name, on) = NAMES
@@ -53,7 +53,7 @@ pub(super) fn for_text(rest: &str) -> Option<Read<'_>> {
     Some(Read { on, length, text })
 }
 
-/// Reads what follows the name, which ends at `at`: how long the whole token is, and what is in it.
+/// Parses what follows the name, which ends at `at`. Returns the length of the whole token, and its content.
 fn quoted(rest: &str, at: usize) -> (usize, Result<Text<'_>, (BootMistakeKind, Range<usize>)>) {
     use BootMistakeKind as Kind;
     let opening = after_blanks(rest, at);
@@ -88,7 +88,7 @@ fn quoted(rest: &str, at: usize) -> (usize, Result<Text<'_>, (BootMistakeKind, R
     (length, text)
 }
 
-/// What stands before a quote that is not written twice; `None` where there is none.
+/// Returns the text before the first quote that is not doubled; `None` if there is none.
 fn until_quote(text: &str, quote: char) -> Option<&str> {
     let mut at = 0;
     loop {
@@ -104,7 +104,7 @@ fn after_blanks(text: &str, at: usize) -> usize {
     text.len() - text[at..].trim_start().len()
 }
 
-/// A time to wait, as it is written behind `wait` and behind a text: nothing (1 s), seconds, or a duration.
+/// Parses a duration as written after `wait` and after a text: nothing (1 s), seconds, or a duration.
 pub(super) fn duration(text: &str) -> Option<Duration> {
     match text {
         "" => Some(Duration::from_secs(1)),

@@ -1,14 +1,15 @@
-//! `Debug` of what the author wrote: everything but what is secret or may hold secrets.
+//! `Debug` of manifests, without anything that is secret or may hold secrets.
 //!
-//! Values of keys that say that they are secret are masked, also those of keys that Rudder does not know; passwords and tokens in
-//! URLs too. Free texts (scripts, user data, environments, instructions, boot commands) are shown by their length.
+//! Values are masked if the name of their key marks them as secret, even if Rudder does not know the key, and so are
+//! passwords and tokens in URLs. Free text (scripts, user data, environments, instructions, boot commands) is shown by
+//! its length.
 
 use super::*;
 use crate::{diagnostic::is_secret_key, secret::redact_urls};
 use serde_yaml::Value;
 use std::fmt;
 
-/// Fields whose text may hold anything.
+/// Fields whose text may contain anything.
 const FREE: [&str; 9] = [
     "inline",
     "userData",
@@ -72,7 +73,7 @@ fn redact(value: &mut Value) {
     }
 }
 
-/// The length of every text in place of it.
+/// Replaces every text by its length.
 fn elide(value: &mut Value) {
     match value {
         Value::String(text) => *text = format!("{} bytes", text.len()),

@@ -1,28 +1,28 @@
-//! A parsed document: the manifest in it, and where each of its values stands.
+//! A parsed document: its manifest, and the location of each value.
 
 use super::{Manifest, path::Path, yaml::Tree};
 use crate::diagnostic::{Diagnostic, Span};
 use std::{fmt, sync::Arc};
 
-/// What a file holds, and what is wrong with it.
+/// The contents of a file, and what is wrong with it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Parsed {
-    /// The documents that could be read; a value that is wrong is left out of them.
+    /// The documents that could be read, without invalid values.
     pub documents: Vec<Document>,
-    /// What was found, in the order of the file.
+    /// All findings, in source order.
     pub diagnostics: Vec<Diagnostic>,
 }
 
 impl Parsed {
-    /// Whether a finding refuses the manifest.
+    /// Whether any finding is an error, which refuses the manifest.
     #[must_use]
     pub fn has_errors(&self) -> bool {
         self.diagnostics.iter().any(Diagnostic::is_error)
     }
 }
 
-/// One manifest, with the places of its values where it was read from text.
+/// A manifest, with the locations of its values if it was parsed from text.
 #[derive(Clone)]
 pub struct Document {
     manifest: Manifest,
@@ -44,38 +44,39 @@ impl Document {
         Self { manifest, source_name, tree: Some(Arc::new(tree)) }
     }
 
-    /// A document of a manifest that a program made: nothing in it has a place.
+    /// Creates a document from a manifest that was made by a program; its values have no location.
     #[must_use]
     pub fn from_manifest(manifest: Manifest) -> Self {
         Self { manifest, source_name: None, tree: None }
     }
 
-    /// The manifest, nothing filled in.
+    /// Returns the manifest, without defaults filled in.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// The manifest itself.
+    /// Returns the manifest.
     #[must_use]
     pub fn into_manifest(self) -> Manifest {
         self.manifest
     }
 
-    /// The name of the file or stream it came from.
+    /// Returns the name of the file or stream that it was read from.
     #[must_use]
     pub fn source_name(&self) -> Option<&str> {
         self.source_name.as_deref()
     }
 
-    /// The text of this document as given, with its comments; `None` for a manifest that a program made.
+    /// Returns the text of this document as given, including comments; `None` for a manifest that was made by a
+    /// program.
     #[must_use]
     pub fn source(&self) -> Option<&str> {
         let tree = self.tree.as_ref()?;
         tree.source.get(tree.range.0..tree.range.1)
     }
 
-    /// Where the fields of the spec hang: at the root in the bare form, under `spec` in the resource form.
+    /// Returns the path of the spec: the root in the bare form, `spec` in the resource form.
     #[must_use]
     pub fn spec_path(&self) -> &'static Path<'static> {
         match self.manifest {
@@ -84,14 +85,14 @@ impl Document {
         }
     }
 
-    /// Where the value at this path stands.
+    /// Returns the location of the value at this path.
     #[must_use]
     pub fn locate(&self, path: &Path<'_>) -> Option<Span> {
         let tree = self.tree.as_ref()?;
         tree.find(path).map(|(_, value)| tree.node(value).span)
     }
 
-    /// Where the key of this path stands; `None` for an element of a list, too.
+    /// Returns the location of the key of this path; `None` if it is an element of a list.
     #[must_use]
     pub fn locate_key(&self, path: &Path<'_>) -> Option<Span> {
         let tree = self.tree.as_ref()?;
@@ -99,7 +100,8 @@ impl Document {
         key.map(|key| tree.node(key).span)
     }
 
-    /// The best place for a finding about this path: its value, or the nearest thing that holds it.
+    /// Returns the best location for a finding about this path: that of its value, or of the nearest parent that has
+    /// one.
     #[must_use]
     pub fn locate_nearest(&self, path: &Path<'_>) -> Option<Span> {
         let mut rest = *path;
@@ -111,14 +113,14 @@ impl Document {
         }
     }
 
-    /// Whether something was written at this path that [`parse`](super::parse) refused and left out, or that lies in such a value:
-    /// the finding is there already, and nobody needs to hear that the value is missing.
+    /// Whether the value at this path, or one that contains it, was refused by [`parse`](super::parse) and left out.
+    /// That was already reported, so the value should not be reported as missing.
     #[must_use]
     pub fn is_pruned(&self, path: &Path<'_>) -> bool {
         self.tree.as_ref().is_some_and(|tree| tree.is_pruned_at(path))
     }
 
-    /// Whether [`parse`](super::parse) refused something of this document and left it out.
+    /// Whether [`parse`](super::parse) refused any value of this document and left it out.
     pub(crate) fn has_pruned(&self) -> bool {
         self.tree.as_ref().is_some_and(|tree| tree.has_pruned())
     }

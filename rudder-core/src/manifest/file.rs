@@ -1,4 +1,4 @@
-//! The file of a manifest, read no further than a manifest may be long.
+//! Reads the file of a manifest, up to the maximum size of a manifest.
 
 use crate::{Error, ErrorKind, Result};
 use std::{
@@ -7,18 +7,18 @@ use std::{
     path::Path,
 };
 
-/// Bytes of a manifest file at most: 16 MiB.
+/// Maximum size of a manifest file in bytes: 16 MiB.
 pub const MAX_BYTES: usize = 16 * 1024 * 1024;
 
 /// Reads the file of a manifest. Pipes and devices are read like files: to their end, or to the limit.
 ///
 /// # Errors
-/// `NotFound` and `Io` when it cannot be read; `InvalidInput` for a directory, a block device, and what is longer than
+/// `NotFound` and `Io` when it cannot be read; `InvalidInput` for a directory, a block device, and anything longer than
 /// [`MAX_BYTES`].
 pub fn read_file(path: &Path) -> Result<Vec<u8>> {
     let shown = path.display();
     let failed = |error| Error::io(format!("read {shown}"), error);
-    // Asked before it is opened: opening some devices does something.
+    // Checked before opening, because opening some devices has side effects.
     let kind = std::fs::metadata(path).map_err(failed)?;
     if kind.is_dir() {
         let message = format!("expected the file of a manifest, but found a directory: {shown}");
@@ -31,7 +31,7 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
     read(File::open(path).map_err(failed)?).map_err(failed)?.ok_or_else(|| too_large(path))
 }
 
-/// All bytes; `None` when there are too many.
+/// Reads all bytes; `None` if there are more than `MAX_BYTES`.
 fn read(file: impl Read) -> std::io::Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
     let mut limited: Take<_> = file.take(MAX_BYTES as u64 + 1);
@@ -61,7 +61,7 @@ mod tests {
         assert!(error(Path::new("/dev/zero")).to_string().contains("at most 16 MiB"));
         assert!(error(dir.path()).to_string().contains("a directory"));
         assert_eq!(error(&dir.path().join("none")).kind(), ErrorKind::NotFound);
-        // No bytes of it are on the disk, and none are read.
+        // A sparse file takes no space on the disk, and is refused without reading it.
         let sparse = dir.path().join("sparse");
         File::create(&sparse).unwrap().set_len(1 << 40).unwrap();
         assert_eq!(error(&sparse).kind(), ErrorKind::InvalidInput);

@@ -1,4 +1,4 @@
-//! Keys that no field has. What is known comes from the JSON Schema, which comes from the types.
+//! Finds unknown keys. The known ones are taken from the JSON Schema, which is generated from the types.
 
 use super::{
     Manifest, UnknownKeys,
@@ -10,18 +10,18 @@ use crate::diagnostic::Diagnostic;
 use serde_json::Value;
 use std::{collections::HashMap, sync::LazyLock};
 
-/// What may stand at a place, as far as keys go.
+/// The keys that are allowed in a value.
 #[derive(Debug)]
 enum Shape {
-    /// A struct: its fields.
+    /// A struct, with its fields.
     Fields(HashMap<String, usize>),
-    /// A list of one shape.
+    /// A list whose elements have one shape.
     List(usize),
     /// Anything.
     Any,
 }
 
-/// The shapes of all structs, flattened out of the schema.
+/// The shapes of all structs, taken from the schema.
 #[derive(Debug, Default)]
 struct Shapes {
     shapes: Vec<Shape>,
@@ -77,8 +77,8 @@ impl Shapes {
     }
 }
 
-/// Reports every key that no field has, in the order of the text: a misspelt one is an error, another a warning unless it is to be
-/// refused as well.
+/// Reports every unknown key, in source order. A misspelt key is an error; any other is a warning, unless unknown keys
+/// are refused.
 pub(super) fn check(
     tree: &Tree,
     manifest: &Manifest,
@@ -102,7 +102,7 @@ struct Walk<'t> {
 }
 
 impl Walk<'_> {
-    /// Goes no deeper than the schema, which is not recursive.
+    /// Visits a node; the recursion is no deeper than the schema, which is not recursive.
     fn visit(&mut self, node: NodeId, shape: usize) {
         let tree = self.tree;
         if self.diagnostics.len() >= MAX_FINDINGS || tree.is_pruned(node) {
@@ -133,12 +133,12 @@ impl Walk<'_> {
 
     fn unknown(&mut self, key: NodeId, name: &str, fields: &HashMap<String, usize>) {
         let mut path = String::new();
-        // Writing to a String does not fail.
+        // Writing to a `String` does not fail.
         let _ = write_segments(&self.path, &mut path);
         let short: String = name.chars().take(80).collect();
         let span = Some(self.tree.node(key).span);
         let near = nearest(name, fields);
-        // What is meant by a key that is nearly another is known: ignoring it would make another machine.
+        // The intent of a misspelt key is clear: ignoring it would build a different machine.
         let is_misspelt = near.is_some_and(|near| is_misspelling(name, near));
         let mut diagnostic = if is_misspelt || self.unknown == UnknownKeys::Refuse {
             Diagnostic::error("unknown-key", path, span, format!("no field is called `{short}` here"))
@@ -151,10 +151,11 @@ impl Walk<'_> {
     }
 }
 
-/// Whether a key is another but for capitals, `-` and `_`, or one letter that is missing, wrong, too many or in the wrong place.
+/// Whether a key equals a field except for capitals, `-` and `_`, or for one letter that is missing, wrong, superfluous
+/// or transposed.
 fn is_misspelling(name: &str, field: &str) -> bool {
     let (name, field) = (plain(name), plain(field));
-    // Of two letters, one is half of the word.
+    // In a field of two letters, a single letter is too much of a difference.
     name == field || field.len() > 2 && strsim::damerau_levenshtein(&name, &field) <= 1
 }
 
@@ -162,7 +163,8 @@ fn plain(text: &str) -> String {
     text.replace(['-', '_'], "").to_lowercase()
 }
 
-/// The field that the author most likely meant: without regard to case, `-` and `_`, or a few letters away.
+/// Returns the field that the author most likely meant: the same except for capitals, `-` and `_`, or a few letters
+/// away.
 fn nearest<'f>(name: &str, fields: &'f HashMap<String, usize>) -> Option<&'f str> {
     if name.len() > 64 {
         return None;

@@ -1,8 +1,9 @@
-//! The manifest: what the author wrote, nothing filled in.
+//! The manifest as the author wrote it, without defaults filled in.
 //!
-//! These are schema types, apart from meaning: every scalar with a grammar of its own (names, quantities, addresses)
-//! is kept as written and is read by `crate::check` and [`crate::plan`]. Every field is optional here, so that one missing
-//! field never hides the next finding. Keys that Rudder does not know are kept in `unknown` and serialise back.
+//! The types describe the schema, not the meaning: every scalar with a grammar of its own (names, quantities,
+//! addresses) is kept as written, and is interpreted by `crate::check` and [`crate::plan`]. Every field is optional
+//! here, so that a missing field never hides other findings. Keys that Rudder does not know are kept in `unknown` and
+//! written back when the manifest is serialised.
 //!
 //! Field names and meanings follow the RudderVirt `VirtualMachineBuild` resource (`ruddervirt.io/v1alpha1`); see
 //! `docs/manifest.md`.
@@ -40,22 +41,22 @@ pub use vm::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Keys that Rudder does not know, in the order they were written.
+/// Keys that Rudder does not know, in the order in which they were written.
 pub type Unknown = YamlMapping;
 
 /// The `apiVersion` of the resource form.
 pub const API_VERSION: &str = "ruddervirt.io/v1alpha1";
 
-/// One document of a manifest file, in the form it was written in.
+/// One document of a manifest file, in the form in which it was written.
 #[derive(Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 #[non_exhaustive]
 pub enum Manifest {
-    /// `apiVersion`, `kind: VirtualMachineBuild`, `metadata`, `spec`.
+    /// The resource form of a build: `apiVersion`, `kind: VirtualMachineBuild`, `metadata`, `spec`.
     Resource(Box<Resource<BuildSpec>>),
-    /// The spec itself, with an optional name.
+    /// The bare form: the spec itself, with an optional name.
     Bare(Box<BareBuild>),
-    /// `kind: VirtualMachineClone`.
+    /// The resource form of a clone, with `kind: VirtualMachineClone`.
     Clone(Box<Resource<CloneSpec>>),
 }
 
@@ -242,7 +243,7 @@ pub struct EgressGateway {
 }
 
 impl Manifest {
-    /// The name as written; a bare manifest without one is named after its file by the plan.
+    /// Returns the name as written. A bare manifest without a name is named after its file when it is planned.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         match self {
@@ -252,7 +253,7 @@ impl Manifest {
         }
     }
 
-    /// What is to be built; `None` for a clone, or a resource without `spec`.
+    /// Returns the spec of a build; `None` for a clone, or a resource without `spec`.
     #[must_use]
     pub fn build_spec(&self) -> Option<&BuildSpec> {
         match self {
@@ -262,11 +263,12 @@ impl Manifest {
         }
     }
 
-    /// The manifest as YAML, in the form it came in: unknown keys, the order of lists and the kind of every scalar are kept.
-    /// Comments, anchors and empty lists are not.
+    /// Writes the manifest as YAML, in its original form: unknown keys, the order of lists and the kind of every scalar
+    /// are kept. Comments, anchors and empty lists are not.
     ///
     /// # Errors
-    /// For what a program put into the `unknown` fields and no parsed manifest contains: tags, and keys that are lists or mappings.
+    /// When `unknown` fields that a program has set contain what no parsed manifest does: tags, and keys that are lists
+    /// or mappings.
     pub fn to_yaml(&self) -> crate::Result<String> {
         let value = serde_yaml::to_value(self).map_err(|error| {
             crate::Error::new(crate::ErrorKind::InvalidInput, "cannot write the manifest as YAML")

@@ -1,4 +1,4 @@
-//! The networks of a build, and what is overridden while it runs.
+//! The networks of a build, and the build overrides.
 
 use super::{Nic, Resources, Unknown};
 use schemars::JsonSchema;

@@ -1,4 +1,4 @@
-//! From bytes to documents: which form a document has, and everything that is wrong with its syntax, types and keys.
+//! Parses bytes to documents: determines the form of each document, and finds all mistakes in syntax, types and keys.
 
 use super::{
     API_VERSION, BareBuild, BuildSpec, CloneSpec, Manifest, Resource,
@@ -14,10 +14,11 @@ pub(super) const BUILD_KIND: &str = "VirtualMachineBuild";
 /// The `kind` of a clone.
 pub(super) const CLONE_KIND: &str = "VirtualMachineClone";
 
-/// Reads all documents of a manifest file. Never fails and never stops at the first mistake: see [`Parsed::diagnostics`].
+/// Parses all documents of a manifest file. Never fails and never stops at the first mistake: see
+/// [`Parsed::diagnostics`].
 ///
-/// Accepted is YAML 1.2 in UTF-8 with the core schema, anchors, aliases and merge keys (`<<`), up to 16 MiB, 64 levels and 1000
-/// documents. Whatever the input is, time and memory are bounded.
+/// Accepts YAML 1.2 in UTF-8 with the core schema, anchors, aliases and merge keys (`<<`), up to 16 MiB, 64 levels and
+/// 1000 documents. Time and memory are bounded for any input.
 ///
 /// ```
 /// let parsed = rudder_core::manifest::parse(b"vms:\n- name: web\n  tmp: true\n");
@@ -32,28 +33,29 @@ pub fn parse(bytes: &[u8]) -> Parsed {
     parse_source(None, bytes, UnknownKeys::Warn)
 }
 
-/// [`parse`], with the name of the file, which names a build that has no name of its own.
+/// Like [`parse`], with the name of the file, which names a build that has no name of its own.
 #[must_use]
 pub fn parse_named(source_name: &str, bytes: &[u8]) -> Parsed {
     parse_source(Some(source_name.into()), bytes, UnknownKeys::Warn)
 }
 
-/// [`parse_named`], strictly or not.
+/// Like [`parse_named`], and also selects how unknown keys are reported.
 #[must_use]
 pub fn parse_with(source_name: &str, bytes: &[u8], unknown: UnknownKeys) -> Parsed {
     parse_source(Some(source_name.into()), bytes, unknown)
 }
 
-/// What becomes of a manifest with keys that Rudder does not know.
+/// How keys that Rudder does not know are reported.
 ///
-/// A key that is another but for a capital or one letter is an error in any case: ignoring `secureboot` would make another machine.
+/// A key that differs from a known one only by capitals or one letter is always an error: ignoring `secureboot` would
+/// build a different machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum UnknownKeys {
-    /// They are ignored, with a warning: a manifest may say more than this version of Rudder reads.
+    /// As warnings; the keys are ignored. A manifest may contain more than this version of Rudder reads.
     #[default]
     Warn,
-    /// They are errors.
+    /// As errors.
     Refuse,
 }
 
@@ -61,7 +63,7 @@ fn parse_source(source_name: Option<Arc<str>>, bytes: &[u8], unknown: UnknownKey
     let read::Read { trees, mut diagnostics } = read::read(bytes);
     let mut documents = Vec::new();
     for mut tree in trees {
-        // `---` with nothing behind it.
+        // An empty document: `---` with nothing after it.
         if tree.is_null(tree.root) && !tree.is_pruned(tree.root) {
             continue;
         }
@@ -78,7 +80,7 @@ fn parse_source(source_name: Option<Arc<str>>, bytes: &[u8], unknown: UnknownKey
     }
     diagnostic::sort(&mut diagnostics);
     if diagnostics.len() >= MAX_FINDINGS {
-        // What was not looked for may be an error.
+        // The part that was not checked may contain errors.
         let message = "there is more wrong than is shown here";
         let more = Diagnostic::error("too-many", "", None, message);
         diagnostics.truncate(MAX_FINDINGS);
@@ -104,12 +106,12 @@ fn manifest(tree: &mut Tree, diagnostics: &mut Vec<Diagnostic>) -> Option<Manife
     let lists_vms = tree.entry(root, "vms").is_some_and(
         |(_, vms)| matches!(&tree.node(tree.follow(vms)).kind, Kind::Sequence(items) if !items.is_empty()),
     );
-    // `spec` without VMs beside it is a resource whose head was forgotten: in the bare form it would mean nothing.
+    // A `spec` without `vms` beside it is a resource without its head: in the bare form it would mean nothing.
     if !(has("apiVersion") || has("kind") || has("spec") && !lists_vms) {
         let name = tree.entry(root, "name").map(|(_, node)| node);
         let name = name.and_then(|node| {
             let name = de::read(tree, &["name"], node, None, diagnostics);
-            // A placeholder stands in for what was refused.
+            // A refused value was replaced by a placeholder.
             if tree.is_pruned(node) { None } else { name }
         });
         let spec = de::read::<BuildSpec>(tree, &[], root, Some("name"), diagnostics);
@@ -124,7 +126,8 @@ fn manifest(tree: &mut Tree, diagnostics: &mut Vec<Diagnostic>) -> Option<Manife
     }
     let mut resource = de::read::<Resource<BuildSpec>>(tree, &[], root, None, diagnostics);
     if resource.api_version.is_none() && resource.kind.is_none() {
-        // A key alone says which form this is, also when its value was refused: what is written must say the same.
+        // Only a key showed that this is a resource, and its value may have been refused. The manifest must be
+        // recognised as a resource again after it was written.
         if lists_vms {
             resource.api_version = Some(API_VERSION.to_owned());
         } else {
@@ -134,7 +137,7 @@ fn manifest(tree: &mut Tree, diagnostics: &mut Vec<Diagnostic>) -> Option<Manife
     Some(Manifest::Resource(Box::new(resource)))
 }
 
-/// Checks a field that says what the document is.
+/// Checks a field that identifies the form of the document.
 fn expect(tree: &Tree, field: &str, known: &[&str], code: &str, diagnostics: &mut Vec<Diagnostic>) {
     let names: Vec<_> = known.iter().map(|name| format!("`{name}`")).collect();
     let names = names.join(" or ");
@@ -155,7 +158,7 @@ fn expect(tree: &Tree, field: &str, known: &[&str], code: &str, diagnostics: &mu
             let message = format!("expected {names}, but found `{found}`");
             diagnostics.push(Diagnostic::error(code, field, Some(tree.node(node).span), message));
         }
-        // A list or mapping is a wrong type, which is found with the others.
+        // A list or mapping has the wrong type, and is reported with the other type errors.
         _ => {}
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt, ptr};
 
-/// A path from the root of a document to a value; extending it borrows the shorter one and costs nothing.
+/// A path from the root of a document to a value. Extending a path borrows it and costs nothing.
 ///
 /// ```
 /// use rudder_core::manifest::Path;
@@ -16,12 +16,12 @@ pub struct Path<'a> {
     segment: PathSegment<'a>,
 }
 
-/// One step of a [`Path`].
+/// A segment of a [`Path`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PathSegment<'a> {
     /// The value of this key in a mapping.
     Key(&'a str),
-    /// The element of a list, from 0.
+    /// The element of a list with this index, from 0.
     Index(usize),
 }
 
@@ -29,31 +29,31 @@ static ROOT: Path<'static> = Path { parent: None, segment: PathSegment::Key("") 
 static SPEC: Path<'static> = Path { parent: Some(&ROOT), segment: PathSegment::Key("spec") };
 
 impl<'a> Path<'a> {
-    /// The document itself; written as nothing.
+    /// Returns the path of the document itself, which is displayed as an empty string.
     #[must_use]
     pub fn root() -> &'static Path<'static> {
         &ROOT
     }
 
-    /// The `spec` of the resource form.
+    /// Returns the path of the `spec` of the resource form.
     #[must_use]
     pub fn spec() -> &'static Path<'static> {
         &SPEC
     }
 
-    /// The value of this key.
+    /// Extends the path by a key.
     #[must_use]
     pub fn key<'b>(&'b self, key: &'b str) -> Path<'b> {
         Path { parent: Some(self), segment: PathSegment::Key(key) }
     }
 
-    /// The element at this place, from 0.
+    /// Extends the path by an index, from 0.
     #[must_use]
     pub fn index(&self, index: usize) -> Path<'_> {
         Path { parent: Some(self), segment: PathSegment::Index(index) }
     }
 
-    /// Where it hangs, and by what; `None` for the root.
+    /// Returns the parent and the last segment; `None` for the root.
     #[must_use]
     pub fn split_last(&self) -> Option<(&'a Path<'a>, PathSegment<'a>)> {
         self.parent.map(|parent| (parent, self.segment))
@@ -65,7 +65,7 @@ impl<'a> Path<'a> {
         self.parent.is_none()
     }
 
-    /// The steps from the root.
+    /// Returns the segments from the root.
     #[must_use]
     pub fn segments(&self) -> Vec<PathSegment<'a>> {
         let mut segments = Vec::new();
@@ -93,7 +93,7 @@ impl fmt::Display for Path<'_> {
     }
 }
 
-/// Writes steps the way people read them; a key that is more than a word goes in quotes and brackets.
+/// Writes segments as `a.b[0]`; a key that is not a simple word is quoted in brackets.
 pub(super) fn write_segments(segments: &[PathSegment<'_>], f: &mut impl fmt::Write) -> fmt::Result {
     for (place, segment) in segments.iter().enumerate() {
         match segment {

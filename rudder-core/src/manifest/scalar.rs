@@ -1,4 +1,4 @@
-//! A scalar as the author wrote it: text or number, read later by whoever knows its grammar.
+//! A scalar as the author wrote it: text or a number, parsed later according to its grammar.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de};
@@ -32,14 +32,14 @@ impl From<&str> for Scalar {
     }
 }
 
-/// By hand, because an untagged enum reads everything into a buffer first, and forgets where it stood.
+/// Implemented by hand, because an untagged enum buffers its input first and loses the location.
 impl<'de> Deserialize<'de> for Scalar {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_newtype_struct(SCALAR, ScalarVisitor)
     }
 }
 
-/// The name under which a deserializer that knows it may give a scalar as it stands.
+/// Name of the newtype for which a deserializer may pass a scalar as written.
 pub(super) const SCALAR: &str = "$rudder::Scalar";
 
 struct ScalarVisitor;

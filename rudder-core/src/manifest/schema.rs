@@ -6,7 +6,7 @@ use super::{
 };
 use serde_json::{Map, Value, json};
 
-/// The three forms of a document, and the structs they are made of.
+/// The three forms of a document, and the structs that they consist of.
 pub(super) struct Types {
     pub(super) build: Value,
     pub(super) bare: Value,
@@ -14,7 +14,7 @@ pub(super) struct Types {
     pub(super) definitions: Map<String, Value>,
 }
 
-/// The schemas as the types give them.
+/// Generates the schemas from the types.
 pub(super) fn types() -> Types {
     let mut generator = schemars::generate::SchemaSettings::draft2020_12().into_generator();
     let build = generator.subschema_for::<Resource<BuildSpec>>().to_value();
@@ -23,7 +23,8 @@ pub(super) fn types() -> Types {
     Types { build, bare, clone, definitions: generator.take_definitions(true) }
 }
 
-/// The JSON Schema (draft 2020-12) of a manifest in any of its forms. Keys beyond it are allowed, as the parser allows them.
+/// Returns the JSON Schema (draft 2020-12) of a manifest in any of its forms. Further keys are allowed, as in the
+/// parser.
 #[must_use]
 pub fn json_schema() -> Value {
     let Types { build, bare, clone, mut definitions } = types();
@@ -39,7 +40,7 @@ pub fn json_schema() -> Value {
         "description": "A build of virtual machines, as a resource or as the bare spec; or a clone of a module.",
         "anyOf": [
             resource(build, BUILD_KIND),
-            // Without this, anything would be a bare build with unknown keys.
+            // Otherwise anything would be a bare build with unknown keys.
             with(bare, json!({
                 "required": ["vms"],
                 "not": { "anyOf": [{ "required": ["apiVersion"] }, { "required": ["kind"] }] },
@@ -50,7 +51,7 @@ pub fn json_schema() -> Value {
     })
 }
 
-/// What the types leave open and `docs/manifest.md` does not: struct, field, rule.
+/// Rules of `docs/manifest.md` that the types do not express: struct, field, rule.
 fn rules() -> Vec<(&'static str, &'static str, Value)> {
     let name = || json!({ "pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", "maxLength": 63 });
     let checksum = || json!({ "pattern": "^(sha256:)?[0-9a-fA-F]{64}$" });

@@ -172,7 +172,7 @@ pub enum Lines {
 }
 
 impl Lines {
-    /// The whole text.
+    /// Returns the whole text.
     #[must_use]
     pub fn text(&self) -> std::borrow::Cow<'_, str> {
         match self {
@@ -182,14 +182,14 @@ impl Lines {
     }
 }
 
-/// By hand, because an untagged enum reads everything into a buffer first, and forgets where it stood.
+/// Implemented by hand, because an untagged enum buffers its input first and loses the location.
 impl<'de> Deserialize<'de> for Lines {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_newtype_struct(LINES, LinesVisitor)
     }
 }
 
-/// The name under which a deserializer that knows it may give a text or a list as it stands.
+/// Name of the newtype for which a deserializer may pass a text or a list as written.
 pub(super) const LINES: &str = "$rudder::Lines";
 
 struct LinesVisitor;

@@ -1,5 +1,5 @@
-//! YAML that is carried along as it was written, or read later: types of our own, so that the library behind them is nobody's
-//! concern.
+//! YAML that is passed through as written, or interpreted later. The types are our own, so that the underlying library
+//! does not show in the API.
 
 use super::Scalar;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -9,16 +9,16 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 #[serde(transparent)]
 pub struct YamlValue(serde_yaml::Value);
 
-/// A YAML mapping, in the order in which it was written. Keys are texts, except where the author wrote other scalars.
+/// A YAML mapping, in the order in which it was written. Keys are strings, unless the author wrote other scalars.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct YamlMapping(serde_yaml::Mapping);
 
 impl YamlValue {
-    /// The value as another type: `serde_json::Value`, a struct…
+    /// Converts the value to another type, such as `serde_json::Value` or a struct.
     ///
     /// # Errors
-    /// `InvalidInput` when it is not of that shape.
+    /// `InvalidInput` when the value does not have that shape.
     pub fn to<T: DeserializeOwned>(&self) -> crate::Result<T> {
         serde_yaml::from_value(self.0.clone()).map_err(|error| {
             let message = format!("expected a value of another type: {error}");
@@ -50,41 +50,41 @@ impl From<&str> for YamlValue {
 }
 
 impl YamlMapping {
-    /// An empty mapping.
+    /// Creates an empty mapping.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How many keys it has.
+    /// Returns the number of keys.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether it has no keys.
+    /// Whether the mapping has no keys.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The keys that are texts, in order.
+    /// Returns the keys that are strings, in order.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.0.keys().filter_map(serde_yaml::Value::as_str)
     }
 
-    /// The value of a key.
+    /// Returns the value of a key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<YamlValue> {
         self.0.get(key).cloned().map(YamlValue)
     }
 
-    /// Sets the value of a key. A key that exists keeps its place.
+    /// Sets the value of a key. An existing key keeps its position.
     pub fn insert(&mut self, key: impl Into<String>, value: impl Into<YamlValue>) {
         self.0.insert(key.into().into(), value.into().0);
     }
 
-    /// All entries.
+    /// Returns all entries.
     pub(crate) fn entries(&self) -> impl Iterator<Item = (&serde_yaml::Value, &serde_yaml::Value)> {
         self.0.iter()
     }

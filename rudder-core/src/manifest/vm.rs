@@ -1,4 +1,4 @@
-//! One VM of a manifest: source, hardware, communicator, media.
+//! A VM of a manifest: source, hardware, communicator, media.
 
 use super::{KeyRef, Provisioner, Scalar, Unknown, ValueFrom};
 use crate::secret::Secret;

@@ -1,7 +1,7 @@
 //! The NoCloud seed: what cloud-init reads on the first boot (cloud-init documentation, datasource NoCloud).
 //!
 //! # Files
-//! On a FAT file system labelled `CIDATA`, and as texts:
+//! The seed consists of these files, on a FAT file system labelled `CIDATA` and as texts:
 //!
 //! - `meta-data`, YAML, each value on one plain line of its own, so that a guest without cloud-init can read it with `sed`:
 //!   ```text
@@ -13,19 +13,20 @@
 //!     username: root
 //!     authorized-key: ssh-ed25519 AAAA… rudder
 //!   ```
-//! - `user-data`: what the author wrote, byte for byte as one part of a MIME archive, and behind it parts of ours; without
-//!   anything of the author's, one cloud-config of ours.
+//! - `user-data`: what the author wrote, byte for byte as one part of a MIME archive, followed by Rudder's parts; if
+//!   the author wrote none, a single cloud-config of Rudder's.
 //! - `network-config`: what the author wrote, if anything.
 //!
-//! # How the key gets to the user
+//! # How the user gets the key
 //! cloud-init authorises `public-keys` for the distribution's default user and for root, for root with a forced command
-//! that says "please login as" unless `disable_root` is false. So:
+//! that prints "please login as" unless `disable_root` is false. So:
 //!
-//! - root: a part that sets `disable_root: false`, whatever the author's says.
-//! - somebody else, when the author's text defines no users, or a list of them in which this user has no keys: a part that
-//!   appends the user to `users` (`merge_how`), which merges with an entry of the same name.
-//! - otherwise (the user has keys of the author's, which cloud-init would not merge; or the text cannot be read here: a
-//!   template, an archive, an include): a script that adds the key when users exist. It runs before the author's scripts.
+//! - for root: a part that sets `disable_root: false`, whatever the author's text says.
+//! - for another user, if the author's text defines no users, or a list of them in which this user has no keys: a part
+//!   that appends the user to `users` (`merge_how`), which merges with an entry of the same name.
+//! - otherwise (the author gave the user keys, with which cloud-init would not merge ours; or the text cannot be parsed
+//!   here, because it is a template, an archive or an include): a script that adds the key when users exist. It runs
+//!   before the author's scripts.
 
 use crate::{Error, ErrorKind, Result, backend::Seed, plan::PlannedCloudInit};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -36,30 +37,31 @@ use std::{
     sync::Arc,
 };
 
-/// Whom a seed lets in.
+/// The user that a seed lets in.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct SeedLogin {
-    /// The user: `sshUsername`.
+    /// The name of the user: `sshUsername`.
     pub username: String,
     /// A line of `authorized_keys`: [`BuildKey::authorized_key`](crate::guest::BuildKey::authorized_key).
     pub authorized_key: String,
 }
 
 impl SeedLogin {
-    /// This user, with this key.
+    /// Returns a login of this user with this key.
     pub fn new(username: impl Into<String>, authorized_key: impl Into<String>) -> Self {
         Self { username: username.into(), authorized_key: authorized_key.into() }
     }
 }
 
-/// The seed of a machine.
+/// Makes the seed of a machine.
 ///
-/// `instance_id` must be new whenever the guest shall take itself for a new one, also when its disk was the disk of
-/// another before: once per attempt of a build, for instance [`LabId`](crate::backend::LabId) and the name of the machine.
+/// `instance_id` must be new whenever the guest is to consider itself a new instance, even if its disk was used by
+/// another instance before: once per attempt of a build, for instance [`LabId`](crate::backend::LabId) and the name of
+/// the machine.
 ///
 /// # Errors
-/// `InvalidInput` when a name or the key would not stand on a line of its own; `Internal` when the medium cannot be made.
+/// `InvalidInput` when a name or the key does not fit on one line; `Internal` when the medium cannot be made.
 pub fn seed(instance_id: &str, hostname: &str, login: &SeedLogin, config: &PlannedCloudInit) -> Result<Seed> {
     for (what, text) in [
         ("user name", &login.username),
@@ -94,7 +96,7 @@ pub fn seed(instance_id: &str, hostname: &str, login: &SeedLogin, config: &Plann
     Ok(Seed::new(meta_data, user_data, network_config, image))
 }
 
-/// A YAML scalar that stays a string: names of digits only would not.
+/// Writes a YAML scalar that is read as a string; a name that consists of digits is quoted, for instance.
 fn plain(text: &str) -> String {
     let harmless = text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
@@ -102,18 +104,18 @@ fn plain(text: &str) -> String {
     if harmless { text.to_owned() } else { format!("'{text}'") }
 }
 
-/// What our own part has to do.
+/// How Rudder's own part adds the key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// `disable_root: false`.
+    /// Sets `disable_root: false`.
     Root,
-    /// `users` with the distribution's default user and this one.
+    /// Defines `users` with the distribution's default user and this one.
     NewList,
-    /// This user behind the author's.
+    /// Appends this user to the author's.
     Append,
-    /// This user behind the author's, where it has an entry without keys.
+    /// Appends this user to the author's, which have an entry without keys for it.
     AppendKeys,
-    /// A script at the end of the boot.
+    /// Runs a script at the end of the boot.
     Script,
 }
 
@@ -164,7 +166,8 @@ fn user_data(login: &SeedLogin, authors: Option<&str>) -> Vec<u8> {
     let name = serde_json::to_string(&name).unwrap_or_default();
     let append = "merge_how:\n  - name: list\n    settings: [append]\n  - name: dict\n    settings: [no_replace, recurse_list]\n";
     let entry = format!("  - name: {name}\n    ssh_authorized_keys:\n      - {key}\n");
-    // Locking the password of a user that the image has is not ours to do; a new user has none to log in with.
+    // The password of a user that exists in the image must not be locked by Rudder; a new user has no password to log
+    // in with.
     let keep = "    lock_passwd: false\n";
     let way = way(username, authors);
     let (kind, ours) = match way {
@@ -190,10 +193,10 @@ fn user_data(login: &SeedLogin, authors: Option<&str>) -> Vec<u8> {
         "Content-Type: multipart/mixed; boundary=\"{boundary}\"\nMIME-Version: 1.0\n\n--{boundary}\n"
     );
     if is_mime(authors) {
-        // An archive of its own, headers and all, is a part as it stands.
+        // An archive with its own headers can be used as a part unchanged.
         archive.push_str(authors);
     } else {
-        // cloud-init looks at the first line of plain text for what it is; base64 keeps every byte of it.
+        // cloud-init detects the type of plain text by its first line; base64 keeps every byte of it.
         archive
             .push_str("Content-Type: text/plain; charset=\"utf-8\"\nContent-Transfer-Encoding: base64\n\n");
         let encoded = BASE64_STANDARD.encode(authors);
@@ -202,7 +205,7 @@ fn user_data(login: &SeedLogin, authors: Option<&str>) -> Vec<u8> {
             archive.push('\n');
         }
     }
-    // Scripts run in the order of their names, and those of the author are called part-NNN.
+    // Scripts run in the order of their names, and the author's are called part-NNN.
     let _ = write!(
         archive,
         "\n--{boundary}\nContent-Type: {kind}; charset=\"utf-8\"\nContent-Disposition: attachment; filename=\"00-rudder\"\n\n{ours}\n--{boundary}--\n"
@@ -210,7 +213,8 @@ fn user_data(login: &SeedLogin, authors: Option<&str>) -> Vec<u8> {
     archive.into_bytes()
 }
 
-/// As cloud-init sees it, but not where the words merely occur inside another text.
+/// Whether a text is a MIME archive. Detected as by cloud-init, except that a text in which the header merely occurs is
+/// not one.
 fn is_mime(text: &str) -> bool {
     let mut end = text.len().min(4096);
     while !text.is_char_boundary(end) {
@@ -246,10 +250,10 @@ fn authorise(username: &str, key: &str) -> String {
     )
 }
 
-/// A FAT file system with these files in its root.
+/// Makes a FAT file system with these files in its root.
 fn medium(files: &[(&str, &[u8])]) -> std::io::Result<Arc<[u8]>> {
     let content: usize = files.iter().map(|(_, bytes)| bytes.len().next_multiple_of(4096)).sum();
-    // Room for the tables and the root directory; a multiple of what every device has as its sector.
+    // Adds space for the tables and the root directory; rounded up to a multiple of any device's sector size.
     let size = (content + content / 64 + 256 * 1024).next_multiple_of(64 * 1024);
     let mut disk = Cursor::new(vec![0u8; size]);
     let options = fatfs::FormatVolumeOptions::new().volume_label(*b"CIDATA     ").volume_id(0x5275_6464);

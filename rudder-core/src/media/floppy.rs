@@ -1,7 +1,7 @@
 //! Floppies: the image of a 1.44 MB disk with a FAT12 file system (ECMA-107) and long names, which every firmware, boot
 //! loader and installer reads.
 //!
-//! The same files give the same image, byte for byte: it bears no times.
+//! The same files always result in the same image, byte for byte: it contains no timestamps.
 
 use crate::{
     Error, ErrorKind, Result,
@@ -16,10 +16,10 @@ use std::{
 /// The size of the image in bytes: 80 tracks on 2 sides, 18 sectors each.
 pub const SIZE: usize = 80 * 2 * 18 * 512;
 
-/// Whether files of these names and sizes (in bytes) fit.
+/// Checks whether files with these names and sizes (in bytes) fit.
 ///
 /// # Errors
-/// `InvalidInput`, saying by how much they do not.
+/// `InvalidInput` if they do not; the message says by how much.
 pub fn check_size<'n>(files: impl IntoIterator<Item = (&'n str, u64)>) -> Result<()> {
     match FloppyUse::of(files).excess().into_iter().next() {
         None => Ok(()),
@@ -27,10 +27,10 @@ pub fn check_size<'n>(files: impl IntoIterator<Item = (&'n str, u64)>) -> Result
     }
 }
 
-/// The image of a floppy with these files in its root directory.
+/// Returns the image of a floppy with these files in its root directory.
 ///
 /// # Errors
-/// `InvalidInput` when they do not fit, when FAT cannot hold a name, or when two names differ in case only.
+/// `InvalidInput` when they do not fit, when FAT cannot store a name, or when two names differ in case only.
 pub fn image(files: &[(&str, &[u8])]) -> Result<Arc<[u8]>> {
     check_size(files.iter().map(|(name, bytes)| (*name, bytes.len() as u64)))?;
     let mut names = HashSet::new();
@@ -58,7 +58,7 @@ pub fn image(files: &[(&str, &[u8])]) -> Result<Arc<[u8]>> {
     Ok(disk.into_inner().into())
 }
 
-/// What every DOS made of a 3.5-inch disk of high density.
+/// Returns the geometry that every DOS used for a 3.5-inch high-density disk.
 fn geometry() -> fatfs::FormatVolumeOptions {
     fatfs::FormatVolumeOptions::new()
         .fat_type(fatfs::FatType::Fat12)
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
     use std::io::Read as _;
 
-    /// The files of an image, as an independent reader of ours sees them in order: name, content.
+    /// Returns the files of an image, as read in order by an independent reader: name, content.
     fn files(image: &[u8]) -> Vec<(String, Vec<u8>)> {
         let system = fatfs::FileSystem::new(Cursor::new(image.to_vec()), fatfs::FsOptions::new()).unwrap();
         let entries: Vec<_> = system.root_dir().iter().map(|entry| entry.unwrap()).collect();
@@ -124,7 +124,8 @@ mod tests {
     fn it_has_the_layout_of_a_high_density_disk() {
         let made = image(&[]).unwrap();
         let word = |at: usize| u16::from_le_bytes([made[at], made[at + 1]]);
-        // BIOS parameter block (ECMA-107, 9.2): sector, cluster, reserved, tables, entries, sectors, medium, table, track, sides.
+        // BIOS parameter block (ECMA-107, 9.2): sector, cluster, reserved, tables, entries, sectors, medium, table,
+        // track, sides.
         let block = (
             word(11),
             made[13],

@@ -1,11 +1,12 @@
-//! The web server of a lab: a few files, by exact names, to whom they are for (HTTP/1.0 and 1.1; RFC 9110, RFC 9112).
+//! The web server of a lab: serves a few files, by exact names, to the machines that they are meant for (HTTP/1.0 and
+//! 1.1; RFC 9110, RFC 9112).
 //!
-//! Installers, boot loaders and firmware read from it, so it is strict in what it gives and patient with who asks: `GET` and
-//! `HEAD`, single ranges, connections that are kept. There is no listing, no default file, and no way from a name to a
-//! path: a request names an entry of the [`Site`], or nothing.
+//! Its clients are installers, boot loaders and firmware, so it is strict in what it serves and lenient towards its
+//! clients: `GET` and `HEAD`, single ranges, persistent connections. There is no listing, no default file, and no way
+//! from a name to a path: a request names an entry of the [`Site`], or nothing.
 //!
-//! Everything is bounded: connections, the size of a request, and how long a connection may do nothing. A file is read as
-//! its reader takes it.
+//! Everything is bounded: the number of connections, the size of a request, and how long a connection may be idle. A
+//! file is read only as fast as its reader takes it.
 
 mod peer;
 mod range;
@@ -43,25 +44,25 @@ use tokio::{
 };
 use tokio_util::{io::ReaderStream, task::AbortOnDropHandle};
 
-/// Connections at a time; more wait until one ends.
+/// Maximum number of concurrent connections; further ones wait until one ends.
 const CONNECTIONS: usize = 256;
-/// How large the head of a request may be, in bytes.
+/// Maximum size of the head of a request, in bytes.
 const HEAD: usize = 16 * 1024;
-/// How long a connection may go without a request, or its reader without taking a byte. Long, because GRUB takes what it
-/// needs of a file, and shows a menu in between.
+/// How long a connection may go without a request, or without its reader taking a byte. It is long because GRUB takes
+/// what it needs of a file, and shows a menu in between.
 const IDLE: Duration = Duration::from_secs(300);
 /// How much of a file is read at a time, in bytes.
 const CHUNK: usize = 64 * 1024;
-/// How much of a request's target is told, in characters.
+/// How much of a request's target is reported, in characters.
 const TOLD: usize = 256;
 
-/// Both ends of a connection that was just made.
+/// Both ends of a new connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Caller {
-    /// Who calls.
+    /// The address of the caller.
     pub peer: SocketAddr,
-    /// What it called.
+    /// The local address that it connected to.
     pub local: SocketAddr,
 }
 
@@ -69,15 +70,15 @@ pub struct Caller {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Admission {
-    /// It is a machine of this name.
+    /// The caller is the machine with this name.
     Machine(String),
-    /// It is one of those that the site is for; which one cannot be told.
+    /// The caller is one of those that the site is meant for; which one is unknown.
     Welcome,
-    /// It is none of them, and is hung up on.
+    /// The caller is none of them, and its connection is closed.
     Refused,
 }
 
-/// A server that listens. Dropping it ends it and all its connections.
+/// A listening server. Dropping it stops it and closes all its connections.
 pub struct Server {
     address: SocketAddr,
     _task: AbortOnDropHandle<()>,
@@ -90,11 +91,11 @@ impl fmt::Debug for Server {
 }
 
 impl Server {
-    /// Serves a site on a port of 127.0.0.1 that the kernel chooses, to callers that `admit` lets in.
-    /// `admit` may block: it is called where that holds up nobody.
+    /// Serves a site on a port of 127.0.0.1 that the kernel chooses, to callers that `admit` lets in. `admit` may
+    /// block: it is called where it delays nothing else.
     ///
     /// # Errors
-    /// `Io` when nothing can listen there.
+    /// `Io` when the server cannot listen there.
     pub async fn on_loopback(
         site: Site,
         admit: impl Fn(Caller) -> Admission + Send + Sync + 'static,
@@ -102,11 +103,11 @@ impl Server {
         Self::on((Ipv4Addr::LOCALHOST, 0).into(), site, admit).await
     }
 
-    /// Serves a site at an address of this host; port 0: one that the kernel chooses. For the rest as
+    /// Serves a site at an address of this host; with port 0, the kernel chooses one. Otherwise the same as
     /// [`on_loopback`](Self::on_loopback).
     ///
     /// # Errors
-    /// `Io` when nothing can listen there.
+    /// `Io` when the server cannot listen there.
     pub async fn on(
         address: SocketAddr,
         site: Site,
@@ -121,14 +122,14 @@ impl Server {
         Ok(Self { address, _task: AbortOnDropHandle::new(task) })
     }
 
-    /// The port it listens on.
+    /// Returns the port that the server listens on.
     #[must_use]
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 }
 
-/// Accepts connections for ever. Dropping it drops them.
+/// Accepts connections forever. Dropping the future drops them.
 async fn accept(
     listener: TcpListener,
     site: Arc<Site>,
@@ -142,7 +143,7 @@ async fn accept(
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Of one connection, or of a host without file descriptors to spare: both pass.
+                // Caused by a single connection, or by a lack of file descriptors on the host: both are temporary.
                 tracing::debug!(%error, "cannot accept a connection");
                 sleep(Duration::from_millis(100)).await;
                 continue;
@@ -158,7 +159,7 @@ async fn accept(
     }
 }
 
-/// The connection and the machine it comes from, if its caller is let in.
+/// Returns the connection and the machine it comes from, if its caller is let in.
 async fn admitted(
     stream: TcpStream,
     peer: SocketAddr,
@@ -178,8 +179,8 @@ async fn admitted(
     Some((machine, stream))
 }
 
-/// Answers the requests on a connection, which comes from this machine, until it ends, or does nothing for five minutes.
-/// For backends that bring their own connections; [`Server`] does it for those of a port.
+/// Answers the requests on a connection, which comes from this machine, until it ends or is idle for five minutes. For
+/// backends that accept connections themselves; [`Server`] does it for those of a port.
 pub async fn answer(site: Arc<Site>, machine: Option<String>, stream: impl Stream) {
     let pulse = Pulse::default();
     let service = {
@@ -208,7 +209,7 @@ pub async fn answer(site: Arc<Site>, machine: Option<String>, stream: impl Strea
     }
 }
 
-/// When something last happened on a connection.
+/// The time of the last activity on a connection.
 #[derive(Debug, Clone)]
 struct Pulse(Arc<Mutex<Instant>>);
 
@@ -249,14 +250,14 @@ async fn respond(
     response
 }
 
-/// The file that a request is about; else what to say instead.
+/// Returns the file that a request refers to, or the response to send instead.
 fn find<'s>(site: &'s Site, request: &Request<Incoming>) -> Result<&'s SiteFile, Box<Response<Reply>>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, "files are read with GET and HEAD\n");
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return Err(Box::new(response));
     }
-    // What follows a question mark is for programs that answer; a file is the same whatever is asked.
+    // A query string is meant for programs that answer; a file is the same whatever it says.
     let Some(name) = decoded(request.uri().path()) else {
         let why = "the path has a % without two hexadecimal digits\n";
         return Err(Box::new(refusal(StatusCode::BAD_REQUEST, why)));
@@ -266,7 +267,7 @@ fn find<'s>(site: &'s Site, request: &Request<Incoming>) -> Result<&'s SiteFile,
         .ok_or_else(|| Box::new(refusal(StatusCode::NOT_FOUND, "no file of this name is served\n")))
 }
 
-/// The file, or the part of it that was asked for.
+/// Responds with the file, or the requested part of it.
 async fn send(file: &SiteFile, request: &Request<Incoming>) -> io::Result<Response<Reply>> {
     let size = file.size().await?;
     let mut response = Response::new(Reply::default());
@@ -299,7 +300,7 @@ async fn send(file: &SiteFile, request: &Request<Incoming>) -> io::Result<Respon
     Ok(response)
 }
 
-/// An answer that is no file.
+/// Returns a response that is not a file.
 fn refusal(status: StatusCode, why: &'static str) -> Response<Reply> {
     let source = Source::Text(why);
     let mut response = Response::new(Reply { source, left: why.len() as u64, is_file: false, ledger: None });
@@ -310,7 +311,7 @@ fn refusal(status: StatusCode, why: &'static str) -> Response<Reply> {
     response
 }
 
-/// A path without its percent-encoding (RFC 3986, 2.1); `None` when that is broken.
+/// Decodes the percent-encoding of a path (RFC 3986, 2.1); `None` when it is malformed.
 pub(crate) fn decoded(path: &str) -> Option<Vec<u8>> {
     let mut bytes = path.bytes();
     let mut decoded = Vec::with_capacity(path.len());
@@ -326,18 +327,18 @@ pub(crate) fn decoded(path: &str) -> Option<Vec<u8>> {
     Some(decoded)
 }
 
-/// The body of an answer.
+/// The body of a response.
 #[derive(Default)]
 struct Reply {
     source: Source,
-    /// Bytes that are still to come.
+    /// Number of bytes still to send.
     left: u64,
-    /// Whether its bytes are those of a file.
+    /// Whether the bytes are those of a file.
     is_file: bool,
     ledger: Option<Ledger>,
 }
 
-/// Where the bytes of an answer come from.
+/// Where the bytes of a response come from.
 #[derive(Default)]
 enum Source {
     #[default]
@@ -346,7 +347,7 @@ enum Source {
     File(ReaderStream<Take<Box<dyn AsyncRead + Send + Unpin>>>),
 }
 
-/// Tells of a request when its answer is over, however it ends.
+/// Reports a request when its response is over, however it ends.
 struct Ledger {
     site: Arc<Site>,
     pulse: Pulse,

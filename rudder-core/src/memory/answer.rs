@@ -1,4 +1,5 @@
-//! What a guest does with a script: one of the core's is recognised, all others are answered by the rules of the test.
+//! How a guest responds to a script: scripts of the core are recognised, all others are answered by the rules of the
+//! test.
 
 use super::{
     files::{Node, may_write, parent},
@@ -10,11 +11,11 @@ use crate::{
     step,
 };
 
-/// Commands that reboot and power off a guest for which no rule says otherwise, with `sudo` in front of them or without.
+/// Commands that reboot and power off a guest unless a rule overrides them, with or without `sudo` in front.
 const REBOOT: [&str; 3] = ["reboot", "systemctl reboot", "shutdown -r now"];
 const POWER_OFF: [&str; 4] = ["poweroff", "systemctl poweroff", "shutdown -h now", "shutdown -P now"];
 
-/// What a guest does when a user runs a script that reads this input.
+/// Returns what a guest does when a user runs a script that reads this input.
 pub(super) fn answer(
     machine: &MachineCore,
     boot: &Boot,
@@ -39,7 +40,7 @@ pub(super) fn answer(
             let removed = machine.with_files(|tree| {
                 let removed = tree.remove(&path, user);
                 for directory in &directories {
-                    // As of `rmdir`: one that is not empty stays.
+                    // As with `rmdir`, a directory that is not empty stays.
                     let _ = tree.remove(directory, user);
                 }
                 removed
@@ -59,7 +60,7 @@ pub(super) fn answer(
     }
 }
 
-/// Writes a file as the core's script does, and ends as that would.
+/// Writes a file as the core's script does, and returns how that would end.
 fn write(machine: &MachineCore, user: &str, path: &str, content: Vec<u8>) -> Act {
     let written = machine.with_files(|tree| {
         if tree.get(path).is_some_and(Node::is_dir) {

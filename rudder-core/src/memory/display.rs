@@ -1,5 +1,5 @@
-//! The screen and the keyboard of a guest: an RFB server (RFC 6143) that shows lines of text with a prompt below them, and
-//! what was typed there.
+//! The screen and the keyboard of a guest: an RFB server (RFC 6143) that shows lines of text with a prompt below them,
+//! and records what was typed.
 
 use super::{Counted, script::Guest, streams};
 use crate::console::{Framebuffer, text};
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 const COLUMNS: usize = 80;
 const ROWS: usize = 25;
 const CELL: (usize, usize) = (8, 16);
-/// Events that a keyboard keeps for a guest that is slow to take them: bytes of a PS/2 keyboard.
+/// Number of events that a keyboard queues for a slow guest, like the bytes in the queue of a PS/2 keyboard.
 const QUEUE: usize = 16;
 
 /// Keysyms of X11.
@@ -29,16 +29,16 @@ const ENTER: u32 = 0xff0d;
 const SHIFTS: RangeInclusive<u32> = 0xffe1..=0xffe2;
 const MODIFIERS: RangeInclusive<u32> = 0xffe3..=0xffee;
 
-/// What came from the keyboard of a guest since it was powered on.
+/// What was typed on the keyboard of a guest since it was powered on.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Typed {
-    /// The lines that Enter ended.
+    /// The lines that were ended by Enter.
     pub lines: Vec<String>,
-    /// What was typed since.
+    /// What was typed since the last line.
     pub prompt: String,
-    /// The keys that were pressed and typed nothing, by their X11 keysyms: function keys, modifiers other than Shift, and
-    /// characters while such a modifier was down.
+    /// The keys that were pressed and typed nothing, by their X11 keysyms: function keys, modifiers other than Shift,
+    /// and characters while such a modifier was down.
     pub keys: Vec<u32>,
     /// The keys that are down now, by their X11 keysyms.
     pub held: Vec<u32>,
@@ -58,9 +58,9 @@ struct State {
     typed: Typed,
     /// Events that the guest has not taken yet.
     queue: VecDeque<(bool, u32)>,
-    /// Somebody takes them.
+    /// Whether a task is taking them.
     taking: bool,
-    /// Keys that were pressed.
+    /// Number of keys that were pressed.
     presses: u32,
 }
 
@@ -71,7 +71,7 @@ impl Terminal {
         terminal
     }
 
-    /// Shows what a guest shows when it boots.
+    /// Shows what a guest shows at boot.
     pub(super) fn boot(&self) {
         let mut state = self.state();
         state.screen = self.guest.screen.lines().map(str::to_owned).collect();
@@ -80,7 +80,7 @@ impl Terminal {
         self.changed.send_replace(());
     }
 
-    /// Shows lines below those that are there.
+    /// Shows lines below the existing ones.
     pub(super) fn show(&self, text: &str) {
         self.state().screen.extend(text.lines().map(str::to_owned));
         self.changed.send_replace(());
@@ -94,12 +94,12 @@ impl Terminal {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A key went down or up; whether the connection breaks now.
+    /// Handles a key that went down or up. Returns whether the connection breaks now.
     fn key(self: &Arc<Self>, down: bool, keysym: u32, power: &CancellationToken) -> bool {
         let mut state = self.state();
         match self.guest.key_interval {
             Duration::ZERO => state.take(&self.guest, down, keysym),
-            // What comes when it is full is lost.
+            // Events that arrive when the queue is full are lost.
             _ if state.queue.len() >= QUEUE => {}
             interval => {
                 state.queue.push_back((down, keysym));
@@ -136,7 +136,7 @@ impl Terminal {
         }
     }
 
-    /// Whether it still has a display.
+    /// Whether the display still exists.
     pub(super) fn is_there(&self) -> bool {
         let gone = |(after, stays)| stays && self.state().presses >= after;
         !self.guest.faults.display_breaks.is_some_and(gone)
@@ -192,7 +192,7 @@ impl Terminal {
                     break;
                 }
             }
-            // What came before the end is done before the end.
+            // What arrived before the end is handled before the end.
             drop(requests);
             std::future::pending::<()>().await;
         };
@@ -227,7 +227,7 @@ impl Terminal {
                         shown = now;
                     }
                 }
-                // Who does not listen any more may have said something before.
+                // A client that no longer reads may have sent something before.
                 let _ = writer.write_all(&answer).await;
             }
         };
@@ -240,7 +240,7 @@ impl Terminal {
 }
 
 impl State {
-    /// The guest takes an event of the keyboard.
+    /// Takes an event of the keyboard.
     fn take(&mut self, guest: &Guest, down: bool, keysym: u32) {
         let typed = &mut self.typed;
         typed.held.retain(|held| *held != keysym);
@@ -267,10 +267,10 @@ impl State {
     }
 }
 
-/// The format of pixels (7.4): 32 bits, blue in the lowest byte.
+/// The pixel format (7.4): 32 bits, blue in the lowest byte.
 const FORMAT: [u8; 16] = [32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0];
 
-/// What a client says (7.5), as far as it matters here.
+/// The client messages (7.5) that matter here.
 enum Request {
     Key { down: bool, keysym: u32 },
     Changes,
@@ -283,7 +283,7 @@ async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Reque
         0 => {
             let mut format = [0; 19];
             stream.read_exact(&mut format).await?;
-            // The padding at the end says nothing.
+            // The padding at the end is ignored.
             if format[3..16] != FORMAT[..13] {
                 return Err(io::Error::new(io::ErrorKind::Unsupported, "another format of pixels"));
             }
@@ -295,7 +295,7 @@ async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Reque
             pass_over(stream, 4 * u64::from(count)).await?
         }
         3 => {
-            // Of whichever area: more than was asked for may be sent.
+            // The requested area is ignored: more than was requested may be sent.
             let incremental = stream.read_u8().await? != 0;
             stream.read_exact(&mut [0; 8]).await?;
             if incremental { Request::Changes } else { Request::Everything }
@@ -320,7 +320,7 @@ async fn pass_over(stream: &mut (impl AsyncRead + Unpin), bytes: u64) -> io::Res
     Ok(Request::None)
 }
 
-/// Rows of the screen: an update of one raw rectangle (7.6.1, 7.7.1).
+/// Encodes rows of the screen as an update with one raw rectangle (7.6.1, 7.7.1).
 fn update(frame: &Framebuffer, rows: Range<usize>) -> Vec<u8> {
     let mut bytes = vec![0, 0, 0, 1];
     bytes.extend([0, rows.start, frame.width(), rows.len()].map(short).concat());

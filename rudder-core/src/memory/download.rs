@@ -1,4 +1,4 @@
-//! Downloads that are scripted or invented: nothing goes over a network.
+//! Downloads that are scripted or simulated: nothing is transferred over a network.
 
 use super::{
     Shared,
@@ -18,7 +18,7 @@ use async_trait::async_trait;
 use std::{io::Write as _, sync::Arc};
 
 impl Source {
-    /// Pretends a transfer. Returns the digest of what came.
+    /// Simulates a transfer. Returns the digest of the content.
     pub(super) async fn transfer(&self, url: &PlannedUrl, progress: &Progress) -> Result<Digest> {
         const PIECES: u32 = 10;
         if let Some(fault) = self.fault.as_ref().filter(|fault| fault.budget.take()) {
@@ -45,7 +45,7 @@ impl Source {
                 Err(Error::new(ErrorKind::ChecksumMismatch, message)
                     .with_context("url", public_url(&url.url)))
             }
-            // Invented bytes have whatever checksum the manifest promises.
+            // Derived bytes have whatever checksum the manifest expects.
             Some(promised) => Ok(promised),
             None => Ok(found),
         }
@@ -53,7 +53,7 @@ impl Source {
 }
 
 impl Shared {
-    /// The bytes of a URL as a test gave them, else those of a local file, else invented ones.
+    /// Returns the content of a URL: the bytes that a test provided, else those of a local file, else derived ones.
     pub(super) async fn download(
         &self,
         url: &PlannedUrl,
@@ -79,7 +79,7 @@ impl Shared {
     }
 }
 
-/// Brings files to the host for the engine: each as a temporary file of its own.
+/// Downloads files for the engine, each to a temporary file of its own.
 #[derive(Debug)]
 pub(super) struct MemoryFetcher(pub(super) Arc<Shared>);
 

@@ -1,4 +1,4 @@
-//! The file system of a guest: a tree of directories and files that lives on its boot disk.
+//! The file system of a guest: a tree of directories and files on its boot disk.
 
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -12,9 +12,9 @@ const SHARED: [&str; 2] = ["/tmp", "/var/tmp"];
 pub(super) enum Refusal {
     /// The path, or its parent, does not exist.
     NotFound,
-    /// The user may not.
+    /// The user lacks permission.
     Denied,
-    /// It exists already, or is not what the operation needs.
+    /// The path already exists, or is not of the kind that the operation needs.
     Unfit,
 }
 
@@ -23,7 +23,7 @@ pub(super) enum Refusal {
 pub(super) struct Node {
     /// Permission bits.
     pub(super) mode: u32,
-    /// `None`: a directory.
+    /// The content of a file; `None` for a directory.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "base64_bytes")]
     pub(super) data: Option<Arc<Vec<u8>>>,
 }
@@ -34,13 +34,13 @@ impl Node {
     }
 }
 
-/// The files of one disk. Paths are absolute and normal: no `.`, no `..`, no trailing slash.
+/// The files of one disk. Paths are absolute and normalised: no `.`, no `..`, no trailing slash.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(super) struct FileTree(BTreeMap<String, Node>);
 
 impl FileTree {
-    /// The files of a freshly installed system.
+    /// Returns the files of a freshly installed system.
     pub(super) fn of_a_system() -> Self {
         let mut tree = Self::default();
         for (path, mode) in
@@ -52,23 +52,23 @@ impl FileTree {
         tree
     }
 
-    /// The node at a path.
+    /// Returns the node at a path.
     pub(super) fn get(&self, path: &str) -> Option<&Node> {
         self.0.get(path)
     }
 
-    /// The bytes of the file at a path.
+    /// Returns the bytes of the file at a path.
     pub(super) fn read(&self, path: &str) -> Option<&[u8]> {
         self.get(path)?.data.as_ref().map(|data| data.as_slice())
     }
 
-    /// Puts a file at a path and creates its parents.
+    /// Writes a file at a path and creates its parent directories.
     pub(super) fn put(&mut self, path: &str, data: Vec<u8>, mode: u32) {
         self.make_dirs(parent(path), 0o755);
         self.0.insert(path.to_owned(), Node { mode, data: Some(Arc::new(data)) });
     }
 
-    /// Creates a directory and its parents, where they do not exist.
+    /// Creates a directory and its parents, if they do not exist.
     pub(super) fn make_dirs(&mut self, path: &str, mode: u32) {
         if path != "/" {
             self.make_dirs(parent(path), 0o755);
@@ -86,7 +86,7 @@ impl FileTree {
         Ok(())
     }
 
-    /// Writes a whole file into a directory that exists; a file that exists keeps its mode.
+    /// Writes a whole file into an existing directory; an existing file keeps its mode.
     pub(super) fn write(&mut self, path: &str, data: Vec<u8>) -> Result<(), Refusal> {
         self.expect_dir(parent(path))?;
         let mode = match self.get(path) {
@@ -127,7 +127,7 @@ impl FileTree {
     }
 }
 
-/// The directory that a path is in.
+/// Returns the parent directory of a path.
 pub(super) fn parent(path: &str) -> &str {
     match path.rfind('/') {
         Some(0) | None => "/",
@@ -135,7 +135,7 @@ pub(super) fn parent(path: &str) -> &str {
     }
 }
 
-/// A path as written, relative to the home of the user, made absolute and normal.
+/// Makes a path, which may be relative to the home of the user, absolute and normalised.
 pub(super) fn normal(path: &str, user: &str) -> String {
     let whole = if path.starts_with('/') { path.to_owned() } else { format!("{}/{path}", home(user)) };
     let mut parts = Vec::new();
@@ -153,13 +153,13 @@ fn home(user: &str) -> String {
     if user == "root" { "/root".to_owned() } else { format!("/home/{user}") }
 }
 
-/// Whether the user may change what is at this path.
+/// Whether the user may change what exists at this path.
 pub(super) fn may_write(path: &str, user: &str) -> bool {
     let under = |top: &str| path == top || path.strip_prefix(top).is_some_and(|rest| rest.starts_with('/'));
     user == "root" || under(&home(user)) || SHARED.iter().any(|top| under(top))
 }
 
-/// Bytes as base64 in JSON.
+/// Serialises bytes as base64 in JSON.
 mod base64_bytes {
     use super::{Arc, BASE64, Deserialize, Deserializer, Serialize, Serializer};
     use base64::Engine as _;

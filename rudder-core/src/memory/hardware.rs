@@ -1,19 +1,19 @@
-//! The files of a guest that are devices: its disks, media, consoles, and what it is told of its hardware.
+//! The device files of a guest: its disks, media, consoles, and the description of its hardware.
 
 use super::machine::MachineCore;
 use crate::backend::MachineSpec;
 use std::sync::PoisonError;
 
-/// Where the content of a disk is kept in the files of its volume, when it is not the boot disk.
+/// The path of a disk's content in the files of its volume, unless it is the boot disk.
 pub(super) const CONTENT: &str = "/content";
-/// How much of a medium is shown: a sector of a CD-ROM.
+/// How much of a medium can be read, in bytes: a sector of a CD-ROM.
 const MEDIUM_LIMIT: usize = 2048;
 
 fn lines<T>(of: impl IntoIterator<Item = T>, line: impl Fn(T) -> String) -> Vec<u8> {
     of.into_iter().map(line).collect::<String>().into_bytes()
 }
 
-/// What a guest is told of its hardware, where a path is of that.
+/// Returns the description of the hardware at a path, if the path is one of those.
 fn told(spec: &MachineSpec, path: &str) -> Option<Vec<u8>> {
     let bytes = match path {
         "/proc/cpuinfo" => lines(0..spec.cpus, |number| format!("processor\t: {number}\n\n")),
@@ -56,7 +56,8 @@ impl MachineCore {
         }
     }
 
-    /// The volume that a path is on, and the path there. `/dev/vdb` is the second disk, `/dev/sr0` the first CD-ROM.
+    /// Returns the volume that a path is on, and the path within it. `/dev/vdb` is the second disk, `/dev/sr0` the
+    /// first CD-ROM.
     fn place<'a>(&'a self, path: &'a str) -> Option<(&'a str, &'a str)> {
         if let Some(number) = path.strip_prefix("/dev/sr") {
             return Some((&self.spec.cdroms.get(number.parse::<usize>().ok()?)?.id, CONTENT));

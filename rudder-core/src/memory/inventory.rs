@@ -1,4 +1,4 @@
-//! What a test sees of a backend: what exists in it, and what its machines were asked to do.
+//! What a test can inspect of a backend: what exists in it, and what its machines were asked to do.
 
 use super::{Execution, LabRecord, MemoryBackend, Typed};
 use crate::backend::{Death, LabId};
@@ -7,7 +7,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-/// Counts something for as long as it lives.
+/// Counts something for as long as the value exists.
 #[derive(Debug)]
 pub(super) struct Counted(Arc<AtomicUsize>);
 
@@ -24,24 +24,24 @@ impl Drop for Counted {
     }
 }
 
-/// What there is in a [`MemoryBackend`].
+/// What exists in a [`MemoryBackend`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Inventory {
-    /// Labs that were not destroyed; one whose owner is gone says so.
+    /// Labs that were not destroyed; the entry of a lab whose owner is gone says so.
     pub labs: Vec<String>,
-    /// Machines that run, as `LAB/VM`.
+    /// Running machines, as `LAB/VM`.
     pub running: Vec<String>,
-    /// Connections to guests that are open.
+    /// Number of open connections to guests.
     pub connections: usize,
-    /// Commands that run, and things that guests are about to do.
+    /// Number of running commands and of pending actions of guests.
     pub tasks: usize,
     /// Modules.
     pub modules: Vec<String>,
 }
 
 impl Inventory {
-    /// Everything but modules, a line each; empty when nothing was left behind.
+    /// Returns everything but modules, one per line; empty if nothing was left behind.
     #[must_use]
     pub fn leftovers(&self) -> Vec<String> {
         let mut all: Vec<String> = self.labs.iter().map(|lab| format!("lab {lab}")).collect();
@@ -56,7 +56,7 @@ impl Inventory {
 }
 
 impl MemoryBackend {
-    /// What there is.
+    /// Returns what exists now.
     #[must_use]
     pub fn inventory(&self) -> Inventory {
         let registry = self.shared.registry();
@@ -81,8 +81,8 @@ impl MemoryBackend {
         inventory
     }
 
-    /// Everything that still exists and is not a module, a line each. Connections end a moment after their machine: this
-    /// gives their tasks the chance to, and returns at once when nothing is left.
+    /// Returns everything that still exists and is not a module, one per line. Connections end a moment after their
+    /// machine: this lets their tasks run, and returns at once when nothing is left.
     pub async fn leftovers(&self) -> Vec<String> {
         for _ in 0..1000 {
             if self.inventory().leftovers().is_empty() {
@@ -93,8 +93,8 @@ impl MemoryBackend {
         self.inventory().leftovers()
     }
 
-    /// Kills a running machine of a lab from outside, as somebody might who ends the hypervisor's process. Whether there
-    /// was one.
+    /// Kills a running machine of a lab from outside, like killing the hypervisor's process. Returns whether there was
+    /// one.
     pub fn kill_machine(&self, lab: &LabId, name: &str, cause: Death) -> bool {
         let core = self.shared.registry().labs.get(lab).and_then(LabRecord::core);
         let machines = core.map(|core| core.machines()).unwrap_or_default();
@@ -102,20 +102,21 @@ impl MemoryBackend {
         running.inspect(|machine| machine.die(cause)).is_some()
     }
 
-    /// What came from the keyboard of the machine of this name that was powered on last; `None` when there was none.
+    /// Returns what was typed on the keyboard of the machine with this name that was powered on last; `None` when there
+    /// was none.
     #[must_use]
     pub fn typed(&self, machine: &str) -> Option<Typed> {
         self.shared.script().terminals.get(machine).map(|terminal| terminal.typed())
     }
 
-    /// What the machines of this name were asked to run, in order, with the environment that it was given. Scripts that Rudder runs
-    /// for itself are not in it.
+    /// Returns what the machines with this name were asked to run, in order, with the environment of each script.
+    /// Scripts that Rudder runs for itself are not included.
     #[must_use]
     pub fn executions(&self, machine: &str) -> Vec<Execution> {
         self.shared.script().executions.get(machine).cloned().unwrap_or_default()
     }
 
-    /// The content of a file of a module's VM; `None` when there is no such module, VM or file.
+    /// Returns the content of a file of a module's VM; `None` when there is no such module, VM or file.
     #[must_use]
     pub fn read_file(&self, module: &str, vm: &str, path: &str) -> Option<Vec<u8>> {
         let kept = self.shared.module(module)?;

@@ -1,4 +1,4 @@
-//! A lab in memory: its volumes, files and machines, and what becomes of them when it ends or its owner forgets it.
+//! An in-memory lab: its volumes, files and machines, and what happens to them when it ends or its owner drops it.
 
 use super::{
     Shared,
@@ -36,12 +36,12 @@ pub(super) struct MemoryVolume {
 /// The volumes of a lab, by id.
 pub(super) type Volumes = Arc<Mutex<HashMap<String, MemoryVolume>>>;
 
-/// What the handles of a lab share.
+/// State shared by the handles of a lab.
 #[derive(Debug)]
 pub(super) struct LabCore {
     pub(super) id: LabId,
     shared: Arc<Shared>,
-    /// The names of its subnets.
+    /// The names of the subnets.
     subnets: Vec<String>,
     volumes: Volumes,
     retention: Retention,
@@ -52,7 +52,7 @@ pub(super) struct LabCore {
 struct LabState {
     machines: Vec<Arc<MachineCore>>,
     captured: HashMap<String, (Content, Arc<FileTree>)>,
-    /// Modules that its disks were made of.
+    /// Modules that the disks are based on.
     parents: BTreeSet<String>,
     directory: Option<tempfile::TempDir>,
     over: bool,
@@ -80,7 +80,7 @@ impl LabCore {
         self.state().machines.clone()
     }
 
-    /// Its machines, as those who hold them see them.
+    /// Returns handles of the lab's machines.
     pub(super) fn handles(self: &Arc<Self>) -> Vec<Arc<dyn Machine>> {
         let handle = |core| Arc::new(MemoryMachine { core, lab: self.clone() }) as Arc<dyn Machine>;
         self.machines().into_iter().map(handle).collect()
@@ -119,7 +119,7 @@ impl LabCore {
         Volume { id, virtual_size }
     }
 
-    /// What is said of it when it is kept.
+    /// Describes the lab as a kept one.
     pub(super) fn as_kept(&self) -> KeptLab {
         let running = self.machines().into_iter().filter(|machine| machine.is_running());
         let access = |machine: Arc<MachineCore>| {
@@ -132,7 +132,7 @@ impl LabCore {
         }
     }
 
-    /// Where fetched files are, and the key to a kept lab.
+    /// Returns the directory for fetched files and for the key to a kept lab.
     fn scratch(&self) -> Result<std::path::PathBuf> {
         let mut state = self.state();
         if let Some(directory) = &state.directory {
@@ -147,7 +147,7 @@ impl LabCore {
         Ok(path)
     }
 
-    /// A CD-ROM: its content is that of the source.
+    /// Imports a CD-ROM: its content is that of the source.
     async fn import_cdrom(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
         let PlannedSource::Url(url) = &request.source else {
             return Err(Error::new(
@@ -208,7 +208,7 @@ impl LabCore {
     }
 }
 
-/// How large the disk becomes: as large as asked for, and never smaller than what it is made of.
+/// Returns the size of the disk: the requested one, which must not be smaller than the source.
 fn large_enough(request: &ImportRequest, source: u64) -> Result<u64> {
     match request.size {
         Some(size) if size < source => Err(Error::new(
@@ -223,7 +223,7 @@ fn large_enough(request: &ImportRequest, source: u64) -> Result<u64> {
     }
 }
 
-/// The handle of a lab that its owner holds: when the last is dropped, the owner is dead.
+/// An owner's handle of a lab: when the last one is dropped, the owner is dead.
 #[derive(Debug)]
 pub(super) struct MemoryLab {
     pub(super) core: Arc<LabCore>,
@@ -269,7 +269,7 @@ impl Lab for MemoryLab {
             }
             _ => Err(Error::new(ErrorKind::Unsupported, "the backend memory has no such source")),
         };
-        // It may have been destroyed while the transfer went on.
+        // It may have been destroyed during the transfer.
         self.core.check_alive()?;
         imported.map_err(|error| {
             error.with_context(request.kind.name(), &request.disk).with_context("vm", &request.machine)

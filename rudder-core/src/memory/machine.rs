@@ -1,10 +1,11 @@
-//! A machine in memory: its life from power-on to its end, and what connects to it.
+//! An in-memory machine: its life cycle from power-on to its end, and its connections.
 //!
 //! ```text
 //! NeverStarted ──start──▶ Running ──power off · death · kill──▶ Ended ──start──▶ Running …
 //!                          └ reboot: another boot of the same power-on ┘
 //! ```
-//! Every connection and task of a machine hangs on two tokens: `boot` ends with a reboot, `power` with the machine.
+//! Every connection and task of a machine depends on two tokens: `boot` is cancelled by a reboot, `power` by the end of
+//! the machine.
 
 use super::{
     Shared,
@@ -31,15 +32,15 @@ use std::{
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-/// How much of the serial console is kept.
+/// How much of the serial console is kept, in bytes.
 const SERIAL_LIMIT: usize = 1 << 20;
-/// What a guest says on it when it boots, unless it says something else.
+/// What a guest writes to the serial console at boot by default.
 const BANNER: &[u8] = b"Booting in memory\n";
-/// From a request to power off or reboot until it happens: long enough for the command that asked to tell its exit code, as on a
-/// real system.
+/// Time from a request to power off or reboot until it happens: long enough for the requesting command to report its
+/// exit code, as on a real system.
 const SOON: Duration = Duration::from_millis(5);
 
-/// Where a machine is in its life.
+/// The state of a machine's life cycle.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Life {
     NeverStarted,
@@ -50,17 +51,17 @@ pub(super) enum Life {
 /// One boot of a guest.
 #[derive(Debug, Clone)]
 pub(super) struct Boot {
-    /// What `/proc/sys/kernel/random/boot_id` says.
+    /// The content of `/proc/sys/kernel/random/boot_id`.
     pub(super) id: String,
-    /// When its SSH server answers.
+    /// When the SSH server begins to answer.
     ready: Instant,
-    /// Ends with a reboot.
+    /// Cancelled by a reboot.
     pub(super) token: CancellationToken,
-    /// Ends with the machine.
+    /// Cancelled by the end of the machine.
     power: CancellationToken,
-    /// What it does, faults of this power-on included.
+    /// The behaviour of the guest, including the faults of this power-on.
     pub(super) guest: Arc<Guest>,
-    /// Its screen and keyboard, which are the same from power-on to power-off.
+    /// The screen and keyboard, which stay the same from power-on to power-off.
     terminal: Arc<Terminal>,
     pub(super) host_key: Arc<PrivateKey>,
 }
@@ -71,7 +72,7 @@ struct State {
     serial: Option<SerialRecord>,
 }
 
-/// What the handles of a machine share.
+/// State shared by the handles of a machine.
 #[derive(Debug)]
 pub(super) struct MachineCore {
     pub(super) spec: MachineSpec,
@@ -100,7 +101,7 @@ impl MachineCore {
         *self.life.borrow() == Life::Running
     }
 
-    /// What is written on the serial console since it was powered on, from a position on.
+    /// Returns what was written to the serial console since power-on, from a position on.
     pub(super) fn serial_log(&self, from: u64) -> SerialLog {
         self.state().serial.as_ref().map_or_else(SerialLog::empty, |record| record.log(from))
     }
@@ -109,19 +110,19 @@ impl MachineCore {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The boot that is up, if one is.
+    /// Returns the current boot, if there is one.
     pub(super) fn boot(&self) -> Option<Boot> {
         self.state().boot.clone()
     }
 
-    /// Does something with the files of the boot disk.
+    /// Calls a function with the files of the boot disk.
     pub(super) fn with_files<T>(&self, what: impl FnOnce(&mut FileTree) -> T) -> Option<T> {
         let disk = self.spec.disks.first()?;
         let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
         volumes.get_mut(&disk.volume.id).map(|volume| what(&mut volume.files))
     }
 
-    /// Ends it, if it runs. Who was first says why.
+    /// Ends the machine, if it runs. The first caller determines the reason.
     pub(super) fn end(&self, exit: Exit) {
         let mut state = self.state();
         let Some(boot) = state.boot.take() else { return };
@@ -135,7 +136,7 @@ impl MachineCore {
         self.life.send_replace(Life::Ended(exit));
     }
 
-    /// Says something on the serial console, if it runs.
+    /// Writes to the serial console, if the machine runs.
     pub(super) fn say(&self, bytes: &[u8]) {
         let state = self.state();
         if let (Some(_), Some(record)) = (&state.boot, &state.serial) {
@@ -143,7 +144,7 @@ impl MachineCore {
         }
     }
 
-    /// Shows something on the screen, if it runs.
+    /// Shows a text on the screen, if the machine runs.
     pub(super) fn show(&self, text: &str) {
         if let Some(boot) = self.boot() {
             boot.terminal.show(text);
@@ -216,7 +217,7 @@ impl MachineCore {
         Ok(())
     }
 
-    /// Does something to the machine after a while, unless the token ends first.
+    /// Does something to the machine after a delay, unless the token is cancelled first.
     fn later(
         self: &Arc<Self>,
         delay: Duration,
@@ -234,7 +235,7 @@ impl MachineCore {
         });
     }
 
-    /// The guest was asked to power off.
+    /// Handles a request to power off.
     pub(super) fn begin_power_off(self: &Arc<Self>) {
         let Some(boot) = self.boot() else { return };
         if boot.guest.faults.ignores_shutdown {
@@ -247,7 +248,7 @@ impl MachineCore {
         });
     }
 
-    /// The guest was asked to reboot: its SSH server goes on for a while, then all connections are cut.
+    /// Handles a request to reboot: the SSH server continues for a while, then all connections are cut.
     pub(super) fn begin_reboot(self: &Arc<Self>) {
         let Some(old) = self.boot() else { return };
         let linger = old.guest.reboot_linger.unwrap_or(SOON);

@@ -1,12 +1,12 @@
-//! A backend in memory: machines that a test scripts, with a real SSH server on the other end of
-//! [`Machine::dial`], so that whole builds run in milliseconds.
+//! An in-memory backend: machines scripted by a test, with a real SSH server on the other end of [`Machine::dial`], so
+//! that whole builds run in milliseconds.
 //!
-//! A machine has a file system on its boot disk. It survives reboots, is captured, and is inherited by what is built on the
-//! module. Files are uploaded to it over SFTP. There is no shell: [rules](Guest::on) answer scripts, `reboot` and `poweroff` do what
-//! they say, and all other scripts succeed. [`MemoryBackend::executions`] tells what machines were asked to run. All waiting is tokio's, so a
-//! test with a paused clock does not wait.
+//! A machine has a file system on its boot disk. It survives reboots, is captured, and is inherited by what is built on
+//! the module. Files are uploaded to it over SFTP. There is no shell: [rules](Guest::on) answer scripts, `reboot` and
+//! `poweroff` do what they say, and all other scripts succeed. [`MemoryBackend::executions`] returns what machines were
+//! asked to run. All waiting uses tokio's time, so a test with a paused clock does not wait.
 //!
-//! Nothing here boots, nothing is downloaded, and a captured disk is a list of files: the backend proves what a program
+//! Nothing here boots, nothing is downloaded, and a captured disk is a list of files: the backend tests what a program
 //! does with builds, not what a guest does.
 //!
 //! # Example
@@ -94,14 +94,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicUsize},
 };
 
-/// A backend in memory. Clones are handles of the same.
+/// An in-memory backend. Clones share their state.
 #[derive(Debug, Clone)]
 pub struct MemoryBackend {
     capabilities: Capabilities,
     shared: Arc<Shared>,
 }
 
-/// What the handles of a backend, its labs and machines share.
+/// State shared by the handles of a backend and by its labs and machines.
 #[derive(Debug, Default)]
 struct Shared {
     script: Mutex<Script>,
@@ -122,7 +122,7 @@ struct Script {
     /// What machines were asked to run, by machine.
     executions: HashMap<String, Vec<Execution>>,
     root: Option<PathBuf>,
-    /// Whether it is like a backend that shares nothing with this host.
+    /// Whether to behave like a backend that shares nothing with this host.
     remote: bool,
 }
 
@@ -135,11 +135,11 @@ struct Registry {
 
 #[derive(Debug)]
 enum LabRecord {
-    /// Its owner holds it.
+    /// An owner holds the lab.
     Owned(Weak<LabCore>),
-    /// It was kept for inspection.
+    /// The lab was kept for inspection.
     Kept(Arc<LabCore>),
-    /// Its owner dropped it without destroying it.
+    /// The owner dropped the lab without destroying it.
     Orphaned,
 }
 
@@ -182,13 +182,13 @@ impl Default for MemoryBackend {
 }
 
 impl MemoryBackend {
-    /// A backend without modules, whose guests all behave.
+    /// Returns a backend without modules, whose guests all behave.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Scripts the machines of this name, in every lab.
+    /// Scripts the machines with this name, in every lab.
     #[must_use]
     pub fn machine(self, name: impl Into<String>, script: impl FnOnce(Guest) -> Guest) -> Self {
         let mut scripts = self.shared.script();
@@ -199,7 +199,7 @@ impl MemoryBackend {
         self
     }
 
-    /// Scripts every machine that has no script of its own by name.
+    /// Scripts every machine that has no script under its own name.
     #[must_use]
     pub fn every_machine(self, script: impl FnOnce(Guest) -> Guest) -> Self {
         let mut scripts = self.shared.script();
@@ -208,9 +208,9 @@ impl MemoryBackend {
         self
     }
 
-    /// Like a backend that shares nothing with this host, as a cluster: labs have no directory, imports tell neither how large
-    /// they are nor what came, and captured disks are identified by names that mean something to this backend alone. It is called
-    /// `memory-remote`.
+    /// Behaves like a backend that shares nothing with this host, such as a cluster: labs have no directory, imports
+    /// report neither the size nor the digest of what they imported, and captured disks are identified by names that
+    /// mean something to this backend alone. The backend is called `memory-remote`.
     #[must_use]
     pub fn remote(mut self) -> Self {
         self.shared.script().remote = true;
@@ -218,7 +218,7 @@ impl MemoryBackend {
         self
     }
 
-    /// Scripts what stands behind a URL.
+    /// Scripts the content behind a URL.
     #[must_use]
     pub fn source(self, url: impl Into<String>, script: impl FnOnce(Source) -> Source) -> Self {
         let mut scripts = self.shared.script();
@@ -236,18 +236,18 @@ impl MemoryBackend {
         self
     }
 
-    /// Claims these capabilities instead of what it has: to test what a program does when a plan is refused.
+    /// Claims these capabilities instead of the real ones, to test how a program handles a refused plan.
     #[must_use]
     pub fn with_capabilities(mut self, capabilities: impl IntoIterator<Item = Capability>) -> Self {
         self.capabilities = Capabilities::new("memory", capabilities);
         self
     }
 
-    /// Also writes modules as files, at `DIR/memory/NAME/module.json` in this directory, and reads those that exist. Nothing
-    /// else in the directory is touched.
+    /// Also writes modules as files, at `DIR/memory/NAME/module.json` in this directory, and reads those that exist.
+    /// Nothing else in the directory is touched.
     ///
     /// # Errors
-    /// File errors. Modules that cannot be used are [told](Backend::damaged_modules).
+    /// File errors. Modules that cannot be used are [reported](Backend::damaged_modules).
     pub fn store(self, directory: impl Into<PathBuf>) -> Result<Self> {
         let given = directory.into();
         let directory = std::fs::create_dir_all(&given)
@@ -272,12 +272,12 @@ impl Shared {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Fails when a test wants this operation to fail now.
+    /// Whether this backend behaves like one that shares nothing with this host.
     fn is_remote(&self) -> bool {
         self.script().remote
     }
 
-    /// Progress as this backend tells it: elsewhere, nobody knows how much there is.
+    /// Progress as this backend reports it: a remote backend does not know the total.
     fn as_told(&self, progress: &Progress) -> Progress {
         let progress = progress.clone();
         match self.is_remote() {
@@ -289,6 +289,7 @@ impl Shared {
         }
     }
 
+    /// Fails when the test scripted this operation to fail now.
     fn check(&self, operation: Operation) -> Result<()> {
         let script = self.script();
         let due = |(of, fault): &&(Operation, Fault)| *of == operation && fault.budget.take();
@@ -299,7 +300,7 @@ impl Shared {
         self.script().sources.get(url).cloned().unwrap_or_default()
     }
 
-    /// What a machine of this name does from this power-on on.
+    /// Returns how a machine with this name behaves from this power-on until the next.
     fn guest_for_power_on(&self, name: &str) -> Guest {
         let mut script = self.script();
         let power_ons = script.power_ons.entry(name.to_owned()).or_default();

@@ -1,4 +1,4 @@
-//! Modules as files, for those who want to see them: `DIR/memory/NAME/module.json`, and its disks beside it.
+//! Modules as files, which can be inspected: `DIR/memory/NAME/module.json`, with its disks beside it.
 
 use super::files::FileTree;
 use crate::{
@@ -26,7 +26,7 @@ const RECORD: &str = "module.json";
 #[derive(Debug, Clone)]
 pub(super) struct Kept {
     pub(super) module: Module,
-    /// Its disks, by the names of their files.
+    /// The disks, by the names of their files.
     pub(super) disks: HashMap<String, Arc<FileTree>>,
 }
 
@@ -52,7 +52,7 @@ pub(super) fn save(root: &Path, kept: &mut Kept) -> Result<()> {
     let record = directory.join(RECORD);
     replace_file(&record, kept.module.to_record()?.as_bytes())?;
     kept.module.path = Some(record);
-    // What the module of this name had before is of no use to anyone now.
+    // The disks of the previous module with this name are no longer needed.
     remove_disks(&directory, |file| !kept.disks.contains_key(file))
 }
 
@@ -100,7 +100,7 @@ fn load_one(directory: &Path, record: &Path, name: &str) -> Result<Kept> {
     Ok(Kept { module, disks })
 }
 
-/// Removes a module: what it consists of, and its directory when there is nothing else in it.
+/// Removes a module: its files, and its directory if nothing else is in it.
 pub(super) fn remove(root: &Path, name: &str) -> Result<()> {
     let directory = directory(root, name);
     expect_directory(&directory)?;
@@ -111,7 +111,7 @@ pub(super) fn remove(root: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Removes the disks in a directory of which this is true.
+/// Removes the disks in a directory for which the predicate is true.
 fn remove_disks(directory: &Path, unwanted: impl Fn(&str) -> bool) -> Result<()> {
     for path in entries(directory)? {
         let is_file = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
@@ -152,7 +152,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     read.map_err(|error| Error::io(format!("read {}", path.display()), error))
 }
 
-/// Makes a directory that only its owner can read, where there is none.
+/// Makes a directory that only its owner can read, if it does not exist.
 fn make_directory(path: &Path) -> Result<()> {
     match create_private_directory(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => expect_directory(path),

@@ -1,4 +1,4 @@
-//! What a guest is asked to run, and what a test lets it answer.
+//! What a guest is asked to run, and how a test lets it respond.
 
 use crate::backend::Death;
 use std::{
@@ -11,8 +11,8 @@ use std::{
     time::Duration,
 };
 
-/// A script that a guest was asked to run: that of a `shell` step, the command of a `reboot` step, a command of
-/// [`Guest::command`](crate::guest::Guest::command).
+/// A script that a guest was asked to run: the script of a `shell` step, the command of a `reboot` step, or a command
+/// of [`Guest::command`](crate::guest::Guest::command).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Execution {
@@ -20,15 +20,15 @@ pub struct Execution {
     pub user: String,
     /// The text of the script.
     pub script: String,
-    /// Its environment.
+    /// The environment of the script.
     pub env: BTreeMap<String, String>,
-    /// The command line that runs the script, with `{{.Command}}` in place of its path, where a step has one.
+    /// The command line that runs the script, with `{{.Command}}` in place of its path, if the step has one.
     pub execute_command: Option<String>,
 }
 
 type Answer = dyn Fn(&Execution) -> Option<Response> + Send + Sync;
 
-/// Answers some executions.
+/// Responds to some executions.
 #[derive(Clone)]
 pub(super) struct Rule(Arc<Answer>);
 
@@ -37,7 +37,7 @@ impl Rule {
         Self(Arc::new(answer))
     }
 
-    /// What it does about this one, if anything.
+    /// Returns what to do for this execution; `None` if the rule does not apply.
     pub(super) fn answer(&self, execution: &Execution) -> Option<Vec<Act>> {
         (self.0)(execution).filter(|response| response.budget.take()).map(|response| response.acts)
     }
@@ -49,7 +49,7 @@ impl fmt::Debug for Rule {
     }
 }
 
-/// How often something still happens; clones count together.
+/// How many more times something happens; clones share the count.
 #[derive(Debug, Clone)]
 pub(super) struct Budget(Arc<AtomicU32>);
 
@@ -62,14 +62,14 @@ impl Budget {
         Self(Arc::new(AtomicU32::new(times)))
     }
 
-    /// Takes one, if one is left.
+    /// Takes one from the budget; `false` if none is left.
     pub(super) fn take(&self) -> bool {
         let less = |left| if left == u32::MAX { Some(left) } else { u32::checked_sub(left, 1) };
         self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok()
     }
 }
 
-/// One thing that a guest does.
+/// A single action of a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Act {
     Stdout(Vec<u8>),
@@ -79,7 +79,7 @@ pub(super) enum Act {
     WriteFile(String, Vec<u8>),
     Wait(Duration),
     Exit(u32),
-    /// Is ended by this signal (RFC 4254, 6.10: `KILL`, `TERM`…).
+    /// Ends with this signal (RFC 4254, 6.10: `KILL`, `TERM`…).
     Signal(String),
     Hang,
     CutStream,
@@ -88,7 +88,7 @@ pub(super) enum Act {
     Die(Death),
 }
 
-/// What a guest does when it is asked to run something: a sequence, after which it ends with exit code 0.
+/// How a guest responds when it is asked to run something: a sequence of actions, followed by exit code 0.
 ///
 /// ```
 /// # use rudder_core::memory::Response;
@@ -103,12 +103,12 @@ pub struct Response {
 }
 
 impl Response {
-    /// Writes this to standard output.
+    /// Returns a response that writes this to standard output.
     pub fn ok(stdout: impl Into<Vec<u8>>) -> Self {
         Self { acts: Vec::new(), budget: Budget::endless() }.stdout(stdout)
     }
 
-    /// Writes this to standard error and ends with this exit code.
+    /// Returns a response that writes this to standard error and ends with this exit code.
     pub fn fails(code: u32, stderr: impl Into<Vec<u8>>) -> Self {
         Self::ok("").stderr(stderr).exit(code)
     }
@@ -123,8 +123,8 @@ impl Response {
         self.then(Act::Stderr(bytes.into()))
     }
 
-    /// Writes a file of the guest to standard output; ends with exit code 1 where there is none. Beside the files of the boot
-    /// disk there are:
+    /// Writes a file of the guest to standard output; ends with exit code 1 if it does not exist. In addition to the
+    /// files of the boot disk, there are:
     ///
     /// | path | content |
     /// |---|---|
@@ -137,13 +137,13 @@ impl Response {
         self.then(Act::ReadFile(path.into()))
     }
 
-    /// Writes a file of the guest, whoever is logged in, and creates its parents. `/dev/ttyS0` is the serial console, `/dev/tty1`
-    /// the screen, `/dev/vdb` the second disk.
+    /// Writes a file of the guest, regardless of the user, and creates its parent directories. `/dev/ttyS0` is the
+    /// serial console, `/dev/tty1` the screen, `/dev/vdb` the second disk.
     pub fn writes(self, path: impl Into<String>, content: impl Into<Vec<u8>>) -> Self {
         self.then(Act::WriteFile(path.into(), content.into()))
     }
 
-    /// Lets time pass (tokio's time: a paused clock jumps).
+    /// Waits (in tokio's time: a paused clock jumps).
     pub fn wait(self, time: Duration) -> Self {
         self.then(Act::Wait(time))
     }
@@ -153,7 +153,7 @@ impl Response {
         self.then(Act::Exit(code))
     }
 
-    /// Is ended by a signal: `KILL`, `TERM`…
+    /// Ends with a signal: `KILL`, `TERM`…
     pub fn signal(self, name: impl Into<String>) -> Self {
         self.then(Act::Signal(name.into()))
     }
@@ -163,17 +163,17 @@ impl Response {
         self.then(Act::Hang)
     }
 
-    /// The connection breaks here; the guest stays up.
+    /// Breaks the connection; the guest stays up.
     pub fn cuts_the_stream(self) -> Self {
         self.then(Act::CutStream)
     }
 
-    /// The guest powers off; this does not end before.
+    /// Powers off the guest; the script does not end before that.
     pub fn powers_off(self) -> Self {
         self.then(Act::PowerOff).hangs()
     }
 
-    /// The guest reboots; this does not end before.
+    /// Reboots the guest; the script does not end before that.
     pub fn reboots(self) -> Self {
         self.then(Act::Reboot).hangs()
     }
@@ -183,7 +183,7 @@ impl Response {
         self.then(Act::Die(cause)).hangs()
     }
 
-    /// Answers this many times; afterwards the next rule that matches does, if there is one.
+    /// Limits the response to this many uses; afterwards the next matching rule applies, if there is one.
     pub fn times(mut self, times: u32) -> Self {
         self.budget = Budget::times(times);
         self

@@ -1,21 +1,21 @@
-//! What guests, sources and operations are told to do: the vocabulary of a test.
+//! The behaviour of guests, sources and operations: the vocabulary of a test.
 
 use super::rules::{Budget, Execution, Response, Rule};
 use crate::{Error, ErrorKind, backend::Death};
 use std::{collections::BTreeSet, time::Duration};
 
-/// How a guest that never answers behaves at its SSH port.
+/// How the SSH port of a guest behaves that never answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Silence {
-    /// Nobody listens.
+    /// Connections are refused.
     Refuses,
-    /// Connections are accepted, and nothing is said.
+    /// Connections are accepted, and nothing is sent.
     Accepts,
 }
 
-/// What a guest does. Without any of it, it boots at once, accepts the keys of its seed, reboots and powers off when asked to
-/// (`reboot`, `sudo poweroff`…), and whatever else it is asked to run succeeds and prints nothing.
+/// The behaviour of a guest. By default it boots at once, accepts the keys of its seed, reboots and powers off when
+/// asked to (`reboot`, `sudo poweroff`…), and everything else that it is asked to run succeeds and prints nothing.
 #[derive(Debug, Clone, Default)]
 #[must_use]
 pub struct Guest {
@@ -34,11 +34,11 @@ pub struct Guest {
     pub(super) hides_typing: bool,
     pub(super) key_interval: Duration,
     pub(super) faults: Faults,
-    /// On how many power-ons the faults happen, if not on all.
+    /// The number of power-ons on which the faults happen; `None` for all.
     pub(super) faulty_boots: Option<u32>,
 }
 
-/// What a guest does wrong.
+/// The faults of a guest.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Faults {
     pub(super) silence: Option<Silence>,
@@ -48,12 +48,13 @@ pub(super) struct Faults {
     pub(super) dies_in_boot: Option<(Death, Duration)>,
     pub(super) dies_in_shutdown: Option<Death>,
     pub(super) stream_limit: Option<u64>,
-    /// After how many keys the connection to the display breaks, and whether it stays broken.
+    /// The number of keys after which the connection to the display breaks, and whether it stays broken.
     pub(super) display_breaks: Option<(u32, bool)>,
 }
 
 impl Guest {
-    /// Answers scripts that contain this text, and scripts whose `executeCommand` does. The first rule that matches counts.
+    /// Adds a response to scripts that contain this text, and to scripts whose `executeCommand` does. The first
+    /// matching rule applies.
     pub fn on(self, text: impl Into<String>, response: Response) -> Self {
         let text = text.into();
         self.answers(move |execution| {
@@ -62,7 +63,7 @@ impl Guest {
         })
     }
 
-    /// Answers what this function answers; rules behind it are asked about the rest.
+    /// Adds a rule: responds with what this function returns; if it returns `None`, later rules are tried.
     ///
     /// ```
     /// # use rudder_core::memory::{MemoryBackend, Response};
@@ -81,25 +82,25 @@ impl Guest {
         self
     }
 
-    /// How long from power-on, and from a reboot, until the SSH server answers.
+    /// Sets the time from a power-on or a reboot until the SSH server answers.
     pub fn boot_delay(mut self, delay: Duration) -> Self {
         self.boot_delay = delay;
         self
     }
 
-    /// How long from the request to power off until it is off.
+    /// Sets the time from the request to power off until the machine is off.
     pub fn shutdown_delay(mut self, delay: Duration) -> Self {
         self.shutdown_delay = Some(delay);
         self
     }
 
-    /// How long the old SSH server goes on answering after a reboot was asked for.
+    /// Sets how long the old SSH server continues to answer after a reboot was requested.
     pub fn reboot_linger(mut self, delay: Duration) -> Self {
         self.reboot_linger = Some(delay);
         self
     }
 
-    /// Accepts this public key (a line of `authorized_keys`) beside those of the seed.
+    /// Accepts this public key (a line of `authorized_keys`) in addition to those of the seed.
     pub fn authorized_key(mut self, line: impl Into<String>) -> Self {
         self.keys.push(line.into());
         self
@@ -111,31 +112,31 @@ impl Guest {
         self
     }
 
-    /// Has this file when it is first powered on.
+    /// Adds a file that exists when the machine is first powered on.
     pub fn file(mut self, path: impl Into<String>, content: impl Into<Vec<u8>>) -> Self {
         self.files.push((path.into(), content.into()));
         self
     }
 
-    /// Has no SFTP server: files are uploaded by commands.
+    /// Removes the SFTP server: files are uploaded by commands.
     pub fn without_sftp(mut self) -> Self {
         self.lacks_sftp = true;
         self
     }
 
-    /// Writes this on its serial console when it boots.
+    /// Writes this to the serial console at boot.
     pub fn serial(mut self, text: impl Into<Vec<u8>>) -> Self {
         self.serial = Some(text.into());
         self
     }
 
-    /// Never answers at its SSH port.
+    /// Never answers at the SSH port.
     pub fn never_answers(mut self, how: Silence) -> Self {
         self.faults.silence = Some(how);
         self
     }
 
-    /// Sends back what it receives on this port, and ends its side when the other has ended its own.
+    /// Echoes everything received on this port, and closes its side once the peer has closed its own.
     pub fn echoes(mut self, port: u16) -> Self {
         self.echoes.insert(port);
         self
@@ -147,7 +148,7 @@ impl Guest {
         self
     }
 
-    /// Shows another host key after each boot, as an impostor would.
+    /// Presents another host key after each boot, as an impostor would.
     pub fn changes_host_key(mut self) -> Self {
         self.faults.changes_host_key = true;
         self
@@ -159,7 +160,7 @@ impl Guest {
         self
     }
 
-    /// Dies so long after power-on. A delay shorter than [`boot_delay`](Self::boot_delay): before SSH answers.
+    /// Dies this long after power-on. With a delay shorter than [`boot_delay`](Self::boot_delay), before SSH answers.
     pub fn dies_after_power_on(mut self, cause: Death, delay: Duration) -> Self {
         self.faults.dies_in_boot = Some((cause, delay));
         self
@@ -171,61 +172,61 @@ impl Guest {
         self
     }
 
-    /// Every connection to it breaks after so many bytes, counting both directions.
+    /// Breaks every connection after this many bytes, counting both directions.
     pub fn breaks_streams_after(mut self, bytes: u64) -> Self {
         self.faults.stream_limit = Some(bytes);
         self
     }
 
-    /// Shows these lines on its screen when it boots, at most 24 of 80 columns, above a prompt at which it shows what is
-    /// [typed](super::MemoryBackend::typed). Without this the prompt is all there is.
+    /// Shows these lines on the screen at boot, at most 24 of 80 columns, above a prompt at which it echoes what is
+    /// [typed](super::MemoryBackend::typed). Without this the screen shows only the prompt.
     pub fn screen(mut self, text: impl Into<String>) -> Self {
         self.screen = text.into();
         self
     }
 
-    /// Shows this on its screen when the line was typed at its prompt.
+    /// Shows this answer on the screen when the line was typed at the prompt.
     pub fn on_line(mut self, line: impl Into<String>, answer: impl Into<String>) -> Self {
         self.answers.push((line.into(), answer.into()));
         self
     }
 
-    /// Does not show what is typed, as where a password is asked for.
+    /// Does not echo what is typed, as at a password prompt.
     pub fn hides_typing(mut self) -> Self {
         self.hides_typing = true;
         self
     }
 
-    /// Takes an event of its keyboard, a key that goes down or up, only so often. The keyboard keeps 16 events, as a PS/2
-    /// keyboard keeps bytes; what comes when it is full is lost.
+    /// Takes one keyboard event (a key that goes down or up) per interval. The keyboard queues 16 events, as a PS/2
+    /// keyboard queues bytes; events that arrive when it is full are lost.
     pub fn takes_keys_every(mut self, interval: Duration) -> Self {
         self.key_interval = interval;
         self
     }
 
-    /// The connection to its display breaks, once, when so many keys went down since power-on. What the client has sent
-    /// behind that key is lost.
+    /// Breaks the connection to the display once, when this many keys have gone down since power-on. Everything that
+    /// the client sent after that key is lost.
     pub fn breaks_display_after(mut self, keys: u32) -> Self {
         self.faults.display_breaks = Some((keys, false));
         self
     }
 
-    /// The same, and no new connection can be made.
+    /// Breaks the connection to the display after this many keys, and accepts no new one.
     pub fn loses_display_after(mut self, keys: u32) -> Self {
         self.faults.display_breaks = Some((keys, true));
         self
     }
 
-    /// The faults above (silence, credentials, deaths, broken streams and displays, ignored shutdown) happen on the first so many
-    /// power-ons of machines of this name only; afterwards the guest is well.
+    /// Limits the faults above (silence, credentials, deaths, broken streams and displays, ignored shutdown) to the
+    /// first power-ons of machines with this name; afterwards the guest behaves.
     pub fn recovers_after(mut self, power_ons: u32) -> Self {
         self.faulty_boots = Some(power_ons);
         self
     }
 }
 
-/// What stands behind a URL. Without any of it: an image of 2 GiB whose bytes are invented from the URL, served at once,
-/// with whatever checksum the manifest promises.
+/// The content behind a URL. By default it is an image of 2 GiB whose bytes are derived from the URL, served at once,
+/// with whatever checksum the manifest expects.
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct Source {
@@ -255,31 +256,31 @@ impl Default for Source {
 }
 
 impl Source {
-    /// How large the disk is that the image describes, in bytes.
+    /// Sets the size of the disk that the image describes, in bytes.
     pub fn virtual_size(mut self, bytes: u64) -> Self {
         self.virtual_size = bytes;
         self
     }
 
-    /// How many bytes the server sends.
+    /// Sets how many bytes the server sends.
     pub fn served(mut self, bytes: u64) -> Self {
         self.served = bytes;
         self
     }
 
-    /// How long the transfer takes; progress is reported ten times.
+    /// Sets how long the transfer takes; progress is reported ten times.
     pub fn takes(mut self, time: Duration) -> Self {
         self.takes = time;
         self
     }
 
-    /// Another number stands for other bytes behind the same URL.
+    /// Sets the revision: another number means other bytes behind the same URL.
     pub fn revision(mut self, revision: u32) -> Self {
         self.revision = revision;
         self
     }
 
-    /// Compares the invented bytes with the checksum that the manifest promises, which they do not have.
+    /// Compares the derived bytes with the checksum that the manifest expects, which does not match.
     pub fn wrong_checksum(mut self) -> Self {
         self.verified = true;
         self
@@ -293,13 +294,13 @@ impl Source {
         self
     }
 
-    /// Getting it fails.
+    /// Makes the download fail.
     pub fn fails(mut self, fault: Fault) -> Self {
         self.fault = Some(fault);
         self
     }
 
-    /// The image has this file.
+    /// Adds a file to the image.
     pub fn file(mut self, path: impl Into<String>, content: impl Into<Vec<u8>>) -> Self {
         self.files.push((path.into(), content.into()));
         self
@@ -332,12 +333,12 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// With an error of this kind that says this, every time.
+    /// Returns a fault with an error of this kind and message, which happens every time.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), budget: Budget::endless() }
     }
 
-    /// So many times, and never again.
+    /// Limits the fault to this many occurrences.
     pub fn times(mut self, times: u32) -> Self {
         self.budget = Budget::times(times);
         self

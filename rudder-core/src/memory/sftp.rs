@@ -1,4 +1,5 @@
-//! The SFTP server of a guest (version 3, draft-ietf-secsh-filexfer-02), as far as uploads need it, on the files of its boot disk.
+//! The SFTP server of a guest (version 3, draft-ietf-secsh-filexfer-02), limited to what uploads need, on the files of
+//! its boot disk.
 
 use super::{
     files::{FileTree, Node, Refusal, may_write, normal, parent},
@@ -55,7 +56,7 @@ impl Sftp {
         Ok(self.machine.with_files(what).ok_or(StatusCode::Failure)??)
     }
 
-    /// Changes what is at a path, if the user may. What does not exist is told as that, whoever asks.
+    /// Changes what exists at a path, if the user may. A missing path is reported as such, regardless of the user.
     fn change(
         &self,
         path: &str,

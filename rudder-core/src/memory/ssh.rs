@@ -1,4 +1,4 @@
-//! The SSH server of a guest in memory: russh on one end of a pipe in this process.
+//! The SSH server of an in-memory guest: russh on one end of a pipe in this process.
 
 use super::{
     Counted,
@@ -41,7 +41,7 @@ pub(super) fn serve(machine: Arc<MachineCore>, boot: Boot, stream: DuplexStream)
         _counted: connection,
     };
     tokio::spawn(async move {
-        // An error here is the client's to see: its stream ends.
+        // The client notices an error when its stream ends.
         if let Ok(session) = server::run_stream(config, stream, session).await {
             let _ = session.await;
         }
@@ -60,7 +60,7 @@ struct Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // Commands that still run end with their connection.
+        // Commands that are still running end with their connection.
         self.cut.cancel();
     }
 }
@@ -159,7 +159,7 @@ impl server::Handler for Connection {
     }
 }
 
-/// A command that runs.
+/// A running command.
 struct Exec {
     machine: Arc<MachineCore>,
     boot: Boot,
@@ -197,7 +197,7 @@ impl Exec {
             None => (&self.command, Vec::new()),
         };
         let acts = answer(&self.machine, &self.boot, &self.user, script, input);
-        // A client that signals or closes the channel ends the command; what else it sends is read and forgotten.
+        // A client that signals or closes the channel ends the command; anything else it sends is read and discarded.
         let ended = async {
             while let Some(message) = reader.wait().await {
                 match message {
@@ -261,7 +261,7 @@ impl Exec {
     }
 
     async fn signal(&self, id: ChannelId, name: Sig) {
-        // When the connection is gone, nobody is left to tell.
+        // When the connection is gone, no client is left to notify.
         let _ = self.handle.exit_signal_request(id, name, false, String::new(), String::new()).await;
     }
 }

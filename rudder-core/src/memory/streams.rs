@@ -1,4 +1,5 @@
-//! What connects to a machine in memory besides SSH and its display: its serial console, an echo, and somebody who says nothing.
+//! Connections to an in-memory machine other than SSH and its display: the serial console, an echo service, and a
+//! silent service.
 
 use super::{Counted, machine::MachineCore};
 use std::{
@@ -14,7 +15,7 @@ use tokio_util::{
     sync::CancellationToken,
 };
 
-/// Serves a connection in a task, until it ends or is cut. An error is the client's to see: its stream ends.
+/// Serves a connection in a task, until it ends or is cut. The client notices an error when its stream ends.
 pub(super) fn serve(cut: CancellationToken, connection: Counted, work: impl Future + Send + 'static) {
     tokio::spawn(async move {
         let _connection = connection;
@@ -25,7 +26,7 @@ pub(super) fn serve(cut: CancellationToken, connection: Counted, work: impl Futu
     });
 }
 
-/// Carries what is written on the serial console, from power-on until the power is off, and what is typed there.
+/// Connects a client to the serial console, from power-on until the power is off.
 pub(super) fn console(core: Arc<MachineCore>, far: DuplexStream) {
     let connection = core.shared.connection();
     let mut log = core.serial_log(0).stream;
@@ -33,21 +34,21 @@ pub(super) fn console(core: Arc<MachineCore>, far: DuplexStream) {
         let _connection = connection;
         let (mut reader, mut writer) = tokio::io::split(far);
         let typing = async {
-            // What is typed is shown, as a terminal does, and forgotten.
+            // What is typed is echoed, as by a terminal, and discarded.
             let mut buffer = [0; 256];
             while let Ok(count @ 1..) = reader.read(&mut buffer).await {
                 core.say(&buffer[..count]);
             }
         };
         tokio::select! {
-            // A reader that is gone is no failure.
+            // A reader that is gone is not a failure.
             _ = tokio::io::copy(&mut log, &mut writer) => {}
             () = typing => {}
         }
     });
 }
 
-/// Sends back what comes, until that ends.
+/// Sends back what arrives, until the other side ends.
 pub(super) fn echo(far: DuplexStream, cut: CancellationToken, connection: Counted) {
     let (mut reader, mut writer) = tokio::io::split(far);
     serve(cut, connection, async move {
@@ -56,12 +57,12 @@ pub(super) fn echo(far: DuplexStream, cut: CancellationToken, connection: Counte
     });
 }
 
-/// Holds a connection open and says nothing.
+/// Holds a connection open and sends nothing.
 pub(super) fn hold(mut far: DuplexStream, cut: CancellationToken, connection: Counted) {
     serve(cut, connection, async move { tokio::io::copy(&mut far, &mut tokio::io::sink()).await });
 }
 
-/// A stream that ends when it is cut, or when so many bytes have passed in either direction.
+/// Returns a stream that ends when it is cut, or when this many bytes have passed in either direction.
 pub(super) fn cuttable(far: DuplexStream, cut: CancellationToken, limit: Option<u64>) -> DuplexStream {
     let (mut inner, outer) = tokio::io::duplex(64 << 10);
     let (passed, token) = (Arc::new(AtomicU64::new(0)), cut.clone());

@@ -1,4 +1,4 @@
-//! The backend under the conversation of the engine: what a guest answers, how machines live and die, and that nothing is left.
+//! The backend as the engine uses it: what a guest answers, how machines live and die, and that nothing is left.
 
 #![allow(clippy::unwrap_used)]
 
@@ -36,7 +36,7 @@ fn image() -> PlannedSource {
     PlannedSource::Url(PlannedUrl { url: "https://images.example/a.qcow2".parse().unwrap(), sha256: None })
 }
 
-/// A lab with one machine `web`, defined and not started.
+/// Opens a lab with one machine `web`, defined and not started.
 async fn rig(backend: MemoryBackend, source: PlannedSource) -> Rig {
     let mut spec = LabSpec::new("test", PlannedNetwork::default());
     spec.retention = Retention::MayBeKept;
@@ -59,7 +59,7 @@ async fn started(guest: impl FnOnce(Guest) -> Guest) -> Rig {
     rig
 }
 
-/// How a script ended, and what it wrote to standard output.
+/// Returns the exit code of a script, and what it wrote to standard output.
 async fn run(guest: &guest::Guest, script: &str) -> (u32, String) {
     let output = guest.command(script).await.unwrap();
     let ExitStatus::Code(code) = output.status else { panic!("{script}: {:?}", output.status) };
@@ -79,7 +79,7 @@ impl Rig {
         self.login_as("root").await
     }
 
-    /// Its disk as JSON: an object of paths.
+    /// Returns the disk as JSON: an object of paths.
     fn files(&self) -> serde_json::Value {
         let core = self.backend.shared.registry().labs.values().next().unwrap().core().unwrap();
         core.machines()[0].with_files(|tree| serde_json::to_value(tree).unwrap()).unwrap()
@@ -301,7 +301,7 @@ async fn streams_break_and_commands_hang() {
     rig.finish().await;
 }
 
-/// Builds a module `base` of the rig's machine.
+/// Builds a module `base` from the rig's machine.
 async fn publish(rig: &Rig) -> crate::module::Module {
     rig.machine.stop(Stop::Graceful { limit: Duration::from_secs(60) }).await.unwrap();
     let disk = rig.machine.capture("rootdisk", &Progress::none()).await.unwrap();

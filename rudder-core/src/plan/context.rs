@@ -1,4 +1,4 @@
-//! What a plan is made against: the backend's capabilities, limits, named inputs, modules that exist.
+//! The context of a plan: the backend's capabilities, limits, named inputs, existing modules.
 
 use crate::{
     capability::Capabilities,
@@ -10,30 +10,30 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What a plan is made against. A plan reads nothing else: no file, no network, no clock.
+/// The context of a plan. Planning reads nothing else: no file, no network, no clock.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct PlanContext {
-    /// What the backend can do.
+    /// Capabilities of the backend.
     pub capabilities: Capabilities,
-    /// What the embedding program allows.
+    /// Limits set by the embedding program.
     pub limits: Limits,
     /// Keys of ConfigMaps and Secrets, by name.
     pub inputs: Inputs,
-    /// The modules that were built before, by name.
+    /// Existing modules, by name.
     pub modules: BTreeMap<String, Module>,
-    /// The modules that are there and cannot be used: their names, and why not.
+    /// Modules that exist but cannot be used, by name, each with the reason.
     pub damaged_modules: BTreeMap<String, String>,
-    /// The name of a build that has none of its own: the stem of its file.
+    /// Name for a build that has none of its own. `None`: the stem of the manifest's file name.
     pub default_name: Option<String>,
-    /// What [`prepare`](super::prepare) does about keys that Rudder does not know.
+    /// How [`prepare`](super::prepare) reports keys that Rudder does not know.
     pub unknown_keys: UnknownKeys,
-    /// The absolute directory that relative `file:` URLs (`file:images/base.qcow2`) start from.
+    /// Absolute directory that relative `file:` URLs (`file:images/base.qcow2`) are resolved against.
     pub base_directory: Option<PathBuf>,
 }
 
 impl PlanContext {
-    /// A plan for a backend of these capabilities; no limits but the usual one on disks, no inputs, no modules.
+    /// Creates a context for a backend with these capabilities, with the default limits, no inputs and no modules.
     #[must_use]
     pub fn new(capabilities: &Capabilities) -> Self {
         Self {
@@ -48,14 +48,14 @@ impl PlanContext {
         }
     }
 
-    /// With these modules to build on; see [`Backend::modules`](crate::backend::Backend::modules).
+    /// Adds modules to build on; see [`Backend::modules`](crate::backend::Backend::modules).
     #[must_use]
     pub fn with_modules(mut self, modules: impl IntoIterator<Item = Module>) -> Self {
         self.modules.extend(modules.into_iter().map(|module| (module.name.clone(), module)));
         self
     }
 
-    /// With these modules that cannot be used, so that a manifest that builds on one learns why; see
+    /// Adds modules that cannot be used, so that a manifest that builds on one is told why; see
     /// [`Backend::damaged_modules`](crate::backend::Backend::damaged_modules).
     #[must_use]
     pub fn with_damaged_modules(mut self, modules: impl IntoIterator<Item = DamagedModule>) -> Self {
@@ -63,58 +63,58 @@ impl PlanContext {
         self
     }
 
-    /// With these limits.
+    /// Sets the limits.
     #[must_use]
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// With these inputs.
+    /// Sets the inputs.
     #[must_use]
     pub fn with_inputs(mut self, inputs: Inputs) -> Self {
         self.inputs = inputs;
         self
     }
 
-    /// With a name for a build that has none of its own.
+    /// Sets the name for a build that has none of its own.
     #[must_use]
     pub fn with_default_name(mut self, name: impl Into<String>) -> Self {
         self.default_name = Some(name.into());
         self
     }
 
-    /// With keys that Rudder does not know as errors, or as warnings.
+    /// Sets whether keys that Rudder does not know are errors or warnings.
     #[must_use]
     pub fn with_unknown_keys(mut self, unknown_keys: UnknownKeys) -> Self {
         self.unknown_keys = unknown_keys;
         self
     }
 
-    /// With a directory that relative `file:` URLs start from, usually the manifest's: an empty path is the directory
-    /// that the process is in.
+    /// Sets the directory that relative `file:` URLs are resolved against, usually that of the manifest. An empty path
+    /// is the current directory.
     #[must_use]
     pub fn with_base_directory(mut self, directory: impl AsRef<Path>) -> Self {
         let directory = Path::new(".").join(directory);
-        // It cannot be made absolute only when the process is in a directory that is gone.
+        // This fails only if the current directory no longer exists.
         self.base_directory = Some(std::path::absolute(&directory).unwrap_or(directory));
         self
     }
 }
 
-/// What an embedding program allows. `None`: no limit.
+/// Limits set by the embedding program. `None` means no limit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Cores of a VM.
+    /// Maximum cores of a VM.
     pub max_cpu: Option<u64>,
-    /// Memory of a VM, in bytes.
+    /// Maximum memory of a VM, in bytes.
     pub max_memory: Option<u64>,
-    /// Size of a disk, in bytes; 50Gi unless it is set.
+    /// Maximum size of a disk, in bytes; 50Gi by default.
     pub max_disk_size: Option<u64>,
-    /// Disks of a VM.
+    /// Maximum disks of a VM.
     pub max_disks: Option<usize>,
-    /// VMs of a build.
+    /// Maximum VMs of a build.
     pub max_vms: Option<usize>,
 }
 
@@ -130,43 +130,43 @@ impl Default for Limits {
     }
 }
 
-/// Each takes a number, or `None` for no limit.
+/// Each setter takes a number, or `None` for no limit.
 impl Limits {
-    /// The usual limits: 50Gi for a disk, and no others.
+    /// Creates the default limits: 50Gi for a disk, and no others.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Allows a VM at most this many cores.
+    /// Sets the maximum number of cores of a VM.
     #[must_use]
     pub fn with_max_cpu(mut self, cores: impl Into<Option<u64>>) -> Self {
         self.max_cpu = cores.into();
         self
     }
 
-    /// Allows a VM at most this much memory, in bytes.
+    /// Sets the maximum memory of a VM, in bytes.
     #[must_use]
     pub fn with_max_memory(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.max_memory = bytes.into();
         self
     }
 
-    /// Allows disks of at most this size, in bytes.
+    /// Sets the maximum size of a disk, in bytes.
     #[must_use]
     pub fn with_max_disk_size(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.max_disk_size = bytes.into();
         self
     }
 
-    /// Allows a VM at most this many disks.
+    /// Sets the maximum number of disks of a VM.
     #[must_use]
     pub fn with_max_disks(mut self, disks: impl Into<Option<usize>>) -> Self {
         self.max_disks = disks.into();
         self
     }
 
-    /// Allows a build at most this many VMs.
+    /// Sets the maximum number of VMs of a build.
     #[must_use]
     pub fn with_max_vms(mut self, vms: impl Into<Option<usize>>) -> Self {
         self.max_vms = vms.into();
@@ -174,7 +174,7 @@ impl Limits {
     }
 }
 
-/// Keys of ConfigMaps and Secrets, given by the embedding program. Namespaces mean something to clusters only.
+/// Keys of ConfigMaps and Secrets, set by the embedding program. Namespaces are meaningful to clusters only.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Inputs {
     config_maps: BTreeMap<(String, String), Vec<u8>>,
@@ -182,7 +182,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// No inputs.
+    /// Creates an empty set of inputs.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -200,7 +200,7 @@ impl Inputs {
         self
     }
 
-    /// Adds a key of a Secret. Its value is masked wherever it would show.
+    /// Adds a key of a Secret. Its value is masked in all output.
     #[must_use]
     pub fn with_secret(
         mut self,
@@ -223,7 +223,7 @@ impl Inputs {
         self.map(kind).get(&(name.to_owned(), key.to_owned())).map(Vec::as_slice)
     }
 
-    /// Those that exist, as `name/key`.
+    /// Returns the existing inputs of a kind, as `name/key`.
     pub(super) fn known(&self, kind: InputKind) -> Vec<String> {
         self.map(kind).keys().map(|(name, key)| format!("{name}/{key}")).collect()
     }
@@ -238,7 +238,7 @@ impl std::fmt::Debug for Inputs {
     }
 }
 
-/// Which kind of object a reference names.
+/// The kind of object that a reference names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum InputKind {
     ConfigMap,

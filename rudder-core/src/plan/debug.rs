@@ -1,11 +1,11 @@
-//! `Debug` of plans: neither secrets nor texts that may hold some. What is free text (scripts, environments, user data, what is
-//! typed) is shown by its length, and whatever is known to be secret is masked wherever it stands.
+//! `Debug` of plans, which shows neither secrets nor texts that may hold some. Free text (scripts, environments, user
+//! data, typed text) is shown by its length, and known secrets are masked everywhere.
 
 use super::*;
 use crate::secret::{Masker, public_url};
 use std::fmt;
 
-/// A text that is not shown.
+/// A text that is shown by its length only.
 struct Bytes(usize);
 
 impl fmt::Debug for Bytes {

@@ -1,4 +1,4 @@
-//! The limits of the embedding program: over one is an error that says both numbers.
+//! Checks the limits of the embedding program. An error names both the limit and the value found.
 
 use super::{Limits, PlanContext};
 use crate::{

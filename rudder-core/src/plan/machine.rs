@@ -1,6 +1,6 @@
-//! The machines of a plan: from what is written and has no mistakes to what will be done.
+//! Plans machines: turns a checked spec into what will be done.
 //!
-//! Everything here reads values that were checked before; a `None` would mean that a check is missing.
+//! Everything here reads values that were already checked; a `None` would mean that a check is missing.
 
 use super::{
     BootAction, Hardware, PlanContext, PlannedBuildRef, PlannedCloudInit, PlannedCommunicator,
@@ -28,10 +28,10 @@ use std::{
     time::Duration,
 };
 
-/// The default of `sshTimeout`.
+/// Default of `sshTimeout`.
 const SSH_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-/// Makes the machines of one plan, and gathers what it learns on the way.
+/// Plans the machines of one build, and collects their secrets, and the reasons why the build cannot be repeated.
 #[derive(Debug)]
 pub(super) struct Maker<'m> {
     pub(super) context: &'m PlanContext,
@@ -40,7 +40,7 @@ pub(super) struct Maker<'m> {
     pub(super) macs: Macs<'m>,
     pub(super) secrets: Vec<Secret>,
     pub(super) known_secrets: HashSet<Secret>,
-    /// The overrides of each VM, and the place of each file, by name.
+    /// The overrides of each VM, and the index of each file, by name.
     pub(super) overrides: HashMap<&'m str, Vec<&'m VmOverride>>,
     pub(super) file_places: HashMap<String, usize>,
     pub(super) not_repeatable: Vec<String>,
@@ -64,7 +64,7 @@ impl Maker<'_> {
         Some(())
     }
 
-    /// A URL that is downloaded for `role`.
+    /// Resolves a URL that is downloaded for `role`.
     fn url(&mut self, url: &str, checksum: Option<&str>, role: &str) -> Option<PlannedUrl> {
         let url = super::urls::resolve_url(url, self.context).ok()?;
         secrets_of(&url).iter().for_each(|secret| self.remember(secret));
@@ -81,11 +81,11 @@ impl Maker<'_> {
         Some(PlannedUrl { url, sha256 })
     }
 
-    /// The value of a named input; remembered as a secret where it is one.
+    /// Returns the value of a named input, and records the values of a Secret as secrets.
     fn input(&mut self, from: &ValueFrom) -> Option<Arc<[u8]>> {
         let (kind, reference, _) = reference::input(from)?;
         let bytes = self.named(kind, reference.name.as_deref()?, reference.key.as_deref()?)?;
-        // Scripts, user data and files carry secrets in them, which turn up alone.
+        // Scripts, user data and files contain secrets, which may be output on their own.
         if kind == InputKind::Secret
             && let Ok(text) = std::str::from_utf8(&bytes)
         {
@@ -99,7 +99,7 @@ impl Maker<'_> {
         if kind == InputKind::Secret {
             match std::str::from_utf8(bytes) {
                 Ok(text) => self.remember(text),
-                // Bytes that are no text show in base64 alone.
+                // Bytes that are not UTF-8 appear only as base64.
                 Err(_) => self.remember(&BASE64_STANDARD_NO_PAD.encode(bytes)),
             }
         }
@@ -360,7 +360,7 @@ impl Maker<'_> {
     }
 }
 
-/// Cores and bytes, where written.
+/// Returns cores and bytes, where set.
 fn amounts(resources: &Resources) -> Option<(Option<u32>, Option<u64>)> {
     let cpus = match &resources.cpu {
         Some(cpu) => Some(u32::try_from(quantity(cpu).ok()?.ceil()).ok()?.max(1)),
@@ -373,7 +373,7 @@ fn amounts(resources: &Resources) -> Option<(Option<u32>, Option<u64>)> {
     Some((cpus, memory))
 }
 
-/// The names in a list of files.
+/// Returns the names in a list of files.
 pub(super) fn file_names(list: &FileNames) -> Option<Vec<String>> {
     list.files.iter().map(|file| file.name.clone()).collect()
 }
@@ -385,7 +385,7 @@ fn boot_command(written: &[String], vm: &str) -> Option<Vec<BootAction>> {
     }
     let named = |text: &str| text.replace("{{ .Name }}", vm);
     let action = |token| match token {
-        // The address of the file server is known when it runs; the name is known now.
+        // The address of the file server is only known at run time; the name is known now.
         BootToken::Text(text) => BootAction::Type(named(&text)),
         BootToken::Press(key) => BootAction::Press(key),
         BootToken::Hold(key) => BootAction::Hold(key),

@@ -1,4 +1,5 @@
-//! What will be done: defaults filled, overrides applied, references resolved, digest computed.
+//! Planning decides what will be done: it fills defaults, applies overrides, resolves references and computes the
+//! digest.
 //!
 //! Planning is pure: it reads a manifest and a [`PlanContext`], and nothing else.
 //!
@@ -50,28 +51,27 @@ use std::{
 use support::Support;
 use urls::relative_urls;
 
-/// The default of `timeout`.
+/// Default of `timeout`.
 const TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-/// The default of `isoCacheTTL`.
+/// Default of `isoCacheTTL`.
 const ISO_CACHE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A plan, or why there is none.
+/// A plan, or the reasons why there is none.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Planned {
-    /// The plan; `None` when a diagnostic is an error, of these or of those that were found while parsing.
+    /// The plan; `None` when a diagnostic is an error, whether found here or while parsing.
     pub plan: Option<Plan>,
-    /// Everything that was found by checking and by planning, in the order of the text. What was found while parsing is not
-    /// repeated here.
+    /// All findings of checking and planning, in source order. Findings of parsing are not repeated here.
     pub diagnostics: Vec<Diagnostic>,
 }
 
-/// Checks a document and plans it. All findings come in one go: mistakes of the manifest, and what the backend, the limits, the
-/// inputs and the modules of the context say against it.
+/// Checks a document and plans it. All findings are returned at once: mistakes in the manifest, and conflicts with the
+/// backend, limits, inputs and modules of the context.
 ///
-/// A document that was parsed with errors may be checked by this, but its plan lacks what could not be read: see
-/// [`Parsed::has_errors`](crate::manifest::Parsed::has_errors), or use [`prepare`].
+/// A document that was parsed with errors may be checked with this function, but its plan lacks what could not be read:
+/// see [`Parsed::has_errors`](crate::manifest::Parsed::has_errors), or use [`prepare`].
 #[must_use]
 pub fn plan(document: &Document, context: &PlanContext) -> Planned {
     let mut findings = Findings::new(document);
@@ -94,7 +94,7 @@ pub fn plan(document: &Document, context: &PlanContext) -> Planned {
         relative_urls(&mut findings, spec, at, context);
         if !findings.has_errors() {
             plan = name.and_then(|name| make(document, spec, &name, support, context));
-            // Where parsing refused something it has said so: a plan without it is no bug.
+            // If parsing removed something it has reported that already: a missing plan is then no bug.
             if plan.is_none() && !document.has_pruned() {
                 findings
                     .report(
@@ -109,7 +109,7 @@ pub fn plan(document: &Document, context: &PlanContext) -> Planned {
     Planned { plan, diagnostics: findings.finish() }
 }
 
-/// What is written, else what the context says, else the stem of the source's name.
+/// Returns the name in the manifest, else that of the context, else the stem of the source's name.
 fn name(findings: &mut Findings<'_>, context: &PlanContext) -> Option<String> {
     if let Some(name) = findings.manifest().name() {
         return Some(name.to_owned());

@@ -1,4 +1,4 @@
-//! The networks of a plan, its cards and their hardware addresses.
+//! Plans networks, NICs and their hardware addresses.
 
 use super::{PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc};
 use crate::{
@@ -13,13 +13,13 @@ use std::{
     net::Ipv4Addr,
 };
 
-/// The name of the VPC and of the subnet that nobody declared.
+/// Name of the implicit VPC and subnet.
 const AUTOMATIC: &str = DEFAULT_SUBNET.0;
 
-/// The networks that clones get.
+/// Returns the networks that clones get.
 ///
-/// A subnet without a VPC is in the automatic one, which has internet unless a VPC is declared. Without subnets there is one
-/// of QEMU's usual addresses, in the first VPC.
+/// A subnet without a VPC belongs to the implicit VPC, which has internet access unless a VPC is declared. If there are
+/// no subnets, the first VPC gets one with QEMU's default addresses.
 pub(super) fn base(spec: &BuildSpec) -> Option<PlannedNetwork> {
     let network = spec.network.as_ref();
     let (vpcs, subnets) =
@@ -60,7 +60,7 @@ pub(super) fn base(spec: &BuildSpec) -> Option<PlannedNetwork> {
     Some(planned)
 }
 
-/// The networks while the build runs: the base with `buildOverrides`.
+/// Returns the networks while the build runs: the base with `buildOverrides` applied.
 pub(super) fn overridden(spec: &BuildSpec, base: &PlannedNetwork) -> Option<PlannedNetwork> {
     let mut network = base.clone();
     let Some(overrides) = &spec.build_overrides else { return Some(network) };
@@ -78,7 +78,7 @@ pub(super) fn overridden(spec: &BuildSpec, base: &PlannedNetwork) -> Option<Plan
         let subnet = &mut network.subnets[*subnets.get(name)?];
         let written = declared.get(name)?;
         subnet.unmanaged = one.unmanaged.unwrap_or(subnet.unmanaged);
-        // What has no effect while a guest serves the subnet has one again when none does.
+        // Settings without effect on an unmanaged subnet apply again when an override makes it managed.
         subnet.dhcp = written.dhcp.unwrap_or(true) && !subnet.unmanaged;
         let dns = written.dns.as_deref().filter(|_| !subnet.unmanaged).unwrap_or_default();
         subnet.dns = dns.split(',').filter_map(|server| server.trim().parse().ok()).collect();
@@ -90,7 +90,7 @@ fn place_of<'n>(names: impl Iterator<Item = &'n str>) -> HashMap<&'n str, usize>
     names.enumerate().map(|(place, name)| (name, place)).collect()
 }
 
-/// The hardware addresses of a build: unique, and the same whenever the same build is planned.
+/// The hardware addresses of a build: unique, and the same each time the build is planned.
 #[derive(Debug)]
 pub(super) struct Macs<'m> {
     build: &'m str,
@@ -98,7 +98,7 @@ pub(super) struct Macs<'m> {
 }
 
 impl<'m> Macs<'m> {
-    /// Those that the author wrote are taken, wherever they stand.
+    /// Reserves all addresses that the manifest sets, including those in overrides.
     pub(super) fn new(build: &'m str, spec: &BuildSpec) -> Self {
         let base = spec.vms.iter().flat_map(|vm| &vm.nics);
         let overrides = spec.build_overrides.iter().flat_map(|overrides| &overrides.vms);
@@ -113,7 +113,7 @@ impl<'m> Macs<'m> {
             let digest = Digest::of(text.as_bytes());
             let mut bytes = [0; 6];
             bytes.copy_from_slice(&digest.as_bytes()[..6]);
-            // Locally administered, unicast (IEEE 802, clause 8.2): nobody's product.
+            // Locally administered, unicast (IEEE 802, clause 8.2): does not clash with a vendor's address.
             bytes[0] = bytes[0] & !0b01 | 0b10;
             let mac = MacAddress::new(bytes);
             if self.taken.insert(mac) {
@@ -123,8 +123,8 @@ impl<'m> Macs<'m> {
         }
     }
 
-    /// The cards of a VM; without any written, one. `base`: the same VM's cards without overrides, of which those of the same
-    /// name give their hardware address, slot and model.
+    /// Plans the NICs of a VM: those in `written`, or a single one if there are none. `base` holds the same VM's NICs
+    /// without overrides; those with the same name keep their hardware address, model and pinned slot.
     pub(super) fn cards(
         &mut self,
         vm: &str,
@@ -173,7 +173,8 @@ impl<'m> Macs<'m> {
     }
 }
 
-/// The names of cards: what was written, else `nic1`, `nic2`… by place, or the next number that nobody has.
+/// Returns the names of NICs: the name in the manifest, else `nic1`, `nic2`… by position, or the next number that is
+/// free.
 fn names(nics: &[Nic]) -> Vec<String> {
     let mut taken: HashSet<String> = nics.iter().filter_map(|nic| nic.name.clone()).collect();
     let mut name = |(index, nic): (usize, &Nic)| match &nic.name {

@@ -1,4 +1,4 @@
-//! From the bytes of a manifest file to plans, in one call.
+//! Turns the bytes of a manifest file into plans, in one call.
 
 use super::{Plan, PlanContext, plan};
 use crate::{
@@ -10,20 +10,20 @@ use crate::{
 };
 use std::{collections::HashSet, fmt};
 
-/// The plans of a manifest file, and everything that was found.
+/// The plans of a manifest file, and all findings about it.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Prepared {
-    /// A plan for each document, in order; none when any diagnostic is an error.
+    /// A plan for each document, in order; empty when any diagnostic is an error.
     pub plans: Vec<Plan>,
-    /// Everything that was found, in the order of the text.
+    /// All findings, in source order.
     pub diagnostics: Vec<Diagnostic>,
     source_name: String,
     text: String,
 }
 
-/// Parses, checks and plans every document of a manifest file. `source_name` is the name of the file: it names a build that has
-/// no name of its own, and it is shown in front of findings. The file itself is not read.
+/// Parses, checks and plans every document of a manifest file. `source_name` is the name of the file; it provides the
+/// name of a build that has none of its own, and is shown with the findings. The file itself is not read.
 #[must_use]
 pub fn prepare(source_name: &str, bytes: &[u8], context: &PlanContext) -> Prepared {
     let parsed = parse_with(source_name, bytes, context.unknown_keys);
@@ -69,31 +69,31 @@ impl fmt::Debug for Prepared {
 }
 
 impl Prepared {
-    /// Whether a finding refuses the manifest.
+    /// Whether any finding is an error, which refuses the manifest.
     #[must_use]
     pub fn has_errors(&self) -> bool {
         self.diagnostics.iter().any(Diagnostic::is_error)
     }
 
-    /// The findings that do not refuse the manifest.
+    /// Returns the findings that do not refuse the manifest.
     pub fn warnings(&self) -> impl Iterator<Item = &Diagnostic> {
         self.diagnostics.iter().filter(|diagnostic| diagnostic.severity == Severity::Warning)
     }
 
-    /// All findings for a person, each with its piece of the source.
+    /// Renders all findings as text, each with its excerpt of the source.
     #[must_use]
     pub fn render(&self) -> String {
         diagnostic::render(&self.diagnostics, &self.source_name, &self.text)
     }
 
-    /// The warnings about a manifest that is not refused, for a person; empty when there are none. Those about one that is
-    /// refused stand among its errors: see [`into_plans`](Self::into_plans).
+    /// Renders the warnings about a manifest that is not refused; empty if there are none. Warnings about a refused
+    /// manifest are reported with its errors: see [`into_plans`](Self::into_plans).
     #[must_use]
     pub fn render_warnings(&self) -> String {
         if self.has_errors() { String::new() } else { self.render() }
     }
 
-    /// The plans.
+    /// Returns the plans.
     ///
     /// # Errors
     /// `InvalidInput`, with all findings rendered, when one of them refuses the manifest.

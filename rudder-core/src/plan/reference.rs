@@ -1,4 +1,4 @@
-//! What a manifest refers to outside of itself: modules that were built before, and named inputs.
+//! Resolves what a manifest refers to outside itself: existing modules and named inputs.
 
 use super::{PlanContext, context::InputKind};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
     visible::Quoted,
 };
 
-/// The module and VM that a `buildRef` names, when they exist.
+/// Returns the module and VM that a `buildRef` names, if they exist.
 pub(super) fn parent<'c>(
     reference: &BuildRef,
     context: &'c PlanContext,
@@ -22,7 +22,7 @@ pub(super) fn parent<'c>(
     Some((module, machine))
 }
 
-/// The kind of object, and the key in it, that a reference names.
+/// Returns the kind of object that a reference names, and the key in it.
 pub(super) fn input(from: &ValueFrom) -> Option<(InputKind, &KeyRef, &'static str)> {
     match (&from.config_map_ref, &from.secret_ref) {
         (Some(reference), None) => Some((InputKind::ConfigMap, reference, "configMapRef")),
@@ -38,7 +38,7 @@ enum Form {
     Bytes,
 }
 
-/// Reports every reference that leads nowhere.
+/// Reports every reference that cannot be resolved.
 pub(super) fn references(
     findings: &mut Findings<'_>,
     spec: &BuildSpec,
@@ -131,7 +131,7 @@ fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, c
     }
 }
 
-/// A blank disk beside those of the parent must not have the name of one of them.
+/// Reports a blank disk that has the name of a disk of the parent.
 fn inherited_disks(
     findings: &mut Findings<'_>,
     vm: &Vm,
@@ -156,7 +156,7 @@ fn inherited_disks(
     }
 }
 
-/// The text of a named input that was given and is one.
+/// Returns a named input as text, if it was given and is UTF-8.
 fn text<'c>(from: &ValueFrom, context: &'c PlanContext) -> Option<&'c str> {
     let (kind, reference, _) = input(from)?;
     let bytes = context.inputs.get(kind, reference.name.as_deref()?, reference.key.as_deref()?)?;

@@ -1,12 +1,13 @@
-//! The digest of a plan: sha256 over everything that shapes the result, in a form of its own.
+//! The digest of a plan: sha256 over everything that shapes the result, in an encoding of its own.
 //!
-//! It is taken of what is planned, not of what was written: comments, the order of keys, defaults that are spelled out and the
-//! form of the document make no difference. Left out is what decides whether and how fast a build succeeds, but not what it
-//! makes: timeouts, retries, what steps and files are called in messages, files that nothing uses. Parents count by their
-//! digest. A download counts by its checksum alone where it has one, else by its URL. Secrets count.
+//! It covers the plan, not the text of the manifest: comments, key order, explicitly written defaults and the form of
+//! the document make no difference. It leaves out what affects whether and how fast a build succeeds, but not what it
+//! produces: timeouts, retries, names of steps and files in messages, files that nothing uses. Parents are covered by
+//! their digest. A download is covered by its checksum alone if it has one, else by its URL. Secrets are included.
 //!
-//! Every struct is taken apart without `..`, so that a new field cannot be forgotten. A value is written as its label, its
-//! length and its bytes; what is absent is not written, so that a new optional field changes no digest that exists.
+//! Every struct is destructured without `..`, so that a new field cannot be forgotten. A value is encoded as its label,
+//! its length and its bytes. An absent value is not encoded, so that a new optional field does not change existing
+//! digests.
 
 use super::{
     BootAction, Hardware, Plan, PlannedBuildRef, PlannedCloudInit, PlannedCommunicator, PlannedContent,
@@ -17,7 +18,7 @@ use crate::digest::{Digest, Hasher};
 use serde::Serialize;
 use std::collections::HashMap;
 
-/// The digest of what this plan makes; its own `digest` does not count.
+/// Computes the digest of what this plan produces; the plan's own `digest` field is ignored.
 pub(super) fn digest(plan: &Plan) -> Digest {
     let mut shape = Shape::default();
     let Plan {
@@ -73,14 +74,14 @@ impl Shape {
         self.text(label, &value.to_string());
     }
 
-    /// A fact counts when it is true.
+    /// Encodes a flag, only when it is true.
     fn flag(&mut self, label: &str, value: bool) {
         if value {
             self.text(label, "true");
         }
     }
 
-    /// The word that a unit variant is serialised as.
+    /// Encodes the string that a unit variant is serialised as.
     fn word(&mut self, label: &str, value: impl Serialize) {
         let word = serde_json::to_string(&value).unwrap_or_default();
         self.text(label, &word);
@@ -224,7 +225,7 @@ impl Shape {
             BootAction::Hold(key) => self.number("hold", (*key).into()),
             BootAction::Release(key) => self.number("release", (*key).into()),
             BootAction::Wait(duration) => self.text("wait", &duration.as_nanos().to_string()),
-            // A limit shapes whether there is a result, not which.
+            // The limit affects whether there is a result, but not which.
             BootAction::WaitText { text, limit: _ } => self.text("wait-text", text),
             BootAction::WaitSerial { text, limit: _ } => self.text("wait-serial", text),
         }

@@ -1,4 +1,4 @@
-//! What a manifest asks for and nobody here can do: refused at its line, before anything starts.
+//! Reports what a manifest asks for and the backend or the engine cannot do, at its line and before anything starts.
 
 use super::PlanContext;
 use crate::{
@@ -9,7 +9,7 @@ use crate::{
     manifest::{BuildSpec, Nic, Path, Vm},
 };
 
-/// Who can do what.
+/// What the backend and the engine can do.
 #[derive(Debug)]
 pub(super) struct Support<'c> {
     backend: &'c Capabilities,
@@ -21,15 +21,15 @@ impl<'c> Support<'c> {
         Self { backend: &context.capabilities, engine: Capabilities::engine() }
     }
 
-    /// Whether both who must be able to, are.
+    /// Whether the backend and the engine both provide a capability, as far as each is involved.
     pub(super) fn has(&self, capability: Capability) -> bool {
         self.lacking(capability).is_none()
     }
 
-    /// Who lacks a capability, for people, and what it is that they lack.
+    /// Returns who lacks a capability, as text for messages, and the capability that is lacking.
     fn lacking(&self, capability: Capability) -> Option<(String, Capability)> {
         use Capability as C;
-        // What the engine has a part in, and what of the backend that part stands on.
+        // Whether the engine is involved, and the capability that this requires of the backend.
         let (engine, backend) = match capability {
             C::ShellStep | C::FileStep | C::RebootStep | C::WindowsUpdateStep | C::PowerShell => (true, None),
             C::BootCommand | C::HandbuildStep => (true, Some(C::Display)),
@@ -43,7 +43,7 @@ impl<'c> Support<'c> {
         Some((format!("the {} backend", self.backend.of), needed))
     }
 
-    /// Refuses what needs a capability that is lacking.
+    /// Reports something that needs a capability which is lacking.
     fn need(&self, findings: &mut Findings<'_>, capability: Capability, at: &Path<'_>, what: &str) {
         if let Some((who, capability)) = self.lacking(capability) {
             findings.report(&codes::UNSUPPORTED, at, format!("{who} cannot {what} yet")).help =
@@ -51,12 +51,12 @@ impl<'c> Support<'c> {
         }
     }
 
-    /// Refuses a document that asks for a running clone.
+    /// Reports a document that asks for a running clone, if clones are not supported.
     pub(super) fn clone_of_module(&self, findings: &mut Findings<'_>) {
         self.need(findings, Capability::Clone, &Path::root().key("kind"), "run clones of modules");
     }
 
-    /// Everything in a build.
+    /// Checks everything in a build.
     pub(super) fn build(&self, findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
         use Capability as C;
         if let Some(network) = &spec.network {
@@ -175,7 +175,7 @@ impl<'c> Support<'c> {
             Bus::Usb => (C::DiskUsb, "usb"),
             Bus::Ide => (C::DiskIde, "ide"),
         };
-        // With `buildRef` the disks are those of the parent, which this backend has.
+        // With `buildRef` the disks are those of the parent, whose buses this backend supports.
         let inherits = vm.source.as_ref().and_then(source_kind) == Some(SourceKind::BuildRef);
         if vm.disks.is_empty() && !inherits {
             let (capability, name) = capability(Bus::Virtio);

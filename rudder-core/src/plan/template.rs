@@ -1,10 +1,11 @@
-//! Conversions between what is planned and what a module keeps of it, in both directions: a module takes the networks and NICs of
-//! its plan, and machines made from a module get them back.
+//! Conversions between planned and template networks and NICs: a module stores those of its plan, and machines made
+//! from a module get them back.
 
 use super::{PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc};
 use crate::module::{TemplateNetwork, TemplateNic, TemplateSubnet, TemplateVpc};
 
-/// Implements `From` in both directions for structs with the same fields; those after `each` are lists whose elements are converted.
+/// Implements `From` in both directions for structs with the same fields; fields after `each` are lists whose elements
+/// are converted.
 macro_rules! both_ways {
     ($planned:ident = $template:ident { $($same:ident),* $(; each $($list:ident),*)? }) => {
         both_ways!(@one $planned, $template, [$($same)*], [$($($list)*)?]);

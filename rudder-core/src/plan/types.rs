@@ -1,4 +1,4 @@
-//! The nouns of a plan. Everything here is resolved: no default is left to fill, no name left to look up.
+//! The types of a plan. Everything in them is resolved: no default is left to fill in, no name left to look up.
 
 use crate::{
     digest::Digest,
@@ -9,37 +9,38 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc, time::Duration};
 
-/// What will be done.
+/// What a build will do.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Plan {
-    /// The name of the build and of the module it makes.
+    /// Name of the build and of the module it produces.
     pub name: String,
-    /// sha256 over everything in the plan that shapes the result. The same manifest, inputs and parents give the same.
+    /// sha256 over everything in the plan that shapes the result. Equal manifests, inputs and parents give equal
+    /// digests.
     pub digest: Digest,
-    /// The manifest as given, in YAML; secrets not masked.
+    /// The manifest as given, in YAML; secrets are not masked.
     pub manifest: String,
-    /// The VMs, in the manifest's order.
+    /// VMs, in manifest order.
     pub machines: Vec<PlannedMachine>,
-    /// The networks while the build runs.
+    /// Networks while the build runs.
     pub network: PlannedNetwork,
-    /// The networks that clones get.
+    /// Networks that clones get.
     pub template_network: PlannedNetwork,
-    /// Names of files served over HTTP while the VMs boot.
+    /// Names of the files served over HTTP while the VMs boot.
     pub http_files: Vec<String>,
-    /// The files of the build.
+    /// Files of the build.
     pub files: Vec<PlannedFile>,
     /// Limit of the whole build.
     #[serde(with = "millis")]
     pub timeout: Duration,
-    /// How often the whole build is started again.
+    /// Number of times that the whole build is retried.
     pub retries: u32,
-    /// How long an ISO that nothing uses stays cached.
+    /// How long an unused ISO stays cached.
     #[serde(with = "millis")]
     pub iso_cache_ttl: Duration,
-    /// Every value that must never be shown.
+    /// All values that must never be shown.
     pub secrets: Vec<Secret>,
-    /// Why the build cannot be repeated from its manifest alone; empty: it can.
+    /// Reasons why the build cannot be repeated from its manifest alone; empty if it can.
     pub not_repeatable: Vec<String>,
 }
 
@@ -47,34 +48,34 @@ pub struct Plan {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct PlannedMachine {
-    /// Its name.
+    /// Name of the VM.
     pub name: String,
-    /// What its boot disk starts from.
+    /// Source of the boot disk.
     pub source: PlannedSource,
-    /// What it is while the build runs.
+    /// Hardware while the build runs.
     pub hardware: Hardware,
-    /// What its clones get: the same, without `buildOverrides`.
+    /// Hardware of clones: the same, without `buildOverrides`.
     pub template: Hardware,
     /// CD-ROMs, in order.
     pub isos: Vec<PlannedUrl>,
-    /// Names of files on the floppy; empty: no floppy.
+    /// Names of the files on the floppy; empty for no floppy.
     pub floppy: Vec<String>,
-    /// Present: a NoCloud seed is attached.
+    /// Contents of the NoCloud seed; `None` for no seed.
     pub cloud_init: Option<PlannedCloudInit>,
-    /// How to talk to the guest.
+    /// How to connect to the guest.
     pub communicator: PlannedCommunicator,
-    /// What is typed on the display before SSH is tried.
+    /// Actions on the keyboard and the display before SSH is tried.
     pub boot_command: Vec<BootAction>,
-    /// The steps, in order.
+    /// Provisioning steps, in order.
     pub steps: Vec<PlannedStep>,
-    /// Carried along for user interfaces.
+    /// Passed through for user interfaces.
     pub invisible: bool,
 }
 
 /// The hardware of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hardware {
-    /// Cores the guest sees.
+    /// Cores visible to the guest.
     pub cpus: u32,
     /// Memory in bytes.
     pub memory: u64,
@@ -82,84 +83,84 @@ pub struct Hardware {
     pub firmware: Firmware,
     /// Whether it has a TPM 2.0.
     pub tpm: bool,
-    /// Its disks; the first boots and receives the source.
+    /// Disks; the first is the boot disk and receives the source.
     pub disks: Vec<PlannedDisk>,
-    /// Its cards, at most 9.
+    /// NICs, at most 9.
     pub nics: Vec<PlannedNic>,
 }
 
 /// A disk of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedDisk {
-    /// Unique in the VM.
+    /// Name, unique in the VM.
     pub name: String,
-    /// Bytes; `None`: as large as the source (an inherited boot disk).
+    /// Size in bytes; `None`: as large as the source (an inherited boot disk).
     pub size: Option<u64>,
-    /// How it is attached.
+    /// Bus that it is attached to.
     pub bus: Bus,
-    /// For cluster backends.
+    /// Storage class, for cluster backends.
     pub storage_class: Option<String>,
-    /// Where its content comes from, when it is not new: the disk of this name of the parent module's VM.
+    /// Whether the content is that of the disk with the same name of the parent module's VM; otherwise the disk is new.
     pub inherited: bool,
 }
 
-/// A network card of a VM.
+/// A NIC of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedNic {
-    /// Its name: what was written, else `nic1`, `nic2`…
+    /// Name in the manifest, else `nic1`, `nic2`…
     pub name: String,
-    /// The name of its subnet, one of the plan's.
+    /// Name of its subnet, one of the plan's.
     pub subnet: String,
-    /// Its place among the cards, 1–9: pins the PCI slot.
+    /// Slot, 1–9; determines the PCI slot.
     pub slot: u8,
-    /// Whether the author pinned the slot.
+    /// Whether the manifest pins the slot.
     pub slot_pinned: bool,
-    /// A fixed address.
+    /// Fixed IP address.
     pub ip: Option<Ipv4Addr>,
-    /// Its hardware address: what was written, else derived from build, VM and card.
+    /// Hardware address: as in the manifest, else derived from the names of build, VM and NIC.
     pub mac: MacAddress,
-    /// What the guest sees.
+    /// Model that the guest sees.
     pub model: NicModel,
 }
 
 /// The networks of a build or of its clones.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedNetwork {
-    /// Whether the author declared it; otherwise it is one VPC with one subnet, DHCP and internet.
+    /// Whether the manifest declares it; otherwise it is one VPC with one subnet, DHCP and internet access.
     pub declared: bool,
-    /// Networks that do not reach each other.
+    /// Networks that cannot reach each other.
     pub vpcs: Vec<PlannedVpc>,
-    /// Their segments.
+    /// Segments of the VPCs.
     pub subnets: Vec<PlannedSubnet>,
 }
 
 /// A private network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedVpc {
-    /// Its name.
+    /// Name of the VPC.
     pub name: String,
-    /// Whether its VMs reach the internet.
+    /// Whether its VMs can reach the internet.
     pub internet: bool,
 }
 
 /// A segment of a VPC.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedSubnet {
-    /// Its name.
+    /// Name of the subnet.
     pub name: String,
-    /// The name of its VPC.
+    /// Name of its VPC.
     pub vpc: String,
-    /// Its addresses.
+    /// Address range.
     pub cidr: Cidr,
-    /// Whether addresses are handed out.
+    /// Whether DHCP assigns addresses.
     pub dhcp: bool,
-    /// DNS servers handed out; empty: the backend's own.
+    /// DNS servers announced to guests; empty: the backend's own.
     pub dns: Vec<Ipv4Addr>,
-    /// A bare layer-2 segment that a guest serves.
+    /// Whether it is a bare layer-2 segment that a guest serves.
     pub unmanaged: bool,
 }
 
-/// What a boot disk starts from.
+/// The source of a boot disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[non_exhaustive]
@@ -170,35 +171,35 @@ pub enum PlannedSource {
     Blank,
     /// The disks of a VM of a module.
     BuildRef(PlannedBuildRef),
-    /// An OCI image with a disk in it.
+    /// An OCI image that contains a disk.
     ContainerDisk {
-        /// The reference of the image.
+        /// Reference of the image.
         image: String,
     },
     /// A volume in the cluster.
     SourcePvc {
-        /// Its name.
+        /// Name of the PersistentVolumeClaim.
         name: String,
-        /// Its namespace.
+        /// Namespace of the PersistentVolumeClaim.
         namespace: Option<String>,
     },
 }
 
-/// A VM of a module that was built before.
+/// A VM of an existing module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedBuildRef {
-    /// The module.
+    /// Name of the module.
     pub module: String,
-    /// Its digest when the plan was made: what is imported is this, or nothing.
+    /// Digest of the module when the plan was made. Only this version is imported.
     pub digest: Digest,
-    /// The VM.
+    /// Name of the VM.
     pub vm: String,
 }
 
-/// Bytes behind a URL.
+/// A download.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PlannedUrl {
-    /// http, https or file.
+    /// http, https or file URL.
     pub url: url::Url,
     /// sha256 of the bytes as served.
     pub sha256: Option<Digest>,
@@ -207,58 +208,58 @@ pub struct PlannedUrl {
 /// A file of the build.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlannedFile {
-    /// Its name.
+    /// Name of the file.
     pub name: String,
-    /// Its bytes, or where they are.
+    /// Content, or its location.
     pub content: PlannedContent,
 }
 
-/// Bytes, or where they are.
+/// Bytes, or their location.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum PlannedContent {
     /// The bytes themselves.
     Inline(Arc<[u8]>),
-    /// Behind a URL.
+    /// A download.
     Url(PlannedUrl),
 }
 
-/// A NoCloud seed, as the author wants it.
+/// The contents of a NoCloud seed, as in the manifest.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedCloudInit {
-    /// Delivered as written.
+    /// User data, delivered as written.
     pub user_data: Option<Arc<str>>,
     /// The network-config of the seed.
     pub network_data: Option<String>,
 }
 
-/// How to talk to a guest.
+/// How to connect to a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlannedCommunicator {
-    /// The shell.
+    /// Shell of the guest.
     pub shell: GuestShell,
-    /// The user that logs in.
+    /// User to log in as.
     pub username: String,
-    /// The port that its SSH server listens on.
+    /// TCP port of the guest's SSH server.
     pub port: u16,
-    /// Tried beside the key.
+    /// Password, tried in addition to the key.
     pub password: Option<Secret>,
-    /// The private key to log in with (OpenSSH or PEM); `None`: a fresh ed25519 pair per build.
+    /// Private key to log in with (OpenSSH or PEM); `None`: a new ed25519 pair per build.
     pub private_key: Option<Secret>,
-    /// From power-on (after the boot command) to a working login.
+    /// Limit from power-on (or from the end of the boot command) to a working login.
     #[serde(with = "millis")]
     pub timeout: Duration,
 }
 
-/// A step of provisioning.
+/// A provisioning step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlannedStep {
-    /// What it is called: its name, else its type.
+    /// Name of the step, else its type.
     pub name: String,
-    /// Its own limit; `None`: the build's deadline.
+    /// Limit of the step; `None`: the build's deadline.
     #[serde(with = "millis_option")]
     pub timeout: Option<Duration>,
-    /// What it does.
+    /// What the step does.
     pub action: StepAction,
 }
 
@@ -271,37 +272,37 @@ pub enum StepAction {
     Shell {
         /// The script, as written.
         script: Arc<str>,
-        /// Its environment.
+        /// Environment of the script.
         env: BTreeMap<String, String>,
-        /// How it is run; `{{ .Command }}` is its path.
+        /// Command that runs the script; `{{ .Command }}` is the path of the script.
         execute_command: Option<String>,
     },
-    /// Puts a file into the guest.
+    /// Copies a file into the guest.
     File {
-        /// Its bytes, or where they are.
+        /// Content, or its location.
         content: PlannedContent,
-        /// What it is called in messages.
+        /// Name of the file in messages.
         label: String,
-        /// An absolute path in the guest.
+        /// Absolute path in the guest.
         destination: String,
     },
     /// Restarts the guest.
     Reboot {
-        /// The command that does it.
+        /// Command that restarts it.
         command: String,
     },
     /// Installs Windows updates.
     WindowsUpdate {
-        /// The search of the Windows Update Agent.
+        /// Search criteria for the Windows Update Agent.
         search_criteria: Option<String>,
         /// `include:` and `exclude:` filters.
         filters: Vec<String>,
-        /// How many in one round.
+        /// Maximum number of updates per round.
         update_limit: u32,
     },
     /// Waits for a person.
     Handbuild {
-        /// What the person is to do.
+        /// Instructions for the person.
         instructions: String,
     },
 }
@@ -317,29 +318,29 @@ pub enum BootAction {
     Press(u32),
     /// Holds a key down.
     Hold(u32),
-    /// Releases a key that is held.
+    /// Releases a held key.
     Release(u32),
-    /// Waits.
+    /// Waits for a fixed time.
     Wait(#[serde(with = "millis")] Duration),
-    /// Waits until a text stands on the screen.
+    /// Waits until a text is on the screen.
     WaitText {
-        /// The text; templates in it are resolved as in what is typed.
+        /// The text; templates in it are resolved as in typed text.
         text: String,
-        /// How long at most.
+        /// Maximum time to wait.
         #[serde(with = "millis")]
         limit: Duration,
     },
-    /// Waits until a text comes on the serial line, from where the last such wait ended.
+    /// Waits until a text appears on the serial console, from where the last such wait ended.
     WaitSerial {
-        /// The text; templates in it are resolved as in what is typed.
+        /// The text; templates in it are resolved as in typed text.
         text: String,
-        /// How long at most.
+        /// Maximum time to wait.
         #[serde(with = "millis")]
         limit: Duration,
     },
 }
 
-/// Durations as whole milliseconds.
+/// Serialises durations as whole milliseconds.
 mod millis {
     use serde::{Deserialize, Deserializer, Serializer};
     use std::time::Duration;
@@ -353,7 +354,7 @@ mod millis {
     }
 }
 
-/// Durations as whole milliseconds, or nothing.
+/// Serialises optional durations as whole milliseconds.
 mod millis_option {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use std::time::Duration;

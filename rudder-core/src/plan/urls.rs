@@ -1,4 +1,4 @@
-//! URLs of a manifest, of which `file:` URLs may be relative to a base directory.
+//! URLs of a manifest. `file:` URLs may be relative to a base directory.
 
 use super::PlanContext;
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 };
 use url::Url;
 
-/// The URL of an absolute directory of this operating system.
+/// Converts an absolute directory of this operating system to a URL.
 #[cfg(any(unix, windows))]
 fn directory_url(directory: &std::path::Path) -> Option<Url> {
     Url::from_directory_path(directory).ok()
@@ -17,7 +17,7 @@ fn directory_url(directory: &std::path::Path) -> Option<Url> {
 #[cfg(not(any(unix, windows)))]
 use portable_directory_url as directory_url;
 
-/// The URL of an absolute directory whose path is written as on Unix, where no operating system says what paths are.
+/// Converts an absolute Unix directory to a URL, on targets without an operating system that defines paths.
 #[cfg(any(test, not(any(unix, windows))))]
 fn portable_directory_url(directory: &std::path::Path) -> Option<Url> {
     let segments = directory.to_str()?.strip_prefix('/')?.split('/').filter(|segment| !segment.is_empty());
@@ -26,7 +26,7 @@ fn portable_directory_url(directory: &std::path::Path) -> Option<Url> {
     Some(url)
 }
 
-/// Reads a URL; `file:` and a relative path start from the base directory.
+/// Parses a URL; a `file:` URL with a relative path is resolved against the base directory.
 pub(super) fn resolve_url(written: &str, context: &PlanContext) -> Result<Url, String> {
     let Some(path) = relative_file(written) else { return checked_url(written) };
     let Some(base) = &context.base_directory else {
@@ -37,17 +37,17 @@ pub(super) fn resolve_url(written: &str, context: &PlanContext) -> Result<Url, S
     };
     let base = directory_url(base)
         .ok_or_else(|| format!("expected an absolute base directory, but found {}", base.display()))?;
-    // As any reference is resolved (RFC 3986, section 5.2); `./` keeps `a:b` from being a scheme.
+    // Resolved like any reference (RFC 3986, section 5.2); `./` keeps `a:b` from being parsed as a scheme.
     base.join(&format!("./{path}"))
         .map_err(|error| format!("expected a path, but found {path:?}: {error}", path = Quoted(path)))
 }
 
-/// The path of a `file:` URL that is relative.
+/// Returns the path of a relative `file:` URL.
 fn relative_file(written: &str) -> Option<&str> {
     written.strip_prefix("file:").filter(|path| !path.is_empty() && !path.starts_with('/'))
 }
 
-/// Reports relative `file:` URLs where nothing says what they are relative to.
+/// Reports relative `file:` URLs for which no base directory is set.
 pub(super) fn relative_urls(
     findings: &mut Findings<'_>,
     spec: &BuildSpec,

@@ -1,8 +1,8 @@
-//! What is written to disk, as types of their own: a plan, an event or a module can change without changing a file, and a file of
-//! an earlier version stays readable.
+//! Types of the records that are written to disk, separate from those in memory: a plan, an event or a module can change without
+//! changing a file, and a file of an earlier version stays readable.
 //!
-//! Each record has a format number, and is converted to and from the type that the rest of the crate works with. A record of a
-//! later format is refused, whatever else it holds. Records of one backend alone (labs, caches, locks) belong to its crate.
+//! Each record has a format number, and is converted to and from the type that the rest of the crate uses. A record of a later
+//! format is rejected, whatever else it contains. Records of a single backend (labs, caches, locks) belong to its crate.
 
 mod module;
 
@@ -14,19 +14,20 @@ use crate::{
 use module::{ModuleRecord, digested};
 use std::path::Path;
 
-/// Modules and their record, `module.json`.
+/// Conversion of modules to and from their record, `module.json`.
 impl Module {
-    /// The version of the record's format that is written, and the latest that is read.
+    /// Format version that is written, and the latest one that can be read.
     pub const FORMAT: u32 = 2;
 
-    /// Reads a record; `path` is its place, for messages.
+    /// Reads a record; `path` is its path, for messages.
     ///
     /// # Errors
-    /// `Unsupported` for a later format; `InvalidInput` for what is no record, and for one that names files elsewhere.
+    /// `Unsupported` for a later format; `InvalidInput` for bytes that are not a record, and for a record that names files
+    /// elsewhere.
     pub fn from_record(path: &Path, bytes: &[u8]) -> Result<Self> {
         let no_record = |error| Self::damaged(path, "it is not what was written").with_source(error);
         let value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_record)?;
-        // The number first: what else a later version writes is not for this one to judge.
+        // The format number is checked first: this version cannot judge what else a later version writes.
         match value.get("format").and_then(serde_json::Value::as_u64) {
             None | Some(0) => return Err(Self::damaged(path, "it has no format number")),
             Some(format) if format > u64::from(Self::FORMAT) => {
@@ -45,19 +46,19 @@ impl Module {
         record.try_into().map_err(|found: module::Unusable| Self::damaged(path, &found.to_string()))
     }
 
-    /// Its record: JSON that ends with a line feed. [`path`](Self::path) is not part of it.
+    /// Encodes the module as its record: JSON that ends with a line feed. [`path`](Self::path) is not part of it.
     ///
     /// # Errors
-    /// `Internal` when it cannot be encoded.
+    /// `Internal` when the module cannot be encoded.
     pub fn to_record(&self) -> Result<String> {
         let record = serde_json::to_string_pretty(&ModuleRecord::from(self.clone()));
         record.map(|text| text + "\n").map_err(|error| not_encoded(&self.name, error))
     }
 
-    /// The digest of a module of this name: the same for the same disks, templates and networks.
+    /// Computes the digest of a module of this name: the same for the same disks, templates and networks.
     ///
     /// # Errors
-    /// `Internal` when they cannot be encoded.
+    /// `Internal` when the module cannot be encoded.
     pub fn content_digest(
         name: &str,
         machines: &[TemplateMachine],

@@ -1,7 +1,6 @@
-//! `module.json`, formats 1 and 2. Format 2 has content that is not identified by sha256, or whose size is not known.
+//! `module.json`, formats 1 and 2. Format 2 can describe content that is not identified by sha256, or whose size is unknown.
 //!
-//! Conversions name every field, so that a field added on one side does not compile before it was decided what the other side
-//! does with it.
+//! Conversions name every field, so that a field added on one side does not compile until its conversion is written.
 
 use crate::{
     content::{Content, ContentId},
@@ -16,13 +15,13 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
-/// Why a record is no module: completes "expected the record of a module, but …".
+/// Reason why a record is not a valid module: completes "expected the record of a module, but …".
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Unusable {
     /// A file that is not in the module's directory.
     #[error("it names the file {0:?}, which is not beside it")]
     Elsewhere(String),
-    /// A format of a file that is no plain name.
+    /// A format of a file that is not a plain name.
     #[error("it names the format {0:?}")]
     Format(String),
 }
@@ -87,7 +86,7 @@ struct StateRecord {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
 enum ContentRecord {
-    /// All that format 1 has.
+    /// The only form in format 1.
     Verifiable { size: u64, sha256: Digest },
     /// Since format 2.
     Other {
@@ -172,12 +171,12 @@ struct InputEntry {
     content: ContentRecord,
 }
 
-/// A role as text: `source of VM NAME`, `ISO`, `file`. What else earlier versions wrote are files.
+/// A role as text: `source of VM NAME`, `ISO`, `file`. Any other text written by earlier versions means a file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 struct RoleRecord(String);
 
-/// Begins the role of a VM's source.
+/// Prefix of the role of a VM's source.
 const SOURCE_OF: &str = "source of VM ";
 
 impl From<InputRole> for RoleRecord {
@@ -208,7 +207,7 @@ struct TimingRecord {
     millis: u64,
 }
 
-/// What the digest of a module is taken of.
+/// Returns what the digest of a module is computed from.
 pub(super) fn digested(
     name: &str,
     machines: &[TemplateMachine],
@@ -220,14 +219,14 @@ pub(super) fn digested(
 
 impl From<Module> for ModuleRecord {
     fn from(module: Module) -> Self {
-        // Where the record is, is not part of it.
+        // The location of the record is not part of it.
         let Module { name, digest, created, machines, network, provenance, path: _ } = module;
         let machines: Vec<MachineRecord> = machines.into_iter().map(Into::into).collect();
         let (network, provenance): (_, ProvenanceRecord) = (network.into(), provenance.into());
         let disks = machines.iter().flat_map(|machine| &machine.disks).map(|disk| &disk.content);
         let state = machines.iter().flat_map(|machine| &machine.state).map(|state| &state.content);
         let inputs = provenance.inputs.iter().map(|input| &input.content);
-        // As early a format as there is: earlier versions can then read it.
+        // Uses the earliest format that can hold the module, so that earlier versions can read it.
         let format = if disks.chain(state).chain(inputs).all(ContentRecord::is_of_format_1) { 1 } else { 2 };
         Self { format, name, digest, created, machines, network, provenance }
     }
@@ -256,7 +255,7 @@ impl TryFrom<ModuleRecord> for Module {
     }
 }
 
-/// Whether this is the name of a file, and no path.
+/// Returns whether this is the name of a file rather than a path.
 fn is_file_name(text: &str) -> bool {
     !text.contains(['/', '\0']) && !matches!(text, "" | "." | "..")
 }
@@ -279,8 +278,8 @@ impl From<StateKindRecord> for StateKind {
     }
 }
 
-/// Implements `From` in both directions for structs whose fields have the same names; those after `each` are lists whose elements
-/// are converted, those after `into` are converted themselves.
+/// Implements `From` in both directions for structs whose fields have the same names; fields after `each` are lists whose elements
+/// are converted, and fields after `into` are converted themselves.
 macro_rules! both_ways {
     ($record:ident = $noun:ident { $($same:ident),* $(; each $($list:ident),*)? $(; into $($one:ident),*)? }) => {
         both_ways!(@one $record, $noun, [$($same)*], [$($($list)*)?], [$($($one)*)?]);

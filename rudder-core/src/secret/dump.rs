@@ -1,37 +1,38 @@
-//! Dumps of bytes, as people and programs print them, read back: `xxd`, `hexdump`, `od` in all its bases, arrays of C, Rust and
-//! Python, characters one by one. Offsets in front of lines and text columns behind them are left out, so that a secret is found
-//! that goes over the end of a line.
+//! Decodes dumps of bytes as people and programs print them: `xxd`, `hexdump`, `od` in all its bases, arrays of C, Rust
+//! and Python, characters one by one. Offsets at the beginning of lines and text columns at their end are skipped, so
+//! that a secret that spans several lines is found.
 
 use super::view::{Unit, View};
 
-/// What a text may be when it is a dump.
+/// The possible readings of a text as a dump.
 #[derive(Debug, Default)]
 pub(super) struct Dumps {
-    /// As hexadecimal digits in lower case.
+    /// Hexadecimal digits in lower case.
     pub(super) hex: Vec<View>,
-    /// As bytes.
+    /// Bytes.
     pub(super) bytes: Vec<View>,
 }
 
-/// A run of letters and digits; places are in the view.
+/// A run of letters and digits; positions are those in the view.
 #[derive(Debug, Clone, Copy)]
 struct Word {
     start: usize,
     end: usize,
-    /// Blanks in front of it.
+    /// Number of spaces before it.
     gap: usize,
-    /// A bar stands in front of it, behind the word before.
+    /// Whether there is a bar between this word and the one before.
     bar: bool,
 }
 
-/// Whether numbers in front of lines are taken for offsets. Both are tried: a number may be either.
+/// Whether numbers at the beginning of lines are skipped as offsets. Both readings are tried, since such a number may
+/// be data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Offsets {
     Skip,
     Read,
 }
 
-/// Everything that a text, of which the ends of lines are kept, may be as a dump.
+/// Returns all readings of a text as a dump; the text must have its line ends.
 pub(super) fn dumps(text: &View) -> Dumps {
     let mut dumps = Dumps::default();
     let units = &text.0;
@@ -94,7 +95,7 @@ fn is_hex(units: &[Unit]) -> bool {
     !units.is_empty() && units.iter().all(|unit| unit.byte.is_ascii_hexdigit())
 }
 
-/// The digits of a word in hexadecimal, without `0x`.
+/// Returns the digits of a hexadecimal word, without `0x`.
 fn hex_digits(units: &[Unit], word: Word) -> Option<&[Unit]> {
     let units = &units[word.start..word.end];
     let digits = match units {
@@ -104,14 +105,14 @@ fn hex_digits(units: &[Unit], word: Word) -> Option<&[Unit]> {
     is_hex(digits).then_some(digits)
 }
 
-/// Where the data of a line of a dump is: how many of its words are the offset, and how many are no text column.
+/// Returns which words of a line of a dump are data: those after the offset and before the text column.
 fn data(units: &[Unit], words: &[Word]) -> std::ops::Range<usize> {
     let Some(first) = words.first().filter(|_| words.len() > 1) else { return 0..words.len() };
     let is_offset = first.end - first.start >= 4 && is_hex(&units[first.start..first.end]);
     if !is_offset {
         return 0..words.len();
     }
-    // xxd writes a colon, and two blanks in front of its text; hexdump and od write bars around theirs.
+    // xxd writes a colon, and two spaces before its text column; hexdump and od put bars around theirs.
     let colon = units.get(first.end).is_some_and(|unit| unit.byte == b':');
     let is_text = |(place, word): (usize, &Word)| {
         let is_first = place == 0;
@@ -178,7 +179,7 @@ fn numbers(
     dumps.bytes.extend(values);
 }
 
-/// The text column of a line, from behind the data: without the blanks and bars around it.
+/// Returns the text column of a line, given what follows the data, without the surrounding spaces and bars.
 fn column(units: &[Unit]) -> &[Unit] {
     let blank = |unit: &Unit| matches!(unit.byte, b' ' | b'\t');
     let start = units.iter().position(|unit| !blank(unit)).unwrap_or(units.len());
@@ -188,7 +189,7 @@ fn column(units: &[Unit]) -> &[Unit] {
     }
 }
 
-/// A number of so many bytes, as `od` prints it.
+/// Parses a number of `width` bytes as `od` prints it.
 fn number(units: &[Unit], word: Word, base: u32, width: usize) -> Option<u64> {
     let digits = &units[word.start..word.end];
     let fits = match (base, width) {
@@ -204,7 +205,7 @@ fn number(units: &[Unit], word: Word, base: u32, width: usize) -> Option<u64> {
     (width == 8 || value < 1 << (8 * width)).then_some(value)
 }
 
-/// Characters that stand one by one, with blanks between them, as `od -c` prints them.
+/// Reads single characters separated by spaces, as `od -c` prints them.
 fn characters(units: &[Unit], lines: &[(usize, usize)], offsets: Offsets) -> View {
     let mut view = View::default();
     for (start, end) in lines {
@@ -219,7 +220,7 @@ fn characters(units: &[Unit], lines: &[(usize, usize)], offsets: Offsets) -> Vie
                 [quote, unit, close] if quote.byte == close.byte && matches!(quote.byte, b'\'' | b'"') => {
                     view.0.push(*unit);
                 }
-                // Blanks and control characters by name (`od -a`), and by escape.
+                // Spaces and control characters by name (`od -a`), and by escape.
                 [slash, _] if slash.byte == b'\\' => {}
                 [s, p] if (s.byte, p.byte) == (b's', b'p') || (s.byte, p.byte) == (b'n', b'l') => {}
                 [first, .., last] if word.len() == 3 => {

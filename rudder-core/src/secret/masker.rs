@@ -1,4 +1,4 @@
-//! The masker: secrets, brought into every view, are looked for in the same views of a text.
+//! The masker transforms secrets into every view, and searches for them in the same views of a text.
 
 use super::{
     PieceMasker, Secret,
@@ -12,47 +12,48 @@ use super::{
 use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
 use std::{borrow::Cow, collections::BTreeSet, fmt, fmt::Write as _, ops::Range};
 
-/// Encoded forms are masked for texts of at least so many bytes: the encoding of less stands elsewhere by chance.
+/// Encoded forms are masked only for texts of at least this many bytes: shorter encodings occur by chance.
 const MIN_ENCODED: usize = 4;
-/// A secret of which less than this is left without quotes is looked for with them.
+/// A secret with fewer bytes than this outside its quotes is searched for with its quotes.
 const MIN_UNQUOTED: usize = 4;
-/// A secret in which blanks stand is masked without them from this length on.
+/// A secret that contains spaces is also masked without them, if at least this many bytes are left.
 const MIN_SQUEEZED: usize = 6;
-/// Secrets have encoded forms up to so many bytes together; what is more is masked as it is and escaped.
+/// Limit in bytes for the secrets that have encoded forms, all together; beyond it they are masked only verbatim and
+/// escaped.
 const MAX_ENCODED: usize = 256 * 1024;
-/// No form of a secret is taken to be longer than this, in bytes.
+/// Upper bound for the length of any form of a secret, in bytes.
 const MAX_FORM: usize = 16 * 1024;
 
-/// Takes secrets out of any text.
+/// Removes secrets from any text.
 ///
-/// Matches a secret, and each of its lines, as they are, and
-/// - with any of their characters escaped, however often: by backslashes (JSON, YAML, C, shells, `Debug`), as `\u00e9`, `\xe9`,
-///   `\351`, `%E9`, `+`, `&quot;`, or in the quotes of shells and YAML (`'\''`, `''`);
-/// - with colours, cursor movements and characters without width inside, and wrapped over several lines;
-/// - inside base64 of something larger, in each of the three alignments, in both alphabets, in lines of any length, and of
-///   UTF-16 as PowerShell takes it;
-/// - in dumps: hexadecimal in either case and with any separators, as `xxd`, `hexdump` and `od` lay it out in any base, with
-///   offsets and text columns, and characters one by one.
+/// Matches a secret, and each of its lines, verbatim and
+/// - with any of their characters escaped, any number of times: by backslashes (JSON, YAML, C, shells, `Debug`), as
+///   `\u00e9`, `\xe9`, `\351`, `%E9`, `+`, `&quot;`, or in the quotes of shells and YAML (`'\''`, `''`);
+/// - with colours, cursor movements and zero-width characters inside, and wrapped over several lines;
+/// - inside the base64 of a larger text, in each of the three alignments, in both alphabets, in lines of any length,
+///   and of UTF-16 as PowerShell takes it;
+/// - in dumps: hexadecimal in either case and with any separators, in the layouts of `xxd`, `hexdump` and `od` in any
+///   base, with offsets and text columns, and characters one by one.
 ///
 /// User information and tokens in the queries of URLs are masked whether or not they are known to be secret.
 ///
-/// Secrets, and lines of secrets, of fewer than 3 characters are not masked; encoded forms need 4 bytes. The work is linear in
-/// the length of the text, and does not depend on the number of secrets.
+/// Secrets, and lines of secrets, of fewer than 3 characters are not masked; encoded forms need 4 bytes. Masking takes
+/// time linear in the length of the text, regardless of the number of secrets.
 #[derive(Clone, Default)]
 pub struct Masker {
-    /// As it stands, and as bytes that a dump stands for.
+    /// Finds secrets in plain text, and in the bytes that a dump decodes to.
     plain: Option<Matcher>,
     unescaped: Option<Matcher>,
-    /// Of secrets that hold what looks like an escape.
+    /// Finds secrets that contain what looks like an escape.
     bare: Option<Matcher>,
-    /// Of secrets that are hardly more than quotes.
+    /// Finds secrets that consist of little more than quotes.
     quoted: Option<Matcher>,
     base64: Option<Matcher>,
     hex: Option<Matcher>,
 }
 
 impl Masker {
-    /// A masker of these secrets.
+    /// Creates a masker of these secrets.
     pub fn new<'a>(secrets: impl IntoIterator<Item = &'a Secret>) -> Self {
         let mut all = BTreeSet::new();
         for secret in secrets {
@@ -82,7 +83,7 @@ impl Masker {
             if part.len() >= MIN_ENCODED && encoded <= MAX_ENCODED {
                 for line in [part.as_bytes(), &bytes] {
                     let digits = line.iter().fold(String::new(), |mut digits, byte| {
-                        // Writing to a String does not fail.
+                        // Writing to a `String` does not fail.
                         let _ = write!(digits, "{byte:02x}");
                         digits
                     });
@@ -104,14 +105,14 @@ impl Masker {
         }
     }
 
-    /// The text without secrets: each is replaced by `***`.
+    /// Returns the text with each secret replaced by `***`.
     #[must_use]
     pub fn mask<'t>(&self, text: &'t str) -> Cow<'t, str> {
         let ranges = self.find(text);
         if ranges.is_empty() { Cow::Borrowed(text) } else { replace(text, &ranges).into() }
     }
 
-    /// Lines that belong together without secrets, also those that go over the end of a line.
+    /// Masks consecutive lines, including secrets that span several of them.
     #[must_use]
     pub fn mask_lines(&self, lines: Vec<String>) -> Vec<String> {
         let mut masked = Vec::with_capacity(lines.len());
@@ -123,25 +124,25 @@ impl Masker {
         masked
     }
 
-    /// A masker for lines that come one after the other, long ones in pieces.
+    /// Returns a masker for lines that arrive one after the other, long ones in pieces.
     #[must_use]
     pub fn pieces(&self) -> PieceMasker<'_> {
         PieceMasker::new(self)
     }
 
-    /// No form of a secret is longer than this, in bytes.
+    /// Returns an upper bound for the length of any form of a secret, in bytes.
     pub(super) fn longest(&self) -> usize {
-        // A byte takes at most a dozen characters in any form.
+        // No form uses more than about a dozen characters for a byte.
         let longest = self.plain.as_ref().map_or(0, Matcher::longest);
         (longest * 16).min(MAX_FORM)
     }
 
-    /// Where secrets stand: in order, not touching.
+    /// Returns the ranges of secrets, in order and not touching.
     pub(super) fn find(&self, text: &str) -> Vec<Range<usize>> {
         self.scan(text, None)
     }
 
-    /// [`find`](Self::find), and where secrets begin that may go on behind the end.
+    /// Like [`find`](Self::find), and also returns where secrets begin that may continue past the end.
     pub(super) fn find_open(&self, text: &str) -> (Vec<Range<usize>>, Open) {
         let mut open = Open::default();
         (self.scan(text, Some(&mut open)), open)
@@ -162,13 +163,13 @@ impl Masker {
         merge(found)
     }
 
-    /// Every view of a text in which secrets may be found, with what finds them.
+    /// Calls `see` with each view of a text in which secrets may be found, and the matcher for that view.
     fn views(&self, text: &str, see: &mut dyn FnMut(&Matcher, &View, Form)) {
         let Some(as_is) = &self.plain else { return };
         let view = plain(text, Lines::Join);
         see(as_is, &view, Form::Plain);
         if text.contains(['\x1b', '\u{9b}']) {
-            // What a terminal takes for the end of a control sequence may be the beginning of a secret.
+            // What a terminal reads as the end of a control sequence may be the beginning of a secret.
             let without = text.replace('\x1b', "\0").replace('\u{9b}', "\0\0");
             see(as_is, &plain(&without, Lines::Join), Form::Plain);
         }
@@ -179,7 +180,7 @@ impl Masker {
             let view = unescaped(&view, Quotes::Drop);
             see(matcher, &view, Form::Plain);
             if self.base64.is_some() {
-                // A plus was taken for a blank.
+                // A plus may have been decoded as a space.
                 encoded.push(one_alphabet(&view, b' '));
             }
         }
@@ -210,12 +211,12 @@ impl fmt::Debug for Masker {
     }
 }
 
-/// Where secrets begin that may go on behind the end of a text.
+/// Where secrets begin that may continue past the end of a text.
 #[derive(Debug, Default)]
 pub(super) struct Open {
     /// The first of them.
     pub(super) any: Option<usize>,
-    /// The first of which so much is there that it is no chance.
+    /// The first of those that match too many bytes to be a coincidence.
     pub(super) hold: Option<usize>,
 }
 
@@ -233,7 +234,7 @@ impl Open {
     }
 }
 
-/// The form that a view shows secrets in.
+/// The form in which a view shows secrets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     Plain,
@@ -243,7 +244,7 @@ enum Form {
 }
 
 impl Form {
-    /// From how many bytes on the end of a line may be the beginning of a secret.
+    /// Number of matching bytes from which the end of a line is treated as the beginning of a secret.
     fn least(self) -> usize {
         match self {
             Self::Plain | Self::Dump => 3,
@@ -252,7 +253,7 @@ impl Form {
     }
 }
 
-/// A match in base64 with the characters beside it, which hold bits of the secret too.
+/// Extends a match in base64 by the adjacent characters, which also contain bits of the secret.
 fn with_neighbours(view: &View, range: Range<usize>) -> Range<usize> {
     let is_digit = |at: usize| {
         view.0
@@ -272,7 +273,8 @@ fn with_neighbours(view: &View, range: Range<usize>) -> Range<usize> {
     start..end
 }
 
-/// Base64 of whatever has these bytes in it: the characters that depend on them alone.
+/// Adds the base64 of any text that contains these bytes, reduced to the characters that depend on them alone; one for
+/// each alignment.
 fn base64_cores(bytes: &[u8], into: &mut BTreeSet<Vec<u8>>) {
     for before in 0..3usize {
         let mut padded = vec![0; before];

@@ -11,53 +11,53 @@ use std::{
     ops::Range,
 };
 
-/// How many bytes of a pattern count as its beginning.
+/// Number of bytes that count as the beginning of a pattern.
 const HEAD: usize = 3;
 
-/// Finds patterns, and beginnings of patterns at the end.
+/// Finds patterns in a text, and the beginning of a pattern at its end.
 #[derive(Clone)]
 pub(super) struct Matcher {
     automaton: NFA,
-    /// In order, so that those with a common beginning are neighbours.
+    /// Sorted, so that patterns with a common prefix are neighbours.
     patterns: Vec<Box<[u8]>>,
     heads: HashSet<[u8; HEAD]>,
     longest: usize,
 }
 
 impl Matcher {
-    /// A matcher of these patterns; `None` for none.
+    /// Creates a matcher of these patterns; `None` if there are none.
     pub(super) fn new(patterns: BTreeSet<Vec<u8>>) -> Option<Self> {
         let patterns: Vec<Box<[u8]>> =
             patterns.into_iter().filter(|pattern| pattern.len() >= HEAD).map(Into::into).collect();
         if patterns.is_empty() {
             return None;
         }
-        // It fails for more than two thousand million states, which no manifest can ask for.
+        // This fails for more than two billion states, which no manifest can require.
         let automaton = Builder::new().prefilter(false).build(&patterns).ok()?;
         let heads = patterns.iter().filter_map(|pattern| pattern.first_chunk().copied()).collect();
         let longest = patterns.iter().map(|pattern| pattern.len()).max().unwrap_or(0);
         Some(Self { automaton, patterns, heads, longest })
     }
 
-    /// The length of the longest pattern.
+    /// Returns the length of the longest pattern.
     pub(super) fn longest(&self) -> usize {
         self.longest
     }
 
-    /// Where patterns stand; of those that end at one place, the longest.
+    /// Finds all patterns; of those that end at the same position, only the longest.
     pub(super) fn find(&self, bytes: impl Iterator<Item = u8>, mut found: impl FnMut(Range<usize>)) {
         let Ok(mut state) = self.automaton.start_state(Anchored::No) else { return };
         for (at, byte) in bytes.enumerate() {
             state = self.automaton.next_state(Anchored::No, state, byte);
             if self.automaton.is_special(state) && self.automaton.is_match(state) {
-                // The pattern that the state stands for comes before those that are ends of it.
+                // The longest match comes first, before the patterns that are suffixes of it.
                 let length = self.automaton.pattern_len(self.automaton.match_pattern(state, 0));
                 found(at + 1 - length..at + 1);
             }
         }
     }
 
-    /// Where the first pattern begins that goes on behind the end.
+    /// Returns where the first pattern begins that continues past the end.
     pub(super) fn open_at(&self, bytes: &[u8]) -> Option<usize> {
         let from = (bytes.len() + 1).saturating_sub(self.longest);
         (from..bytes.len()).find(|at| {

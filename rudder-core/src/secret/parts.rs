@@ -1,13 +1,14 @@
-//! What of a secret is looked for: its lines, and of a text that carries secrets, the values in it.
+//! Splits a secret into the parts to search for: its lines, and if it is a text that contains secrets, the values in
+//! it.
 
 use std::collections::BTreeSet;
 
-/// Texts shorter than this are not masked: they stand everywhere by chance, and a mask would only tell where.
+/// Texts shorter than this are not masked: they occur everywhere by chance, and a mask would only reveal where.
 pub(super) const MIN_CHARS: usize = 3;
 /// A longer line of a secret is masked in parts of this many characters.
 const MAX_PART: usize = 256;
 
-/// Lines of scripts that are no secret, whoever keeps the script.
+/// Lines of scripts that are not secret, even if the script is.
 const SYNTAX: [&str; 26] = [
     "fi",
     "done",
@@ -37,7 +38,8 @@ const SYNTAX: [&str; 26] = [
     ")",
 ];
 
-/// The parts of a secret that are masked: the whole where it is short, each of its lines, long ones in pieces.
+/// Returns the parts of a secret that are masked: the whole secret if it is short, and each of its lines, long ones in
+/// pieces.
 pub(super) fn parts(secret: &str) -> BTreeSet<String> {
     let mut parts = BTreeSet::new();
     let is_text = secret.trim().contains('\n');
@@ -49,7 +51,7 @@ pub(super) fn parts(secret: &str) -> BTreeSet<String> {
         if count < MIN_CHARS {
             continue;
         }
-        // Of a text of several lines, the whole is needed only where its lines are too short.
+        // The whole of a text with several lines is needed only if its lines are too short.
         if is_text && line.contains('\n') && count > MAX_PART {
             continue;
         }
@@ -62,7 +64,7 @@ pub(super) fn parts(secret: &str) -> BTreeSet<String> {
     parts
 }
 
-/// Pieces of equal length; the last overlaps the one before, so that none is short.
+/// Splits a line into pieces of equal length; the last overlaps the one before, so that none is short.
 fn pieces(line: &str, parts: &mut BTreeSet<String>) {
     let places: Vec<usize> = line.char_indices().map(|(at, _)| at).chain([line.len()]).collect();
     let count = places.len() - 1;
@@ -72,7 +74,7 @@ fn pieces(line: &str, parts: &mut BTreeSet<String>) {
     }
 }
 
-/// Words that stand in many scripts and files, and tell nothing.
+/// Words that occur in many scripts and files, and reveal nothing.
 const COMMON: [&str; 24] = [
     "true",
     "false",
@@ -100,9 +102,9 @@ const COMMON: [&str; 24] = [
     "latest",
 ];
 
-/// The values in a text that is secret as a whole (a script, a file of settings, user data): what stands behind `=` or `:`, in
-/// quotes, behind an option, in the user information of a URL; and words that look like tokens wherever they stand. They turn up
-/// alone, where a command that was given one says so.
+/// Returns the values in a text that is secret as a whole (a script, a configuration file, user data): what follows
+/// `=`, `:` or an option, quoted texts, user information of URLs, and words that look like tokens anywhere. These may
+/// be output on their own, for example by a command that was given one.
 pub(crate) fn values(text: &str) -> Vec<String> {
     let mut found = BTreeSet::new();
     for line in text.lines() {
@@ -124,7 +126,7 @@ pub(crate) fn values(text: &str) -> Vec<String> {
     found.into_iter().collect()
 }
 
-/// What stands in quotes, without the quotes.
+/// Adds the quoted texts of a line, without the quotes.
 fn quoted(line: &str, found: &mut BTreeSet<String>) {
     for quote in ['"', '\''] {
         for value in line.split(quote).skip(1).step_by(2) {
@@ -159,7 +161,7 @@ fn word_values(word: &str, is_value: bool, found: &mut BTreeSet<String>) {
     }
 }
 
-/// Whether a word is one that nobody writes by chance: letters and digits mixed, capitals inside, or very long.
+/// Whether a word looks like a token: letters mixed with digits, capitals inside, or very long.
 fn looks_like_token(word: &str) -> bool {
     let has = |test: fn(&u8) -> bool| word.bytes().any(|byte| test(&byte));
     let (letters, digits) = (has(u8::is_ascii_alphabetic), has(u8::is_ascii_digit));

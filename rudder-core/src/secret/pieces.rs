@@ -1,23 +1,24 @@
-//! Masks lines that come one after the other: what may be the beginning of a secret waits until what follows is known.
+//! Masks lines that arrive one after the other. Text that may be the beginning of a secret is held back until more is
+//! known.
 
 use super::{MASK, Masker};
 use std::ops::Range;
 
-/// How much waits at most, in bytes.
+/// Maximum number of bytes held back.
 const MAX_HELD: usize = 16 * 1024;
 
-/// Masks lines that come one after the other, long ones in pieces: a secret that was cut in two, that was wrapped, or that a
-/// dump shows on several lines is found.
+/// Masks lines that arrive one after the other, long ones in pieces. Finds secrets that were cut in two or wrapped, or
+/// that a dump shows on several lines.
 ///
-/// A line whose end may be the beginning of a secret (three characters of it) is held back until the next comes, or
-/// [`finish`](Self::finish) is called.
+/// A line whose end may be the beginning of a secret (at least three characters of it) is held back until the next line
+/// arrives or [`finish`](Self::finish) is called.
 #[derive(Debug)]
 pub struct PieceMasker<'m> {
     masker: &'m Masker,
-    /// Lines with their ends; the last may have none yet. The first were given out already, and are kept because a secret may
-    /// have begun in them.
+    /// Lines with their line ends; the last may be incomplete. The first have been output already, and are kept because
+    /// a secret may have begun in them.
     text: String,
-    /// How much of it was given out.
+    /// Number of bytes of `text` that have been output.
     sent: usize,
 }
 
@@ -26,8 +27,9 @@ impl<'m> PieceMasker<'m> {
         Self { masker, text: String::new(), sent: 0 }
     }
 
-    /// Takes the next piece; `more`: the line goes on in the next. What is known by then is given to `output`, masked, line by
-    /// line; a line that came in pieces leaves in pieces, which need not be the same.
+    /// Adds the next piece; `more` means that the line continues in the next piece. Passes everything that is known by
+    /// then to `output`, masked and line by line. A line that arrives in pieces is output in pieces, which may be cut
+    /// differently.
     pub fn push(&mut self, piece: &str, more: bool, output: &mut dyn FnMut(&str)) {
         self.text.push_str(piece);
         if !more {
@@ -39,7 +41,7 @@ impl<'m> PieceMasker<'m> {
             None => self.text.len(),
         };
         if more {
-            // Of a line that goes on, any part of a secret may be at the end, in any form.
+            // An incomplete line may end with any part of a secret, in any form.
             let known = self.text.floor_char_boundary(self.text.len().saturating_sub(self.masker.longest()));
             let spanning = ranges.iter().find(|range| range.start < known && known < range.end);
             let known = spanning.map_or(known, |range| range.start).min(open.hold.unwrap_or(known));
@@ -53,26 +55,26 @@ impl<'m> PieceMasker<'m> {
         let end = end.max(self.sent);
         emit(&self.text, self.sent..end, &ranges, output);
         self.sent = end;
-        // What comes next may be the rest of a secret that began here.
+        // The next piece may continue a secret that began here.
         let kept = open.any.map_or(end, |at| self.line_start(at)).min(end);
         let kept = if end - kept > MAX_HELD { end } else { kept };
         self.text.drain(..kept);
         self.sent -= kept;
     }
 
-    /// Gives out what was held back: nothing follows.
+    /// Outputs what was held back; no piece may follow.
     pub fn finish(&mut self, output: &mut dyn FnMut(&str)) {
         let (text, sent) = (std::mem::take(&mut self.text), std::mem::take(&mut self.sent));
         emit(&text, sent..text.len(), &self.masker.find(&text), output);
     }
 
-    /// Where the line around this place begins.
+    /// Returns the beginning of the line that contains this position.
     fn line_start(&self, at: usize) -> usize {
         self.text[..at].rfind('\n').map_or(0, |end| end + 1)
     }
 }
 
-/// Gives out lines with a mask in place of each range; of a range over several lines, one in each.
+/// Outputs lines with each range masked; a range over several lines gets a mask in each.
 fn emit(text: &str, part: Range<usize>, ranges: &[Range<usize>], output: &mut dyn FnMut(&str)) {
     let (mut start, mut ranges) = (part.start, ranges.iter().peekable());
     for line in text[part].split_inclusive('\n') {

@@ -1,4 +1,4 @@
-//! Secrets in every form that programs give them.
+//! Secrets in every form in which programs print them.
 #![allow(clippy::unwrap_used)]
 
 use super::*;
@@ -12,7 +12,7 @@ fn masker(secrets: &[&str]) -> Masker {
     Masker::new(&secrets.iter().map(|text| Secret::new(*text)).collect::<Vec<_>>())
 }
 
-/// No four characters of the secret that stand together are left, in lines that are joined.
+/// Asserts that no four consecutive characters of the secret are left when the lines are joined.
 fn assert_gone(masked: &str, secret: &str) {
     let joined: String = masked.split_whitespace().collect();
     let characters: Vec<char> = secret.chars().collect();
@@ -92,7 +92,7 @@ fn colours_and_marks_inside_of_a_secret_do_not_hide_it() {
     }
 }
 
-/// As `xxd`, `hexdump` and `od` lay them out.
+/// Returns dumps in the layouts of `xxd`, `hexdump` and `od`.
 fn dumps(bytes: &[u8]) -> Vec<String> {
     let text = |line: &[u8]| -> String {
         line.iter().map(|byte| if matches!(byte, 0x20..=0x7e) { char::from(*byte) } else { '.' }).collect()
@@ -170,7 +170,7 @@ fn dumps(bytes: &[u8]) -> Vec<String> {
     ]
 }
 
-/// The bytes that a masked dump still tells: those whose hexadecimal digits are left together.
+/// Whether a masked dump still contains the secret as consecutive hexadecimal digits.
 fn left(masked: &str, secret: &str) -> bool {
     let digits: String = masked.chars().filter(char::is_ascii_hexdigit).collect::<String>().to_lowercase();
     let hex: String = secret.bytes().map(|byte| format!("{byte:02x}")).collect();
@@ -188,7 +188,7 @@ fn dumps_of_every_layout_are_masked_over_the_ends_of_lines() {
             assert!(masked.contains(MASK), "{dump}");
             assert!(!left(&masked, secret), "{masked}");
             assert_gone(&masked, secret);
-            // As its lines come one by one.
+            // Again, line by line.
             let lines = masker.mask_lines(dump.lines().map(str::to_owned).collect());
             assert_eq!(lines.len(), dump.lines().count());
             let joined = lines.join("\n");
@@ -213,7 +213,7 @@ fn wrapped_text_is_masked_at_every_width_whether_it_comes_at_once_or_line_by_lin
             let lines: Vec<String> = text.chunks(width).map(|line| line.iter().collect()).collect();
             assert_gone(&masker.mask(&lines.join("\n")), &form);
             assert_gone(&masker.mask_lines(lines.clone()).join("\n"), &form);
-            // As a terminal draws it, with colours at the ends.
+            // Again as drawn by a terminal, with colours at both ends.
             let coloured: Vec<String> = lines.iter().map(|line| format!("\x1b[32m{line}\x1b[0m\r")).collect();
             assert_gone(&masker.mask(&coloured.join("\n")), &form);
         }
@@ -273,7 +273,7 @@ fn a_large_secret_and_a_large_text_are_masked() {
     let text = lines.join(" and\n").repeat(4);
     let masked = masker.mask(&text);
     assert!(!masked.contains("line-"));
-    // A text that nearly matches at each place.
+    // A text that nearly matches at each position.
     let text = "line-".repeat(200_000);
     assert_eq!(masker.mask(&text), text);
 }
@@ -300,10 +300,10 @@ proptest! {
         for encoded in [BASE64_STANDARD_NO_PAD.encode(&text), BASE64_URL_SAFE_NO_PAD.encode(&text)] {
             let masked = masker.mask(&encoded);
             prop_assert!(masked.contains(MASK), "{encoded} {masked}");
-            // What is left of it decodes to nothing of the secret but at most two bytes at each end.
+            // The rest decodes to nothing of the secret but at most two bytes at each end.
             prop_assert!(masked.len() <= MASK.len() + (before.len() + after.len()) * 4 / 3 + 4);
         }
-        // Cut in two anywhere.
+        // Again, cut in two anywhere.
         let cut = text.floor_char_boundary(cut.min(text.len()));
         let mut pieces = masker.pieces();
         let mut joined = String::new();

@@ -1,27 +1,27 @@
-//! URLs without what must not be shown: user information, and values of the query that sign or authorise.
+//! Redacts URLs: user information, and values of the query that sign or authorise.
 
 use super::MASK;
 use std::{borrow::Cow, ops::Range};
 use url::Url;
 
-/// Keys of a query whose values say what is fetched, and never who may.
+/// Query keys whose values say what is fetched, and do not authorise.
 const PUBLIC: [&str; 9] = ["version", "v", "arch", "format", "name", "file", "path", "release", "socket"];
 
-/// Parts of keys whose values authorise.
+/// Substrings of keys whose values authorise.
 const SENSITIVE: [&str; 14] = [
     "sig", "token", "secret", "key", "pass", "pwd", "auth", "cred", "session", "jwt", "sas", "policy",
     "hmac", "ticket",
 ];
 
-/// Values from this length on are taken for tokens where the key does not say what they are.
+/// Values of at least this length count as tokens if their key does not say what they are.
 const TOKEN: usize = 16;
 
-/// A URL as it may be shown and recorded: user information, the fragment, and all values of the query but those that are
-/// known to be harmless (`version`, `arch`…) are masked. Scheme, host and path stay, and the names in the query.
+/// Returns a URL as it may be shown and recorded: user information, the fragment, and all values of the query except
+/// known harmless ones (`version`, `arch`…) are masked. Scheme, host, path and the names in the query are kept.
 #[must_use]
 pub fn public_url(url: &Url) -> String {
     let mut url = url.clone();
-    // Both fail for URLs that cannot have user information, and these have none.
+    // Both calls fail only for URLs that cannot have user information, and these have none.
     if url.password().is_some() {
         let _ = url.set_password(None);
         let _ = url.set_username(MASK);
@@ -37,7 +37,7 @@ pub fn public_url(url: &Url) -> String {
     url.to_string()
 }
 
-/// A query with its values masked.
+/// Masks the values of a query.
 fn public_query(query: &str) -> String {
     let pair = |pair: &str| match pair.split_once('=') {
         Some((key, value)) if value.is_empty() || is_public(key) => pair.to_owned(),
@@ -59,7 +59,7 @@ fn is_sensitive(key: &str, value: &str) -> bool {
         && (value.len() >= TOKEN || SENSITIVE.iter().any(|part| key.contains(part)))
 }
 
-/// What a URL holds that must not be shown anywhere: passwords, tokens, and the whole of a query that has any.
+/// Returns what must not be shown of a URL: passwords, tokens, and the whole of a query that has any.
 pub(crate) fn secrets_of(url: &Url) -> Vec<String> {
     let mut found = Vec::new();
     let mut add = |text: &str| {
@@ -71,7 +71,7 @@ pub(crate) fn secrets_of(url: &Url) -> Vec<String> {
     };
     match url.password().filter(|password| !password.is_empty()) {
         Some(password) => add(password),
-        // A token alone.
+        // A token without a password.
         None if url.username().len() >= TOKEN / 2 => add(url.username()),
         None => {}
     }
@@ -89,7 +89,7 @@ pub(crate) fn secrets_of(url: &Url) -> Vec<String> {
     found
 }
 
-/// A text without the user information, and without the tokens, of the URLs in it.
+/// Masks the user information and the tokens of the URLs in a text.
 ///
 /// ```
 /// use rudder_core::secret::redact_urls;
@@ -103,14 +103,14 @@ pub fn redact_urls(text: &str) -> Cow<'_, str> {
     if ranges.is_empty() { Cow::Borrowed(text) } else { super::replace(text, &ranges).into() }
 }
 
-/// Where a text holds what must not be shown of URLs.
+/// Returns the ranges of a text that must not be shown because of URLs.
 pub(crate) fn url_secrets(text: &str) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     find(text, &mut found);
     found
 }
 
-/// Where a text holds what must not be shown of URLs: in order, not touching.
+/// Adds the ranges of a text that must not be shown because of URLs, in order and not touching.
 pub(super) fn find(text: &str, found: &mut Vec<Range<usize>>) {
     let mut from = 0;
     while let Some(at) = text[from..].find("://") {
@@ -118,7 +118,7 @@ pub(super) fn find(text: &str, found: &mut Vec<Range<usize>>) {
         let is_end = |c: char| c.is_whitespace() || c.is_control() || "\"'<>`\\|".contains(c);
         let end = text[start..].find(is_end).map_or(text.len(), |length| start + length);
         one(text, start..end, found);
-        // A URL may stand inside the query of another.
+        // A URL may contain another in its query.
         from = start;
     }
     found.sort_unstable_by_key(|range| (range.start, range.end));
@@ -131,10 +131,10 @@ pub(super) fn find(text: &str, found: &mut Vec<Range<usize>>) {
     });
 }
 
-/// What must not be shown of one URL, whose authority begins where the range does.
+/// Adds what must not be shown of one URL, whose authority begins where the range does.
 fn one(text: &str, range: Range<usize>, found: &mut Vec<Range<usize>>) {
     let rest = &text[range.clone()];
-    // Another URL behind it is looked at on its own.
+    // A URL that follows is handled on its own.
     let rest = rest.find("://").map_or(rest, |next| &rest[..next]);
     let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
     let port_is_none =
@@ -159,7 +159,8 @@ fn one(text: &str, range: Range<usize>, found: &mut Vec<Range<usize>>) {
     }
 }
 
-/// A URL as an author wrote it, which may not be one: everything that could be a password or a token is masked.
+/// Redacts a URL as an author wrote it, which may not be valid: everything that could be a password or a token is
+/// masked.
 pub(crate) fn redact_written(text: &str) -> String {
     let (head, rest) = match text.find("//") {
         Some(at) => text.split_at(at + 2),
@@ -185,7 +186,7 @@ pub(crate) fn redact_written(text: &str) -> String {
     format!("{head}{rest}")
 }
 
-/// Undoes percent encoding (RFC 3986, 2.1); bytes that are no text are replaced.
+/// Decodes percent-encoding (RFC 3986, 2.1); bytes that are not UTF-8 are replaced.
 fn percent_decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

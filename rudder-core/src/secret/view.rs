@@ -1,14 +1,14 @@
-//! Views of a text: the bytes that it stands for, each with the place in the text that it comes from.
+//! Views of a text: the bytes that it stands for, each with the range of the text that it comes from.
 //!
-//! Secrets are brought into the same views as the texts they are looked for in. So nothing has to be known about how often
-//! and in which order a text was escaped: what is left when nothing more can be unescaped is compared.
+//! Secrets and the texts in which they are searched for are transformed into the same views. So it does not matter how
+//! often and in which order a text was escaped: both are compared after nothing more can be unescaped.
 
 use std::ops::Range;
 
-/// A byte that no part of a secret contains: what stands on both sides of it does not belong together.
+/// A byte that no part of a secret contains; it separates bytes that do not belong together.
 pub(super) const BREAK: u8 = 0;
 
-/// How many layers of escapes, of several kinds, are undone.
+/// Number of layers of escapes, possibly of different kinds, that are undone.
 const LAYERS: usize = 3;
 
 /// A byte of a view, and the bytes of the text that it comes from.
@@ -19,7 +19,7 @@ pub(super) struct Unit {
     pub(super) end: u32,
 }
 
-/// A text as something else than it is written.
+/// A transformed text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct View(pub(super) Vec<Unit>);
 
@@ -28,7 +28,7 @@ impl View {
         self.0.iter().map(|unit| unit.byte)
     }
 
-    /// What these bytes of the view come from.
+    /// Returns the range of the text that these bytes of the view come from.
     pub(super) fn source(&self, range: &Range<usize>) -> Range<usize> {
         let units = &self.0[range.clone()];
         let start = units.iter().map(|unit| unit.start).min().unwrap_or(0);
@@ -50,7 +50,7 @@ impl View {
     }
 }
 
-/// Whether ends of lines are kept.
+/// Whether line ends are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lines {
     Keep,
@@ -61,13 +61,13 @@ fn place(at: usize) -> u32 {
     u32::try_from(at).unwrap_or(u32::MAX)
 }
 
-/// What a terminal shows of a text: without control sequences (ECMA-48), control characters and characters without width,
-/// and with what is struck over left out. Texts that a terminal does not show, such as titles, follow behind.
+/// Returns what a terminal shows of a text: without control sequences (ECMA-48), control characters, zero-width
+/// characters and overstruck characters. Text that a terminal does not show, such as titles, is appended.
 pub(super) fn plain(text: &str, lines: Lines) -> View {
     let mut view = View(Vec::with_capacity(text.len()));
     let mut hidden = View::default();
     let mut at = 0;
-    // Where a character that was struck over began.
+    // Where an overstruck character began.
     let mut struck = None;
     while let Some(c) = text[at..].chars().next() {
         let end = at + c.len_utf8();
@@ -107,7 +107,7 @@ pub(super) fn plain(text: &str, lines: Lines) -> View {
     view
 }
 
-/// A control sequence: the text inside of one that carries text, and where it ends.
+/// Parses a control sequence: returns the range of the text inside, if it is of a kind that has any, and where it ends.
 fn sequence(text: &str, at: usize) -> (Range<usize>, usize) {
     let Some(introducer) = text[at..].chars().next() else { return (at..at, at) };
     let mut after = at + introducer.len_utf8();
@@ -118,7 +118,7 @@ fn sequence(text: &str, at: usize) -> (Range<usize>, usize) {
         after += 1;
         kind
     } else {
-        // The same in one character (C1).
+        // The same as a single character (C1).
         char::from_u32(u32::from(introducer) - 0x40).unwrap_or('[')
     };
     let skip = |from: usize, wanted: fn(u8) -> bool| {
@@ -149,7 +149,7 @@ fn sequence(text: &str, at: usize) -> (Range<usize>, usize) {
     }
 }
 
-/// Whether there is anything in a view that [`unescaped`] would change, apart from what stands for itself in all forms.
+/// Whether a view contains anything that [`unescaped`] would change, apart from what is the same in all forms.
 pub(super) fn has_escapes(view: &View) -> bool {
     view.bytes().any(|byte| matches!(byte, b'\\' | b'%' | b'&' | b'+' | b'\'' | b'"'))
 }
@@ -157,14 +157,15 @@ pub(super) fn has_escapes(view: &View) -> bool {
 /// Whether quotes are part of a view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Quotes {
-    /// Shells and YAML write a quote inside of quotes as several.
+    /// Drop quotes: shells and YAML write a quote inside quotes as several.
     Drop,
-    /// For secrets of which little is left without their quotes.
+    /// Keep quotes, for secrets that consist of little else.
     Keep,
 }
 
-/// A view with its escapes undone, whoever made them and however often: of JSON, YAML, C and shells (backslashes), of URLs and
-/// forms (`%41`, `+`), of HTML and XML (`&quot;`). What only quotes is left out: backslashes, control characters, and quotes.
+/// Undoes the escapes of a view, of any origin and nesting: of JSON, YAML, C and shells (backslashes), of URLs and
+/// forms (`%41`, `+`), of HTML and XML (`&quot;`). Characters that serve only for quoting are removed: backslashes,
+/// control characters, and quotes.
 pub(super) fn unescaped(view: &View, quotes: Quotes) -> View {
     let mut units = view.0.clone();
     for _ in 0..LAYERS {
@@ -183,21 +184,21 @@ pub(super) fn unescaped(view: &View, quotes: Quotes) -> View {
     View(units)
 }
 
-/// A view without quotes and backslashes, and with nothing undone: what stands behind a secret may look like the rest of an
-/// escape that it ends with.
+/// Removes quotes and backslashes from a view without undoing any escape, since what follows a secret may look like the
+/// rest of an escape with which it ends.
 pub(super) fn bare(view: &View) -> View {
     let is_text = |unit: &&Unit| !matches!(unit.byte, b'\'' | b'"' | b'\\' | 1..=0x1f | 0x7f);
     View(view.0.iter().filter(is_text).copied().collect())
 }
 
-/// The number of these digits.
+/// Parses a number in the given base.
 fn number(units: &[Unit], radix: u32) -> Option<u32> {
     let digit = |unit: &Unit| char::from(unit.byte).to_digit(radix);
     let add = |sum: u32, unit: &Unit| sum.checked_mul(radix)?.checked_add(digit(unit)?);
     (!units.is_empty()).then_some(units)?.iter().try_fold(0, add)
 }
 
-/// A character in place of some units.
+/// Adds a character that replaces some units.
 fn put(out: &mut Vec<Unit>, c: char, of: &[Unit]) {
     let (Some(first), Some(last)) = (of.first(), of.last()) else { return };
     let mut utf8 = [0; 4];
@@ -252,7 +253,7 @@ fn percent(units: &[Unit]) -> Vec<Unit> {
         let unit = units[at];
         match unit.byte {
             b'%' => {
-                // A percent sign may be encoded itself, as `%25`.
+                // A percent sign may itself be encoded, as `%25`.
                 let mut digits = at + 1;
                 while units.get(digits..digits + 4).is_some_and(|next| {
                     next[0].byte == b'2' && next[1].byte == b'5' && number(&next[2..4], 16).is_some()
@@ -267,7 +268,7 @@ fn percent(units: &[Unit]) -> Vec<Unit> {
                 }
                 out.push(unit);
             }
-            // As forms write a blank.
+            // Forms encode a space as `+`.
             b'+' => out.push(Unit { byte: b' ', ..unit }),
             _ => out.push(unit),
         }
@@ -294,7 +295,8 @@ fn backslashes(units: &[Unit]) -> Vec<Unit> {
     out
 }
 
-/// What stands behind backslashes, which are the first units: puts what it means, and tells how long it is.
+/// Decodes the escape at the start of `units`, which begins with `slashes` backslashes: adds its meaning to `out`, and
+/// returns its length.
 fn escape(units: &[Unit], slashes: usize, out: &mut Vec<Unit>) -> usize {
     let rest = &units[slashes..];
     let code = |digits: Range<usize>| rest.get(digits).and_then(|digits| number(digits, 16));
@@ -320,7 +322,7 @@ fn escape(units: &[Unit], slashes: usize, out: &mut Vec<Unit>) -> usize {
             }
         }
         Some(b'u') => match code(1..5) {
-            // Half of a pair (UTF-16); the other half follows behind as many backslashes.
+            // Half of a surrogate pair (UTF-16); the other half follows after the same number of backslashes.
             Some(high @ 0xd800..=0xdbff) => {
                 let second = &rest[5..];
                 let skipped = second.iter().take_while(|unit| unit.byte == b'\\').count();
@@ -362,7 +364,8 @@ fn escape(units: &[Unit], slashes: usize, out: &mut Vec<Unit>) -> usize {
     }
 }
 
-/// A view with the second alphabet of base64 as the first (RFC 4648, section 5); `plus` is what else stands for `+`.
+/// Converts base64 in the URL-safe alphabet to the standard one (RFC 4648, section 5); `plus` is a further byte that
+/// stands for `+`.
 pub(super) fn one_alphabet(view: &View, plus: u8) -> View {
     let byte = |byte| match byte {
         b'-' => b'+',

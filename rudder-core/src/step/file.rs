@@ -1,4 +1,4 @@
-//! `file`: a file into the guest.
+//! `file` steps: put a file into the guest.
 
 use crate::{
     Error, ErrorKind, Result,

@@ -1,4 +1,5 @@
-//! `handbuild`: a person works on the guest, by its screen and keyboard or however they like, and says when they are done.
+//! `handbuild` steps: a person works on the guest, through its screen and keyboard or by other means, and reports when they are
+//! done.
 
 use super::Person;
 use crate::{Error, ErrorKind, Result, guest::Session};
@@ -11,7 +12,7 @@ pub(super) async fn run(session: &mut Session, person: Option<Person<'_>>) -> Re
     // Hours may have passed, and the person may have restarted the guest or its network.
     let reconnected = session.reconnect(login_limit).await;
     reconnected.map_err(|error| match error.kind() {
-        // Its limit has passed, which needs no other explanation.
+        // The time limit of the login has passed, which needs no further explanation.
         ErrorKind::GuestUnreachable => {
             let message = "the guest could not be logged in to again after the person was done";
             Error::new(ErrorKind::TimedOut, message).with_source(error)

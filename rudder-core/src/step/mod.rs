@@ -1,8 +1,8 @@
-//! The steps of provisioning, run over a [`Session`].
+//! Provisioning steps, run over a [`Session`].
 //!
-//! [`run`] does one step within its limits. However it ends, by itself, at its deadline or cancelled, what it had
-//! running in the guest is ended and what it put there for itself is removed before it returns, as far as that is done
-//! within [`StepContext::settle`].
+//! [`run`] runs one step within its limits. However the step ends (by itself, at its deadline or cancelled), the processes that it
+//! started in the guest are ended and its temporary files are removed before `run` returns, provided that this finishes within
+//! [`StepContext::settle`].
 
 mod file;
 mod handbuild;
@@ -27,35 +27,35 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// What a step works with.
+/// The context in which a step runs.
 pub struct StepContext<'a> {
-    /// The connection; a step that restarts the guest leaves a new one.
+    /// The connection; a step that restarts the guest replaces it with a new one.
     pub session: &'a mut Session,
-    /// Hears every line of output, masked, while the step runs.
+    /// Called with every line of output, masked, while the step runs.
     pub output: &'a mut (dyn FnMut(OutputStream, &str) + Send),
-    /// Takes secrets out of the output.
+    /// Masks secrets in the output.
     pub masker: &'a Masker,
-    /// Ends when the build has run out of time; the step's own limit comes out of its plan.
+    /// Completes when the build has run out of time; the step's own limit is part of its plan.
     pub deadline: BoxFuture<'a, ()>,
-    /// Ends the step.
+    /// Cancels the step.
     pub cancel: CancellationToken,
-    /// What the environment of a `shell` step has beside its own variables, which come first.
+    /// Environment variables of a `shell` step in addition to its own, which take precedence.
     pub variables: BTreeMap<String, String>,
-    /// Of a `file` step whose content is behind a URL: where it was fetched to.
+    /// For a `file` step whose content is behind a URL: the path of the fetched file.
     pub fetched: Option<PathBuf>,
-    /// Of a `handbuild` step: whom it waits for.
+    /// For a `handbuild` step: the person to wait for.
     pub person: Option<Person<'a>>,
-    /// Hears why the step is stopped, at once: before its processes in the guest have ended.
+    /// Called at once with the reason why the step is stopped, before its processes in the guest have ended.
     pub stopped: &'a mut (dyn FnMut(&Error) + Send),
-    /// How long the guest then has to end them and to clean up; zero where nobody needs the guest any more.
+    /// How long the guest then has to end the processes and to clean up; zero if the guest is no longer needed.
     pub settle: Duration,
 }
 
 /// A person who works on a guest by hand.
 pub struct Person<'a> {
-    /// Ends when the person is done.
+    /// Completes when the person is done.
     pub done: BoxFuture<'a, ()>,
-    /// How long the guest may then take to let Rudder log in again.
+    /// How long the guest may take afterwards to let Rudder log in again.
     pub login_limit: Duration,
 }
 
@@ -71,14 +71,14 @@ impl fmt::Debug for StepContext<'_> {
     }
 }
 
-/// How a step ended.
+/// The result of a step.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct StepOutcome {
-    /// How its command ended, where it has one and it did.
+    /// How its command ended, if it has one and that has ended.
     pub exit: Option<ExitStatus>,
-    /// Whether it did what it should. Errors: `StepFailed`, `TimedOut` (its own limit or the build's), `Cancelled`,
-    /// `GuestUnreachable` and `Protocol` for the connection, `Unsupported` for kinds of step that are not ours.
+    /// Whether the step succeeded. Errors: `StepFailed`, `TimedOut` (its own limit or the build's), `Cancelled`, `GuestUnreachable`
+    /// and `Protocol` for the connection, `Unsupported` for kinds of step that the engine does not run.
     pub result: Result<()>,
 }
 
@@ -88,7 +88,7 @@ impl From<Result<()>> for StepOutcome {
     }
 }
 
-/// Runs one step. Dropping the future stops it too, but then nobody waits until the guest is clean.
+/// Runs one step. Dropping the future stops the step as well, but does not wait for the guest to clean up.
 pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
     let StepContext {
         session,
@@ -105,7 +105,7 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
     let limit = step.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut lines = MaskedLines { pieces: [masker.pieces(), masker.pieces()], output };
     let mut masked = |stream: OutputStream, line: &str| lines.push(stream, line);
-    // A session that a dropped step leaves behind is the one that was there before, or the new one: never none.
+    // A dropped step leaves behind either the previous session or the new one, never none.
     let before = session.guest().clone();
     let seen = reboot::Seen::default();
     let ended = {
@@ -129,8 +129,8 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
     }
 }
 
-/// The output of a step on its way to whoever hears it: what may be the beginning of a secret waits for the next line, or for
-/// the end, which is when this is dropped.
+/// Masks the output of a step on its way to the receiver: what may be the beginning of a secret is held back until the next line,
+/// or until this value is dropped at the end.
 struct MaskedLines<'a, 'm> {
     pieces: [PieceMasker<'m>; 2],
     output: &'a mut (dyn FnMut(OutputStream, &str) + Send),
@@ -152,7 +152,7 @@ impl Drop for MaskedLines<'_, '_> {
     }
 }
 
-/// What only some kinds of step take.
+/// Inputs that only some kinds of step take.
 struct Given<'a> {
     variables: BTreeMap<String, String>,
     fetched: Option<PathBuf>,
@@ -192,7 +192,7 @@ async fn sleep_until(until: Option<Instant>) {
     }
 }
 
-/// What a step says that was stopped at its own limit, or (`None`) at the build's.
+/// Returns the error for a step that was stopped at its own limit or (`None`) at the build's.
 fn timed_out(own: Option<Duration>, seen: &reboot::Seen) -> Error {
     let limit = match own {
         Some(timeout) => format!("its limit of {} s", timeout.as_secs_f64()),

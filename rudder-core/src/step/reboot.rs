@@ -1,7 +1,7 @@
-//! `reboot`: the guest is restarted, and is back when it has a new boot identity.
+//! `reboot` steps: restart the guest, and wait until it answers with a new boot identity.
 //!
-//! While it goes down, its old server may answer for a while, on the old connection and on new ones: what counts is
-//! only the identity of the boot that answers.
+//! While the guest goes down, its old server may answer for a while, on the old connection and on new ones. Only the identity of
+//! the boot that answers counts.
 
 use super::StepOutcome;
 use crate::{
@@ -14,17 +14,17 @@ use std::{
     time::Duration,
 };
 
-/// A guest that did not answer for so long on the old connection is taken as down. Trying new connections costs a guest
-/// that is still up little; a connection to a guest that lost its power never ends by itself.
+/// A guest that has not answered for this long on the old connection is considered down. Trying new connections costs a guest that
+/// is still up little; a connection to a guest that lost its power never ends by itself.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// One wait for a login; they are repeated until the step's deadline.
+/// Time limit of one wait for a login; waits are repeated until the step's deadline.
 const WAIT: Duration = Duration::from_secs(600);
-/// Between two looks at a guest that still has its old identity.
+/// Interval between checks of a guest that still has its old identity.
 const PAUSE: Duration = Duration::from_millis(500);
-/// A command that failed, in a guest that still answers after this, has not restarted it.
+/// How long after a failed command the guest may take to go down; if it still answers after this, it was not restarted.
 const DOWN: Duration = Duration::from_secs(2);
 
-/// What was last seen, for the error when the time is over.
+/// What was last observed, for the error at the deadline.
 #[derive(Debug, Default)]
 pub(super) struct Seen(Mutex<Option<&'static str>>);
 
@@ -66,17 +66,17 @@ async fn restart(
             line.clone_into(&mut last);
             output(stream, line);
         };
-        // The command may leave a connection that nobody answers any more.
+        // The command may leave a connection on which nothing answers any more.
         tokio::select! {
             ended = guest.shell_line(&line, &mut heard) => ended,
             () = guest.gone(PATIENCE) => Err(Error::new(ErrorKind::GuestUnreachable, "the guest went down")),
         }
     };
     match ended {
-        // 126 and 127: the shell could not even start it.
+        // 126 and 127: the shell could not even start the command.
         Ok(status @ ExitStatus::Code(126 | 127)) => return Err(refused(command, exit.insert(status), &last)),
         Ok(status @ ExitStatus::Code(1..)) => {
-            // Killed by the shutdown that it began, or unable to begin one.
+            // Killed by the shutdown that it started, or unable to start one.
             let status = exit.insert(status).clone();
             let down = tokio::time::timeout(DOWN, guest.gone(PATIENCE)).await.is_ok();
             if !down && guest.boot_id().await.is_ok_and(|now| now == old) {
@@ -85,7 +85,7 @@ async fn restart(
         }
         Ok(status) => *exit = Some(status),
         Err(error) if matches!(error.kind(), ErrorKind::GuestUnreachable) => {}
-        // The session was closed while the server still answered: it may be on its way down.
+        // The session was closed while the server still answered; the guest may be going down.
         Err(error) => {
             if tokio::time::timeout(DOWN, guest.gone(PATIENCE)).await.is_err() {
                 return Err(error);
@@ -103,20 +103,20 @@ async fn restart(
         }
         match session.guest().boot_id().await {
             Ok(now) if now != old => return Ok(()),
-            // The old server, on its way down or not.
+            // The old server, which may or may not be going down.
             Ok(_) => {
                 seen.set("the guest still answers with its old boot identity: the reboot command did not restart it");
                 let _ = tokio::time::timeout(PAUSE, session.guest().gone(PATIENCE)).await;
             }
             Err(error) if error.kind() == ErrorKind::GuestUnreachable => {}
-            // A server that is shutting down may let nobody run anything: it is not the new one.
+            // A server that is shutting down may refuse to run anything; it is not the new one.
             Err(error) if error.kind() == ErrorKind::Protocol => tokio::time::sleep(PAUSE).await,
             Err(error) => return Err(error),
         }
     }
 }
 
-/// Many small guests have no sudo, and their user is root: there, `sudo` in front of a command means nothing.
+/// Many small guests have no sudo, and their user is root: there, a leading `sudo` is ignored.
 const WITHOUT_SUDO: &str =
     "if [ \"$(id -u)\" = 0 ] && ! command -v sudo >/dev/null 2>&1; then sudo() { \"$@\"; }; fi\n";
 
@@ -125,7 +125,7 @@ fn as_root(command: &str) -> String {
     format!("{prelude}{command}")
 }
 
-/// The command that a script of this step was made of.
+/// Returns the command from which a script of this step was made.
 #[cfg(feature = "memory")]
 pub(crate) fn command_of(script: &str) -> &str {
     script.strip_prefix(WITHOUT_SUDO).unwrap_or(script)

@@ -1,4 +1,4 @@
-//! `shell`: a script in the guest.
+//! `shell` steps: run a script in the guest.
 
 use super::StepOutcome;
 use crate::{

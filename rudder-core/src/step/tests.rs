@@ -9,7 +9,7 @@ use crate::{
 };
 use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
-/// A server whose `cat` tells the identity that stands in a file.
+/// Starts a server whose `cat` prints the boot identity from a file.
 async fn server() -> Arc<Sshd> {
     let server =
         Sshd::with(|dir| format!("SetEnv PATH={}/bin:/usr/sbin:/usr/bin:/sbin:/bin", dir.display())).await;
@@ -121,7 +121,7 @@ async fn a_cancelled_step_ends_its_processes_before_it_returns() {
 async fn a_reboot_is_over_when_another_boot_answers() {
     let server = server().await;
     let dir = server.dir.path().display();
-    // The old server answers on for two seconds after its connection was cut.
+    // The old server keeps answering for two seconds after its connection is cut.
     let command = format!("(sleep 2; echo second >{dir}/boot_id) >/dev/null 2>&1 & kill $PPID");
     let (outcome, _) =
         perform(&server, &step(StepAction::Reboot { command }, Some(60)), CancellationToken::new()).await;

@@ -1,5 +1,5 @@
-//! What the suite must be told of a backend beyond its traits: how another process sees it, what there is outside, how
-//! machines are killed, and a guest that boots.
+//! What the suite needs to know of a backend beyond its traits: how another process sees it, what exists of it as seen
+//! from outside, how machines are killed, and a guest that boots.
 
 use crate::{
     Result,
@@ -10,105 +10,108 @@ use crate::{
 use async_trait::async_trait;
 use std::{fmt::Debug, process::Command, sync::Arc, time::Duration};
 
-/// A backend under test, and the hands that the suite lays on it from outside.
+/// A backend under test, and how the suite acts on it from outside.
 ///
-/// Everything is on one state: a store directory, a daemon, a cluster namespace of its own, which nobody else uses while the
+/// All handles work on one state: a store directory, a daemon or a cluster namespace that nothing else uses while the
 /// suite runs.
 #[async_trait]
 pub trait Adapter: Debug + Send + Sync + 'static {
-    /// The backend.
+    /// Returns the backend.
     fn backend(&self) -> Arc<dyn Backend>;
 
-    /// The same backend as another process sees it: another value on the same state.
+    /// Returns the same backend as another process sees it: another value on the same state.
     async fn another(&self) -> Result<Arc<dyn Backend>>;
 
-    /// What there is of labs and modules, seen from outside: processes, directories, sockets, networks, domains, a line each. A
-    /// line of a lab names it by its id where it can; modules, and what is left of half-made or removed ones, have lines that
-    /// stay the same for as long as the module does. Cached inputs and what the host had before are not in it.
+    /// Lists everything that exists of labs and modules, seen from outside: processes, directories, sockets, networks,
+    /// domains, one line each. A line of a lab contains the lab's id where possible. Modules, and remains of incomplete
+    /// or removed ones, have lines that stay the same for as long as the module does. Cached inputs and what existed on
+    /// the host before are not included.
     ///
-    /// The suite compares: after each test there must be no more than before, and a module that a test published is gone
-    /// from it once it was removed.
+    /// The suite compares these lists: after each test there must be no more than before, and a module that a test
+    /// published must be gone from it once it was removed.
     async fn traces(&self) -> Result<Vec<String>>;
 
-    /// Kills what runs a machine, as `kill -9` on its process would. Returns when that was asked for.
+    /// Kills what runs a machine, as `kill -9` on its process would. Returns once the kill was requested.
     async fn kill(&self, lab: &LabId, machine: &str) -> Result<()>;
 
-    /// Whether what runs a machine is there, seen from outside: its process, its pod. False for one that has ended or was never
-    /// started. The suite compares when this changes with when [`Machine::wait`](crate::backend::Machine::wait) tells of it.
+    /// Whether what runs a machine (its process, its pod) exists, seen from outside. False if it has ended or was never
+    /// started. The suite compares when this changes with when [`Machine::wait`](crate::backend::Machine::wait) reports
+    /// the end.
     async fn is_running(&self, lab: &LabId, machine: &str) -> Result<bool>;
 
-    /// A guest that boots; `None`: what needs one is not tested.
+    /// Returns a guest that boots. With `None`, tests that need one are skipped.
     fn guest(&self) -> Option<GuestImage> {
         None
     }
 
-    /// URLs that are no images; `None`: that they are refused is not tested.
+    /// Returns URLs that are not images. With `None`, the test that they are refused is skipped.
     fn bad_images(&self) -> Option<BadImages> {
         None
     }
 
-    /// How somebody else becomes an owner of labs, and dies.
+    /// Returns how another owner of labs is created and killed.
     fn owners(&self) -> Owners;
 
-    /// Whether a host on which the backend [is not ready](crate::backend::HostReport::is_ready) fails the run. It does,
-    /// unless an adapter says otherwise.
+    /// Whether a host on which the backend [is not ready](crate::backend::HostReport::is_ready) fails the run. The
+    /// default is `true`.
     fn is_required(&self) -> bool {
         true
     }
 }
 
-/// How somebody else becomes an owner of labs, and dies.
+/// How another owner of labs is created and killed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Owners {
-    /// A process does. This command, once given the [environment](super::OWNER_VARIABLE), must call
-    /// [`own`](super::own) on an adapter of the same state; it is killed (`SIGKILL`).
+    /// A process owns the labs. This command, run with the [environment variable](super::OWNER_VARIABLE), must call
+    /// [`own`](super::own) on an adapter of the same state; it is killed with `SIGKILL`.
     Process(Command),
-    /// Everything of the backend is in this process: an owner is whoever holds the lab, and dies by dropping it.
+    /// The whole backend is in this process: the value that holds the lab is the owner, and dropping it is its death.
     Handle,
 }
 
-/// A guest of which the suite knows the ways.
+/// A guest with known behaviour.
 ///
-/// It answers SSH on port 22 and understands a NoCloud seed: the user of its `meta-data` may log in with the key there, and
-/// becomes root with `sudo`. It has a POSIX shell, `cat`, `head`, `printf`, `sync` and `poweroff`, and powers off when its
-/// power button is pressed.
+/// It answers SSH on port 22 and understands a NoCloud seed: the user of its `meta-data` may log in with the key there,
+/// and becomes root with `sudo`. It has a POSIX shell, `cat`, `head`, `printf`, `sync` and `poweroff`, and powers off
+/// when its power button is pressed.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct GuestImage {
-    /// Its disk image.
+    /// The disk image.
     pub image: PlannedUrl,
-    /// Cores that it needs.
+    /// Number of cores that the guest needs.
     pub cpus: u32,
-    /// Memory that it needs, in bytes.
+    /// Memory that the guest needs, in bytes.
     pub memory: u64,
-    /// The bus that it boots fastest from.
+    /// The bus from which the guest boots fastest.
     pub bus: Bus,
-    /// The card that it knows.
+    /// The NIC model that the guest supports.
     pub nic: NicModel,
-    /// How long from power-on to a login, at most, on a slow host.
+    /// Maximum time from power-on to a login, on a slow host.
     pub boots_within: Duration,
-    /// Where it sends back what it receives.
+    /// A service that echoes what it receives.
     pub echo: Option<Echo>,
-    /// Text that comes on its serial console when it boots.
+    /// Text that appears on the serial console at boot.
     pub serial_says: Option<String>,
-    /// A command that prints a line for each network card: its hardware address, a blank, and its place. Places, compared as
-    /// text, are in the order of slots. That of Linux with `sysfs`.
+    /// A command that prints a line for each NIC: its hardware address, a space, and its location. Locations, compared
+    /// as text, are in the order of slots. The default is for Linux with `sysfs`.
     pub cards: String,
-    /// The file of its screen: a line that is written there is shown on the display. `None`: that the display is the guest's own
-    /// is not tested. That of the first virtual console of Linux.
+    /// The file of the guest's screen: a line that is written to it appears on the display. With `None`, the test that
+    /// the display belongs to the guest is skipped. The default is the first virtual console of Linux.
     pub screen: Option<String>,
-    /// A boot command that logs in on its screen and writes the line `typed on the screen` into the file `/tmp/typed`;
-    /// `None`: that keys reach it is not tested.
+    /// A boot command that logs in on the screen and writes the line `typed on the screen` to the file `/tmp/typed`.
+    /// With `None`, the test that keys reach the guest is skipped.
     pub boot_command: Option<Vec<String>>,
-    /// How much is sent each way when much is sent, in bytes.
+    /// Number of bytes sent each way by tests of large transfers.
     pub large: usize,
-    /// The files of its disks after the first, in order, when they are on virtio: each holds the disk's bytes.
+    /// The device files of the disks after the first, in order, when they are on virtio: each contains the disk's
+    /// bytes.
     pub data_disks: Vec<String>,
 }
 
 impl GuestImage {
-    /// A guest of one core and 256 MiB with this image, on virtio, that boots within two minutes.
+    /// Returns a guest with one core and 256 MiB of memory with this image, on virtio, that boots within two minutes.
     #[must_use]
     pub fn new(image: PlannedUrl) -> Self {
         Self {
@@ -130,36 +133,36 @@ impl GuestImage {
     }
 }
 
-/// URLs that are no images.
+/// URLs that are not images.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct BadImages {
-    /// Nothing is there.
+    /// A URL at which nothing exists.
     pub missing: url::Url,
-    /// Something is there that says it is an image, and is broken.
+    /// A URL of something that claims to be an image, and is broken.
     pub broken: url::Url,
 }
 
 impl BadImages {
-    /// These.
+    /// Pairs a URL of nothing with a URL of a broken image.
     #[must_use]
     pub fn new(missing: url::Url, broken: url::Url) -> Self {
         Self { missing, broken }
     }
 }
 
-/// A service of a guest that sends back every byte, and ends its side when the other has ended its own.
+/// A service of a guest that echoes every byte, and closes its side once the peer has closed its own.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Echo {
-    /// Its port.
+    /// The port of the service.
     pub port: u16,
-    /// The command that starts it, as root, and returns; `None`: it is there by itself.
+    /// The command that starts the service, as root, and returns; `None` if the service is already running.
     pub start: Option<String>,
 }
 
 impl Echo {
-    /// An echo on this port, started by this command.
+    /// Returns an echo service on this port, started by this command.
     #[must_use]
     pub fn new(port: u16, start: Option<String>) -> Self {
         Self { port, start }

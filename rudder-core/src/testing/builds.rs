@@ -1,4 +1,4 @@
-//! Whole builds: a manifest becomes a module, by every kind of step; one that fails or is cancelled leaves nothing.
+//! Whole builds: a manifest becomes a module, by every kind of step; a build that fails or is cancelled leaves nothing.
 
 use super::{
     NotPassed, Rig, Verdict,
@@ -17,10 +17,10 @@ use serde_json::{Value, json};
 
 /// The name of the builds.
 const NAME: &str = "suite";
-/// A text that means something to shells, to YAML, and to command lines.
+/// A text with characters that are special in shells, in YAML, and on command lines.
 const ODD: &str = "it's \"quoted\", a,b=c; $HOME `id` $(id) \\ %s é 🦀 <x>&amp; #not: a comment";
 
-/// A manifest of one VM with the adapter's guest, and these steps.
+/// Returns a manifest of one VM with the adapter's guest, and these steps.
 fn manifest(rig: &Rig, source: &PlannedUrl, steps: &Value) -> Verdict<Value> {
     let image = rig.image()?;
     Ok(json!({
@@ -47,7 +47,7 @@ struct Ended {
 }
 
 impl Ended {
-    /// The module, which must be there, and whole.
+    /// Returns the module, which must exist and be complete.
     async fn module(&self, rig: &Rig) -> Verdict<&Module> {
         let module = match &self.outcome {
             Ok(module) => module,
@@ -61,7 +61,7 @@ impl Ended {
         Ok(module)
     }
 
-    /// The lines that steps wrote.
+    /// Returns the lines that steps wrote.
     fn lines(&self) -> Vec<&str> {
         self.events
             .iter()
@@ -73,7 +73,7 @@ impl Ended {
     }
 }
 
-/// Builds a manifest to its end; whoever wants hears every event, and may act.
+/// Runs the build of a manifest to its end, and passes every event to a function, which may act on it.
 async fn build(
     rig: &Rig,
     manifest: &Value,
@@ -93,8 +93,8 @@ async fn build(
     Ok(Ended { manifest, events, outcome: handle.outcome().await })
 }
 
-/// A manifest becomes a module: a shell step, a file step and a reboot are made, and where there is a display a boot command
-/// and a step of a person, too; odd texts reach the guest as they are.
+/// A manifest becomes a module: shell, file and reboot steps run, and if there is a display, also a boot command and
+/// a step performed by a person; special characters arrive in the guest unchanged.
 pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
     let image = rig.image()?;
     // A person works at the display.
@@ -118,7 +118,7 @@ pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
     }
     let typed = image.boot_command.filter(|_| rig.backend().capabilities().has(Capability::Display));
     if typed.is_some() {
-        // Before the reboot clears it.
+        // Before the reboot clears the directory.
         steps.insert(0, json!({"type": "shell", "name": "typed", "shell": {"inline": "cat /tmp/typed"}}));
     }
     let wanted = steps.len();
@@ -153,7 +153,7 @@ pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
     rig.backend().remove_module(NAME).await.during("remove the module")
 }
 
-/// A build that cannot succeed says why, and leaves nothing.
+/// A build that cannot succeed reports why, and leaves nothing.
 pub async fn a_failed_build_leaves_nothing(rig: &Rig) -> Verdict {
     let Some(bad) = rig.adapter().bad_images() else {
         return Err(NotPassed::Skipped("the adapter knows no bad images".to_owned()));

@@ -1,4 +1,4 @@
-//! The screen and the serial console, also while another reader is there.
+//! The screen and the serial console, also with several readers.
 
 use super::{
     NotPassed, Rig, Verdict,
@@ -13,14 +13,14 @@ use futures::future::join_all;
 use std::{collections::BTreeMap, io, time::Duration};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// How long something may take to come through a console.
+/// How long something may take to pass through a console.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn broken(what: &str) -> impl FnOnce(io::Error) -> NotPassed {
     move |error| NotPassed::Failed(format!("{what}: expected it to work, but found {error}"))
 }
 
-/// Reads until a text has come, and gives all that has; fails when the stream ends before.
+/// Reads until a text has arrived, and returns everything read; fails when the stream ends before.
 pub(super) async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> Verdict<String> {
     let mut seen = Vec::new();
     let mut buffer = [0; 4096];
@@ -44,7 +44,7 @@ pub(super) async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> Ve
     }
 }
 
-/// What the guest said on its serial console is kept, at most as much as is asked for.
+/// What the guest wrote to its serial console is kept, and at most the requested amount is returned.
 pub async fn the_last_words_on_the_serial_console_are_kept(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let tail = booted.machine.serial_tail(1 << 20).await.during("read the end of the serial console")?;
@@ -57,8 +57,8 @@ pub async fn the_last_words_on_the_serial_console_are_kept(rig: &Rig) -> Verdict
     Ok(())
 }
 
-/// A reader of the serial console that does not read holds up neither the guest nor anybody else, however much the guest
-/// writes; what it wrote last is kept, and as much of it as the contract says.
+/// A client of the serial console that does not read delays neither the guest nor any other client, however much the
+/// guest writes; the last output is kept, and as much of it as the contract requires.
 pub async fn a_reader_that_does_not_read_stops_nobody(rig: &Rig) -> Verdict {
     const LINE: usize = 1000;
     let booted = rig.shared().await?;
@@ -86,8 +86,8 @@ pub async fn a_reader_that_does_not_read_stops_nobody(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Several read the serial console at once, and each gets everything; one that leaves, or that does not read, disturbs
-/// no other.
+/// Several clients read the serial console at once, and each gets everything; one that leaves, or that does not read,
+/// disturbs no other.
 pub async fn several_read_the_serial_console(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let open = || async { booted.machine.serial().await.during("connect to the serial console") };
@@ -110,7 +110,7 @@ pub async fn several_read_the_serial_console(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// What is typed on the serial console arrives: a terminal shows it.
+/// What is typed on the serial console arrives: a terminal echoes it.
 pub async fn what_is_typed_on_the_serial_console_arrives(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let mut stream = booted.machine.serial().await.during("connect to the serial console")?;
@@ -122,7 +122,7 @@ pub async fn what_is_typed_on_the_serial_console_arrives(rig: &Rig) -> Verdict {
     until(&mut stream, "typed-by-the-suite", "who typed").await.map(drop)
 }
 
-/// Several look at the screen at once; each is told its size and gets a picture, also after another has left.
+/// Several clients connect to the screen at once; each receives its size and an update, even after another has left.
 pub async fn several_look_at_the_screen(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let open = || async { booted.machine.display().await.during("connect to the display") };
@@ -140,7 +140,8 @@ pub async fn several_look_at_the_screen(rig: &Rig) -> Verdict {
     picture(&mut two, sizes[1]).await
 }
 
-/// The handshake of RFB 3.8 without authentication, shared (RFC 6143, 7.1–7.3); the size of the screen.
+/// Performs the handshake of RFB 3.8 without authentication, shared (RFC 6143, 7.1–7.3). Returns the size of the
+/// screen.
 async fn greet(stream: &mut BoxedStream) -> Verdict<(u16, u16)> {
     let talk = async {
         let mut version = [0; 12];
@@ -180,7 +181,7 @@ async fn greet(stream: &mut BoxedStream) -> Verdict<(u16, u16)> {
     }
 }
 
-/// Asks for the whole screen, raw, and sees that something comes (RFC 6143, 7.5 and 7.6).
+/// Requests the whole screen, raw, and checks that an update arrives (RFC 6143, 7.5 and 7.6).
 async fn picture(stream: &mut BoxedStream, (width, height): (u16, u16)) -> Verdict {
     let talk = async {
         // SetEncodings: raw only. FramebufferUpdateRequest: all of it, now.
@@ -210,7 +211,7 @@ async fn picture(stream: &mut BoxedStream, (width, height): (u16, u16)) -> Verdi
                 return Err(io::Error::other(format!("expected raw pixels, but found encoding {encoding}")));
             }
             let size = usize::from(wide) * usize::from(high);
-            // 32 bits a pixel, as every server of this century says in its greeting.
+            // 32 bits per pixel, which every current server announces in its greeting.
             let mut bytes = vec![0; size * 4];
             stream.read_exact(&mut bytes).await?;
             pixels += size;
@@ -225,7 +226,7 @@ async fn picture(stream: &mut BoxedStream, (width, height): (u16, u16)) -> Verdi
     }
 }
 
-/// Pictures of the screen are PNG images of a size, also two at once.
+/// Screenshots are PNG images with a size, even if two are taken at once.
 pub async fn pictures_of_the_screen_are_taken(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     for picture in join_all([booted.machine.screenshot(), booted.machine.screenshot()]).await {
@@ -242,7 +243,7 @@ pub async fn pictures_of_the_screen_are_taken(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// What the backend does not claim says so; what it claims is refused for a machine that is off.
+/// What the backend does not claim is reported as unsupported; what it claims is refused for a machine that is off.
 pub async fn consoles_say_what_they_cannot_do(rig: &Rig) -> Verdict {
     let lab = rig.lab("consoles").await?;
     let machine = rig.machine(&*lab, "web").await?;
@@ -254,7 +255,7 @@ pub async fn consoles_say_what_they_cannot_do(rig: &Rig) -> Verdict {
         refused(served, ErrorKind::Unsupported, "serve files, which is not claimed")?;
     }
     machine.stop(Stop::Kill).await.during("stop a machine")?;
-    // Of its screen there may be a last picture.
+    // A last screenshot may still exist.
     for (capability, answer) in connect(&*machine).await {
         if let (Capability::Display | Capability::Serial, true) =
             (capability, rig.backend().capabilities().has(capability))
@@ -273,7 +274,7 @@ async fn connect(machine: &dyn Machine) -> [(Capability, Result<(), Error>); 3] 
     ]
 }
 
-/// Connects to everything: what is claimed gives this, and what is not claimed is unsupported.
+/// Makes every kind of connection: those that are claimed have this result, the others are unsupported.
 async fn answers(rig: &Rig, machine: &dyn Machine, claimed: Option<ErrorKind>) -> Verdict {
     for (capability, answer) in connect(machine).await {
         match (rig.backend().capabilities().has(capability), claimed) {

@@ -1,5 +1,5 @@
-//! Futures that are dropped in the middle: of every method, wherever it stands, what that leaves is what `destroy` and
-//! `reap` remove, and what was asked for may be asked for again.
+//! Futures that are dropped before they complete: whichever method it is and at whatever point, what that leaves is
+//! what `destroy` and `reap` remove, and the operation can be repeated.
 
 use super::{
     NotPassed, Rig, Verdict,
@@ -16,12 +16,13 @@ use crate::{
 };
 use std::{collections::BTreeMap, sync::Arc, task::Poll, time::Duration};
 
-/// How often a future is looked at before it is dropped. What needs more is dropped in its beginning only; most need fewer.
+/// How often a future is polled before it is dropped. Futures that need more polls are dropped only near their
+/// beginning; most need fewer.
 const CUTS: [usize; 9] = [1, 2, 3, 4, 6, 9, 14, 22, 40];
-/// A future that waits for longer is dropped, however few looks it has had.
+/// A future that is pending for longer is dropped, however often it was polled.
 const PATIENCE: Duration = Duration::from_millis(300);
 
-/// Looks at a future so many times, and drops it; what it gave, if it came to its end before.
+/// Polls a future `looks` times, and drops it. Returns its output if it completed before.
 async fn cut<F: Future>(future: F, looks: usize) -> Option<F::Output> {
     let mut future = Box::pin(future);
     let mut left = looks;
@@ -35,7 +36,7 @@ async fn cut<F: Future>(future: F, looks: usize) -> Option<F::Output> {
     tokio::time::timeout(PATIENCE, looked).await.ok().flatten()
 }
 
-/// Whether what was cut came to its end; an error is none that cutting excuses.
+/// Whether a future completed before it was dropped. An error fails the test: dropping does not excuse it.
 fn ended<T>(result: Option<Result<T>>, what: &str) -> Verdict<bool> {
     match result {
         None => Ok(false),
@@ -43,8 +44,8 @@ fn ended<T>(result: Option<Result<T>>, what: &str) -> Verdict<bool> {
     }
 }
 
-/// Does something in fresh labs, each time dropped later, until it comes to its end; each lab is then destroyed, and nothing may
-/// be left.
+/// Runs an operation in fresh labs, dropping it later each time, until it completes; each lab is then destroyed, and
+/// nothing may be left.
 async fn everywhere<F>(rig: &Rig, what: &str, act: impl Fn(Arc<dyn Lab>, usize) -> F) -> Verdict
 where
     F: Future<Output = Verdict<bool>>,
@@ -64,7 +65,7 @@ where
 }
 
 impl NotPassed {
-    /// The same, with where a future was dropped.
+    /// Adds the point at which a future was dropped.
     fn at(self, what: &str, looks: usize) -> Self {
         match self {
             Self::Failed(why) => Self::Failed(format!("{what}, dropped after {looks} looks: {why}")),
@@ -73,7 +74,7 @@ impl NotPassed {
     }
 }
 
-/// Reaps until nothing is left: what is going on in the background when a future is dropped may take a moment to end.
+/// Reaps until nothing is left: background work of a dropped future may take a moment to end.
 async fn reaped(rig: &Rig, when: &str) -> Verdict {
     eventually(rig.options().settle, || async {
         let report = rig.backend().reap().await.during("reap")?;
@@ -84,7 +85,7 @@ async fn reaped(rig: &Rig, when: &str) -> Verdict {
     rig.expect_nothing_left(when).await
 }
 
-/// Opening a lab.
+/// Opening a lab may be dropped.
 pub async fn opening_a_lab_may_be_dropped(rig: &Rig) -> Verdict {
     for looks in CUTS {
         let spec = LabSpec::new("cut", network());
@@ -98,7 +99,7 @@ pub async fn opening_a_lab_may_be_dropped(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Importing, fetching and serving; who asks again gets it.
+/// Importing, fetching and serving may be dropped; repeating them works.
 pub async fn what_comes_into_a_lab_may_be_dropped(rig: &Rig) -> Verdict {
     let mut sources = Vec::new();
     if rig.backend().capabilities().has(Capability::SourceBlank) {
@@ -142,7 +143,8 @@ pub async fn what_comes_into_a_lab_may_be_dropped(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Defining a machine, and starting it; a machine whose start was dropped runs or rests, and may be stopped.
+/// Defining and starting a machine may be dropped; a machine whose start was dropped is running or not, and may be
+/// stopped.
 pub async fn starting_a_machine_may_be_dropped(rig: &Rig) -> Verdict {
     everywhere(rig, "defining a machine", |lab, looks| async move {
         let spec = rig.bare(&*lab, "web").await?;
@@ -168,7 +170,7 @@ pub async fn starting_a_machine_may_be_dropped(rig: &Rig) -> Verdict {
     .await
 }
 
-/// Waiting and stopping; whoever asks again is told how the machine ended.
+/// Waiting and stopping may be dropped; repeating them returns how the machine ended.
 pub async fn waiting_and_stopping_may_be_dropped(rig: &Rig) -> Verdict {
     everywhere(rig, "waiting", |lab, looks| async move {
         let machine = rig.running(&*lab, "web").await?;
@@ -194,14 +196,14 @@ pub async fn waiting_and_stopping_may_be_dropped(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Connecting to a machine in every way, and taking a picture of it; the next who does is served.
+/// Connecting to a machine in every way, and taking a screenshot, may be dropped; the next connection works.
 pub async fn connecting_may_be_dropped(rig: &Rig) -> Verdict {
     let lab = rig.lab("cut").await?;
     let machine = rig.running(&*lab, "web").await?;
     let has = |capability| rig.backend().capabilities().has(capability);
     for looks in CUTS {
         let at = |problem: NotPassed| problem.at("connecting", looks);
-        // Nobody listens in there: that is no mistake.
+        // No process listens in the guest, so an error is accepted.
         drop(cut(machine.dial(SSH), looks).await);
         if has(Capability::Display) {
             ended(cut(machine.display(), looks).await, "connect to the display").map_err(at)?;
@@ -229,7 +231,7 @@ pub async fn connecting_may_be_dropped(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// Capturing a disk, and what there is beside the disks; whoever asks again gets it.
+/// Capturing a disk, and the machine's state outside its disks, may be dropped; repeating it works.
 pub async fn capturing_may_be_dropped(rig: &Rig) -> Verdict {
     everywhere(rig, "capturing a disk", |lab, looks| async move {
         let machine = halted(rig, &*lab, "web").await?;
@@ -247,7 +249,7 @@ pub async fn capturing_may_be_dropped(rig: &Rig) -> Verdict {
     .await
 }
 
-/// Publishing, over a module that is there: afterwards it is the old or the new one, whole.
+/// Publishing over an existing module may be dropped: afterwards the module is the old or the new one, complete.
 pub async fn publishing_may_be_dropped(rig: &Rig) -> Verdict {
     for looks in CUTS {
         let at = |problem: NotPassed| problem.at("publishing", looks);
@@ -272,14 +274,14 @@ pub async fn publishing_may_be_dropped(rig: &Rig) -> Verdict {
             );
             let read = whole(module).await;
             let now = rig.backend().modules().await.during("list modules").map_err(at)?;
-            // The old one may be replaced while it is read: by what was going on in the background.
+            // Background work of the dropped future may replace the old module while it is read.
             if read.is_ok() || is_new || now.first().is_some_and(|now| now.digest == module.digest) {
                 read.map_err(at)?;
                 break;
             }
             modules = now;
         }
-        // What was going on in the background may have ended only now.
+        // Background work of the dropped future may have ended only now.
         eventually(rig.options().settle, || async {
             rig.backend().reap().await.during("reap")?;
             match rig.backend().remove_module("base").await {
@@ -297,7 +299,7 @@ pub async fn publishing_may_be_dropped(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Destroying a lab, whether it is asked for again or the lab is forgotten.
+/// Destroying a lab may be dropped, whether it is repeated or the lab is dropped.
 pub async fn destroying_may_be_dropped(rig: &Rig) -> Verdict {
     everywhere(rig, "destroying", |lab, looks| async move {
         rig.running(&*lab, "web").await?;
@@ -318,7 +320,7 @@ pub async fn destroying_may_be_dropped(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Keeping a lab, and removing one that was kept.
+/// Keeping a lab, and removing a kept one, may be dropped.
 pub async fn keeping_may_be_dropped(rig: &Rig) -> Verdict {
     for looks in CUTS {
         let mut spec = LabSpec::new("kept", network());
@@ -328,14 +330,14 @@ pub async fn keeping_may_be_dropped(rig: &Rig) -> Verdict {
         let kept = ended(cut(lab.keep(), looks).await, "keep a lab")?;
         drop(lab);
         let mut removed = false;
-        // The one that is found in the list is removed, in two tries; any other is reaped.
+        // A lab that is in the list is removed, in two attempts; any other is reaped.
         for kept in rig.backend().kept_labs().await.during("list kept labs")? {
             removed = ended(cut(rig.backend().remove_lab(&kept.id), looks).await, "remove a kept lab")?;
         }
         eventually(rig.options().settle, || async {
             for kept in rig.backend().kept_labs().await.during("list kept labs")? {
                 match rig.backend().remove_lab(&kept.id).await {
-                    // It was about to be removed.
+                    // Its removal had already begun.
                     Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {}
                     removed => removed.during("remove a kept lab")?,
                 }
@@ -353,7 +355,7 @@ pub async fn keeping_may_be_dropped(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Looking after the backend: diagnosing, listing, removing a module, reaping, collecting.
+/// The maintenance of a backend may be dropped: diagnosing, listing, removing a module, reaping, collecting.
 pub async fn looking_after_a_backend_may_be_dropped(rig: &Rig) -> Verdict {
     let backend = rig.backend();
     for looks in CUTS {

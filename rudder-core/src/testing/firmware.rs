@@ -1,5 +1,5 @@
-//! Firmware and what machines keep outside their disks: they start with what they were made with, it is captured, and what is
-//! built on a module starts with it.
+//! Firmware and what machines keep outside their disks: machines start with the state they were created with, it is
+//! captured, and what is built on a module starts with it.
 
 use super::{
     NotPassed, Rig, Verdict,
@@ -19,7 +19,7 @@ use std::{sync::Arc, time::Duration};
 
 /// Enough for any firmware, in bytes.
 const MEMORY: u64 = 256 << 20;
-/// How long it is looked whether a machine stays in its firmware.
+/// How long a machine is observed that must stay in its firmware.
 const MOMENT: Duration = Duration::from_millis(200);
 
 /// A machine with UEFI starts, and its variables are captured and inherited.
@@ -27,19 +27,19 @@ pub async fn a_machine_with_uefi_starts_and_its_variables_are_kept(rig: &Rig) ->
     kept(rig, Capability::Uefi, Firmware::Uefi, false, StateKind::FirmwareVariables).await
 }
 
-/// The same, enforcing Secure Boot.
+/// A machine with UEFI that enforces Secure Boot starts, and its variables are captured and inherited.
 pub async fn a_machine_with_secure_boot_starts_and_its_variables_are_kept(rig: &Rig) -> Verdict {
     kept(rig, Capability::SecureBoot, Firmware::UefiSecureBoot, false, StateKind::FirmwareVariables).await
 }
 
-/// A machine with a TPM starts, and the memory of that is captured and inherited.
+/// A machine with a TPM starts, and the TPM's memory is captured and inherited.
 pub async fn a_machine_with_a_tpm_starts_and_its_memory_is_kept(rig: &Rig) -> Verdict {
     let uefi = rig.backend().capabilities().has(Capability::Uefi);
     let firmware = if uefi { Firmware::Uefi } else { Firmware::Bios };
     kept(rig, Capability::Tpm, firmware, true, StateKind::Tpm).await
 }
 
-/// A machine with BIOS alone keeps nothing outside its disks.
+/// A machine with only a BIOS keeps nothing outside its disks.
 pub async fn a_machine_with_bios_keeps_nothing_outside_its_disks(rig: &Rig) -> Verdict {
     let lab = rig.lab("bios").await?;
     let machine = rig.running(&*lab, "web").await?;
@@ -50,7 +50,7 @@ pub async fn a_machine_with_bios_keeps_nothing_outside_its_disks(rig: &Rig) -> V
     lab.destroy().await.during("destroy the lab")
 }
 
-/// A lab whose machines need this.
+/// Opens a lab whose machines need this capability.
 async fn lab(rig: &Rig, need: Capability, firmware: Firmware) -> Verdict<Arc<dyn Lab>> {
     let mut spec = LabSpec::new("firmware", network());
     spec.needs.insert(need);
@@ -65,7 +65,7 @@ async fn lab(rig: &Rig, need: Capability, firmware: Firmware) -> Verdict<Arc<dyn
     }
 }
 
-/// Starts a machine, which must stay in its firmware, and stops it; what it keeps.
+/// Starts a machine, which must stay in its firmware, and stops it. Returns the state that it keeps.
 async fn state(machine: &dyn Machine) -> Verdict<Vec<CapturedState>> {
     machine.start().await.during("start a machine")?;
     let waited = tokio::time::timeout(MOMENT, machine.wait()).await;
@@ -117,7 +117,7 @@ async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: 
     let kinds = |state: &[CapturedState]| state.iter().map(|state| state.kind).collect::<Vec<_>>();
     same(&kinds(&state_of_child), &kinds(&state_of_parent), "what a child keeps")?;
     child_lab.destroy().await.during("destroy the lab of the child")?;
-    // What the child did has not reached its parent.
+    // Changes by the child have not reached its parent.
     whole(&module).await?;
     rig.backend().remove_module("firmware").await.during("remove the module")
 }

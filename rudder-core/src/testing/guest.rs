@@ -1,4 +1,4 @@
-//! A guest that runs, and the ways to talk to it.
+//! A running guest, and the ways to access it.
 
 use super::{
     Verdict,
@@ -15,33 +15,33 @@ use crate::{
 };
 use std::{sync::Arc, time::Duration};
 
-/// A port that machines are made with, and on which no guest listens: discard (RFC 863).
+/// A port that machines are created with, and on which no guest listens: discard (RFC 863).
 pub(super) const CLOSED: u16 = 9;
 /// The user that logs in.
 const USER: &str = "root";
 
-/// A machine with the adapter's guest, running, and a login.
+/// A running machine with the adapter's guest, and a login.
 #[derive(Debug)]
 pub(super) struct Booted {
     pub(super) lab: Arc<dyn Lab>,
     pub(super) machine: Arc<dyn Machine>,
     login: Login,
     session: Session,
-    /// Whether its echo was started.
+    /// Whether the echo service was started.
     pub(super) echoes: tokio::sync::Mutex<bool>,
 }
 
-/// A key, and a machine that lets it in.
+/// A key, and the specification of a machine that accepts it.
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) spec: MachineSpec,
     pub(super) login: Login,
-    /// How long from power-on to a login, at most.
+    /// Maximum time from power-on to a login.
     pub(super) boots_within: Duration,
 }
 
 impl Prepared {
-    /// A machine of the adapter's guest, on this source or on the guest's own image.
+    /// Prepares a machine with the adapter's guest, from this source or from the guest's own image.
     pub(super) async fn new(
         rig: &Rig,
         lab: &dyn Lab,
@@ -65,7 +65,7 @@ impl Prepared {
         Ok(Self { spec, login: Login::new(USER, key), boots_within: image.boots_within })
     }
 
-    /// Creates it, starts it, and logs in.
+    /// Creates the machine, starts it, and logs in.
     pub(super) async fn boot(self, rig: &Rig, lab: Arc<dyn Lab>) -> Verdict<Booted> {
         let machine = lab.create_machine(&self.spec).await.during("create a machine")?;
         machine.start().await.during("start a machine")?;
@@ -96,12 +96,12 @@ impl Booted {
         Self::log_in(rig, lab, machine, login).await
     }
 
-    /// The connection.
+    /// Returns the connection.
     pub(super) fn guest(&self) -> &Guest {
         self.session.guest()
     }
 
-    /// Runs a command, which must succeed; what it wrote.
+    /// Runs a command, which must succeed, and returns its output.
     pub(super) async fn run(&self, command: &str) -> Verdict<String> {
         let output = self.guest().command(command).await.during(&format!("run {command:?} in the guest"))?;
         ensure!(

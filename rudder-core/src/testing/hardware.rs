@@ -1,4 +1,4 @@
-//! The hardware that a guest sees: disks on every bus, cards of every model in their slots, media.
+//! The hardware that a guest sees: disks on every bus, NICs of every model in their slots, media.
 
 use super::{
     Rig, Verdict,
@@ -15,7 +15,8 @@ use crate::{
 };
 use std::sync::Arc;
 
-/// The buses, what claims them, and the size of the disk that the shared guest has there: by that it is known.
+/// The buses, the capability of each, and the size of the disk that the shared guest has there, by which it is
+/// recognised.
 const BUSES: [(Capability, Bus, u64); 5] = [
     (Capability::DiskVirtio, Bus::Virtio, BLANK + (1 << 20)),
     (Capability::DiskScsi, Bus::Scsi, BLANK + (2 << 20)),
@@ -23,7 +24,7 @@ const BUSES: [(Capability, Bus, u64); 5] = [
     (Capability::DiskUsb, Bus::Usb, BLANK + (4 << 20)),
     (Capability::DiskIde, Bus::Ide, BLANK + (5 << 20)),
 ];
-/// The models beside the one that the guest talks through, in the order of their slots.
+/// The models beside the one that the guest uses for its connections, in the order of their slots.
 const MODELS: [NicModel; 6] = [
     NicModel::E1000,
     NicModel::Virtio,
@@ -32,12 +33,12 @@ const MODELS: [NicModel; 6] = [
     NicModel::Pcnet,
     NicModel::Ne2kPci,
 ];
-/// What stands at the beginning of a CD-ROM.
+/// The beginning of a CD-ROM.
 const ON_THE_DISC: &str = "on the disc of the suite";
-/// What stands at the beginning of a floppy.
+/// The beginning of a floppy.
 const ON_THE_FLOPPY: &str = "on the floppy of the suite";
 
-/// Gives the shared guest everything that the backend claims to have.
+/// Adds to the shared guest all hardware that the backend claims to support.
 pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> Verdict {
     let capabilities = rig.backend().capabilities();
     if capabilities.has(Capability::SourceBlank) {
@@ -66,7 +67,7 @@ pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> V
     Ok(())
 }
 
-/// Bytes of this size that begin with a line.
+/// Returns bytes of this size that begin with a line.
 fn medium(line: &str, size: usize) -> Vec<u8> {
     let mut bytes = format!("{line}\n").into_bytes();
     bytes.resize(size, 0);
@@ -120,7 +121,7 @@ pub async fn a_disk_on_ide_is_seen(rig: &Rig) -> Verdict {
     sees_disk(rig, Bus::Ide).await
 }
 
-/// The addresses of the guest's cards, in the order of their places.
+/// Returns the addresses of the guest's NICs, in the order of their locations.
 async fn cards(rig: &Rig) -> Verdict<Vec<String>> {
     let booted = rig.shared().await?;
     let told = booted.run(&rig.image()?.cards).await?;
@@ -133,7 +134,7 @@ async fn cards(rig: &Rig) -> Verdict<Vec<String>> {
     Ok(cards.into_iter().map(|(_, address)| address.to_owned()).collect())
 }
 
-/// The addresses that the cards were made with, in the order of their slots.
+/// Returns the addresses that the NICs were created with, in the order of their slots.
 async fn wanted(rig: &Rig) -> Verdict<Vec<String>> {
     let booted = rig.shared().await?;
     let lab = &*booted.lab;
@@ -142,7 +143,7 @@ async fn wanted(rig: &Rig) -> Verdict<Vec<String>> {
     Ok(wanted)
 }
 
-/// A guest sees a card of every model, with the hardware address it was made with.
+/// A guest sees a NIC of every model, with the hardware address it was created with.
 pub async fn cards_of_every_model_are_seen(rig: &Rig) -> Verdict {
     let (found, wanted) = (cards(rig).await?, wanted(rig).await?);
     let missing: Vec<_> = wanted.iter().filter(|address| !found.contains(address)).collect();
@@ -150,7 +151,7 @@ pub async fn cards_of_every_model_are_seen(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// The cards of a guest sit in the order of their slots.
+/// The NICs of a guest are in the order of their slots.
 pub async fn cards_sit_in_the_order_of_their_slots(rig: &Rig) -> Verdict {
     let (found, wanted) = (cards(rig).await?, wanted(rig).await?);
     ensure!(found == wanted, "expected the cards in the order {wanted:?}, but found {found:?}");

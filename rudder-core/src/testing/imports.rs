@@ -1,4 +1,5 @@
-//! What comes into a lab: images, blank disks, files; twice at once, verified, refused when it is not what was promised.
+//! What is imported into a lab: images, blank disks, files; concurrently, verified, and refused when the content
+//! differs from what was expected.
 
 use super::{
     NotPassed, Rig, Verdict,
@@ -15,12 +16,12 @@ use crate::{
 };
 use futures::future::join_all;
 
-/// A digest that nothing has.
+/// Returns a digest that matches no content.
 fn wrong() -> Digest {
     Digest::of(b"something else")
 }
 
-/// A blank disk has its size and no origin, and each is its own.
+/// Blank disks have the requested size and no origin, and are independent of each other.
 pub async fn blank_disks_have_their_size(rig: &Rig) -> Verdict {
     let lab = rig.lab("blank").await?;
     let request = ImportRequest::new("web", "data", PlannedSource::Blank, Some(BLANK));
@@ -46,7 +47,7 @@ pub async fn blank_disks_have_their_size(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// An image is imported by several at once: each gets a volume of its own, and all are told the same origin.
+/// An image is imported by several callers at once: each gets a volume of its own, and all the same origin.
 pub async fn an_image_is_imported_by_several_at_once(rig: &Rig) -> Verdict {
     let image = rig.image()?.image;
     let (one, two) = (rig.lab("importers").await?, rig.lab("importers").await?);
@@ -101,7 +102,7 @@ pub async fn a_disk_is_as_large_as_asked_for(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// Bytes that do not have the digest that was promised are refused; those that have it are not.
+/// Content without the expected digest is refused; content with that digest is not.
 pub async fn a_promised_digest_is_verified(rig: &Rig) -> Verdict {
     let image = rig.image()?.image;
     let lab = rig.lab("digests").await?;
@@ -114,7 +115,7 @@ pub async fn a_promised_digest_is_verified(rig: &Rig) -> Verdict {
     refused(imported, ErrorKind::ChecksumMismatch, "import an image of another digest")?;
     let imported = lab.import(&request(None), &progress).await.during("import it without a promise")?;
     let Some(input) = imported.input else { fail!("expected the origin of an image, but found none") };
-    // A backend need not know what came.
+    // A backend need not know the digest of what it imported.
     if let Some(sha256) = input.content.sha256() {
         let imported = lab.import(&request(Some(sha256)), &progress).await;
         imported.during("import it with the digest that it was said to have")?;
@@ -124,7 +125,7 @@ pub async fn a_promised_digest_is_verified(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// What is not there, and what is no image, is told apart.
+/// A missing image and a broken one fail with different errors.
 pub async fn a_bad_image_is_refused(rig: &Rig) -> Verdict {
     let Some(bad) = rig.adapter().bad_images() else {
         return Err(NotPassed::Skipped("the adapter knows no bad images".to_owned()));
@@ -143,7 +144,8 @@ pub async fn a_bad_image_is_refused(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// Files are fetched by several at once, verified, and readable as long as they are held; names are only names.
+/// Files are fetched by several callers at once, verified, and readable as long as they are held; names have no special
+/// meaning.
 pub async fn files_are_fetched_and_verified(rig: &Rig) -> Verdict {
     const CONTENT: &[u8] = b"some bytes\0\xff\n";
     let made = |error| Error::io("make a file to be fetched", error);
@@ -173,7 +175,7 @@ pub async fn files_are_fetched_and_verified(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// A file that was fetched is not written to while it is held: not when others fetch it, and not by collecting.
+/// A fetched file is not written to while it is held: neither when others fetch it, nor by collecting.
 pub async fn a_fetched_file_stays_as_it_is(rig: &Rig) -> Verdict {
     use std::{io::Read as _, os::unix::fs::MetadataExt as _};
     let content = super::streams::noise(13, 1 << 20);
@@ -194,7 +196,7 @@ pub async fn a_fetched_file_stays_as_it_is(rig: &Rig) -> Verdict {
     let before = written(&open)?;
     let mut read = vec![0; content.len() / 2];
     open.read_exact(&mut read).map_err(io("read a fetched file"))?;
-    // Each reads as soon as it is told where, whatever the others are about.
+    // Each reads as soon as it has the path, whatever the others are doing.
     let readers = (0..8).map(|_| async {
         for _ in 0..4 {
             let fetched = fetcher.fetch(&request, &progress).await.during("fetch a file that others read")?;

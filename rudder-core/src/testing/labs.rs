@@ -1,4 +1,4 @@
-//! The life of labs, from opening to destruction, in every state and twice.
+//! The life cycle of labs, from opening to destruction, in every state and twice.
 
 use super::{
     Rig, Verdict,
@@ -12,7 +12,7 @@ use crate::{
 use futures::future::join_all;
 use std::time::Duration;
 
-/// `diagnose` says that everything required is here, and says it again.
+/// `diagnose` reports that every requirement is met, and does so again.
 pub async fn diagnosis_may_be_repeated(rig: &Rig) -> Verdict {
     for _ in 0..2 {
         let report = rig.backend().diagnose().await.during("diagnose")?;
@@ -28,7 +28,7 @@ pub async fn diagnosis_may_be_repeated(rig: &Rig) -> Verdict {
     rig.expect_nothing_left("after diagnosing").await
 }
 
-/// A lab has the id it was asked for, tells versions, and leaves nothing when it is destroyed, twice.
+/// A lab has the requested id, reports versions, and leaves nothing when it is destroyed, twice.
 pub async fn a_lab_is_opened_and_destroyed_twice(rig: &Rig) -> Verdict {
     let spec = LabSpec::new("opened", network());
     let lab = rig.backend().open_lab(&spec).await.during("open a lab")?;
@@ -40,7 +40,7 @@ pub async fn a_lab_is_opened_and_destroyed_twice(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy a lab a third time, after everything went")
 }
 
-/// The id of a lab that is open is taken.
+/// The id of an open lab cannot be used again.
 pub async fn an_id_is_taken_while_its_lab_is_open(rig: &Rig) -> Verdict {
     let spec = LabSpec::new("taken", network());
     let lab = rig.backend().open_lab(&spec).await.during("open a lab")?;
@@ -54,7 +54,7 @@ pub async fn an_id_is_taken_while_its_lab_is_open(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy a lab")
 }
 
-/// A lab that was destroyed does nothing any more, and says so.
+/// A destroyed lab does nothing any more, and says so.
 pub async fn a_destroyed_lab_refuses_work(rig: &Rig) -> Verdict {
     let lab = rig.lab("destroyed").await?;
     let spec = rig.bare(&*lab, "web").await?;
@@ -68,7 +68,8 @@ pub async fn a_destroyed_lab_refuses_work(rig: &Rig) -> Verdict {
     rig.expect_nothing_left("after a destroyed lab was asked for more").await
 }
 
-/// Whatever there is in a lab, destroying it once and again removes it, and whoever waits for its machines is told.
+/// Whatever a lab contains, destroying it, even repeatedly, removes it, and callers that wait for its machines are
+/// notified.
 pub async fn a_lab_is_destroyed_from_every_state(rig: &Rig) -> Verdict {
     for state in ["volumes", "defined", "running", "stopped", "captured"] {
         let during = |what: &str| format!("{what} a lab with something {state}");
@@ -103,7 +104,7 @@ pub async fn a_lab_is_destroyed_from_every_state(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Several may destroy a lab at once.
+/// Several callers may destroy a lab at once.
 pub async fn a_lab_is_destroyed_by_several_at_once(rig: &Rig) -> Verdict {
     let lab = rig.lab("several").await?;
     rig.running(&*lab, "web").await?;
@@ -113,7 +114,7 @@ pub async fn a_lab_is_destroyed_by_several_at_once(rig: &Rig) -> Verdict {
     rig.expect_nothing_left("after several destroyed a lab").await
 }
 
-/// A lab that is dropped, not destroyed, is gone after `reap`.
+/// A lab that is dropped without being destroyed is gone after `reap`.
 pub async fn a_forgotten_lab_is_reaped(rig: &Rig) -> Verdict {
     let lab = rig.lab("forgotten").await?;
     let machine = rig.running(&*lab, "web").await?;
@@ -132,7 +133,7 @@ pub async fn a_forgotten_lab_is_reaped(rig: &Rig) -> Verdict {
     rig.expect_nothing_left("after a lab was forgotten and reaped").await
 }
 
-/// Two labs with the same names in them do not touch each other.
+/// Two labs with the same names in them do not affect each other.
 pub async fn labs_with_the_same_names_do_not_meet(rig: &Rig) -> Verdict {
     let (one, two) = (rig.lab("twins").await?, rig.lab("twins").await?);
     let first = rig.running(&*one, "web").await?;

@@ -1,4 +1,4 @@
-//! The life of machines: start, wait and stop in every order and twice, and death.
+//! The life cycle of machines: start, wait and stop in every order and twice, and death.
 
 use super::{
     Rig, Verdict,
@@ -15,13 +15,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long is looked whether somebody who should wait does.
+/// How long a future that must stay pending is observed.
 const MOMENT: Duration = Duration::from_millis(100);
 
-/// How many machines are played with at a time: they are waited for more than they work.
+/// Number of machines that are tested concurrently: most of the time is spent waiting for them.
 const AT_ONCE: usize = 3;
 
-/// What is done to a machine.
+/// An operation on a machine.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Act {
     Start,
@@ -29,7 +29,7 @@ enum Act {
     Stop,
 }
 
-/// Every order of three of start, wait and stop does what the contract says.
+/// Start, wait and stop follow the contract in every order of three of them.
 pub async fn start_wait_and_stop_come_in_every_order(rig: &Rig) -> Verdict {
     const ACTS: [Act; 3] = [Act::Start, Act::Wait, Act::Stop];
     let lab = rig.lab("orders").await?;
@@ -99,7 +99,7 @@ async fn play(machine: &dyn Machine, acts: [Act; 3]) -> Verdict {
     Ok(())
 }
 
-/// All who wait for a machine are told the same, those who come late, too.
+/// All callers that wait for a machine get the same result, including those that call after its end.
 pub async fn any_number_may_wait(rig: &Rig) -> Verdict {
     let lab = rig.lab("waiters").await?;
     let machine = rig.running(&*lab, "web").await?;
@@ -116,7 +116,7 @@ pub async fn any_number_may_wait(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// Several may stop a machine at once; it ends once.
+/// Several callers may stop a machine at once; it ends once.
 pub async fn several_may_stop_a_machine(rig: &Rig) -> Verdict {
     let lab = rig.lab("stoppers").await?;
     let machine = rig.running(&*lab, "web").await?;
@@ -160,15 +160,15 @@ pub async fn a_graceful_stop_ends_after_its_limit(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// When what runs a machine is killed from outside, whoever waits is told within two seconds, and the machine may be
-/// started again.
+/// When what runs a machine is killed from outside, callers of `wait` are notified within two seconds, and the machine
+/// may be started again.
 pub async fn death_is_seen_in_time(rig: &Rig) -> Verdict {
     let lab = rig.lab("death").await?;
     let machine = rig.running(&*lab, "web").await?;
     let other = rig.running(&*lab, "other").await?;
     for round in 0..2 {
         let killed = async {
-            // The waiter is there first.
+            // The waiter comes first.
             tokio::task::yield_now().await;
             rig.adapter().kill(lab.id(), "web").await.map(|()| Instant::now())
         };
@@ -205,7 +205,7 @@ pub async fn death_is_seen_in_time(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// The name of a machine is its own in the lab.
+/// The name of a machine is unique in its lab.
 pub async fn a_name_is_taken_once_in_a_lab(rig: &Rig) -> Verdict {
     let lab = rig.lab("names").await?;
     let spec = rig.bare(&*lab, "web").await?;
@@ -227,7 +227,8 @@ pub async fn a_name_is_taken_once_in_a_lab(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// What only a running machine can do is refused before and after, and what only one at rest can do meanwhile.
+/// What only a running machine can do is refused before and after it runs, and what only a stopped machine can do is
+/// refused while it runs.
 pub async fn what_a_machine_cannot_do_now_is_refused(rig: &Rig) -> Verdict {
     let lab = rig.lab("refusals").await?;
     let machine = rig.machine(&*lab, "web").await?;

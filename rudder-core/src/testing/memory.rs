@@ -10,18 +10,18 @@ use crate::{
 use async_trait::async_trait;
 use std::{sync::Arc, time::Duration};
 
-/// The port of its guests' echo.
+/// The port of the guests' echo service.
 const ECHO: u16 = 7;
-/// The image of its guests; its bytes are compared with what is promised of them.
+/// The image of the guests; its bytes are compared with the expected checksum.
 const IMAGE: &str = "https://images.example/guest.qcow2";
-/// Nothing is there.
+/// A URL at which nothing exists.
 const MISSING: &str = "https://images.example/missing.qcow2";
-/// It is no image.
+/// A URL of something that is not an image.
 const BROKEN: &str = "https://images.example/broken.qcow2";
-/// How long its guests take to boot: long enough to be dialled too early.
+/// How long the guests take to boot: long enough to be dialled too early.
 const BOOT: Duration = Duration::from_millis(50);
 
-/// The [memory backend](MemoryBackend), ready to be put through the suite.
+/// Adapts the [memory backend](MemoryBackend) to the suite.
 #[derive(Debug, Clone)]
 pub struct MemoryAdapter {
     backend: MemoryBackend,
@@ -41,19 +41,19 @@ impl Default for MemoryAdapter {
 }
 
 impl MemoryAdapter {
-    /// A fresh backend.
+    /// Returns an adapter with a new backend.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A fresh backend that is [like one elsewhere](MemoryBackend::remote).
+    /// Returns an adapter with a new backend that [behaves like a remote one](MemoryBackend::remote).
     #[must_use]
     pub fn remote() -> Self {
         Self { backend: Self::default().backend.remote() }
     }
 
-    /// The backend.
+    /// Returns the backend.
     #[must_use]
     pub fn memory(&self) -> &MemoryBackend {
         &self.backend
@@ -73,7 +73,7 @@ impl Adapter for MemoryAdapter {
     async fn traces(&self) -> Result<Vec<String>> {
         let inventory = self.backend.inventory();
         let modules = inventory.modules.iter().map(|module| format!("module {module}"));
-        // Connections and tasks belong to machines: what is left of them without any is left behind.
+        // Connections and tasks belong to machines: those that exist without a running machine were left behind.
         if inventory.running.is_empty() {
             return Ok(inventory.leftovers().into_iter().chain(modules).collect());
         }
@@ -113,8 +113,8 @@ impl Adapter for MemoryAdapter {
     }
 }
 
-/// Answers what the suite asks its guests to run. This is no shell: of what else might be asked, a test sees that nothing is
-/// answered.
+/// Answers what the suite asks its guests to run. This is not a shell: any other script gets no answer, which its test
+/// notices.
 fn answer(execution: &Execution) -> Option<Response> {
     let script = &*execution.script;
     if let Some(flood) = script.strip_prefix("i=0; while [ $i -lt ") {

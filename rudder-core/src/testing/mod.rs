@@ -1,11 +1,13 @@
-//! The conformance suite: what every backend must do, as tests that any backend can be put through.
+//! The conformance suite: what every backend must do, as tests that can be run on any backend.
 //!
-//! An [`Adapter`] gives the backend, says what there is of it outside (processes, files, networks), kills machines, and
-//! offers a guest that boots. [`run`] then makes every test that the backend's capabilities claim, and the [`Report`] says
-//! what passed, what failed and what was skipped, and why. **A capability that is claimed and that no test proved is a
-//! failure**, and so is a host on which a required backend is not ready: nothing is green for not having been tried.
+//! An [`Adapter`] provides the backend, lists what exists of it as seen from outside (processes, files, networks),
+//! kills machines, and provides a guest that boots. [`run`] then runs every test that the backend's capabilities claim,
+//! and the [`Report`] says what passed, what failed and what was skipped, and why. **A capability that is claimed and
+//! that no test proved is a failure**, and so is a host on which a required backend is not ready: nothing passes
+//! without having been tested.
 //!
-//! Each test is also a public function over a [`Rig`], in the module of its group. After each, nothing may be left of it.
+//! Each test is also a public function that takes a [`Rig`], in the module of its group. No test may leave anything
+//! behind.
 //!
 //! ```
 //! use rudder_core::testing::{MemoryAdapter, Options, run};
@@ -19,8 +21,8 @@
 //! # }
 //! ```
 //!
-//! This module is for those who write backends. It is behind the feature `testing` and outside the promises of semantic
-//! versioning: a newer suite asks for more.
+//! This module is for authors of backends. It requires the feature `testing`, and is exempt from semantic versioning: a
+//! newer suite may require more.
 
 mod adapter;
 pub mod builds;

@@ -1,4 +1,4 @@
-//! What comes out of a lab: captured disks, and modules, whole or not at all.
+//! The results of a lab: captured disks, and modules, which are either complete or absent.
 
 use super::{
     Rig, Verdict,
@@ -22,7 +22,7 @@ use tokio::io::AsyncReadExt as _;
 /// How long a guest may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(90);
 
-/// A VM of a module with these disks.
+/// Returns a VM of a module with these disks.
 pub(super) fn template(name: &str, disks: Vec<CapturedDisk>) -> TemplateMachine {
     TemplateMachine {
         name: name.to_owned(),
@@ -37,7 +37,7 @@ pub(super) fn template(name: &str, disks: Vec<CapturedDisk>) -> TemplateMachine 
     }
 }
 
-/// A module of these VMs, made by a manifest of odd characters.
+/// Returns the draft of a module with these VMs, whose manifest contains special characters.
 pub(super) fn draft(name: &str, machines: Vec<TemplateMachine>) -> ModuleDraft {
     let manifest = "name: odd # \"quotes\", 'quotes', commas, ünïcödé 🦀, <tags> & $(commands) `x` \\ 100%\n";
     let mut provenance = Provenance::new(manifest, Digest::of(name.as_bytes()));
@@ -45,7 +45,7 @@ pub(super) fn draft(name: &str, machines: Vec<TemplateMachine>) -> ModuleDraft {
     ModuleDraft::new(name, machines, network(), provenance)
 }
 
-/// A machine that ran and was stopped, and its disk.
+/// Starts and stops a machine with a disk.
 pub(super) async fn halted(rig: &Rig, lab: &dyn Lab, name: &str) -> Verdict<Arc<dyn Machine>> {
     let machine = rig.running(lab, name).await?;
     machine.stop(Stop::Kill).await.during("stop a machine")?;
@@ -57,14 +57,14 @@ pub(super) async fn captured(machine: &dyn Machine) -> Verdict<CapturedDisk> {
     machine.capture("root", &Progress::none()).await.during("capture a disk")
 }
 
-/// A module of one machine that needs no guest.
+/// Publishes a module of one machine that needs no guest.
 pub(super) async fn published(rig: &Rig, lab: &dyn Lab, name: &str) -> Verdict<Module> {
     let machine = halted(rig, lab, "web").await?;
     let disk = captured(&*machine).await?;
     lab.publish(draft(name, vec![template("web", vec![disk])])).await.during("publish a module")
 }
 
-/// The only module, whole: its files, where it has files, are what it says they are.
+/// Checks that a module is complete: its files, if it has any, match their description.
 pub(super) async fn whole(module: &Module) -> Verdict {
     let Some(record) = &module.path else { return Ok(()) };
     let directory = record.parent().unwrap_or(record);
@@ -82,7 +82,7 @@ pub(super) async fn whole(module: &Module) -> Verdict {
     Ok(())
 }
 
-/// A captured disk says what it is, may be captured again, and is told about while it is made.
+/// A captured disk is described correctly, may be captured again, and its progress is reported.
 pub async fn a_capture_says_what_it_is(rig: &Rig) -> Verdict {
     let lab = rig.lab("capture").await?;
     let spec = rig.bare(&*lab, "web").await?;
@@ -105,7 +105,7 @@ pub async fn a_capture_says_what_it_is(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy the lab")
 }
 
-/// A module is seen by everybody as it was published, outlives its lab, and is removed once.
+/// A module is visible to every process as it was published, outlives its lab, and is removed once.
 pub async fn a_module_is_published_seen_and_removed(rig: &Rig) -> Verdict {
     let lab = rig.lab("publisher").await?;
     let machine = halted(rig, &*lab, "web").await?;
@@ -148,7 +148,7 @@ pub async fn a_module_is_published_seen_and_removed(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// A module of a name that there is takes its place, as a whole; modules come in the order of their names.
+/// A module replaces an existing one with the same name as a whole; modules are listed in the order of their names.
 pub async fn a_module_takes_the_place_of_another(rig: &Rig) -> Verdict {
     let lab = rig.lab("first").await?;
     let first = published(rig, &*lab, "base").await?;
@@ -181,7 +181,7 @@ pub async fn a_module_takes_the_place_of_another(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// What was not captured is not published, and leaves no module.
+/// A disk that was not captured is not published, and leaves no module.
 pub async fn a_disk_that_was_not_captured_is_not_published(rig: &Rig) -> Verdict {
     let lab = rig.lab("invented").await?;
     let machine = halted(rig, &*lab, "web").await?;
@@ -195,7 +195,7 @@ pub async fn a_disk_that_was_not_captured_is_not_published(rig: &Rig) -> Verdict
     lab.destroy().await.during("destroy the lab")
 }
 
-/// A module stays as it is when what was to take its place cannot be published, and only what was captured takes it.
+/// A module stays as it is when its replacement cannot be published, and only what was captured replaces it.
 pub async fn a_module_stays_when_its_successor_cannot_be_published(rig: &Rig) -> Verdict {
     let lab = rig.lab("first").await?;
     let first = published(rig, &*lab, "base").await?;
@@ -216,7 +216,7 @@ pub async fn a_module_stays_when_its_successor_cannot_be_published(rig: &Rig) ->
     rig.backend().remove_module("base").await.during("remove the module")
 }
 
-/// A module that a living lab builds on stays; what is asked of it and not there is told.
+/// A module that an existing lab builds on stays; importing what it does not contain fails with an error that says so.
 pub async fn a_module_in_use_stays(rig: &Rig) -> Verdict {
     let lab = rig.lab("parent").await?;
     let module = published(rig, &*lab, "base").await?;
@@ -258,8 +258,8 @@ pub async fn a_module_in_use_stays(rig: &Rig) -> Verdict {
     rig.backend().remove_module("base").await.during("remove a module that nobody uses any more")
 }
 
-/// A guest powers off by its button, keeps its disks, and what it wrote on several of them is captured and inherited;
-/// what a child writes does not reach its parent. Connections end with their machine.
+/// A guest powers off by its button and keeps its disks, and what it wrote to several of them is captured and
+/// inherited; what a child writes does not reach its parent. Connections end with their machine.
 pub async fn what_a_guest_wrote_is_captured_and_inherited(rig: &Rig) -> Verdict {
     let lab = rig.lab("writer").await?;
     let mut prepared = Prepared::new(rig, &*lab, "web", None).await?;
@@ -289,7 +289,7 @@ pub async fn what_a_guest_wrote_is_captured_and_inherited(rig: &Rig) -> Verdict 
     ensure!(rest.is_ok(), "expected a connection to end with its machine, but it stands after 20 s");
 
     let first = captured(&*booted.machine).await?;
-    // What counts is what was written until the last capture; that the guest synchronised it is enough.
+    // What was written before the last capture counts; it is enough that the guest synchronised it.
     let booted = booted.boot_again(rig).await?;
     booted.run("printf 'in the second run\\n' >/srv/again && sync").await?;
     booted.machine.stop(Stop::Kill).await.during("stop the second run")?;
@@ -311,7 +311,7 @@ pub async fn what_a_guest_wrote_is_captured_and_inherited(rig: &Rig) -> Verdict 
     rig.backend().remove_module("written").await.during("remove the module")
 }
 
-/// Boots a child of a module, reads what the parent wrote, and writes over it.
+/// Boots a child of a module, reads what the parent wrote, and overwrites it.
 async fn inherit(rig: &Rig, module: &Module, names: &[String], files: &[String]) -> Verdict {
     let lab = rig.lab("child").await?;
     let parent = PlannedSource::BuildRef(PlannedBuildRef {
@@ -320,7 +320,7 @@ async fn inherit(rig: &Rig, module: &Module, names: &[String], files: &[String])
         vm: "web".to_owned(),
     });
     let mut prepared = Prepared::new(rig, &*lab, "web", Some(parent.clone())).await?;
-    // In another order than they were in: names count.
+    // In another order than before: names matter, not positions.
     for name in names.iter().rev() {
         let mut request = ImportRequest::new("web", name, parent.clone(), None);
         request.parent_disk = Some(name.clone());

@@ -1,4 +1,5 @@
-//! Who owns a lab, and what becomes of it when the owner dies: reaped when dead, never while living.
+//! The owners of labs, and what happens to a lab when its owner dies: it is reaped when the owner is dead, and never
+//! while it lives.
 
 use super::{
     Adapter, NotPassed, Owners, Rig, Verdict,
@@ -22,18 +23,18 @@ use tokio::{
     process::{Child, Command},
 };
 
-/// Set for a process that shall call [`own`]; its value says what the owner does.
+/// The environment variable of a process that must call [`own`]; its value selects what the owner does.
 pub const OWNER_VARIABLE: &str = "RUDDER_SUITE_OWNER";
 
-/// Begins the line in which an owner tells the id of its lab, once it has done what it was asked for.
+/// Prefix of the line in which an owner writes the id of its lab, once it has done what was requested.
 const TELLS: &str = "rudder-suite-lab ";
-/// How long an owner is left alone after it began to publish, before it is killed, in ms.
+/// How long an owner may run after it began to publish, before it is killed, in ms.
 const INTO_PUBLISHING: [u64; 6] = [0, 1, 3, 8, 20, 60];
 
-/// Plays an owner of a lab, in a process of its own, until it is killed or its standard input ends. Returns when that did
-/// not work.
+/// Acts as the owner of a lab, in a process of its own, until it is killed or its standard input ends. Returns only on
+/// failure.
 pub async fn own(adapter: Arc<dyn Adapter>) -> NotPassed {
-    // Whoever started this is gone when the input ends: nothing may outlive it.
+    // When the input ends, the parent process is gone: this process must not outlive it.
     std::thread::spawn(|| {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         std::process::exit(1);
@@ -73,7 +74,7 @@ fn tell(id: &LabId) -> Verdict {
     Ok(said.map_err(|error| Error::io("tell the id of the lab", error))?)
 }
 
-/// Somebody else's lab.
+/// A lab with another owner.
 struct Owned {
     id: LabId,
     owner: Owner,
@@ -85,7 +86,7 @@ enum Owner {
 }
 
 impl Owned {
-    /// A lab with a running machine, of somebody else.
+    /// Opens a lab with a running machine for another owner.
     async fn new(rig: &Rig) -> Verdict<Self> {
         match rig.adapter().owners() {
             Owners::Process(command) => Self::spawn(command, "hold").await,
@@ -97,7 +98,7 @@ impl Owned {
         }
     }
 
-    /// A process that plays this role, as soon as it tells so.
+    /// Starts a process for this role. Returns once it reports that it is ready.
     async fn spawn(command: std::process::Command, role: &str) -> Verdict<Self> {
         let mut command = Command::from(command);
         command.env(OWNER_VARIABLE, role).kill_on_drop(true);
@@ -110,7 +111,7 @@ impl Owned {
             while let Ok(Some(line)) = lines.next_line().await {
                 if let Some((_, id)) = line.split_once(TELLS) {
                     let id = LabId::parse(id.trim()).ok();
-                    // What it says afterwards is nobody's business, and must not stop it.
+                    // Its further output is discarded, so that it never blocks.
                     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
                     return id;
                 }
@@ -125,7 +126,7 @@ impl Owned {
         }
     }
 
-    /// The owner dies without a word.
+    /// Kills the owner without warning.
     async fn die(self) -> Verdict<LabId> {
         match self.owner {
             Owner::Process(mut child) => {
@@ -138,7 +139,7 @@ impl Owned {
     }
 }
 
-/// What an owner that was killed left is gone after `reap`, also when several reap at once.
+/// What a killed owner left is gone after `reap`, even when several processes reap at once.
 pub async fn what_a_dead_owner_left_is_reaped(rig: &Rig) -> Verdict {
     let owned = Owned::new(rig).await?;
     ensure!(!rig.left().await?.is_empty(), "expected traces of a lab with a machine, but found none");
@@ -156,7 +157,7 @@ pub async fn what_a_dead_owner_left_is_reaped(rig: &Rig) -> Verdict {
     rig.expect_nothing_left("after a dead owner's lab was reaped").await
 }
 
-/// What a living owner has is never reaped, nor removed, by nobody.
+/// What belongs to a living owner is never reaped or removed, by any process.
 pub async fn a_living_owner_is_never_reaped(rig: &Rig) -> Verdict {
     let owned = Owned::new(rig).await?;
     let lab = rig.lab("mine").await?;
@@ -200,7 +201,7 @@ async fn spares(backend: &dyn Backend, ids: &[&LabId]) -> Verdict {
     Ok(())
 }
 
-/// A lab that was kept outlives its owner, its machines run on, and it is removed by its id, once.
+/// A lab that was kept outlives its owner, its machines continue to run, and it is removed by its id, once.
 pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
     let ends = rig.lab("ends").await?;
     refused(ends.keep().await, ErrorKind::InvalidInput, "keep a lab that was opened to end with its owner")?;
@@ -241,13 +242,13 @@ pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// Whoever publishes may be killed at any moment: the module is the one that was there or the new one, whole.
+/// A publisher may be killed at any moment: the module is either the previous or the new one, complete.
 pub async fn a_module_is_whole_when_its_publisher_is_killed(rig: &Rig) -> Verdict {
     let lab = rig.lab("old").await?;
     let old = published(rig, &*lab, "base").await?;
     lab.destroy().await.during("destroy the lab of the old module")?;
     drop(lab);
-    // Others are there already; the module is ours.
+    // From here on, the traces of the module count as having existed before.
     rig.begin().await?;
     for after in INTO_PUBLISHING.map(Duration::from_millis) {
         match rig.adapter().owners() {

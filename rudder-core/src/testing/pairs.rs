@@ -1,5 +1,5 @@
-//! Two guests that boot at once in one lab: each has its own processors, memory, name, disks and consoles, and the power-off of
-//! one is told in time while the other runs on.
+//! Two guests that boot at once in one lab: each has its own processors, memory, name, disks and consoles, and the
+//! power-off of one is reported in time while the other continues to run.
 
 use super::{
     Rig, Verdict,
@@ -17,18 +17,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The names of the two.
+/// The names of the two guests.
 const NAMES: [&str; 2] = ["one", "two"];
 /// How long what a guest wrote may take to appear on its screen.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a guest may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(90);
-/// The interval between looks at whether a machine is there from outside.
+/// Interval between checks whether a machine exists, seen from outside.
 const LOOK: Duration = Duration::from_millis(10);
 /// What the first guest writes before it powers off.
 const LAST_WORDS: &str = "last-words-of-one";
 
-/// Two guests that run, the second with one more processor and twice the memory.
+/// Two running guests, the second with one more processor and twice the memory.
 pub(super) type Pair = [Booted; 2];
 
 /// Boots the two at once.
@@ -52,9 +52,9 @@ pub(super) async fn boot(rig: &Rig, lab: Arc<dyn crate::backend::Lab>) -> Verdic
     }
 }
 
-/// Machines that are created at once have each its own disk, seed and name.
+/// Machines that are created at once each have their own disk, seed and name.
 pub async fn machines_that_are_created_at_once_do_not_meet(rig: &Rig) -> Verdict {
-    // Each opens to its own key only; and a disk that both wrote to would not be started twice.
+    // Each accepts only its own key, and a disk that both write to would not be started twice.
     let pair = rig.pair().await?;
     for (booted, name) in pair.iter().zip(NAMES) {
         same(&booted.run("hostname").await?.trim(), &name, "the name that a guest was given")?;
@@ -66,7 +66,7 @@ pub async fn machines_that_are_created_at_once_do_not_meet(rig: &Rig) -> Verdict
     Ok(())
 }
 
-/// Each guest has as many processors and as much memory as was asked for.
+/// Each guest has as many processors and as much memory as requested.
 pub async fn processors_and_memory_are_as_asked_for(rig: &Rig) -> Verdict {
     let pair = rig.pair().await?;
     let image = rig.image()?;
@@ -76,7 +76,7 @@ pub async fn processors_and_memory_are_as_asked_for(rig: &Rig) -> Verdict {
         let processors = booted.run("cat /proc/cpuinfo").await?;
         let found = processors.lines().filter(|line| line.starts_with("processor")).count();
         same(&found, &(cpus as usize), &format!("the number of processors of {name}"))?;
-        // `MemTotal:  245678 kB` (proc(5)): without what the firmware and the kernel took for themselves.
+        // `MemTotal:  245678 kB` (proc(5)): without what the firmware and the kernel reserved.
         let told = booted.run("cat /proc/meminfo").await?;
         let total = told.lines().find_map(|line| line.strip_prefix("MemTotal:"));
         let total = total.and_then(|total| total.split_whitespace().next()?.parse::<u64>().ok());
@@ -91,11 +91,11 @@ pub async fn processors_and_memory_are_as_asked_for(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// What a guest writes on its serial console and its screen appears there, and not on those of the other.
+/// What a guest writes to its serial console and its screen appears there, and not on those of the other.
 pub async fn consoles_are_those_of_their_own_machine(rig: &Rig) -> Verdict {
     let pair = rig.pair().await?;
     let has = |capability| rig.backend().capabilities().has(capability);
-    // The end of what each writes is the same: a mistake is seen at once.
+    // What each writes ends in the same text, so a mix-up is detected at once.
     let mark = |name: &str, what: &str| format!("{name}-wrote-on-{what}");
     let mut streams = Vec::new();
     if has(Capability::Serial) {
@@ -134,8 +134,8 @@ pub async fn consoles_are_those_of_their_own_machine(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// When a guest powers off by itself, whoever waits is told so within the limit of the contract, its last words are kept, and the
-/// other machine runs on until its own power button is pressed.
+/// When a guest powers off by itself, callers of `wait` are notified within the limit of the contract, its last output
+/// is kept, and the other machine continues to run until its own power button is pressed.
 pub async fn a_power_off_is_told_in_time(rig: &Rig) -> Verdict {
     let pair = rig.pair().await?;
     let [one, two] = &*pair;

@@ -1,4 +1,4 @@
-//! What came out: of each test, and of the run.
+//! The results of each test and of the run.
 
 use crate::capability::Capability;
 use std::{fmt, time::Duration};
@@ -6,16 +6,16 @@ use std::{fmt, time::Duration};
 /// How a test ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// The backend did as the contract says.
+    /// The backend keeps the contract.
     Passed,
-    /// It did not; what was expected, and what was found.
+    /// The backend does not; contains what was expected and what was found.
     Failed(String),
-    /// The test was not made, for this reason.
+    /// The test was not run, for this reason.
     Skipped(String),
 }
 
 impl Outcome {
-    /// `passed`, `FAILED` or `skipped`.
+    /// Returns `passed`, `FAILED` or `skipped`.
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self {
@@ -26,21 +26,21 @@ impl Outcome {
     }
 }
 
-/// What came out of a test.
+/// The result of a test.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct TestReport {
-    /// Its group: the part of the contract it is about.
+    /// The group of the test: the part of the contract that it covers.
     pub group: &'static str,
-    /// What it proves, as a sentence.
+    /// What the test proves, as a sentence.
     pub name: String,
-    /// How it ended.
+    /// How the test ended.
     pub outcome: Outcome,
-    /// How long it took.
+    /// How long the test took.
     pub took: Duration,
 }
 
-/// What came out of a run of the suite on one backend.
+/// The result of a run of the suite on one backend.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Report {
@@ -50,11 +50,11 @@ pub struct Report {
     pub tests: Vec<TestReport>,
     /// Capabilities that the backend claims and that no test proved.
     pub unproven: Vec<Capability>,
-    /// Why nothing was tested, where that is so.
+    /// Why nothing was tested, if so.
     pub unavailable: Option<String>,
     /// Whether the backend had to be tested.
     pub required: bool,
-    /// Whether only some tests were wanted.
+    /// Whether only some tests were selected.
     pub partial: bool,
 }
 
@@ -65,7 +65,7 @@ impl Report {
         self.problems().is_empty()
     }
 
-    /// What is wrong, an item each.
+    /// Returns the problems, one per item.
     #[must_use]
     pub fn problems(&self) -> Vec<String> {
         let mut problems: Vec<String> = self
@@ -86,23 +86,23 @@ impl Report {
         problems
     }
 
-    /// The names of the tests that failed.
+    /// Returns the names of the tests that failed.
     pub fn failed(&self) -> impl Iterator<Item = &str> {
         let failed = self.tests.iter().filter(|test| matches!(test.outcome, Outcome::Failed(_)));
         failed.map(|test| test.name.as_str())
     }
 
-    /// For tests: ends with the table and the problems when there are any.
+    /// Asserts, in a test, that there are no problems.
     ///
     /// # Panics
-    /// When the run [did not pass](Self::is_passed).
+    /// With the table and the problems, if the run [did not pass](Self::is_passed).
     #[track_caller]
     pub fn assert_passed(&self) {
         assert!(self.is_passed(), "the backend {} breaks its contract:\n{self}", self.backend);
     }
 }
 
-/// A table: a line for each test, grouped, then what is wrong.
+/// Writes a table with a line for each test, by group, followed by the problems.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.tests.iter().map(|test| test.name.chars().count()).max().unwrap_or_default();

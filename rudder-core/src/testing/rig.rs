@@ -1,4 +1,4 @@
-//! What tests hold in their hands: the backend, labs and machines to try it on, and the look at what is left behind.
+//! The test rig: the backend, labs and machines to test it with, and the checks for what is left behind.
 
 use super::{
     Adapter, GuestImage, NotPassed, Options, Verdict,
@@ -28,20 +28,21 @@ use std::{
 
 /// The port of SSH.
 pub(super) const SSH: u16 = 22;
-/// How large blank disks are, in bytes: small enough to be captured in no time.
+/// Size of blank disks, in bytes: small enough to be captured at once.
 pub(super) const BLANK: u64 = 16 << 20;
-/// How often something that comes about by itself is looked at.
+/// Interval between checks of a condition that comes about by itself.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Groups that share a guest; they follow each other.
+/// Groups that share a guest; they run one after another.
 const SHARING: [&str; 4] = ["streams", "consoles", "hardware", "served"];
-/// The group that shares two.
+/// The group that shares two guests.
 const PAIRS: &str = "pairs";
 
 /// Guests that several tests share.
 #[derive(Debug)]
 struct Kept<T> {
-    /// Why they cannot be had, once that was tried: it would take as long again for every test.
+    /// The guests, or why they could not be booted. The error is kept, since every other test would wait as long for
+    /// it.
     value: tokio::sync::Mutex<Option<Result<Arc<T>, String>>>,
     /// The id of their lab.
     lab: Mutex<Option<String>>,
@@ -66,7 +67,7 @@ impl<T> Kept<T> {
             Some(Err(why)) => fail!("the guest that tests of this group share: {why}"),
             None => {}
         }
-        // Unless it says otherwise below, it was cut short.
+        // Stays in place if booting is cut short.
         *value = Some(Err("it did not boot in time".to_owned()));
         let lab = rig.lab(name).await?;
         *lock(&self.lab) = Some(lab.id().to_string());
@@ -82,7 +83,7 @@ impl<T> Kept<T> {
                 } else {
                     *value = None;
                 }
-                // That it failed is told already.
+                // The boot failure itself is already reported.
                 let _ = lab.destroy().await;
                 *lock(&self.lab) = None;
                 Err(problem)
@@ -90,7 +91,7 @@ impl<T> Kept<T> {
         }
     }
 
-    /// Destroys their lab; whether there was one.
+    /// Destroys the lab of the guests. Returns whether there was one.
     async fn close(&self, lab: impl Fn(&T) -> &Arc<dyn Lab>) -> Verdict<bool> {
         let value = self.value.lock().await.take();
         let result = match value {
@@ -102,22 +103,22 @@ impl<T> Kept<T> {
     }
 }
 
-/// A backend on which tests are made.
+/// A backend under test, with what the tests share.
 #[derive(Debug)]
 pub struct Rig {
     adapter: Arc<dyn Adapter>,
     backend: Arc<dyn Backend>,
     options: Options,
-    /// What there was before the test.
+    /// What existed before the test.
     before: Mutex<BTreeSet<String>>,
     shared: Kept<Booted>,
     pair: Kept<Pair>,
-    /// Listens on the host's loopback, at a port that the shared guest is dialled at.
+    /// A listener on the host's loopback, whose port the shared guest is dialled at.
     host_port: Option<TcpListener>,
 }
 
 impl Rig {
-    /// For tests on the backend of this adapter.
+    /// Returns a rig for tests on the backend of this adapter.
     #[must_use]
     pub fn new(adapter: Arc<dyn Adapter>, options: Options) -> Self {
         let backend = adapter.backend();
@@ -134,37 +135,37 @@ impl Rig {
         }
     }
 
-    /// The backend under test.
+    /// Returns the backend under test.
     #[must_use]
     pub fn backend(&self) -> &dyn Backend {
         &*self.backend
     }
 
-    /// The same, to hand on.
+    /// Returns a shared handle to the backend.
     #[must_use]
     pub fn shared_backend(&self) -> Arc<dyn Backend> {
         Arc::clone(&self.backend)
     }
 
-    /// Its adapter.
+    /// Returns the adapter.
     #[must_use]
     pub fn adapter(&self) -> &dyn Adapter {
         &*self.adapter
     }
 
-    /// How the run was asked for.
+    /// Returns the options of the run.
     #[must_use]
     pub fn options(&self) -> &Options {
         &self.options
     }
 
-    /// The guest of the adapter; without one, the test is skipped.
+    /// Returns the guest of the adapter; without one, the test is skipped.
     pub(super) fn image(&self) -> Verdict<GuestImage> {
         let none = || NotPassed::Skipped("the adapter has no guest that boots".to_owned());
         self.adapter.guest().ok_or_else(none)
     }
 
-    /// A guest that runs, shared by the tests of a group. They leave it as they found it.
+    /// Returns a running guest, shared by the tests of a group. They leave it as they found it.
     pub(super) async fn shared(&self) -> Verdict<Arc<Booted>> {
         self.shared.get(self, "shared", |rig, lab| rig.boot_shared(lab).boxed()).await
     }
@@ -176,22 +177,22 @@ impl Rig {
         prepared.boot(self, lab).await
     }
 
-    /// Two guests that run, shared by the tests of a group.
+    /// Returns two running guests, shared by the tests of a group.
     pub(super) async fn pair(&self) -> Verdict<Arc<Pair>> {
         self.pair.get(self, "pair", |rig, lab| pairs::boot(rig, lab).boxed()).await
     }
 
-    /// The port at which this process listens on the host's loopback.
+    /// Returns the port at which this process listens on the host's loopback.
     pub(super) fn host_port(&self) -> Option<u16> {
         Some(self.host_port.as_ref()?.local_addr().ok()?.port())
     }
 
-    /// Whether somebody connected to [`host_port`](Self::host_port).
+    /// Whether anything connected to [`host_port`](Self::host_port).
     pub(super) fn was_reached(&self) -> bool {
         self.host_port.as_ref().is_some_and(|listener| listener.accept().is_ok())
     }
 
-    /// Destroys the labs of guests that tests of other groups than this one share; whether there were any.
+    /// Destroys the labs of guests that tests of other groups share. Returns whether there were any.
     pub(super) async fn close_shared(&self, group: &str) -> Verdict<bool> {
         let mut closed = false;
         if !SHARING.contains(&group) {
@@ -203,12 +204,12 @@ impl Rig {
         Ok(closed)
     }
 
-    /// A new lab on the network of a manifest that declares none.
+    /// Opens a lab with the network of a manifest that declares none.
     pub(super) async fn lab(&self, name: &str) -> Verdict<Arc<dyn Lab>> {
         self.backend.open_lab(&LabSpec::new(name, network())).await.during("open a lab")
     }
 
-    /// The bus of machines that need not boot.
+    /// Returns the bus for machines that need not boot.
     fn bus(&self) -> Bus {
         use Capability as C;
         let known = [
@@ -219,14 +220,14 @@ impl Rig {
             (C::DiskUsb, Bus::Usb),
         ];
         let capabilities = self.backend.capabilities();
-        // Where a guest would see none, any does.
+        // If the backend claims no bus, any will do, since no guest sees the disk.
         known
             .iter()
             .find(|(capability, _)| capabilities.has(*capability))
             .map_or(Bus::Virtio, |(_, bus)| *bus)
     }
 
-    /// A blank disk.
+    /// Imports a blank disk.
     pub(super) async fn blank(&self, lab: &dyn Lab, machine: &str, disk: &str) -> Verdict<MachineDisk> {
         if !self.backend.capabilities().has(Capability::SourceBlank) {
             let why = format!("the backend does not claim {}", Capability::SourceBlank);
@@ -238,7 +239,7 @@ impl Rig {
         Ok(MachineDisk { name: disk.to_owned(), bus, volume: imported.volume })
     }
 
-    /// A small machine with a blank disk, which need not boot.
+    /// Describes a small machine with a blank disk, which need not boot.
     pub(super) async fn bare(&self, lab: &dyn Lab, name: &str) -> Verdict<MachineSpec> {
         let mut spec = MachineSpec::new(name, 1, 64 << 20);
         spec.disks.push(self.blank(lab, name, "root").await?);
@@ -247,13 +248,13 @@ impl Rig {
         Ok(spec)
     }
 
-    /// The same, defined.
+    /// Defines such a machine.
     pub(super) async fn machine(&self, lab: &dyn Lab, name: &str) -> Verdict<Arc<dyn Machine>> {
         let spec = self.bare(lab, name).await?;
         lab.create_machine(&spec).await.during("create a machine")
     }
 
-    /// The same, running.
+    /// Defines and starts such a machine.
     pub(super) async fn running(&self, lab: &dyn Lab, name: &str) -> Verdict<Arc<dyn Machine>> {
         let machine = self.machine(lab, name).await?;
         machine.start().await.during("start a machine")?;
@@ -268,21 +269,21 @@ impl Rig {
         Ok(traces.into_iter().filter(|line| !is_shared(line)).collect())
     }
 
-    /// Remembers what there is, before a test.
+    /// Records what exists before a test.
     pub(super) async fn begin(&self) -> Verdict {
         let traces = self.traces().await?;
         *lock(&self.before) = traces;
         Ok(())
     }
 
-    /// What there is that was not there before the test.
+    /// Returns what exists that did not exist before the test.
     pub(super) async fn left(&self) -> Verdict<Vec<String>> {
         let now = self.traces().await?;
         let before = lock(&self.before);
         Ok(now.difference(&before).cloned().collect())
     }
 
-    /// Fails when there is more than before the test, also after a while: what ends by itself has the time to.
+    /// Fails when more exists than before the test, even after a while in which things may end by themselves.
     pub(super) async fn expect_nothing_left(&self, when: &str) -> Verdict {
         let deadline = Instant::now() + self.options.settle;
         loop {
@@ -297,7 +298,7 @@ impl Rig {
         }
     }
 
-    /// Cleans up behind a test that did not pass, so that the next is not blamed.
+    /// Cleans up after a test that did not pass, so that the next one is not blamed.
     pub(super) async fn sweep(&self) {
         let ids = match self.backend.kept_labs().await {
             Ok(kept) => kept.into_iter().map(|lab| lab.id).collect(),
@@ -315,19 +316,19 @@ impl Rig {
     }
 }
 
-/// What is told of the progress of one call.
+/// The reported progress of one call.
 #[derive(Debug, Default)]
 pub(super) struct Heard(Arc<Mutex<Vec<ProgressEvent>>>);
 
 impl Heard {
-    /// Progress that is heard here.
+    /// Returns a progress whose events are collected here.
     pub(super) fn progress(&self) -> Progress {
         let heard = Arc::clone(&self.0);
         Progress::new(move |event| lock(&heard).push(event))
     }
 
-    /// What was told keeps the contract: of each task, what is done never decreases or exceeds the total, a total never changes, and
-    /// in the end all is done. Whether anything was told.
+    /// Checks that the reported progress keeps the contract: for each task, the amount done never decreases or exceeds
+    /// the total, the total never changes, and in the end everything is done. Returns whether anything was reported.
     pub(super) fn check(&self) -> Verdict<bool> {
         let mut tasks: BTreeMap<String, (u64, Option<u64>)> = BTreeMap::new();
         for event in lock(&self.0).iter() {
@@ -353,7 +354,7 @@ impl Heard {
     }
 }
 
-/// Waits for something that comes about by itself; whether it did within the time.
+/// Waits for a condition that comes about by itself. Returns whether it did within the time limit.
 pub(super) async fn eventually<F>(limit: Duration, mut condition: impl FnMut() -> F) -> Verdict<bool>
 where
     F: Future<Output = Verdict<bool>>,
@@ -374,10 +375,10 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The network of a manifest that declares none.
+/// Returns the network of a manifest that declares none.
 pub(super) fn network() -> PlannedNetwork {
     let (name, cidr) = DEFAULT_SUBNET;
-    // A constant of this crate: it parses.
+    // A constant of this crate, which parses.
     let subnets = cidr.parse().ok().map(|cidr| PlannedSubnet {
         name: name.to_owned(),
         vpc: name.to_owned(),
@@ -393,7 +394,7 @@ pub(super) fn network() -> PlannedNetwork {
     }
 }
 
-/// A card in that network, with an address of its own.
+/// Describes a NIC in that network, with an address of its own.
 pub(super) fn nic(lab: &dyn Lab, machine: &str, model: NicModel) -> PlannedNic {
     let digest = Digest::of(format!("{} {machine}", lab.id()).as_bytes());
     let [a, b, c, ..] = *digest.as_bytes();

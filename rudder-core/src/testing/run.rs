@@ -1,4 +1,5 @@
-//! The list of all tests, and making them: one after the other, each within a limit, and with a look at what it leaves.
+//! The list of all tests, and the runner: one test after another, each within a time limit, with a check for what it
+//! leaves.
 
 use super::{
     Adapter, NotPassed, Outcome, Report, Rig, TestReport, Verdict, builds, consoles, dropped, firmware,
@@ -18,17 +19,17 @@ use std::{
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Test {
-    /// Its group: the part of the contract it is about.
+    /// The group of the test: the part of the contract that it covers.
     pub group: &'static str,
-    /// The name of its function.
+    /// The name of the test's function.
     pub function: &'static str,
-    /// What the backend must claim for it, and what it proves when it passes.
+    /// The capabilities that the backend must claim for the test, and that it proves when it passes.
     pub needs: &'static [Capability],
     run: for<'a> fn(&'a Rig) -> BoxFuture<'a, Verdict>,
 }
 
 impl Test {
-    /// What it proves, as a sentence: the name of its function with spaces.
+    /// Returns what the test proves, as a sentence: the name of its function with spaces.
     #[must_use]
     pub fn name(&self) -> String {
         self.function.replace('_', " ")
@@ -52,7 +53,7 @@ macro_rules! tests {
     };
 }
 
-/// All tests, in the order in which they are made.
+/// Returns all tests, in the order in which they run.
 #[must_use]
 pub fn tests() -> &'static [Test] {
     const TESTS: &[Test] = tests! {
@@ -175,15 +176,15 @@ pub fn tests() -> &'static [Test] {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Options {
-    /// How long a test may take before it counts as failed. 4 min.
+    /// Maximum duration of a test before it counts as failed. 4 min.
     pub limit: Duration,
-    /// How soon the end of a machine must be told: [`END_TOLD_WITHIN`], as the contract says.
+    /// Maximum time until the end of a machine must be reported. [`END_TOLD_WITHIN`], as in the contract.
     pub reaction: Duration,
-    /// How long what should come soon may take before it counts as never. 30 s.
+    /// Maximum wait for what should happen soon, before it counts as never. 30 s.
     pub patience: Duration,
-    /// How long what ends by itself may take to be gone. 10 s.
+    /// Maximum time until what ends by itself must be gone. 10 s.
     pub settle: Duration,
-    /// Only tests of which `group: name` contains this, or one of several texts with `|` between them.
+    /// Selects tests whose `group: name` contains this text, or one of several texts separated by `|`.
     pub only: Option<String>,
 }
 
@@ -200,21 +201,22 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Everything, with the limits of the contract.
+    /// Returns options for all tests, with the limits of the contract.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Only tests of which `group: name` contains this, or one of several texts with `|` between them. What is not tried is
-    /// not held against the backend then.
+    /// Selects tests whose `group: name` contains this text, or one of several texts separated by `|`. Capabilities
+    /// without a test are then not reported.
     #[must_use]
     pub fn only(mut self, text: impl Into<String>) -> Self {
         self.only = Some(text.into());
         self
     }
 
-    /// How soon the death of a machine must be seen, on a host that is too busy for the contract's two seconds.
+    /// Sets how soon the death of a machine must be reported, for a host that is too busy for the contract's two
+    /// seconds.
     #[must_use]
     pub fn reaction(mut self, limit: Duration) -> Self {
         self.reaction = limit;
@@ -222,9 +224,9 @@ impl Options {
     }
 }
 
-/// Makes every test that the capabilities of the adapter's backend claim, one after the other.
+/// Runs every test that the capabilities of the adapter's backend claim, one after another.
 ///
-/// Modules that are there when it begins, or that a test leaves, are removed: give it a state of its own.
+/// Modules that exist at the start, or that a test leaves, are removed: give it a state of its own.
 pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
     let rig = Rig::new(Arc::clone(&adapter), options.clone());
     let capabilities = rig.backend().capabilities().clone();
@@ -270,7 +272,7 @@ pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
     report
 }
 
-/// Why the backend cannot be tested here.
+/// Returns why the backend cannot be tested here, if so.
 async fn unavailable(rig: &Rig) -> Option<String> {
     let report = match rig.backend().diagnose().await {
         Ok(report) => report,
@@ -282,7 +284,7 @@ async fn unavailable(rig: &Rig) -> Option<String> {
     if missing.is_empty() { None } else { Some(missing.join("; ")) }
 }
 
-/// Ends guests that tests of other groups shared; what is wrong with that is laid on the last of them.
+/// Shuts down guests shared by tests of other groups. Problems with that are attributed to the last of those tests.
 async fn close(rig: &Rig, group: &str, report: &mut Report) {
     let closed = async {
         if rig.close_shared(group).await? {

@@ -26,7 +26,8 @@ use tokio::{
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A guest gets what is served to it, whatever its name and size, and nothing else; whoever serves hears of it; and it ends.
+/// A guest gets what is served to it, whatever its name and size, and nothing else; each request is reported; and
+/// serving ends.
 pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let large = super::streams::noise(11, rig.image()?.large / 4);
@@ -77,8 +78,8 @@ pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// What is served is for the machines of the lab: nobody else on the host is answered, while it is served and once its lab is
-/// gone.
+/// What is served is only for the machines of the lab: no other process of the host gets it, neither while it is served
+/// nor once the lab is gone.
 pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Rig) -> Verdict {
     const SECRET: &str = "for the machines of this lab only";
     let lab = rig.lab("served").await?;
@@ -86,13 +87,13 @@ pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Ri
     let files = BTreeMap::from([("file".to_owned(), SiteFile::bytes(SECRET.as_bytes()))]);
     let served = lab.serve(Site::new(files, |_| {})).await.during("serve files")?;
     let mut addresses = vec![Ipv4Addr::LOCALHOST];
-    // Of others than its own addresses the host knows nothing.
+    // Only addresses of the host can be reached from it.
     let is_of_host = |address: &&Ipv4Addr| std::net::TcpListener::bind((**address, 0)).is_ok();
     addresses.extend(served.addresses.values().filter(is_of_host));
     let hears = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
     for address in &addresses {
         let told = match rig.adapter().owners() {
-            // This process is none of its machines.
+            // This process is not one of the lab's machines.
             Owners::Process(_) => {
                 fetch(&format!("http://{address}:{}/file", served.port)).await?.unwrap_or_default()
             }
@@ -115,7 +116,7 @@ pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Ri
     Ok(())
 }
 
-/// What another process of this host is answered.
+/// Returns what another process of this host receives.
 async fn ask_as_another_process(address: Ipv4Addr, port: u16) -> Verdict<Vec<u8>> {
     let script = r#"exec 3<>"/dev/tcp/$0/$1" && printf 'GET /file HTTP/1.0\r\n\r\n' >&3 && cat <&3"#;
     let mut command = tokio::process::Command::new("bash");
@@ -124,14 +125,14 @@ async fn ask_as_another_process(address: Ipv4Addr, port: u16) -> Verdict<Vec<u8>
     let Ok(output) = tokio::time::timeout(PATIENCE, command.output()).await else {
         fail!("expected another process to be refused within {PATIENCE:?}, but it waits")
     };
-    // Refused, it fails.
+    // If refused, it fails.
     Ok(output.map_err(|error| Error::io("start bash", error))?.stdout)
 }
 
-/// What a guest gets from a URL: the digest of the body of a good answer.
+/// Returns what a guest gets from a URL: the digest of the body of a successful response.
 async fn get(rig: &Rig, booted: &Booted, url: &str) -> Verdict<Option<String>> {
     if let Owners::Handle = rig.adapter().owners() {
-        // Its guests are part of this process.
+        // The guests are part of this process.
         return Ok(fetch(url).await?.map(|body| Digest::of(&body).to_string()));
     }
     let command = format!("wget -q -O /tmp/got '{url}' && sha256sum /tmp/got || echo none");
@@ -140,7 +141,7 @@ async fn get(rig: &Rig, booted: &Booted, url: &str) -> Verdict<Option<String>> {
     Ok(Some(digest.to_owned()).filter(|digest| digest != "none"))
 }
 
-/// The same from this process: HTTP/1.0 (RFC 1945).
+/// Returns what this process gets from a URL, over HTTP/1.0 (RFC 1945).
 async fn fetch(url: &str) -> Verdict<Option<Vec<u8>>> {
     let url: url::Url = url.parse().map_err(|error| NotPassed::Failed(format!("{url}: {error}")))?;
     let talk = async {
@@ -155,7 +156,7 @@ async fn fetch(url: &str) -> Verdict<Option<Vec<u8>>> {
     let Ok(answer) = tokio::time::timeout(PATIENCE, talk).await else {
         fail!("{url}: expected an answer within {PATIENCE:?}, but none came")
     };
-    // Nobody there is nothing got.
+    // Without a server, there is nothing to get.
     let Ok(answer) = answer else { return Ok(None) };
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n");
     let is_good = answer.split(|byte| *byte == b' ').nth(1) == Some(b"200");

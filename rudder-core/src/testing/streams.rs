@@ -21,23 +21,23 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// How long an exchange may make no progress on a slow host.
 const STALL: Duration = Duration::from_secs(30);
-/// How long the stream of a port on which nobody listens may stand.
+/// How long the stream of a port on which no process listens may stay open.
 const ENDS: Duration = Duration::from_secs(20);
-/// How long the guest's echo may take until it listens.
+/// How long the guest's echo service may take until it listens.
 const LISTENS: Duration = Duration::from_secs(100);
-/// How long the end of one half may take to be answered at least, and in how many exchanges of other connections: on a slow host,
-/// these take longer, too.
+/// How long the peer is given at least to answer a half-close, and how many exchanges on other connections take place
+/// in that time: on a slow host, these take longer as well.
 const HALF_CLOSE: (Duration, usize) = (Duration::from_secs(3), 20);
 
-/// Dialling a guest that does not listen yet fails as such or gives a stream that ends early; trying again works once it
-/// does, and a login with the key of the seed, too.
+/// Dialling a guest that does not listen yet either fails with the expected error or returns a stream that ends early;
+/// once the guest listens, dialling works, and so does a login with the key of the seed.
 pub async fn a_guest_is_dialled_until_it_listens(rig: &Rig) -> Verdict {
-    // Every boot of the suite dials from power-on, and finds fault with any other answer.
+    // Every boot of the suite dials from power-on, and fails on any other answer.
     let booted = rig.shared().await?;
     same(&booted.run("echo hello").await?.trim(), &"hello", "what a command wrote")
 }
 
-/// A port on which nobody listens refuses, or its stream ends.
+/// A port on which no process listens refuses, or its stream ends.
 pub async fn a_closed_port_refuses(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     match booted.machine.dial(CLOSED).await {
@@ -54,7 +54,7 @@ pub async fn a_closed_port_refuses(rig: &Rig) -> Verdict {
     }
 }
 
-/// Many connections at once, each with its own bytes.
+/// Many connections at once each carry their own bytes.
 pub async fn many_connections_at_once(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let port = booted.echo(rig).await?;
@@ -63,8 +63,8 @@ pub async fn many_connections_at_once(rig: &Rig) -> Verdict {
         async move {
             let bytes = noise(number, 100_000);
             let failed = |why: String| failed(format!("connection {number} of many: {why}"));
-            // Where the guest cannot take so many at once, a stream ends early, and is dialled again. From the first answer
-            // on there is no excuse.
+            // Where the guest cannot take that many at once, a stream ends early, and is dialled again. After the first
+            // answer, no failure is tolerated.
             for _ in 0..20 {
                 let mut stream = machine.dial(port).await.during("dial one of many")?;
                 if answers(&mut stream).await {
@@ -78,7 +78,7 @@ pub async fn many_connections_at_once(rig: &Rig) -> Verdict {
     join_all(talks).await.into_iter().collect()
 }
 
-/// Large transfers both ways at once arrive whole and in order.
+/// Large transfers both ways at once arrive complete and in order.
 pub async fn large_transfers_arrive_whole(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let port = booted.echo(rig).await?;
@@ -90,7 +90,7 @@ pub async fn large_transfers_arrive_whole(rig: &Rig) -> Verdict {
     same(&Digest::of(&returned), &digest, "the digest of what came back")
 }
 
-/// One side may end while the other goes on: what was sent before the end is answered after it.
+/// One side may close its half while the other continues: what was sent before is answered afterwards.
 pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let port = booted.echo(rig).await?;
@@ -109,7 +109,7 @@ pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
             if number >= HALF_CLOSE.1 && began.elapsed() >= HALF_CLOSE.0 {
                 return Ok(number);
             }
-            // The guest does this much meanwhile, so it had the time to see the end of the other.
+            // The guest does this much meanwhile, so it had the time to see the half-close of the other connection.
             let mut other = booted.machine.dial(port).await.during("dial beside")?;
             ensure!(answers(&mut other).await, "expected an answer beside the connection, but none came");
         }
@@ -133,7 +133,7 @@ pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
     }
 }
 
-/// A port of the guest is the guest's, whoever listens at that number on the host.
+/// A port of the guest belongs to the guest, whatever listens at that number on the host.
 pub async fn a_port_of_the_host_is_not_the_guests(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let Some(port) = rig.host_port() else { fail!("expected to listen on the host's loopback, but cannot") };
@@ -157,14 +157,14 @@ pub async fn a_port_of_the_host_is_not_the_guests(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// A connection that is cut in the middle hurts no other, and a new one works.
+/// A connection that is cut in the middle affects no other, and a new one works.
 pub async fn a_cut_connection_hurts_no_other(rig: &Rig) -> Verdict {
     let booted = rig.shared().await?;
     let port = booted.echo(rig).await?;
     let steady = booted.machine.dial(port).await.during("dial")?;
     for _ in 0..3 {
         let mut doomed = booted.machine.dial(port).await.during("dial")?;
-        // Without reading: buffers are full when it is cut.
+        // Nothing is read, so buffers are full when it is cut.
         let bytes = noise(3, 1 << 20);
         let _ = tokio::time::timeout(Duration::from_millis(200), doomed.write_all(&bytes)).await;
         drop(doomed);
@@ -186,7 +186,7 @@ async fn answers(stream: &mut BoxedStream) -> bool {
     matches!(tokio::time::timeout(Duration::from_secs(20), talk).await, Ok(Ok(b'?')))
 }
 
-/// What is different, where something is.
+/// Fails with the first difference, if there is one.
 fn intact(found: &[u8], expected: &[u8]) -> Result<(), String> {
     if found == expected {
         return Ok(());
@@ -203,7 +203,7 @@ fn failed(why: String) -> super::NotPassed {
     super::NotPassed::Failed(why)
 }
 
-/// Sends everything while it reads as much. Whether the other side ends afterwards is another test's question.
+/// Sends all bytes while reading as many. Whether the other side closes afterwards is checked by another test.
 async fn exchange(stream: BoxedStream, bytes: Vec<u8>) -> Verdict<Vec<u8>> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let expected = bytes.len();
@@ -230,14 +230,15 @@ async fn exchange(stream: BoxedStream, bytes: Vec<u8>) -> Verdict<Vec<u8>> {
     }
 }
 
-/// Bytes that no mistake gets right by chance, the same for the same seed.
+/// Returns pseudorandom bytes, which no faulty transfer reproduces by chance; the same for the same seed.
 pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     SmallRng::seed_from_u64(seed).fill(&mut bytes[..]);
     bytes
 }
 
-/// Waits until a guest greets on its SSH port, dialling from power-on; any answer that the contract does not know fails.
+/// Waits until a guest greets on its SSH port, dialling from power-on; fails on any answer that the contract does not
+/// allow.
 pub(super) async fn greeted(machine: &dyn Machine, port: u16, limit: Duration) -> Verdict {
     let greets = eventually(limit, || async {
         match machine.dial(port).await {
@@ -249,7 +250,7 @@ pub(super) async fn greeted(machine: &dyn Machine, port: u16, limit: Duration) -
                         same(&&greeting, &b"SSH-", "the greeting of the guest")?;
                         Ok(true)
                     }
-                    // It ended early, or nobody is there yet.
+                    // The stream ended early, or no process listens yet.
                     Ok(Err(_)) | Err(_) => Ok(false),
                 }
             }
@@ -264,7 +265,7 @@ pub(super) async fn greeted(machine: &dyn Machine, port: u16, limit: Duration) -
 }
 
 impl Booted {
-    /// The port of its echo, which is started if need be.
+    /// Returns the port of the guest's echo service, which is started if necessary.
     pub(super) async fn echo(&self, rig: &Rig) -> Verdict<u16> {
         let Some(echo) = rig.image()?.echo else {
             return Err(super::NotPassed::Skipped("the adapter's guest has no echo".to_owned()));

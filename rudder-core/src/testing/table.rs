@@ -3,23 +3,24 @@
 use super::{Outcome, Report, tests};
 use std::{collections::BTreeMap, env, fs, path::Path};
 
-/// Around the table in a page.
+/// Marks the beginning and the end of the table in a page.
 const BEGIN: &str = "<!-- conformance -->\n";
 const END: &str = "<!-- end of conformance -->\n";
-/// Set to write the table instead of comparing it.
+/// The environment variable that makes the table be written instead of compared.
 const UPDATE: &str = "RUDDER_UPDATE";
 /// The columns before those of backends.
 const LEGEND: [&str; 2] = ["test", "needs"];
-/// Of a test that a backend has not been put through since it was added.
+/// Marks a test that has not been run on a backend since it was added.
 const UNKNOWN: &str = "?";
 
 impl Report {
-    /// For tests: compares the column of this backend in the table of a page of documentation, between
-    /// `<!-- conformance -->` and `<!-- end of conformance -->`, with what came out; with `RUDDER_UPDATE=1` in the
-    /// environment, writes it. The columns of other backends stay as they are. A run of some tests only says nothing.
+    /// Asserts, in a test, that the column of this backend in the table of a documentation page, between `<!--
+    /// conformance -->` and `<!-- end of conformance -->`, matches the results; with `RUDDER_UPDATE=1` in the
+    /// environment, writes the column instead. The columns of other backends stay as they are. A run of only some tests
+    /// is not compared.
     ///
     /// # Panics
-    /// When the page says something else, or has no such table.
+    /// When the page differs, or has no such table.
     #[track_caller]
     pub fn assert_documented(&self, page: &Path) {
         if self.partial || self.unavailable.is_some() {
@@ -45,7 +46,7 @@ impl Report {
         assert!(written.is_ok(), "cannot write {}: {written:?}", page.display());
     }
 
-    /// The same table with the results of this run in the column of its backend.
+    /// Returns the table with the results of this run in the column of its backend.
     fn updated(&self, table: &str) -> String {
         let cells = |line: &str| -> Vec<String> {
             let inner = line.trim().trim_start_matches('|').trim_end_matches('|');
@@ -77,7 +78,7 @@ impl Report {
     }
 }
 
-/// An outcome in a cell.
+/// Returns the cell for an outcome.
 fn mark(outcome: &Outcome) -> &'static str {
     match outcome {
         Outcome::Passed => "passed",

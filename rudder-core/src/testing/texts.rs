@@ -1,5 +1,5 @@
-//! Names and texts with quotes, commas, blanks and characters of other alphabets: they work as they are, or are refused as
-//! what they are, and never become anything else.
+//! Names and texts with quotes, commas, spaces and non-ASCII characters: they work unchanged or are refused, and are
+//! never changed or interpreted.
 
 use super::{
     NotPassed, Rig, Verdict,
@@ -14,7 +14,7 @@ use crate::{
 };
 use std::time::Duration;
 
-/// Names that mean something to a shell, a file system, a command line of QEMU, an XML text, a query or a printf.
+/// Names that are special to a shell, a file system, QEMU's command line, XML, a query or printf.
 const ODD: [&str; 12] = [
     "with a blank",
     "a,b=c,,d",
@@ -30,7 +30,7 @@ const ODD: [&str; 12] = [
     ".",
 ];
 
-/// What was asked for under an odd name: it, or nothing because the name is none.
+/// Returns the value, or `None` if the name was refused as invalid; any other error fails the test.
 fn or_refused<T>(result: Result<T>, what: &str, name: &str) -> Verdict<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -43,7 +43,7 @@ fn or_refused<T>(result: Result<T>, what: &str, name: &str) -> Verdict<Option<T>
     }
 }
 
-/// Labs, machines, disks and modules of odd names work, or are refused as names; either leaves nothing.
+/// Labs, machines, disks and modules with odd names work, or the names are refused; neither leaves anything behind.
 pub async fn odd_names_work_or_are_refused(rig: &Rig) -> Verdict {
     for name in ODD {
         let opened = rig.backend().open_lab(&LabSpec::new(name, network())).await;
@@ -59,10 +59,10 @@ pub async fn odd_names_work_or_are_refused(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// The longest a name may be: a label of the Domain Name System (RFC 1123).
+/// The maximum length of a name: a label of the Domain Name System (RFC 1123).
 const LONGEST: usize = 63;
 
-/// Names of the greatest length that differ in their last character only stay two: machines, disks and modules.
+/// Two names of maximum length that differ only in their last character stay distinct: machines, disks and modules.
 pub async fn long_names_stay_apart(rig: &Rig) -> Verdict {
     let names = ["a", "b"].map(|last| format!("{}{last}", "n".repeat(LONGEST - 1)));
     let lab = rig.lab(&names[0]).await?;
@@ -104,7 +104,7 @@ pub async fn long_names_stay_apart(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-/// A machine, its disk and its card, all of this name.
+/// Creates a machine with a disk and a NIC, all with this name.
 async fn machine(rig: &Rig, lab: &dyn Lab, name: &str) -> Verdict {
     let request = ImportRequest::new(name, name, PlannedSource::Blank, Some(BLANK));
     let imported = lab.import(&request, &Progress::none()).await;
@@ -130,7 +130,7 @@ async fn machine(rig: &Rig, lab: &dyn Lab, name: &str) -> Verdict {
     Ok(())
 }
 
-/// A module and its VM, both of this name.
+/// Publishes a module with a VM, both with this name.
 async fn module(rig: &Rig, lab: &dyn Lab, name: &str) -> Verdict {
     let spec = rig.bare(lab, "good").await?;
     let machine = lab.create_machine(&spec).await.during("create a machine")?;
@@ -150,7 +150,7 @@ async fn module(rig: &Rig, lab: &dyn Lab, name: &str) -> Verdict {
     rig.backend().remove_module(name).await.during("remove a module of an odd name")
 }
 
-/// An image is imported from a file whatever its name, where the adapter's image is a file.
+/// An image is imported from a file with any name, if the adapter's image is a file.
 pub async fn an_image_of_an_odd_name_is_imported(rig: &Rig) -> Verdict {
     let image = rig.image()?.image;
     let Ok(file) = image.url.to_file_path() else {

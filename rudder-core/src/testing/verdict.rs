@@ -1,17 +1,17 @@
-//! What a test says at its end, and the words in which it finds fault.
+//! The result of a test, and the assertions that tests use.
 
 use crate::{Error, ErrorKind, Result};
 use std::fmt::Debug;
 
-/// What a test returns: nothing when the backend did well.
+/// The result of a test: `Ok` if the backend behaved correctly.
 pub type Verdict<T = ()> = std::result::Result<T, NotPassed>;
 
 /// Why a test did not pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NotPassed {
-    /// The backend broke its contract; what was expected, and what was found.
+    /// The backend broke its contract; contains what was expected and what was found.
     Failed(String),
-    /// The test could not be made, for this reason.
+    /// The test could not be run, for this reason.
     Skipped(String),
 }
 
@@ -21,7 +21,7 @@ impl From<Error> for NotPassed {
     }
 }
 
-/// Fails the test when a condition does not hold.
+/// Fails the test when a condition is false.
 macro_rules! ensure {
     ($condition:expr, $($message:tt)+) => {
         if !$condition {
@@ -39,9 +39,9 @@ macro_rules! fail {
 }
 pub(super) use fail;
 
-/// A result, and what was being done when it came.
+/// Turns an error into a failure of the test.
 pub(super) trait During<T> {
-    /// The value; an error fails the test.
+    /// Returns the value; an error fails the test, with what was being done.
     fn during(self, what: &str) -> Verdict<T>;
 }
 
@@ -57,7 +57,7 @@ impl<T> During<T> for Result<T> {
     }
 }
 
-/// The error that was expected, of this kind.
+/// Returns the error if it is of the expected kind; otherwise the test fails.
 pub(super) fn refused<T>(result: Result<T>, kind: ErrorKind, what: &str) -> Verdict<Error> {
     match result {
         Ok(_) => fail!("{what}: expected it to be refused ({kind:?}), but it succeeded"),
@@ -68,7 +68,7 @@ pub(super) fn refused<T>(result: Result<T>, kind: ErrorKind, what: &str) -> Verd
     }
 }
 
-/// The error that was expected, of whatever kind; bugs excepted.
+/// Returns the error, which may be of any kind except bugs; otherwise the test fails.
 pub(super) fn fails<T>(result: Result<T>, what: &str) -> Verdict<Error> {
     match result {
         Ok(_) => fail!("{what}: expected it to be refused, but it succeeded"),
@@ -79,7 +79,7 @@ pub(super) fn fails<T>(result: Result<T>, what: &str) -> Verdict<Error> {
     }
 }
 
-/// Both are the same.
+/// Fails the test unless both values are equal.
 pub(super) fn same<T: PartialEq + Debug>(found: &T, expected: &T, what: &str) -> Verdict {
     ensure!(found == expected, "{what}: expected {expected:?}, but found {found:?}");
     Ok(())

@@ -1,4 +1,4 @@
-//! Boot commands: typed, waited for, told, and ended by everything that ends a build.
+//! Boot commands: typing, waiting, events, and everything that can end them.
 
 use super::{
     Ended, build,
@@ -21,7 +21,7 @@ use std::{sync::Arc, time::Duration};
 const ENTER: u32 = 0xff0d;
 const CTRL: u32 = 0xffe3;
 
-/// A plan of one VM with this boot command.
+/// Returns a plan of one VM with this boot command.
 fn booting(actions: Value) -> Value {
     let mut machine = vm("a", vec![shell("work", "true")]);
     machine["boot_command"] = actions;
@@ -32,7 +32,7 @@ fn wait_text(text: &str, seconds: u64) -> Value {
     json!({"wait-text": {"text": text, "limit": seconds * 1000}})
 }
 
-/// Builds to the end on machines with this display.
+/// Runs a build to its end, on machines with this display.
 async fn on(display: &Display, backend: &MemoryBackend, plan: Value) -> Ended {
     reacting(display, backend, plan, |build| build, |_, _| {}).await
 }
@@ -53,7 +53,7 @@ async fn reacting(
     }
     let ended = Ended { events, outcome: handle.outcome().await, specs: Vec::new() };
     assert_eq!(backend.leftovers().await, Vec::<String>::new());
-    // The console says goodbye to the display in a task of its own.
+    // The console disconnects from the display in a task of its own.
     let released = async {
         while !display.held().is_empty() {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -150,11 +150,11 @@ async fn a_guest_that_never_answers_after_its_boot_command_shows_its_screen() {
     let ended = on(&display, &backend, booting(json!([{"wait": 3_600_000}, {"press": ENTER}]))).await;
     let report = &ended.failure().report;
     assert_eq!(ended.failure().error.kind(), ErrorKind::TimedOut);
-    // The build's limit is over before the boot command is.
+    // The build's limit expires before the boot command ends.
     assert!(report.message.contains("the build did not end within 30m"), "{report}");
     assert!(report.to_string().contains("\n  screen:\n    | Choose a language:\n"), "{report}");
 
-    // `sshTimeout` begins when it is done.
+    // `sshTimeout` starts when the boot command is done.
     let ended = on(&display, &backend, booting(json!([{"wait": 600_000}, {"press": ENTER}]))).await;
     let report = &ended.failure().report;
     assert_eq!(report.phase, Some(V::BootCommand));

@@ -1,4 +1,4 @@
-//! Cancelling, in each phase, by asking and by dropping the handle.
+//! Cancellation in each phase, on request and by dropping the handle.
 
 use super::{Hooked, hooks::Hook, plans::*, run};
 use rudder_core::{
@@ -63,7 +63,7 @@ async fn a_cancellation_while_the_module_is_published_comes_too_late() {
         },
     )
     .await;
-    // Either it came before publishing began, or the module stands; never both.
+    // Either the build was cancelled before publishing began, or the module exists; never both.
     assert_eq!(ended.outcome.is_ok(), !backend.inventory().modules.is_empty());
     assert_eq!(backend.leftovers().await, Vec::<String>::new());
 }

@@ -1,4 +1,4 @@
-//! Machines that end when they should not: seen at once, told as what it is, in whatever phase.
+//! Machines that end unexpectedly: detected at once and reported with the right cause, in any phase.
 
 use super::{Ended, build, plans::*};
 use rudder_core::{
@@ -9,7 +9,7 @@ use rudder_core::{
 };
 use std::time::Duration;
 
-/// Milliseconds from the last event before the failure to the end, by the phases' own clock.
+/// Returns how long a VM was in this phase, in milliseconds.
 fn took(ended: &Ended, phase: &str) -> u64 {
     let Some(EventKind::Finished { timings, .. }) = ended.events.last().map(|event| &event.kind) else {
         panic!("expected a last word")

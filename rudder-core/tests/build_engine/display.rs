@@ -1,4 +1,4 @@
-//! A display for machines of a test: an RFB server (RFC 6143) with a prompt that answers lines as a script says.
+//! A display for test machines: an RFB server (RFC 6143) with a prompt that answers lines as scripted.
 
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -17,7 +17,7 @@ use tokio::{
 const ENTER: u32 = 0xff0d;
 const SHIFT: u32 = 0xffe1;
 
-/// A screen with a keyboard. Clones are the same.
+/// A screen with a keyboard. Clones share their state.
 #[derive(Debug, Clone, Default)]
 pub struct Display(Arc<Shared>);
 
@@ -35,56 +35,56 @@ struct State {
     typed: Vec<String>,
     held: Vec<u32>,
     pressed: Vec<u32>,
-    /// The connection breaks after so many keys, once.
+    /// Number of keys after which the connection breaks, once.
     breaks_after: Option<usize>,
-    /// And cannot be made again.
+    /// Whether further connections fail.
     gone: bool,
     stays_gone: bool,
 }
 
 impl Display {
-    /// A screen that shows this line, above an empty prompt.
+    /// Creates a screen that shows this line above an empty prompt.
     pub fn showing(line: &str) -> Self {
         let display = Self::default();
         display.with(|state| state.lines.push(line.to_owned()));
         display
     }
 
-    /// Shows another line when this one was typed.
+    /// Shows `answer` when `line` was typed.
     pub fn answers(self, line: &str, answer: &str) -> Self {
         self.with(|state| state.answers.insert(line.to_owned(), answer.to_owned()));
         self
     }
 
-    /// The connection breaks when so many keys were pressed.
+    /// Breaks the connection after this many keys.
     pub fn breaks_after(self, keys: usize) -> Self {
         self.with(|state| state.breaks_after = Some(keys));
         self
     }
 
-    /// And there is no other.
+    /// Refuses further connections after the break.
     pub fn for_good(self) -> Self {
         self.with(|state| state.stays_gone = true);
         self
     }
 
-    /// Shows another line.
+    /// Shows a further line.
     pub fn show(&self, line: &str) {
         self.with(|state| state.lines.push(line.to_owned()));
         self.0.changed.send_replace(());
     }
 
-    /// The lines that were typed; the last one may not be complete.
+    /// Returns the lines that were typed; the last may be incomplete.
     pub fn typed(&self) -> Vec<String> {
         self.with(|state| state.typed.iter().chain([&state.prompt]).cloned().collect())
     }
 
-    /// The keys that are down, by keysym.
+    /// Returns the keys that are down, by keysym.
     pub fn held(&self) -> Vec<u32> {
         self.with(|state| state.held.clone())
     }
 
-    /// The keys that were pressed and are no characters.
+    /// Returns the keys that were pressed and are not characters.
     pub fn pressed(&self) -> Vec<u32> {
         self.with(|state| state.pressed.clone())
     }
@@ -93,7 +93,7 @@ impl Display {
         what(&mut self.0.state.lock().unwrap())
     }
 
-    /// A connection to it.
+    /// Connects to the display.
     pub fn connect(&self) -> Result<BoxedStream> {
         if self.with(|state| state.gone) {
             return Err(Error::new(ErrorKind::NotFound, "the display is gone"));
@@ -101,7 +101,7 @@ impl Display {
         let (near, far) = tokio::io::duplex(1 << 20);
         let display = self.clone();
         tokio::spawn(async move {
-            // The viewer has left, or the script says so.
+            // The viewer has disconnected, or the script breaks the connection.
             let _ = display.serve(far).await;
         });
         Ok(Box::new(near))
@@ -131,7 +131,7 @@ impl Display {
                 return false;
             }
             state.breaks_after = None;
-            // As of a viewer that is gone.
+            // As for any viewer that has disconnected.
             state.held.clear();
             state.gone = state.stays_gone;
             true

@@ -1,4 +1,4 @@
-//! Builds that fail: which failure, what it says, what is gathered.
+//! Failing builds: the error, its report, and the evidence.
 
 use super::{build, build_with, hooks::Hook, plans::*};
 use rudder_core::{

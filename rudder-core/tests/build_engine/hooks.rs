@@ -1,4 +1,4 @@
-//! A backend around another one that stops at chosen operations: to hang, or to let the test do something there.
+//! A backend that wraps another one and intercepts chosen operations, to hang or to run code of the test.
 
 use super::display::Display;
 use async_trait::async_trait;
@@ -22,12 +22,12 @@ use std::{
     },
 };
 
-/// What happens when an operation is reached, before it is done.
+/// What happens when an operation is called, before it is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
-    /// It never returns.
+    /// The call never returns.
     Hangs,
-    /// The backend has a bug.
+    /// The call panics, like a bug in the backend.
     Panics,
 }
 
@@ -44,12 +44,12 @@ pub struct Hooked {
     specs: Specs,
 }
 
-/// What machines do not do.
+/// What machines fail to do.
 #[derive(Debug, Default)]
 pub struct Faults {
-    /// They never answer when they are asked for evidence.
+    /// Whether requests for evidence never return.
     mute: AtomicBool,
-    /// They no longer let anybody connect.
+    /// Whether new connections are refused.
     pub deaf: AtomicBool,
 }
 
@@ -66,17 +66,17 @@ impl Hooked {
         }
     }
 
-    /// What its machines were made of.
+    /// Returns the specs of its machines.
     pub fn specs(&self) -> Specs {
         Arc::clone(&self.specs)
     }
 
-    /// What its machines do not do.
+    /// Returns the faults of its machines.
     pub fn faults(&self) -> Arc<Faults> {
         Arc::clone(&self.faults)
     }
 
-    /// Its machines never answer when they are asked for evidence.
+    /// Makes all requests for evidence hang.
     pub fn mute(mut self) -> Self {
         let more = self.capabilities.iter().chain([Capability::Display, Capability::Screenshot]);
         self.capabilities = Capabilities::new("memory", more);
@@ -84,7 +84,7 @@ impl Hooked {
         self
     }
 
-    /// Its machines have this display.
+    /// Gives its machines this display.
     pub fn with_display(mut self, display: Display) -> Self {
         let more = self.capabilities.iter().chain([Capability::Display]);
         self.capabilities = Capabilities::new("memory", more);
@@ -93,7 +93,7 @@ impl Hooked {
     }
 }
 
-/// What the machines of a build were made of.
+/// The specs of the machines of a build.
 pub type Specs = Arc<Mutex<Vec<MachineSpec>>>;
 
 #[derive(Debug)]
@@ -270,7 +270,7 @@ impl Machine for HookedMachine {
     }
 
     fn reachable_at(&self, port: u16) -> Option<SocketAddr> {
-        // As if the machine were behind a forwarded port, so that command lines can be seen.
+        // As if the machine were behind a forwarded port, so that command lines can be tested.
         self.0.reachable_at(port).or(Some(SocketAddr::from(([127, 0, 0, 1], 40_000 + port))))
     }
 

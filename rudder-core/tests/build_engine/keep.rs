@@ -1,4 +1,4 @@
-//! Keeping the machines of a failed build, and saying how to get in.
+//! Keeping the machines of a failed build, and reporting how to log in to them.
 
 use super::{build_with, plans::*, run};
 use rudder_core::{
@@ -36,7 +36,7 @@ async fn a_failed_build_is_kept_with_a_command_line_that_logs_in() {
     assert_eq!(backend.leftovers().await, Vec::<String>::new());
 }
 
-/// Builds on the backend itself, in whose labs there is a place for the key; keeps what fails.
+/// Runs a build directly on the backend, whose labs have a directory for the key; keeps the machines if it fails.
 async fn kept(backend: &MemoryBackend, plan: serde_json::Value) -> Box<BuildFailure> {
     let build = Build::new(read(plan), Arc::new(backend.clone())).on_failure(FailurePolicy::Keep);
     build.start().outcome().await.expect_err("a failure")
@@ -75,7 +75,7 @@ async fn a_program_reaches_the_machines_of_a_kept_lab() {
     let steps = vec![shell("see", "see"), shell("work", "work")];
     let failure = kept(&backend, plan(vec![vm("a", steps)])).await;
     let lab = backend.kept_labs().await.unwrap().remove(0);
-    // As this process got them with the failure, and as another finds them by the lab.
+    // As reported to this process with the failure, and as found by another process from the lab.
     let found = kept_machines(&backend, &lab).await.unwrap();
     for machines in [&failure.machines, &found] {
         let [machine] = machines.as_slice() else { panic!("{machines:?}") };
@@ -95,7 +95,7 @@ async fn a_program_reaches_the_machines_of_a_kept_lab() {
 #[tokio::test(start_paused = true)]
 async fn nothing_is_kept_of_what_nobody_can_look_at() {
     let keep = |build: Build| build.on_failure(FailurePolicy::Keep);
-    // No machine was ever on.
+    // No machine was ever started.
     let fault = Fault::new(rudder_core::ErrorKind::Download, "404");
     let backend = MemoryBackend::new().fails(Operation::Import, fault);
     let ended = build_with(&backend, plan(vec![vm("a", vec![])]), keep, &[]).await;

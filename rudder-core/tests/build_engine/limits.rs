@@ -1,4 +1,4 @@
-//! Each limit ends its wait, says which it was, and names the field that raises it.
+//! Each limit ends its wait, is named in the error, and so is the field that raises it.
 
 use super::{build, build_with, hooks::Hook, plans::*};
 use rudder_core::{

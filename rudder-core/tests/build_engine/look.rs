@@ -1,4 +1,4 @@
-//! Looking at a build from a program: its id, its machines while it runs, and its end after the handle is gone.
+//! Inspecting a build from a program: its id, its machines while it runs, and its end after the handle was dropped.
 
 use super::plans::*;
 use rudder_core::{

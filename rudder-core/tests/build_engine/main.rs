@@ -1,4 +1,4 @@
-//! The engine, driven through whole builds on the memory backend: real SSH, no waiting, and nothing left behind.
+//! The engine in complete builds on the memory backend: real SSH, no real waiting, and nothing left behind.
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
@@ -31,23 +31,23 @@ use rudder_core::{
 use serde_json::Value;
 use std::sync::Arc;
 
-/// A build that has ended, and everything it said.
+/// A finished build, and everything it reported.
 #[derive(Debug)]
 pub struct Ended {
-    /// Every event, in order.
+    /// All events, in order.
     pub events: Vec<Event>,
-    /// How it ended.
+    /// The outcome.
     pub outcome: Result<Module, Box<BuildFailure>>,
-    /// The machines that were defined.
+    /// The specs of the machines that were defined.
     pub specs: Vec<MachineSpec>,
 }
 
-/// Builds to the end. Whatever the end is, nothing may be left behind.
+/// Runs a build to its end. Whatever the outcome, nothing may be left behind.
 pub async fn build(backend: &MemoryBackend, plan: Value) -> Ended {
     build_with(backend, plan, |build| build, &[]).await
 }
 
-/// Builds to the end, with options and hooks.
+/// Runs a build to its end, with options and hooks.
 pub async fn build_with(
     backend: &MemoryBackend,
     plan: Value,
@@ -59,7 +59,7 @@ pub async fn build_with(
     ended
 }
 
-/// Builds to the end; `react` hears every event and may cancel.
+/// Runs a build to its end; `react` receives every event and may cancel.
 pub async fn run(
     backend: &MemoryBackend,
     plan: Value,
@@ -88,7 +88,7 @@ pub async fn run(
 }
 
 impl Ended {
-    /// The module; shows the failure otherwise.
+    /// Returns the module; panics with the failure if there is none.
     pub fn module(&self) -> &Module {
         match &self.outcome {
             Ok(module) => module,
@@ -96,12 +96,12 @@ impl Ended {
         }
     }
 
-    /// The failure.
+    /// Returns the failure.
     pub fn failure(&self) -> &BuildFailure {
         self.outcome.as_ref().expect_err("expected a failure")
     }
 
-    /// The phases of a VM, in order.
+    /// Returns the phases of a VM, in order.
     pub fn vm_phases(&self, vm: &str) -> Vec<VmPhase> {
         let of = |event: &Event| match event.kind {
             EventKind::VmPhase { phase } if event.vm.as_deref() == Some(vm) => Some(phase),
@@ -110,7 +110,7 @@ impl Ended {
         self.events.iter().filter_map(of).collect()
     }
 
-    /// The phases of the build, in order.
+    /// Returns the phases of the build, in order.
     pub fn build_phases(&self) -> Vec<BuildPhase> {
         let of = |event: &Event| match event.kind {
             EventKind::BuildPhase { phase } => Some(phase),
@@ -119,7 +119,7 @@ impl Ended {
         self.events.iter().filter_map(of).collect()
     }
 
-    /// What was warned of.
+    /// Returns the warnings.
     pub fn warnings(&self) -> Vec<&str> {
         let of = |event| match event {
             &Event { kind: EventKind::Warning { ref message }, .. } => Some(message.as_str()),
@@ -128,7 +128,7 @@ impl Ended {
         self.events.iter().filter_map(of).collect()
     }
 
-    /// Where an event stands that is like this.
+    /// Returns the index of the first event that matches.
     pub fn place(&self, like: impl Fn(&Event) -> bool) -> usize {
         self.events.iter().position(like).expect("expected such an event")
     }

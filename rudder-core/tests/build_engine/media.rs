@@ -1,4 +1,4 @@
-//! What machines boot with and fetch while they do.
+//! Boot media of machines, and the files that they fetch while booting.
 
 use super::{Ended, build, plans::*, run};
 use rudder_core::{
@@ -16,7 +16,7 @@ use std::{
     process::Command,
 };
 
-/// A plan that serves `answers.cfg`, which is in it, and `tool`, which is behind a URL.
+/// Returns a plan that serves `answers.cfg`, which it contains, and `tool`, which has a URL.
 fn serving(steps: Vec<Value>) -> Value {
     let mut plan = plan(vec![vm("a", steps)]);
     plan["http_files"] = json!(["answers.cfg", "tool"]);
@@ -28,7 +28,7 @@ fn serving(steps: Vec<Value>) -> Value {
     plan
 }
 
-/// The port that an event says files are served at.
+/// Returns the port of the file server, if the event reports it.
 pub fn port(event: &Event) -> Option<u16> {
     let EventKind::Notice { message } = &event.kind else { return None };
     message.strip_prefix("files are served at http://127.0.0.1:")?.strip_suffix('/')?.parse().ok()
@@ -70,7 +70,7 @@ async fn files_are_served_to_the_machines_while_they_provision() {
             told.push(line.clone());
             let port = served_at.unwrap();
             guest = Some(std::thread::spawn(move || {
-                // A process that is none of the lab's machines.
+                // A process that is not a machine of the lab.
                 let ask = "exec 3<>/dev/tcp/127.0.0.1/$0; printf 'GET /answers.cfg HTTP/1.0\r\n\r\n' >&3; cat <&3";
                 let stranger = Command::new("bash").args(["-c", ask, &port.to_string()]).output().unwrap();
                 (stranger.stdout, ["/answers.cfg", "/tool", "/private"].map(|path| get(port, path)))
@@ -91,13 +91,13 @@ async fn files_are_served_to_the_machines_while_they_provision() {
     assert!(answers.starts_with("HTTP/1.1 200") && answers.ends_with("\r\n\r\nlang=en\n"), "{answers}");
     assert!(tool.starts_with("HTTP/1.1 200"), "{tool}");
     assert!(private.starts_with("HTTP/1.1 404"), "{private}");
-    // Each is told once its answer was sent; the next may be sent before that.
+    // Each request is reported after its answer was sent; the next answer may be sent before that.
     let mut requests = requests(&ended);
     requests.sort_unstable();
     assert_eq!(requests.len(), 3, "{requests:?}");
     assert_eq!(requests[0], "GET /answers.cfg: 200, 8B");
     assert_eq!(requests[1], "GET /private: 404, 0B");
-    // Nothing is served after the build: its listener is gone as soon as its task has ended.
+    // Nothing is served after the build: the listener is closed as soon as its task has ended.
     while TcpStream::connect(("127.0.0.1", served_at.unwrap())).is_ok() {
         tokio::task::yield_now().await;
     }
@@ -113,7 +113,7 @@ async fn a_plan_that_serves_what_it_has_not_is_refused() {
     assert!(report.contains("expected \"other.cfg\" in the files of the plan, but found none"), "{report}");
 }
 
-/// A plan of two VMs: both have the same CD-ROM, the first has another and a floppy.
+/// Returns a plan of two VMs: both have the same CD-ROM, the first also has another and a floppy.
 fn installing() -> Value {
     let url = |url: &str| json!({"url": url, "sha256": null});
     let mut plan = plan(vec![vm("a", Vec::new()), vm("b", Vec::new())]);

@@ -1,4 +1,4 @@
-//! Steps that wait for a person: told, reached, resumed, and ended by everything that ends others.
+//! Steps that wait for a person: reported, reachable, resumed, and ended by everything that ends other steps.
 
 use super::{Ended, build_with, plans::*};
 use rudder_core::{
@@ -18,7 +18,7 @@ fn handbuild(instructions: &str) -> Value {
     json!({"name": "by hand", "timeout": null, "action": {"handbuild": {"instructions": instructions}}})
 }
 
-/// Builds to the end; `person` is asked at every pause.
+/// Runs a build to its end; `person` is called at every pause.
 async fn with_person(
     backend: &MemoryBackend,
     plan: Value,
@@ -60,7 +60,7 @@ async fn a_program_resumes_a_paused_vm_and_the_limit_stands_still_meanwhile() {
             let paused = handle.paused();
             let this = paused.iter().find(|paused| paused.vm() == vm).unwrap();
             assert_eq!((this.step(), this.instructions(), this.machine().name()), (1, "press hunter2", vm));
-            // Far over the limit of the build, which is 30 minutes.
+            // Far longer than the limit of the build, which is 30 minutes.
             tokio::time::sleep(24 * HOUR).await;
             handle.resume(vm).unwrap();
             assert!(handle.paused().iter().all(|paused| paused.vm() != vm));

@@ -1,9 +1,9 @@
-//! Plans for tests, made without a manifest: what the engine does must not depend on who made the plan.
+//! Plans for tests, built without a manifest: the engine must not depend on where a plan comes from.
 
 use rudder_core::plan::Plan;
 use serde_json::{Value, json};
 
-/// A plan of these VMs, with a limit of 30 minutes and no retries.
+/// Returns a plan of these VMs, with a limit of 30 minutes and no retries.
 pub fn plan(machines: Vec<Value>) -> Value {
     json!({
         "name": "web",
@@ -22,7 +22,7 @@ pub fn plan(machines: Vec<Value>) -> Value {
     })
 }
 
-/// As the engine takes it.
+/// Converts a plan to the engine's type.
 pub fn read(plan: Value) -> Plan {
     serde_json::from_value(plan).unwrap()
 }
@@ -37,7 +37,7 @@ fn network() -> Value {
     })
 }
 
-/// A VM from an image, with these steps.
+/// Returns a VM that starts from an image, with these steps.
 pub fn vm(name: &str, steps: Vec<Value>) -> Value {
     let hardware = json!({
         "cpus": 1,
@@ -73,7 +73,7 @@ pub fn vm(name: &str, steps: Vec<Value>) -> Value {
     })
 }
 
-/// A step that runs this script.
+/// Returns a step that runs this script.
 pub fn shell(name: &str, script: &str) -> Value {
     json!({
         "name": name,
@@ -82,7 +82,7 @@ pub fn shell(name: &str, script: &str) -> Value {
     })
 }
 
-/// A step that puts a file into the guest.
+/// Returns a step that copies a file into the guest.
 pub fn file(url: &str, destination: &str) -> Value {
     json!({
         "name": "file",

@@ -1,4 +1,4 @@
-//! Whatever limit passes, the failure is told within a second of it, and evidence holds nobody up.
+//! Whichever limit expires, the failure is reported within a second, and collecting evidence delays nothing.
 
 use super::{display::Display, hooks::*, plans::*};
 use rudder_core::{
@@ -17,21 +17,21 @@ use tokio::time::Instant;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// What a clock starts with.
+/// Matches the event that starts the clock.
 type Since = fn(&EventKind) -> bool;
 
-/// When a build that fails says so.
+/// When a failing build reports its failure.
 #[derive(Debug)]
 struct Told {
-    /// Its first VM is told to have failed so long after the event from which the limit runs.
+    /// Time from the event that starts the limit to the first event of a failed VM.
     failed: Option<Duration>,
-    /// The outcome is there so long after it.
+    /// Time from that event to the outcome.
     outcome: Duration,
     kind: ErrorKind,
     report: String,
 }
 
-/// Builds to the end. The clock starts with the build, and anew with each event that is like `since`.
+/// Runs a build to its end. The clock starts with the build, and again with each event that `since` matches.
 async fn time(
     hooked: Hooked,
     plan: Value,
@@ -62,7 +62,7 @@ fn start(_: &EventKind) -> bool {
     false
 }
 
-/// From the first step.
+/// From the start of a step.
 fn step(kind: &EventKind) -> bool {
     matches!(kind, EventKind::StepStarted { .. })
 }

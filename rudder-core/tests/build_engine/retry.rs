@@ -1,4 +1,4 @@
-//! Starting again: when it could help, as often as the manifest says, in a new lab each time.
+//! Retries: only if another attempt could help, as often as the manifest says, in a new lab each time.
 
 use super::{build, plans::*};
 use rudder_core::{

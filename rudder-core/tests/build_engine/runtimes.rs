@@ -1,4 +1,4 @@
-//! Called without a runtime, or on one that drives neither I/O nor time: one error that says what is missing.
+//! Calls without a runtime, or on one without I/O or time, fail with a single error that says what is missing.
 
 use super::plans::*;
 use rudder_core::{
@@ -12,7 +12,7 @@ use rudder_core::{
 use std::{future::Future, sync::Arc, time::Duration};
 use tokio::runtime::Builder;
 
-/// Runs something where it cannot work.
+/// Runs something on every kind of unsuitable runtime, and without one.
 fn everywhere<T, F: Future<Output = T>>(work: impl Fn() -> F, look: impl Fn(T, &str)) {
     look(futures::executor::block_on(work()), "found none");
     for (mut builder, missing) in [

@@ -1,4 +1,4 @@
-//! Secrets show nowhere: not in events, reports, errors, warnings, module records.
+//! Secrets appear nowhere: not in events, reports, errors, warnings or module records.
 
 use super::{build, plans::*};
 use rudder_core::{

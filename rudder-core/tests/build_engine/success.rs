@@ -1,4 +1,4 @@
-//! Builds that succeed: order, overlap, what the module holds.
+//! Successful builds: order, overlap, and the contents of the module.
 
 use super::{build, build_with, plans::*};
 use rudder_core::{
@@ -141,7 +141,7 @@ async fn a_reader_that_comes_late_and_reads_slowly_sees_what_matters() {
     assert_eq!(early.next().await.unwrap(), seen[0], "another reader sees the same from the start");
 }
 
-/// Waits for the end of a build that nobody reads, and begins to read then.
+/// Waits for the end of a build whose events are not being read, and returns a reader that starts then.
 async fn early_end(build: rudder_core::build::BuildHandle) -> rudder_core::build::Events {
     let late = build.events();
     build.outcome().await.unwrap();

@@ -1,5 +1,5 @@
-//! The suite on the memory backend, and on backends that are wrong in one way each: it finds nothing wrong with the one,
-//! and what is wrong with each of the others.
+//! The conformance suite on the memory backend, and on backends with one fault each: it finds no fault in the former,
+//! and the planted fault in each of the latter.
 #![allow(clippy::print_stdout, missing_docs)]
 
 mod broken;
@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The page with the table of results.
+/// Returns the path of the page with the table of results.
 fn page() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/backends.md")
 }
@@ -33,7 +33,7 @@ async fn a_backend_without_paths_sizes_and_digests_keeps_the_contract() {
     report.assert_documented(&page());
 }
 
-/// Each way of being wrong, and the checks that must find it.
+/// Each fault, and the checks that must find it.
 #[rustfmt::skip]
 const FOUND_BY: &[(Wrong, &[&str])] = &[
     (Wrong::SeesDeathLate, &["death is seen in time"]),
@@ -132,7 +132,8 @@ async fn every_way_of_being_wrong_is_found_by_the_right_check() {
     assert!(missed.is_empty(), "{}", missed.join("\n"));
 }
 
-/// A fault that keeps a connection open is found as soon as the guest shows that it had the time, and by one test only.
+/// A fault that keeps a connection open is found as soon as the guest shows that it had enough time, and by one test
+/// only.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_half_close_is_found_by_one_test() {
     let report = run(Arc::new(BrokenAdapter::new(Wrong::LosesHalfClose)), &options().only("streams: ")).await;

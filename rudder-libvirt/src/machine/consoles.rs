@@ -1,4 +1,4 @@
-//! How a machine is seen and talked to: its serial console, and what people are told of the ways to it.
+//! The consoles of a machine: its serial console, and descriptions of how people access it.
 
 use super::{Inner, launch::Ways};
 use rudder_core::{Error, ErrorKind, Result, backend::BoxedStream};
@@ -6,12 +6,12 @@ use rudder_local::serial::{SerialConsole, SerialPaths};
 use std::sync::{Arc, PoisonError};
 
 impl Inner {
-    /// The serial console of its last run.
+    /// Returns the serial console of the last run.
     pub(super) fn console(&self) -> Option<Arc<SerialConsole>> {
         self.console.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Connects to the serial console of a domain whose guest does not run yet.
+    /// Connects to the serial console of a domain whose guest is not running yet.
     pub(super) async fn attach_console(&self) -> Result<Arc<SerialConsole>> {
         let storage = &self.context.storage;
         let paths = SerialPaths {
@@ -34,7 +34,7 @@ impl Inner {
         })
     }
 
-    /// How people get in, with the serial console on this socket.
+    /// Describes how to access the machine, with the serial console on this socket.
     pub(super) fn access_by(&self, console: &str) -> Vec<String> {
         let Ok(ways) = self.ways() else { return Vec::new() };
         let (name, domain, uri) = (&self.spec.name, &self.domain, self.context.connection.uri());

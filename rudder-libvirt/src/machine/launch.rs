@@ -1,4 +1,4 @@
-//! Powering a domain on: what has to be there before, and what it runs with afterwards.
+//! Powering on a domain: what it requires, and what it produces.
 
 use super::Inner;
 use crate::{
@@ -17,11 +17,12 @@ use std::{
 use tokio::time::{Instant, sleep, timeout_at};
 use virt::{connect::Connect, sys};
 
-/// How long libvirt may take to let go of a machine that has ended before it is started again, and how often is looked.
+/// How long libvirt may take to release a machine that has ended before it is started again.
 const REST_LIMIT: Duration = Duration::from_secs(30);
+/// Interval between checks for that.
 const REST_LOOK: Duration = Duration::from_millis(20);
 
-/// What a domain that was powered on runs with.
+/// What a domain runs with after it was powered on.
 #[derive(Debug)]
 pub(super) struct Launched {
     pub(super) ways: Ways,
@@ -30,12 +31,12 @@ pub(super) struct Launched {
     pub(super) console: Arc<SerialConsole>,
 }
 
-/// The ways to the ports of a guest.
+/// How the ports of a guest are reached.
 #[derive(Debug, Clone)]
 pub(super) enum Ways {
-    /// Over the switches and routers of the lab.
+    /// Through the lab's own switches and routers.
     Switched,
-    /// Its address on a bridge, once it was seen.
+    /// Through the guest's address on a bridge, once that is known.
     Bridged(Option<Ipv4Addr>),
 }
 
@@ -49,7 +50,7 @@ impl Ways {
 }
 
 impl Inner {
-    /// Powers the domain on.
+    /// Powers on the domain.
     pub(super) async fn launch(&self) -> Result<Launched> {
         self.await_rest().await?;
         let connection = &self.context.connection;
@@ -69,7 +70,7 @@ impl Inner {
         };
         let tpm = self.state.start_tpm().await?;
         let name = self.domain.clone();
-        // Paused until its serial console is recorded: nothing of what it writes is missed.
+        // Paused until its serial console is recorded, so that none of its output is lost.
         let flags = flags | sys::VIR_DOMAIN_START_PAUSED;
         let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
         let started = connection.order(start).await;
@@ -77,7 +78,7 @@ impl Inner {
         let process = process::find(self.domain.clone(), self.context.storage.id().clone()).await;
         let mut phase = self.phase.subscribe();
         let ended = async move {
-            // Without anybody who tells of it, it has ended, too.
+            // If the sender is gone, the machine has ended as well.
             let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
         };
         let rest = async {
@@ -98,14 +99,14 @@ impl Inner {
             Ok((ways, console)) => Ok(Launched { ways, process, tpm, console }),
             Err(error) => {
                 let name = self.domain.clone();
-                // What failed is told; this only tidies up, and the end of the lab does so again.
+                // The original error is returned; this is best-effort clean-up, repeated when the lab ends.
                 let _ = connection.order(move |connect| domain(connect, &name)?.destroy()).await;
                 Err(error)
             }
         }
     }
 
-    /// Waits until libvirt has let go of the last run: its end may have been told before libvirt was done with it.
+    /// Waits until libvirt has released the previous run, whose end may have been reported earlier.
     async fn await_rest(&self) -> Result<()> {
         let held = |what: &str| {
             let limit = REST_LIMIT.as_secs();

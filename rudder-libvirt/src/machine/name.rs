@@ -1,13 +1,13 @@
 //! The names of domains.
 
-/// The name of a machine's domain: what people see in the list of all domains. Of the VM's name what is plain, because a
-/// domain's name also becomes the name of files.
+/// Returns the name of a machine's domain, as it appears in the list of all domains. Contains only plain characters of
+/// the VM's name, because libvirt also uses a domain's name in file names.
 pub(super) fn domain_name(lab: &str, number: usize, vm: &str) -> String {
     let plain: String =
         vm.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_')).take(40).collect();
     match plain == vm {
         true => format!("rudder.{lab}.{plain}"),
-        // The number, because two such names may leave the same.
+        // With the number, because two such names may be reduced to the same text.
         false => format!("rudder.{lab}.{plain}.{number}"),
     }
 }

@@ -1,8 +1,8 @@
-//! A libvirtd of a test's own.
+//! A libvirtd for one test.
 //!
-//! One of a user's session has all of its files below a directory of the test. For root, who would get the system's daemon, it
-//! runs in a user namespace in which it is not root. One of the system runs where the test is alone: in namespaces with a
-//! network and mounts of their own.
+//! A session daemon has all of its files below a directory of the test. For root, which would get the system's daemon,
+//! it runs in a user namespace in which it is not root. A system daemon runs where the test is isolated: in its own
+//! network, mount and PID namespaces.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
 #[path = "orphans.rs"]
@@ -16,35 +16,35 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A libvirtd of a test.
+/// A libvirtd that belongs to a test.
 pub struct Daemon {
     dir: PathBuf,
     scope: Scope,
     child: Child,
 }
 
-/// Whose daemon it is.
+/// The kind of a daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// A user's.
+    /// The daemon of a user's session.
     Session,
-    /// The system's: only in [namespaces](in_namespaces).
+    /// The daemon of the system: only in [namespaces](in_namespaces).
     System,
 }
 
-/// Set in a process that runs in namespaces of its own.
+/// Set in a process that runs in its own namespaces.
 const INSIDE: &str = "RUDDER_TEST_INSIDE";
 
-/// Whether this process is alone with a network and mounts of its own, in which a test may start a libvirtd of the system.
-/// If not, runs this one test again in such a process, to its end, as root: through sudo where it is not root yet, because in
-/// a namespace of users libvirtd may not choose the groups of a QEMU.
+/// Returns whether this process has its own network and mount namespaces, in which a test may start a system libvirtd.
+/// If not, runs this one test again to completion in such a process, as root. Uses sudo if it is not root yet, because
+/// in a user namespace libvirtd may not set the groups of a QEMU process.
 pub fn in_namespaces(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         furnish();
         return true;
     }
     let path = format!("PATH={}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    // Sudo hands on no others.
+    // Sudo passes on no other variables.
     let ours = std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"RUDDER_"));
     let ours = ours.map(|(mut name, value)| {
         name.push("=");
@@ -56,7 +56,7 @@ pub fn in_namespaces(test: &str) -> bool {
     command.args((!is_root).then_some("env")).args([path, format!("{INSIDE}=1")]).args(ours);
     command.args(["setpriv", "--pdeathsig", "KILL", "--"]);
     command.args(["unshare", "--net", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]);
-    // The first process of a namespace is whose children orphans become: a shell takes note of their end.
+    // Orphans become children of the first process of a PID namespace: a shell, which reaps them.
     command.args(["sh", "-c", "\"$@\"; exit $?", "sh"]);
     command.arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]);
     let status = command.stdin(Stdio::null()).status().unwrap();
@@ -64,8 +64,8 @@ pub fn in_namespaces(test: &str) -> bool {
     false
 }
 
-/// Empty places for what a libvirtd of the system writes; loopback; the user that Debian's libvirt looks for, whether or not
-/// it uses it.
+/// Mounts empty directories for what a system libvirtd writes, brings up loopback, and adds the user that Debian's
+/// libvirt looks up, whether or not it uses it.
 fn furnish() {
     let run = |program: &str, args: &[&str]| {
         let output = Command::new(program).args(args).output().unwrap();
@@ -80,12 +80,13 @@ fn furnish() {
             let copy = tempfile::NamedTempFile::new().unwrap();
             fs::write(copy.path(), known + user).unwrap();
             run("chmod", &["644", copy.path().to_str().unwrap()]);
-            // The mount keeps the file.
+            // The mount keeps the file alive.
             run("mount", &["--bind", copy.path().to_str().unwrap(), file]);
         }
     }
     for place in ["/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"] {
-        // Where a place is missing, all that is beside it is hidden: it cannot, or should not, be made on the host.
+        // If a directory is missing, its closest existing ancestor is hidden: it cannot, or should not, be created on
+        // the host.
         let place = Path::new(place).ancestors().find(|place| place.is_dir()).unwrap();
         assert_ne!(place, Path::new("/etc"), "expected /etc/libvirt: apt-get install libvirt-clients");
         run("mount", &["-t", "tmpfs", "tmpfs", place.to_str().unwrap()]);
@@ -94,12 +95,12 @@ fn furnish() {
 }
 
 impl Daemon {
-    /// Starts one of a user whose files are in this directory, and waits until it listens.
+    /// Starts a session daemon with its files in this directory, and waits until it listens.
     pub fn start(dir: &Path) -> Self {
         Self::of(Scope::Session, dir)
     }
 
-    /// Starts one of this scope.
+    /// Starts a daemon of this scope.
     pub fn of(scope: Scope, dir: &Path) -> Self {
         let make = |name: &str| {
             let path = dir.join(name);
@@ -110,12 +111,12 @@ impl Daemon {
         for name in ["run", "cache", "data", "config/libvirt"] {
             make(name);
         }
-        // Without a second daemon (virtlogd) for logs, which would outlive this one.
+        // Without a second daemon for logs (virtlogd), which would outlive this one.
         let conf = "stdio_handler = \"file\"\n";
         match scope {
             Scope::Session => fs::write(config.join("libvirt/qemu.conf"), conf).unwrap(),
-            // What it would need of a host that has more than a test should ask for. As root it may use /dev/kvm: where it
-            // may not, libvirt 9.0 looks at QEMU anew whenever it is asked for anything.
+            // Turns off what would require more of the host than a test should. As root, QEMU may use /dev/kvm: if it
+            // may not, libvirt 9.0 probes QEMU again on every request.
             Scope::System => {
                 let more = "security_driver = \"none\"\nuser = \"root\"\ngroup = \"root\"\nnamespaces = []\n\
                             cgroup_controllers = []\n";
@@ -138,7 +139,7 @@ impl Daemon {
         daemon
     }
 
-    /// Starts it again, after it was killed.
+    /// Restarts the daemon after it was killed.
     pub fn restart(&mut self) {
         self.child = spawn(self.scope, &self.dir, &self.dir.join("libvirtd.conf"));
         self.wait();
@@ -159,7 +160,7 @@ impl Daemon {
         self.dir.join("sockets/libvirt-sock")
     }
 
-    /// How it is reached.
+    /// Returns the URI of the daemon.
     pub fn uri(&self) -> String {
         let scope = match self.scope {
             Scope::Session => "session",
@@ -168,31 +169,31 @@ impl Daemon {
         format!("qemu+unix:///{scope}?socket={}", self.socket().display())
     }
 
-    /// Kills it, as a crash would.
+    /// Kills the daemon, as a crash would.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// What virsh says, and whether it is content.
+    /// Runs virsh, and returns its output and exit status.
     pub fn try_virsh(&self, args: &[&str]) -> Output {
         Command::new("virsh").arg("-c").arg(self.uri()).args(args).stdin(Stdio::null()).output().unwrap()
     }
 
-    /// What virsh says.
+    /// Runs virsh, which must succeed, and returns its standard output.
     pub fn virsh(&self, args: &[&str]) -> String {
         let output = self.try_virsh(args);
         assert!(output.status.success(), "virsh {args:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// The names of its networks that are up.
+    /// Returns the names of the active networks.
     pub fn networks(&self) -> Vec<String> {
         let list = self.virsh(&["net-list", "--name"]);
         list.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
     }
 
-    /// The names of all its domains.
+    /// Returns the names of all domains.
     pub fn domains(&self) -> Vec<String> {
         let list = self.virsh(&["list", "--all", "--name"]);
         list.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()

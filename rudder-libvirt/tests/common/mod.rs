@@ -1,4 +1,4 @@
-//! What tests with a real libvirt share: a daemon of their own, a store of their own, and the proof that nothing is left.
+//! Shared by tests with a real libvirt: a daemon and a store per test, and checks that nothing is left behind.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
 pub mod daemon;
@@ -14,7 +14,7 @@ use rudder_local::store::Store;
 use std::{fs, path::Path, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// As many tests at a time as a small host has cores.
+/// Limits the number of tests that run at once to the cores of a small host.
 static PLACES: Semaphore = Semaphore::const_new(2);
 
 /// A daemon, a store in a temporary directory, and a backend on both.
@@ -40,7 +40,7 @@ impl Place {
         self.backend.open_lab(&LabSpec::new("test", network())).await.unwrap()
     }
 
-    /// Proves that no domain, no process and no file of a lab is there any more.
+    /// Asserts that no domain, no process and no file of a lab exists any more.
     pub async fn assert_clean(self) {
         let labs = self.dir.path().join("store/labs");
         eventually("the domains are gone", || {
@@ -52,13 +52,13 @@ impl Place {
     }
 }
 
-/// Another backend on the same store and daemon.
+/// Returns another backend on the same store and daemon.
 pub fn backend(dir: &Path, daemon: &Daemon) -> LibvirtBackend {
     let store = Store::open(dir.join("store")).unwrap();
     LibvirtBackend::builder(store).uri(daemon.uri()).accelerator(Accelerator::Tcg).build()
 }
 
-/// Waits for something that comes about by itself.
+/// Waits until a condition holds, for at most 30 s.
 pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
     while !condition() {
@@ -67,7 +67,7 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// The QEMUs whose command line names this directory.
+/// Returns the QEMU processes whose command line names this directory.
 pub fn qemus_of(directory: &Path) -> Vec<i32> {
     let mark = directory.to_str().unwrap();
     let entries = fs::read_dir("/proc").unwrap().flatten();
@@ -80,7 +80,7 @@ pub fn qemus_of(directory: &Path) -> Vec<i32> {
     .collect()
 }
 
-/// The network of a manifest that declares none.
+/// Returns the planned network of a manifest that declares none.
 pub fn network() -> PlannedNetwork {
     PlannedNetwork {
         declared: false,
@@ -96,7 +96,7 @@ pub fn network() -> PlannedNetwork {
     }
 }
 
-/// A card in that network.
+/// Returns a NIC in that network.
 pub fn nic(slot: u8, model: NicModel) -> PlannedNic {
     PlannedNic {
         name: format!("nic{slot}"),
@@ -109,7 +109,7 @@ pub fn nic(slot: u8, model: NicModel) -> PlannedNic {
     }
 }
 
-/// A small machine with blank disks: it stays at the firmware's "No bootable device".
+/// Returns a small machine with blank disks: it stays at the firmware's "No bootable device".
 pub async fn blank_machine(lab: &dyn Lab, name: &str, buses: &[Bus]) -> MachineSpec {
     let mut spec = MachineSpec::new(name, 1, 64 << 20);
     for (index, bus) in buses.iter().enumerate() {
@@ -123,7 +123,7 @@ pub async fn blank_machine(lab: &dyn Lab, name: &str, buses: &[Bus]) -> MachineS
     spec
 }
 
-/// A machine that boots this disk, of this size, on this bus.
+/// Returns a machine that boots this disk, of this size, on this bus.
 pub async fn sector_machine(lab: &dyn Lab, disk: &[u8], bus: Bus, size: u64) -> MachineSpec {
     let file = tempfile::Builder::new().suffix(".img").tempfile().unwrap();
     fs::write(file.path(), disk).unwrap();

@@ -1,8 +1,8 @@
-//! Orphans are taken note of at once.
+//! Reaps orphaned processes at once.
 //!
-//! Libvirt's QEMUs are orphans: whoever adopts them takes note of their end, and libvirt waits for that before it says that
-//! a machine has ended. The init of a container may take seconds for it. So this process adopts them itself, as an init
-//! of its own, and a test can play one that is slow.
+//! The QEMU processes of libvirt are orphans: the process that adopts them reaps them, and libvirt waits for that
+//! before it reports that a machine has ended. The init of a container may take seconds for it. So this process adopts
+//! them itself, like an init, and a test can simulate a slow one.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
 use rustix::process::{
@@ -16,9 +16,9 @@ use std::{
     time::Duration,
 };
 
-/// Those that are left lying.
+/// Orphans that are deliberately not reaped.
 static LEFT: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
-/// How often is looked for orphans that ended, while somebody else's child has.
+/// Interval between checks for orphans that have ended, for as long as another child waits to be reaped.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// Adopts orphans below this process from now on.
@@ -28,7 +28,7 @@ pub fn adopt() {
         set_child_subreaper(Some(getpid())).unwrap();
         thread::spawn(|| {
             loop {
-                // Waits while there is nothing to take note of, and leaves it to be taken note of.
+                // Waits until a child has ended, but does not reap it.
                 if waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).is_ok() {
                     ended().into_iter().for_each(bury);
                 }
@@ -38,18 +38,18 @@ pub fn adopt() {
     });
 }
 
-/// Leaves this orphan lying when it ends, until it is [let go](let_go).
+/// Does not reap this orphan when it ends, until it is [let go](let_go).
 pub fn leave(pid: i32) {
     LEFT.lock().unwrap().insert(pid);
 }
 
-/// Takes note of an orphan that was left.
+/// Lets an orphan be reaped after all.
 pub fn let_go(pid: i32) {
     LEFT.lock().unwrap().remove(&pid);
 }
 
-/// Orphans that ended and were not left: what is in a session of its own was not started by this process, which waits for its
-/// own children.
+/// Returns the orphans that have ended and may be reaped. A process in a session of its own was not started by this
+/// process, which waits for its own children itself.
 fn ended() -> Vec<i32> {
     let left = LEFT.lock().unwrap();
     let (_, _, own_session) = standing("self").unwrap();
@@ -63,7 +63,7 @@ fn ended() -> Vec<i32> {
     orphans.filter(|pid| !left.contains(pid)).collect()
 }
 
-/// Whether a process has ended, its parent, and its session, which is 0 where that is not to be seen from here
+/// Returns whether a process has ended, its parent, and its session, which is 0 if it is not visible from here
 /// (proc_pid_stat(5)).
 fn standing(process: &str) -> Option<(bool, i32, i32)> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
@@ -73,6 +73,6 @@ fn standing(process: &str) -> Option<(bool, i32, i32)> {
 }
 
 fn bury(pid: i32) {
-    // It is a child of this process that has ended: nothing is waited for.
+    // It is a child of this process and has ended, so this does not block.
     let _ = waitpid(Pid::from_raw(pid), WaitOptions::NOHANG);
 }

@@ -1,5 +1,5 @@
-//! A whole backend in three small files, and the suite that says whether it keeps the contract: the example of the guide "Write
-//! a backend" (`docs/backends.md`). Prints the table of results.
+//! A complete backend in three small files, and the conformance suite that checks whether it keeps the contract: the example of
+//! the guide "Write a backend" (`docs/backends.md`). Prints the table of results.
 
 #![allow(clippy::print_stdout)] // A program prints.
 
@@ -12,7 +12,7 @@ use std::{error::Error, process::Command, sync::Arc};
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let owner = Command::new(std::env::current_exe()?);
-    // The suite starts this program again to play somebody else, who owns a lab and is killed.
+    // The suite starts this program again to act as another process, which owns a lab and is killed.
     if std::env::var_os(OWNER_VARIABLE).is_some() {
         return Err(format!("{:?}", own(Arc::new(ProcessesAdapter::another(owner)?)).await).into());
     }

@@ -1,4 +1,4 @@
-//! Any bytes, as a DHCP message of a guest: see `frames.rs` for how to run it. Nothing may panic.
+//! Fuzzes DHCP messages of a guest with arbitrary bytes: see `frames.rs` for how to run it. Nothing may panic.
 
 #![no_main]
 

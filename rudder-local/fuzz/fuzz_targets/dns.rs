@@ -1,4 +1,4 @@
-//! Any bytes, as a DNS message of a guest: see `frames.rs` for how to run it. Nothing may panic.
+//! Fuzzes DNS messages of a guest with arbitrary bytes: see `frames.rs` for how to run it. Nothing may panic.
 
 #![no_main]
 

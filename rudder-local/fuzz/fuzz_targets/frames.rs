@@ -1,4 +1,4 @@
-//! Any bytes, as the frames of a guest: as they are, and as the content of packets whose headers are right. Nothing may panic.
+//! Fuzzes frames of a guest with arbitrary bytes: as they are, and as the content of packets with valid headers. Nothing may panic.
 //!
 //! ```sh
 //! cargo install cargo-fuzz --locked

@@ -1,4 +1,4 @@
-//! The program for the network of a kept lab, for embedding programs that are none themselves: see `rudder_local::helper`.
+//! Runs the network of a kept lab, for embedding programs that do not do so themselves: see `rudder_local::helper`.
 
 fn main() {
     rudder_local::helper::run();

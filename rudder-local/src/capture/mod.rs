@@ -1,8 +1,8 @@
-//! Captured disks: a self-contained, compressed copy of what a VM wrote, verified before anybody may use it.
+//! Captured disks: self-contained, compressed copies of what a VM wrote, verified before they can be used.
 //!
-//! qemu-nbd reads the disk, threads of this process compress it, and qemu-nbd reads the copy again: a program that did
-//! not write it finds in it, byte for byte, what the VM left. `qemu-img convert` does much of the same work in one thread, and
-//! `qemu-img compare` all of it, and takes as long again (figures: `docs/performance.md`).
+//! qemu-nbd reads the disk, threads of this process compress it, and qemu-nbd reads the copy back: a program that did
+//! not write the copy confirms that it holds, byte for byte, what the VM left. `qemu-img convert` does much of the same work in
+//! one thread, and `qemu-img compare` repeats all of it and takes as long again (figures: `docs/performance.md`).
 
 mod nbd;
 mod qcow2;
@@ -31,21 +31,21 @@ use tokio::sync::mpsc;
 use twox_hash::XxHash3_128;
 use zstd::bulk::Compressor;
 
-/// What is read at once, in bytes: large enough that asking for it costs little beside it, small enough for a processor's cache.
+/// Number of bytes per read: large enough to make the cost of a request negligible, small enough for a processor's cache.
 const CHUNK: usize = 16 * CLUSTER;
 
-/// A cluster that need not be written.
+/// A cluster of zeroes, which need not be written.
 static ZEROES: [u8; CLUSTER] = [0; CLUSTER];
 
-/// zstd's fastest ordinary level: its files are as small as zlib's, which QEMU compresses with by default. Those of level 3 are a
-/// fortieth smaller, and take half as long again (figures: `docs/performance.md`).
+/// zstd's fastest regular level: its files are as small as those of zlib, which QEMU compresses with by default. Level 3 makes
+/// files a fortieth smaller, and takes half as long again (figures: `docs/performance.md`).
 const LEVEL: i32 = 1;
 
 /// A captured disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Captured {
-    /// What a guest sees of it, in bytes.
+    /// Size of the disk that a guest sees, in bytes.
     pub virtual_size: u64,
     /// The size of its file, in bytes.
     pub size: u64,
@@ -53,8 +53,8 @@ pub struct Captured {
     pub sha256: Digest,
 }
 
-/// Makes a self-contained, compressed copy of a volume of the lab as the file `target`, and verifies it: its structure,
-/// and that it reads as the volume does.
+/// Captures a volume of the lab as a self-contained, compressed copy in the file `target`, and verifies the structure of the
+/// copy and that it reads as the volume does.
 pub async fn capture(
     storage: &LabStorage,
     volume: &str,
@@ -67,7 +67,7 @@ pub async fn capture(
     let part = Part(storage.path(&part_name));
     let source = Reader::open(storage, volume, virtual_size).await?;
     let told = |done, total| progress.bytes(&format!("convert {disk}"), done, Some(total));
-    // Of an empty disk there is nothing else to tell.
+    // An empty disk has no other progress to report.
     told(0, (source.occupied.len() * CHUNK) as u64);
     let chunks = pack(&source, &part, told).await?;
     drop(source);
@@ -85,38 +85,38 @@ pub async fn capture(
     Ok(Captured { virtual_size, size, sha256 })
 }
 
-/// A file that is not whole yet: gone when this is dropped.
+/// The path of an incomplete file, which is removed on drop.
 struct Part(PathBuf);
 
 impl Drop for Part {
     fn drop(&mut self) {
-        // Not there once it was renamed.
+        // Does not exist any more if it was renamed.
         let _ = fs::remove_file(&self.0);
     }
 }
 
-/// A part of a disk that may hold something, and what it holds.
+/// A part of a disk that may contain data, and the hash of its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Chunk {
-    /// Where it begins, in chunks.
+    /// Its position, in chunks.
     number: u64,
-    /// XXH3 of its bytes, of 128 bits: made to find what memory, disks and programs do wrong, and many times as fast as a digest
-    /// that also withstands people, whom a digest of the file keeps out later.
+    /// 128-bit XXH3 of its bytes: designed to detect errors of memory, disks and programs, and many times as fast as a
+    /// cryptographic digest. Deliberate changes are detected by the digest of the file, which is computed later.
     hash: u128,
 }
 
-/// An image of the lab, read a chunk at a time, by several threads.
+/// Reads an image of the lab in chunks, from several threads.
 struct Reader {
     export: Export,
     /// The size of the disk, in bytes.
     size: u64,
-    /// The chunks that do not read as zeroes, as QEMU says, from the first to the last.
+    /// The chunks that do not read as zeroes according to QEMU, in order.
     occupied: Vec<u64>,
-    /// Connections, each with its buffer.
+    /// Connections with their buffers.
     connections: Pool<(Client, Vec<u8>)>,
 }
 
-/// What is used again and again by threads that take turns: new memory for each turn costs more than what is done in it.
+/// Objects that threads reuse in turn: allocating new ones each time would cost more than the work done with them.
 struct Pool<T>(Mutex<Vec<T>>);
 
 impl<T> Default for Pool<T> {
@@ -126,7 +126,7 @@ impl<T> Default for Pool<T> {
 }
 
 impl<T> Pool<T> {
-    /// One that nobody uses now, else a new one.
+    /// Takes an unused object, or creates one.
     fn take<E>(&self, new: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
         idle.map_or_else(new, Ok)
@@ -144,7 +144,7 @@ impl Reader {
         Ok(Arc::new(Self { export, size, occupied, connections: Pool::default() }))
     }
 
-    /// Reads a chunk, and gives it to this; what is beyond the end of the disk is zero. Blocks.
+    /// Reads a chunk, and passes it to a function; what is beyond the end of the disk is zero. Blocks.
     fn read<T>(&self, number: u64, then: impl FnOnce(&[u8]) -> T) -> Result<T> {
         let new = || self.export.connect().map(|client| (client, vec![0; CHUNK]));
         let (mut client, mut bytes) = self.connections.take(new)?;
@@ -159,12 +159,12 @@ impl Reader {
     }
 }
 
-/// One more than there are cores: while some wait for qemu-nbd, the others compress.
+/// Returns the number of threads: one more than there are cores, at most 17. While some wait for qemu-nbd, the others compress.
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from).min(16) + 1
 }
 
-/// The chunks of an image that do not read as zeroes, from the first to the last.
+/// Returns the chunks of an image that do not read as zeroes, in order.
 async fn occupied(storage: &LabStorage, image: &str) -> Result<Vec<u64>> {
     let mut chunks = Vec::new();
     let take = |Extent { start, length, zero, .. }| {
@@ -177,7 +177,7 @@ async fn occupied(storage: &LabStorage, image: &str) -> Result<Vec<u64>> {
     Ok(chunks)
 }
 
-/// Writes the disk as a compressed qcow2 file. Gives what is on it.
+/// Writes the disk as a compressed qcow2 file. Returns its chunks.
 async fn pack(source: &Arc<Reader>, part: &Part, meter: impl Fn(u64, u64)) -> Result<Vec<Chunk>> {
     let failed = |error| Error::io(format_args!("write {}", part.0.display()), error);
     let file = File::create_new(&part.0).map_err(failed)?;
@@ -215,7 +215,7 @@ async fn pack(source: &Arc<Reader>, part: &Part, meter: impl Fn(u64, u64)) -> Re
         let total = (source.occupied.len() * CHUNK) as u64;
         while let Some((chunk, clusters)) = packed.try_next().await? {
             if give.send((chunk.number, clusters)).await.is_err() {
-                // The writer says why it takes no more.
+                // The writer reports why it accepts no more.
                 break;
             }
             chunks.push(chunk);
@@ -227,7 +227,7 @@ async fn pack(source: &Arc<Reader>, part: &Part, meter: impl Fn(u64, u64)) -> Re
     Ok(chunks)
 }
 
-/// The clusters of a chunk that are not all zeroes, with their places in it.
+/// Compresses the clusters of a chunk that are not all zeroes, and returns them with their indices in it.
 fn compress(compressor: &mut Compressor<'_>, bytes: &[u8]) -> io::Result<Vec<(u64, Cluster)>> {
     let mut frame = vec![0; zstd::zstd_safe::compress_bound(CLUSTER)];
     let mut clusters = Vec::new();
@@ -247,7 +247,7 @@ fn compress(compressor: &mut Compressor<'_>, bytes: &[u8]) -> io::Result<Vec<(u6
     Ok(clusters)
 }
 
-/// Reads a copy again, and finds in it what was on the disk, and nothing else.
+/// Reads a copy back, and checks that it contains what was on the disk and nothing else.
 async fn verify(
     storage: &LabStorage,
     file: &str,
@@ -278,7 +278,7 @@ async fn verify(
     Ok(())
 }
 
-/// Makes a file durable, and computes its digest.
+/// Makes a file durable, and returns its digest.
 async fn seal(path: PathBuf) -> Result<Digest> {
     blocking(move || {
         let failed = |error| Error::io(format_args!("read {}", path.display()), error);
@@ -304,7 +304,7 @@ async fn check(storage: &LabStorage, file: &str) -> Result<()> {
     checked.map_err(|error| damaged("its structure is not sound").with_source(error))
 }
 
-/// The error of a copy that is not what it should be.
+/// Returns the error for a copy that differs from the original.
 fn damaged(why: &str) -> Error {
     Error::new(ErrorKind::InvalidImage, format!("expected a captured disk as the machine left it, but {why}"))
         .with_help("look for faulty memory or disks of the host, and build again")

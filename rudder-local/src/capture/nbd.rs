@@ -1,5 +1,5 @@
-//! What a guest sees of a disk, whatever its format and however many files are below it: qemu-nbd reads it, and this asks
-//! qemu-nbd, over the NBD protocol (<https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>).
+//! Reads the content of a disk as a guest sees it, whatever its format and however many backing files it has, through qemu-nbd
+//! and the NBD protocol (<https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>).
 
 use crate::{
     lab_storage::LabStorage,
@@ -15,38 +15,38 @@ use std::{
     time::Duration,
 };
 
-/// The server's first words.
+/// The first bytes that the server sends.
 const SERVER_MAGIC: u64 = 0x4e42_444d_4147_4943;
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const REPLY_MAGIC: u32 = 0x6744_6698;
-/// Of the handshake, both ways: the fixed newstyle negotiation, and no padding at its end.
+/// Handshake flags of both sides: fixed newstyle negotiation, and no padding at its end.
 const FIXED_NEWSTYLE: u16 = 1;
 const NO_ZEROES: u16 = 2;
 /// The option that ends the negotiation and names the export.
 const EXPORT_NAME: u32 = 1;
 const READ: u16 = 0;
 
-/// Of glibc's malloc (mallopt(3)): qemu-nbd needs the same few buffers for each cluster, and would ask the kernel for each of them
-/// anew, and give it back.
+/// Settings of glibc's malloc (mallopt(3)): qemu-nbd needs the same few buffers for each cluster, and by default would request
+/// them from the kernel and return them every time.
 const MEMORY: [(&str, &str); 2] =
     [("MALLOC_MMAP_THRESHOLD_", "67108864"), ("MALLOC_TRIM_THRESHOLD_", "268435456")];
 
-/// How long qemu-nbd may take to open an image and to answer.
+/// Time limit for qemu-nbd to open an image and to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// An image that can be read. It ends when this is dropped, or with the owner of the lab.
+/// An image served by a qemu-nbd process, which ends when this is dropped, or with the owner of the lab.
 pub(super) struct Export {
     process: OwnedChild,
-    /// The files that qemu-nbd leaves.
+    /// The files that qemu-nbd leaves behind.
     socket: PathBuf,
     said: PathBuf,
-    /// The socket, by a path that fits into an address.
+    /// A path of the socket that is short enough for an address.
     address: PathBuf,
 }
 
 impl Export {
-    /// Serves an image of the lab's directory to so many clients at a time.
+    /// Serves an image in the lab's directory to up to `clients` clients at a time.
     pub(super) async fn open(storage: &LabStorage, image: &str, clients: usize) -> Result<Self> {
         let (socket, said) = (format!("{image}.nbd"), format!("{image}.nbd.log"));
         let failed = |error| Error::io(format_args!("write {}", storage.path(&said).display()), error);
@@ -68,7 +68,7 @@ impl Export {
         Ok(export)
     }
 
-    /// Waits until it takes connections.
+    /// Waits until it accepts connections.
     async fn ready(&mut self) -> Result<()> {
         loop {
             if UnixStream::connect(&self.address).is_ok() {
@@ -85,7 +85,7 @@ impl Export {
         }
     }
 
-    /// Whatever went wrong, with what qemu-nbd says about it.
+    /// Returns an error that includes the output of qemu-nbd.
     fn failure(&self, what: &str) -> Error {
         let said = without_advice(&fs::read_to_string(&self.said).unwrap_or_default());
         let said = said.trim();
@@ -93,12 +93,12 @@ impl Export {
         Error::new(ErrorKind::Io, format!("cannot read the disk: qemu-nbd: {said}"))
     }
 
-    /// A connection of one's own. Blocks.
+    /// Opens a new connection. Blocks.
     pub(super) fn connect(&self) -> Result<Client> {
         Client::greet(&self.address).map_err(|error| self.failure("does not answer").with_source(error))
     }
 
-    /// The error of a read that failed.
+    /// Returns the error for a failed read.
     pub(super) fn unreadable(&self, error: io::Error) -> Error {
         self.failure("cannot read a part of it").with_source(error)
     }
@@ -107,13 +107,13 @@ impl Export {
 impl Drop for Export {
     fn drop(&mut self) {
         self.process.kill();
-        // Gone with the lab at the latest.
+        // Removed with the lab at the latest.
         let _ = fs::remove_file(&self.socket);
         let _ = fs::remove_file(&self.said);
     }
 }
 
-/// A connection, on which one request at a time is made.
+/// A connection that handles one request at a time.
 pub(super) struct Client {
     stream: UnixStream,
 }
@@ -134,7 +134,7 @@ impl Client {
         choice.extend(u32::from(flags).to_be_bytes());
         choice.extend(OPTION_MAGIC.to_be_bytes());
         choice.extend(EXPORT_NAME.to_be_bytes());
-        // The name, which is empty: its length.
+        // The length of the export's name, which is empty.
         choice.extend(0_u32.to_be_bytes());
         client.stream.write_all(&choice)?;
         // Size and flags of the export; padding.
@@ -151,14 +151,14 @@ impl Client {
         Ok(bytes)
     }
 
-    /// Fills this with what stands at this offset in bytes. At most 32 MiB.
+    /// Fills the buffer with the bytes at this offset. At most 32 MiB.
     pub(super) fn read(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
         let mut request = Vec::with_capacity(28);
         request.extend(REQUEST_MAGIC.to_be_bytes());
         request.extend(0_u16.to_be_bytes());
         request.extend(READ.to_be_bytes());
-        // The handle comes back in the reply.
+        // The handle, which the reply repeats.
         request.extend(offset.to_be_bytes());
         request.extend(offset.to_be_bytes());
         request.extend(length.to_be_bytes());
@@ -170,7 +170,7 @@ impl Client {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "expected the reply of an NBD server"));
         }
         if error != 0 {
-            // The protocol's errors are Linux's.
+            // The protocol's error numbers are Linux's.
             let number = i32::try_from(error).unwrap_or(i32::MAX);
             return Err(io::Error::from_raw_os_error(number));
         }

@@ -1,29 +1,29 @@
-//! Writes compressed qcow2 files, from front to back (QEMU, docs/interop/qcow2.txt; version 3, zstd).
+//! Writes compressed qcow2 files sequentially (QEMU, docs/interop/qcow2.txt; version 3, zstd).
 //!
-//! The same disk gives the same file, byte for byte, however many cores compress.
+//! The same disk always gives the same file, byte for byte, however many cores compress.
 
 use std::io::{self, Seek, SeekFrom, Write};
 
-/// The size of a cluster, the unit of everything, in bytes: QEMU's own default.
+/// The size of a cluster, the allocation unit, in bytes: QEMU's default.
 pub(super) const CLUSTER: usize = 1 << CLUSTER_BITS;
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER_BYTES: u64 = CLUSTER as u64;
 
-/// Entries of a table that fills a cluster.
+/// Number of entries of a table that fills a cluster.
 const TABLE: u64 = CLUSTER_BYTES / 8;
-/// Reference counts, of 16 bits, that fill a cluster.
+/// Number of 16-bit reference counts that fill a cluster.
 const COUNTS: u64 = CLUSTER_BYTES / 2;
 
-/// Of an entry: the cluster has one reference.
+/// Flag of an entry: the cluster has exactly one reference.
 const COPIED: u64 = 1 << 63;
-/// Of an entry of an L2 table: the cluster is compressed.
+/// Flag of an L2 table entry: the cluster is compressed.
 const COMPRESSED: u64 = 1 << 62;
-/// Of a compressed one: where the number of further sectors stands.
+/// Position of the number of additional sectors in the entry of a compressed cluster.
 const SECTORS_SHIFT: u32 = 62 - (CLUSTER_BITS - 8);
 
-/// With the compression type, and the padding that it brings.
+/// Length of a header that includes the compression type and its padding.
 const HEADER_LENGTH: u32 = 112;
-/// An incompatible feature: the compression type is not zlib.
+/// Incompatible feature: the compression type is not zlib.
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const ZSTD: u8 = 1;
 
@@ -31,7 +31,7 @@ const ZSTD: u8 = 1;
 pub(super) enum Cluster {
     /// A zstd frame.
     Compressed(Vec<u8>),
-    /// One that would not become smaller; of whole length.
+    /// The bytes of a cluster that compression would not make smaller.
     Plain(Vec<u8>),
 }
 
@@ -40,26 +40,26 @@ pub(super) struct Writer<W> {
     file: W,
     /// The size of the disk, in bytes.
     size: u64,
-    /// Where the next byte goes.
+    /// Offset of the next byte to write.
     end: u64,
     l1: Vec<u64>,
-    /// The L2 table that is being filled, and its place in the L1 table.
+    /// The L2 table that is being filled, and its index in the L1 table.
     l2: Option<(usize, Vec<u64>)>,
-    /// Of each cluster of the file, from its beginning.
+    /// Reference counts of the file's clusters, in order.
     references: Vec<u16>,
 }
 
 impl<W: Write + Seek> Writer<W> {
-    /// A disk of this size, in bytes, which reads as zeroes wherever nothing is pushed.
+    /// Creates a disk of this size, in bytes, which reads as zeroes wherever nothing is pushed.
     pub(super) fn new(mut file: W, size: u64) -> io::Result<Self> {
         let tables = size.div_ceil(CLUSTER_BYTES * TABLE);
         let l1 = vec![0; usize::try_from(tables).map_err(io::Error::other)?];
-        // The header comes last: it says where everything is.
+        // The header is written last, because it contains the locations of everything else.
         file.write_all(&[0; CLUSTER])?;
         Ok(Self { file, size, end: CLUSTER_BYTES, l1, l2: None, references: vec![1] })
     }
 
-    /// Appends a cluster of the disk, by its number; numbers ascend.
+    /// Appends a cluster of the disk with this number; numbers must ascend.
     pub(super) fn push(&mut self, number: u64, cluster: &Cluster) -> io::Result<()> {
         let table = usize::try_from(number / TABLE).map_err(io::Error::other)?;
         let place = usize::try_from(number % TABLE).map_err(io::Error::other)?;
@@ -75,12 +75,12 @@ impl<W: Write + Seek> Writer<W> {
         Ok(())
     }
 
-    /// Writes what is left: tables, reference counts, the header. The file is whole then.
+    /// Completes the file: writes the remaining tables, the reference counts, and the header.
     pub(super) fn finish(mut self) -> io::Result<W> {
         self.close_table()?;
         let l1 = std::mem::take(&mut self.l1);
         let l1_offset = self.aligned(&big_endian(&l1))?;
-        // Reference counts count their own clusters, too.
+        // Reference counts also cover their own clusters.
         let others = self.end.div_ceil(CLUSTER_BYTES);
         let (mut blocks, mut tables) = (0, 0);
         while (others + blocks + tables) > blocks * COUNTS || blocks > tables * TABLE {
@@ -106,7 +106,7 @@ impl<W: Write + Seek> Writer<W> {
         let mut header = Vec::with_capacity(HEADER_LENGTH as usize);
         header.extend(b"QFI\xfb");
         header.extend(3_u32.to_be_bytes());
-        // No file below: offset and length of its name.
+        // No backing file: offset and length of its name.
         header.extend([0; 12]);
         header.extend(CLUSTER_BITS.to_be_bytes());
         header.extend(self.size.to_be_bytes());
@@ -116,16 +116,16 @@ impl<W: Write + Seek> Writer<W> {
         header.extend(l1_offset.to_be_bytes());
         header.extend(table_offset.to_be_bytes());
         header.extend(u32::try_from(tables).map_err(io::Error::other)?.to_be_bytes());
-        // No snapshots: their number and where they are.
+        // No snapshots: their number and offset.
         header.extend([0; 12]);
         header.extend(COMPRESSION_TYPE.to_be_bytes());
-        // Features that one may ignore, and those that a writer must clear.
+        // Compatible features, and autoclear features.
         header.extend([0; 16]);
         // Reference counts of 1 << 4 bits.
         header.extend(4_u32.to_be_bytes());
         header.extend(HEADER_LENGTH.to_be_bytes());
         header.extend([ZSTD, 0, 0, 0, 0, 0, 0, 0]);
-        // No extensions: the rest of the cluster is zero, and so ends their list.
+        // No extensions: the rest of the cluster is zero, which also ends their list.
         Ok(header)
     }
 
@@ -136,7 +136,7 @@ impl<W: Write + Seek> Writer<W> {
         Ok(())
     }
 
-    /// Appends a compressed cluster where the last one ended. Gives its entry.
+    /// Appends a compressed cluster right after the previous one. Returns its entry.
     fn compressed(&mut self, frame: &[u8]) -> io::Result<u64> {
         let start = self.end;
         self.append(frame)?;
@@ -148,7 +148,7 @@ impl<W: Write + Seek> Writer<W> {
         Ok(COMPRESSED | further_sectors << SECTORS_SHIFT | start)
     }
 
-    /// Appends bytes at the beginning of a cluster that nothing else is in. Gives where.
+    /// Appends bytes at the beginning of a new cluster. Returns their offset.
     fn aligned(&mut self, bytes: &[u8]) -> io::Result<u64> {
         self.pad()?;
         let start = self.end;

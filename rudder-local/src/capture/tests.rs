@@ -11,7 +11,7 @@ use rudder_core::{
 };
 use std::process::Command;
 
-/// A lab with a volume of this size, in bytes, which is another image's overlay.
+/// A lab with a volume of this size, in bytes, which is an overlay on another image.
 struct Place {
     storage: LabStorage,
     volume: String,
@@ -45,7 +45,7 @@ impl Place {
         capture(&self.storage, &self.volume, target, "root", &Progress::none()).await
     }
 
-    /// Whether QEMU reads both the same; what one has more must be zeroes.
+    /// Returns whether QEMU reads both the same; if one is longer, its excess must be zeroes.
     fn same(&self, one: &str, other: &str) -> bool {
         let mut command = Command::new("qemu-img");
         command.args(["compare", "-q", "-f", "qcow2", "-F", "qcow2", one, other]);
@@ -60,7 +60,7 @@ impl Place {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_reads_as_the_disk_does_and_the_same_disk_gives_the_same_file() {
-    // Two L2 tables and a little, its end within a cluster.
+    // Slightly more than two L2 tables, with an end inside a cluster.
     let size = (1 << 30) + 3 * CLUSTER as u64 + 512;
     let place = Place::with(size).await;
     place.write(
@@ -74,7 +74,7 @@ async fn a_copy_reads_as_the_disk_does_and_the_same_disk_gives_the_same_file() {
             (5, size - 512, 512),
         ],
     );
-    // What cannot be compressed, among what can.
+    // Incompressible data among compressible data.
     let noise: Vec<u8> =
         (0_u64..40_000).flat_map(|number| Digest::of(&number.to_le_bytes()).as_bytes().to_owned()).collect();
     let file = place.storage.path("noise");
@@ -115,7 +115,7 @@ async fn a_copy_that_differs_is_found() {
     let source = Reader::open(storage, &place.volume, size).await.unwrap();
     let differences: [&[_]; 4] = [
         &[],
-        // Another byte; one where there was nothing; zeroes where there was one.
+        // A different byte; data where there was none; zeroes where there was data.
         &[(2, 512, 512)],
         &[(1, 15 << 20, 512)],
         &[(0, 9 << 20, 4096)],

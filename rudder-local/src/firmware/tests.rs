@@ -1,4 +1,4 @@
-//! Which firmware is chosen, of descriptors that are made up.
+//! The choice of firmware among made-up descriptors.
 #![allow(clippy::unwrap_used)]
 use super::*;
 
@@ -18,7 +18,7 @@ impl Shelf {
         self.0.path().join(name)
     }
 
-    /// Puts a descriptor there, whose files are called after it.
+    /// Adds a descriptor whose files are named after it.
     fn put(&self, file: &str, name: &str, features: &[&str]) {
         fs::write(self.path(&format!("{name}.code")), name).unwrap();
         fs::write(self.path(&format!("{name}.vars")), [0; 64]).unwrap();
@@ -35,7 +35,7 @@ impl Shelf {
         Catalog::read(["user", "etc", "share"].map(|name| self.path(name)).to_vec())
     }
 
-    /// The name of what is chosen.
+    /// Returns the name of the chosen firmware.
     fn choose(&self, wanted: Wanted<'_>) -> Result<String> {
         let uefi = self.catalog().choose(wanted)?;
         Ok(uefi.code.path.file_stem().unwrap().to_string_lossy().into_owned())
@@ -56,7 +56,7 @@ fn the_first_that_does_what_is_asked_is_taken() {
     assert_eq!(shelf.choose(PLAIN).unwrap(), "plain");
     assert_eq!(shelf.choose(SECURE).unwrap(), "enrolled");
     assert!(shelf.catalog().choose(SECURE).unwrap().smm);
-    // Nothing that would enforce Secure Boot, even where there is nothing else.
+    // Nothing that would enforce Secure Boot, even if there is nothing else.
     for name in ["60-plain", "70-other"] {
         fs::remove_file(shelf.path(&format!("share/{name}.json"))).unwrap();
     }
@@ -74,14 +74,14 @@ fn a_more_specific_directory_goes_first_and_hides() {
     assert_eq!(shelf.choose(PLAIN).unwrap(), "of-etc");
     shelf.put("user/60-a.json", "of-user", &[]);
     assert_eq!(shelf.choose(PLAIN).unwrap(), "of-user");
-    // Names decide before directories do.
+    // File names take precedence over directories.
     shelf.put("share/10-c.json", "early", &[]);
     assert_eq!(shelf.choose(PLAIN).unwrap(), "early");
-    // An empty file takes away what has its name.
+    // An empty file hides those of the same name.
     fs::write(shelf.path("etc/10-c.json"), "").unwrap();
     fs::write(shelf.path("user/60-a.json"), "").unwrap();
     assert_eq!(shelf.choose(PLAIN).unwrap(), "second");
-    // And what is no descriptor is none.
+    // A file that is not a descriptor is ignored.
     shelf.put("share/20-notes.txt", "text", &[]);
     assert_eq!(shelf.choose(PLAIN).unwrap(), "second");
 }

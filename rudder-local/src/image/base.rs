@@ -1,4 +1,4 @@
-//! What a disk of the lab stands on: an image of the store as it is, where QEMU reads all of it as its author meant; else a
+//! The base of a lab's disk: an image of the store as it is, if QEMU reads all of it as its author intended; else a
 //! private copy. Images of the store are never changed, whatever QEMU would like to repair in them.
 
 use super::map::{Extent, map};
@@ -14,18 +14,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// An image that an overlay can stand on.
+/// An image that can be the backing file of an overlay.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Base {
     pub(crate) path: PathBuf,
-    /// Its format, as QEMU calls it.
+    /// Its format, in QEMU's naming.
     pub(crate) format: &'static str,
-    /// What a guest sees, in bytes.
+    /// Size of the disk that a guest sees, in bytes.
     pub(crate) size: u64,
 }
 
 impl Base {
-    /// Of an image of the store; `copy`: the name of the private copy in the lab, if there has to be one.
+    /// Prepares an image of the store; `copy` is the name of the private copy in the lab, if one is needed.
     pub(crate) async fn of(
         storage: &LabStorage,
         image: &StoredImage,
@@ -35,7 +35,7 @@ impl Base {
         let format = driver(image.format);
         let base = Self { path: image.path.clone(), format, size: image.virtual_size };
         let base = match image.format {
-            // All of the file is the disk.
+            // The whole file is the disk.
             ImageFormat::Raw => return Ok(base),
             ImageFormat::Vhd => base.with_its_own_size(storage, copy, progress).await?,
             ImageFormat::Vhdx => base.with_its_log_replayed(storage, copy, progress).await?,
@@ -61,8 +61,8 @@ impl Base {
         Ok(base)
     }
 
-    /// A VHD says how large its disk is, and has a geometry that can hold less. For most programs that write VHDs, QEMU
-    /// believes the geometry, and would cut off the end of the disk (`block/vpc.c`, `vpc_open`).
+    /// Converts a VHD whose geometry holds less than the size in its header. For most programs that write VHDs, QEMU
+    /// uses the geometry, and would cut off the end of the disk (`block/vpc.c`, `vpc_open`).
     async fn with_its_own_size(self, storage: &LabStorage, copy: &str, progress: &Progress) -> Result<Self> {
         if virtual_size(storage, &self.path, self.format).await? == self.size {
             return Ok(self);
@@ -98,8 +98,8 @@ impl Base {
         .with_help("convert the original to qcow2 with the program that made it"))
     }
 
-    /// A VHDX that was not closed has a log, with changes that belong to the disk. Only QEMU knows how to replay it, and
-    /// writes to the image.
+    /// Copies a VHDX that was not closed and replays its log, whose changes belong to the disk. Only QEMU can replay it, which
+    /// modifies the image.
     async fn with_its_log_replayed(
         self,
         storage: &LabStorage,
@@ -124,7 +124,7 @@ impl Base {
         ))
     }
 
-    /// Whether everything that the image refers to is inside of its file: of what is missing, QEMU reads zeros.
+    /// Checks that everything that the image refers to is inside its file: for what is missing, QEMU reads zeros.
     async fn is_whole(&self, storage: &LabStorage) -> Result<()> {
         let failed = |error| Error::io(format_args!("read {}", self.path.display()), error);
         let length = fs::metadata(&self.path).map_err(failed)?.len();
@@ -141,12 +141,12 @@ impl Base {
         Ok(())
     }
 
-    /// Whether its tables agree with each other, as far as QEMU checks that for the format.
+    /// Checks that its tables are consistent, to the extent that QEMU supports this for the format.
     async fn is_sound(&self, storage: &LabStorage) -> Result<()> {
         if !matches!(self.format, "qcow2" | "vmdk") {
             return Ok(());
         }
-        /// What `qemu-img check --output=json` says.
+        /// The output of `qemu-img check --output=json`.
         #[derive(Default, Deserialize)]
         struct Check {
             #[serde(default)]
@@ -159,8 +159,8 @@ impl Base {
                 .damaged("its tables cannot be read")
                 .with_source(finished.failure("check the image")));
         };
-        // Leaked clusters waste space and harm nothing. The counters of an image that was not closed are wrong, and nobody
-        // reads them in an image that is not written to.
+        // Leaked clusters only waste space. The counters of an image that was not closed are wrong, but they are not
+        // used in an image that is not written to.
         if check.corruptions == 0 || is_dirty(&info(storage, &self.path, self.format).await?) {
             return Ok(());
         }
@@ -179,7 +179,7 @@ impl Base {
     }
 }
 
-/// A format, as QEMU calls it.
+/// Returns QEMU's name of a format.
 fn driver(format: ImageFormat) -> &'static str {
     match format {
         ImageFormat::Qcow2 => "qcow2",
@@ -191,7 +191,7 @@ fn driver(format: ImageFormat) -> &'static str {
     }
 }
 
-/// What `qemu-img info` says of an image.
+/// Returns the output of `qemu-img info` for an image.
 async fn info(storage: &LabStorage, image: &Path, format: &str) -> Result<serde_json::Value> {
     let command = storage.qemu_img().args(["info", "--output=json", "-f", format]).args([image]);
     let finished: Finished = command.run(None).await?;
@@ -210,7 +210,7 @@ fn is_dirty(info: &serde_json::Value) -> bool {
     info["dirty-flag"].as_bool() == Some(true)
 }
 
-/// What a guest sees of an image, in bytes, as QEMU reads it.
+/// Returns the size of the disk that a guest sees, in bytes, as QEMU reads it.
 async fn virtual_size(storage: &LabStorage, image: &Path, format: &str) -> Result<u64> {
     let info = info(storage, image, format).await?;
     let extents = info["format-specific"]["data"]["extents"].as_array();

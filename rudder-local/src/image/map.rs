@@ -1,22 +1,22 @@
-//! What is where in an image, as `qemu-img map` tells it.
+//! The extents of an image, as `qemu-img map` reports them.
 
 use crate::lab_storage::LabStorage;
 use rudder_core::{Error, ErrorKind, Result};
 use serde::Deserialize;
 use std::path::Path;
 
-/// A piece of the disk, in bytes.
+/// An extent of the disk, in bytes.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Extent {
     pub(crate) start: u64,
     pub(crate) length: u64,
     /// Whether it reads as zeros.
     pub(crate) zero: bool,
-    /// Where it is in the file; what is compressed or not there has none.
+    /// Its offset in the file; `None` if it is compressed or not in the file.
     pub(crate) offset: Option<u64>,
 }
 
-/// Gives each piece of an image to this, from the first to the last.
+/// Passes each extent of an image to a function, in order.
 pub(crate) async fn map(
     storage: &LabStorage,
     image: &Path,
@@ -24,7 +24,7 @@ pub(crate) async fn map(
     mut heard: impl FnMut(Extent) + Send,
 ) -> Result<()> {
     let mut strange = false;
-    // Of a large disk that is used everywhere there are millions: none is kept.
+    // A large disk with data everywhere has millions of them, so none is kept.
     let mut take = |line: &[u8]| {
         let text = line.trim_ascii();
         let text = text.strip_prefix(b"[").unwrap_or(text);

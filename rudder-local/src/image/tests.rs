@@ -19,14 +19,14 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-/// A lab, and a directory with images of the user's.
+/// A lab, and a directory with a user's images.
 struct Place {
     storage: LabStorage,
     notices: Arc<Mutex<Vec<String>>>,
     dir: tempfile::TempDir,
 }
 
-/// A disk whose last bytes are as distinct as its first.
+/// Size of a disk whose last bytes are as distinct as its first.
 const SIZE: u64 = (8 << 20) + 64 * 1024;
 
 impl Place {
@@ -43,7 +43,7 @@ impl Place {
         self.dir.path().join(file)
     }
 
-    /// A raw disk of the user's, and what is on it.
+    /// Writes a raw disk of the user, and returns its content.
     fn raw(&self) -> Vec<u8> {
         let mut disk = vec![0; usize::try_from(SIZE).unwrap()];
         disk[..512].fill(1);
@@ -61,7 +61,7 @@ impl Place {
         assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// The disk in a format, as a file of the user's.
+    /// Returns the disk in a format, as a file of the user.
     fn convert(&self, format: &str, options: &[&str]) -> Vec<u8> {
         let mut args = vec!["convert", "-f", "raw", "-O", format];
         args.extend(options);
@@ -84,14 +84,14 @@ impl Place {
         self.storage.import(&request, &progress).await
     }
 
-    /// What a guest reads of a volume.
+    /// Returns what a guest reads from a volume.
     fn content(&self, imported: &Imported) -> Vec<u8> {
         let volume = self.storage.path(&imported.volume.id);
         self.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", volume.to_str().unwrap(), "read.raw"]);
         fs::read(self.path("read.raw")).unwrap()
     }
 
-    /// The store's files, and what is in each.
+    /// Returns the store's files and their content.
     fn blobs(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let mut found = Vec::new();
         for shelf in fs::read_dir(self.path("store/blobs/sha256")).unwrap() {
@@ -150,7 +150,7 @@ async fn every_format_has_the_size_and_the_content_that_its_author_gave_it() {
         let imported = place.import(&image, None).await.unwrap();
         assert_eq!(imported.volume.virtual_size, SIZE, "{format} {options:?}");
         assert!(place.content(&imported) == disk, "{format} {options:?}");
-        // What a larger disk has more is empty.
+        // The excess of a larger disk is empty.
         let imported = place.import(&image, Some(SIZE + (1 << 20))).await.unwrap();
         let (same, more) = {
             let mut content = place.content(&imported);
@@ -175,7 +175,7 @@ async fn a_vhd_is_as_large_as_it_says_whatever_its_geometry_and_its_creator() {
             let mut image = image.clone();
             patch_vhd(&mut image, |footer| {
                 footer[28..32].copy_from_slice(creator);
-                // 128 × 8 × 16 sectors: the last 64 KiB are beyond.
+                // 128 × 8 × 16 sectors, so that the last 64 KiB are beyond.
                 footer[56..60].copy_from_slice(&[0, 128, 8, 16]);
             });
             let imported = place.import(&image, Some(SIZE + 512)).await.unwrap();
@@ -201,7 +201,7 @@ async fn an_image_that_was_cut_short_is_refused() {
         ("vpc", &["-o", "subformat=dynamic,force_size=on"]),
     ];
     // A fixed VHD without its end cannot be told from a raw disk.
-    // Of a VHDX, whole blocks of 8 MiB are more than the disk at its end.
+    // For VHDX, whole blocks of 8 MiB extend beyond the end of the disk.
     let vhdx = (place.convert("vhdx", &[]), "vhdx", vec![9 << 20]);
     let cut = formats.into_iter().map(|(format, options)| {
         let image = place.convert(format, options);
@@ -221,7 +221,7 @@ async fn an_image_with_broken_tables_is_refused() {
     let place = Place::new().await;
     place.raw();
     let mut image = place.convert("qcow2", &[]);
-    // The first entry of the first table, whose offset is in the header: it points into the header.
+    // The first entry of the first table, whose offset is in the header, now points into the header.
     let table = usize::try_from(u64::from_be_bytes(image[40..48].try_into().unwrap())).unwrap();
     image[table..table + 8].copy_from_slice(&(1_u64 << 63 | 0x200).to_be_bytes());
     let error = place.import(&image, None).await.unwrap_err();
@@ -229,14 +229,14 @@ async fn an_image_with_broken_tables_is_refused() {
     assert!(!error.report().contains("-r all"), "{}", error.report());
 }
 
-/// CRC-32C (Castagnoli), which guards the headers and the log of a VHDX.
+/// CRC-32C (Castagnoli), which protects the headers and the log of a VHDX.
 fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0x82f6_3b78 & (crc & 1).wrapping_neg()))
     })
 }
 
-/// Puts an entry into the log of a VHDX that writes `sector`, 4 KiB, at this offset of the file ([MS-VHDX], 2.3).
+/// Adds an entry to the log of a VHDX that writes `sector`, 4 KiB, at this offset of the file ([MS-VHDX], 2.3).
 fn leave_in_log(image: &mut [u8], offset: u64, sector: &[u8]) {
     let length = image.len() as u64;
     let headers = [64 * 1024, 128 * 1024];
@@ -277,7 +277,7 @@ async fn the_log_of_a_vhdx_is_replayed_on_a_copy_and_the_store_is_not_changed() 
     let place = Place::new().await;
     let mut disk = place.raw();
     let mut image = place.convert("vhdx", &[]);
-    // Where the first sector of the disk is in the file.
+    // The offset of the disk's first sector in the file.
     let at =
         image.windows(510).position(|bytes| bytes[..446] == [1; 446] && bytes[446..] == [0; 64]).unwrap();
     let sector = [9; 4096];
@@ -291,7 +291,7 @@ async fn the_log_of_a_vhdx_is_replayed_on_a_copy_and_the_store_is_not_changed() 
     let notices = place.notices.lock().unwrap().clone();
     assert!(notices.iter().any(|notice| notice.contains("replaying its log")), "{notices:?}");
 
-    // A log that cannot be replayed: what to do concerns the original.
+    // A log that cannot be replayed: the advice refers to the original.
     let tables = 192 * 1024;
     image[tables..tables + 2 * 64 * 1024].fill(0);
     let error = place.import(&image, None).await.unwrap_err();

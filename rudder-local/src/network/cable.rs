@@ -1,4 +1,4 @@
-//! The cable between a port and a NIC: QEMU's stream netdev over a unix socket on which QEMU listens. It is plugged in again
+//! The cable between a port and a NIC: QEMU's stream netdev over a unix socket on which QEMU listens. It reconnects
 //! whenever either end was away.
 
 use super::{
@@ -13,13 +13,13 @@ use tokio::{
     sync::mpsc,
 };
 
-/// Bytes that are read at a time: several frames.
+/// Number of bytes that are read at a time: several frames.
 const READ: usize = 256 << 10;
 const _: () = assert!(READ > LONGEST_FRAME + 4);
-/// Pause before a socket on which nobody listens is tried again.
+/// Pause before another attempt to connect to a socket on which nothing listens.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Connects a NIC's socket to its port, again and again; tells `first` of the first time.
+/// Connects a NIC's socket to its port, again and again; signals `first` when connected for the first time.
 pub(crate) async fn keep_plugged(
     vpc: Arc<Vpc>,
     place: Place,
@@ -41,7 +41,7 @@ pub(crate) async fn keep_plugged(
     }
 }
 
-/// Carries frames between a NIC and its port until one of them is gone.
+/// Copies frames between a NIC and its port until one of them is gone.
 pub(crate) async fn carry(
     vpc: &Arc<Vpc>,
     place: Place,
@@ -86,7 +86,7 @@ async fn read(vpc: &Arc<Vpc>, place: Place, mut reader: impl AsyncRead + Unpin) 
         for port in full {
             port.drained().await;
         }
-        // A flood leaves time for others.
+        // Lets other tasks run during a flood.
         tokio::task::consume_budget().await;
     }
 }

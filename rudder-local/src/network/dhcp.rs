@@ -1,4 +1,4 @@
-//! DHCP (RFC 2131) without leases to keep: a planned NIC always gets its planned address, and any other one that is free.
+//! DHCP (RFC 2131) without stored leases: a planned NIC always gets its planned address, and any other one gets a free address.
 
 use super::{
     segment::Segment,
@@ -7,16 +7,16 @@ use super::{
 use smoltcp::wire::{DhcpMessageType as Kind, DhcpOption, DhcpPacket, DhcpRepr, EthernetAddress};
 use std::net::Ipv4Addr;
 
-/// Seconds for which an address is given: longer than builds last.
+/// Lease time in seconds: longer than builds take.
 const LEASE: u32 = 7 * 24 * 3600;
-/// Shortest message that old clients take (RFC 1542, 2.1).
+/// Length of the shortest message that old clients accept (RFC 1542, 2.1).
 const SHORTEST: usize = 300;
-/// DNS servers that fit into an answer.
+/// Maximum number of DNS servers in an answer.
 const SERVERS: usize = 3;
 const OPTION_DOMAIN: u8 = 15;
 const OPTION_MTU: u8 = 26;
 
-/// Answers a client's message that came in at a port: to which hardware address, and the packet.
+/// Answers a client's message that arrived at a port: returns the hardware address to send to, and the packet.
 pub(crate) fn answer(
     segment: &mut Segment,
     port: usize,

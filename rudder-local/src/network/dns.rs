@@ -1,11 +1,11 @@
-//! DNS (RFC 1035): the names of the machines of a VPC, forwards and backwards. Everything else is somebody else's to answer.
+//! DNS (RFC 1035): forward and reverse lookups of the machines of a VPC. All other queries are left to outside servers.
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
-/// Addresses by the names of machines.
+/// Addresses by machine name.
 pub(crate) type Names = BTreeMap<String, Vec<Ipv4Addr>>;
 
-/// Seconds for which an answer holds: a machine keeps its address for as long as the lab lives.
+/// Time to live of an answer in seconds: a machine keeps its address for as long as the lab lives.
 const TTL: u32 = 60;
 const HEADER: usize = 12;
 const CLASS_IN: u16 = 1;
@@ -18,23 +18,23 @@ const NO_ERROR: u8 = 0;
 const SERVER_FAILURE: u8 = 2;
 const NO_SUCH_NAME: u8 = 3;
 
-/// What becomes of a question.
+/// How a query is answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
-    /// This is the answer.
+    /// With this answer.
     Here(Vec<u8>),
-    /// Only a server outside may know.
+    /// By a server outside, which alone may know.
     Elsewhere,
 }
 
 /// A query with one question.
 #[derive(Debug, PartialEq, Eq)]
 struct Question {
-    /// In lower case, without the last dot.
+    /// Its name in lower case, without the final dot.
     name: String,
     kind: u16,
     class: u16,
-    /// Where the question ends in the message.
+    /// Offset in the message where the question ends.
     end: usize,
 }
 
@@ -51,7 +51,7 @@ impl Question {
             if length == 0 {
                 break;
             }
-            // No pointer: there is nothing before the first name to point at.
+            // Compression pointers are not allowed: there is nothing before the first name to point at.
             let label = query.get(at..at + length).filter(|_| length < 64 && name.len() < 255)?;
             at += length;
             if !name.is_empty() {
@@ -64,7 +64,7 @@ impl Question {
     }
 }
 
-/// Answers a query about the machines of a VPC, whose names end with this domain or with nothing; `None`: it makes no sense.
+/// Answers a query about the machines of a VPC, whose names end with this domain or with nothing; `None` if it is malformed.
 pub(crate) fn answer(names: &Names, domain: &str, query: &[u8]) -> Option<Answer> {
     let question = Question::parse(query)?;
     let inside = question.name.strip_suffix(domain).and_then(|name| name.strip_suffix('.'));
@@ -82,21 +82,21 @@ pub(crate) fn answer(names: &Names, domain: &str, query: &[u8]) -> Option<Answer
             vec![(PTR, encoded(&format!("{name}.{domain}")))]
         }
         (Some(_), _) | (None, Some(_)) => Vec::new(),
-        // The domain itself exists, and has nothing.
+        // The domain itself exists, but has no records.
         (None, None) if question.name == domain => Vec::new(),
         (None, None) => return Some(Answer::Here(reply(query, question.end, NO_SUCH_NAME, &[]))),
     };
     Some(Answer::Here(reply(query, question.end, NO_ERROR, &records)))
 }
 
-/// The address in the name of its reverse entry, `5.0.0.10` of 10.0.0.5.
+/// Returns the address in a reverse lookup name: 10.0.0.5 for `5.0.0.10`.
 fn reverse(name: &str) -> Option<Ipv4Addr> {
     let mut octets: Vec<u8> = name.split('.').map(|octet| octet.parse().ok()).collect::<Option<_>>()?;
     octets.reverse();
     Some(Ipv4Addr::from(<[u8; 4]>::try_from(octets).ok()?))
 }
 
-/// A name as a message has it. Labels are at most 63 bytes long, as names of machines are.
+/// Encodes a name for a message. Labels are at most 63 bytes long, as names of machines are.
 fn encoded(name: &str) -> Vec<u8> {
     let labels = name.split('.').filter(|label| !label.is_empty());
     let mut bytes: Vec<u8> = labels
@@ -117,7 +117,7 @@ fn reply(query: &[u8], end: usize, code: u8, records: &[(u16, Vec<u8>)]) -> Vec<
     reply[6..8].copy_from_slice(&u16::try_from(records.len()).unwrap_or_default().to_be_bytes());
     reply[8..HEADER].fill(0);
     for (kind, data) in records {
-        // The name is the question's.
+        // A pointer to the name in the question.
         reply.extend([0xc0, 12]);
         reply.extend(kind.to_be_bytes());
         reply.extend(CLASS_IN.to_be_bytes());
@@ -128,22 +128,22 @@ fn reply(query: &[u8], end: usize, code: u8, records: &[(u16, Vec<u8>)]) -> Vec<
     reply
 }
 
-/// The answer that nobody may be asked: there is no such name.
+/// Returns the answer if no server may be asked: the name does not exist.
 pub(crate) fn unknown(query: &[u8]) -> Option<Vec<u8>> {
     Some(reply(query, Question::parse(query)?.end, NO_SUCH_NAME, &[]))
 }
 
-/// The answer that no server outside could be asked.
+/// Returns the answer if no server outside could be reached.
 pub(crate) fn failed(query: &[u8]) -> Option<Vec<u8>> {
     Some(reply(query, Question::parse(query)?.end, SERVER_FAILURE, &[]))
 }
 
-/// An answer that fits into this many bytes: itself, or one that says to ask again over TCP (RFC 2181, 9).
+/// Returns an answer that fits into this many bytes: itself, or one that asks to retry over TCP (RFC 2181, 9).
 pub(crate) fn fitted(answer: Vec<u8>, limit: usize) -> Option<Vec<u8>> {
     if answer.len() <= limit {
         return Some(answer);
     }
-    // A response differs from its query in a bit.
+    // A response differs from its query in one bit.
     let mut query = answer;
     *query.get_mut(2)? &= 0x7f;
     let end = Question::parse(&query)?.end;

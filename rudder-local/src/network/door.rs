@@ -1,4 +1,4 @@
-//! Sockets on this host that lead to ports of a machine: how a person gets in, while nothing listens on the network.
+//! Sockets on this host that lead to ports of a machine: they let a person connect, while nothing listens on the network.
 
 use super::Network;
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc};
@@ -8,7 +8,7 @@ use tokio::{
     task::JoinSet,
 };
 
-/// Open doors.
+/// The open doors of a machine.
 #[derive(Debug)]
 pub struct Doors {
     _listeners: JoinSet<()>,
@@ -37,7 +37,7 @@ async fn attend(network: std::sync::Weak<Network>, machine: String, port: u16, l
     loop {
         while guests.try_join_next().is_some() {}
         let Ok((mut caller, _)) = listener.accept().await else {
-            // Without a file descriptor to spare, which passes.
+            // Out of file descriptors, which is temporary.
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             continue;
         };

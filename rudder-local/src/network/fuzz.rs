@@ -1,4 +1,4 @@
-//! Entry points for fuzzing: what reads the bytes of guests. Outside of semantic versioning.
+//! Entry points for fuzzing the code that reads bytes from guests. Not covered by semantic versioning.
 
 use super::{
     Network, NetworkOptions, dhcp, dns,
@@ -9,8 +9,8 @@ use super::{
 use rudder_core::hardware::NicModel;
 use rudder_core::plan::{PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc};
 
-/// Two VPCs, the first with two subnets, one with another of the same addresses and one without a router; no internet, so that
-/// nothing leaves this process.
+/// Returns a plan of two VPCs: the first with two subnets, the second with one that has the same addresses and one without a
+/// router. They have no internet, so that nothing leaves this process.
 fn plan() -> PlannedNetwork {
     let vpc = |name: &str| PlannedVpc { name: name.to_owned(), internet: false };
     let subnet = |name: &str, vpc: &str, third: u8, unmanaged: bool| PlannedSubnet {
@@ -33,7 +33,7 @@ fn plan() -> PlannedNetwork {
     }
 }
 
-/// A network with a machine on each subnet of [`plan`], named as the subnet.
+/// Creates a network with a machine on each subnet of [`plan`], named like the subnet.
 fn network() -> Network {
     let plan = plan();
     let network = Network::new(&plan, &NetworkOptions::new("fuzz"));
@@ -52,8 +52,8 @@ fn network() -> Network {
     network
 }
 
-/// Sends frames, each behind its length as QEMU sends it, from the first NIC, with the rest as a second batch from the second.
-/// Must be called on a Tokio runtime.
+/// Sends frames, each preceded by its length as QEMU sends it, from the first NIC, with the rest as a second batch from the
+/// second. Must be called on a Tokio runtime.
 pub fn frames(bytes: &[u8]) {
     let network = network();
     let vpc = &network.vpcs[0];
@@ -65,7 +65,7 @@ pub fn frames(bytes: &[u8]) {
     }
 }
 
-/// Sends one frame of these bytes to the gateway, with headers made right, so that what is behind them is reached.
+/// Sends one frame with this content to the gateway, with valid headers, so that the code behind them is reached.
 /// Must be called on a Tokio runtime.
 pub fn packet(bytes: &[u8]) {
     let Some((kind, content)) = bytes.split_first() else { return };
@@ -78,7 +78,7 @@ pub fn packet(bytes: &[u8]) {
     frames(&[&length.to_be_bytes()[..], &frame].concat());
 }
 
-/// Reads a packet, and makes everything of it that is made of packets.
+/// Parses a packet, and derives from it every kind of packet that is made from others.
 pub fn ip(bytes: &[u8]) {
     let Some(packet) = Packet::parse(bytes) else { return };
     let _ = (packet.ports(), packet.datagram(), packet.is_syn(), packet.echo_reply(), packet.after_a_hop());

@@ -8,12 +8,12 @@
 //!                                                               └ policy
 //! ```
 //!
-//! What a guest can reach: the guests of its VPC; the gateway, which answers ping, DHCP, DNS and what the lab
-//! [serves](Network::serve); and, where its VPC has internet, other hosts over TCP and UDP. It never reaches this host, whose
+//! A guest can reach the guests of its VPC; the gateway, which answers ping, DHCP, DNS and what the lab
+//! [serves](Network::serve); and, if its VPC has internet, other hosts over TCP and UDP. It never reaches this host, whose
 //! loopback and addresses are refused when a connection is made. Nothing listens on this host.
 //!
-//! A guest is not trusted: every frame is read with bounds checks, it cannot take the planned address of another NIC, and what
-//! it can make this process remember is bounded: connections, addresses, packets that wait.
+//! Guests are not trusted: every frame is read with bounds checks, a guest cannot take the planned address of another machine,
+//! and the state that it can cause this process to keep is bounded: connections, addresses, waiting packets.
 
 mod cable;
 mod dhcp;
@@ -63,30 +63,30 @@ use tokio_util::{
     task::AbortOnDropHandle,
 };
 
-/// The first port at which files are served.
+/// The first port on which files are served.
 const FIRST_SERVED: u16 = 8000;
 /// The port of DNS.
 const DNS: u16 = 53;
-/// Connections to one site at a time; more wait.
+/// Maximum number of concurrent connections to one site; further ones wait.
 const CALLERS: usize = 256;
 
-/// How a [`Network`] is made.
+/// Options for creating a [`Network`].
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct NetworkOptions {
     /// The name of the lab, from which the domain of its machines is derived: `web.NAME.internal`.
     pub name: String,
-    /// The server that answers questions for other names; the host's, from `/etc/resolv.conf`, when it is `None`.
+    /// The server that answers queries for other names; `None` for the host's, from `/etc/resolv.conf`.
     pub resolver: Option<SocketAddr>,
 }
 
 impl NetworkOptions {
-    /// For a lab of this name.
+    /// Returns options for a lab of this name.
     pub fn new(name: impl Into<String>) -> Self {
         Self { name: name.into(), resolver: None }
     }
 
-    /// Asks this DNS server instead of the host's.
+    /// Sets the DNS server to ask instead of the host's.
     #[must_use]
     pub fn resolver(mut self, resolver: SocketAddr) -> Self {
         self.resolver = Some(resolver);
@@ -119,7 +119,7 @@ impl Attached {
 }
 
 impl Network {
-    /// The network of a plan. Must be called on a Tokio runtime.
+    /// Creates the network of a plan. Must be called on a Tokio runtime.
     #[must_use]
     pub fn new(plan: &PlannedNetwork, options: &NetworkOptions) -> Self {
         Self::with_policy(plan, options, policy::is_outside)
@@ -157,10 +157,10 @@ impl Network {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a machine: plans the addresses of its NICs.
+    /// Adds a machine, and assigns addresses to its NICs.
     ///
     /// # Errors
-    /// `InvalidInput` for a NIC in no subnet of the network; `Conflict` when there is a machine of this name.
+    /// `InvalidInput` for a NIC in no subnet of the network; `Conflict` when a machine of this name exists.
     pub fn add_machine(&self, name: &str, nics: &[PlannedNic]) -> Result<()> {
         let find = |nic: &PlannedNic| {
             let places = self.vpcs.iter().find_map(|vpc| {
@@ -202,7 +202,7 @@ impl Network {
         self.name_machines();
     }
 
-    /// Gives the names of the machines to DNS.
+    /// Passes the names of the machines to DNS.
     fn name_machines(&self) {
         for vpc in &self.vpcs {
             let mut inner = vpc.lock();
@@ -218,7 +218,7 @@ impl Network {
         }
     }
 
-    /// The NICs of a machine, with the addresses that are planned for them.
+    /// Returns the NICs of a machine, with their planned addresses.
     #[must_use]
     pub fn nics(&self, machine: &str) -> Vec<PlannedNic> {
         let attached = self.machines().get(machine).cloned().unwrap_or_default();
@@ -228,8 +228,8 @@ impl Network {
             .collect()
     }
 
-    /// Connects the NICs of a machine that is started, in order, to the sockets on which QEMU listens for them. Dropping what
-    /// is returned pulls the cables.
+    /// Connects the NICs of a started machine, in order, to the sockets on which QEMU listens for them. Dropping the returned
+    /// value disconnects them.
     #[must_use]
     pub fn plug(&self, machine: &str, sockets: impl IntoIterator<Item = PathBuf>) -> Plugged {
         let attached = self.machines().get(machine).cloned().unwrap_or_default();
@@ -253,7 +253,7 @@ impl Network {
     /// Connects to a TCP port of a machine, over its first NIC that the router reaches.
     ///
     /// # Errors
-    /// `ConnectionRefused` at once when nobody listens, `HostUnreachable` and `TimedOut` after a few seconds when the guest has
+    /// `ConnectionRefused` at once when nothing listens, `HostUnreachable` and `TimedOut` after a few seconds when the guest has
     /// no address or does not answer; `NotConnected` for a machine without such a NIC.
     pub async fn dial(&self, machine: &str, port: u16) -> io::Result<GuestStream> {
         let attached = self.machines().get(machine).cloned().unwrap_or_default();
@@ -265,7 +265,7 @@ impl Network {
         vpc.dial(place, port).await
     }
 
-    /// Serves files on the gateways of all subnets that have one, until what is returned is dropped.
+    /// Serves files on the gateways of all subnets that have one, until the returned value is dropped.
     #[must_use]
     pub fn serve(&self, site: Site) -> Served {
         let port = self.free_port();
@@ -294,24 +294,24 @@ impl Network {
         Served::new(self.gateways(), port, server)
     }
 
-    /// The addresses of the gateways, by the names of their subnets.
+    /// Returns the addresses of the gateways, by subnet name.
     #[must_use]
     pub fn gateways(&self) -> BTreeMap<String, Ipv4Addr> {
         let routed = self.plan.subnets.iter().filter(|subnet| !subnet.unmanaged);
         routed.map(|subnet| (subnet.name.clone(), subnet.cidr.gateway())).collect()
     }
 
-    /// A port of the gateways that serves nothing.
+    /// Returns a port of the gateways on which nothing is served.
     fn free_port(&self) -> u16 {
         let is_free = |port: &u16| self.vpcs.iter().all(|vpc| vpc.lock().services.at(*port).is_none());
         (FIRST_SERVED..u16::MAX).find(is_free).unwrap_or(FIRST_SERVED)
     }
 
-    /// Opens sockets on this host, in a directory that only their owner can enter, that lead to ports of a machine. Dropping
-    /// what is returned closes them.
+    /// Opens sockets on this host that lead to ports of a machine, in a directory that only their owner can enter. Dropping the
+    /// returned value closes them.
     ///
     /// # Errors
-    /// When one cannot be made.
+    /// A socket cannot be created.
     pub fn open_doors(
         self: &Arc<Self>,
         machine: &str,
@@ -320,7 +320,7 @@ impl Network {
         door::open(self, machine, doors)
     }
 
-    /// What is needed to run this network again in another process.
+    /// Returns a record with which another process can run this network.
     #[must_use]
     pub fn record(&self) -> NetworkRecord {
         let names: Vec<String> = self.machines().keys().cloned().collect();
@@ -331,7 +331,7 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        // Whoever still holds a connection learns that it is over.
+        // Lets users of open connections know that they are over.
         self.vpcs.iter().for_each(|vpc| vpc.shut_down());
     }
 }
@@ -339,15 +339,15 @@ impl Drop for Network {
 /// The plugged cables of a machine.
 #[derive(Debug)]
 pub struct Plugged {
-    /// NICs that have not been connected yet.
+    /// Number of NICs that have not been connected yet.
     missing: usize,
     connected: mpsc::Receiver<()>,
     _cables: JoinSet<()>,
 }
 
 impl Plugged {
-    /// Waits until every NIC has been connected once. QEMU 7.2 crashes when a guest sends over a NIC whose socket QEMU could not
-    /// listen on, which it does not report.
+    /// Waits until every NIC has been connected once. QEMU 7.2 crashes when a guest sends over a NIC on whose socket QEMU could not
+    /// listen, which it does not report.
     pub async fn connected(&mut self) {
         while self.missing > 0 && self.connected.recv().await.is_some() {
             self.missing -= 1;
@@ -357,14 +357,14 @@ impl Plugged {
 
 pub use door::Doors;
 
-/// The hardware address of a gateway: locally administered (IEEE 802, clause 8.2), and in a range that plans do not draw from
-/// but by chance.
+/// Returns the hardware address of a gateway: locally administered (IEEE 802, clause 8.2), and in a range that plans draw from
+/// only by chance.
 fn gateway_mac(vpc: usize, subnet: usize) -> wire::Mac {
     let number = |number: usize| u8::try_from(number % 256).unwrap_or_default();
     [0x52, 0x55, 0x0a, number(vpc), number(subnet), 0x01]
 }
 
-/// A name as a label of DNS: lower case letters, digits and `-`.
+/// Converts a name to a DNS label: lower case letters, digits and `-`.
 fn label(name: &str) -> String {
     let plain = name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(63);
     let label: String = plain.map(|c| c.to_ascii_lowercase()).collect();

@@ -1,4 +1,4 @@
-//! Connections and datagrams of guests to the outside, over sockets of this host; and questions to the host's DNS servers.
+//! Connections and datagrams of guests to the outside, over sockets of this host; and queries to the host's DNS servers.
 
 use super::{
     dns,
@@ -20,17 +20,17 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// How long the outside may take for a connection.
+/// Time limit for a connection to the outside.
 const CONNECTING: Duration = Duration::from_secs(20);
-/// Bytes that are carried at a time.
+/// Number of bytes that are copied at a time.
 const CHUNK: usize = 64 << 10;
-/// How long datagrams may stay away before their socket is closed (RFC 4787, 4.3, asks for two minutes).
+/// Time without datagrams after which their socket is closed (RFC 4787, 4.3, asks for two minutes).
 const SILENCE: Duration = Duration::from_secs(120);
-/// Sockets for datagrams of one NIC at a time; the one that was used least recently gives way.
+/// Maximum number of datagram sockets per NIC; the least recently used one is closed to make room.
 const FLOWS: usize = 128;
-/// Datagrams that may wait for a socket.
+/// Number of datagrams that may wait for a socket.
 const WAITING: usize = 64;
-/// How long a DNS server may take, and how many are asked.
+/// Time limit for an answer of a DNS server, and the number of servers that are asked.
 const ANSWERING: Duration = Duration::from_secs(5);
 const SERVERS: usize = 3;
 /// The largest answer over UDP that reaches a guest in one packet.
@@ -50,7 +50,7 @@ pub(crate) fn connection(vpc: &Arc<Vpc>, place: Place, flow: Flow, syn: Vec<u8>)
             Err(why) => return vpc.refuse(place, flow, syn, why),
         };
         let Some(mut guest) = vpc.accept(place, flow, syn) else { return };
-        // Also an error ends both sides at once: neither waits for the other.
+        // An error also ends both sides at once: neither waits for the other.
         if copy_bidirectional_with_sizes(&mut guest, &mut host, CHUNK, CHUNK).await.is_err() {
             guest.abort();
             let _ = host.set_zero_linger();
@@ -58,7 +58,7 @@ pub(crate) fn connection(vpc: &Arc<Vpc>, place: Place, flow: Flow, syn: Vec<u8>)
     });
 }
 
-/// Connects to a host outside; `None`: it refused.
+/// Connects to a host outside; an error of `None` means that it refused.
 async fn connect((address, port): (Ipv4Addr, u16)) -> Result<TcpStream, Option<Refusal>> {
     match timeout(CONNECTING, TcpStream::connect((address, port))).await {
         Ok(Ok(stream)) => {
@@ -82,18 +82,18 @@ pub(crate) struct Datagrams {
 #[derive(Debug)]
 struct Datagram {
     place: Place,
-    /// What the guest sends; its socket is closed when this is dropped.
+    /// Datagrams that the guest sends; dropping it closes the socket.
     queue: mpsc::Sender<Vec<u8>>,
     used: Instant,
     number: u64,
 }
 
 impl Datagrams {
-    /// Sends a datagram over the socket of its flow, if there is one.
+    /// Sends a datagram over the socket of its flow, if there is one. Returns whether there was.
     pub(crate) fn pass(&mut self, flow: Flow, content: &[u8]) -> bool {
         let Some(known) = self.flows.get_mut(&flow) else { return false };
         known.used = Instant::now();
-        // What does not fit is lost, as datagrams are.
+        // Datagrams that do not fit are dropped.
         !matches!(known.queue.try_send(content.to_vec()), Err(mpsc::error::TrySendError::Closed(_)))
     }
 
@@ -126,7 +126,7 @@ impl Datagrams {
     }
 }
 
-/// Sends a datagram of a new flow to the outside; what comes back goes to the guest.
+/// Sends a datagram of a new flow to the outside; replies go to the guest.
 pub(crate) fn datagram(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Flow, content: &[u8]) {
     let (queue, number) = inner.datagrams.open(place, flow);
     inner.datagrams.pass(flow, content);
@@ -179,7 +179,7 @@ async fn connected(server: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 impl Vpc {
-    /// Tells a guest that nobody listens where its datagrams went.
+    /// Notifies a guest that nothing listens at the destination of its datagrams.
     fn tell_refused(&self, place: Place, flow: Flow) {
         let sent = wire::udp(flow.guest, flow.to, &[]);
         let mut inner = self.lock();
@@ -189,19 +189,19 @@ impl Vpc {
         inner.poll();
     }
 
-    /// The DNS servers to ask.
+    /// Returns the DNS servers to ask.
     fn servers(&self) -> Vec<SocketAddr> {
         if let Some(resolver) = self.settings.resolver {
             return vec![resolver];
         }
         let written = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
         let servers = nameservers(&written);
-        // resolv.conf(5): without any, the one on this host.
+        // resolv.conf(5): without any, the server on this host.
         if servers.is_empty() { vec![(Ipv4Addr::LOCALHOST, DNS).into()] } else { servers }
     }
 }
 
-/// The servers that a resolv.conf(5) names.
+/// Returns the servers named in a resolv.conf(5).
 fn nameservers(written: &str) -> Vec<SocketAddr> {
     let addresses = written.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -211,7 +211,7 @@ fn nameservers(written: &str) -> Vec<SocketAddr> {
     addresses.take(SERVERS).map(|address| (address, DNS).into()).collect()
 }
 
-/// Asks the host's servers what nobody in the lab knows.
+/// Forwards a query about names outside the lab to the host's servers.
 pub(crate) fn question(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Flow, query: &[u8]) {
     if inner.datagrams.pass(flow, query) {
         return;
@@ -220,7 +220,7 @@ pub(crate) fn question(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Fl
     inner.datagrams.pass(flow, query);
     let (network, vpc) = (Arc::clone(vpc), Arc::clone(vpc));
     network.spawn(async move {
-        // A resolver may ask several questions from one port.
+        // A resolver may send several queries from one port.
         while let Ok(Some(query)) = timeout(ANSWERING, queue.recv()).await {
             let answer = ask(&vpc.servers(), &query).await.or_else(|| dns::failed(&query));
             if let Some(answer) = answer.and_then(|answer| dns::fitted(answer, LARGEST)) {
@@ -233,7 +233,7 @@ pub(crate) fn question(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Fl
     });
 }
 
-/// Asks one server after the other over UDP.
+/// Asks the servers in turn over UDP.
 async fn ask(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
     let mut buffer = vec![0; 64 << 10];
     for server in servers {
@@ -256,7 +256,7 @@ async fn ask(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
     None
 }
 
-/// Answers questions over a TCP connection (RFC 7766), until its end.
+/// Answers queries over a TCP connection (RFC 7766), until it ends.
 pub(crate) async fn answer_over_tcp(vpc: Arc<Vpc>, mut guest: super::stream::GuestStream) -> io::Result<()> {
     while let Ok(length) = timeout(SILENCE, guest.read_u16()).await? {
         let mut query = vec![0; usize::from(length)];
@@ -280,7 +280,7 @@ pub(crate) async fn answer_over_tcp(vpc: Arc<Vpc>, mut guest: super::stream::Gue
     Ok(())
 }
 
-/// Asks one server after the other over TCP.
+/// Asks the servers in turn over TCP.
 async fn ask_over_tcp(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
     for server in servers {
         let asked = async {

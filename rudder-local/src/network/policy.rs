@@ -1,4 +1,4 @@
-//! Where guests may connect to outside of their lab: everywhere but to this host and to what only hosts are to reach.
+//! The policy for connections of guests to the outside: any address except those of this host and those meant for hosts only.
 
 use std::{
     io,
@@ -8,7 +8,7 @@ use std::{
 /// An address that is never a host's own (RFC 5737).
 const NOBODY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
-/// Services of clouds that hand secrets of the host to whoever asks from it, outside of the link-local range.
+/// Cloud services outside the link-local range that reveal secrets of the host to anything that asks from it.
 const METADATA: [Ipv4Addr; 2] = [
     // Alibaba Cloud.
     Ipv4Addr::new(100, 100, 100, 200),
@@ -16,12 +16,12 @@ const METADATA: [Ipv4Addr; 2] = [
     Ipv4Addr::new(168, 63, 129, 16),
 ];
 
-/// Whether a guest may connect to this address. To be asked when a connection is made: addresses of the host come and go.
+/// Returns whether a guest may connect to this address. Check it for every connection: addresses of the host change.
 pub(crate) fn is_outside(address: Ipv4Addr) -> bool {
     is_public_or_private(address) && !is_of_this_host(address)
 }
 
-/// Whether it may be the address of another host at all.
+/// Returns whether it can be the address of another host at all.
 fn is_public_or_private(address: Ipv4Addr) -> bool {
     let [a, b, c, _] = address.octets();
     let special = match a {
@@ -36,25 +36,25 @@ fn is_public_or_private(address: Ipv4Addr) -> bool {
     !special && !METADATA.contains(&address)
 }
 
-/// Whether the kernel takes it for one of its own addresses, or for the broadcast address of one of its networks: only to those
-/// can a socket be bound (ip(7)).
+/// Returns whether the kernel treats it as one of its own addresses, or as the broadcast address of one of its networks: only to
+/// those can a socket be bound (ip(7)).
 fn is_of_this_host(address: Ipv4Addr) -> bool {
-    // Any other error says nothing about the address, so that it is taken for the host's own.
+    // Any other error says nothing about the address, which is then treated as the host's own.
     let binds = |address| {
         UdpSocket::bind((address, 0))
             .err()
             .is_none_or(|error| error.kind() != io::ErrorKind::AddrNotAvailable)
     };
-    // Where ip_nonlocal_bind is on, every address can be bound to, and the routing table has to tell.
+    // With ip_nonlocal_bind, every address can be bound to, so the routing table decides.
     binds(address) && (!binds(NOBODY) || is_in_local_table(address))
 }
 
-/// Whether the table of local routes has it. When it cannot be read, everything is taken for local.
+/// Returns whether the table of local routes contains it. If it cannot be read, everything is treated as local.
 fn is_in_local_table(address: Ipv4Addr) -> bool {
     std::fs::read_to_string("/proc/net/fib_trie").map_or(true, |table| has_local(&table, address))
 }
 
-/// Reads `/proc/net/fib_trie`: a leaf `|-- 10.0.0.5` is followed by a line for each of its prefixes, such as `/32 host LOCAL`.
+/// Searches `/proc/net/fib_trie`: a leaf `|-- 10.0.0.5` is followed by a line for each of its prefixes, such as `/32 host LOCAL`.
 fn has_local(table: &str, address: Ipv4Addr) -> bool {
     let mut leaf = None;
     table.lines().any(|line| {
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn addresses_of_this_host_are_not_outside() {
-        // Whichever this host would send from.
+        // The address that this host would send from.
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         if socket.connect("198.51.100.7:9").is_ok() {
             let std::net::IpAddr::V4(own) = socket.local_addr().unwrap().ip() else { panic!("IPv4") };

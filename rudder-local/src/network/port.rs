@@ -1,4 +1,4 @@
-//! A port of a switch: the frames on their way to a NIC.
+//! A port of a switch: the queue of frames to a NIC.
 
 use std::sync::{
     Mutex, MutexGuard, PoisonError,
@@ -7,17 +7,17 @@ use std::sync::{
 use std::time::Duration;
 use tokio::sync::Notify;
 
-/// Bytes that may wait for a NIC that does not read; more is dropped, as a switch does.
+/// Number of bytes that may wait for a NIC that does not read; further frames are dropped, as by a switch.
 const CAPACITY: usize = 4 << 20;
-/// Bytes from which on its senders are held back.
+/// Number of queued bytes above which senders are held back.
 const HIGH: usize = 512 << 10;
-/// How long a sender is held back by a NIC that reads nothing at all; afterwards the NIC holds nobody back until it reads again.
+/// How long a NIC that reads nothing at all holds back a sender; afterwards it holds back none until it reads again.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// A port of a switch.
 #[derive(Debug, Default)]
 pub(crate) struct Port {
-    /// Frames, each behind its length as 32 bits (QEMU's stream netdev).
+    /// Frames, each preceded by its length in 32 bits (QEMU's stream netdev).
     queue: Mutex<Vec<u8>>,
     ready: Notify,
     room: Notify,
@@ -30,7 +30,7 @@ impl Port {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of whether a NIC is connected. Frames for a NIC that is not are dropped.
+    /// Sets whether a NIC is connected. Frames for a NIC that is not connected are dropped.
     pub(crate) fn set_connected(&self, connected: bool) {
         if !connected {
             self.queue().clear();
@@ -44,7 +44,7 @@ impl Port {
         self.connected.load(Ordering::Relaxed)
     }
 
-    /// Puts a frame, in pieces, at the end of the queue; whether senders should wait.
+    /// Appends a frame, given in pieces, to the queue; returns whether senders should wait.
     pub(crate) fn push(&self, pieces: &[&[u8]]) -> bool {
         let length: usize = pieces.iter().map(|piece| piece.len()).sum();
         let Ok(head) = u32::try_from(length) else { return false };
@@ -60,18 +60,18 @@ impl Port {
         queue.len() > HIGH
     }
 
-    /// How many bytes wait.
+    /// Returns the number of queued bytes.
     #[cfg(test)]
     pub(crate) fn queued(&self) -> usize {
         self.queue().len()
     }
 
-    /// Lets the frames out.
+    /// Signals that frames can be taken.
     pub(crate) fn flush(&self) {
         self.ready.notify_one();
     }
 
-    /// Waits for frames, and takes them all.
+    /// Waits for frames, and takes all of them.
     pub(crate) async fn take(&self, batch: &mut Vec<u8>) {
         batch.clear();
         loop {
@@ -85,7 +85,7 @@ impl Port {
         }
     }
 
-    /// Holds a sender back while the queue is long.
+    /// Waits while the queue is long, to hold a sender back.
     pub(crate) async fn drained(&self) {
         if self.stalled.load(Ordering::Relaxed) {
             return;

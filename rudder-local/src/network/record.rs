@@ -1,4 +1,4 @@
-//! A network as it is written down for the process that runs it after its lab was kept.
+//! The record of a network, for the process that runs it after its lab was kept.
 
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -9,14 +9,14 @@ use rudder_core::{
 use serde::{Deserialize, Serialize};
 use std::{net::Ipv4Addr, path::Path};
 
-/// The version of the record; one that is newer is not read.
+/// The format version of the record; later versions are not read.
 pub const FORMAT: u32 = 1;
 
-/// A network, written down.
+/// The record of a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct NetworkRecord {
-    /// The version of the record.
+    /// The format version.
     pub format: u32,
     /// The name of the lab.
     pub name: String,
@@ -32,10 +32,10 @@ impl NetworkRecord {
         Self { format: FORMAT, name, network, machines }
     }
 
-    /// Reads a record; `path` is its place, for messages.
+    /// Reads a record; `path` is its location, for messages.
     ///
     /// # Errors
-    /// `Unsupported` for a later format; `InvalidInput` for what is no record.
+    /// `Unsupported` for a later format; `InvalidInput` for what is not a record.
     pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
         let no_record = |error| {
             let message =
@@ -43,7 +43,7 @@ impl NetworkRecord {
             Error::new(ErrorKind::InvalidInput, message).with_source(error)
         };
         let value: serde_json::Value = serde_json::from_slice(text).map_err(no_record)?;
-        // The number first: what else a later version writes is not for this one to judge.
+        // The number first: this version cannot judge what else a later version writes.
         match value.get("format").and_then(serde_json::Value::as_u64) {
             Some(format) if format > u64::from(FORMAT) => {
                 let path = path.display();
@@ -58,7 +58,7 @@ impl NetworkRecord {
     }
 }
 
-/// A machine on a network, written down.
+/// The record of a machine on a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct MachineRecord {
@@ -69,7 +69,7 @@ pub struct MachineRecord {
     pub nics: Vec<PlannedNic>,
     /// The files, in the lab's directory, of the sockets on which QEMU listens for its NICs.
     pub sockets: Vec<String>,
-    /// Ports of the guest, and the files of the sockets that lead to them.
+    /// Ports of the guest, with the files of the sockets that lead to them.
     pub doors: Vec<(u16, String)>,
 }
 
@@ -79,7 +79,7 @@ impl MachineRecord {
     }
 }
 
-/// A network as it is written, whatever a plan calls its fields.
+/// The serialised form of a network, independent of the field names of a plan.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "PlannedNetwork")]
 struct NetworkEntry {
@@ -120,7 +120,7 @@ struct NicEntry {
     model: NicModel,
 }
 
-/// Implements a module for `#[serde(with)]` that reads and writes lists of a type as lists of its entry.
+/// Implements a module for `#[serde(with)]` that reads and writes lists of a type as lists of its entry type.
 macro_rules! lists {
     ($($name:ident: $planned:ident as $entry:ident = $text:literal),*) => {$(
         mod $name {
@@ -155,7 +155,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    /// As version 0.1.0 wrote it. Never changed.
+    /// A record as written by version 0.1.0. Never changed.
     const FORMAT_1: &str = r#"{
   "format": 1,
   "name": "web",

@@ -1,4 +1,4 @@
-//! A subnet: a learning switch, and what its gateway knows of the hosts on it.
+//! A subnet: a learning switch, and the gateway's knowledge of the hosts on it.
 
 use super::{
     port::Port,
@@ -13,18 +13,18 @@ use std::{
 };
 use tokio::{sync::Notify, time::Instant};
 
-/// Hardware addresses, and IP addresses, that are remembered of a port beside the planned ones.
+/// Maximum number of learned hardware addresses, and of IP addresses, per port, besides the planned ones.
 const LEARNED: usize = 256;
-/// Addresses that are being resolved at a time.
+/// Maximum number of addresses that are being resolved at a time.
 const UNRESOLVED: usize = 64;
-/// Packets that wait for each of them.
+/// Maximum number of packets that wait for each of them.
 const WAITING: usize = 16;
 /// How long they wait.
 pub(crate) const RESOLUTION: Duration = Duration::from_secs(2);
-/// Addresses for NICs that nobody planned: of machines inside of guests.
+/// Maximum number of addresses for unplanned NICs, such as those of machines inside guests.
 const UNPLANNED: usize = 64;
 
-/// A NIC, and the port it is connected to.
+/// A NIC, and the port that it is connected to.
 #[derive(Debug)]
 pub(crate) struct Nic {
     pub(crate) machine: Arc<str>,
@@ -34,13 +34,13 @@ pub(crate) struct Nic {
     /// Whether the author chose the address.
     pub(crate) fixed: bool,
     pub(crate) port: Arc<Port>,
-    /// Connections to the gateway and beyond it.
+    /// Number of connections to the gateway and beyond it.
     pub(crate) flows: usize,
     macs: usize,
     neighbours: usize,
 }
 
-/// Packets for a host whose hardware address is asked for.
+/// Packets for a host whose hardware address is being resolved.
 #[derive(Debug)]
 struct Waiting {
     since: Instant,
@@ -54,7 +54,7 @@ pub(crate) struct Segment {
     pub(crate) gateway: Ipv4Addr,
     mac: Mac,
     pub(crate) nics: Vec<Nic>,
-    /// Which port a hardware address is behind.
+    /// The ports behind which hardware addresses are.
     table: HashMap<Mac, usize>,
     neighbours: HashMap<Ipv4Addr, (Mac, usize)>,
     waiting: HashMap<Ipv4Addr, Waiting>,
@@ -63,7 +63,7 @@ pub(crate) struct Segment {
     dirty: HashSet<usize>,
     /// Ports whose senders should wait.
     full: HashSet<usize>,
-    /// Woken when the address of a host becomes known.
+    /// Notified when the address of a host becomes known.
     pub(crate) heard: Arc<Notify>,
 }
 
@@ -84,23 +84,23 @@ impl Segment {
         }
     }
 
-    /// Whether the router is on it.
+    /// Returns whether the router is on the subnet.
     pub(crate) fn is_routed(&self) -> bool {
         !self.plan.unmanaged
     }
 
-    /// Whether the router reaches this address on it.
+    /// Returns whether the router reaches this address on the subnet.
     pub(crate) fn reaches(&self, address: Ipv4Addr) -> bool {
         self.is_routed() && self.plan.cidr.contains(address)
     }
 
-    /// Whether the address can be a host's, other than the gateway's.
+    /// Returns whether the address can belong to a host other than the gateway.
     pub(crate) fn is_host(&self, address: Ipv4Addr) -> bool {
         let edges = [self.plan.cidr.network(), self.plan.cidr.broadcast(), self.gateway];
         self.plan.cidr.contains(address) && !edges.contains(&address)
     }
 
-    /// Adds a NIC with an address, where the subnet has any left; the number of its port.
+    /// Adds a NIC with an address, if the subnet has one left; returns the number of its port.
     pub(crate) fn add(&mut self, machine: &Arc<str>, mac: Mac, fixed: Option<Ipv4Addr>) -> usize {
         let number = self.nics.len();
         let holder = |nic: &Nic| fixed.is_some() && nic.address == fixed && !nic.fixed;
@@ -128,7 +128,7 @@ impl Segment {
         number
     }
 
-    /// Removes a NIC's claims; its port stays, unconnected.
+    /// Releases the addresses of a NIC; its port stays, disconnected.
     pub(crate) fn retire(&mut self, number: usize) {
         self.disconnected(number);
         if let Some(nic) = self.nics.get_mut(number) {
@@ -138,19 +138,19 @@ impl Segment {
         }
     }
 
-    /// The first address that nobody has: from the 15th on, as QEMU's user network has it, or from the gateway on where the
+    /// Returns the first free address: from the 15th on, as in QEMU's user network, or from the first on if the
     /// subnet is too small.
     fn free_address(&self) -> Option<Ipv4Addr> {
         let taken: HashSet<Ipv4Addr> =
             self.nics.iter().filter_map(|nic| nic.address).chain(self.unplanned.values().copied()).collect();
         let (first, last) = (u32::from(self.plan.cidr.network()), u32::from(self.plan.cidr.broadcast()));
         let start = if last - first > 32 { first + 15 } else { first };
-        // As many as could be taken, and a few that are nobody's: a large subnet is not searched.
+        // As many as could be taken, plus some that cannot be hosts: a large subnet is not searched.
         let candidates = (start..=last).chain(first..start).take(taken.len() + 32);
         candidates.map(Ipv4Addr::from).find(|address| self.is_host(*address) && !taken.contains(address))
     }
 
-    /// The address for a NIC that asks from this port.
+    /// Returns the address for a NIC that asks from this port.
     pub(crate) fn lease(&mut self, mac: Mac, port: usize) -> Option<Ipv4Addr> {
         if let Some(number) = self.nics.iter().position(|nic| nic.mac == mac && nic.address.is_some()) {
             return self.nics[number].address.filter(|_| number == port);
@@ -166,14 +166,15 @@ impl Segment {
         Some(address)
     }
 
-    /// Learns the sender of a frame; whether it may send.
+    /// Learns the hardware address of a frame's sender; returns whether it may send.
     pub(crate) fn learn_mac(&mut self, mac: Mac, port: usize) -> bool {
         if is_group(mac) || mac == self.mac && self.is_routed() {
             return false;
         }
         match self.table.get(&mac) {
             Some(known) if *known == port => return true,
-            // A planned address stays at its port. Its machine may use it on another of its own NICs, as a bridge in it does.
+            // A planned address stays at its port. Its machine may use it on another of its own NICs, as a bridge in the guest
+            // does.
             Some(known) if self.nics.get(*known).is_some_and(|nic| nic.mac == mac) => {
                 return self.are_of_one_machine(*known, port);
             }
@@ -203,8 +204,8 @@ impl Segment {
         machine(one).is_some() && machine(one) == machine(other)
     }
 
-    /// Learns which hardware address has an IP address; whether it may have it. A planned address is only had by the machine it
-    /// was planned for; which of its NICs on the subnet it uses is its own choice (RFC 1122, 3.3.4.2, the weak model).
+    /// Learns the hardware address for an IP address; returns whether the sender may use it. A planned address may only be used by
+    /// its machine, over any of the machine's NICs on the subnet (RFC 1122, 3.3.4.2, the weak model).
     pub(crate) fn learn(&mut self, address: Ipv4Addr, mac: Mac, port: usize) -> bool {
         let planned = self.nics.iter().position(|nic| nic.address == Some(address));
         if !self.is_host(address)
@@ -213,8 +214,8 @@ impl Segment {
         {
             return false;
         }
-        // A system with several NICs on a subnet answers for an address over any of them. The answer goes to the NIC that has it:
-        // the others may be slow, and lose what comes fast.
+        // A system with several NICs on a subnet answers for an address over any of them. The reply goes to the NIC that has the
+        // address: the others may be slow, and drop frames that arrive fast.
         let has_plan = |number: &usize| self.nics.get(*number).is_some_and(|nic| nic.mac == mac);
         let (mac, port) = match planned {
             Some(planned) if has_plan(&port) => (self.nics[planned].mac, planned),
@@ -241,12 +242,12 @@ impl Segment {
         true
     }
 
-    /// Whether this address, planned for this port, was heard.
+    /// Returns whether this address, planned for this port, was heard.
     pub(crate) fn is_heard(&self, address: Ipv4Addr, port: usize) -> bool {
         self.neighbours.get(&address).is_some_and(|(_, heard)| self.are_of_one_machine(*heard, port))
     }
 
-    /// An address that was heard behind this port.
+    /// Returns an address that was heard behind this port.
     pub(crate) fn heard_at(&self, port: usize) -> Option<Ipv4Addr> {
         self.neighbours.iter().filter(|(_, (_, at))| *at == port).map(|(address, _)| *address).min()
     }
@@ -262,7 +263,7 @@ impl Segment {
         });
     }
 
-    /// Forgets what was learned of a NIC that is no longer connected.
+    /// Forgets what was learned about a NIC that is no longer connected.
     pub(crate) fn disconnected(&mut self, port: usize) {
         self.forget(|_, at| at == port);
         let Some(nic) = self.nics.get_mut(port) else { return };
@@ -272,7 +273,7 @@ impl Segment {
         self.table.retain(|mac, at| *at != port || *mac == planned);
     }
 
-    /// Puts a frame out of a port.
+    /// Sends a frame out of a port.
     fn push(&mut self, port: usize, pieces: &[&[u8]], hold_back: bool) {
         let Some(nic) = self.nics.get(port) else { return };
         if nic.port.push(pieces) && hold_back {
@@ -281,13 +282,13 @@ impl Segment {
         self.dirty.insert(port);
     }
 
-    /// Puts a frame out of the port that it is for: of all but `from` when that is not known.
+    /// Sends a frame out of the port of its destination, or out of all ports but `from` if that is unknown.
     pub(crate) fn switch(&mut self, from: Option<usize>, to: Mac, pieces: &[&[u8]]) {
         match self.table.get(&to).copied().filter(|_| !is_group(to)) {
             Some(port) if Some(port) == from => {}
             Some(port) => self.push(port, pieces, true),
             None => {
-                // Nobody is held back by those who may not even be meant.
+                // Ports that may not even be the destination hold back no sender.
                 (0..self.nics.len())
                     .filter(|port| Some(*port) != from)
                     .for_each(|port| self.push(port, pieces, false));
@@ -300,7 +301,7 @@ impl Segment {
         self.switch(Some(from), frame.to, &[frame.bytes]);
     }
 
-    /// Whether a frame is for the gateway alone.
+    /// Returns whether a frame is for the gateway alone.
     pub(crate) fn is_for_gateway(&self, frame: &Frame<'_>) -> bool {
         self.is_routed() && frame.to == self.mac
     }
@@ -313,12 +314,12 @@ impl Segment {
         }
     }
 
-    /// Sends a packet of the gateway's to a NIC that has no address yet.
+    /// Sends a packet of the gateway to a NIC that has no address yet.
     pub(crate) fn send_frame(&mut self, mac: Mac, port: usize, packet: &[u8]) {
         self.send_to(mac, Some(port), packet);
     }
 
-    /// Sends a packet of the router's to a host of the subnet.
+    /// Sends a packet of the router to a host of the subnet.
     pub(crate) fn send(&mut self, to: Ipv4Addr, packet: Vec<u8>) {
         if let Some((mac, port)) = self.neighbours.get(&to).copied() {
             return self.send_to(mac, Some(port), &packet);
@@ -343,18 +344,18 @@ impl Segment {
         self.switch(None, BROADCAST, &[&request.frame(BROADCAST)]);
     }
 
-    /// Takes an ARP packet of a guest's.
+    /// Handles an ARP packet of a guest.
     pub(crate) fn arp(&mut self, port: usize, arp: &Arp) {
         let (mac, address) = arp.sender;
         let learned = self.learn(address, mac, port);
-        // A host that looks whether its address is free has none yet (RFC 5227).
+        // A host that probes whether its address is free has none yet (RFC 5227).
         if arp.request && arp.target.1 == self.gateway && (learned || address.is_unspecified()) {
             let reply = Arp { request: false, sender: (self.mac, self.gateway), target: arp.sender };
             self.push(port, &[&reply.frame(mac)], false);
         }
     }
 
-    /// The packets that waited in vain.
+    /// Returns the packets that waited in vain.
     pub(crate) fn unresolved(&mut self, now: Instant) -> Vec<Vec<u8>> {
         let (mut left, mut unresolved) = (HashMap::new(), Vec::new());
         for (address, waiting) in self.waiting.drain() {
@@ -368,12 +369,12 @@ impl Segment {
         unresolved
     }
 
-    /// When the first waiting packet has waited long enough.
+    /// Returns when the first waiting packet times out.
     pub(crate) fn next_unresolved(&self) -> Option<Instant> {
         self.waiting.values().map(|waiting| waiting.since + RESOLUTION).min()
     }
 
-    /// Lets new frames out; the ports whose senders should wait.
+    /// Signals the ports with new frames.
     pub(crate) fn flush(&mut self) {
         for port in self.dirty.drain() {
             if let Some(nic) = self.nics.get(port) {
@@ -382,7 +383,7 @@ impl Segment {
         }
     }
 
-    /// How many addresses and packets are remembered.
+    /// Returns the number of addresses and packets that are remembered.
     #[cfg(test)]
     pub(crate) fn remembered(&self) -> usize {
         let packets: usize = self.waiting.values().map(|waiting| waiting.packets.len()).sum();

@@ -1,5 +1,5 @@
-//! The gateway's TCP: smoltcp's sockets on an interface that answers for every address. Which packets reach it is the router's
-//! decision.
+//! The gateway's TCP: smoltcp's sockets on an interface that answers for every address. The router decides which packets
+//! reach it.
 
 use smoltcp::{
     iface::{Config, Interface, SocketHandle, SocketSet},
@@ -18,21 +18,21 @@ use tokio::time::Instant;
 
 use super::wire::MTU;
 
-/// What a guest may send on a connection before it is read, in bytes.
+/// Receive buffer of a connection, in bytes: what a guest may send before it is read.
 const RECEIVED: usize = 128 << 10;
-/// What is on its way to a guest on a connection, in bytes: seven segments. QEMU loses what waits for a NIC beyond the free descriptors
-/// of its ring (`qemu_net_queue_flush` takes the -1 of `e1000_receive_iov` for delivered), and a boot loader offers eight.
+/// Send buffer of a connection, in bytes: seven segments. QEMU loses frames that wait for a NIC beyond the free descriptors of its
+/// ring (`qemu_net_queue_flush` treats the -1 of `e1000_receive_iov` as delivered), and a boot loader offers eight.
 const SENT: usize = 7 * 1460;
-/// How long a guest may not answer on a connection, and how often it is asked when nothing is sent.
+/// Time after which a guest that does not answer loses its connection, and the interval between keep-alives while idle.
 const SILENCE: StackDuration = StackDuration::from_secs(600);
 const KEEP_ALIVE: StackDuration = StackDuration::from_secs(60);
-/// How long a guest may take for the end of a connection that nobody here uses any more.
+/// Time limit for a guest to close a connection that is no longer used here.
 const LINGER: StackDuration = StackDuration::from_secs(30);
-/// The same, of a guest that answers and does not end its side.
+/// The same for a guest that answers but does not close its side.
 const LONGEST_LINGER: Duration = Duration::from_secs(60);
-/// The interface's own address: of a range that no network has (RFC 7600).
+/// The interface's own address, from a range that no network uses (RFC 7600).
 const OWN: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
-/// Ports of connections to guests (RFC 6335).
+/// Local ports of connections to guests (RFC 6335).
 const EPHEMERAL: std::ops::Range<u16> = 49152..65535;
 
 /// A NIC of a VPC: its segment, and its port there.
@@ -42,7 +42,7 @@ pub(crate) struct Place {
     pub(crate) port: usize,
 }
 
-/// Both ends of a connection that a guest opened.
+/// The two ends of a connection that a guest opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Flow {
     pub(crate) guest: (Ipv4Addr, u16),
@@ -91,14 +91,14 @@ impl Device for Queues {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ip;
         capabilities.max_transmission_unit = MTU;
-        // A unix socket loses no bits.
+        // A unix socket does not corrupt data.
         capabilities.checksum.tcp = Checksum::Tx;
         capabilities.checksum.ipv4 = Checksum::Tx;
         capabilities
     }
 }
 
-/// A connection's NIC, and for one that the guest opened its ends.
+/// The NIC of a connection, and the ends of a connection that the guest opened.
 #[derive(Debug, Clone, Copy)]
 struct Connection {
     place: Place,
@@ -111,7 +111,7 @@ pub(crate) struct Stack {
     queues: Queues,
     sockets: SocketSet<'static>,
     connections: HashMap<SocketHandle, Connection>,
-    /// Connections that nobody here uses any more.
+    /// Connections that are no longer used here.
     closing: Vec<(SocketHandle, Instant)>,
     started: Instant,
     next_port: u16,
@@ -131,10 +131,10 @@ impl Stack {
         let mut interface = Interface::new(config, &mut queues, StackInstant::ZERO);
         interface.set_any_ip(true);
         interface.update_ip_addrs(|addresses| {
-            // There is room for the first.
+            // There is space for the first.
             let _ = addresses.push(IpCidr::new(IpAddress::Ipv4(OWN), 32));
         });
-        // With a route over itself, every address is taken for its own.
+        // A route via itself makes it treat every address as its own.
         let _ = interface.routes_mut().add_default_ipv4_route(OWN);
         Self {
             interface,
@@ -151,38 +151,38 @@ impl Stack {
         StackInstant::from_micros(i64::try_from(self.started.elapsed().as_micros()).unwrap_or(i64::MAX))
     }
 
-    /// Gives it a packet of a guest's.
+    /// Passes it a packet of a guest.
     pub(crate) fn receive(&mut self, packet: Vec<u8>) {
         self.queues.received.push_back(packet);
     }
 
-    /// Lets it do what there is to do; the packets that it sends.
+    /// Processes what is pending, and returns the packets to send.
     pub(crate) fn run(&mut self) -> Vec<Vec<u8>> {
         let now = self.now();
         self.interface.poll(now, &mut self.queues, &mut self.sockets);
         std::mem::take(&mut self.queues.sent)
     }
 
-    /// How long until it has something to do, unless something happens before.
+    /// Returns the time until it has to be run again, unless something happens before.
     pub(crate) fn delay(&mut self) -> Option<Duration> {
         let now = self.now();
         self.interface.poll_delay(now, &self.sockets).map(|delay| Duration::from_micros(delay.total_micros()))
     }
 
-    /// Removes connections that have ended and that nobody uses; which they were.
+    /// Removes connections that have ended and are no longer used, and returns them.
     pub(crate) fn retire(&mut self) -> Vec<(Place, Option<Flow>)> {
         let Self { sockets, closing, connections, .. } = self;
         let mut retired = Vec::new();
         closing.retain(|(handle, since)| {
             let socket = sockets.get_mut::<tcp::Socket<'_>>(*handle);
             if socket.recv_queue() > 0 || since.elapsed() > LONGEST_LINGER {
-                // What is still sent to nobody would never be read.
+                // The guest still sends data that would never be read.
                 socket.abort();
             }
             let ended = match socket.state() {
-                // A reset is still on its way while it knows its peer.
+                // While the peer is known, the reset has not been sent yet.
                 State::Closed => socket.remote_endpoint().is_none(),
-                // Nothing is lost or late between a guest and its gateway.
+                // Nothing is lost or delayed between a guest and its gateway.
                 State::TimeWait => true,
                 _ => false,
             };
@@ -233,7 +233,7 @@ impl Stack {
         Ok(self.add(socket, place, None))
     }
 
-    /// Takes a connection that a guest asks for with this packet.
+    /// Accepts a connection that a guest opens with this packet.
     pub(crate) fn accept(&mut self, place: Place, flow: Flow, syn: Vec<u8>) -> io::Result<SocketHandle> {
         let mut socket = socket();
         socket
@@ -247,11 +247,11 @@ impl Stack {
         self.sockets.get_mut(handle)
     }
 
-    /// Ends a connection in order: what was written still arrives.
+    /// Closes a connection gracefully: what was written still arrives.
     pub(crate) fn close(&mut self, handle: SocketHandle) {
         let socket = self.socket(handle);
         socket.close();
-        // Also of a guest that answers no more.
+        // Covers guests that no longer answer.
         socket.set_timeout(Some(LINGER));
         socket.set_keep_alive(Some(LINGER / 3));
         self.closing.push((handle, Instant::now()));
@@ -275,7 +275,7 @@ impl Stack {
 fn socket() -> tcp::Socket<'static> {
     let buffer = |bytes| tcp::SocketBuffer::new(vec![0; bytes]);
     let mut socket = tcp::Socket::new(buffer(RECEIVED), buffer(SENT));
-    // Keystrokes are small, and each is waited for.
+    // Keystrokes are small, and each one is waited for.
     socket.set_nagle_enabled(false);
     socket.set_ack_delay(None);
     socket.set_timeout(Some(SILENCE));

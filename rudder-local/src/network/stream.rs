@@ -1,4 +1,4 @@
-//! A TCP connection with a guest, as a stream of Tokio's.
+//! A TCP connection with a guest, as a Tokio stream.
 
 use super::vpc::Vpc;
 use smoltcp::{
@@ -13,7 +13,7 @@ use std::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// A TCP connection with a guest. Each side is shut down on its own; dropping it ends what is left of it in order.
+/// A TCP connection with a guest. Each side can be shut down separately; dropping it closes the rest gracefully.
 pub struct GuestStream {
     vpc: Arc<Vpc>,
     handle: SocketHandle,
@@ -30,7 +30,7 @@ impl GuestStream {
         Self { vpc, handle }
     }
 
-    /// Waits until the guest has taken or refused the connection.
+    /// Waits until the guest has accepted or refused the connection.
     pub(crate) async fn connected(&self) -> io::Result<()> {
         std::future::poll_fn(|cx| {
             let mut inner = self.vpc.lock();
@@ -107,7 +107,7 @@ impl AsyncWrite for GuestStream {
         Poll::Pending
     }
 
-    /// What was written is on its way at once.
+    /// Returns at once: written data is sent immediately.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }

@@ -1,5 +1,5 @@
-//! A VPC: its segments, the router between them, and what the router does itself. One lock for all of it, which is taken once
-//! per read of a NIC's frames and not once per frame.
+//! A VPC: its segments, the router between them, and the router's own services. One lock covers all of it, which is acquired
+//! once per read of a NIC's frames and not once per frame.
 
 mod router;
 
@@ -23,24 +23,24 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-/// Connections of one NIC to the gateway and beyond it, at a time.
+/// Maximum number of concurrent connections per NIC to the gateway and beyond it.
 const FLOWS: usize = 256;
-/// How long a guest may take to tell its address when it is dialled, and how often it is asked.
+/// Time limit for a dialled guest to announce its address, and the interval at which it is asked.
 const HEARING: Duration = Duration::from_secs(3);
 const ASKING: Duration = Duration::from_millis(250);
-/// How long a guest may take to answer a dial.
+/// Time limit for a guest to answer a dial.
 const CONNECTING: Duration = Duration::from_secs(10);
 /// The longest frame that a NIC may send: QEMU's own limit is about 68 KiB.
 pub(crate) const LONGEST_FRAME: usize = 69 << 10;
-/// The stack is left alone for at least so long.
+/// Minimum delay before the timer runs the stack again.
 const REST: Duration = Duration::from_millis(1);
 
-/// What is the same for all VPCs of a lab.
+/// Settings shared by all VPCs of a lab.
 #[derive(Debug)]
 pub(crate) struct Settings {
-    /// What the names of machines end with.
+    /// The domain of the machines' names.
     pub(crate) domain: String,
-    /// Where questions for other names go; the host's servers when it is `None`.
+    /// The server for queries about other names; `None` for the host's servers.
     pub(crate) resolver: Option<std::net::SocketAddr>,
     /// Whether guests may connect to an address outside.
     pub(crate) is_outside: fn(Ipv4Addr) -> bool,
@@ -57,7 +57,7 @@ pub(crate) struct Vpc {
     inner: Mutex<Inner>,
 }
 
-/// Where a connection that a guest opens is.
+/// The state of a connection that a guest opens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Opened {
     /// Its other end is being connected.
@@ -66,7 +66,7 @@ enum Opened {
     Established,
 }
 
-/// What is behind the lock.
+/// The state behind the lock.
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) internet: bool,
@@ -77,7 +77,7 @@ pub(crate) struct Inner {
     pub(crate) datagrams: nat::Datagrams,
     flows: HashMap<Flow, Opened>,
     timer: Arc<Notify>,
-    /// When the timer is to fire.
+    /// When the timer fires.
     due: Option<Instant>,
 }
 
@@ -118,7 +118,7 @@ impl Vpc {
         tokio::spawn(async move { end.run_until_cancelled(work).await });
     }
 
-    /// Keeps time: retransmissions, packets that wait in vain.
+    /// Runs the timer: retransmissions, and packets that wait in vain.
     pub(crate) async fn keep_time(self: Arc<Self>) {
         loop {
             let due = self.lock().due;
@@ -139,10 +139,10 @@ impl Vpc {
         }
     }
 
-    /// Takes the whole frames at the front of what a NIC sent: how many bytes they are, and the ports to wait for.
+    /// Handles the complete frames at the front of what a NIC sent: returns their length in bytes, and the ports to wait for.
     ///
     /// # Errors
-    /// `InvalidData` for a frame that is longer than any.
+    /// `InvalidData` for a frame longer than the limit.
     pub(crate) fn frames(
         self: &Arc<Self>,
         place: Place,
@@ -166,7 +166,7 @@ impl Vpc {
         Ok((bytes.len() - rest.len(), full))
     }
 
-    /// Takes note that a NIC is no longer connected: its connections are over.
+    /// Handles the disconnection of a NIC, which ends its connections.
     pub(crate) fn disconnected(&self, place: Place) {
         let mut inner = self.lock();
         if let Some(segment) = inner.segments.get_mut(place.segment) {
@@ -206,19 +206,19 @@ impl Vpc {
         Ok(stream)
     }
 
-    /// Waits until the guest behind a NIC has told its address: the planned one, or, where none is planned, any.
+    /// Waits until the guest behind a NIC has announced its address: the planned one, or any if none is planned.
     async fn hear(&self, place: Place) -> io::Result<Ipv4Addr> {
         loop {
             let heard = match self.lock().look(place)? {
                 Ok(address) => return Ok(address),
                 Err(heard) => heard,
             };
-            // Heard in between or not: it is looked again soon.
+            // Whether notified or not, it is checked again soon.
             let _ = tokio::time::timeout(ASKING, heard.notified()).await;
         }
     }
 
-    /// Establishes a connection that a guest asked for with this packet.
+    /// Accepts a connection that a guest opened with this packet.
     pub(crate) fn accept(self: &Arc<Self>, place: Place, flow: Flow, syn: Vec<u8>) -> Option<GuestStream> {
         let mut inner = self.lock();
         match inner.accept(place, flow, syn) {
@@ -231,7 +231,7 @@ impl Vpc {
         }
     }
 
-    /// Refuses a connection that a guest asked for with this packet.
+    /// Refuses a connection that a guest opened with this packet.
     pub(crate) fn refuse(&self, place: Place, flow: Flow, syn: Vec<u8>, why: Option<Refusal>) {
         let mut inner = self.lock();
         inner.end_flow(place, flow);
@@ -241,7 +241,7 @@ impl Vpc {
 }
 
 impl Inner {
-    /// Lets the stack and the switches do what there is to do.
+    /// Lets the stack and the switches process what is pending.
     pub(crate) fn poll(&mut self) {
         for packet in self.stack.run() {
             self.send(packet);
@@ -272,7 +272,7 @@ impl Inner {
         }
     }
 
-    /// Sends a packet of the router's or the stack's to the host that it is for.
+    /// Sends a packet of the router or the stack to its destination.
     pub(crate) fn send(&mut self, packet: Vec<u8>) {
         let Some(to) = Packet::parse(&packet).map(|packet| packet.dst) else { return };
         if let Some(segment) = self.segments.iter_mut().find(|segment| segment.reaches(to)) {
@@ -280,7 +280,7 @@ impl Inner {
         }
     }
 
-    /// The address of the guest behind a NIC; else what tells that there may be news of it, after the guest was asked.
+    /// Returns the address of the guest behind a NIC; else asks for it, and returns what to wait on for news.
     fn look(&mut self, place: Place) -> io::Result<Result<Ipv4Addr, Arc<Notify>>> {
         let segment = self.segments.get_mut(place.segment).ok_or(io::ErrorKind::NotConnected)?;
         match segment.nics.get(place.port).and_then(|nic| nic.address) {

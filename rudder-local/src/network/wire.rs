@@ -1,5 +1,5 @@
 //! Ethernet (IEEE 802.3), ARP (RFC 826), IPv4 (RFC 791), UDP (RFC 768) and ICMP (RFC 792): what the switch and the router
-//! read and write. Everything is read with bounds checks: a frame is a guest's.
+//! read and write. Everything is read with bounds checks, because frames come from guests.
 
 use std::net::Ipv4Addr;
 
@@ -11,7 +11,7 @@ pub(crate) const BROADCAST: Mac = [0xff; 6];
 pub(crate) const MTU: usize = 1500;
 /// Length of an Ethernet header.
 const ETHERNET: usize = 14;
-/// Shortest Ethernet frame without its checksum.
+/// Length of the shortest Ethernet frame without its checksum.
 const SHORTEST: usize = 60;
 
 pub(crate) const ICMP: u8 = 1;
@@ -39,7 +39,7 @@ pub(crate) struct Frame<'a> {
     pub(crate) bytes: &'a [u8],
 }
 
-/// What a frame carries.
+/// The payload of a frame.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Payload<'a> {
     Ipv4(&'a [u8]),
@@ -59,12 +59,12 @@ impl<'a> Frame<'a> {
     }
 }
 
-/// Whether a hardware address names a group.
+/// Returns whether a hardware address is a group address.
 pub(crate) fn is_group(mac: Mac) -> bool {
     mac[0] & 1 == 1
 }
 
-/// The Ethernet header of an IPv4 packet.
+/// Returns the Ethernet header of an IPv4 packet.
 pub(crate) fn ipv4_header(to: Mac, from: Mac) -> [u8; ETHERNET] {
     let mut header = [0; ETHERNET];
     header[..6].copy_from_slice(&to);
@@ -95,7 +95,7 @@ impl Arp {
         Some(Self { request, sender, target: (array(bytes, 18)?, ip_at(bytes, 24)?) })
     }
 
-    /// The frame that carries it to this hardware address.
+    /// Returns the frame that carries it to this hardware address.
     pub(crate) fn frame(&self, to: Mac) -> Vec<u8> {
         let mut frame = Vec::with_capacity(SHORTEST);
         frame.extend(to);
@@ -110,7 +110,7 @@ impl Arp {
     }
 }
 
-/// Sums 16-bit words for the Internet checksum (RFC 1071).
+/// Adds up 16-bit words for the Internet checksum (RFC 1071).
 fn sum(bytes: &[u8], start: u32) -> u32 {
     let mut words = bytes.chunks_exact(2);
     let mut sum =
@@ -125,7 +125,7 @@ fn checksum(mut sum: u32) -> [u8; 2] {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
-    // At most 16 bits are left.
+    // At most 16 bits remain.
     (!u16::try_from(sum).unwrap_or_default()).to_be_bytes()
 }
 
@@ -136,11 +136,11 @@ pub(crate) struct Packet<'a> {
     pub(crate) dst: Ipv4Addr,
     pub(crate) protocol: u8,
     pub(crate) ttl: u8,
-    /// Must not be fragmented.
+    /// Whether it must not be fragmented.
     pub(crate) whole: bool,
-    /// Is a fragment.
+    /// Whether it is a fragment.
     pub(crate) fragment: bool,
-    /// Is a fragment other than the first.
+    /// Whether it is a fragment other than the first.
     later_fragment: bool,
     header: usize,
     pub(crate) bytes: &'a [u8],
@@ -175,7 +175,7 @@ impl<'a> Packet<'a> {
         &self.bytes[self.header..]
     }
 
-    /// The ports of a whole UDP datagram or TCP segment.
+    /// Returns the ports of an unfragmented UDP datagram or TCP segment.
     pub(crate) fn ports(&self) -> Option<(u16, u16)> {
         if self.fragment || self.payload().len() < 8 {
             return None;
@@ -183,26 +183,26 @@ impl<'a> Packet<'a> {
         Some((u16_at(self.payload(), 0)?, u16_at(self.payload(), 2)?))
     }
 
-    /// The content of a whole UDP datagram.
+    /// Returns the content of an unfragmented UDP datagram.
     pub(crate) fn datagram(&self) -> Option<&'a [u8]> {
         let length = usize::from(u16_at(self.payload(), 4)?);
         (!self.fragment).then(|| self.payload().get(8..length)).flatten()
     }
 
-    /// Whether it is a TCP segment that asks for a connection.
+    /// Returns whether it is a TCP segment that opens a connection.
     pub(crate) fn is_syn(&self) -> bool {
-        // FIN, SYN, RST, ACK.
+        // Of FIN, SYN, RST and ACK, only SYN is set.
         self.payload().get(13).is_some_and(|flags| flags & 0x17 == 0x02)
     }
 
-    /// Whether an ICMP error may be sent about it (RFC 1122, 3.2.2).
+    /// Returns whether an ICMP error may be sent about it (RFC 1122, 3.2.2).
     fn may_be_answered(&self) -> bool {
         let is_error = self.protocol == ICMP && !matches!(self.payload().first(), Some(0 | 8 | 13 | 14));
         let is_one = |ip: Ipv4Addr| !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast());
         !is_error && !self.later_fragment && is_one(self.src) && !self.src.is_loopback() && is_one(self.dst)
     }
 
-    /// The same packet after one hop: with a TTL less by one.
+    /// Returns the same packet after one hop, with its TTL decremented.
     pub(crate) fn after_a_hop(&self) -> Vec<u8> {
         let mut bytes = self.bytes.to_vec();
         bytes[8] = self.ttl.saturating_sub(1);
@@ -212,7 +212,7 @@ impl<'a> Packet<'a> {
         bytes
     }
 
-    /// The answer to an ICMP echo request.
+    /// Returns the answer to an ICMP echo request.
     pub(crate) fn echo_reply(&self) -> Option<Vec<u8>> {
         if self.protocol != ICMP
             || self.fragment
@@ -227,7 +227,7 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// Why a packet goes no further, as ICMP tells it.
+/// Why a packet goes no further, as ICMP reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
     NoRoute,
@@ -240,7 +240,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    /// The ICMP message about this packet, from a router of this address.
+    /// Returns the ICMP message about this packet, from a router with this address.
     pub(crate) fn about(self, packet: &Packet<'_>, router: Ipv4Addr) -> Option<Vec<u8>> {
         if !packet.may_be_answered() {
             return None;
@@ -271,13 +271,13 @@ fn icmp((src, dst): (Ipv4Addr, Ipv4Addr), mut message: Vec<u8>) -> Vec<u8> {
     ipv4((src, dst), ICMP, &[&message])
 }
 
-/// An IPv4 packet with this content, of at most 65,515 bytes.
+/// Returns an IPv4 packet with this content, of at most 65,515 bytes.
 fn ipv4((src, dst): (Ipv4Addr, Ipv4Addr), protocol: u8, content: &[&[u8]]) -> Vec<u8> {
     let length = 20 + content.iter().map(|piece| piece.len()).sum::<usize>();
     let mut packet = Vec::with_capacity(length);
     packet.extend([0x45, 0]);
     packet.extend(u16::try_from(length).unwrap_or(u16::MAX).to_be_bytes());
-    // An identification matters only to what may be fragmented (RFC 6864).
+    // The identification matters only for packets that may be fragmented (RFC 6864).
     packet.extend(if length > MTU { rand::random() } else { [0, 0] });
     packet.extend([if length > MTU { 0 } else { 0x40 }, 0, 64, protocol, 0, 0]);
     packet.extend(src.octets());
@@ -288,7 +288,7 @@ fn ipv4((src, dst): (Ipv4Addr, Ipv4Addr), protocol: u8, content: &[&[u8]]) -> Ve
     packet
 }
 
-/// A UDP datagram. What does not fit into a packet is cut.
+/// Returns a UDP datagram. Content that does not fit into a packet is truncated.
 pub(crate) fn udp(src: (Ipv4Addr, u16), dst: (Ipv4Addr, u16), content: &[u8]) -> Vec<u8> {
     let content = &content[..content.len().min(65_507)];
     let length = u16::try_from(8 + content.len()).unwrap_or(u16::MAX);
@@ -298,12 +298,12 @@ pub(crate) fn udp(src: (Ipv4Addr, u16), dst: (Ipv4Addr, u16), content: &[u8]) ->
     header[4..6].copy_from_slice(&length.to_be_bytes());
     let pseudo = sum(&dst.0.octets(), sum(&src.0.octets(), u32::from(UDP) + u32::from(length)));
     let found = checksum(sum(content, sum(&header, pseudo)));
-    // Zero would say that there is none.
+    // Zero would mean that there is no checksum.
     header[6..8].copy_from_slice(&if found == [0, 0] { [0xff; 2] } else { found });
     ipv4((src.0, dst.0), UDP, &[&header, content])
 }
 
-/// The packets of at most [`MTU`] bytes that carry this one, which may be fragmented.
+/// Splits a packet that may be fragmented into packets of at most [`MTU`] bytes.
 pub(crate) fn fragments(bytes: Vec<u8>) -> Vec<Vec<u8>> {
     let Some(packet) = Packet::parse(&bytes).filter(|packet| packet.bytes.len() > MTU) else {
         return vec![bytes];
@@ -329,7 +329,7 @@ pub(crate) fn fragments(bytes: Vec<u8>) -> Vec<Vec<u8>> {
     made.collect()
 }
 
-/// A packet with this content, for tests and fuzzing.
+/// Returns a packet with this content, for tests and fuzzing.
 pub(crate) fn packet(ends: (Ipv4Addr, Ipv4Addr), protocol: u8, content: &[u8]) -> Vec<u8> {
     ipv4(ends, protocol, &[content])
 }

@@ -1,7 +1,7 @@
-//! The serial console of a running machine: recorded within bounds, and shared by any number of readers and typists.
+//! The serial console of a running machine: recorded within bounds, and shared by any number of readers and writers.
 //!
-//! QEMU's socket serves one client at a time and keeps nothing, and QEMU's own log of it grows for as long as the guest
-//! writes. So this process is the one client: it takes what the guest writes as fast as it comes, and keeps the end of it.
+//! QEMU's socket serves one client at a time and buffers nothing, and QEMU's own log of it grows for as long as the guest
+//! writes. So this process is that one client: it reads what the guest writes as fast as it arrives, and keeps the end of it.
 //!
 //! ```text
 //! guest ──▶ QEMU ──mN.serial──▶ SerialConsole ──▶ the last KEPT bytes in memory, for tails and readers
@@ -9,11 +9,11 @@
 //!                                             └─▶ mN.console: a socket on which any number of people may read and type
 //! ```
 //!
-//! - **A guest that writes without end** costs [`KEPT`] bytes of memory and twice as much of the disk.
+//! - **A guest that writes without end** costs [`KEPT`] bytes of memory and twice as much disk space.
 //! - **A reader that does not read** loses the oldest bytes. The guest never waits for it.
-//! - **A dead owner**: its connection is closed, and QEMU drops what the guest writes while nobody is connected.
-//! - **A kept lab** belongs to whoever connects: once it is kept and the readers in this process have left, QEMU's socket is
-//!   free. What the guest writes from then on is seen by that client only, and recorded by nobody.
+//! - **A dead owner**: its connection is closed, and QEMU drops what the guest writes while no client is connected.
+//! - **A kept lab** is open to any client: once it is kept and the readers in this process have left, QEMU's socket is
+//!   free. What the guest writes from then on reaches only the client that connects, and is not recorded.
 
 mod record;
 
@@ -38,24 +38,24 @@ use tokio_util::{
     task::AbortOnDropHandle,
 };
 
-/// How much of the end of a serial console is kept, in bytes.
+/// Number of bytes at the end of a serial console that are kept.
 pub const KEPT: usize = 256 << 10;
-/// How much is carried at once, in bytes.
+/// Number of bytes that are copied at once.
 const PIECE: usize = 16 << 10;
-/// How many people may connect to the socket at a time.
+/// Maximum number of people connected to the socket at a time.
 const PEOPLE: usize = 16;
-/// How long accepting connections rests after an error: the process may be out of file descriptors.
+/// Pause after an error while accepting connections: the process may be out of file descriptors.
 const ACCEPT_REST: Duration = Duration::from_secs(1);
 
-/// Where the serial console of a machine is found.
+/// The paths of a machine's serial console.
 #[derive(Debug, Clone)]
 pub struct SerialPaths {
     /// QEMU's socket.
     pub socket: PathBuf,
-    /// The socket that is made for people, which must not be there.
+    /// The socket to create for people, which must not exist yet.
     pub people: PathBuf,
-    /// The file that what the guest writes is recorded in. A second file has the same name with `.0` at its end. Both are made
-    /// new.
+    /// The file that records what the guest writes. A second file has the same name with `.0` appended. Both are newly
+    /// created.
     pub record: PathBuf,
 }
 
@@ -80,17 +80,17 @@ struct Shared {
 }
 
 impl Shared {
-    /// Connects a reader to what is written from now on.
+    /// Connects a reader, which receives what is written from now on.
     fn connect(self: &Arc<Self>) -> Attached {
         let (near, far) = tokio::io::duplex(PIECE);
         let gone = CancellationToken::new();
-        // Made here: nothing is missed that is written from now on.
+        // Created here, and not in the task, so that nothing written from now on is missed.
         let (shared, log) = (Arc::clone(self), self.said.log(self.said.end()));
         let hung_up = gone.clone();
         tokio::spawn(async move {
             tokio::select! {
                 () = hung_up.cancelled() => {}
-                // A reader that is gone is no failure.
+                // A reader that has gone is not an error.
                 _ = carry(shared, far, log) => {}
             }
         });
@@ -99,10 +99,10 @@ impl Shared {
 }
 
 impl SerialConsole {
-    /// Connects to the socket of a machine that has not run yet, and records from then on.
+    /// Connects to the socket of a machine that has not run yet, and starts to record.
     ///
     /// # Errors
-    /// When QEMU cannot be reached, or a file or socket cannot be made.
+    /// QEMU cannot be reached, or a file or socket cannot be created.
     pub async fn attach(paths: SerialPaths) -> io::Result<Self> {
         Self::with_limit(paths, KEPT).await
     }
@@ -114,7 +114,7 @@ impl SerialConsole {
         let (typed, keys) = mpsc::channel(16);
         let shared = Arc::new(Shared { said: SerialRecord::new(kept), typed });
         let (let_go, released) = watch::channel(false);
-        // Made here: a task that is aborted before it began says nothing.
+        // Created here, and not in the task: a task that is aborted before it starts would not close the record.
         let recording = Recording(Arc::clone(&shared));
         let recorder = tokio::spawn(run(recording, stream, record, keys, released));
         let people = tokio::spawn(serve_people(Arc::clone(&shared), listener));
@@ -128,11 +128,11 @@ impl SerialConsole {
         })
     }
 
-    /// Connects a reader, who gets what the guest writes from now on, and whose input reaches the guest. The stream ends with
+    /// Connects a reader, which receives what the guest writes from now on, and whose input reaches the guest. The stream ends with
     /// the machine.
     ///
     /// # Errors
-    /// When this process has let go of the console and QEMU cannot be reached.
+    /// This process has let go of the console and QEMU cannot be reached.
     pub async fn connect(&self) -> io::Result<BoxedStream> {
         if self.is_let_go() && self.shared.said.is_closed() {
             return Ok(Box::new(UnixStream::connect(&self.socket).await?));
@@ -140,14 +140,14 @@ impl SerialConsole {
         Ok(Box::new(self.shared.connect()))
     }
 
-    /// What the guest wrote since it was powered on, from a position on, as
-    /// [`Machine::serial_log`](rudder_core::backend::Machine::serial_log) gives it.
+    /// Returns what the guest wrote since it was powered on, starting at a position, as
+    /// [`Machine::serial_log`](rudder_core::backend::Machine::serial_log) promises.
     #[must_use]
     pub fn log(&self, from: u64) -> SerialLog {
         self.shared.said.log(from)
     }
 
-    /// At most the last `limit` bytes that the guest wrote.
+    /// Returns at most the last `limit` bytes that the guest wrote.
     #[must_use]
     pub fn tail(&self, limit: usize) -> Vec<u8> {
         self.shared.said.tail(limit)
@@ -158,24 +158,24 @@ impl SerialConsole {
         self.shared.said.closed().await;
     }
 
-    /// Whether [`let_go`](Self::let_go) was called.
+    /// Returns whether [`let_go`](Self::let_go) was called.
     #[must_use]
     pub fn is_let_go(&self) -> bool {
         *self.let_go.borrow()
     }
 
-    /// Frees QEMU's socket for others as soon as nobody in this process reads.
+    /// Frees QEMU's socket for others as soon as this process has no readers.
     pub fn let_go(&self) {
         if let Some(people) = self.people.lock().unwrap_or_else(PoisonError::into_inner).take() {
             drop(people);
-            // Nobody listens there any more; the lab may be gone with it.
+            // Nothing listens there any more; the lab may be gone with it.
             let _ = std::fs::remove_file(&self.people_socket);
         }
         self.let_go.send_replace(true);
     }
 }
 
-/// Says that nothing more comes, however recording ends.
+/// Closes the record when recording ends, however it ends.
 struct Recording(Arc<Shared>);
 
 impl Drop for Recording {
@@ -184,7 +184,7 @@ impl Drop for Recording {
     }
 }
 
-/// Records until QEMU hangs up, or everybody has let go.
+/// Records until QEMU disconnects, or the console was let go and has no readers.
 async fn run(
     recording: Recording,
     stream: UnixStream,
@@ -203,7 +203,7 @@ async fn run(
     };
     let typing = async {
         while let Some(bytes) = keys.recv().await {
-            // A guest that does not take its input holds up those who type, and no reader.
+            // A guest that does not take its input blocks writers, but no reader.
             if writer.write_all(&bytes).await.is_err() {
                 break;
             }
@@ -211,7 +211,7 @@ async fn run(
         std::future::pending::<()>().await;
     };
     let released = async {
-        // It stays as it is when the sender is gone.
+        // The value does not change any more once the sender is gone.
         if released.wait_for(|released| *released).await.is_err() {
             std::future::pending::<()>().await;
         }
@@ -224,12 +224,12 @@ async fn run(
     }
 }
 
-/// Carries what is written and typed, until nothing more comes and everything was taken.
+/// Copies output and input, until the output has ended and all of it was delivered.
 async fn carry(shared: Arc<Shared>, far: DuplexStream, mut log: SerialLog) -> io::Result<()> {
     let (mut typed, mut said) = tokio::io::split(far);
     let typing = async {
         let mut piece = vec![0; PIECE];
-        // Whoever has typed the last of it may go on reading.
+        // A reader that has sent all its input may continue to read.
         while let Ok(count @ 1..) = typed.read(&mut piece).await {
             if shared.typed.send(piece[..count].to_vec()).await.is_err() {
                 break;
@@ -247,7 +247,7 @@ async fn carry(shared: Arc<Shared>, far: DuplexStream, mut log: SerialLog) -> io
     }
 }
 
-/// Lets people on the host read and type, as with `nc -U`.
+/// Lets people on the host read and write, for example with `nc -U`.
 async fn serve_people(shared: Arc<Shared>, listener: UnixListener) {
     let mut people = JoinSet::new();
     loop {
@@ -259,7 +259,7 @@ async fn serve_people(shared: Arc<Shared>, listener: UnixListener) {
                 Ok((mut person, _)) => {
                     let mut console = shared.connect();
                     people.spawn(async move {
-                        // A person who hangs up is no failure.
+                        // A person who disconnects is not an error.
                         let _ = tokio::io::copy_bidirectional(&mut person, &mut console).await;
                     });
                 }

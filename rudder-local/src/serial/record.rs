@@ -1,4 +1,4 @@
-//! What a guest wrote on its serial console, in files of bounded size: one that grows, and the one before it.
+//! The output of a guest on its serial console, in files of bounded size: the current one, and the one before it.
 
 use std::{
     io,
@@ -9,19 +9,19 @@ use tokio::{
     io::AsyncWriteExt,
 };
 
-/// A record that keeps at least the last `kept` bytes and takes at most twice as many.
+/// A record that keeps at least the last `kept` bytes and occupies at most twice as many.
 #[derive(Debug)]
 pub(super) struct Record {
     path: PathBuf,
     older: PathBuf,
     kept: u64,
     size: u64,
-    /// `None` once it could not be written: the console goes on without.
+    /// `None` after a write error: the console continues without a record.
     file: Option<File>,
 }
 
 impl Record {
-    /// A new record; those that are there are removed.
+    /// Creates a new record; existing ones are removed.
     pub(super) async fn create(path: PathBuf, kept: u64) -> io::Result<Self> {
         let mut older = path.clone().into_os_string();
         older.push(".0");
@@ -31,7 +31,7 @@ impl Record {
         Ok(Self { path, older, kept, size: 0, file })
     }
 
-    /// Appends what was written.
+    /// Appends output of the guest.
     pub(super) async fn append(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let room = usize::try_from(self.kept - self.size).unwrap_or(usize::MAX);
@@ -51,7 +51,7 @@ impl Record {
     async fn try_append(&mut self, bytes: &[u8]) -> io::Result<()> {
         if let Some(file) = &mut self.file {
             file.write_all(bytes).await?;
-            // Until then it is on its way, in a buffer of this process.
+            // Until then the bytes are in a buffer of this process.
             file.flush().await?;
             self.size += bytes.len() as u64;
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 const LIMIT: usize = 1 << 10;
 
-/// A console of which the test plays QEMU and the guest.
+/// A console for which the test plays QEMU and the guest.
 struct Bench {
     dir: tempfile::TempDir,
     console: SerialConsole,
@@ -27,7 +27,7 @@ impl Bench {
         self.guest.write_all(bytes).await.unwrap();
     }
 
-    /// The guest's machine ends.
+    /// Ends the guest's machine.
     async fn end(self) -> (tempfile::TempDir, SerialConsole) {
         drop(self.guest);
         self.console.finished().await;
@@ -35,7 +35,7 @@ impl Bench {
     }
 }
 
-/// The two files of a record, the older first.
+/// Returns the content of the two files of a record, the older first.
 fn recorded(dir: &Path) -> Vec<u8> {
     let read = |file: &str| std::fs::read(dir.join(file)).unwrap_or_default();
     [read("log.0"), read("log")].concat()
@@ -78,13 +78,13 @@ async fn a_guest_does_not_wait_for_a_reader_that_does_not_read() {
     let mut bench = Bench::new(LIMIT).await;
     let mut idle = bench.console.connect().await.unwrap();
     let person = UnixStream::connect(bench.dir.path().join("console")).await.unwrap();
-    // Far more than all buffers on the way hold.
+    // Far more than all buffers together hold.
     let flood = vec![b'x'; 4 << 20];
     bench.say(&flood).await;
     bench.say(b"the end").await;
     let (_dir, console) = bench.end().await;
     assert!(console.tail(100).ends_with(b"the end"));
-    // It missed the middle, and hears the end.
+    // It missed the middle, but receives the end.
     let mut heard = Vec::new();
     idle.read_to_end(&mut heard).await.unwrap();
     assert!(heard.ends_with(b"the end") && heard.len() < flood.len());
@@ -100,7 +100,7 @@ async fn several_read_and_type_and_each_gets_everything() {
     assert_eq!(until(&mut one, ".").await, b"to both.");
     assert_eq!(until(&mut two, ".").await, b"to both.");
     drop(one);
-    // Whoever comes late gets what comes from then on.
+    // A late reader receives what is written from then on.
     let mut three = bench.console.connect().await.unwrap();
     bench.say(b"to the rest.").await;
     assert_eq!(until(&mut two, ".").await, b"to the rest.");
@@ -147,11 +147,11 @@ async fn a_console_that_is_let_go_belongs_to_whoever_connects() {
     assert_eq!(until(&mut reader, ".").await, b"before.");
     bench.console.let_go();
     assert!(!bench.dir.path().join("console").exists());
-    // Whoever reads goes on reading.
+    // Existing readers continue to read.
     bench.say(b"after.").await;
     assert_eq!(until(&mut reader, ".").await, b"after.");
     drop(reader);
-    // The recorder hangs up: QEMU serves the next.
+    // The recorder disconnects, so that QEMU serves the next client.
     assert_eq!(bench.guest.read(&mut [0; 1]).await.unwrap(), 0);
     bench.console.finished().await;
     let (next, accepted) = tokio::join!(bench.console.connect(), bench.listener.accept());
@@ -166,7 +166,7 @@ async fn a_console_that_is_let_go_belongs_to_whoever_connects() {
 async fn a_record_that_cannot_be_written_ends_and_the_console_goes_on() {
     let mut bench = Bench::new(LIMIT).await;
     let mut reader = bench.console.connect().await.unwrap();
-    // Neither renamed nor made anew in a directory that is gone.
+    // Neither renamed nor recreated in a directory that is gone.
     std::fs::remove_dir_all(bench.dir.path()).unwrap();
     bench.say(&vec![b'x'; 3 * LIMIT]).await;
     bench.say(b"the end.").await;

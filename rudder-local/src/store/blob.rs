@@ -1,4 +1,4 @@
-//! Blobs and what is known about them: which URL gave which bytes, and which image those bytes hold.
+//! Blobs and records about them: which URL returned which bytes, and which image those bytes contain.
 
 use super::{
     ImageFormat, Lease, Store, Use, durable,
@@ -15,37 +15,37 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Which blob an image became.
+/// The blob that an image became.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ImageRecord {
-    /// The blob.
+    /// Digest of the blob.
     pub(super) stored: Digest,
-    /// How large the blob is.
+    /// Size of the blob.
     pub(super) stored_size: u64,
-    /// What it is.
+    /// Format of the image.
     pub(super) format: ImageFormat,
-    /// What a guest sees.
+    /// Size of the disk that a guest sees.
     pub(super) virtual_size: u64,
-    /// How many bytes were served.
+    /// Number of bytes served.
     pub(super) served_size: u64,
 }
 
-/// What a URL gave.
+/// What a URL returned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct UrlRecord {
-    /// The URL, masked: for people.
+    /// The URL, masked, for display.
     pub(super) url: String,
     /// sha256 of the bytes as served.
     pub(super) served: Digest,
-    /// How many there were.
+    /// Number of bytes served.
     pub(super) size: u64,
-    /// When; a later record is never mistaken for this one.
+    /// Time of the download; tells this record apart from later ones.
     pub(super) fetched: jiff::Timestamp,
-    /// How to ask whether it still gives the same.
+    /// How to ask whether the URL still returns the same.
     pub(super) validator: Validator,
 }
 
-/// How to ask a URL whether it still gives the same.
+/// How to ask whether a URL still returns the same.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Validator {
@@ -58,12 +58,12 @@ pub(super) enum Validator {
         /// `Last-Modified`, as it was sent.
         last_modified: Option<String>,
     },
-    /// What the file system says of a file.
+    /// The file's metadata.
     File(super::local::SourceIdentity),
 }
 
 impl Store {
-    /// Where a blob is, or would be.
+    /// Returns the path of a blob, whether or not it exists.
     pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
         let hex = digest.to_string();
         self.root().join("blobs/sha256").join(&hex[..2]).join(hex)
@@ -73,7 +73,7 @@ impl Store {
         self.root().join("index/images").join(format!("{served}.json"))
     }
 
-    /// The name of everything that is about a URL. What follows `#` never reaches a server.
+    /// Returns the name of all files about a URL. The fragment after `#` is ignored, because it never reaches a server.
     pub(super) fn url_key(url: &url::Url) -> String {
         let mut url = url.clone();
         url.set_fragment(None);
@@ -96,8 +96,8 @@ impl Store {
         record::read(&self.image_record_path(served))
     }
 
-    /// Takes a lease of a blob of this size (any size: `None`), if it is here and holds what its name says. One that does
-    /// not counts as absent, and is told.
+    /// Leases a blob of this size (`None`: any size), if it exists and its content matches its digest. A damaged one counts as
+    /// absent, and is reported.
     pub(super) fn lease_blob(
         &self,
         digest: &Digest,
@@ -109,7 +109,7 @@ impl Store {
         if path.symlink_metadata().is_err() {
             return Ok(None);
         }
-        // Examined under the lease: it may have been collected while we waited for it.
+        // Examined under the lease: it may have been collected while we waited for the lease.
         let lease = Lease::take(self, Use::Blob(*digest))?;
         match self.examine(&path, digest, size, progress, stop)? {
             Condition::Sound => Ok(Some(lease)),
@@ -124,7 +124,7 @@ impl Store {
         }
     }
 
-    /// The image that these served bytes became, if it is here.
+    /// Returns the image that these served bytes became, if it is in the store.
     pub(super) fn known_image(
         &self,
         served: &Digest,
@@ -136,13 +136,13 @@ impl Store {
         };
         let lease = self.lease_blob(&record.stored, Some(record.stored_size), progress, stop)?;
         let Some(lease) = lease else { return Ok(None) };
-        // Only the image itself says what it is: records may be older than the rules.
+        // Only the image itself is authoritative: records may be older than the rules.
         let Recognised { format, virtual_size, .. } =
             format::recognise_file(&self.blob_path(&record.stored))?;
         Ok(Some((ImageRecord { format, virtual_size, ..record }, lease)))
     }
 
-    /// Makes a finished file of the store's file system a blob. Its digest was computed from what was written.
+    /// Turns a finished file of the store's file system into a blob. Its digest was computed from what was written.
     pub(super) fn insert_blob(&self, file: &Path, digest: &Digest) -> Result<Lease> {
         let path = self.blob_path(digest);
         let lease = Lease::take(self, Use::Blob(*digest))?;
@@ -158,10 +158,10 @@ impl Store {
             let handle = File::open(file)?;
             durable::seal(&handle)?;
             if path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
-                // Whoever made a directory there may want it back.
+                // The directory may be a user's: it is moved aside, not removed.
                 fs::rename(&path, dir.join(format!("{digest}.aside-{:08x}", rand::random::<u32>())))?;
             }
-            // Replaces what was damaged; who has it open keeps it.
+            // Replaces what was damaged; processes that have it open keep it.
             fs::rename(file, &path)
         };
         enter().map_err(|error| io_error("store", &path, error))?;
@@ -170,7 +170,7 @@ impl Store {
         Ok(lease)
     }
 
-    /// Recognises the image in a blob, unpacks it where it is packed, and notes what it became.
+    /// Recognises the image in a blob, unpacks it if it is packed, and records which blob it became.
     pub(super) fn image_of_blob(
         &self,
         served: &Digest,
@@ -194,7 +194,7 @@ impl Store {
         }
     }
 
-    /// Makes an unpacked image a blob, and notes which bytes it came from.
+    /// Turns an unpacked image into a blob, and records which bytes it came from.
     pub(super) fn enter_unpacked(
         &self,
         served: &Digest,
@@ -238,7 +238,7 @@ impl Store {
         Ok(record)
     }
 
-    /// Compares what was served with what the manifest promised.
+    /// Compares the digest of the served bytes with the checksum in the manifest.
     pub(super) fn verify(url: &PlannedUrl, served: &Digest) -> Result<()> {
         match url.sha256 {
             Some(expected) if expected != *served => Err(Error::new(

@@ -1,4 +1,4 @@
-//! What nothing needs any more: what dead owners left, and cached inputs.
+//! Removal of what nothing needs any more: remains of dead owners, and cached inputs.
 
 use super::{
     Store, Use,
@@ -20,26 +20,26 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Which of the inputs that nothing needs are removed.
+/// Which unneeded inputs `Store::collect` removes.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct CollectPolicy {
-    /// Only those that were not used for this long. 0 s: all of them but those that were
+    /// Minimum time since the last use. 0 s removes all inputs except those that were
     /// [promised](Store::keep_cached) to stay longer.
     pub unused_for: Duration,
 }
 
-/// How long a blob stays cached.
+/// A promise that a blob stays cached.
 #[derive(Debug, Serialize, Deserialize)]
 struct Promise {
-    /// After its last use, in milliseconds.
+    /// Time after its last use, in milliseconds.
     keep_for_millis: u64,
-    /// When this was promised.
+    /// Time of the promise.
     given: jiff::Timestamp,
 }
 
 impl CollectPolicy {
-    /// Those that were not used for this long.
+    /// Returns a policy that removes inputs not used for this long.
     #[must_use]
     pub fn unused_for(unused_for: Duration) -> Self {
         Self { unused_for }
@@ -48,13 +48,13 @@ impl CollectPolicy {
 
 impl Store {
     /// Removes what dead owners left: processes and directories of labs, temporary files, half-published modules.
-    /// Partial downloads that the next download can go on with stay. Never touches what a living owner has;
+    /// Partial downloads that can be resumed stay. Never touches anything of a living owner;
     /// may run in several processes at once.
     ///
-    /// What has no ledger, is not known to be replaced, or is not the store's stays, and is in the report.
+    /// What has no ledger, is not known to be replaced, or does not belong to the store stays, and is listed in the report.
     ///
     /// # Errors
-    /// File errors. What could not be removed is in the report.
+    /// File errors. What could not be removed is listed in the report.
     pub async fn reap(&self) -> Result<ReapReport> {
         let store = self.clone();
         super::blocking(move || {
@@ -74,8 +74,8 @@ impl Store {
         .await
     }
 
-    /// Removes cached inputs that no module was made of, no lab needs, and nobody has a lease of; partial downloads
-    /// that nobody works on; and records about what is gone. [`reap`](Self::reap)s first.
+    /// Removes cached inputs that no module was made from, no lab needs, and no lease covers; abandoned partial downloads;
+    /// and records about what is gone. Calls [`reap`](Self::reap) first.
     ///
     /// # Errors
     /// File errors.
@@ -94,9 +94,9 @@ impl Store {
         Ok(report)
     }
 
-    /// A temporary file on the store's file system, locked for as long as its writer lives.
+    /// Creates a temporary file on the store's file system, locked for as long as its writer lives.
     pub(super) fn temp_file(&self) -> Result<tempfile::NamedTempFile> {
-        // Between making and locking it, it must not look abandoned.
+        // Between its creation and its locking, it must not look abandoned.
         let _judging = FileLock::wait(&self.lock_path("temporary"), Mode::Shared)?;
         let dir = self.downloads_dir();
         let make = || {
@@ -135,7 +135,7 @@ impl Store {
         }
         let (needed, damaged) = self.blobs_of_modules()?;
         if !damaged.is_empty() {
-            // Which blobs they name is not known: none is removed that might be one of them.
+            // The blobs that they name are unknown: none is removed that might be one of them.
             report.warnings.extend(damaged);
             return Ok(());
         }
@@ -160,8 +160,9 @@ impl Store {
         Ok(())
     }
 
-    /// The blobs that published modules were made of: to make them again without a download. Not their ISOs, which are large
-    /// and have a time of their own. Also what keeps that from being known.
+    /// Returns the blobs that published modules were made from, which are kept so that the modules can be rebuilt without a
+    /// download; ISOs are excluded, because they are large and have a retention time of their own. Also returns the reasons why
+    /// the list is incomplete.
     fn blobs_of_modules(&self) -> Result<(HashSet<Digest>, Vec<String>)> {
         let (mut needed, mut damaged) = (HashSet::new(), Vec::new());
         for module in self.modules()? {
@@ -186,7 +187,7 @@ impl Store {
         self.root().join("index/kept").join(format!("{digest}.json"))
     }
 
-    /// How long a blob stays after its last use, by what was promised.
+    /// Returns how long a blob was promised to stay after its last use.
     fn promised(&self, digest: &Digest) -> Result<Duration> {
         let path = self.promise_path(digest);
         if record::is_damaged::<Promise>(&path)? {
@@ -196,12 +197,12 @@ impl Store {
         Ok(promise.map_or(Duration::ZERO, |promise| Duration::from_millis(promise.keep_for_millis)))
     }
 
-    /// Promises that a blob stays for so long after its last use, which is going on: the caller has a lease.
+    /// Promises that a blob stays for this long after its last use, which is now: the caller has a lease.
     pub(super) fn promise(&self, digest: &Digest, keep_for: Duration) -> Result<()> {
         let path = self.promise_path(digest);
         let _one_at_a_time = FileLock::wait(&self.lock_path("kept"), Mode::Exclusive)?;
         let now = jiff::Timestamp::now();
-        // Of an earlier promise, what is left of it.
+        // The remaining time of an earlier promise.
         let left = record::read::<Promise>(&path)?.map_or(0, |earlier| {
             let age = now.as_millisecond().saturating_sub(earlier.given.as_millisecond());
             earlier.keep_for_millis.saturating_sub(u64::try_from(age).unwrap_or(0))
@@ -210,7 +211,7 @@ impl Store {
         record::write(&path, &Promise { keep_for_millis, given: now })
     }
 
-    /// Removes partial downloads that nobody works on: those that cannot be gone on with, and, with a policy, the others.
+    /// Removes abandoned partial downloads: those that cannot be resumed, and, with a policy, the others.
     fn sweep_downloads(&self, policy: Option<&CollectPolicy>, report: &mut ReapReport) -> Result<()> {
         for (name, path) in self.files(&self.downloads_dir(), |name| is_record(name, ".part"))? {
             let key = name.trim_end_matches(".part");
@@ -231,7 +232,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes records of images and URLs whose blobs are gone. A record that is missing is only made again.
+    /// Removes records of images and URLs whose blobs are gone. A missing record is simply recreated.
     fn collect_records(&self) -> Result<()> {
         let mut served = HashSet::new();
         for (name, path) in self.files(&self.root().join("index/images"), |name| is_record(name, ".json"))? {
@@ -240,7 +241,7 @@ impl Store {
                 Some(image) if self.blob_path(&image.stored).exists() => {
                     served.insert(digest);
                 }
-                // Of a damaged one it is not known what it names: it is written anew when it is needed.
+                // What a damaged record names is unknown: it is rewritten when it is needed.
                 None if record::is_damaged::<ImageRecord>(&path)? => {
                     served.insert(digest);
                 }
@@ -266,12 +267,12 @@ impl Store {
     }
 }
 
-/// Whether this is the name of a file of the store that is about a digest.
+/// Returns whether this is the name of a file of the store that is about a digest.
 fn is_record(name: &str, ending: &str) -> bool {
     name.strip_suffix(ending).is_some_and(|stem| stem.parse::<Digest>().is_ok())
 }
 
-/// Whether something was not used for this long.
+/// Returns whether something was not used for this long.
 fn old_enough(last_used: Option<SystemTime>, path: &Path, unused_for: Duration) -> bool {
     if unused_for.is_zero() {
         return true;
@@ -280,7 +281,7 @@ fn old_enough(last_used: Option<SystemTime>, path: &Path, unused_for: Duration) 
         let seconds = fs::metadata(path).ok()?.mtime();
         Some(SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).ok()?))
     };
-    // A clock that went back makes it young: kept, to be safe.
+    // A clock that was set back makes it look young, so it is kept.
     last_used
         .or_else(modified)
         .and_then(|then| SystemTime::now().duration_since(then).ok())

@@ -1,4 +1,4 @@
-//! Downloads: one for many users, resumed after whatever broke them, unpacked while they come.
+//! Downloads: shared by concurrent requests, resumed after interruptions, unpacked while they arrive.
 
 use super::{
     Store,
@@ -26,20 +26,20 @@ use tokio::{
     time,
 };
 
-/// How often it is looked whether another download of the same URL has ended.
+/// Interval between checks whether another download of the same URL has ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// An attempt that brought this many new bytes was worth it, and does not count.
+/// Number of new bytes with which a failed attempt restarts the count of attempts.
 const WORTH_IT: u64 = 1 << 20;
-/// The longest wait between two attempts.
+/// The longest pause between two attempts.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(30);
-/// How many received pieces may wait for the disk.
+/// Number of received pieces that may wait for the disk.
 const QUEUE: usize = 8;
 
-/// What is wanted of a download.
+/// What is requested of a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
     Image {
-        /// How large the disk is that is made of it, in bytes, where that is known.
+        /// Size of the disk to be made from the image, in bytes, if known.
         disk: Option<u64>,
     },
     File,
@@ -58,15 +58,15 @@ impl Wanted {
     }
 }
 
-/// How a transfer ended that did not fail.
+/// The outcome of a transfer that did not fail.
 enum Transferred {
-    /// There was none: the server has what it had.
+    /// Nothing was transferred: the server's content has not changed.
     NotModified,
-    /// All bytes are here.
+    /// All bytes have been received.
     Whole,
 }
 
-/// What is downloaded, for whom.
+/// A download to perform, and its request.
 struct Job<'a> {
     url: &'a PlannedUrl,
     key: &'a str,
@@ -75,19 +75,19 @@ struct Job<'a> {
     progress: &'a Progress,
 }
 
-/// A download that is whole.
+/// A complete download.
 pub(super) struct Received {
     pub(super) part: PartialDownload,
     pub(super) served: Digest,
     resumed: bool,
-    /// The unpacked image, if it came packed, and how often the download had started over when its unpacking began.
+    /// The unpacked image, if it was served packed, and how often the download had started over when unpacking began.
     pub(super) unpacked: Option<(u32, Result<Option<Unpacked>>)>,
 }
 
 type Unpacking = oneshot::Receiver<(u32, Result<Option<Unpacked>>)>;
 
 impl Store {
-    /// What a server has at a URL. Asks whether what is known of it still holds, and downloads it otherwise.
+    /// Returns what a server has at a URL. Revalidates the cached copy, and downloads it if that is outdated.
     pub(super) async fn download(
         &self,
         url: &PlannedUrl,
@@ -97,7 +97,7 @@ impl Store {
         let key = Self::url_key(&url.url);
         let before = self.url_record(&url.url)?;
         let lock = Arc::new(self.wait_for_others(&key, url, progress).await?);
-        // Whoever we waited for may have brought what we want.
+        // The download that we waited for may be the requested one.
         if let Some(promised) = url.sha256
             && let Some(got) = self.held(&promised, wanted, progress).await?
         {
@@ -106,7 +106,7 @@ impl Store {
         let known = self.url_record(&url.url)?;
         let usable = match &known {
             Some(record) => match self.held(&record.served, wanted, progress).await {
-                // What came the last time is no image: the server may have the right one by now.
+                // What was received last time is not an image: the server may have the right one by now.
                 Err(error) if error.kind() == ErrorKind::InvalidImage => None,
                 held => held?,
             },
@@ -129,7 +129,7 @@ impl Store {
                 Self::verify(url, &record.served)?;
                 return Ok(got);
             };
-            // Two transfers that do not belong together were joined: once more, in one.
+            // Two transfers of different content were joined: download once more, without resuming.
             if received.resumed && !again && url.sha256.is_some_and(|expected| expected != received.served) {
                 progress.notice(format!(
                     "{}: what was resumed is damaged; downloading it anew",
@@ -144,7 +144,7 @@ impl Store {
         }
     }
 
-    /// Waits until nobody else downloads this, and tells how far they are.
+    /// Waits until no other process or task downloads this, and reports their progress.
     async fn wait_for_others(&self, key: &str, url: &PlannedUrl, progress: &Progress) -> Result<FileLock> {
         let path = self.download_lock(key);
         let mut told = false;
@@ -163,7 +163,7 @@ impl Store {
         }
     }
 
-    /// Receives all of it. `None`: it is still what `known` says.
+    /// Receives all bytes. `None`: the server's content is still what `known` describes.
     async fn receive(
         &self,
         job: &Job<'_>,
@@ -235,8 +235,8 @@ impl Store {
                     early = handle => unpacked_along(early)?,
                 };
                 unpacking = None;
-                // No need to receive what there is no room for, on the host or on the disk. All else is judged when the
-                // checksum is.
+                // No need to receive what does not fit on the host or on the disk. All other errors are judged when the
+                // checksum is compared.
                 match early {
                     (_, Err(error))
                         if matches!(error.kind(), ErrorKind::HostDiskFull | ErrorKind::InvalidInput) =>
@@ -302,7 +302,7 @@ impl Store {
         Ok(Some(Received { part, served, resumed, unpacked }))
     }
 
-    /// Takes in what a server sends.
+    /// Stores what a server sends.
     async fn transfer(
         &self,
         mut part: PartialDownload,
@@ -343,7 +343,7 @@ impl Store {
                             format!("expected {} bytes, but found more", total.unwrap_or_default()),
                         ));
                     }
-                    // Closed: the writer failed, and says why below.
+                    // Closed: the writer failed, and its error is returned below.
                     if sender.send(bytes).await.is_err() {
                         break Ok(());
                     }
@@ -372,7 +372,7 @@ impl Store {
         Ok((part, outcome))
     }
 
-    /// Unpacks a download while it comes, on a thread of its own.
+    /// Unpacks a download while it arrives, on a thread of its own.
     fn unpack_along(
         &self,
         part: &PartialDownload,
@@ -410,19 +410,19 @@ impl Store {
     }
 }
 
-/// What progress is reported under.
+/// Returns the name of the task under which progress is reported.
 fn task(url: &PlannedUrl) -> String {
     format!("download {}", masked(&url.url))
 }
 
-/// What the unpacking thread said, unless it panicked.
+/// Returns the result of the unpacking thread, or an error if it panicked.
 fn unpacked_along<T>(result: std::result::Result<T, oneshot::error::RecvError>) -> Result<T> {
     result.map_err(|error| {
         Error::new(ErrorKind::Internal, "the unpacking ended without a result").with_source(error)
     })
 }
 
-/// The result of work on another thread.
+/// Returns the result of work on another thread.
 fn joined<T>(result: std::result::Result<T, tokio::task::JoinError>) -> Result<T> {
     match result {
         Ok(value) => Ok(value),
@@ -431,7 +431,7 @@ fn joined<T>(result: std::result::Result<T, tokio::task::JoinError>) -> Result<T
     }
 }
 
-/// Fails at once where the rest would not fit.
+/// Fails at once if the rest would not fit on the disk.
 fn check_room(path: &Path, len: u64, total: Option<u64>) -> Result<()> {
     let dir = durable::parent(path);
     let (Some(total), Ok(stat)) = (total, rustix::fs::statvfs(dir)) else { return Ok(()) };

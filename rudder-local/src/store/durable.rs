@@ -1,4 +1,4 @@
-//! Files that are whole or not there: atomic writing, directories made durable, and what a full disk says.
+//! Files that are either complete or absent: atomic writes, durable directories, and errors about full disks.
 
 use rudder_core::{Error, ErrorKind, Result};
 use serde::Serialize;
@@ -9,19 +9,19 @@ use std::{
     path::Path,
 };
 
-/// The mode of every directory of a store: its content may have been readable by its owner alone where it came from.
+/// The mode of every directory of a store: its source may have been readable by its owner alone.
 pub(super) const DIRECTORY_MODE: u32 = 0o700;
 
 /// The mode of every file of a store.
 pub(super) const FILE_MODE: u32 = 0o600;
 
-/// The largest record that is read, in bytes.
+/// The size of the largest record that is read, in bytes.
 const LARGEST_RECORD: u64 = 64 << 20;
 
-/// Creates a directory and its missing parents, for their owner alone.
+/// Creates a directory and its missing parents, accessible by their owner alone.
 ///
 /// # Errors
-/// File errors; `Conflict` when something else is there, such as a symbolic link.
+/// File errors; `Conflict` when something else exists there, such as a symbolic link.
 pub(crate) fn make_dir(path: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
@@ -31,7 +31,7 @@ pub(crate) fn make_dir(path: &Path) -> Result<()> {
     expect_dir(path)
 }
 
-/// Fails unless there is a directory at this path: a symbolic link to one could lead out of the store.
+/// Fails unless there is a directory at this path. Symbolic links are refused, because they could lead out of the store.
 pub(crate) fn expect_dir(path: &Path) -> Result<()> {
     let meta = fs::symlink_metadata(path).map_err(|error| io_error("read", path, error))?;
     if meta.is_dir() {
@@ -43,7 +43,7 @@ pub(crate) fn expect_dir(path: &Path) -> Result<()> {
         .with_help("move it out of the store; nothing was changed, and nothing behind it is touched"))
 }
 
-/// What a directory entry is, for messages.
+/// Returns the kind of a directory entry, for messages.
 pub(super) fn kind_of(kind: fs::FileType) -> &'static str {
     if kind.is_symlink() {
         "a symbolic link"
@@ -56,7 +56,7 @@ pub(super) fn kind_of(kind: fs::FileType) -> &'static str {
     }
 }
 
-/// Opens a regular file for reading: follows no symbolic link, and never waits as opening a FIFO would.
+/// Opens a regular file for reading: follows no symbolic link, and never blocks as opening a FIFO would.
 pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
     let flags = i32::try_from(flags.bits()).map_err(io::Error::other)?;
@@ -101,7 +101,7 @@ pub(super) fn sync_dir(path: &Path) -> Result<()> {
         .map_err(|error| io_error("synchronise directory", path, error))
 }
 
-/// Writes a file so that a reader sees the old content or the new, whatever happens.
+/// Writes a file so that a reader sees either the old content or the new, whatever happens.
 pub(super) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     let dir = parent(path);
     let write = || -> io::Result<()> {
@@ -119,7 +119,7 @@ pub(super) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     sync_dir(dir)
 }
 
-/// [`write_atomic`] of a value as JSON.
+/// Writes a value as JSON with [`write_atomic`].
 pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let mut text = serde_json::to_vec_pretty(value).map_err(|error| {
         Error::new(ErrorKind::Internal, format!("cannot encode {}", path.display())).with_source(error)
@@ -128,7 +128,7 @@ pub(super) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     write_atomic(path, &text)
 }
 
-/// Removes a file; one that is not there is fine.
+/// Removes a file, if it exists.
 pub(super) fn remove_file(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path, error)),
@@ -136,7 +136,7 @@ pub(super) fn remove_file(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a directory with all that is in it; one that is not there is fine.
+/// Removes a directory with all its content, if it exists.
 pub(super) fn remove_tree(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path, error)),
@@ -144,7 +144,7 @@ pub(super) fn remove_tree(path: &Path) -> Result<()> {
     }
 }
 
-/// What the files below a directory take on disk, in bytes; what cannot be read counts as nothing.
+/// Returns the disk space used by the files below a directory, in bytes; what cannot be read counts as zero.
 pub(super) fn disk_usage(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let Ok(meta) = fs::symlink_metadata(path) else { return 0 };
@@ -156,16 +156,16 @@ pub(super) fn disk_usage(path: &Path) -> u64 {
     own + children.map(|entry| disk_usage(&entry.path())).sum::<u64>()
 }
 
-/// What helps against a full disk.
+/// Help for errors about a full disk.
 pub(super) const FREE_SPACE: &str = "free some space there, remove modules that are not needed, collect cached inputs, \
                                      or set RUDDER_STORE to a larger place";
 
-/// The directory that a file of the store is in.
+/// Returns the directory that contains a file of the store.
 pub(super) fn parent(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("."))
 }
 
-/// An error of the operating system about this path. A full disk says how much is free, and what would free some.
+/// Returns an error of the operating system about this path. For a full disk it says how much is free, and how to free space.
 pub(super) fn io_error(what: &str, path: &Path, source: io::Error) -> Error {
     let error = Error::io(format_args!("{what} {}", path.display()), source);
     if error.kind() != ErrorKind::HostDiskFull {
@@ -176,7 +176,7 @@ pub(super) fn io_error(what: &str, path: &Path, source: io::Error) -> Error {
     error.with_help(format!("the file system of {} is full{free}: {FREE_SPACE}", parent(path).display()))
 }
 
-/// A number of bytes for people.
+/// Formats a number of bytes for people.
 pub(super) fn human(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if bytes < 1024 {

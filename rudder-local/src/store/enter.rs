@@ -1,4 +1,4 @@
-//! How a whole download becomes a blob: its checksum is compared, its image recognised and unpacked.
+//! Turns a complete download into a blob: compares its checksum, then recognises and unpacks its image.
 
 use super::{
     Store,
@@ -12,7 +12,7 @@ use super::{
 use rudder_core::{ErrorKind, Result, backend::Progress, plan::PlannedUrl};
 
 impl Store {
-    /// Makes a whole download a blob, after it was judged.
+    /// Turns a complete download into a blob, if it passes the checks.
     pub(super) fn enter(
         &self,
         url: &PlannedUrl,
@@ -48,7 +48,7 @@ impl Store {
         let got = match (wanted, Packing::of_file(part.path())?) {
             (Wanted::File, _) => Got::file(served, size, self.insert_blob(part.path(), &served)?),
             (Wanted::Image { disk }, None) => {
-                // What is no image is not worth keeping: the server may have the right one the next time.
+                // What is not an image is not worth keeping: the server may have the right one next time.
                 if let Err(error) = format::recognise_file(part.path()) {
                     part.discard()?;
                     return Err(error);
@@ -62,7 +62,7 @@ impl Store {
                     Some((restarts, Ok(Some(unpacked)))) if restarts == part.growth().restarts() => {
                         Ok(unpacked)
                     }
-                    // It was begun on what came before the download started over, or it failed: this is the whole.
+                    // Unpacking used bytes from before the download started over, or failed: unpack the complete file.
                     _ => std::fs::File::open(part.path())
                         .map_err(|error| durable::io_error("read", part.path(), error))
                         .and_then(|file| {
@@ -74,7 +74,7 @@ impl Store {
                 match entered {
                     Ok(entered) => Got::image(served, entered),
                     Err(error) => {
-                        // What is no image is not worth keeping; what found no room to be unpacked is.
+                        // What is not an image is not worth keeping; what could not be unpacked for lack of space is.
                         if error.kind() == ErrorKind::InvalidImage {
                             part.discard()?;
                         }

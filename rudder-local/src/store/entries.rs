@@ -1,5 +1,5 @@
-//! What belongs in a store, entry by entry: how a store is recognised that was made before there were markers, and what is made
-//! private in one that was open to others.
+//! The entries that belong in a store: used to recognise stores from before there were markers, and to make a store private
+//! that was open to others.
 
 use super::{
     durable::{self, io_error},
@@ -16,7 +16,7 @@ use std::{
 const ALWAYS_THERE: [&str; 7] =
     ["blobs/sha256", "modules", "index/urls", "index/images", "downloads", "labs", "locks"];
 
-/// The directory of modules that the memory backend writes.
+/// The directory of modules written by the memory backend.
 const MEMORY: &str = "memory";
 
 /// A kind of directory in a store.
@@ -32,17 +32,17 @@ enum Room {
     Locks,
     Modules,
     Module,
-    /// A version of a module, a lab, or something half made or half removed: whatever is in it is the store's.
+    /// A version of a module, a lab, or a leftover of either: its whole content belongs to the store.
     Whole,
     Labs,
     Memory,
     MemoryModule,
 }
 
-/// What an entry of a directory is.
+/// The kind of an entry of a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Entry {
-    /// Not the store's.
+    /// An entry that does not belong to the store.
     Foreign,
     /// A file of the store, or a symbolic link that it made.
     Leaf,
@@ -50,7 +50,8 @@ enum Entry {
     Room(Room),
 }
 
-/// The first entry of an unmarked directory that no store has, or would have to have and lacks; relative to the directory.
+/// Returns the first entry of an unmarked directory that no store has, or that every store has and this one lacks; relative to
+/// the directory.
 pub(super) fn foreign(root: &Path) -> Result<Option<PathBuf>> {
     let is_dir = |name: &str| fs::symlink_metadata(root.join(name)).is_ok_and(|meta| meta.is_dir());
     let mut foreign = None;
@@ -63,12 +64,12 @@ pub(super) fn foreign(root: &Path) -> Result<Option<PathBuf>> {
     if foreign.is_some() || ALWAYS_THERE.iter().all(|name| is_dir(name)) {
         return Ok(foreign);
     }
-    // The memory backend alone needs none of the others.
+    // A store of only the memory backend has none of the others.
     let other = list(root)?.into_iter().map(|(name, _)| name).find(|name| name != MEMORY);
     Ok(other.map(PathBuf::from))
 }
 
-/// Takes all that is the store's from everybody but its owner.
+/// Removes the permissions of everyone but the owner from everything that belongs to the store.
 pub(super) fn make_private(root: &Path) -> Result<()> {
     walk(root, Room::Root, &mut |path, entry| {
         let is_file = || fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file());
@@ -81,7 +82,7 @@ pub(super) fn make_private(root: &Path) -> Result<()> {
     })
 }
 
-/// Whether this is the name of something that a store was making or removing when its process was killed.
+/// Returns whether this is the name of something that a store was creating or removing when its process was killed.
 pub(super) fn is_leftover(name: &str) -> bool {
     if let Some(rest) = name.strip_prefix(".new-") {
         return is_random(rest, 6);
@@ -93,17 +94,17 @@ pub(super) fn is_leftover(name: &str) -> bool {
     })
 }
 
-/// Whether this is the name of a file that is being written.
+/// Returns whether this is the name of a file that is being written.
 pub(super) fn is_temporary(name: &str) -> bool {
     name.strip_prefix(".tmp-").is_some_and(|rest| is_random(rest, 6))
 }
 
-/// Whether this could be the random part of a name.
+/// Returns whether this could be the random part of a name.
 fn is_random(text: &str, length: usize) -> bool {
     text.len() == length && text.bytes().all(|byte| byte.is_ascii_alphanumeric())
 }
 
-/// What is not the store's where it cleans up: among labs and modules.
+/// Returns the entries that do not belong to the store in the directories that it cleans up: those of labs and modules.
 pub(super) fn strangers(root: &Path) -> Result<Vec<PathBuf>> {
     let mut strangers = Vec::new();
     for (directory, room) in [("labs", Room::Labs), ("modules", Room::Modules)] {
@@ -111,7 +112,7 @@ pub(super) fn strangers(root: &Path) -> Result<Vec<PathBuf>> {
             if entry == Entry::Foreign {
                 strangers.push(path.to_owned());
             }
-            // What is whole is not looked into.
+            // Directories that belong to the store as a whole are not searched.
             Ok(entry == Entry::Room(Room::Module))
         };
         walk(&root.join(directory), room, &mut visit)?;
@@ -119,7 +120,7 @@ pub(super) fn strangers(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(strangers)
 }
 
-/// Visits what is in a directory, and below where a visit says so.
+/// Visits the entries of a directory, and descends where the visitor returns `true`.
 fn walk(directory: &Path, room: Room, visit: &mut dyn FnMut(&Path, Entry) -> Result<bool>) -> Result<()> {
     for (name, kind) in list(directory)? {
         let path = directory.join(&name);
@@ -133,7 +134,7 @@ fn walk(directory: &Path, room: Room, visit: &mut dyn FnMut(&Path, Entry) -> Res
     Ok(())
 }
 
-/// The entries of a directory with their kinds, in order; of one that is not there, none. Fails for a symbolic link to one.
+/// Returns the entries of a directory with their kinds, in order; none if it does not exist. Fails for a symbolic link to one.
 pub(super) fn list(directory: &Path) -> Result<Vec<(String, FileType)>> {
     let failed = |error| io_error("list", directory, error);
     if fs::symlink_metadata(directory).is_ok_and(|meta| !meta.is_dir()) {
@@ -178,7 +179,7 @@ fn classify(room: Room, name: &str, kind: FileType, path: &Path) -> Entry {
             }
             Room::Index => room_if(name.bytes().all(|b| b.is_ascii_lowercase()), Room::Records),
             Room::Modules => room_if(units::is_name(name), Room::Module),
-            // A copy that followed symbolic links has a directory there.
+            // A copy that followed symbolic links has a directory named `current`.
             Room::Module => room_if(is_digest(name) || name == "current" || is_leftover(name), Room::Whole),
             Room::Labs => room_if(is_leftover(name) || is_lab(name, path), Room::Whole),
             Room::Memory => room_if(units::is_name(name), Room::MemoryModule),
@@ -188,7 +189,7 @@ fn classify(room: Room, name: &str, kind: FileType, path: &Path) -> Entry {
             }
         };
     }
-    // In a lab there are also the sockets of its machines.
+    // A lab also contains the sockets of its machines.
     if room == Room::Whole {
         return Entry::Leaf;
     }
@@ -212,7 +213,7 @@ fn classify(room: Room, name: &str, kind: FileType, path: &Path) -> Entry {
     )
 }
 
-/// Whether this is a lab: it has a ledger, or its owner was killed before it wrote one.
+/// Returns whether this is a lab: it has a ledger, or its owner was killed before it wrote one.
 fn is_lab(name: &str, path: &Path) -> bool {
     let Ok(entries) = list(path) else { return false };
     LabId::parse(name).is_ok()

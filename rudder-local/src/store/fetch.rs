@@ -7,16 +7,16 @@ use super::{
 use rudder_core::{Error, ErrorKind, Result, backend::Progress, digest::Digest, plan::PlannedUrl};
 use std::{fs, path::PathBuf};
 
-/// What was wanted, in the store.
+/// A requested resource, in the store.
 #[derive(Debug, Clone)]
 pub(super) struct Got {
     /// sha256 of the bytes as served.
     pub(super) served: Digest,
-    /// How many there were.
+    /// Number of bytes served.
     pub(super) size: u64,
-    /// Which blob the image became, if an image was wanted.
+    /// The blob that the image became, if an image was requested.
     pub(super) image: Option<ImageRecord>,
-    /// Keeps the blob.
+    /// Keeps the blob from being collected.
     pub(super) lease: Lease,
 }
 
@@ -31,10 +31,10 @@ impl Got {
 }
 
 impl Store {
-    /// Brings what a URL gives into the store, unless it is there.
+    /// Brings the content of a URL into the store, unless it is already there.
     pub(super) async fn obtain(&self, url: &PlannedUrl, wanted: Wanted, progress: &Progress) -> Result<Got> {
         rudder_core::runtime::check()?;
-        // The promised bytes are here: then nobody is asked.
+        // If the bytes with this checksum are in the store, no server is contacted.
         if let Some(promised) = url.sha256
             && let Some(got) = self.held(&promised, wanted, progress).await?
         {
@@ -55,14 +55,14 @@ impl Store {
         };
         let Err(error) = obtained else { return obtained };
         let (store, url) = (self.clone(), url.clone());
-        // Whoever could have worked from the cache wants to know why not.
+        // If a damaged copy is the reason why the cache could not be used, the error says so.
         Err(match blocking(move || store.damaged_copy(&url)).await? {
             Some(path) => error.with_context("damaged cached file", path.display()),
             None => error,
         })
     }
 
-    /// Where the cached bytes of a URL are, if they are damaged.
+    /// Returns the path of the cached bytes of a URL, if they are damaged.
     fn damaged_copy(&self, url: &PlannedUrl) -> Result<Option<PathBuf>> {
         let served = url.sha256.or(self.url_record(&url.url)?.map(|record| record.served));
         let Some(served) = served else { return Ok(None) };
@@ -77,7 +77,7 @@ impl Store {
         Ok(None)
     }
 
-    /// What these served bytes are, if they are here.
+    /// Returns what these served bytes are, if they are in the store.
     pub(super) async fn held(
         &self,
         served: &Digest,
@@ -95,7 +95,7 @@ impl Store {
             }
             let Some(lease) = store.lease_blob(&served, None, &progress, &stop)? else { return Ok(None) };
             Ok(Some(match wanted {
-                // They came as a file, or with a checksum that was wrong then: now they become an image.
+                // They were stored as a file, or under a wrong checksum: now they become an image.
                 Wanted::Image { disk } => {
                     Got::image(served, store.image_of_blob(&served, lease, disk, &progress, &stop)?)
                 }

@@ -1,4 +1,4 @@
-//! What a disk image is, by its content; and whether it is safe to open one that came from elsewhere.
+//! Detects the format of a disk image by its content, and whether an image from elsewhere is safe to open.
 //!
 //! An image may name other files (a backing file, an external data file, extents): QEMU would open them on this host,
 //! and the guest could read them. Such images are refused.
@@ -20,13 +20,13 @@ use std::{fmt, fs::File, io, os::unix::fs::FileExt, path::Path};
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum ImageFormat {
-    /// QEMU's, version 2 or 3.
+    /// QEMU's format, version 2 or 3.
     Qcow2,
-    /// The bytes of the disk themselves; an ISO image too.
+    /// The bytes of the disk themselves; also used for ISO images.
     Raw,
-    /// VMware's sparse format, one file (`monolithicSparse`, `streamOptimized`).
+    /// VMware's sparse format in one file (`monolithicSparse`, `streamOptimized`).
     Vmdk,
-    /// VirtualBox's.
+    /// VirtualBox's format.
     Vdi,
     /// Microsoft's older format, fixed or dynamic. QEMU calls it `vpc`.
     Vhd,
@@ -47,18 +47,18 @@ impl fmt::Display for ImageFormat {
     }
 }
 
-/// What was found.
+/// A recognised image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Recognised {
     pub(super) format: ImageFormat,
-    /// What a guest sees, in bytes.
+    /// Size of the disk that a guest sees, in bytes.
     pub(super) virtual_size: u64,
-    /// What is odd about it, and does not keep it from being used.
+    /// An oddity that does not prevent its use.
     pub(super) remark: Option<String>,
 }
 
 const SECTOR: u64 = 512;
-/// How many bytes of the beginning tell text and other kinds of files.
+/// Number of leading bytes that are checked for text and other kinds of files.
 const HEAD: usize = 4096;
 
 pub(super) fn recognise_file(path: &Path) -> Result<Recognised> {
@@ -76,7 +76,7 @@ pub(super) fn recognise_file(path: &Path) -> Result<Recognised> {
     })
 }
 
-/// What an image seems to be by its first 512 bytes, and the size of its disk where they tell it.
+/// Guesses the format of an image from its first 512 bytes, and the size of its disk if they contain it.
 pub(super) fn glance(head: &[u8]) -> (ImageFormat, Option<u64>) {
     let bytes = |at: usize| head.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
     let be = |at| bytes(at).map(u64::from_be_bytes);
@@ -144,7 +144,7 @@ impl Image {
     }
 
     fn done(&self, format: ImageFormat, virtual_size: u64) -> Found {
-        // QEMU's own limit is 2^63 minus a little; nothing real comes near.
+        // QEMU's own limit is slightly below 2^63; no real disk comes near.
         if virtual_size == 0 || virtual_size > i64::MAX as u64 {
             return Err(invalid(
                 format!(
@@ -161,7 +161,7 @@ impl Image {
         if condition { Err(unusable(name, what, &name.to_lowercase()).into()) } else { Ok(()) }
     }
 
-    /// These bytes, fewer at the end of the file.
+    /// Returns these bytes, or fewer at the end of the file.
     fn bytes(&self, offset: u64, count: usize) -> io::Result<Vec<u8>> {
         let left = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
         let mut bytes = vec![0; count.min(left)];

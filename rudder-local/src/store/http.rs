@@ -1,4 +1,4 @@
-//! Asking servers: the client, what to ask, and what an answer means (RFC 9110).
+//! HTTP requests for downloads: the client, the requests, and the meaning of responses (RFC 9110).
 
 use super::{StoreOptions, partial_download::Origin};
 use reqwest::{
@@ -9,14 +9,14 @@ use rudder_core::{Error, ErrorKind, Result};
 use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use std::{sync::Arc, time::Duration};
 
-/// How many redirects are followed.
+/// Maximum number of redirects.
 const REDIRECTS: usize = 10;
 /// The longest wait that a server may ask for.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(30);
 
-/// A client with its own TLS configuration: nothing of the process is changed.
+/// Returns a client with its own TLS configuration: no global state of the process is changed.
 ///
-/// Trusted are the certificates of the host, or what `SSL_CERT_FILE` and `SSL_CERT_DIR` name. Proxies are those of the
+/// It trusts the certificates of the host, or those that `SSL_CERT_FILE` and `SSL_CERT_DIR` name. Proxies are taken from the
 /// environment (`HTTPS_PROXY`…).
 pub(super) fn client(options: &StoreOptions) -> Result<Client> {
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
@@ -39,33 +39,33 @@ pub(super) fn client(options: &StoreOptions) -> Result<Client> {
         .connect_timeout(options.connect_timeout)
         .dns_resolver(super::resolve::Resolver::system())
         .redirect(reqwest::redirect::Policy::limited(REDIRECTS))
-        // Downloads are few and long. A connection that is kept would outlive the runtime that made it.
+        // Downloads are few and long. A pooled connection would outlive the runtime that made it.
         .pool_max_idle_per_host(0)
         .build()
         .map_err(|error| failed(error.without_url().into()))
 }
 
-/// What to ask for.
+/// What to request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ask<'a> {
-    /// All of it.
+    /// The whole content.
     All,
-    /// All of it, unless it is still what had these validators.
+    /// The whole content, unless it still matches these validators.
     IfChanged { etag: Option<&'a str>, last_modified: Option<&'a str> },
-    /// What follows the first `from` bytes, if it is still the same.
+    /// What follows the first `from` bytes, if the content has not changed.
     Rest { from: u64, if_range: &'a str },
 }
 
-/// What a server said.
+/// The outcome of a request.
 #[derive(Debug)]
 pub(super) enum Answer {
-    /// It is still what it was.
+    /// The content has not changed.
     NotModified,
-    /// There is no rest: the first bytes are all of it, and it is still the same.
+    /// There is no rest: the first bytes are the whole content, which has not changed.
     NoRest,
-    /// The rest comes.
+    /// The rest follows.
     Rest(Response),
-    /// All of it comes, whatever was asked for.
+    /// The whole content follows, whatever was requested.
     All(Response, Box<Origin>),
 }
 
@@ -73,9 +73,9 @@ pub(super) enum Answer {
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) error: Error,
-    /// How long the server wants us to wait.
+    /// How long the server asks us to wait.
     pub(super) retry_after: Option<Duration>,
-    /// The bytes that are here are not the begin of what the server has now.
+    /// Whether the bytes received so far are not the beginning of the server's current content.
     pub(super) start_over: bool,
 }
 
@@ -85,7 +85,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// Asks a server. `origin` is what is known of the bytes that are here.
+/// Sends a request. `origin` describes the bytes received so far.
 pub(super) async fn ask(
     client: &Client,
     url: &url::Url,
@@ -94,7 +94,7 @@ pub(super) async fn ask(
     options: &StoreOptions,
     boot_id: &str,
 ) -> Result<Answer, Failure> {
-    // What is served is what is hashed and stored: no encoding on the way.
+    // The bytes as served are hashed and stored, so no content encoding is accepted.
     let mut request = client.get(url.clone()).header(header::ACCEPT_ENCODING, "identity");
     match what {
         Ask::All => {}
@@ -156,7 +156,7 @@ pub(super) async fn ask(
     }
 }
 
-/// What a failed transfer means.
+/// Returns the error for a broken transfer.
 pub(super) fn broken(error: reqwest::Error) -> Error {
     Error::new(ErrorKind::Download, "the transfer broke").with_source(error.without_url())
 }
@@ -192,14 +192,14 @@ fn no_answer(error: reqwest::Error) -> Error {
     failed
 }
 
-/// Whether TLS failed because of who the server says it is, which no further attempt changes.
+/// Returns whether TLS failed because of the server's certificate, which further attempts do not change.
 fn is_about_certificates(error: &reqwest::Error) -> bool {
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
         if let Some(rustls::Error::InvalidCertificate(_)) = error.downcast_ref() {
             return true;
         }
-        // What an `io::Error` was made of is not its source.
+        // The error wrapped in an `io::Error` is not its `source`.
         let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
         cause = inner.map(|inner| inner as _).or_else(|| error.source());
     }
@@ -243,7 +243,7 @@ fn origin_of(url: &url::Url, response: &Response, boot_id: &str) -> Origin {
     }
 }
 
-/// A validator that tells any two contents apart (RFC 9110, 8.8): an `ETag` that is not weak, or a date that was at
+/// Returns a validator that distinguishes any two contents (RFC 9110, 8.8): an `ETag` that is not weak, or a date that was at
 /// least a second old when it was sent.
 fn strong_validator<'a>(
     etag: Option<&'a str>,
@@ -261,7 +261,7 @@ fn strong_validator<'a>(
     }
 }
 
-/// First byte and total of `Content-Range` (RFC 9110, 14.4).
+/// Returns the first byte and the total of `Content-Range` (RFC 9110, 14.4).
 fn content_range(headers: &HeaderMap) -> (Option<u64>, Option<u64>) {
     let parse = || {
         let (range, total) = text(headers, header::CONTENT_RANGE)?.strip_prefix("bytes ")?.split_once('/')?;

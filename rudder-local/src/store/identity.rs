@@ -1,5 +1,5 @@
-//! Which directory something is: a directory that was moved is the same, a copy of it is another one. By it things outside of a
-//! store are known to belong to it.
+//! The identity of directories: a moved directory keeps its identity, a copy gets another one. Things outside a store are
+//! recognised as belonging to it by that identity.
 
 use super::{Store, durable::io_error, process};
 use rudder_core::Result;
@@ -11,7 +11,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-/// Which directory of this host something is, for as long as the host runs.
+/// The identity of a directory on this host, valid until the host restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct DirectoryIdentity {
@@ -19,13 +19,13 @@ pub struct DirectoryIdentity {
     pub device: u64,
     /// Its inode.
     pub inode: u64,
-    /// When it was created, in nanoseconds since 1970, where the file system knows: inodes are given again.
+    /// Its creation time, in nanoseconds since 1970, if the file system knows it: inodes are reused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created: Option<u64>,
 }
 
 impl DirectoryIdentity {
-    /// Which one there is at this path now; symbolic links are not followed.
+    /// Returns the identity of the directory at this path; symbolic links are not followed.
     pub(super) fn of(path: &Path) -> Result<Self> {
         let meta = fs::symlink_metadata(path).map_err(|error| io_error("read", path, error))?;
         Ok(Self::from_metadata(&meta))
@@ -39,21 +39,21 @@ impl DirectoryIdentity {
 }
 
 impl Store {
-    /// Its random name. A copy of the store has the same.
+    /// Returns the store's random name. A copy of the store has the same.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.0.opened.id
     }
 
-    /// Marks what runs outside of the store, such as the domains of a hypervisor, as belonging to this very store: to its
-    /// [name](Self::name), and, until the host starts again, to its directory.
+    /// Returns a mark for things outside the store, such as the domains of a hypervisor, that belong to this very store: it
+    /// contains the store's [name](Self::name) and, valid until the host restarts, the identity of its directory.
     #[must_use]
     pub fn mark(&self) -> String {
         let DirectoryIdentity { device, inode, .. } = self.0.opened.directory;
         format!("{}/{}/{device}:{inode}", self.name(), process::boot_id().unwrap_or_default())
     }
 
-    /// Whether a [mark](Self::mark), or a [name](Self::name) alone, is of this store.
+    /// Returns whether a [mark](Self::mark), or a [name](Self::name) alone, is of this store.
     #[must_use]
     pub fn recognises(&self, mark: &str) -> bool {
         let mut parts = mark.splitn(3, '/');
@@ -61,7 +61,7 @@ impl Store {
         let mut own = own.splitn(3, '/');
         parts.next() == own.next()
             && match parts.next() {
-                // Numbers of devices mean nothing after the host's next start.
+                // Device numbers mean nothing after the host restarts.
                 boot @ Some(_) if boot == own.next() => parts.next() == own.next(),
                 _ => true,
             }

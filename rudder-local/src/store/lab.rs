@@ -1,13 +1,13 @@
-//! Labs on disk: the directory of one build or clone, its ledger, and whether its owner lives.
+//! Labs on disk: the directory of a build or clone, its ledger, and whether its owner is alive.
 //!
 //! ```text
-//! labs/<id>/            0700, the backend's scratch: overlays, sockets, logs
+//! labs/<id>/            0700, the backend's working directory: overlays, sockets, logs
 //!          /lock        held by the owner for as long as it lives, however it dies
 //!          /ledger.json owner, purpose, processes, and the blobs and modules it needs
 //! ```
-//! A lab is made, judged and reaped under the lock `locks/labs`, so that nobody meets one that is half made. What has no ledger that
-//! can be read is never removed, and a process is ended only when it belongs to this very directory: a copy of a store has the
-//! ledgers of the original, whose machines may run.
+//! A lab is created, judged and reaped under the lock `locks/labs`, so that no process sees a half-created lab. A directory
+//! without a readable ledger is never removed, and a process is killed only if it belongs to this very directory: a copy of a
+//! store contains the ledgers of the original, whose machines may be running.
 
 use super::{
     Lease, Store, Use, durable, entries,
@@ -27,17 +27,17 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// The file that the owner of a lab has locked for as long as it lives.
+/// The file that the owner of a lab keeps locked for as long as it lives.
 const LOCK: &str = "lock";
 
 /// The environment variable that marks a process as part of a lab; its value is the lab's id. A process that carries
-/// it is found and ended with a dead lab even when its owner died before it could record it.
+/// it is found and killed with a dead lab even if its owner died before it could record the process.
 pub const LAB_VARIABLE: &str = "RUDDER_LAB";
 
 /// The directory of a lab, held by its owner.
 ///
-/// Dropping it ends the recorded processes and removes the directory, unless the lab was kept; [`destroy`](Self::destroy)
-/// does the same and says whether it worked.
+/// Dropping it kills the recorded processes and removes the directory, unless the lab was kept; [`destroy`](Self::destroy)
+/// does the same and reports errors.
 #[derive(Debug)]
 pub struct LabDir {
     store: Store,
@@ -72,7 +72,7 @@ impl LabDir {
             return Err(Error::new(ErrorKind::Conflict, format!("there is already a lab {id}")));
         }
         durable::expect_dir(&store.labs_dir())?;
-        // It appears with its ledger: one without is none of ours.
+        // Appears together with its ledger: a directory without a ledger is not ours.
         let new = tempfile::Builder::new()
             .prefix(".new-")
             .permissions(fs::Permissions::from_mode(durable::DIRECTORY_MODE))
@@ -91,7 +91,7 @@ impl LabDir {
         };
         durable::write_json(&new.path().join(LEDGER), &ledger)?;
         fs::rename(new.path(), &path).map_err(|error| durable::io_error("create", &path, error))?;
-        // It has moved: there is nothing left to remove.
+        // It was renamed: there is nothing left to remove.
         let _ = new.keep();
         Ok(Self {
             store: store.clone(),
@@ -101,38 +101,38 @@ impl LabDir {
         })
     }
 
-    /// The directory. Files that the backend puts there go with the lab.
+    /// Returns the directory. Files that the backend puts there are removed with the lab.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The lab's id.
+    /// Returns the lab's id.
     #[must_use]
     pub fn id(&self) -> LabId {
         self.held().ledger.id.clone()
     }
 
-    /// Whether the lab may be worked in: it was not destroyed.
+    /// Checks that the lab is usable, that is, was not destroyed.
     ///
     /// # Errors
-    /// `Conflict` when it was.
+    /// `Conflict` when it was destroyed.
     pub fn check_open(&self) -> Result<()> {
         self.held().check_open()
     }
 
-    /// Writes down a process, so that it is ended when the lab is destroyed, also by others after the owner died.
-    /// Its command line, working directory or environment ([`LAB_VARIABLE`]) must name the lab's id: nothing else is killed. It is
-    /// left alone by those who clean up a copy of the store.
+    /// Records a process, so that it is killed when the lab is destroyed, also by other processes after the owner died.
+    /// Its command line, working directory or environment ([`LAB_VARIABLE`]) must contain the lab's id: nothing else is killed.
+    /// Cleaning up a copy of the store leaves it alone.
     ///
     /// # Errors
-    /// `NotFound` when the process has ended already; file errors.
+    /// `NotFound` when the process has already ended; file errors.
     pub fn record_process(&self, pid: u32, role: impl Into<String>) -> Result<()> {
         let process = RecordedProcess { role: role.into(), identity: ProcessIdentity::of(pid)? };
         self.update(|held| held.ledger.processes.push(process))
     }
 
-    /// Strikes a process that has ended.
+    /// Removes a process that has ended from the ledger.
     ///
     /// # Errors
     /// File errors.
@@ -140,10 +140,10 @@ impl LabDir {
         self.update(|held| held.ledger.processes.retain(|process| process.identity.pid != pid))
     }
 
-    /// Writes down that the lab needs a blob or module for as long as it lives, and holds the lease until then.
+    /// Records that the lab needs a blob or module for as long as it lives, and holds the lease until then.
     ///
     /// # Errors
-    /// File errors; the lease is given back then.
+    /// File errors; the lease is released then.
     pub fn hold(&self, lease: Lease) -> Result<()> {
         self.update(|held| {
             if !held.ledger.uses.contains(lease.what()) {
@@ -167,10 +167,10 @@ impl LabDir {
         self.update(|held| held.ledger.kept = true)
     }
 
-    /// Ends the recorded processes and removes the directory. May be repeated.
+    /// Kills the recorded processes and removes the directory. May be repeated.
     ///
     /// # Errors
-    /// A process that cannot be ended; file errors. What is left is reaped later.
+    /// A process that cannot be killed; file errors. What is left is reaped later.
     pub fn destroy(&self) -> Result<()> {
         let mut held = self.held();
         let Some(lock) = held.lock.take() else { return Ok(()) };
@@ -213,15 +213,15 @@ impl Drop for LabDir {
 }
 
 impl Store {
-    /// Makes the directory of a lab, held by this process.
+    /// Creates the directory of a lab, held by this process.
     ///
     /// # Errors
-    /// `Conflict` when there is one with this id; file errors.
+    /// `Conflict` when a lab with this id exists; file errors.
     pub fn create_lab(&self, id: &LabId, purpose: &str, retention: Retention) -> Result<LabDir> {
         LabDir::create(self, id, purpose, retention)
     }
 
-    /// All labs, in the order of their ids.
+    /// Returns all labs, ordered by id.
     ///
     /// # Errors
     /// File errors.
@@ -236,11 +236,11 @@ impl Store {
         Ok(labs)
     }
 
-    /// Removes a lab that was kept, or whose owner is dead, with its processes.
+    /// Removes a lab that was kept, or whose owner is dead, together with its processes.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` when its owner lives and did not keep it; `InvalidInput` when its ledger cannot be read; a process
-    /// that cannot be ended; file errors.
+    /// that cannot be killed; file errors.
     pub async fn remove_lab(&self, id: &str) -> Result<()> {
         let (store, id) = (self.clone(), id.to_owned());
         super::blocking(move || {
@@ -267,7 +267,8 @@ impl Store {
     /// Removes the labs of dead owners: their processes, then their directories.
     pub(super) fn reap_labs(&self, report: &mut ReapReport) -> Result<()> {
         let judging = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
-        // Nobody lives in what was taken out already, or not put in yet; another may be removing it at this moment.
+        // Directories that are already renamed away, or not yet renamed into place, have no owner; another process may be removing
+        // them right now.
         let leftovers = self.directories(&self.labs_dir(), entries::is_leftover)?;
         let mut dead = Vec::new();
         for (id, path) in self.lab_dirs()? {
@@ -281,7 +282,7 @@ impl Store {
                 _ => {}
             }
         }
-        // What is being made is made under the lock: what is there now was left.
+        // New directories are created under the lock, so any that exist now were left behind.
         for (_, path) in leftovers.iter().filter(|(name, _)| name.starts_with(".new-")) {
             discard(path, report);
         }
@@ -297,8 +298,8 @@ impl Store {
         Ok(())
     }
 
-    /// What labs that are not dead need. Dead ones that were not reaped yet count too: their processes may still run.
-    /// `None`: a lab whose ledger cannot be read needs nobody knows what.
+    /// Returns what labs need. Dead labs that were not reaped yet count as well: their processes may still run.
+    /// `None` stands for a lab whose ledger cannot be read, so that its needs are unknown.
     pub(super) fn used_by_labs(&self) -> Result<Vec<(String, Option<Use>)>> {
         let mut uses = Vec::new();
         for (id, path) in self.lab_dirs()? {
@@ -311,7 +312,7 @@ impl Store {
         Ok(uses)
     }
 
-    /// The directories of labs: those with a lock or a ledger. Anything else there is not ours.
+    /// Returns the directories of labs: those with a lock or a ledger. Anything else in there is not ours.
     fn lab_dirs(&self) -> Result<Vec<(String, PathBuf)>> {
         let mut labs = self.directories(&self.labs_dir(), |name| LabId::parse(name).is_ok())?;
         labs.retain(|(_, path)| {
@@ -321,16 +322,16 @@ impl Store {
     }
 }
 
-/// What is known of a lab.
+/// What is known about a lab.
 struct Judged {
     state: LabState,
-    /// What is written down about it, or why that cannot be read.
+    /// Its ledger, or why that cannot be read.
     ledger: Result<Ledger>,
-    /// Its lock, if nobody had it.
+    /// Its lock, if no process held it.
     lock: Option<FileLock>,
 }
 
-/// Whether a lab lives; `None` when it is gone by now. The caller holds `locks/labs`.
+/// Determines whether a lab is alive; `None` when it no longer exists. The caller holds `locks/labs`.
 fn judge(path: &Path, id: &str) -> Result<Option<Judged>> {
     let ledger = match ledger::read(path, id) {
         Ok(None) => return Ok(None),
@@ -344,7 +345,7 @@ fn judge(path: &Path, id: &str) -> Result<Option<Judged>> {
         Ok(ledger) if ledger.kept => LabState::Kept,
         _ if is_held => LabState::Living,
         Err(_) => LabState::Unknown,
-        // Somebody removed the lock of a living owner.
+        // The lock of a living owner was removed.
         Ok(ledger) if is_missing && is_of(ledger, path) && ledger.owner.is_running() => LabState::Living,
         Ok(_) => LabState::Dead,
     };
@@ -352,12 +353,12 @@ fn judge(path: &Path, id: &str) -> Result<Option<Judged>> {
     Ok(Some(Judged { state, ledger, lock }))
 }
 
-/// Whether a ledger was written for the directory that it is in.
+/// Returns whether a ledger was written for the directory that contains it.
 fn is_of(ledger: &Ledger, path: &Path) -> bool {
     ledger.directory.is_some() && DirectoryIdentity::of(path).ok() == ledger.directory
 }
 
-/// Removes what is left of a lab's directory.
+/// Removes the remains of a lab's directory.
 fn discard(path: &Path, report: &mut ReapReport) {
     let size = durable::disk_usage(path);
     match durable::remove_tree(path) {
@@ -366,7 +367,7 @@ fn discard(path: &Path, report: &mut ReapReport) {
     }
 }
 
-/// Ends the processes of a lab and removes its directory. The caller holds its lock, or it was kept.
+/// Kills the processes of a lab and removes its directory. The caller holds its lock, or it was kept.
 fn remove(store: &Store, path: &Path, ledger: &Ledger, report: &mut ReapReport) -> Result<()> {
     let id = ledger.id.as_str();
     let here = match fs::symlink_metadata(path) {
@@ -375,7 +376,7 @@ fn remove(store: &Store, path: &Path, ledger: &Ledger, report: &mut ReapReport) 
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => return Err(durable::io_error("read", path, error)),
     };
-    // Without a directory there is only what its owner knows by heart.
+    // Without a directory, the ledger that its owner has in memory is all there is.
     if let Some(directory) = here.or(ledger.directory) {
         let lab = Belonging { id, directory, recorded: ledger.directory == Some(directory) };
         for process in &ledger.processes {
@@ -391,7 +392,7 @@ fn remove(store: &Store, path: &Path, ledger: &Ledger, report: &mut ReapReport) 
             }
         }
     }
-    // Gone for everybody by one rename; the rest is only space.
+    // One rename makes it disappear for all processes; the rest only frees space.
     let gone = store.labs_dir().join(format!(".removed-{id}-{:08x}", rand::random::<u32>()));
     match fs::rename(path, &gone) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),

@@ -1,7 +1,7 @@
-//! The directory of a store: the marker that makes it one, the directories in it, and who may use it.
+//! The directory of a store: its marker, its subdirectories, and who may use it.
 //!
-//! A store is a directory with a marker, or an empty one that becomes a store now. Anything else is refused unchanged: a store
-//! removes what it does not need, and must never do that in a directory of somebody's own files.
+//! A store is a directory with a marker, or an empty one that becomes a store when it is opened. Anything else is refused
+//! unchanged: a store removes what it does not need, and must never do that in a directory of a user's own files.
 
 use super::{
     durable::{self, io_error},
@@ -19,13 +19,13 @@ use std::{
 /// The marker of a store.
 pub(super) const MARKER: &str = "rudder-store.json";
 
-/// The prefix of a marker that is being written.
+/// The prefix of the temporary file of a marker that is being written.
 pub(super) const MARKER_TEMPORARY: &str = ".rudder-store-";
 
 /// The version of the layout.
 const FORMAT: u32 = 1;
 
-/// The directories of a store, parents first.
+/// The subdirectories of a store, parents first.
 const DIRECTORIES: [&str; 11] = [
     "blobs",
     "blobs/sha256",
@@ -40,15 +40,15 @@ const DIRECTORIES: [&str; 11] = [
     "locks",
 ];
 
-/// What the marker says.
+/// The content of the marker.
 #[derive(Debug, Serialize, Deserialize)]
 struct Marker {
     /// The version of the layout.
     format: u32,
-    /// A random name: tells stores apart that are at the same path in different containers. A copy has that of its original.
+    /// A random name that tells apart stores at the same path in different containers. A copy has the name of its original.
     #[serde(default)]
     id: String,
-    /// For whoever finds the file.
+    /// An explanation for people who find the file.
     #[serde(default)]
     note: String,
 }
@@ -60,11 +60,11 @@ pub(super) struct Opened {
     pub(super) root: PathBuf,
     /// Its random name; empty when the marker has none.
     pub(super) id: String,
-    /// Which directory it is.
+    /// The identity of the directory.
     pub(super) directory: DirectoryIdentity,
 }
 
-/// Opens the store in a directory, or makes one where there is nothing yet.
+/// Opens the store in a directory, or creates one if the directory is empty or does not exist.
 pub(super) fn open(path: &Path) -> Result<Opened> {
     let root = find_or_create(path)?;
     expect_own(&root)?;
@@ -72,7 +72,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         Some(marker) => (marker, false),
         None => adopt(&root)?,
     };
-    // All of them are looked at before the first is made: a store that is refused is left unchanged.
+    // All of them are checked before the first is created: a store that is refused is left unchanged.
     let mut missing = Vec::new();
     for directory in DIRECTORIES {
         let path = root.join(directory);
@@ -85,7 +85,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
             }
         }
     }
-    // A copy, or a store of an earlier version: its files are as open as its directory.
+    // A copy, or a store of an earlier version: its files are as accessible as its directory.
     if adopted || is_open_to_others(&root)? {
         entries::make_private(&root)?;
     }
@@ -104,7 +104,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
     Ok(Opened { root, id: marker.id, directory })
 }
 
-/// The directory itself, without symbolic links; creates it where there is none.
+/// Returns the directory itself, without symbolic links; creates it if it does not exist.
 fn find_or_create(path: &Path) -> Result<PathBuf> {
     let path = std::path::absolute(path).map_err(|error| io_error("open", path, error))?;
     match fs::canonicalize(&path) {
@@ -113,11 +113,11 @@ fn find_or_create(path: &Path) -> Result<PathBuf> {
             Ok(root)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            // A symbolic link that leads nowhere is not replaced.
+            // A dangling symbolic link is not replaced.
             if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink()) {
                 return Err(io_error("open", &path, error));
             }
-            // Another process may make it at the same time.
+            // Another process may create it at the same time.
             durable::make_dir(&path)?;
             fs::canonicalize(&path).map_err(|error| io_error("open", &path, error))
         }
@@ -125,14 +125,15 @@ fn find_or_create(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Makes a store of an empty directory, or recognises one that was made before there were markers. Says whether it was the latter.
+/// Turns an empty directory into a store, or recognises a store from before there were markers. The flag says whether it was the
+/// latter.
 fn adopt(root: &Path) -> Result<(Marker, bool)> {
     let names = names(root)?;
     let is_new = names.iter().all(|name| name.starts_with(MARKER_TEMPORARY));
     if is_new {
         expect_unshared(root)?;
     } else {
-        // Another process may have made the store between the two looks.
+        // Another process may have created the store between the two checks.
         let foreign = entries::foreign(root)?;
         if let Some(marker) = read_marker(root)? {
             return Ok((marker, false));
@@ -153,7 +154,7 @@ fn adopt(root: &Path) -> Result<(Marker, bool)> {
             let there = read_marker(root)?;
             there.map(|marker| (marker, !is_new)).ok_or_else(|| io_error("mark", root, error))
         }
-        // It can be read as well without.
+        // An unmarked store can still be read.
         Err(error) if !is_new && error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok((marker, false)),
         Err(error) => Err(io_error("mark the store in", root, error)),
     }
@@ -170,7 +171,7 @@ fn refusal(root: &Path, entry: &Path) -> Error {
     )
 }
 
-/// Reads the marker; `None` when there is none.
+/// Reads the marker; `None` if it does not exist.
 fn read_marker(root: &Path) -> Result<Option<Marker>> {
     let path = root.join(MARKER);
     let bytes = match durable::read_regular(&path) {
@@ -187,7 +188,7 @@ fn read_marker(root: &Path) -> Result<Option<Marker>> {
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| {
         damaged(if bytes.is_empty() { "an empty file" } else { "no JSON" }).with_source(error)
     })?;
-    // The number first: what else a later version writes is not for this one to judge.
+    // The number first: this version cannot judge what else a later version writes.
     match value.get("format").and_then(serde_json::Value::as_u64) {
         None | Some(0) => Err(damaged("no format number")),
         Some(format) if format > u64::from(FORMAT) => Err(Error::new(
@@ -202,7 +203,7 @@ fn read_marker(root: &Path) -> Result<Option<Marker>> {
     }
 }
 
-/// Writes the marker, unless there is one: the first of several processes wins.
+/// Writes the marker unless it exists: the first of several processes wins.
 fn write_marker(root: &Path, marker: &Marker) -> io::Result<()> {
     let mut file = tempfile::Builder::new().prefix(MARKER_TEMPORARY).tempfile_in(root)?;
     serde_json::to_writer_pretty(&mut file, marker)?;
@@ -218,7 +219,7 @@ fn names(directory: &Path) -> Result<Vec<String>> {
     listing.map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned())).collect()
 }
 
-/// Fails for a directory of another user, also when root asks: files that root leaves there, its owner could not use.
+/// Fails for a directory of another user, even when run as root: root would leave files there that the owner could not use.
 fn expect_own(path: &Path) -> Result<()> {
     let owner = fs::symlink_metadata(path).map_err(|error| io_error("read", path, error))?.uid();
     let own = rustix::process::geteuid().as_raw();
@@ -251,11 +252,11 @@ fn is_open_to_others(path: &Path) -> Result<bool> {
     Ok(meta.mode() & 0o077 != 0)
 }
 
-/// Takes a directory or a regular file of the store from everybody but its owner.
+/// Removes the permissions of everyone but the owner from a directory or regular file of the store.
 pub(super) fn make_private(path: &Path) -> Result<()> {
     let change = || -> io::Result<()> {
         let meta = fs::symlink_metadata(path)?;
-        // Opened, so that nothing else is changed that comes to be at this path now.
+        // Opened, so that nothing else is changed that may have replaced it at this path.
         let (file, mode) = if meta.is_dir() {
             (fs::File::open(path)?, meta.mode() & 0o7700)
         } else {
@@ -269,7 +270,7 @@ pub(super) fn make_private(path: &Path) -> Result<()> {
     }
 }
 
-/// A store on a file system that cannot be written to can still be read.
+/// Ignores the error of a read-only file system: a store on one can still be read.
 fn unless_read_only(outcome: Result<()>) -> Result<()> {
     let is_read_only = |error: &Error| {
         std::error::Error::source(error)

@@ -1,4 +1,4 @@
-//! Ledgers: what is written down about a lab, so that others can clean up behind a dead owner.
+//! Ledgers: records about labs that let other processes clean up after a dead owner.
 
 use super::{
     Use,
@@ -13,29 +13,29 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The file of a ledger, in the directory of its lab.
+/// The name of the ledger's file, in the directory of its lab.
 pub(super) const LEDGER: &str = "ledger.json";
 
-/// What is written down about a lab.
+/// The record about a lab.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Ledger {
-    /// The lab.
+    /// Id of the lab.
     pub id: LabId,
-    /// What it is for: the name of a build or clone.
+    /// Its purpose: the name of a build or clone.
     pub purpose: String,
-    /// Who opened it.
+    /// The process that opened it.
     pub owner: ProcessIdentity,
-    /// When.
+    /// Time of creation.
     pub created: jiff::Timestamp,
-    /// Whether it may be kept, and was.
+    /// Whether it was kept.
     pub kept: bool,
     /// Processes that belong to it.
     pub processes: Vec<RecordedProcess>,
     /// Blobs and modules that it needs.
     pub uses: Vec<Use>,
-    /// The directory that it was written for: in a copy of the store, its processes are those of the original. `None` in ledgers of
-    /// earlier versions.
+    /// The directory that the ledger was written for: in a copy of the store, its processes are those of the original. `None` in
+    /// ledgers of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub directory: Option<DirectoryIdentity>,
 }
@@ -43,9 +43,9 @@ pub struct Ledger {
 /// A process of a lab.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecordedProcess {
-    /// What it is: `qemu of web`.
+    /// Its role, such as `qemu of web`.
     pub role: String,
-    /// Who it is.
+    /// Its identity.
     #[serde(flatten)]
     pub identity: ProcessIdentity,
 }
@@ -54,9 +54,9 @@ pub struct RecordedProcess {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LabState {
-    /// Its owner lives.
+    /// Its owner is alive.
     Living,
-    /// Its owner is gone; it is reaped.
+    /// Its owner is dead; it will be reaped.
     Dead,
     /// It was kept for inspection; it stays until it is removed.
     Kept,
@@ -64,7 +64,7 @@ pub enum LabState {
     Unknown,
 }
 
-/// A lab that was found in the store.
+/// A lab found in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LabEntry {
     /// Its id: the name of its directory.
@@ -73,11 +73,11 @@ pub struct LabEntry {
     pub path: PathBuf,
     /// Whether it is in use.
     pub state: LabState,
-    /// What is written down about it; `None` when that cannot be read.
+    /// Its ledger; `None` when that cannot be read.
     pub ledger: Option<Ledger>,
 }
 
-/// Reads the ledger of a lab; `None` when the lab itself is gone by now.
+/// Reads the ledger of a lab; `None` when the lab itself no longer exists.
 ///
 /// # Errors
 /// `InvalidInput` when it is missing or cannot be read; the message names the file.

@@ -1,4 +1,4 @@
-//! `file` URLs: copied into the store, because a file outside may change, and what a module was made from must not.
+//! `file` URLs: copied into the store, because a file outside it may change, and the inputs of a module must not.
 
 use super::{
     Lease, Store,
@@ -18,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Which file it was, and what it was then.
+/// The identity of a source file at the time it was read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct SourceIdentity {
     path: PathBuf,
@@ -41,7 +41,7 @@ impl SourceIdentity {
     }
 }
 
-/// What a local file gave.
+/// The result of reading a local file.
 enum Copied {
     /// Its bytes are a blob.
     Blob(Lease),
@@ -50,7 +50,7 @@ enum Copied {
 }
 
 impl Store {
-    /// Brings a local file into the store, unless it is there and has not changed.
+    /// Copies a local file into the store, unless the store has it and it has not changed.
     pub(super) fn copy_in(
         &self,
         url: &PlannedUrl,
@@ -93,7 +93,7 @@ impl Store {
         }
     }
 
-    /// What is known of this file, if it is still the same.
+    /// Returns the record of this file, if it has not changed.
     fn unchanged(&self, url: &PlannedUrl, path: &Path) -> Result<Option<UrlRecord>> {
         let now = SourceIdentity::of(path)?;
         Ok(self.url_record(&url.url)?.filter(|record| {
@@ -101,7 +101,7 @@ impl Store {
         }))
     }
 
-    /// Reads a file once: into a blob, or, when it is packed and only its image is wanted, for its digest alone.
+    /// Reads a file once: into a blob, or, if it is packed and only its image is requested, just to compute its digest.
     fn take_in(
         &self,
         url: &PlannedUrl,

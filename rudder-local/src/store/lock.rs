@@ -1,6 +1,6 @@
-//! Locks between processes (and between tasks of one process): `flock(2)` on files that hold nothing.
+//! Locks between processes (and between tasks of one process): `flock(2)` on empty files.
 //!
-//! A lock is gone when its holder dies, however it dies. Files are opened close-on-exec, so that children of the
+//! A lock is released when its holder dies, however it dies. Files are opened close-on-exec, so that children of the
 //! holder do not inherit it, and are unlocked explicitly, so that a child between fork and exec does not prolong it.
 
 use super::durable::{self, io_error};
@@ -13,7 +13,7 @@ use std::{
     time::SystemTime,
 };
 
-/// A lock that is held until this is dropped.
+/// A lock that is held until it is dropped.
 #[derive(Debug)]
 pub(super) struct FileLock {
     file: File,
@@ -21,28 +21,28 @@ pub(super) struct FileLock {
     transient: bool,
 }
 
-/// How a lock is held.
+/// The mode of a lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// Together with others.
+    /// Shared with other holders.
     Shared,
-    /// Alone.
+    /// Exclusive.
     Exclusive,
 }
 
-/// Whether a lock can be had.
+/// The availability of a lock.
 #[derive(Debug)]
 pub(super) enum Availability {
-    /// Nobody had it: it is held alone now.
+    /// It was free, and is now held exclusively.
     Free(FileLock),
-    /// Somebody has it.
+    /// It is held elsewhere.
     Held,
     /// There is no file to lock.
     Missing,
 }
 
 impl FileLock {
-    /// Takes the lock, and waits for it as long as it takes: for locks that are held for moments.
+    /// Acquires the lock, blocking without a time limit: for locks that are held only for moments.
     pub(super) fn wait(path: &Path, mode: Mode) -> Result<Self> {
         loop {
             let file = open(path)?;
@@ -57,7 +57,7 @@ impl FileLock {
         }
     }
 
-    /// Takes the lock if nobody is in the way.
+    /// Acquires the lock if it is available.
     pub(super) fn attempt(path: &Path, mode: Mode) -> Result<Option<Self>> {
         loop {
             let file = open(path)?;
@@ -76,7 +76,7 @@ impl FileLock {
         }
     }
 
-    /// Takes the lock alone if nobody has it. Creates nothing.
+    /// Acquires the lock exclusively if it is free. Creates nothing.
     pub(super) fn look(path: &Path) -> Result<Availability> {
         if !fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file()) {
             return Ok(Availability::Missing);
@@ -93,23 +93,23 @@ impl FileLock {
         }
     }
 
-    /// Removes the file of a lock that is held alone once it is dropped.
+    /// Returns the lock, set to remove its file when dropped. It must be held exclusively.
     pub(super) fn transient(mut self) -> Self {
         self.transient = true;
         self
     }
 
-    /// Notes that what the lock stands for is used now.
+    /// Records that what the lock stands for is being used now.
     pub(super) fn touch(&self) {
         let _ = self.file.set_modified(SystemTime::now());
     }
 
-    /// When it was used last.
+    /// Returns the time of its last use.
     pub(super) fn last_used(&self) -> Option<SystemTime> {
         self.file.metadata().and_then(|meta| meta.modified()).ok()
     }
 
-    /// Removes the file of a lock that is held alone; whoever waits for it starts over with a new file.
+    /// Removes the file of an exclusively held lock; waiting processes start over with a new file.
     pub(super) fn remove(self) -> Result<()> {
         durable::remove_file(&self.path)
     }
@@ -124,7 +124,7 @@ impl Drop for FileLock {
     }
 }
 
-/// How files of locks are opened: a symbolic link could lead to a file of somebody else's.
+/// Returns the options to open lock files with. Symbolic links are refused, because they could lead to a user's file.
 fn options() -> OpenOptions {
     let flags = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or_default();
     let mut options = OpenOptions::new();
@@ -144,7 +144,7 @@ fn open(path: &Path) -> Result<File> {
     .map_err(|error| io_error("open", path, error))
 }
 
-/// Whether the locked file is still the one that others find at this path.
+/// Returns whether the locked file is still the one at this path.
 fn is_current(file: &File, path: &Path) -> Result<bool> {
     let own = file.metadata().map_err(|error| io_error("read", path, error))?;
     match fs::symlink_metadata(path) {

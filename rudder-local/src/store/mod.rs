@@ -1,11 +1,11 @@
-//! The store: content-addressed local storage that local backends share. Inputs, modules, and the labs of running builds.
+//! The store: content-addressed local storage shared by local backends. It holds inputs, modules, and the labs of running builds.
 //!
 //! ```text
 //! <store>/rudder-store.json            the marker that makes it a store: see `layout`
-//!        /blobs/sha256/ab/abcd…       immutable inputs, named by the sha256 of what is stored; verified when they enter
-//!        /index/urls/…                what a URL gave, and how to ask whether it still does
+//!        /blobs/sha256/ab/abcd…       immutable inputs, named by the sha256 of what is stored; verified when they are added
+//!        /index/urls/…                what a URL returned, and how to ask whether it still does
 //!        /index/images/…              which blob an image became, named by the sha256 of the bytes as served
-//!        /index/verified/…            which files hold what they should, see `verified`
+//!        /index/verified/…            which files hold the expected content, see `verified`
 //!        /downloads/…                 partial downloads, resumable; one writer each
 //!        /modules/<name>/<digest>/    see `modules`
 //!        /labs/<id>/                  see `lab`
@@ -13,13 +13,13 @@
 //! ```
 //!
 //! # Promises
-//! - Nothing half-written is ever taken for good: files are written beside their place, made durable, and renamed into it.
-//! - Any number of processes may use a store at once; a download that several want is made once.
-//! - What a [`Lease`] or the ledger of a lab names is not removed. A lease passes to a ledger without a gap
+//! - A half-written file is never mistaken for a complete one: files are written to a temporary name, made durable, and renamed.
+//! - Any number of processes may use a store concurrently; a download requested by several of them is performed once.
+//! - Nothing named by a [`Lease`] or by the ledger of a lab is removed. A lease passes to a ledger without a gap
 //!   ([`LabDir::hold`]), so that nothing is collected between finding a blob and building on it.
-//! - Only what the store itself recorded is ever removed. Symbolic links are not followed. What it does not know stays, and is
-//!   named in the report ([`warnings`](rudder_core::backend::ReapReport::warnings)) of whoever cleans up.
-//! - Nobody but its owner reads it: directories have mode 0700, files 0600.
+//! - Only what the store itself recorded is ever removed. Symbolic links are not followed. Unknown entries stay, and are
+//!   named in the report ([`warnings`](rudder_core::backend::ReapReport::warnings)) of the cleanup.
+//! - Only its owner can read it: directories have mode 0700, files 0600.
 
 mod blob;
 mod collect;
@@ -90,19 +90,20 @@ struct Inner {
     client: OnceLock<reqwest::Client>,
 }
 
-/// How a store reads from elsewhere.
+/// Timeouts and limits of a store.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct StoreOptions {
-    /// How long a server may take to accept a connection. 30 s.
+    /// Time limit for a server to accept a connection. Defaults to 30 s.
     pub connect_timeout: Duration,
-    /// How long a transfer may go without a byte before it counts as broken. 60 s.
+    /// Time without a byte after which a transfer counts as broken. Defaults to 60 s.
     pub stall_timeout: Duration,
-    /// How often a download is tried, the first included; an attempt that brought bytes does not count. 5.
+    /// Number of attempts per download, including the first. An attempt that received at least 1 MiB of new bytes restarts the
+    /// count. Defaults to 5.
     pub attempts: u32,
-    /// How long to wait before the second attempt; doubles with each one, up to 30 s. 500 ms.
+    /// Pause before the second attempt, which doubles with each further attempt, up to 30 s. Defaults to 500 ms.
     pub backoff: Duration,
-    /// How large an image may become when it is unpacked, in bytes. 1 TiB.
+    /// Largest size of an unpacked image, in bytes. Defaults to 1 TiB.
     pub unpacked_limit: u64,
 }
 
@@ -119,41 +120,41 @@ impl Default for StoreOptions {
 }
 
 impl StoreOptions {
-    /// The usual limits.
+    /// Returns the default limits.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Gives a server this long to accept a connection.
+    /// Sets the time limit for a server to accept a connection.
     #[must_use]
     pub fn with_connect_timeout(mut self, limit: Duration) -> Self {
         self.connect_timeout = limit;
         self
     }
 
-    /// Takes a transfer as broken after this long without a byte.
+    /// Sets the time without a byte after which a transfer counts as broken.
     #[must_use]
     pub fn with_stall_timeout(mut self, limit: Duration) -> Self {
         self.stall_timeout = limit;
         self
     }
 
-    /// Tries a download this often, the first attempt included.
+    /// Sets the number of attempts per download, including the first.
     #[must_use]
     pub fn with_attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts;
         self
     }
 
-    /// Waits this long before the second attempt, and twice as long before each further one, up to 30 s.
+    /// Sets the pause before the second attempt; it doubles with each further attempt, up to 30 s.
     #[must_use]
     pub fn with_backoff(mut self, pause: Duration) -> Self {
         self.backoff = pause;
         self
     }
 
-    /// Unpacks images of at most this size, in bytes.
+    /// Sets the largest size of an unpacked image, in bytes.
     #[must_use]
     pub fn with_unpacked_limit(mut self, bytes: u64) -> Self {
         self.unpacked_limit = bytes;
@@ -165,17 +166,17 @@ impl StoreOptions {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct StoredImage {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// What it is, by its content.
+    /// Format, detected from the content.
     pub format: ImageFormat,
-    /// What a guest sees, in bytes, as the image's own header says.
+    /// Size of the disk that a guest sees, in bytes, according to the image's own header.
     pub virtual_size: u64,
-    /// sha256 of the file: of the unpacked image, where it came packed.
+    /// sha256 of the file: of the unpacked image, if it was served packed.
     pub digest: Digest,
-    /// What was asked for and what came, for the provenance. Its role is that of a file: the caller knows better.
+    /// What was requested and what was received, for the provenance. The role is that of a file; the caller knows the actual one.
     pub input: InputRecord,
-    /// Keeps it from being collected until it is dropped; give it to [`LabDir::hold`].
+    /// Keeps the image from being collected until it is dropped; pass it to [`LabDir::hold`].
     pub lease: Lease,
 }
 
@@ -183,17 +184,17 @@ pub struct StoredImage {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct StoredFile {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// How many bytes it has.
+    /// Size in bytes.
     pub size: u64,
-    /// What was asked for and what came, for the provenance. Its role is that of a file: the caller knows better.
+    /// What was requested and what was received, for the provenance. The role is that of a file; the caller knows the actual one.
     pub input: InputRecord,
-    /// Keeps it from being collected until it is dropped; give it to [`LabDir::hold`].
+    /// Keeps the file from being collected until it is dropped; pass it to [`LabDir::hold`].
     pub lease: Lease,
 }
 
-/// Something in the store that can be needed.
+/// Something in the store that a lab can use.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -202,9 +203,9 @@ pub enum Use {
     Blob(Digest),
     /// A version of a module.
     Module {
-        /// Its name.
+        /// Name of the module.
         name: String,
-        /// Its digest.
+        /// Digest of the version.
         digest: Digest,
     },
 }
@@ -216,7 +217,7 @@ pub struct Lease {
     _lock: Arc<UsedLock>,
 }
 
-/// The lock of something in use. What was used until now was used now: how long it is unused counts from here.
+/// The lock of something in use. Dropping it sets the time of last use to now, from which the unused time counts.
 #[derive(Debug)]
 struct UsedLock(FileLock);
 
@@ -227,7 +228,7 @@ impl Drop for UsedLock {
 }
 
 impl Lease {
-    /// What is kept.
+    /// Returns what the lease keeps.
     #[must_use]
     pub fn what(&self) -> &Use {
         &self.what
@@ -241,17 +242,17 @@ impl Lease {
 }
 
 impl Store {
-    /// Opens the store in this directory. Where there is no directory, or an empty one, it makes a store.
+    /// Opens the store in this directory. Creates a store if the directory is empty or does not exist.
     ///
     /// # Errors
-    /// `InvalidInput` for a directory that is not empty and no store, and for one of another user; `Unsupported` for the store of
-    /// a later version; `Conflict` where a directory of the store is something else, such as a symbolic link; file errors. A
-    /// directory that is refused is left unchanged.
+    /// `InvalidInput` for a directory that is neither empty nor a store, and for one that belongs to another user; `Unsupported`
+    /// for the store of a later version; `Conflict` if something else, such as a symbolic link, is where a directory of the store
+    /// belongs; file errors. A directory that is refused is left unchanged.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
         Self::open_with(root, StoreOptions::default())
     }
 
-    /// [`open`](Self::open) with other timeouts and limits.
+    /// Opens the store in this directory with other timeouts and limits, like [`open`](Self::open).
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -260,8 +261,8 @@ impl Store {
         Ok(Self(Arc::new(Inner { opened, options, client: OnceLock::new() })))
     }
 
-    /// Where the store of this user is: `$RUDDER_STORE`, else `rudder` in `$XDG_DATA_HOME`, else `~/.local/share/rudder`
-    /// (XDG Base Directory Specification).
+    /// Returns the location of this user's store: `$RUDDER_STORE`, else `rudder` in `$XDG_DATA_HOME`, else
+    /// `~/.local/share/rudder` (XDG Base Directory Specification).
     #[must_use]
     pub fn default_root() -> PathBuf {
         let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -274,26 +275,26 @@ impl Store {
         })
     }
 
-    /// Its directory, without symbolic links.
+    /// Returns the store's directory, without symbolic links.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.0.opened.root
     }
 
-    /// A disk image, unpacked and ready to be a backing file: from the cache, else from where the URL says.
+    /// Returns a disk image, unpacked and ready to be a backing file: from the cache, else downloaded or copied from the URL.
     ///
-    /// Recognised by its content, never by its name: qcow2, raw, vmdk, vdi, vhd, vhdx, and any of them in gz, xz, zst or
-    /// bz2. Dropping the future leaves a partial download that the next call resumes.
+    /// The format is detected from the content, never from the name: qcow2, raw, vmdk, vdi, vhd, vhdx, and any of them packed in
+    /// gz, xz, zst or bz2. Dropping the future leaves a partial download, which the next call resumes.
     ///
     /// # Errors
     /// `NotFound`, `Download`, `ChecksumMismatch` (the bytes stay in the store, for a manifest with a corrected
-    /// checksum), `InvalidImage`, `HostDiskFull`, `InvalidInput` for another scheme.
+    /// checksum), `InvalidImage`, `HostDiskFull`, `InvalidInput` for any other URL scheme.
     pub async fn image(&self, url: &PlannedUrl, progress: &Progress) -> Result<StoredImage> {
         self.image_for(url, None, progress).await
     }
 
-    /// [`image`](Self::image) for a disk of this size in bytes: unpacking stops as soon as more has come out than such a
-    /// disk can hold.
+    /// Returns the [`image`](Self::image) for a disk of this size in bytes: unpacking stops as soon as the output exceeds what
+    /// such a disk can hold.
     ///
     /// # Errors
     /// As `image`; `InvalidInput` when a packed image is larger than the disk.
@@ -318,7 +319,7 @@ impl Store {
         })
     }
 
-    /// The bytes behind a URL, as they are served: from the cache, else from where the URL says.
+    /// Returns the bytes behind a URL, as they are served: from the cache, else downloaded or copied from the URL.
     ///
     /// # Errors
     /// As [`image`](Self::image), without `InvalidImage`.
@@ -332,8 +333,8 @@ impl Store {
         })
     }
 
-    /// [`file`](Self::file), kept cached for at least this long after its last use, whatever is [collected](Self::collect)
-    /// meanwhile and whichever module was made of it. A longer time that it was kept for earlier holds, too.
+    /// Returns a [`file`](Self::file) that stays cached for at least this long after its last use, even if the store is
+    /// [collected](Self::collect) and a module was made from it. A longer time requested earlier still applies.
     ///
     /// # Errors
     /// As `file`.
@@ -351,8 +352,8 @@ impl Store {
         Ok(file)
     }
 
-    /// Keeps a blob cached for so long after its last use, whatever is [collected](Self::collect) meanwhile and whichever
-    /// module was made of it. What was promised for it earlier holds, too.
+    /// Keeps a blob cached for this long after its last use, even if the store is [collected](Self::collect) and a module was
+    /// made from it. A longer time requested earlier still applies.
     ///
     /// # Errors
     /// File errors.
@@ -363,7 +364,7 @@ impl Store {
         }
     }
 
-    /// The client for all downloads of this store.
+    /// Returns the HTTP client for all downloads of this store.
     fn client(&self) -> Result<&reqwest::Client> {
         if let Some(client) = self.0.client.get() {
             return Ok(client);
@@ -399,12 +400,12 @@ impl Store {
         })
     }
 
-    /// The lock that keeps everybody else from using this, if nobody does; else who does.
+    /// Returns the lock that keeps this from being used, if nothing uses it; else what does.
     fn unused(&self, what: &Use) -> Result<Result<FileLock, String>> {
         let Some(lock) = FileLock::attempt(&self.use_lock(what), Mode::Exclusive)? else {
             return Ok(Err("a running process".into()));
         };
-        // Looked at under the lock: whoever had a lease has written it into the ledger before giving the lease back.
+        // Checked under the lock: the holder of a lease records it in the ledger before releasing the lease.
         let user =
             self.used_by_labs()?.into_iter().find(|(_, used)| used.as_ref().is_none_or(|used| used == what));
         Ok(match user {
@@ -414,18 +415,18 @@ impl Store {
         })
     }
 
-    /// The directories in a directory of the store whose names are wanted, in order; of one that is not there, none.
-    /// A symbolic link is no directory.
+    /// Returns the subdirectories of a directory of the store whose names pass the filter, in order; none if the directory does
+    /// not exist. A symbolic link is not a directory.
     fn directories(&self, dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<(String, PathBuf)>> {
         self.entries(dir, |name, kind| kind.is_dir() && wanted(name))
     }
 
-    /// The regular files in a directory of the store whose names are wanted, in order.
+    /// Returns the regular files in a directory of the store whose names pass the filter, in order.
     fn files(&self, dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<(String, PathBuf)>> {
         self.entries(dir, |name, kind| kind.is_file() && wanted(name))
     }
 
-    /// The entries of a directory of the store that are wanted, in order; of one that is not there, none.
+    /// Returns the entries of a directory of the store that pass the filter, in order; none if the directory does not exist.
     fn entries(&self, dir: &Path, wanted: impl Fn(&str, FileType) -> bool) -> Result<Vec<(String, PathBuf)>> {
         let entries = entries::list(dir)?.into_iter().filter(|(name, kind)| wanted(name, *kind));
         Ok(entries.map(|(name, _)| (name.clone(), dir.join(name))).collect())
@@ -441,7 +442,7 @@ impl Fetch for Store {
     }
 }
 
-/// Runs file work that may take long where it does not hold up the async runtime.
+/// Runs file operations that may take long where they do not block the async runtime.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     rudder_core::runtime::check()?;
     match tokio::task::spawn_blocking(work).await {
@@ -460,7 +461,7 @@ fn about(url: &PlannedUrl, error: Error) -> Error {
     error.with_context("url", masked(&url.url))
 }
 
-/// A URL without what must not be shown.
+/// Returns a URL without the parts that must not be shown.
 fn masked(url: &url::Url) -> String {
     rudder_core::secret::public_url(url)
 }

@@ -1,4 +1,4 @@
-//! Modules on disk: found, leased, removed. What their versions are is in `versions`, how they come about in `publish`.
+//! Modules on disk: finding, leasing and removing them. Versions are described in `versions`, publishing in `publish`.
 //!
 //! Readers see either the old module of a name or the new one. A version that a lab still builds on outlives its replacement, and
 //! is collected later.
@@ -21,7 +21,7 @@ use std::{
 };
 
 impl Store {
-    /// All modules that can be used, in the order of their names. The others: [`damaged_modules`](Self::damaged_modules).
+    /// Returns all usable modules, ordered by name. For the others, see [`damaged_modules`](Self::damaged_modules).
     ///
     /// # Errors
     /// File errors.
@@ -29,8 +29,8 @@ impl Store {
         Ok(self.survey()?.0)
     }
 
-    /// The modules that are there and cannot be used, in the order of their names: a damaged or newer record, a file that is
-    /// missing, versions of which none is known to be the current one.
+    /// Returns the modules that exist but cannot be used, ordered by name: their record is damaged or of a later format, a file is
+    /// missing, or none of their versions is known to be the current one.
     ///
     /// # Errors
     /// File errors.
@@ -40,7 +40,7 @@ impl Store {
 
     fn survey(&self) -> Result<(Vec<Module>, Vec<DamagedModule>)> {
         let (mut modules, mut damaged) = (Vec::new(), Vec::new());
-        // Also what is no directory, such as a symbolic link: it says so.
+        // Includes entries that are not directories, such as symbolic links: opening them reports the error.
         for (name, _) in self.entries(&self.modules_dir(), |name, _| units::is_name(name))? {
             match self.module(&name) {
                 Ok(module) => modules.push(module),
@@ -51,12 +51,12 @@ impl Store {
         Ok((modules, damaged))
     }
 
-    /// The module of this name.
+    /// Returns the module of this name.
     ///
     /// # Errors
-    /// `NotFound`; `InvalidInput` or `Unsupported` when it is there and cannot be used: the message names the file; file errors.
+    /// `NotFound`; `InvalidInput` or `Unsupported` when it exists but cannot be used (the message names the file); file errors.
     pub fn module(&self, name: &str) -> Result<Module> {
-        // It may be replaced between the two looks: then the second finds the next one.
+        // It may be replaced between the two reads; the next iteration finds the replacement.
         for _ in 0..100 {
             let Some(digest) = self.current(name)? else { break };
             if let Some(module) = self.version(name, &digest)? {
@@ -70,10 +70,10 @@ impl Store {
         .with_help("build it first, or list the modules that are there"))
     }
 
-    /// The module of this name and digest, and a lease that keeps it from being removed.
+    /// Returns the module of this name and digest, and a lease that keeps it from being removed.
     ///
     /// # Errors
-    /// `NotFound` when there is none of that name, or it has been replaced since; as [`module`](Self::module) otherwise.
+    /// `NotFound` when no module has that name, or it has been replaced since; otherwise as [`module`](Self::module).
     pub fn lease_module(&self, name: &str, digest: &Digest) -> Result<(Module, Lease)> {
         if units::is_name(name) && self.version(name, digest)?.is_some() {
             let lease = Lease::take(self, Use::Module { name: name.to_owned(), digest: *digest })?;
@@ -89,7 +89,7 @@ impl Store {
         .with_help("the module was built anew since the plan was made: plan again"))
     }
 
-    /// Removes a module: all of its versions, also damaged ones.
+    /// Removes a module: all of its versions, including damaged ones.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` when a lab builds on it; file errors.
@@ -98,10 +98,10 @@ impl Store {
         super::blocking(move || remove(&store, &name)).await
     }
 
-    /// Removes what publishing left half-way, and, of all modules, versions that were replaced and that nothing uses.
+    /// Removes what interrupted publications left, and the unused replaced versions of all modules.
     pub(super) fn reap_modules(&self, report: &mut ReapReport) -> Result<()> {
         for (name, dir) in self.directories(&self.modules_dir(), units::is_name)? {
-            // A directory without a lock is none that a module was ever published into here.
+            // Without a lock, no module was ever published into this directory here.
             let is_empty = entries::list(&dir)?.is_empty();
             if is_empty && fs::symlink_metadata(self.module_lock(&name)).is_err() {
                 continue;
@@ -115,7 +115,7 @@ impl Store {
                 report.removed.push(format!("left-over {entry} of module {name}"));
             }
             self.remove_old_versions(&name, report)?;
-            // Only an empty one goes: a name whose module was removed, or was never published.
+            // Fails unless it is empty: a name whose module was removed, or was never published.
             let _ = fs::remove_dir(&dir);
         }
         Ok(())
@@ -125,20 +125,20 @@ impl Store {
         self.lock_path(&format!("module-{name}"))
     }
 
-    /// Removes versions that are marked as replaced and not used. The caller holds the module's lock.
+    /// Removes unused versions that are marked as replaced. The caller holds the module's lock.
     pub(super) fn remove_old_versions(&self, name: &str, report: &mut ReapReport) -> Result<()> {
         let current = match self.current(name) {
-            // Which one is current is not known: all of them stay, and the module is told to be damaged.
+            // The current one is unknown: all of them stay, and the module is reported as damaged.
             Err(error) if error.kind() == ErrorKind::InvalidInput => return Ok(()),
             other => other?,
         };
-        // Whoever removed the module was killed.
+        // The process that removed the module was killed.
         let Some(current) = current else { return self.remove_pointer(name) };
         let pointer = self.module_dir(name).join(CURRENT);
         let is_copied = fs::symlink_metadata(&pointer).is_ok_and(|meta| !meta.is_symlink());
         let is_marked = |version: &super::versions::Version| version.digest == current && version.replaced;
         let versions = self.versions(name)?;
-        // A pointer that was lost is made again, and a publication that was cut short is finished.
+        // Restores a lost pointer, and finishes an interrupted publication.
         if !is_copied && (self.pointed(name)? != Some(current) || versions.iter().any(is_marked)) {
             self.switch(name, &current)?;
         }
@@ -166,7 +166,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes what points at the current version, where it is a symbolic link.
+    /// Removes the pointer to the current version, if it is a symbolic link.
     fn remove_pointer(&self, name: &str) -> Result<()> {
         let pointer = self.module_dir(name).join(CURRENT);
         match fs::symlink_metadata(&pointer) {
@@ -175,7 +175,7 @@ impl Store {
         }
     }
 
-    /// Takes a version out of a module by one rename; what is left of it is only space.
+    /// Takes a version out of a module by one rename; removing the rest only frees space.
     fn take_out(&self, name: &str, version: &Path) -> Result<PathBuf> {
         let gone = self.module_dir(name).join(format!(".removed-{:08x}", rand::random::<u32>()));
         fs::rename(version, &gone).map_err(|error| durable::io_error("remove", version, error))?;
@@ -210,7 +210,7 @@ fn remove(store: &Store, name: &str) -> Result<()> {
             }
         }
     }
-    // The current one goes last: at no moment does the name mean another version.
+    // The current one goes last, so that the name never refers to another version.
     locks.sort_by_key(|(version, _)| Some(version.digest) == current);
     let mut gone = Vec::new();
     for (version, lock) in locks {

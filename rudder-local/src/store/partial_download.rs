@@ -1,8 +1,8 @@
-//! A partial download: the bytes so far, what they are part of, and reading along while they grow.
+//! A partial download: the bytes received so far, what they are part of, and reading them while they grow.
 //!
-//! `downloads/<key>.part` holds the bytes as served, `downloads/<key>.json` says of what, and `downloads/<key>.sum` how many
-//! of them were written and their digest. One writer each, by the lock `locks/download-<key>`; when it dies, the next one
-//! goes on where it stopped, unless the bytes have changed since.
+//! `downloads/<key>.part` holds the bytes as served, `downloads/<key>.json` describes their origin, and `downloads/<key>.sum`
+//! records how many of them were written and their digest. The lock `locks/download-<key>` admits one writer; when it dies, the
+//! next one continues where it stopped, unless the bytes have changed since.
 
 use super::{
     Store, durable,
@@ -26,20 +26,20 @@ use std::{
 };
 use tokio::sync::mpsc;
 
-/// What a partial download is part of.
+/// The resource that a partial download is part of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Origin {
-    /// The URL, masked: for people.
+    /// The URL, masked, for display.
     pub(super) url: String,
     /// `ETag`, as it was sent.
     pub(super) etag: Option<String>,
     /// `Last-Modified`, as it was sent.
     pub(super) last_modified: Option<String>,
-    /// What `If-Range` may say (RFC 9110, 13.1.5): a strong validator. `None`: it cannot be resumed.
+    /// The value for `If-Range` (RFC 9110, 13.1.5): a strong validator. `None` if the download cannot be resumed.
     pub(super) if_range: Option<String>,
-    /// How many bytes there are in all.
+    /// Total number of bytes.
     pub(super) total: Option<u64>,
-    /// The boot it was written in. After a crash of the host, what stands in the file may not be what was received.
+    /// The boot it was written in. After a crash of the host, the file may not contain what was received.
     pub(super) boot_id: String,
 }
 
@@ -48,21 +48,21 @@ pub(super) struct Origin {
 pub(super) struct PartialDownload {
     path: PathBuf,
     file: File,
-    /// Eight bytes of length, and the digest.
+    /// The file with the length in eight bytes, and the digest.
     sum: File,
     hasher: Hasher,
     len: u64,
-    /// Whether the bytes that were there had changed since they were written.
+    /// Whether the existing bytes had changed since they were written.
     damaged: bool,
     origin: Option<Origin>,
     growth: Growth,
-    /// Held by whoever writes, also by a thread that still does when nobody waits for it any more.
+    /// Held by the writer, including a thread that still writes after its caller stopped waiting.
     _lock: Arc<FileLock>,
 }
 
 impl PartialDownload {
-    /// Opens the partial download of this key, and reads what is there of it, if it can be resumed. `trusted`: what
-    /// was written before a crash may be used, because the whole is compared with a checksum.
+    /// Opens the partial download of this key, and reads its existing bytes if it can be resumed. `trusted`: bytes
+    /// written before a crash may be used, because the whole is compared with a checksum.
     pub(super) fn open(store: &Store, key: &str, trusted: bool, lock: Arc<FileLock>) -> Result<Self> {
         let path = store.part_path(key);
         let file = open_to_write(&path)?;
@@ -91,7 +91,7 @@ impl PartialDownload {
         Ok(part)
     }
 
-    /// Reads what was written before. Leaves nothing of it when it is not what was written. `trusted`: the sum may be missing.
+    /// Reads what was written before, and discards it if it has changed since. `trusted`: the sum may be missing.
     fn read_back(&mut self, trusted: bool) -> Result<()> {
         let failed = |path: &Path, error| io_error("read", path, error);
         let length = self.file.metadata().map_err(|error| failed(&self.path, error))?.len();
@@ -101,7 +101,7 @@ impl PartialDownload {
                 let (length, digest) = sum.split_at(8);
                 Some((u64::from_be_bytes(length.try_into().unwrap_or_default()), digest))
             }
-            // Written before there were sums, or by a writer that died before its first.
+            // Written before sums were introduced, or by a writer that died before its first.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
             Err(error) => return Err(failed(&self.path.with_extension("sum"), error)),
         };
@@ -128,13 +128,13 @@ impl PartialDownload {
             self.len = 0;
             return Ok(());
         }
-        // What a writer wrote that died before it wrote the sum.
+        // Drops what a writer wrote that died before it wrote the sum.
         self.file.set_len(self.len).map_err(|error| io_error("write", &self.path, error))
     }
 
-    /// Throws away what is there; what comes from now on is this.
+    /// Discards the existing bytes; bytes received from now on belong to this origin.
     pub(super) fn restart(&mut self, origin: Option<Origin>) -> Result<()> {
-        // In this order: bytes are never described by a record that is not theirs.
+        // In this order, so that bytes are never described by a record of others.
         durable::remove_file(&self.path.with_extension("json"))?;
         self.growth.restarted();
         self.file
@@ -150,7 +150,7 @@ impl PartialDownload {
         Ok(())
     }
 
-    /// Appends what comes until the sender hangs up. Blocks.
+    /// Appends received bytes until the sender is dropped. Blocks.
     pub(super) fn append(mut self, mut incoming: mpsc::Receiver<Bytes>) -> (Self, Result<()>) {
         let mut write = || -> io::Result<()> {
             let mut out = SparseWriter::resume(&self.file, self.len);
@@ -178,7 +178,7 @@ impl PartialDownload {
         self.len
     }
 
-    /// Whether bytes were there that had changed since they were written; nothing of them is left.
+    /// Returns whether existing bytes had changed since they were written; they have been discarded.
     pub(super) fn was_damaged(&self) -> bool {
         self.damaged
     }
@@ -187,7 +187,7 @@ impl PartialDownload {
         self.origin.as_ref()
     }
 
-    /// Whether a server can be asked for the rest of it.
+    /// Returns whether a server can be asked for the rest.
     pub(super) fn is_resumable(&self) -> bool {
         self.origin.as_ref().is_some_and(|origin| origin.if_range.is_some())
     }
@@ -196,12 +196,12 @@ impl PartialDownload {
         self.growth.clone()
     }
 
-    /// The digest of what is there.
+    /// Returns the digest of the bytes so far.
     pub(super) fn digest(&self) -> Digest {
         self.hasher.clone().finish()
     }
 
-    /// Removes it: it became something else, or is of no use.
+    /// Removes the download, because it became something else or is useless.
     pub(super) fn discard(&self) -> Result<()> {
         durable::remove_file(&self.path.with_extension("json"))?;
         durable::remove_file(&self.path.with_extension("sum"))?;
@@ -209,7 +209,7 @@ impl PartialDownload {
     }
 }
 
-/// Opens a file of the download, which is never anything but a plain file.
+/// Opens a file of the download, which must be a regular file.
 fn open_to_write(path: &Path) -> Result<File> {
     use rustix::fs::OFlags;
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
@@ -231,17 +231,17 @@ impl Store {
     }
 }
 
-/// How far a partial download is, for those who read along.
+/// Progress of a partial download, for its concurrent readers.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Growth(Arc<(Mutex<Reached>, Condvar)>);
 
 #[derive(Debug, Default)]
 struct Reached {
-    /// How many bytes may be read.
+    /// Number of bytes that may be read.
     len: u64,
-    /// How often it started over.
+    /// Number of times the download started over.
     restarts: u32,
-    /// Whether there will be no more; `false` in it: because the download failed.
+    /// `Some` once no more bytes will follow: `true` if the download is complete, `false` if it failed.
     end: Option<bool>,
 }
 
@@ -261,7 +261,7 @@ impl Growth {
 
     fn restarted(&self) {
         self.change(|state| {
-            // Of an empty one, nobody can have read anything.
+            // Nothing can have been read from an empty one.
             if state.len > 0 {
                 state.restarts += 1;
             }
@@ -269,26 +269,26 @@ impl Growth {
         });
     }
 
-    /// No more will come; `whole`: because this was all.
+    /// Marks the end of the bytes; `whole` means that the download is complete.
     pub(super) fn end(&self, whole: bool) {
         self.change(|state| {
             state.end.get_or_insert(whole);
         });
     }
 
-    /// How often it started over.
+    /// Returns how many times the download started over.
     pub(super) fn restarts(&self) -> u32 {
         self.reached_so_far().restarts
     }
 
-    /// Reads along from the begin. Blocks where nothing is there yet.
+    /// Returns a reader that follows the growing file from its beginning. Reading blocks until more bytes exist.
     pub(super) fn follow(&self, path: &Path) -> Result<Follower> {
         let file = File::open(path).map_err(|error| io_error("read", path, error))?;
         Ok(Follower { file, growth: self.clone(), restarts: self.restarts(), position: 0 })
     }
 }
 
-/// Tells those who read along that no more will come, when it is dropped before the download was whole.
+/// Signals the end to readers when dropped before the download was complete.
 #[derive(Debug)]
 pub(super) struct EndOnDrop(pub(super) Growth);
 
@@ -298,7 +298,7 @@ impl Drop for EndOnDrop {
     }
 }
 
-/// See [`Growth::follow`].
+/// A reader of a growing download, see [`Growth::follow`].
 #[derive(Debug)]
 pub(super) struct Follower {
     file: File,
@@ -308,7 +308,7 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// How often the download had started over when this began to read.
+    /// Returns how many times the download had started over when this began to read.
     pub(super) fn restarts(&self) -> u32 {
         self.restarts
     }

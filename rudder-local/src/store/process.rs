@@ -1,4 +1,4 @@
-//! Who a process is, so that it is never mistaken for a later one of the same number; ending one that is ours.
+//! Identifies processes, so that none is mistaken for a later one with the same number, and kills those that belong to a lab.
 
 use super::identity::DirectoryIdentity;
 use rudder_core::{Error, ErrorKind, Result};
@@ -14,25 +14,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a killed process may take to be gone.
+/// Time limit for a killed process to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// How often a process that has no words yet, or no more, is looked at.
+/// Interval between checks of a process whose command line cannot be read yet, or no longer.
 const SILENCE_STEP: Duration = Duration::from_millis(5);
 
-/// A process of this or an earlier boot.
+/// The identity of a process of this or an earlier boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessIdentity {
-    /// Its number.
+    /// Its process ID.
     pub pid: u32,
-    /// When it started, in clock ticks since boot (proc(5), `/proc/PID/stat` field 22).
+    /// Its start time, in clock ticks since boot (proc(5), `/proc/PID/stat` field 22).
     pub start_time: u64,
     /// The boot it ran in (`/proc/sys/kernel/random/boot_id`).
     pub boot_id: String,
 }
 
 impl ProcessIdentity {
-    /// The process that runs this code.
+    /// Returns the identity of the calling process.
     ///
     /// # Errors
     /// `Io` where `/proc` cannot be read.
@@ -40,7 +40,7 @@ impl ProcessIdentity {
         Self::of(std::process::id())
     }
 
-    /// The process that has this number now.
+    /// Returns the identity of the process that has this ID now.
     ///
     /// # Errors
     /// `NotFound` when there is none.
@@ -50,14 +50,14 @@ impl ProcessIdentity {
         Ok(Self { pid, start_time, boot_id: boot_id()? })
     }
 
-    /// Whether it still runs. A zombie does not.
+    /// Returns whether it is still running. A zombie is not.
     #[must_use]
     pub fn is_running(&self) -> bool {
         boot_id().is_ok_and(|boot| boot == self.boot_id) && start_time(self.pid) == Some(self.start_time)
     }
 
-    /// Kills it, if it is still the same process and belongs to this lab, and waits until it is gone. Says whether there was
-    /// anything to kill.
+    /// Kills the process, if it is still the same one and belongs to this lab, and waits until it is gone. Returns whether there
+    /// was anything to kill.
     pub(super) fn kill(&self, lab: &Belonging<'_>) -> Result<bool> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(false) };
         let failed = |error: rustix::io::Errno| {
@@ -68,7 +68,7 @@ impl ProcessIdentity {
             Err(rustix::io::Errno::SRCH) => return Ok(false),
             Err(error) => return Err(failed(error)),
         };
-        // The handle names one process for good: what is looked at from here on is what is killed.
+        // The handle always refers to the same process: what is checked from here on is what is killed.
         if !self.is_running() {
             return Ok(false);
         }
@@ -81,7 +81,7 @@ impl ProcessIdentity {
                         return Ok(false);
                     }
                 }
-                // A copy of a ledger names the processes of its original.
+                // A copy of a ledger names processes of the original.
                 Words::Few | Words::Others if !lab.recorded => return Ok(false),
                 Words::Few | Words::Others => return Err(self.stranger(lab.id)),
             }
@@ -100,7 +100,7 @@ impl ProcessIdentity {
         Ok(true)
     }
 
-    /// A process that was to be killed, but does not look like what it was recorded as.
+    /// Returns the error for a process that was to be killed, but does not look like the one that was recorded.
     fn stranger(&self, marker: &str) -> Error {
         let message =
             format!("process {} was recorded as part of {marker}, but nothing of it says so", self.pid);
@@ -109,17 +109,17 @@ impl ProcessIdentity {
     }
 }
 
-/// The id of this boot.
+/// Returns the ID of this boot.
 pub(super) fn boot_id() -> Result<String> {
     let path = "/proc/sys/kernel/random/boot_id";
     let text = fs::read_to_string(path).map_err(|error| Error::io(format_args!("read {path}"), error))?;
     Ok(text.trim().to_owned())
 }
 
-/// When a process started; `None` when there is none, or it is a zombie.
+/// Returns the start time of a process; `None` if it does not exist or is a zombie.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the program may hold anything, also brackets and blanks: what follows its last bracket is plain.
+    // The name of the program may contain anything, including parentheses and spaces: the fields follow its last parenthesis.
     let text = String::from_utf8_lossy(&stat);
     let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
     let state = fields.next()?; // field 3
@@ -129,18 +129,18 @@ fn start_time(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok() // field 22
 }
 
-/// What a process can be told by.
+/// What the command line, environment and working directory of a process say about its lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Words {
-    /// Its command line, environment or working directory holds the text that was looked for.
+    /// One of them contains the text.
     Ours,
-    /// It has a command line and an environment, and the text is not there.
+    /// The process has a command line and an environment, and the text is in neither.
     Others,
-    /// One of them is empty. So they are for a moment between two programs, and on the way out.
+    /// The command line or the environment is empty, as it is briefly during exec and while the process exits.
     Few,
 }
 
-/// What a process must belong to.
+/// The lab that a process must belong to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Belonging<'a> {
     /// The id of a lab.
@@ -148,17 +148,17 @@ pub(super) struct Belonging<'a> {
     /// The directory of the lab.
     pub(super) directory: DirectoryIdentity,
     /// Whether its ledger was written for this very directory. Otherwise a process that names the id may be the original's: it
-    /// must work in the directory, or have one of its files open.
+    /// must have its working directory in this one, or have one of its files open.
     pub(super) recorded: bool,
 }
 
 impl Belonging<'_> {
-    /// Whether the directory at this path is the lab's.
+    /// Returns whether the directory at this path is the lab's.
     fn is_at(&self, path: &Path) -> bool {
         fs::metadata(path).is_ok_and(|meta| DirectoryIdentity::from_metadata(&meta) == self.directory)
     }
 
-    /// Whether a process has a file of the directory open, wherever the directory was moved since.
+    /// Returns whether a process has a file of the directory open, even if the directory was moved since.
     fn has_open(&self, process: &Path) -> bool {
         let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
         let mut paths = files.filter_map(|file| fs::read_link(file.path()).ok());
@@ -166,7 +166,7 @@ impl Belonging<'_> {
     }
 }
 
-/// Looks for a lab in what a process says of itself.
+/// Searches the working directory, environment and command line of a process for a lab.
 fn words(pid: u32, lab: &Belonging<'_>) -> Words {
     let holds = |bytes: &[u8]| bytes.windows(lab.id.len()).any(|window| window == lab.id.as_bytes());
     let dir = Path::new("/proc").join(pid.to_string());
@@ -176,12 +176,12 @@ fn words(pid: u32, lab: &Belonging<'_>) -> Words {
         return Words::Ours;
     }
     let mut few = false;
-    // An environment that is cut short by the end of its process is not taken for whole: nobody has a command line then.
+    // An environment truncated by the exit of its process is not taken as complete: the command line is empty by then.
     for file in ["environ", "cmdline"] {
         match fs::read(dir.join(file)) {
             Ok(bytes) if lab.recorded && holds(&bytes) => return Words::Ours,
             Ok(bytes) => few |= bytes.is_empty(),
-            // Not to be read by us is not the same as empty.
+            // Not being allowed to read it is not the same as empty.
             Err(error) => few |= error.kind() != io::ErrorKind::PermissionDenied,
         }
     }
@@ -192,13 +192,13 @@ fn words(pid: u32, lab: &Belonging<'_>) -> Words {
     }
 }
 
-/// Waits until a process has ended. Says whether it has.
+/// Waits until a process has ended, and returns whether it has.
 fn ends_within(process: &OwnedFd, limit: Duration) -> rustix::io::Result<bool> {
     let limit = Timespec::try_from(limit).map_err(|_| rustix::io::Errno::INVAL)?;
     poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)).map(|ended| ended > 0)
 }
 
-/// The processes, other than this one, whose environment has this variable with exactly this value.
+/// Returns the processes, other than this one, whose environment has this variable with exactly this value.
 pub(super) fn carrying(variable: &str, value: &str) -> Vec<ProcessIdentity> {
     let wanted = format!("{variable}={value}");
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -241,7 +241,7 @@ mod tests {
         Belonging { id, directory: here(), recorded: true }
     }
 
-    /// Waits until a child runs its own program: before, its environment is its parent's.
+    /// Waits until a child runs its own program: before that, its environment is its parent's.
     fn await_exec(child: &Child, id: &str) {
         while words(child.id(), &lab(id)) != Words::Ours {
             std::thread::yield_now();
@@ -253,7 +253,7 @@ mod tests {
         let mut child = Sleeper::new("lab-a1");
         let identity = ProcessIdentity::of(child.0.id()).unwrap();
         assert!(identity.is_running());
-        // Exec may still be under way: until the environment is the child's own, nothing is held against it.
+        // Exec may still be in progress: until the environment is the child's own, it does not count as a stranger.
         assert!(identity.kill(&lab("lab-a1")).unwrap());
         assert!(!identity.is_running());
         assert!(!identity.kill(&lab("lab-a1")).unwrap());

@@ -1,4 +1,4 @@
-//! Publishing: captured files of a lab become a version of a module, all of it or nothing.
+//! Publishing: turns captured files of a lab into a version of a module, all of it or nothing.
 
 use super::{
     LabDir, Store, durable,
@@ -19,12 +19,12 @@ use std::{
 };
 
 impl Store {
-    /// Makes a module of captured disks: all of it, or nothing. `file` of each disk is a path in the lab (absolute, or
-    /// relative to its directory); the file moves into the module.
+    /// Turns captured disks into a module: all of it, or nothing. The `file` of each disk is a path in the lab (absolute, or
+    /// relative to its directory); the file is moved into the module.
     ///
     /// # Errors
-    /// `InvalidInput` for a bad name or a disk that is not in the lab, or is not as large as was captured; file errors.
-    /// The module that had this name before stays as it was then.
+    /// `InvalidInput` for a bad name, for a disk that is not in the lab, or for one whose size differs from what was captured; file
+    /// errors. An existing module of this name is left unchanged then.
     pub async fn publish(&self, lab: &LabDir, draft: ModuleDraft) -> Result<Module> {
         let (store, lab) = (self.clone(), lab.path().to_owned());
         super::blocking(move || publish(&store, &lab, draft)).await
@@ -41,17 +41,17 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
     }
     let dir = store.module_dir(&name);
     let _lock = FileLock::wait(&store.module_lock(&name), Mode::Exclusive)?;
-    // Before anything is made: what is refused leaves nothing.
+    // Before anything is created: a refusal leaves nothing behind.
     let files = place_files(lab, &mut draft.machines)?;
     durable::make_dir(&dir)?;
     let digest = Module::content_digest(&name, &draft.machines, &draft.network)?;
     let target = dir.join(digest.to_string());
     let mut module = draft.into_module(digest);
-    // A publisher may be killed between any two steps: until `current` points at the new version, it counts as one that is not
-    // wanted, and the old one counts so only when it is no longer pointed at.
+    // A publisher may be killed between any two steps: until `current` points at the new version, that version counts as unwanted,
+    // and the old one counts as unwanted only when it is no longer pointed at.
     if fs::symlink_metadata(&target).is_ok() {
         durable::expect_dir(&target)?;
-        // The very same disks and templates are there. The files replace what is there, which may be damaged.
+        // The very same disks and templates exist. The new files replace the existing ones, which may be damaged.
         for (from, file) in &files {
             move_file(from, &target.join(file))?;
         }
@@ -69,7 +69,7 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
         durable::write_atomic(&draft_dir.path().join(REPLACED), b"not published yet\n")?;
         fs::rename(draft_dir.path(), &target)
             .map_err(|error| durable::io_error("publish", &target, error))?;
-        // It has moved: there is nothing left to remove.
+        // It was renamed: there is nothing left to remove.
         let _ = draft_dir.keep();
         durable::sync_dir(&dir)?;
     }
@@ -79,7 +79,7 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
             store.note_verified(&target.join(file), &sha256);
         }
     }
-    // Where it is not known which version was current, none is known to be replaced.
+    // If it is unknown which version was current, none is known to be replaced.
     if let Ok(Some(earlier)) = store.current(&name)
         && earlier != digest
     {
@@ -94,14 +94,14 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
     Ok(module)
 }
 
-/// Gives each file of the machines its name in the module, and says where it comes from.
+/// Assigns each file of the machines its name in the module, and returns the sources with those names.
 fn place_files(lab: &Path, machines: &mut [TemplateMachine]) -> Result<Vec<(PathBuf, String)>> {
     let lab = fs::canonicalize(lab).map_err(|error| durable::io_error("read", lab, error))?;
     let mut files: Vec<(PathBuf, String)> = Vec::new();
     for TemplateMachine { name, disks, state, .. } in machines {
         let disks =
             disks.iter_mut().map(|disk| (disk.name.clone(), &disk.format, disk.content.size, &mut disk.file));
-        // A dot cannot be part of a name: no disk and no state come to the same file.
+        // Names cannot contain a dot: no disk and no state get the same file name.
         let state = state.iter_mut().map(|state| {
             (format!("state.{}", state.kind.name()), &state.format, state.content.size, &mut state.file)
         });
@@ -133,7 +133,7 @@ fn place_files(lab: &Path, machines: &mut [TemplateMachine]) -> Result<Vec<(Path
     Ok(files)
 }
 
-/// Where a captured file of the lab is, which is as large as was captured.
+/// Returns the path of a captured file of the lab, after checking that its size is the captured one.
 fn captured_file(lab: &Path, file: &str, size: u64) -> Result<PathBuf> {
     let path = lab.join(file);
     let from = fs::canonicalize(&path).map_err(|error| durable::io_error("read", &path, error))?;
@@ -151,7 +151,7 @@ fn captured_file(lab: &Path, file: &str, size: u64) -> Result<PathBuf> {
 /// Moves a captured disk into a module, and makes it durable.
 fn move_file(from: &Path, to: &Path) -> Result<()> {
     let moved = match fs::rename(from, to) {
-        // The lab is on the same file system as the store unless somebody mounted something over it.
+        // The lab is on the same file system as the store unless another one was mounted over it.
         Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
             fs::copy(from, to).and_then(|_| fs::remove_file(from))
         }

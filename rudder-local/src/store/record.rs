@@ -1,7 +1,7 @@
-//! Records of the index, which know when they were damaged: each carries a digest of its name and content.
+//! Records of the index, which detect their own damage: each carries a digest of its name and content.
 //!
-//! A record that is missing, damaged, or not a plain file counts as absent, and the store makes it anew. Records written
-//! before there were seals have none, and are read as they are.
+//! A record that is missing, damaged, or not a regular file counts as absent, and the store recreates it. Records written
+//! before there were seals have none, and are accepted as they are.
 
 use super::durable::{self, io_error};
 use rudder_core::{Error, ErrorKind, Result, digest::Digest};
@@ -14,7 +14,7 @@ use std::{
 
 /// The field that holds the digest.
 const SEAL: &str = "seal";
-/// No record comes near this size, in bytes.
+/// The largest size of a record, in bytes; real ones are far smaller.
 const LONGEST: u64 = 1 << 20;
 
 /// Writes a record and its seal. Readers see either the old record or the new one.
@@ -53,7 +53,7 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     }
 }
 
-/// Whether there is something at the place of a record that cannot be read as one.
+/// Returns whether something exists at the path of a record that cannot be read as one.
 pub(super) fn is_damaged<T: DeserializeOwned>(path: &Path) -> Result<bool> {
     Ok(path.symlink_metadata().is_ok() && read::<T>(path)?.is_none())
 }
@@ -70,7 +70,7 @@ fn parse<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T, String> {
     serde_json::from_value(value).map_err(|error| error.to_string())
 }
 
-/// The digest of a record without its seal. Fields are in the order of their names, whatever the order in the file.
+/// Returns the digest of a record without its seal. Fields are ordered by name, whatever their order in the file.
 fn seal(path: &Path, record: &Value) -> Digest {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     Digest::of(format!("{name}\n{record}").as_bytes())
@@ -105,7 +105,7 @@ mod tests {
             let mut changed = text.clone();
             changed[at] ^= 1;
             fs::write(&path, &changed).unwrap();
-            // A changed space between fields changes nothing.
+            // A changed space between fields has no effect.
             let found = read::<Sample>(&path).unwrap();
             assert!(found.is_none_or(|found| found == sample), "byte {at}");
             fs::write(&path, &text[..at]).unwrap();

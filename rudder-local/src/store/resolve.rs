@@ -1,5 +1,5 @@
-//! Host names to addresses, in threads of their own: a name server that does not answer may hold up a lookup for minutes,
-//! and a lookup in the pool of the runtime would hold up the end of the program, too.
+//! Host name resolution on separate threads: a name server that does not answer may block a lookup for minutes,
+//! and a lookup in the runtime's pool would also delay the exit of the program.
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use std::{
@@ -9,12 +9,12 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// Asks the operating system.
+/// A resolver that runs this function.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Resolver(fn(&str) -> io::Result<Vec<SocketAddr>>);
 
 impl Resolver {
-    /// The resolver of the operating system (getaddrinfo(3)).
+    /// Returns the resolver of the operating system (getaddrinfo(3)).
     pub(super) fn system() -> Self {
         Self(|name| Ok((name, 0).to_socket_addrs()?.collect()))
     }
@@ -25,7 +25,7 @@ impl Resolve for Resolver {
         let (tell, told) = oneshot::channel();
         let Self(ask) = *self;
         let asking = thread::Builder::new().name("rudder-dns".to_owned()).spawn(move || {
-            // Nobody may be waiting any more.
+            // The caller may no longer be waiting.
             let _ = tell.send(ask(name.as_str()));
         });
         Box::pin(async move {
@@ -58,7 +58,7 @@ mod tests {
         let resolving = Resolver(silent).resolve("name.invalid".parse().unwrap());
         let given_up = runtime.block_on(async { futures::poll!(resolving).is_pending() });
         assert!(given_up);
-        // Would wait for ever if the lookup were one of its tasks.
+        // Would block forever if the lookup were one of the runtime's tasks.
         drop(runtime);
         *ANSWERS.0.lock().unwrap() = true;
         ANSWERS.1.notify_all();

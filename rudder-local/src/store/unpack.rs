@@ -1,4 +1,4 @@
-//! Unpacking of gz, xz, zst and bz2 in a stream, with holes where there is nothing but zeros.
+//! Streaming decompression of gz, xz, zst and bz2 into sparse files.
 
 mod room;
 mod source;
@@ -29,14 +29,14 @@ use std::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// How much is read, hashed and written at a time.
+/// Number of bytes that are read, hashed and written at a time.
 pub(super) const CHUNK: usize = 256 * 1024;
-/// What unpacking xz may take, in bytes: `xz -9` needs 65 MiB; the file says how much, and may ask for gigabytes.
+/// Memory limit for unpacking xz, in bytes: `xz -9` needs 65 MiB; the file says how much, and may ask for gigabytes.
 const XZ_MEMORY: u64 = 128 << 20;
 /// The largest window of a zstd file, as a power of two in bytes: what `zstd` itself accepts unless told otherwise.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// How an image is packed.
+/// The compression format of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packing {
     Gzip,
@@ -46,10 +46,10 @@ pub(super) enum Packing {
 }
 
 impl Packing {
-    /// How many bytes tell.
+    /// Number of leading bytes needed to recognise the format.
     pub(super) const MAGIC_LENGTH: usize = 6;
 
-    /// By the first bytes (RFC 1952; the .xz file format 1.1; RFC 8878; bzip2's documentation).
+    /// Recognises the format by the first bytes (RFC 1952; the .xz file format 1.1; RFC 8878; bzip2's documentation).
     pub(super) fn recognise(head: &[u8]) -> Option<Self> {
         match head {
             [0x1f, 0x8b, 8, ..] => Some(Self::Gzip),
@@ -81,7 +81,7 @@ impl fmt::Display for Packing {
     }
 }
 
-/// Tells blocking work that nobody waits for it any more.
+/// Signals blocking work that its result is no longer needed.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stop(Arc<AtomicBool>);
 
@@ -91,7 +91,7 @@ impl Stop {
         StopGuard(self.clone())
     }
 
-    /// An error once it is time to stop.
+    /// Returns an error once the work should stop.
     pub(super) fn check(&self) -> Result<()> {
         if self.0.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorKind::Cancelled, "nobody waits for this file any more"));
@@ -110,7 +110,7 @@ impl Drop for StopGuard {
     }
 }
 
-/// A file that is being written beside its place; removed when it is dropped before it was put there.
+/// A temporary file that is being written; removed when dropped before it was moved into place.
 #[derive(Debug)]
 pub(super) struct Unpacked {
     file: tempfile::NamedTempFile,
@@ -134,8 +134,8 @@ impl Unpacked {
     }
 }
 
-/// Unpacks a stream into a temporary file of the store. Blocks. `disk`: how large the disk is that is made of it, where that
-/// is known; nothing is written that it has no room for.
+/// Unpacks a stream into a temporary file of the store. Blocks. `disk`: the size of the disk to be made from the image, if
+/// known; nothing is written that exceeds it.
 pub(super) fn unpack(
     store: &Store,
     packing: Packing,
@@ -155,7 +155,7 @@ pub(super) fn unpack(
         chunk: vec![0; CHUNK],
     };
     let broken = |error| broken(packing, error);
-    // The decoders are asynchronous, their source is not: polling them needs no runtime, only this thread.
+    // The decoders are asynchronous, but their source is not: polling them needs no runtime, only this thread.
     futures::executor::block_on(async {
         loop {
             match packing {
@@ -168,7 +168,7 @@ pub(super) fn unpack(
                 Packing::Bzip2 => target.fill(BzDecoder::new(&mut source), stop).await?,
             }
             if packing == Packing::Xz {
-                // Between and behind its streams, the format allows zeros (1.1, 2.2).
+                // The format allows zeros between and after its streams (1.1, 2.2).
                 source.skip_zeros().map_err(broken)?;
             }
             // Another member follows, as in `cat a.gz b.gz`.
@@ -179,7 +179,7 @@ pub(super) fn unpack(
     })?;
     match (source.count_rest(stop)?, packing) {
         (0, _) => {}
-        // As gunzip and bunzip2 do; images for routers have their metadata there.
+        // Ignored, as gunzip and bunzip2 do; router images carry their metadata there.
         (rest, Packing::Gzip | Packing::Bzip2) => progress
             .notice(format!("{} behind the end of the {packing} data were ignored", durable::human(rest))),
         (rest, Packing::Xz | Packing::Zstd) => {
@@ -195,7 +195,7 @@ pub(super) fn unpack(
     Ok(Unpacked { file: temp, packing, digest: hasher.finish(), size })
 }
 
-/// Where unpacked bytes go.
+/// The destination of unpacked bytes.
 struct Target<'a> {
     packing: Packing,
     room: Room,
@@ -206,7 +206,7 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// Writes all that a decoder gives.
+    /// Writes all output of a decoder.
     async fn fill(&mut self, mut decoder: impl AsyncRead + Unpin, stop: &Stop) -> Result<()> {
         loop {
             stop.check()?;
@@ -223,12 +223,12 @@ impl Target<'_> {
 }
 
 fn broken(packing: Packing, error: io::Error) -> Error {
-    // The source says what is wrong with itself; everything else comes from the decoder.
+    // Errors of the source describe themselves; everything else comes from the decoder.
     let error = match error.downcast::<Error>() {
         Ok(own) => return own,
         Err(error) => error,
     };
-    // Neither library has a type for it that is passed on to here.
+    // Neither library passes on a typed error for this.
     let said = error.to_string();
     match packing {
         Packing::Xz if said.contains("memory limit") => Error::new(
@@ -257,7 +257,7 @@ fn broken(packing: Packing, error: io::Error) -> Error {
     }
 }
 
-/// What a failed read of the packed file itself means.
+/// Returns the error for a failed read of the packed file itself.
 pub(super) fn read_error(error: io::Error) -> Error {
     match error.downcast::<Error>() {
         Ok(own) => own,

@@ -1,7 +1,7 @@
-//! Whether files of the store hold what they should. Each is hashed once, and again when the file system says that it
+//! Verifies that files of the store hold the expected content. Each is hashed once, and again when its metadata says that it
 //! changed: `index/verified` remembers the identity that a file had when its content was verified.
 //!
-//! Hashing costs a second per 1.5 GB or so (SHA-256 in hardware); comparing identities takes microseconds.
+//! Hashing takes about a second per 1.5 GB (SHA-256 in hardware); comparing identities takes microseconds.
 
 use super::{Store, durable, durable::io_error, record, unpack::CHUNK, unpack::Stop};
 use rudder_core::{
@@ -20,7 +20,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// What the file system says of a file; another content has another identity.
+/// The identity of a file according to the file system. Changed content implies a changed identity.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct FileIdentity {
     device: u64,
@@ -28,11 +28,11 @@ pub(super) struct FileIdentity {
     pub(super) size: u64,
     /// Nanoseconds since 1970.
     modified: i64,
-    /// Nanoseconds since 1970. No program can set this time: it tells a change whose author put the other time back.
+    /// Nanoseconds since 1970. No program can set this time, so it reveals a change whose author restored `modified`.
     changed: i64,
 }
 
-/// The clock of a file system ticks every 10 ms at worst: a change this soon after a look may leave the time as it was.
+/// Margin for the file system's clock, which ticks every 10 ms at worst: a change within one tick may leave the time as it was.
 const CLOCK_TICK_NANOS: i64 = 100_000_000;
 
 impl FileIdentity {
@@ -47,7 +47,7 @@ impl FileIdentity {
         }
     }
 
-    /// Whether a change after this moment is sure to show.
+    /// Returns whether any change after this moment is certain to alter the identity.
     pub(super) fn settled_by(&self, moment: jiff::Timestamp) -> bool {
         moment.as_nanosecond() - i128::from(self.modified.max(self.changed)) > i128::from(CLOCK_TICK_NANOS)
     }
@@ -60,23 +60,23 @@ struct VerifiedFile {
     path: PathBuf,
     /// The digest of its content.
     sha256: Digest,
-    /// What it was then.
+    /// Its identity at that time.
     identity: FileIdentity,
 }
 
-/// What is at a path of the store.
+/// The state of the file at a path of the store.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Condition {
-    /// The bytes that belong there.
+    /// The expected content.
     Sound,
-    /// Nothing.
+    /// No file.
     Missing,
     /// Something else: "expected X, but found Y".
     Damaged(String),
 }
 
 impl Store {
-    /// What is at a path where bytes of this digest, and of this size if it is known, belong.
+    /// Examines the file at a path where bytes of this digest, and of this size if known, are expected.
     pub(super) fn examine(
         &self,
         path: &Path,
@@ -116,7 +116,7 @@ impl Store {
                     done += count as u64;
                     progress.bytes(&task, done, Some(before.size));
                 }
-                // A disk of the host that lost its content.
+                // For example a disk of the host with unreadable sectors.
                 Err(error) => return Ok(Condition::Damaged(format!("it cannot be read: {error}"))),
             }
         }
@@ -131,15 +131,15 @@ impl Store {
         Ok(Condition::Sound)
     }
 
-    /// Remembers that the content of a file, which was just written or moved, is known to have this digest.
+    /// Records that the content of a file, which was just written or moved, is known to have this digest.
     pub(super) fn note_verified(&self, path: &Path, digest: &Digest) {
         if let Ok(meta) = fs::symlink_metadata(path) {
             self.remember(path, digest, &FileIdentity::of(&meta));
         }
     }
 
-    /// Where a file of a module is, once it is certain that it holds what was captured: of that size always, and of that
-    /// content whenever it is not the very file that was verified.
+    /// Returns the path of a file of a module after checking that it holds what was captured: its size always, and its content
+    /// unless it is the very file that was verified before.
     ///
     /// # Errors
     /// `InvalidImage`, naming the file, when it is damaged or missing; file errors.
@@ -171,10 +171,10 @@ impl Store {
         .with_help("build the module again, or put the file back from a copy of the store"))
     }
 
-    /// Verifies every file of a module: before it is carried elsewhere, or after something happened to the store.
+    /// Verifies every file of a module: before it is copied elsewhere, or after an incident that may have damaged the store.
     ///
     /// # Errors
-    /// As [`captured_file`](Self::captured_file), of the first file that is damaged.
+    /// As [`captured_file`](Self::captured_file), for the first damaged file.
     pub async fn verify_module(&self, module: &Module, progress: &Progress) -> Result<()> {
         let (store, module, progress) = (self.clone(), module.clone(), progress.clone());
         super::blocking(move || {
@@ -192,7 +192,7 @@ impl Store {
         self.root().join("index/verified").join(format!("{key}.json"))
     }
 
-    /// Without a record the file is only hashed again: what cannot be written down fails nothing.
+    /// Records a verification. Failing to write the record is not an error: the file is only hashed again.
     fn remember(&self, path: &Path, digest: &Digest, identity: &FileIdentity) {
         let target = self.verified_path(path);
         let write = || -> Result<()> {
@@ -208,8 +208,8 @@ impl Store {
         }
     }
 
-    /// Waits until the clock of the store's file system is beyond the times of this file, so that whatever happens to it
-    /// from now on changes them. `false` where the clock is too coarse to wait for.
+    /// Waits until the clock of the store's file system is past the times of this file, so that any later modification
+    /// changes them. Returns `false` if the clock is too coarse to wait for.
     fn changes_would_show(&self, identity: &FileIdentity) -> Result<bool> {
         const LONGEST: Duration = Duration::from_millis(100);
         let dir = self.downloads_dir();
@@ -230,7 +230,7 @@ impl Store {
         look().map_err(|error| io_error("make a temporary file in", &dir, error))
     }
 
-    /// Removes what is remembered of files that are gone.
+    /// Removes the records of files that no longer exist.
     pub(super) fn collect_verified(&self) -> Result<()> {
         for (_, path) in self.files(&self.root().join("index/verified"), |name| name.ends_with(".json"))? {
             let known = record::read::<VerifiedFile>(&path)?;

@@ -1,12 +1,12 @@
-//! Which versions of a module there are, and which of them its name means.
+//! The versions of a module, and which of them its name refers to.
 //!
 //! ```text
 //! modules/<name>/<digest>/module.json   the record of a version
-//!                        /replaced      this version is known to be of no use to its name any more
-//!               /current                a symbolic link to the version that the name means; switched by one rename
+//!                        /replaced      marks a version that has been replaced
+//!               /current                a symbolic link to the version that the name refers to; switched by one rename
 //! ```
-//! A version is removed only when it is marked as replaced. A version that is neither marked nor current stays: `current` may have
-//! been lost, with a copy that left out symbolic links for example. Where just one version is not marked, the name means that one.
+//! A version is removed only if it is marked as replaced. A version that is neither marked nor current stays: `current` may have
+//! been lost, for example in a copy without symbolic links. If exactly one version is not marked, the name refers to that one.
 
 use super::{
     Store, durable,
@@ -26,7 +26,7 @@ pub(super) const RECORD: &str = "module.json";
 /// The file that marks a version as replaced.
 pub(super) const REPLACED: &str = "replaced";
 
-/// What points at the version that a name means.
+/// The name of the symbolic link to the version that a name refers to.
 pub(super) const CURRENT: &str = "current";
 
 /// A version of a module.
@@ -39,11 +39,11 @@ pub(super) struct Version {
 }
 
 impl Store {
-    /// Says which version a module has, when that is not known any more: the one whose digest begins so. The others count as
-    /// replaced from then on, and are collected when nothing uses them.
+    /// Chooses the version of a module whose current one is no longer known, by a prefix of its digest. The others are marked as
+    /// replaced, and are collected when nothing uses them.
     ///
     /// # Errors
-    /// `NotFound` when there is no such version; `InvalidInput` when there are several, or it cannot be used itself; file errors.
+    /// `NotFound` when there is no such version; `InvalidInput` when there are several, or it is unusable itself; file errors.
     pub async fn repair_module(&self, name: &str, digest: &str) -> Result<Module> {
         let (store, name, digest) = (self.clone(), name.to_owned(), digest.to_owned());
         super::blocking(move || repair(&store, &name, &digest)).await
@@ -53,7 +53,7 @@ impl Store {
         self.modules_dir().join(name)
     }
 
-    /// The versions of a module, in the order of their digests.
+    /// Returns the versions of a module, ordered by digest.
     pub(super) fn versions(&self, name: &str) -> Result<Vec<Version>> {
         let directories =
             self.directories(&self.module_dir(name), |entry| entry.parse::<Digest>().is_ok())?;
@@ -64,7 +64,7 @@ impl Store {
         Ok(versions.collect())
     }
 
-    /// What `current` points at. A copy may have made a directory of it, or a file that holds the target.
+    /// Returns what `current` points at. A copy may have turned it into a directory, or into a file that holds the target.
     pub(super) fn pointed(&self, name: &str) -> Result<Option<Digest>> {
         let path = self.module_dir(name).join(CURRENT);
         let failed = |error| io_error("read", &path, error);
@@ -88,10 +88,10 @@ impl Store {
         Ok(digest)
     }
 
-    /// The version that a name means; `None` when it has none.
+    /// Returns the version that a name refers to; `None` when it has none.
     ///
     /// # Errors
-    /// `InvalidInput` when that cannot be told; file errors.
+    /// `InvalidInput` when that cannot be determined; file errors.
     pub(super) fn current(&self, name: &str) -> Result<Option<Digest>> {
         if !units::is_name(name) {
             return Ok(None);
@@ -104,7 +104,7 @@ impl Store {
             {
                 return Ok(Some(digest));
             }
-            // It may have been replaced between the two looks.
+            // It may have been replaced between the two reads.
             let now = self.pointed(name)?;
             if now != pointed {
                 pointed = now;
@@ -134,10 +134,10 @@ impl Store {
         ))
     }
 
-    /// A version of a module; `None` when there is none.
+    /// Returns a version of a module; `None` when it does not exist.
     ///
     /// # Errors
-    /// `InvalidInput` or `Unsupported` when it is there and cannot be used; the message names the file.
+    /// `InvalidInput` or `Unsupported` when it exists but cannot be used; the message names the file.
     pub(super) fn version(&self, name: &str, digest: &Digest) -> Result<Option<Module>> {
         let dir = self.module_dir(name).join(digest.to_string());
         let path = dir.join(RECORD);
@@ -161,19 +161,19 @@ impl Store {
         Ok(Some(module))
     }
 
-    /// Notes that a version of a module gives way to another one.
+    /// Marks a version of a module as replaced by another one.
     pub(super) fn mark_replaced(&self, name: &str, digest: &Digest, by: &Digest) -> Result<()> {
         let mark = self.module_dir(name).join(digest.to_string()).join(REPLACED);
         durable::write_atomic(&mark, format!("by {by}\n").as_bytes())
     }
 
-    /// Lets a name mean this version. The caller holds the module's lock.
+    /// Makes a name refer to this version. The caller holds the module's lock.
     pub(super) fn switch(&self, name: &str, digest: &Digest) -> Result<()> {
         let dir = self.module_dir(name);
         let current = dir.join(CURRENT);
         let failed = |error| io_error("publish", &current, error);
         if fs::symlink_metadata(&current).is_ok_and(|meta| !meta.is_symlink()) {
-            // Made by a copy: it may hold what is nowhere else.
+            // Created by a copy: it may hold data that exists nowhere else.
             let aside = dir.join(format!("copy-of-current-{:08x}", rand::random::<u32>()));
             fs::rename(&current, aside).map_err(failed)?;
         }
@@ -184,7 +184,7 @@ impl Store {
     }
 }
 
-/// Every file that the record of a version names is there, whole as far as its size says.
+/// Checks that every file named by the record of a version exists and has the recorded size.
 fn expect_files(dir: &Path, module: &Module) -> Result<()> {
     for (file, content) in module.files() {
         let path = dir.join(file);

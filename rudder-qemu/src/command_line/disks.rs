@@ -1,11 +1,11 @@
-//! Disks, CD-ROMs, floppies and the seed, each at its place on its bus.
+//! Disks, CD-ROMs, floppies and the seed, each at its location on its bus.
 
 use super::{Files, Line};
 use rudder_core::{Result, backend::MachineSpec, hardware::Bus};
 use rudder_local::pci_layout::{Location, Locations, XHCI_PORTS, cdrom_bus, slot};
 use serde_json::json;
 
-/// Puts the disks in, the CD-ROMs, the floppy and the seed.
+/// Adds the disks, the CD-ROMs, the floppy and the seed.
 pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Result<()> {
     let mut locations = Locations::new(line.chipset);
     let mut take = |line: &mut Line, bus| {
@@ -22,7 +22,7 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             "node-name": node,
             "driver": "qcow2",
             "file": {"driver": "file", "filename": disk.volume.id},
-            // A lab's disks are thrown away when the host crashes: no flush has to reach its platters.
+            // The disks of a lab are discarded when the host crashes, so no flush has to reach the physical disk.
             "cache": {"no-flush": true},
             "discard": "unmap",
             "detect-zeroes": "unmap",
@@ -35,7 +35,8 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             Bus::Usb => "usb-storage",
         };
         let boot = if index == 0 { ",bootindex=0" } else { "" };
-        // Paused rather than told to the guest: the host's trouble would look like a broken disk there.
+        // An I/O error pauses the machine instead of being reported to the guest, where a problem of the host would
+        // look like a broken disk.
         line.option(
             "-device",
             format!("{driver},{place},id={node}-device,drive={node},werror=stop,rerror=stop{boot}"),
@@ -50,7 +51,7 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             "file": {"driver": "file", "filename": cdrom.id, "read-only": true},
         }));
         let place = take(line, cdrom_bus(spec))?;
-        // Behind the boot disk, which has 0: a blank one falls through to here.
+        // After the boot disk, which has index 0: firmware falls through to the CD-ROM if that disk is blank.
         let boot = index + 1;
         line.option("-device", format!("ide-cd,{place},id={node}-device,drive={node},bootindex={boot}"));
     }
@@ -72,7 +73,7 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             "read-only": true,
             "file": {"driver": "file", "filename": files.seed, "read-only": true},
         }));
-        // On the bus of the boot disk, because the guest has a driver for that one; last, so that no disk moves.
+        // On the bus of the boot disk, for which the guest has a driver; last, so that no disk moves.
         let bus = spec.disks.first().map_or(Bus::Virtio, |disk| disk.bus);
         let driver = match bus {
             Bus::Virtio => None,
@@ -80,7 +81,7 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             Bus::Sata | Bus::Ide => Some("ide-cd"),
             Bus::Usb => Some("usb-storage"),
         };
-        // Where the bus is full, it has a place of its own.
+        // If the bus is full, the seed gets a slot reserved for it.
         let place = match driver.and_then(|driver| Some((driver, take(line, bus).ok()?))) {
             None => line.device("virtio-blk-pci", slot::SEED, 0),
             Some((driver, place)) => format!("{driver},{place}"),
@@ -90,7 +91,7 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
     Ok(())
 }
 
-/// The options of a device at a location; brings its controller where it is the first on it.
+/// Returns the options of a device at a location, and adds its controller if the device is the first one on it.
 fn at(line: &mut Line, location: Location) -> String {
     match location {
         Location::Virtio { slot, function } => {

@@ -1,4 +1,4 @@
-//! Whole command lines, compared word by word.
+//! Whole command lines, compared argument by argument.
 #![allow(clippy::unwrap_used)]
 
 use super::*;
@@ -81,7 +81,7 @@ fn line(spec: &MachineSpec) -> Vec<String> {
     line_of("rudder-lab", spec, &network(true)).unwrap()
 }
 
-/// The values of an option, those with this in them.
+/// Returns the values of an option that contain a text.
 fn values(line: &[String], option: &str, with: &str) -> Vec<String> {
     let pairs = line.windows(2).filter(|pair| pair[0] == option && pair[1].contains(with));
     pairs.map(|pair| pair[1].clone()).collect()
@@ -196,7 +196,7 @@ fn the_seed_is_on_the_bus_of_the_boot_disk() {
         spec.seed = seed();
         assert_eq!(values(&line(&spec), "-device", "seed"), [device]);
     }
-    // All four places of IDE are taken: it goes where there is room.
+    // All four IDE locations are taken, so it goes where there is space.
     let mut spec = with_disks([Bus::Ide; 4]);
     spec.seed = seed();
     assert_eq!(values(&line(&spec), "-device", "seed").len(), 1);
@@ -384,7 +384,7 @@ fn cd_roms_are_all_on_one_bus() {
             "ide-cd,bus=ide.1,unit=1,id=cdrom1-device,drive=cdrom1,bootindex=2",
         ]
     );
-    // With the seed there is no room for both.
+    // With the seed there is no space for both.
     spec.seed = seed();
     assert_eq!(
         drives(&spec),

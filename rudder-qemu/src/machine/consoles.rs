@@ -1,4 +1,4 @@
-//! What people and programs see of a machine: its serial console, its display, pictures of its screen.
+//! The consoles of a machine: its serial console, its display, and screenshots.
 
 use super::QemuMachine;
 use rudder_core::{Error, ErrorKind, Result, backend::BoxedStream};
@@ -7,12 +7,12 @@ use std::sync::{Arc, PoisonError, atomic::Ordering};
 use tokio::net::UnixStream;
 
 impl QemuMachine {
-    /// The serial console of its last run.
+    /// Returns the serial console of the last run.
     pub(super) fn console(&self) -> Option<Arc<SerialConsole>> {
         self.console.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Connects to the serial console of a QEMU whose guest does not run yet.
+    /// Connects to the serial console of a QEMU whose guest is not running yet.
     pub(super) async fn attach_console(&self) -> Result<Arc<SerialConsole>> {
         let paths = SerialPaths {
             socket: self.storage.socket(&self.files.serial),
@@ -23,7 +23,7 @@ impl QemuMachine {
         attached.map(Arc::new).map_err(|error| Error::io("connect to the serial console", error))
     }
 
-    /// The socket on which people reach the serial console now.
+    /// Returns the socket on which people currently reach the serial console.
     pub(super) fn console_socket(&self) -> &str {
         match self.console() {
             Some(console) if console.is_let_go() => &self.files.serial,
@@ -42,7 +42,7 @@ impl QemuMachine {
         })
     }
 
-    /// Connects to a socket of its QEMU.
+    /// Connects to one of QEMU's sockets.
     pub(super) async fn open_socket(&self, file: &str, what: &str) -> Result<BoxedStream> {
         self.with_running(|_| ())?;
         let stream = UnixStream::connect(self.storage.socket(file)).await;
@@ -52,13 +52,13 @@ impl QemuMachine {
         Ok(Box::new(stream))
     }
 
-    /// A picture of the screen, as PNG; of a machine that has ended, the last.
+    /// Takes a screenshot as PNG; returns the last one if the machine has ended.
     pub(super) async fn picture(&self) -> Result<Vec<u8>> {
         let last = self.storage.path(&self.files.picture);
         let failed = |error| Error::io(format_args!("read {}", last.display()), error);
         match self.with_running(|running| running.qmp.clone()) {
             Ok(qmp) => {
-                // Two may be taken at once: each is whole before it has the name of the last.
+                // Two screenshots may be taken at once, so each is complete before it gets the name of the last one.
                 let number = self.pictures.fetch_add(1, Ordering::Relaxed);
                 let file = format!("{number}.{}", self.files.picture);
                 qmp.screendump(&file).await?;
@@ -67,7 +67,7 @@ impl QemuMachine {
                 tokio::fs::rename(&path, &last).await.map_err(failed)?;
                 Ok(picture)
             }
-            // A machine that died in sight left a last picture.
+            // The watcher took a last screenshot of a machine that failed.
             Err(error) if !last.exists() => Err(error),
             Err(_) => tokio::fs::read(&last).await.map_err(failed),
         }

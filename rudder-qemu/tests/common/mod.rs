@@ -1,4 +1,4 @@
-//! What tests with real QEMU processes share: a store of their own, and the proof that nothing is left behind.
+//! Shared by tests with real QEMU processes: a store per test, and checks that nothing is left behind.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
 use rudder_core::{
@@ -11,7 +11,7 @@ use rudder_qemu::{Accelerator, QemuBackend};
 use std::{fs, path::Path, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// As many machines at a time as a small host has cores.
+/// Limits the number of machines that run at once to the cores of a small host.
 static MACHINES: Semaphore = Semaphore::const_new(2);
 
 /// A store in a temporary directory, and a backend on it.
@@ -43,7 +43,7 @@ impl Place {
         self.backend.open_lab(&LabSpec::new("test", network())).await.unwrap()
     }
 
-    /// Proves that no process and no file of a lab is there any more.
+    /// Asserts that no process and no file of a lab exists any more.
     pub async fn assert_clean(self) {
         let labs = self.dir.path().join("labs");
         eventually("the labs are gone", || fs::read_dir(&labs).unwrap().count() == 0).await;
@@ -51,7 +51,7 @@ impl Place {
     }
 }
 
-/// Waits for something that comes about by itself.
+/// Waits until a condition holds, for at most 30 s.
 pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
     while !condition() {
@@ -60,7 +60,7 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// The processes, but for zombies, whose working directory is below this one, or was before it was removed.
+/// Returns the processes, except zombies, whose working directory is below `directory` or was before it was removed.
 pub fn processes_below(directory: &Path) -> Vec<i32> {
     let directory = directory.canonicalize().unwrap();
     let entries = fs::read_dir("/proc").unwrap().flatten();
@@ -69,14 +69,14 @@ pub fn processes_below(directory: &Path) -> Vec<i32> {
         .collect()
 }
 
-/// The QEMU of a lab.
+/// Returns the only QEMU process of a lab.
 pub fn qemu_of(directory: &Path) -> i32 {
     let pids = processes_below(directory);
     assert_eq!(pids.len(), 1, "expected one QEMU");
     pids[0]
 }
 
-/// The network of a manifest that declares none.
+/// Returns the planned network of a manifest that declares none.
 pub fn network() -> PlannedNetwork {
     PlannedNetwork {
         declared: false,
@@ -92,7 +92,7 @@ pub fn network() -> PlannedNetwork {
     }
 }
 
-/// A card in that network.
+/// Returns a NIC in that network.
 pub fn nic(slot: u8, model: NicModel) -> PlannedNic {
     PlannedNic {
         name: format!("nic{slot}"),
@@ -105,7 +105,7 @@ pub fn nic(slot: u8, model: NicModel) -> PlannedNic {
     }
 }
 
-/// A small machine with a blank disk: it stays at the firmware's "No bootable device".
+/// Returns a small machine with blank disks: it stays at the firmware's "No bootable device".
 pub async fn blank_machine(lab: &dyn Lab, name: &str, buses: &[Bus]) -> MachineSpec {
     let mut spec = MachineSpec::new(name, 1, 64 << 20);
     for (index, bus) in buses.iter().enumerate() {
@@ -121,7 +121,7 @@ pub async fn blank_machine(lab: &dyn Lab, name: &str, buses: &[Bus]) -> MachineS
 
 pub mod sector;
 
-/// A machine that boots this disk, of this size, on this bus.
+/// Returns a machine that boots this disk, of this size, on this bus.
 pub async fn sector_machine(lab: &dyn Lab, disk: &[u8], bus: Bus, size: u64) -> MachineSpec {
     let file = tempfile::Builder::new().suffix(".img").tempfile().unwrap();
     fs::write(file.path(), disk).unwrap();

@@ -1,7 +1,8 @@
-//! Guests of one sector: real-mode programs that the firmware loads at 0x7c00. Shared with other backends' tests.
+//! Guests that consist of one sector: real-mode programs that the firmware loads at 0x7c00. Shared with the tests of
+//! other backends.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
-/// `hlt`, for ever.
+/// `hlt`, forever.
 const REST: &[u8] = &[0xf4, 0xeb, 0xfd];
 
 fn disk(code: &[&[u8]]) -> Vec<u8> {
@@ -13,7 +14,7 @@ fn disk(code: &[&[u8]]) -> Vec<u8> {
     disk
 }
 
-/// Writes this on the serial console.
+/// Writes a text to the serial console.
 fn say(text: &str) -> Vec<u8> {
     let loop_end = 16 + 2;
     let mut code = vec![
@@ -32,30 +33,31 @@ fn say(text: &str) -> Vec<u8> {
     code
 }
 
-/// PM1a_CNT of the chipset, where the firmware puts it: SLP_EN with the type of S5.
+/// Powers off through PM1a_CNT of the chipset, at the address that the firmware assigned to it: SLP_EN with the type of
+/// S5.
 const POWER_OFF: &[u8] = &[0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef];
 
-/// INT 15h, function 86h: waits for so many microseconds, a million here. Libvirt takes a guest that is off before its start is over
-/// for one that did not start.
+/// INT 15h, function 86h: waits for a number of microseconds, here a million. Libvirt assumes that a guest failed to
+/// start if it powers off before the start has completed.
 const PAUSE: &[u8] = &[0xb4, 0x86, 0xb9, 0x0f, 0x00, 0xba, 0x40, 0x42, 0xcd, 0x15];
 
-/// Does nothing, for ever.
+/// Does nothing, forever.
 pub fn rest() -> Vec<u8> {
     disk(&[REST])
 }
 
-/// Says this, and powers off a moment later.
+/// Writes a text, and powers off a moment later.
 pub fn power_off(text: &str) -> Vec<u8> {
     disk(&[&say(text), PAUSE, POWER_OFF, REST])
 }
 
-/// Writes this on the serial console again and again, as fast as it can.
+/// Writes a text to the serial console repeatedly, as fast as possible.
 pub fn write_without_end(text: &str) -> Vec<u8> {
     // jmp 0:0x7c00
     disk(&[&say(text), &[0xea, 0x00, 0x7c, 0x00, 0x00]])
 }
 
-/// Powers off when the power button is pressed: PM1a_EN, then PM1a_STS, bit 8.
+/// Powers off when the power button is pressed: sets PM1a_EN, then polls PM1a_STS, bit 8.
 pub fn power_off_on_button() -> Vec<u8> {
     let wait = [
         0xba, 0x02, 0x06, 0xb8, 0x00, 0x01, 0xef, // mov dx, 0x602; mov ax, 0x100; out dx, ax
@@ -65,7 +67,7 @@ pub fn power_off_on_button() -> Vec<u8> {
     disk(&[&say("ready"), &wait, POWER_OFF, REST])
 }
 
-/// Says this, writes another disk's first sector over that of the first disk, and resets the machine.
+/// Writes a text, overwrites the first sector of the first disk with that of another disk, and resets the machine.
 pub fn install(text: &str, disk: &[u8]) -> Vec<u8> {
     let write = [
         0x31, 0xc0, 0x8e, 0xc0, 0xfb, // xor ax, ax; mov es, ax; sti
@@ -78,8 +80,8 @@ pub fn install(text: &str, disk: &[u8]) -> Vec<u8> {
     [code, disk[..512].to_vec()].concat()
 }
 
-/// A CD-ROM that boots this code (El Torito 1.0, no emulation): the descriptors at sector 16 and behind, the boot catalogue
-/// at 19, the code at 20.
+/// Returns a CD-ROM that boots this code (El Torito 1.0, no emulation): the descriptors from sector 16, the boot
+/// catalogue at sector 19, the code at sector 20.
 pub fn cdrom(code: &[u8]) -> Vec<u8> {
     let mut image = vec![0; 16 * 2048];
     let mut sector = |content: &[&[u8]]| {
@@ -104,12 +106,12 @@ pub fn cdrom(code: &[u8]) -> Vec<u8> {
     image
 }
 
-/// Tells the pvpanic device that it panics.
+/// Reports a panic to the pvpanic device.
 pub fn panic() -> Vec<u8> {
     disk(&[&say("Kernel panic"), &[0xba, 0x05, 0x05, 0xb0, 0x01, 0xee], REST])
 }
 
-/// Writes a part of the firmware over the whole disk, a cluster at a time, by INT 13h, function 43h.
+/// Overwrites the whole disk with a part of the firmware, one cluster at a time, by INT 13h, function 43h.
 pub fn fill_disk() -> Vec<u8> {
     disk(&[
         &[

@@ -7,10 +7,11 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// Set in a process that runs in namespaces of its own.
+/// Set in a process that runs in its own namespaces.
 const INSIDE: &str = "RUDDER_TEST_MAY_MOUNT";
 
-/// Whether this process may mount. If not, runs this one test again as the root of namespaces of its own, to its end.
+/// Returns whether this process may mount. If not, runs this one test again to completion, as root of its own
+/// namespaces.
 pub fn may_mount(test: &str) -> bool {
     if rustix::process::geteuid().is_root() || std::env::var_os(INSIDE).is_some() {
         return true;
@@ -23,11 +24,11 @@ pub fn may_mount(test: &str) -> bool {
     false
 }
 
-/// A file system of its own; gone when this is dropped.
+/// A mounted file system, which is unmounted when this is dropped.
 pub struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    /// Mounts one of so many mebibytes at this directory.
+    /// Mounts a file system of `mebibytes` MiB at this directory.
     pub fn mount(at: &Path, mebibytes: u64) -> Self {
         fs::create_dir_all(at).unwrap();
         let mut command = Command::new("mount");

@@ -1,10 +1,11 @@
-//! The client against bytes as servers send them, good and bad.
+//! The client against valid and invalid bytes from servers.
 #![allow(clippy::unwrap_used)]
 
 use super::*;
 use tokio::io::{DuplexStream, duplex};
 
-/// A server that says this whatever the client says, and what the client said.
+/// Performs the handshake with a server that sends these bytes whatever the client sends. Returns the result, and what
+/// the client sent.
 async fn greeted(said: &[u8]) -> (Result<(usize, usize)>, Vec<u8>) {
     let (mut near, mut far) = duplex(1 << 16);
     far.write_all(said).await.unwrap();
@@ -16,7 +17,7 @@ async fn greeted(said: &[u8]) -> (Result<(usize, usize)>, Vec<u8>) {
     (size, heard)
 }
 
-/// `ServerInit` of a screen of this size.
+/// Returns the `ServerInit` of a screen of this size.
 fn init(width: u16, height: u16, name: &str) -> Vec<u8> {
     let mut bytes = [width.to_be_bytes(), height.to_be_bytes()].concat();
     bytes.extend([0; 16]);
@@ -32,7 +33,7 @@ async fn every_version_is_spoken() {
         (b"RFB 003.008\n", &[2, 16, 1, 0, 0, 0, 0], b"RFB 003.008\n\x01\x01"),
         (b"RFB 003.007\n", &[1, 1], b"RFB 003.007\n\x01\x01"),
         (b"RFB 003.003\n", &[0, 0, 0, 1], b"RFB 003.003\n\x01"),
-        // As Apple's and some old ones greet.
+        // The greeting of Apple's server and some old ones.
         (b"RFB 003.005\n", &[0, 0, 0, 1], b"RFB 003.003\n\x01"),
         (b"RFB 004.001\n", &[1, 1, 0, 0, 0, 0], b"RFB 003.008\n\x01\x01"),
     ];
@@ -72,7 +73,7 @@ async fn a_greeting_cannot_ask_for_memory() {
 /// x, y, width, height, encoding and data.
 type Rectangle<'a> = (u16, u16, u16, u16, i32, &'a [u8]);
 
-/// Bytes of a `FramebufferUpdate`.
+/// Returns the bytes of a `FramebufferUpdate`.
 fn update(rectangles: &[Rectangle<'_>]) -> Vec<u8> {
     let mut bytes = vec![0, 0];
     bytes.extend(u16::try_from(rectangles.len()).unwrap().to_be_bytes());
@@ -94,7 +95,7 @@ async fn drawn(bytes: &[u8], frame: &mut Framebuffer) -> Result<Update> {
 #[tokio::test]
 async fn updates_are_drawn() {
     let mut frame = Framebuffer::new(4, 3);
-    // Two pixels: blue, green, red, nothing.
+    // Two pixels: blue, green, red, padding.
     let raw = update(&[(1, 1, 2, 1, 0, &[3, 2, 1, 0, 6, 5, 4, 0])]);
     let told = drawn(&raw, &mut frame).await.unwrap();
     assert_eq!(told, Update { rows: 1..2, ..Update::default() });
@@ -113,7 +114,7 @@ async fn sizes_and_offers_are_heard() {
     let mut frame = Framebuffer::new(4, 3);
     frame.row_mut(0)[0] = [9; 3];
     assert!(drawn(&update(&[(0, 0, 0, 0, -258, &[])]), &mut frame).await.unwrap().extended_keys);
-    // The size that it has: nothing happens. A request of another client that was refused: neither.
+    // The current size, and a refused request of another client: neither changes anything.
     let layout = [[1, 0, 0, 0].as_slice(), &[0; 16]].concat();
     let told = drawn(&update(&[(0, 0, 4, 3, -308, &layout), (1, 1, 9, 9, -308, &layout)]), &mut frame).await;
     assert_eq!(told.unwrap(), Update::default());
@@ -148,7 +149,7 @@ async fn a_hostile_server_is_left() {
         update(&[(0, 0, 65535, 65535, -308, &[0; 4])]),
         update(&[(0, 0, 1, 1, 16, &[0, 0, 0, 1, 0])]),
         vec![99],
-        // Texts that never come: nothing is kept for them.
+        // Texts that never arrive: no memory is reserved for them.
         vec![3, 0, 0, 0, 255, 255, 255, 255, 65],
         vec![0, 0, 255, 255],
     ];

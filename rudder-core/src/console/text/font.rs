@@ -1,4 +1,4 @@
-//! The shapes of the characters of consoles, from the tables in `fonts/`, which `tools/fonts/make` makes.
+//! The glyphs of console fonts, from the tables in `fonts/`, which `tools/fonts/make` generates.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -13,22 +13,22 @@ pub(super) struct Size {
     pub(super) height: usize,
 }
 
-/// No cell is wider.
+/// Maximum width of a cell.
 pub(super) const WIDEST: usize = 16;
 
-/// No cell is taller.
+/// Maximum height of a cell.
 pub(super) const TALLEST: usize = 32;
 
-/// The pixels of a cell: one number for each row from the top, the pixel at the left in the highest of `width` bits.
+/// The pixels of a cell: one number per row from the top, with the leftmost pixel in the highest of `width` bits.
 pub(super) type Bitmap = [u16; TALLEST];
 
-/// How a shape can be read.
+/// A way to read a glyph.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reading {
-    /// Which font has it, as an index into [`FONTS`].
+    /// The font that contains it, as an index into [`FONTS`].
     pub(super) font: usize,
     pub(super) char: char,
-    /// Whether the pixel at the top left belongs to the character, not to what is behind it.
+    /// Whether the pixel at the top left belongs to the character and not to its background.
     pub(super) corner: bool,
 }
 
@@ -36,7 +36,7 @@ struct Font {
     name: &'static str,
     table: &'static str,
     size: Size,
-    /// Whether VGA text mode may show it, in cells of 9 pixels.
+    /// Whether VGA text mode may show it, in cells 9 pixels wide.
     vga: bool,
 }
 
@@ -51,7 +51,7 @@ macro_rules! fonts {
     };
 }
 
-/// In the order in which they are preferred where a screen does not tell.
+/// All fonts, in the order of preference where a screen does not decide.
 static FONTS: &[Font] = &fonts![
     "bios" 8 x 16 in VGA text mode,
     "linux" 8 x 16 in VGA text mode,
@@ -89,20 +89,20 @@ static FONTS: &[Font] = &fonts![
     "terminus" 6 x 12,
 ];
 
-/// All shapes of one size of cell.
+/// All glyphs of one cell size.
 pub(super) struct Shapes {
     pub(super) size: Size,
     known: HashMap<Bitmap, Vec<Reading>, BuildHasherDefault<Mix>>,
-    /// Digests of the shapes, as a set of bits.
+    /// Digests of the glyphs, as a bit set.
     digests: Vec<u64>,
 }
 
-/// A hash of a few multiplications, because hundreds of thousands of shapes are looked up to find the cells of a screen. The keys
-/// are in the tables, so that nobody can choose them badly.
+/// A hash of a few multiplications, because hundreds of thousands of glyphs are looked up to find the cells of a
+/// screen. The keys are in the tables, so that they cannot be chosen to collide.
 #[derive(Default)]
 pub(super) struct Mix(u64);
 
-/// 2⁶⁴ by the golden ratio: multiplied with it, small differences come to stand in the upper bits.
+/// 2⁶⁴ divided by the golden ratio: multiplying by it moves small differences to the upper bits.
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
 impl Hasher for Mix {
@@ -125,7 +125,7 @@ impl Hasher for Mix {
     }
 }
 
-/// The shapes of every size of cell that consoles use, the most usual first.
+/// The glyphs of every cell size that consoles use, the most common first.
 pub(super) static SHAPES: LazyLock<Vec<Shapes>> = LazyLock::new(|| {
     let mut all = Vec::new();
     for (index, font) in FONTS.iter().enumerate() {
@@ -134,7 +134,8 @@ pub(super) static SHAPES: LazyLock<Vec<Shapes>> = LazyLock::new(|| {
         if font.vga {
             let wide = of_size(&mut all, Size { width: 9, ..font.size });
             for (chars, bitmap) in font.glyphs() {
-                // A ninth column is blank, or repeats the eighth where the adapter takes the character for line graphics.
+                // The ninth column is empty, or repeats the eighth if the adapter treats the character as line
+                // graphics.
                 let blank = bitmap.map(|row| row << 1);
                 let repeated = bitmap.map(|row| row << 1 | row & 1);
                 wide.add(index, &chars, blank);
@@ -155,7 +156,7 @@ fn of_size(all: &mut Vec<Shapes>, size: Size) -> &mut Shapes {
     &mut all[index]
 }
 
-/// The shapes that a character has in all fonts, as numbers.
+/// The glyphs of each character in all fonts, as numbers.
 static SHAPES_OF: LazyLock<HashMap<char, Vec<usize>>> = LazyLock::new(|| {
     let mut numbers = HashMap::new();
     let mut shapes_of: HashMap<char, Vec<usize>> = HashMap::new();
@@ -169,19 +170,20 @@ static SHAPES_OF: LazyLock<HashMap<char, Vec<usize>>> = LazyLock::new(|| {
     shapes_of
 });
 
-/// Whether a character that was read may stand for one that is looked for: whether some shape is that of both.
+/// Whether a character that was read may stand for the wanted one, because they share a glyph.
 pub(super) fn alike(read: char, wanted: char) -> bool {
     let shapes = |char| SHAPES_OF.get(char).map_or(&[][..], Vec::as_slice);
     read == wanted
         || (!wanted.is_ascii() && shapes(&read).iter().any(|shape| shapes(&wanted).contains(shape)))
 }
 
-/// How many fonts there are.
+/// Returns the number of fonts.
 pub(super) fn count() -> usize {
     FONTS.len()
 }
 
-/// The size of a font's cells, and its characters; in VGA text mode, if it may stand there.
+/// Returns the cell size of a font, and its characters; those of VGA text mode, if requested and if the font may be
+/// used there.
 #[cfg(test)]
 pub(super) fn glyphs(font: usize, in_text_mode: bool) -> (Size, Vec<(char, Bitmap)>) {
     let font = &FONTS[font];
@@ -197,7 +199,7 @@ pub(super) fn glyphs(font: usize, in_text_mode: bool) -> (Size, Vec<(char, Bitma
 }
 
 impl Font {
-    /// Each shape with the characters that it stands for, the one to read first.
+    /// Returns each glyph with the characters that it stands for, the preferred one first.
     fn glyphs(&self) -> impl Iterator<Item = (Vec<char>, Bitmap)> {
         self.table.lines().map(|line| {
             let glyph = glyph(line, self.size);
@@ -207,7 +209,8 @@ impl Font {
     }
 }
 
-/// A line of a table: `0041,0410:` and two hexadecimal digits for each row, or four where it has more than 8 pixels.
+/// Parses a line of a table: `0041,0410:` followed by two hexadecimal digits for each row, or four if it is wider than
+/// 8 pixels.
 fn glyph(line: &str, size: Size) -> Option<(Vec<char>, Bitmap)> {
     let (codes, rows) = line.split_once(':')?;
     let chars = codes
@@ -222,7 +225,7 @@ fn glyph(line: &str, size: Size) -> Option<(Vec<char>, Bitmap)> {
     Some((chars, bitmap))
 }
 
-/// How many digests there are.
+/// Number of possible digests.
 const DIGESTS: usize = 1 << 16;
 
 impl Shapes {
@@ -234,38 +237,38 @@ impl Shapes {
         self.known.entry(bitmap).or_default().push(Reading { font, char, corner });
     }
 
-    /// A number for the rows in the middle of a shape, where the shapes of characters differ most.
+    /// Returns a number for the rows in the middle of a glyph, where the glyphs of characters differ most.
     fn digest(&self, rows: &[u16]) -> usize {
         let row = |eighths: usize| u64::from(rows[self.size.height * eighths / 8]);
         let mixed = (row(3) << 48 | row(4) << 32 | row(5) << 16 | row(6)).wrapping_mul(GOLDEN);
         (mixed >> 48) as usize % DIGESTS
     }
 
-    /// Whether a shape with these rows may be known; quicker than to look for it.
+    /// Whether a glyph with these rows may be known; faster than a lookup.
     pub(super) fn may_be_known(&self, rows: &[u16]) -> bool {
         let digest = self.digest(rows);
         self.digests[digest / 64] >> (digest % 64) & 1 == 1
     }
 
-    /// How a shape can be read whose pixel at the top left is 0; nothing when no font has it.
+    /// Returns how a glyph whose pixel at the top left is 0 can be read; empty if no font contains it.
     pub(super) fn readings(&self, bitmap: &Bitmap) -> &[Reading] {
         self.known.get(bitmap).map_or(&[], Vec::as_slice)
     }
 
-    /// How pixels of a character's colour can be read, whatever is behind them.
+    /// Returns how pixels of a character's colour can be read, whatever the background.
     pub(super) fn drawn(&self, bitmap: Bitmap) -> impl Iterator<Item = &Reading> {
         let (bitmap, corner) = self.size.turned(bitmap);
         self.readings(&bitmap).iter().filter(move |reading| reading.corner == corner)
     }
 
-    /// All shapes, to look for one that is partly covered.
+    /// Returns all glyphs, to search for one that is partly covered.
     pub(super) fn all(&self) -> impl Iterator<Item = (&Bitmap, &[Reading])> {
         self.known.iter().map(|(bitmap, readings)| (bitmap, readings.as_slice()))
     }
 }
 
 impl Size {
-    /// The same shape with 0 at the top left, and whether that took exchanging ones and zeros.
+    /// Returns the same glyph with 0 at the top left, and whether ones and zeros were exchanged for that.
     pub(super) fn turned(self, mut bitmap: Bitmap) -> (Bitmap, bool) {
         let corner = bitmap[0] >> (self.width - 1) & 1 == 1;
         if corner {
@@ -275,14 +278,15 @@ impl Size {
         (bitmap, corner)
     }
 
-    /// A row of ones.
+    /// Returns a row of ones.
     pub(super) fn full_row(self) -> u16 {
         u16::MAX >> (16 - self.width)
     }
 }
 
-/// Draws a line of text the way a PC's BIOS does, in cells of 8 × 16 pixels with the first one at `(x, y)`: screens for tests and
-/// for simulated machines. A character that the BIOS has no shape for is left blank; what is over the edge of the screen is cut.
+/// Draws a line of text the way a PC's BIOS does, in cells of 8 × 16 pixels with the first one at `(x, y)`: screens for
+/// tests and for simulated machines. A character without a glyph in the BIOS font is left empty; what exceeds the
+/// screen is clipped.
 pub fn draw(screen: &mut Framebuffer, (x, y): (usize, usize), text: &str, ink: [u8; 3], paper: [u8; 3]) {
     static BIOS: LazyLock<HashMap<char, Bitmap>> = LazyLock::new(|| {
         FONTS[0]

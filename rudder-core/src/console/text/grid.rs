@@ -1,11 +1,12 @@
-//! Where on a screen the cells of a console are, and what is in one.
+//! Locates the cells of a console on a screen, and determines the content of a cell.
 
 use super::font::{Bitmap, SHAPES, Shapes, Size, TALLEST};
 use super::window::Window;
 use crate::console::Framebuffer;
 use std::{cmp::Reverse, collections::HashMap};
 
-/// The cells of a console: the size of one, and where the first is. What is left over at the edges of the screen belongs to none.
+/// The cells of a console: their size, and the position of the first. Pixels left over at the edges of the screen
+/// belong to no cell.
 #[derive(Clone, Copy)]
 pub(super) struct Grid {
     pub(super) shapes: &'static Shapes,
@@ -15,31 +16,32 @@ pub(super) struct Grid {
     pub(super) rows: usize,
 }
 
-/// What is in a cell.
+/// The content of a cell.
 pub(super) enum Cell {
-    /// One colour.
+    /// A single colour.
     Blank([u8; 3]),
-    /// Two colours: those pixels are set that are not of the `corner`'s colour, which is that of the pixel at the top left.
+    /// Two colours. The set pixels are those that do not have the `corner`'s colour, which is that of the pixel at the
+    /// top left.
     Shape { bitmap: Bitmap, corner: [u8; 3], other: [u8; 3] },
-    /// More than two colours: a picture, perhaps with a character in front of it.
+    /// More than two colours: an image, perhaps with a character in front of it.
     Picture,
 }
 
-/// How many places are looked at to compare all grids with each other, and then to compare the best ones.
+/// Number of positions that are sampled to compare all grids with each other, and then to compare the best ones.
 const FEW: usize = 64;
 const MANY: usize = 256;
 
-/// So many are the best ones.
+/// Number of best grids.
 const BEST: usize = 8;
 
-/// How many edges the colours of text are looked for in, and how many colours.
+/// Number of edges that are sampled for the colours of text, and number of such colours.
 const SAMPLE: usize = 8192;
 const COLOURS: usize = 8;
 
-/// Fewer pixels than this may be a known shape by chance, in a picture.
+/// With fewer pixels than this, a part of an image may match a known glyph by chance.
 pub(super) const TELLING: u32 = 8;
 
-/// The grid that makes most sense of a screen; none for a screen without any edge, or on which nothing is text in any grid.
+/// Finds the grid that explains most of a screen; `None` for a screen without any edge, or on which no grid finds text.
 pub(super) fn find(screen: &Framebuffer) -> Option<Grid> {
     let places = edges(screen);
     let enough = places.len() - places.len() / 20; // a cursor, a logo
@@ -77,7 +79,7 @@ pub(super) fn find(screen: &Framebuffer) -> Option<Grid> {
     best(screen, usual.map(|(grid, _)| grid).into_iter().chain(found), &places, enough).map(|(grid, _)| grid)
 }
 
-/// The first of the grids in which most of the places are text, or enough; and how many are.
+/// Returns the grid with the most positions in text (the first of equals, or the first with enough), and their number.
 fn best(
     screen: &Framebuffer,
     grids: impl Iterator<Item = Grid>,
@@ -97,8 +99,8 @@ fn best(
     best
 }
 
-/// Places where a pixel differs from the one at its left, spread over the screen; most of them where one of both has a colour that
-/// is usual for such places, which those of text are and those of a picture are not.
+/// Returns positions where a pixel differs from the one to its left, spread over the screen. At most of them, one of
+/// both pixels has a colour that is common at such positions, as the colours of text are and those of an image are not.
 fn edges(screen: &Framebuffer) -> Vec<(usize, usize)> {
     let mut all = Vec::new();
     for y in (0..screen.height()).step_by(3) {
@@ -136,7 +138,7 @@ impl Grid {
         }
     }
 
-    /// How many of the places are in cells with a known shape.
+    /// Returns how many of the positions are in cells with a known glyph.
     fn read_of(&self, screen: &Framebuffer, places: &[(usize, usize)]) -> usize {
         let known = |&&(x, y): &&(usize, usize)| {
             let (Some(right), Some(down)) = (x.checked_sub(self.x), y.checked_sub(self.y)) else {
@@ -149,7 +151,7 @@ impl Grid {
             match self.cell(screen, column, row) {
                 Cell::Blank(_) => false,
                 Cell::Shape { bitmap, .. } => !self.shapes.readings(&bitmap).is_empty(),
-                // A character in front of a picture has either of the colours that meet here.
+                // A character in front of an image has one of the two colours that meet here.
                 Cell::Picture => [x, x - 1].iter().any(|&x| {
                     let (bitmap, pixels) = self.ink(screen, (column, row), screen.row(y)[x]);
                     pixels >= TELLING && self.shapes.drawn(bitmap).next().is_some()
@@ -159,7 +161,7 @@ impl Grid {
         places.iter().filter(known).count()
     }
 
-    /// The colours of a cell's pixels, row by row.
+    /// Returns the colours of a cell's pixels, row by row.
     pub(super) fn pixels<'a>(
         &self,
         screen: &'a Framebuffer,
@@ -170,7 +172,7 @@ impl Grid {
         (y..y + height).map(move |y| &screen.row(y)[x..x + width])
     }
 
-    /// The pixels of a cell that have one colour, and how many they are.
+    /// Returns the pixels of a cell that have one colour, and their number.
     pub(super) fn ink(&self, screen: &Framebuffer, cell: (usize, usize), colour: [u8; 3]) -> (Bitmap, u32) {
         let mut bitmap = [0; TALLEST];
         for (bits, row) in bitmap.iter_mut().zip(self.pixels(screen, cell)) {
@@ -179,7 +181,7 @@ impl Grid {
         (bitmap, bitmap.iter().map(|row| row.count_ones()).sum())
     }
 
-    /// What is in a cell.
+    /// Returns the content of a cell.
     pub(super) fn cell(&self, screen: &Framebuffer, column: usize, row: usize) -> Cell {
         let Size { width, height } = self.shapes.size;
         let (x, y) = (self.x + column * width, self.y + row * height);

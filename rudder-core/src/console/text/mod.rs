@@ -1,8 +1,8 @@
 //! Reading a screen as text: consoles draw with fixed bitmap fonts, so their glyphs are matched exactly, never guessed.
 //!
-//! `font` knows the shapes, `grid` finds where on a screen the cells of a console are, `overlay` what stands in front of a
-//! picture; `window` makes that search quick; `read` puts them together, and `screen` is what was read. What no font has, a graphical installer's window for
-//! instance, is not text here.
+//! `font` contains the glyphs, `grid` locates the cells of a console on a screen, `overlay` finds what is in front of
+//! an image, `window` speeds up that search, `read` combines them, and `screen` is the result. What no font contains,
+//! such as the window of a graphical installer, is not text here.
 
 mod font;
 mod grid;

@@ -1,20 +1,20 @@
-//! Characters in front of pictures: boot menus have a background, firmware draws a logo and writes over it.
+//! Characters in front of images: boot menus have a background, firmware draws a logo and writes over it.
 //!
-//! A character has one exact colour, whatever is behind it or casts a shadow around it. The colours of a screen's text are those in
-//! which letters and digits stand on it.
+//! A character has one exact colour, whatever its background, and even if it casts a shadow. The colours of a screen's
+//! text are those in which letters and digits appear on it.
 
 use super::font::Reading;
 use super::grid::{Cell, Grid, TELLING};
 use crate::console::Framebuffer;
 use std::{cmp::Reverse, collections::HashMap};
 
-/// As many letters and digits of a colour as this make it a colour of text.
+/// Number of letters and digits in a colour that make it a colour of text.
 const WORD: usize = 3;
 
-/// As many colours of text are looked for.
+/// Maximum number of colours of text.
 const COLOURS: usize = 16;
 
-/// The colours of text, the most usual first; none for a screen that has no text in front of a picture.
+/// Returns the colours of text, the most common first; empty for a screen without text in front of an image.
 pub(super) fn inks(screen: &Framebuffer, grid: &Grid, cells: &[Cell]) -> Vec<[u8; 3]> {
     let telling = |reading: &&Reading| reading.char.is_alphanumeric();
     let mut inks: HashMap<[u8; 3], usize> = HashMap::new();
@@ -49,20 +49,21 @@ pub(super) fn inks(screen: &Framebuffer, grid: &Grid, cells: &[Cell]) -> Vec<[u8
     inks.into_iter().map(|(ink, _)| ink).take(COLOURS).collect()
 }
 
-/// Whether a character of two-coloured pixels is text, not a stroke of a picture, where text stands in front of pictures.
+/// Whether a character of two-coloured pixels is text, and not a stroke of an image, on a screen with text in front of
+/// images.
 pub(super) fn is_text(char: char, ink: [u8; 3], inks: &[[u8; 3]]) -> bool {
     inks.is_empty() || inks.contains(&ink) || char.is_alphanumeric()
 }
 
-/// What stands in front of a picture.
+/// What is in front of an image.
 pub(super) enum Front<'a> {
     Nothing,
     Character(Vec<&'a Reading>),
-    /// Pixels of a text's colour that are no known shape, or not only.
+    /// Pixels of a text's colour that are not, or not only, a known glyph.
     Unknown,
 }
 
-/// What stands in front of the picture in a cell.
+/// Returns what is in front of the image in a cell.
 pub(super) fn front<'a>(
     screen: &Framebuffer,
     grid: &'a Grid,
@@ -79,7 +80,7 @@ pub(super) fn front<'a>(
             continue;
         }
         seen = true;
-        // Nobody draws with blocks in front of a picture, but pictures have edges.
+        // Block characters are not drawn in front of an image, but images have edges that look like them.
         let is_block = |reading: &&Reading| ('▀'..='▟').contains(&reading.char);
         let readings: Vec<_> = grid.shapes.drawn(bitmap).filter(|reading| !is_block(reading)).collect();
         if !readings.is_empty() {

@@ -1,4 +1,4 @@
-//! Any text in any font that is known is read back, wherever it stands and whatever its colours.
+//! Any text in any known font is read back, at any position and in any colours.
 #![allow(clippy::unwrap_used)]
 
 use super::font::{self, Bitmap, Size, TALLEST};
@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 type Colour = [u8; 3];
 
-/// The shapes of a line's characters, drawn beside each other.
+/// Draws the glyphs of a line side by side.
 fn draw(
     screen: &mut Framebuffer,
     (x, y): (usize, usize),
@@ -21,7 +21,7 @@ fn draw(
     }
 }
 
-/// Whether the characters stand beside each other somewhere on the screen.
+/// Whether the characters appear side by side somewhere on the screen.
 fn shows(text: &ScreenText, line: &[(char, Bitmap)]) -> bool {
     let same = |(read, (wanted, _)): (&char, &(char, Bitmap))| {
         font::alike(*read, *wanted) || (*read == ' ' && ['█', '▁'].contains(wanted)) // as `read` says
@@ -58,7 +58,7 @@ proptest! {
         let columns = (480 - x) / size.width;
         let chosen = &chosen[..chosen.len().min(columns)];
         let last = if inverse { [colours[1], colours[0]] } else { more };
-        // What is known of a screen's font and colours comes from the rest of its text.
+        // The screen's font and colours are determined from the rest of its text.
         let mut lines = vec![(chosen, last), (chosen, colours)];
         lines.extend(ascii.chunks(columns).map(|line| (line, colours)).take((300 - y) / size.height - 2));
         for (row, (line, colours)) in lines.iter().enumerate() {

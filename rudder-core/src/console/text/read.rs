@@ -1,4 +1,4 @@
-//! Cells to characters.
+//! Converts cells to characters.
 
 use super::font::{self, Bitmap, Reading, Shapes, TALLEST};
 use super::grid::{self, Cell, Grid};
@@ -7,16 +7,18 @@ use super::screen::{ScreenText, UNREAD};
 use crate::console::Framebuffer;
 use std::cmp::{Ordering, Reverse};
 
-/// Cells in which a cursor may hide a part of a character are looked at closely; a screen with more unknown cells shows a picture.
+/// Maximum number of unknown cells that are examined for a cursor over a character; a screen with more of them shows an
+/// image.
 const CURSORS: usize = 24;
 
 /// Reads what a screen shows as text.
 ///
-/// Cells are found wherever the console put them, in 8 × 16, 9 × 16 (VGA text mode), 8 × 19 pixels (UEFI) and the other sizes that
-/// consoles have, up to 16 × 32; a screen has one size of cell. They may have any two colours, and a character may stand in front of
-/// a picture. A cell that no known font explains is [`UNREAD`]; a screen without text gives a text without rows. Characters that the
-/// screen's font draws alike are read as the ASCII one if there is one, else as the most usual one; a cell of a single colour is a
-/// blank, whatever the colour, and so is a full block (`█`).
+/// Cells are found wherever the console put them, in 8 × 16, 9 × 16 (VGA text mode), 8 × 19 pixels (UEFI) and the other
+/// sizes that consoles have, up to 16 × 32; a screen has a single cell size. Cells may have any two colours, and a
+/// character may be in front of an image. A cell that no known font explains is [`UNREAD`]; a screen without text
+/// results in a text without rows. Characters that look alike in the screen's font are read as the ASCII one if there
+/// is one, else as the most common one. A cell of a single colour is a blank, whatever the colour, and so is a full
+/// block (`█`).
 #[must_use]
 pub fn read(screen: &Framebuffer) -> ScreenText {
     match grid::find(screen) {
@@ -32,7 +34,7 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
         for column in 0..grid.columns {
             let cell = grid.cell(screen, column, row);
             if let Cell::Shape { bitmap, .. } = &cell {
-                // A shape that only one font has says more than one that all of them have.
+                // A glyph that only one font has is stronger evidence than one that all of them have.
                 let readings = grid.shapes.readings(bitmap);
                 readings.iter().for_each(|reading| votes[reading.font] += 60 / readings.len());
             }
@@ -49,7 +51,7 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
             let best = match cell {
                 Cell::Blank(_) => Some(' '),
                 Cell::Shape { bitmap, corner, other } => {
-                    // Upside down, some shapes are another character: what is behind the text around it decides.
+                    // Inverted, some glyphs are another character: the background of the surrounding text decides.
                     let turned = here.turned(*corner, *other).or_else(|| everywhere.turned(*corner, *other));
                     match choose(grid.shapes.readings(bitmap), &votes, turned) {
                         Some(best) => {
@@ -78,7 +80,7 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
             chars[index] = char;
         }
     }
-    // GRUB's cursor in graphics mode looks like a block of one eighth: who draws a diagram draws more than one.
+    // GRUB's cursor in graphics mode looks like a block of one eighth, but a diagram contains more than one.
     let mut blocks = chars.iter_mut().filter(|char| **char == '▁');
     if let (Some(only), None) = (blocks.next(), blocks.next()) {
         *only = ' ';
@@ -86,7 +88,7 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
     ScreenText::new(grid.columns, chars)
 }
 
-/// The reading of the font that most of the screen is written in.
+/// Chooses the reading of the font in which most of the screen is written.
 fn choose<'a>(
     readings: impl IntoIterator<Item = &'a Reading>,
     votes: &[usize],
@@ -98,7 +100,7 @@ fn choose<'a>(
     })
 }
 
-/// Which colours are behind text, as far as shapes tell that are no character upside down.
+/// The background colours of text, derived from glyphs that are not another character when inverted.
 struct Papers {
     /// How often something is written in the second colour on the first.
     pairs: Vec<([[u8; 3]; 2], usize)>,
@@ -106,7 +108,7 @@ struct Papers {
 }
 
 impl Papers {
-    /// More colours than this are a picture.
+    /// A screen with more colours than this shows an image.
     const MOST: usize = 32;
 
     fn of(cells: &[Cell], shapes: &Shapes) -> Self {
@@ -128,7 +130,8 @@ impl Papers {
         papers
     }
 
-    /// Whether the pixel at the top left belongs to the character, by its colour and the other one in its cell.
+    /// Whether the pixel at the top left belongs to the character, judged by its colour and the other colour of its
+    /// cell.
     fn turned(&self, corner: [u8; 3], other: [u8; 3]) -> Option<bool> {
         let pairs = seen(&self.pairs, [corner, other]).cmp(&seen(&self.pairs, [other, corner]));
         match pairs.then(seen(&self.blanks, corner).cmp(&seen(&self.blanks, other))) {
@@ -151,8 +154,8 @@ fn seen<T: PartialEq>(counts: &[(T, usize)], value: T) -> usize {
     counts.iter().find(|(known, _)| *known == value).map_or(0, |(_, count)| *count)
 }
 
-/// The character of a cell of which a cursor (or an underline) covers some rows in the lower half, in whatever colour; without
-/// votes only if it is a blank.
+/// Returns the character of a cell in which a cursor (or an underline) covers some rows in the lower half, in any
+/// colour. Without votes, only a blank is recognised.
 fn under_cursor(screen: &Framebuffer, grid: &Grid, index: usize, votes: Option<&Vec<usize>>) -> Option<char> {
     let size = grid.shapes.size;
     let (x, y) = (grid.x + index % grid.columns * size.width, grid.y + index / grid.columns * size.height);
@@ -165,7 +168,7 @@ fn under_cursor(screen: &Framebuffer, grid: &Grid, index: usize, votes: Option<&
         if last - first > 5 {
             continue;
         }
-        // The rest of the cell must be of two colours.
+        // The rest of the cell must not have more than two colours.
         let mut other = None;
         let mut bitmap = [0; TALLEST];
         let mut plain = true;
@@ -193,7 +196,8 @@ fn under_cursor(screen: &Framebuffer, grid: &Grid, index: usize, votes: Option<&
     None
 }
 
-/// The character that has these pixels except for the hidden rows: the one with nothing under there, else the only one.
+/// Returns the character that has these pixels outside of the hidden rows: the one without pixels in those, else the
+/// only candidate.
 fn covered(shapes: &Shapes, seen: &Bitmap, hidden: std::ops::Range<usize>, votes: &[usize]) -> Option<char> {
     let same = |bitmap: &Bitmap| {
         (0..shapes.size.height).all(|row| hidden.contains(&row) || bitmap[row] == seen[row])

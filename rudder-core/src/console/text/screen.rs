@@ -1,10 +1,10 @@
-//! What was read from a screen.
+//! The text that was read from a screen.
 
 use std::fmt;
 
 use super::font::alike;
 
-/// Stands for a cell that could not be read (U+FFFD).
+/// Marks a cell that could not be read (U+FFFD).
 pub const UNREAD: char = '\u{FFFD}';
 
 /// The text of a screen: rows of cells with one character each.
@@ -15,41 +15,41 @@ pub struct ScreenText {
 }
 
 impl ScreenText {
-    /// `cells` has a whole number of rows.
+    /// Creates a screen from `cells`, which must be a whole number of rows.
     pub(super) fn new(columns: usize, cells: Vec<char>) -> Self {
         Self { columns, cells }
     }
 
-    /// Cells in a row; 0 when the screen shows no text.
+    /// Returns the number of cells in a row; 0 if the screen shows no text.
     #[must_use]
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// The rows from the top, each with all of its cells.
+    /// Returns the rows from the top, each with all of its cells.
     pub fn rows(&self) -> impl ExactSizeIterator<Item = &[char]> + Clone {
         self.cells.chunks(self.columns.max(1))
     }
 
-    /// The rows from the top, without the blanks at their ends.
+    /// Returns the rows from the top, without trailing spaces.
     pub fn lines(&self) -> impl ExactSizeIterator<Item = String> {
         self.rows().map(|row| row.iter().collect::<String>().trim_end().to_owned())
     }
 
-    /// Cells that are not blank.
+    /// Returns the number of cells that are not blank.
     #[must_use]
     pub fn written(&self) -> usize {
         self.cells.iter().filter(|char| **char != ' ').count()
     }
 
-    /// Of those, the ones that could not be read.
+    /// Returns the number of cells that are not blank and could not be read.
     #[must_use]
     pub fn unread(&self) -> usize {
         self.cells.iter().filter(|char| **char == UNREAD).count()
     }
 
-    /// Which part of the cells that are not blank was read, from 0 to 1; 1 for a blank screen. A text console has 1 or almost 1,
-    /// a graphical screen much less.
+    /// Returns the fraction of the non-blank cells that was read, from 0 to 1; 1 for a blank screen. For a text console
+    /// it is 1 or almost 1, for a graphical screen much less.
     #[must_use]
     pub fn share_read(&self) -> f64 {
         match self.written() {
@@ -58,12 +58,12 @@ impl ScreenText {
         }
     }
 
-    /// Whether the text stands on the screen.
+    /// Whether the screen contains the text.
     ///
-    /// Blanks and line breaks of the text stand for any run of blanks, also for the end of a row. A text may go over the right edge
-    /// of the screen into the next row, and over the right edge of a column or of a frame into the next row of the same column: one
-    /// that starts at the same place, with two blanks or a line to its left. Upper and lower case differ. A blank text stands
-    /// everywhere.
+    /// Spaces and newlines in the text match any run of blanks, including the end of a row. A text may wrap at the
+    /// right edge of the screen to the next row, and at the right edge of a column or of a frame to the next row of the
+    /// same column: one that starts at the same position, with two blanks or a line to its left. The match is
+    /// case-sensitive. A blank text is always contained.
     #[must_use]
     pub fn contains(&self, text: &str) -> bool {
         // A full block fills its cell with one colour, as a blank does.
@@ -77,13 +77,14 @@ impl ScreenText {
         stands(&self.whole()) || self.columns_of_text().iter().any(|rows| stands(rows))
     }
 
-    /// The rows without what no row uses: a console may leave columns at both sides free.
+    /// Returns the rows without the columns that are blank in every row: a console may leave columns at both sides
+    /// free.
     fn whole(&self) -> Vec<&[char]> {
         let left = self.rows().filter_map(|row| row.iter().position(|char| *char != ' ')).min().unwrap_or(0);
         self.rows().map(|row| row[..used(row)].get(left..).unwrap_or_default()).collect()
     }
 
-    /// Pieces of rows that start at the same place in successive rows.
+    /// Returns pieces of rows that start at the same position in successive rows.
     fn columns_of_text(&self) -> Vec<Vec<&[char]>> {
         let mut done: Vec<Vec<&[char]>> = Vec::new();
         let mut open: Vec<(usize, Vec<&[char]>)> = Vec::new();
@@ -103,12 +104,13 @@ impl ScreenText {
     }
 }
 
-/// How many cells of a row there are up to the last one that is not blank.
+/// Returns the length of a row up to its last cell that is not blank.
 fn used(row: &[char]) -> usize {
     row.iter().rposition(|char| *char != ' ').map_or(0, |last| last + 1)
 }
 
-/// The parts of a row between lines, pictures and more than one blank, each with the column where it starts.
+/// Returns the parts of a row between lines, images and runs of more than one blank, each with the column where it
+/// starts.
 fn pieces(row: &[char]) -> Vec<(usize, &[char])> {
     let line = |char: char| ('─'..='╿').contains(&char) || char == '|' || char == UNREAD;
     let gap = |column: usize| {
@@ -129,7 +131,7 @@ fn pieces(row: &[char]) -> Vec<(usize, &[char])> {
     pieces
 }
 
-/// Rows as one sequence. A text that is wrapped comes from the last column used into the first one.
+/// Returns rows as one sequence. A text that wraps goes from the last column used to the first one.
 fn flow(rows: &[&[char]]) -> Vec<Symbol> {
     let right = rows.iter().map(|row| row.len()).max().unwrap_or(0);
     let mut flow = Vec::with_capacity(rows.len() * (right + 1));
@@ -145,7 +147,7 @@ enum Symbol {
     Char(char),
     /// A blank, or the end of a row that is not full.
     Blank,
-    /// The end of a full row: a blank or nothing, whichever is wanted.
+    /// The end of a full row: matches a blank or nothing.
     Edge,
 }
 
@@ -171,10 +173,11 @@ fn stands_at(mut stream: &[Symbol], wanted: &[char]) -> bool {
     true
 }
 
-/// The rows that hold text, without blanks at the end of each, and without blank rows around and more than one of them between.
+/// Writes the rows that contain text, without trailing blanks, without blank rows around them, and with at most one
+/// blank row between them.
 impl fmt::Display for ScreenText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A row of a picture has cells that happen to look like a stroke or a dot.
+        // A row of an image has cells that happen to look like a stroke or a dot.
         let is_text = |line: &String| !line.contains(UNREAD) || line.chars().any(char::is_alphanumeric);
         let mut gap = None;
         for line in self.lines() {

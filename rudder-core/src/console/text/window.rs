@@ -1,26 +1,26 @@
-//! What is around a place of the screen, as bits: all cells that the place may be in, of every size and at every offset, are cut
-//! out of it without looking at the screen again.
+//! The surroundings of a position on the screen, as bits: all cells that may contain the position, of every size and at
+//! every offset, are extracted from it without reading the screen again.
 
 use super::font::{Bitmap, Shapes, Size, TALLEST, WIDEST};
 use super::grid::TELLING;
 use crate::console::Framebuffer;
 
-/// Columns to the left of the place and as many to its right; the same for rows.
+/// Number of columns to the left of the position, and as many to its right; the same for rows.
 const ASIDE: usize = WIDEST - 1;
 const ABOVE: usize = TALLEST - 1;
 
-/// The pixels around a place that have its colour, and those that have the colour to its left.
+/// The pixels around a position that have its colour, and those that have the colour to its left.
 pub(super) struct Window {
     x: usize,
     y: usize,
     width: usize,
     height: usize,
-    /// One number for each row, the pixel at the left in the highest of `2 * ASIDE + 1` bits.
+    /// One number for each row, with the leftmost pixel in the highest of `2 * ASIDE + 1` bits.
     colours: [[u32; 2 * ABOVE + 1]; 2],
 }
 
 impl Window {
-    /// The surroundings of a place that is not in the first column.
+    /// Returns the surroundings of a position that is not in the first column.
     pub(super) fn around(screen: &Framebuffer, (x, y): (usize, usize)) -> Self {
         let mut colours = [[0; 2 * ABOVE + 1]; 2];
         let inks = [screen.row(y)[x], screen.row(y)[x - 1]];
@@ -36,11 +36,11 @@ impl Window {
         Self { x, y, width: screen.width(), height: screen.height(), colours }
     }
 
-    /// The offsets of the grids, of one size of cell, in which the place belongs to a character.
+    /// Returns the offsets of the grids, of one cell size, in which the position belongs to a character.
     pub(super) fn offsets(&self, shapes: &Shapes) -> Vec<(usize, usize)> {
         let Size { width, height } = shapes.size;
         let mut offsets = Vec::new();
-        // How many pixels the place is from the left and the top of its cell.
+        // The distance in pixels of the position from the left and the top of its cell.
         for right in (0..width.min(self.x + 1)).filter(|right| self.x - right + width <= self.width) {
             let shift = ASIDE + 1 + right - width;
             let cut = |bits: u32| (bits >> shift) as u16 & shapes.size.full_row();

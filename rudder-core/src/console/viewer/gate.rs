@@ -1,5 +1,5 @@
-//! Both sides of the way into an RFB session (RFC 6143, 7.1): letting a viewer in that knows the password, and going in
-//! where nobody asks for one. Behind the gate all versions speak alike.
+//! Both sides of the beginning of an RFB session (RFC 6143, 7.1): letting in a viewer that knows the password, and
+//! connecting to a display that requires none. Afterwards all versions are alike.
 
 use super::password::Challenge;
 use std::io::{Error, ErrorKind, Result};
@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 const NONE: u8 = 1;
 const VNC_AUTHENTICATION: u8 = 2;
 
-/// The versions that differ (RFC 6143, 7.1.1): any other is one of them.
+/// The versions that differ (RFC 6143, 7.1.1); any other counts as one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Version {
     V3_3,
@@ -43,7 +43,7 @@ impl Version {
     }
 }
 
-/// A viewer that has answered the challenge and waits for the verdict.
+/// A viewer that has answered the challenge and waits for the result.
 #[derive(Debug)]
 pub(super) struct Asking {
     version: Version,
@@ -78,16 +78,16 @@ where
 }
 
 impl Asking {
-    /// Lets the viewer in, up to and with what it wants to begin with (ClientInit).
+    /// Lets the viewer in, up to and including its first message (ClientInit).
     pub(super) async fn admit<S: AsyncRead + AsyncWrite + Unpin>(self, viewer: &mut S) -> Result<()> {
         viewer.write_u32(0).await?;
         viewer.flush().await?;
-        // Whether it wants to be alone: it is not asked.
+        // Whether the viewer wants exclusive access, which is ignored.
         viewer.read_u8().await?;
         Ok(())
     }
 
-    /// Turns it away, and says why where the version has a place for it.
+    /// Refuses the viewer, with a reason if the version can transmit one.
     pub(super) async fn refuse<S: AsyncWrite + Unpin>(self, viewer: &mut S, why: &str) -> Result<()> {
         viewer.write_u32(1).await?;
         if self.version == Version::V3_8 {
@@ -98,13 +98,13 @@ impl Asking {
     }
 }
 
-/// Turns a viewer away before it is asked for anything.
+/// Refuses a viewer before it is asked for a password.
 pub(super) async fn turn_away<S>(viewer: &mut S, why: &str) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     Version::V3_8.write(viewer).await?;
-    // No security type at all: a reason follows.
+    // Without any security type, a reason follows.
     match Version::read(viewer).await? {
         Version::V3_3 => viewer.write_u32(0).await?,
         _ => viewer.write_u8(0).await?,
@@ -119,7 +119,7 @@ async fn reason<S: AsyncWrite + Unpin>(stream: &mut S, why: &str) -> Result<()> 
     stream.write_all(why.as_bytes()).await
 }
 
-/// Goes into a session that asks for no password, and wants to share it (ClientInit).
+/// Begins a session that requires no password, as a shared one (ClientInit).
 pub(super) async fn enter<S: AsyncRead + AsyncWrite + Unpin>(display: &mut S) -> Result<()> {
     let version = Version::read(display).await?;
     version.write(display).await?;
@@ -141,7 +141,7 @@ pub(super) async fn enter<S: AsyncRead + AsyncWrite + Unpin>(display: &mut S) ->
             return Err(closed());
         }
     }
-    // Alone, it would throw out Rudder's own console.
+    // An exclusive one would disconnect Rudder's own console.
     display.write_u8(1).await?;
     display.flush().await
 }

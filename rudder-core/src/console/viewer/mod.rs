@@ -1,8 +1,8 @@
-//! A machine's display for a person with an ordinary VNC viewer: a port on loopback that lets in who knows a password.
+//! A machine's display for a person with an ordinary VNC viewer: a port on loopback, protected by a password.
 //!
-//! Backends give displays without authentication ([`Machine::display`]), over ways that only this process has. A port of the
-//! host is open to every user of it, so it asks for a password (RFC 6143, 7.2.2: "VNC Authentication"), which works once: it
-//! is spent by the viewer that it lets in, and a new one is made when that viewer has left.
+//! Backends provide displays without authentication ([`Machine::display`]), over channels that only this process has. A
+//! port of the host is open to every user of it, so it requires a password (RFC 6143, 7.2.2: "VNC Authentication"),
+//! which works once: it is spent by the viewer that it lets in, and a new one is generated when that viewer has left.
 
 mod gate;
 mod password;
@@ -33,31 +33,31 @@ use tokio::{
 const PATIENCE: Duration = Duration::from_secs(180);
 /// How long the display may take to answer.
 const DISPLAY: Duration = Duration::from_secs(10);
-/// What a wrong password costs, so that guessing 2⁴⁶ of them takes longer than any pause.
+/// Delay after a wrong password, so that guessing one of 2⁴⁶ is not feasible.
 const PENALTY: Duration = Duration::from_secs(1);
-/// How many may be at the gate at once.
+/// Maximum number of concurrent connections.
 const CROWD: usize = 16;
 
-/// A display behind a password, for VNC viewers of this host. Closed when dropped, and whoever looks on is cut off.
+/// A display behind a password, for VNC viewers on this host. Dropping it closes it and disconnects its viewer.
 pub struct Viewer {
     address: SocketAddr,
     password: watch::Receiver<Option<Password>>,
     task: JoinHandle<()>,
 }
 
-/// How to reach the display.
+/// Connects to the display.
 type Dial = Box<dyn Fn() -> BoxFuture<'static, Result<BoxedStream>> + Send + Sync>;
 
-/// What those at the gate share.
+/// State shared by the connections.
 struct House {
     dial: Dial,
-    /// The only seat; who has it looks on.
+    /// The only seat, held by the connected viewer.
     seat: Arc<Mutex<()>>,
-    /// What lets the next one in; nothing while somebody looks on.
+    /// The password of the next viewer; `None` while one is connected.
     password: watch::Sender<Option<Password>>,
 }
 
-/// The seat, taken. When it is left, there is a new password.
+/// The taken seat. When it is dropped, a new password is generated.
 struct Seat {
     house: Arc<House>,
     _taken: OwnedMutexGuard<()>,
@@ -66,10 +66,10 @@ struct Seat {
 impl Viewer {
     /// Opens a port for the display of a machine, as a task of the current Tokio runtime.
     ///
-    /// Viewers see what the machine shows when they come; the machine need not run yet.
+    /// Viewers see what the machine shows when they connect; the machine need not run yet.
     ///
     /// # Errors
-    /// `Io` when no port can be had.
+    /// `Io` when no port can be opened.
     pub async fn open(machine: Arc<dyn Machine>) -> Result<Self> {
         Self::behind(Box::new(move || {
             let machine = Arc::clone(&machine);
@@ -89,19 +89,20 @@ impl Viewer {
         Ok(Self { address, password: known, task })
     }
 
-    /// Where viewers connect to; viewers that want two colons get them: `127.0.0.1::5901`.
+    /// Returns the address that viewers connect to. Viewers that want two colons are given them: `127.0.0.1::5901`.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// What lets the next viewer in, once; `None` while one looks on. It is a secret as long as it lets somebody in.
+    /// Returns the password that lets the next viewer in, once; `None` while a viewer is connected. It is a secret
+    /// until it is spent.
     #[must_use]
     pub fn password(&self) -> Option<String> {
         self.password.borrow().as_ref().map(Password::as_text)
     }
 
-    /// Waits until a viewer was let in or has left: [`password`](Self::password) is another then.
+    /// Waits until a viewer was let in or has left: [`password`](Self::password) then returns another value.
     pub async fn changed(&mut self) {
         if self.password.changed().await.is_err() {
             std::future::pending::<()>().await;
@@ -127,7 +128,7 @@ impl Drop for Seat {
     }
 }
 
-/// Receives viewers until it is dropped, and they with it.
+/// Accepts viewers. Dropping the future disconnects them.
 async fn keep_open(listener: TcpListener, house: Arc<House>) {
     let mut visitors = JoinSet::new();
     loop {
@@ -142,7 +143,7 @@ async fn keep_open(listener: TcpListener, house: Arc<House>) {
                         }
                     });
                 }
-                // No file descriptor is free, for instance: it may pass.
+                // Usually temporary, such as a lack of file descriptors.
                 Err(_) => sleep(Duration::from_millis(100)).await,
             }
         }
@@ -179,7 +180,7 @@ async fn receive(house: &Arc<House>, mut viewer: TcpStream) -> io::Result<()> {
         }
     };
     let Some((_seat, display)) = timeout(PATIENCE, entering).await?? else { return Ok(()) };
-    // Either side's end is the end of both.
+    // When either side ends, both end.
     let ((mut from_viewer, mut to_viewer), (mut from_display, mut to_display)) =
         (split(viewer), split(display));
     tokio::select! {
@@ -189,7 +190,7 @@ async fn receive(house: &Arc<House>, mut viewer: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Spends the password, if this proves that it is known and nobody was faster.
+/// Spends the password, if the response proves knowledge of it and the seat is still free.
 fn take_seat(house: &Arc<House>, challenge: &Challenge, response: &Challenge) -> Option<Seat> {
     let taken = Arc::clone(&house.seat).try_lock_owned().ok()?;
     let mut proven = false;

@@ -8,20 +8,20 @@ use rand::RngExt as _;
 use std::fmt;
 use subtle::ConstantTimeEq as _;
 
-/// Characters that people do not take for each other.
+/// Characters that are not easily confused.
 const ALPHABET: &[u8] = b"23456789abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ";
-/// RFB uses no more of a password (RFC 6143, 7.2.2).
+/// The part of a password that RFB uses (RFC 6143, 7.2.2).
 const LENGTH: usize = 8;
 
-/// A password that nobody chose. Never shown by `Debug`.
+/// A random password. Never shown by `Debug`.
 #[derive(Clone)]
 pub(super) struct Password([u8; LENGTH]);
 
-/// What a viewer has to encrypt.
+/// The bytes that a viewer has to encrypt.
 pub(super) type Challenge = [u8; 16];
 
 impl Password {
-    /// One of 56⁸, about 2⁴⁶.
+    /// Returns one of 56⁸ passwords, about 2⁴⁶.
     pub(super) fn new() -> Self {
         let mut random = rand::rng();
         Self(std::array::from_fn(|_| ALPHABET[random.random_range(..ALPHABET.len())]))
@@ -36,12 +36,13 @@ impl Password {
         self.0.iter().copied().map(char::from).collect()
     }
 
-    /// Whether this is the challenge encrypted with the password, found out in a time that tells nothing.
+    /// Whether the response is the challenge encrypted with the password, compared in constant time.
     pub(super) fn proven(&self, challenge: &Challenge, response: &Challenge) -> bool {
         self.encrypt(challenge).ct_eq(response).into()
     }
 
-    /// "VNC Authentication" (RFC 6143, 7.2.2): DES of both halves, with the bits of each byte of the key reversed.
+    /// Encrypts as "VNC Authentication" (RFC 6143, 7.2.2) does: DES of both halves, with the bits of each byte of the
+    /// key reversed.
     pub(super) fn encrypt(&self, challenge: &Challenge) -> Challenge {
         let key = Des::new(&self.0.map(u8::reverse_bits).into());
         let mut response = *challenge;
@@ -68,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_challenge_is_encrypted_as_viewers_do() {
-        // What Perl's Crypt::DES gives for the bytes 0 to 15, with the bits of each byte of "hunter2x" reversed.
+        // The output of Perl's Crypt::DES for the bytes 0 to 15, with the bits of each byte of "hunter2x" reversed.
         let expected =
             [0x23, 0xc4, 0x81, 0x08, 0x42, 0xc0, 0x39, 0x94, 0xab, 0x49, 0x6f, 0xc4, 0x67, 0x5c, 0xf3, 0xdc];
         let (password, challenge) = (Password(*b"hunter2x"), std::array::from_fn(|at| at as u8));

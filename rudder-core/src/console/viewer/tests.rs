@@ -6,7 +6,8 @@ use super::*;
 use crate::ErrorKind;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 
-/// A display of RFB `version` that asks for nothing, and sends back what it gets; it says "hello" first.
+/// Returns a display of RFB `version` without authentication, which sends "hello" first, and then echoes what it
+/// receives.
 async fn echo(version: &'static str) -> Result<BoxedStream> {
     let (ours, mut theirs) = duplex(1024);
     tokio::spawn(async move {
@@ -36,7 +37,7 @@ async fn viewer(version: &'static str) -> Viewer {
     Viewer::behind(Box::new(move || Box::pin(echo(version)))).await.unwrap()
 }
 
-/// What a viewer is told.
+/// The answer to a viewer.
 #[derive(Debug)]
 enum Told {
     In(TcpStream),
@@ -50,7 +51,7 @@ impl PartialEq<&str> for Told {
     }
 }
 
-/// Comes as a viewer of this version, with this password.
+/// Connects as a viewer of this version, with this password.
 async fn come(viewer: &Viewer, version: &str, password: &str) -> Told {
     let mut stream = TcpStream::connect(viewer.address()).await.unwrap();
     let mut greeting = [0; 12];
@@ -87,7 +88,8 @@ async fn come(viewer: &Viewer, version: &str, password: &str) -> Told {
     Told::In(stream)
 }
 
-/// A reason, with its length before it, or nothing where the version has no place for one.
+/// Returns the reason that the viewer receives, with its length before it, or nothing if the version has no field for
+/// one.
 async fn rest(mut stream: TcpStream) -> String {
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).await.unwrap();
@@ -181,7 +183,7 @@ async fn what_is_not_rfb_is_hung_up_on() {
     let mut stream = TcpStream::connect(viewer.address()).await.unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
     let mut said = Vec::new();
-    // What it had not read is told as a reset.
+    // Data that the server had not read results in a reset.
     let _ = stream.read_to_end(&mut said).await;
     assert_eq!(said, b"RFB 003.008\n");
     assert!(viewer.password().is_some());

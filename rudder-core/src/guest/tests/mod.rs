@@ -1,4 +1,4 @@
-//! Against a real OpenSSH server, one `sshd -i` per dial, and against small servers that misbehave.
+//! Tests against a real OpenSSH server, one `sshd -i` per dial, and against small servers that misbehave.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! Small servers that misbehave, and servers that let in by other ways than a key.
+//! Small servers that misbehave, and servers that accept other credentials than a key.
 
 use crate::{
     ErrorKind,
@@ -22,25 +22,25 @@ use std::{
 };
 use tokio::io::DuplexStream;
 
-/// What a server does instead of what it should.
+/// How a server misbehaves.
 #[derive(Clone, Default)]
 pub(super) struct Odd {
-    /// So many sessions are closed when something is asked of them, without an answer. dropbear does that when a process
-    /// of another session ends at that moment.
+    /// Number of sessions that are closed without an answer when a request is made in them. dropbear does that when a
+    /// process of another session ends at that moment.
     closes: Arc<AtomicUsize>,
-    /// So many requests were granted.
+    /// Number of requests that were granted.
     granted: Arc<AtomicUsize>,
-    /// A command's session is closed without its exit status.
+    /// Whether a command's session is closed without its exit status.
     mute: bool,
-    /// The connection breaks instead.
+    /// Whether the connection breaks instead.
     breaks: bool,
-    /// The only way in; the key where none is given.
+    /// The only authentication method; the key if none is given.
     way: Option<MethodKind>,
-    /// Commands do not begin.
+    /// Whether commands never begin.
     waits: bool,
-    /// What came for the command that runs.
+    /// The input received for the running command.
     received: Vec<u8>,
-    /// Nobody is let in.
+    /// Whether all credentials are refused.
     pub(super) shut: Arc<AtomicBool>,
 }
 

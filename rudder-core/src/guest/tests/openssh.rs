@@ -1,4 +1,4 @@
-//! What a guest does for us, against OpenSSH.
+//! Access to a guest, against OpenSSH.
 
 use super::sshd::{Sshd, ends, runs};
 use crate::{
@@ -19,7 +19,8 @@ pub(super) async fn run(guest: &Guest, script: &Script) -> (ExitStatus, Vec<Stri
     (status, out, err)
 }
 
-/// Directories of ours anywhere a script may be put. Tests run side by side: only the guest's own count.
+/// Returns Rudder's directories anywhere a script may be put. Tests run concurrently, so only those of the test's guest
+/// count.
 pub(super) fn leftovers(marker: &str) -> Vec<String> {
     let mut found = Vec::new();
     for place in ["/tmp", "/var/tmp", "/dev/shm"] {
@@ -33,7 +34,7 @@ pub(super) fn leftovers(marker: &str) -> Vec<String> {
     found
 }
 
-/// The directory that a script ran in, as it said itself with `echo "dir $0"`.
+/// Returns the directory that a script ran in, as printed by `echo "dir $0"`.
 fn directory(out: &[String]) -> String {
     let path = out.iter().find_map(|line| line.strip_prefix("dir ")).unwrap();
     let name = path.split('/').find(|part| part.starts_with("rudder-")).unwrap();
@@ -119,7 +120,7 @@ async fn signals_background_processes_and_binary_output_are_survived() {
     let server = Sshd::new("").await;
     let guest = server.guest().await;
     let (status, ..) = run(&guest, &Script::new("kill -KILL $$")).await;
-    // As /bin/sh tells it.
+    // As reported by /bin/sh.
     let killed = [ExitStatus::Signal("KILL".into()), ExitStatus::Code(137)];
     assert!(killed.contains(&status), "{status:?}");
 
@@ -181,7 +182,7 @@ async fn wrong_credentials_and_silence_are_told_apart() {
     assert!(error.to_string().contains("last seen: the connection was closed before"), "{error}");
 }
 
-/// A guest under load needs longer for its first word than most attempts wait for it.
+/// A guest under load needs longer for its first byte than most attempts wait for it.
 #[tokio::test]
 async fn a_server_may_take_its_time_to_speak() {
     let server = Sshd::new("").await;

@@ -1,4 +1,5 @@
-//! Servers that are slow, overloaded or strict: each lets in who is patient. Time is paused: it passes when nothing else can.
+//! Slow, overloaded or strict servers, each of which lets in a patient client. Time is paused: it passes only when
+//! nothing else can happen.
 
 use super::odd::Odd;
 use crate::{
@@ -25,7 +26,7 @@ fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-/// A server whose connections are handled by the test, and what a guest would count of them.
+/// A server whose connections are handled by the test, with the counts that a guest would keep.
 struct Server {
     odd: Odd,
     key: BuildKey,
@@ -41,7 +42,7 @@ impl Server {
         Arc::new(Self { odd, key, dials: counts(), open: counts(), most: counts() })
     }
 
-    /// An endpoint whose connections are handled so.
+    /// Returns an endpoint whose connections are handled by this function.
     fn endpoint<F>(
         self: &Arc<Self>,
         handle: impl Fn(Arc<Self>, DuplexStream) -> F + Send + Sync + 'static,
@@ -64,7 +65,7 @@ impl Server {
         })
     }
 
-    /// A connection to the real server behind it.
+    /// Opens a connection to the real server behind it.
     fn inner(&self) -> DuplexStream {
         let (near, far) = duplex(1 << 16);
         self.odd.clone().serve(&self.key, far);
@@ -80,7 +81,7 @@ impl Server {
     }
 }
 
-/// Carries bytes; before each piece is written, `before` is waited for. Ends when either side does.
+/// Copies bytes; before each chunk is written, `before` is awaited. Ends when either side does.
 async fn carry<F: Future<Output = ()>>(
     mut from: ReadHalf<DuplexStream>,
     mut to: WriteHalf<DuplexStream>,
@@ -96,7 +97,7 @@ async fn carry<F: Future<Output = ()>>(
     }
 }
 
-/// Carries a connection both ways, and what comes from the server in pieces that each take time.
+/// Relays a connection both ways; what the server sends is split into chunks that each take time.
 async fn relay<F: Future<Output = ()>>(
     client: DuplexStream,
     server: DuplexStream,
@@ -119,7 +120,7 @@ async fn hang_on(mut stream: DuplexStream) {
 #[tokio::test(start_paused = true)]
 async fn a_server_that_is_slow_in_the_key_exchange_is_waited_for() {
     let server = Server::new();
-    // OpenSSH allows two minutes in all.
+    // OpenSSH allows two minutes in total.
     let endpoint = server.endpoint(|server, stream| async move {
         relay(stream, server.inner(), 1 << 15, || sleep(seconds(14))).await;
     });
@@ -165,8 +166,8 @@ async fn a_silent_server_is_not_flooded() {
     assert!(server.most.load(SeqCst) <= 6, "fewer than `MaxStartups` at once");
 }
 
-/// A guest that listens after a minute, with a processor that does one thing at a time, in order. Every connection must be
-/// started, every message costs, and a client that has hung up is noticed when its turn comes, not before.
+/// A guest that listens after a minute, with a processor that does one thing at a time, in order. Starting a connection
+/// and handling a message take time, and a client that has hung up is noticed only when its turn comes.
 #[tokio::test(start_paused = true)]
 async fn a_guest_under_load_lets_in_who_does_not_add_to_it() {
     let (server, listens) = (Server::new(), Instant::now() + MINUTE);
@@ -184,7 +185,7 @@ async fn a_guest_under_load_lets_in_who_does_not_add_to_it() {
                     // Its first packet never arrived, and it hung up.
                     () = async { while let Ok(1..) = stream.read(&mut nothing).await {} } => return,
                 }
-                // What it said until now is lost with those packets; it would be sent again.
+                // What the client sent until now is lost with those packets; it would be sent again.
                 drop(stream);
                 return;
             }
@@ -211,7 +212,7 @@ async fn a_guest_under_load_lets_in_who_does_not_add_to_it() {
     assert!(server.dials() <= 40 && late < 2 * MINUTE, "{} connections, {late:?}", server.dials());
 }
 
-/// What a server says before it hangs up, until its time has come.
+/// Checks logins to a server that sends this text and hangs up: for two minutes, and forever.
 async fn refusing(text: &'static [u8]) {
     let (server, begin) = (Server::new(), Instant::now());
     let ready = begin + 2 * MINUTE;
@@ -237,7 +238,7 @@ async fn refusing(text: &'static [u8]) {
 
 #[tokio::test(start_paused = true)]
 async fn refusals_are_answered_with_growing_pauses() {
-    // MaxStartups, PerSourcePenalties of OpenSSH 9.8, and a server whose host keys are not there yet.
+    // MaxStartups, PerSourcePenalties of OpenSSH 9.8, and a server whose host keys do not exist yet.
     refusing(b"Exceeded MaxStartups\r\n").await;
     refusing(b"Not allowed at this time\r\n").await;
     refusing(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n").await;
@@ -262,7 +263,7 @@ async fn a_port_that_refuses_or_swallows_is_found_soon_after_it_opens() {
     server.log_in(&refusing, MINUTE).await.unwrap();
     assert!(Instant::now() <= opens + Duration::from_millis(300), "{:?} late", Instant::now() - opens);
 
-    // A network that is not there yet: connections that were made before that are never answered.
+    // A network that does not exist yet: connections made before it does are never answered.
     let (server, opens) = (Server::new(), Instant::now() + seconds(25));
     let swallowing = server.endpoint(move |server, stream| async move {
         if Instant::now() < opens {
@@ -274,8 +275,9 @@ async fn a_port_that_refuses_or_swallows_is_found_soon_after_it_opens() {
     assert!(Instant::now() <= opens + seconds(4), "{:?} late", Instant::now() - opens);
 }
 
-/// OpenSSH 9.8: a client that leaves without a login earns a second, one that fails to log in five; who has more than 15 is
-/// dropped until they are over. fail2ban: five failures, and the port refuses for ten minutes.
+/// OpenSSH 9.8: a client that leaves without a login is penalised for one second, one that fails to log in for five; a
+/// client with more than 15 is dropped until they have passed. fail2ban: after five failures, the port refuses for ten
+/// minutes.
 #[tokio::test(start_paused = true)]
 async fn a_key_that_comes_late_earns_no_ban() {
     let server = Server::new();

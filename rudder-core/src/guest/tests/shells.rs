@@ -1,4 +1,4 @@
-//! Users with login shells of all kinds, whose start-up files write what they like, on a real OpenSSH server.
+//! Users with all kinds of login shells, whose start-up files write arbitrary output, on a real OpenSSH server.
 
 use super::{
     openssh::{leftovers, run},
@@ -11,7 +11,7 @@ use crate::{
 };
 use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
-/// Login shells, and the package that brings each.
+/// Login shells, and the package that contains each.
 const SHELLS: [(&str, &str); 8] = [
     ("dash", "dash"),
     ("bash", "bash"),
@@ -20,18 +20,19 @@ const SHELLS: [(&str, &str); 8] = [
     ("tcsh", "tcsh"),
     ("bsd-csh", "csh"),
     ("busybox sh", "busybox"),
-    // A program of the administrator's around a shell; it ends as it likes.
+    // An administrator's wrapper of a shell, with an exit status of its own.
     ("{dir}/wrapper", "coreutils"),
 ];
 
 const SFTP_SERVER: &str = "/usr/lib/openssh/sftp-server";
 
-/// A server that runs every command, and the SFTP server, as `SHELL -c COMMAND`, like sshd does with the user's shell.
+/// Starts a server that runs every command, and the SFTP server, as `SHELL -c COMMAND`, like sshd does with the user's
+/// shell.
 async fn server(shell: &str, limits: &str, sftp: &str) -> Arc<Sshd> {
     let server = Sshd::with(|dir| {
         let dir = dir.display();
         let shell = shell.replace("{dir}", &dir.to_string());
-        // What bash reads of its own accord depends on how it was built.
+        // Which files bash reads by itself depends on how it was built.
         let bash =
             if shell == "bash" { format!("BASH_ENV={dir}/.bashrc; export BASH_ENV;") } else { String::new() };
         format!(
@@ -60,7 +61,7 @@ async fn server(shell: &str, limits: &str, sftp: &str) -> Arc<Sshd> {
     server
 }
 
-/// Everything that a build does with a guest.
+/// Does everything that a build does with a guest.
 async fn use_it(guest: &Guest, dir: &Path, name: &str) {
     let output = guest
         .command("echo one\nif true; then\n  printf 'it'\"'\"'s! %s' '$HOME \\n'\nfi\necho err >&2\nexit 3")
@@ -161,7 +162,7 @@ async fn a_login_shell_that_runs_nothing_is_named() {
 #[tokio::test]
 async fn a_file_that_cannot_be_written_leaves_nothing() {
     for sftp in [SFTP_SERVER, "/nonexistent"] {
-        // No file may become larger than this: as good as a full disk.
+        // No file may become larger than this, which is equivalent to a full disk.
         let server = server("sh", "ulimit -f 64;", sftp).await;
         let guest = server.guest().await;
         let path = server.dir.path().join("new/er/file");

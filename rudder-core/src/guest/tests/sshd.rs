@@ -11,13 +11,13 @@ use std::{
     time::Duration,
 };
 
-/// Whether a process runs. One that has ended may stay as a zombie until the system's init looks after it.
+/// Whether a process is running. One that has ended may remain as a zombie until the system's init reaps it.
 pub(crate) fn runs(pid: &str) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
 }
 
-/// Whether a process ends. One that was killed may take a moment on a busy host; this waits for it, up to a minute.
+/// Whether a process ends. A killed process may take a moment on a busy host; this waits for up to a minute.
 pub(crate) async fn ends(pid: &str) -> bool {
     let gone = async {
         while runs(pid) {
@@ -34,16 +34,17 @@ pub(crate) struct Sshd {
 }
 
 impl Sshd {
-    /// A server that lets this process's user in with its key. `extra` lines come first: the first value counts.
+    /// Starts a server that accepts the user of this process with its key. `extra` lines come first: the first value
+    /// counts.
     pub(crate) async fn new(extra: &str) -> Arc<Self> {
         Self::with(|_| extra.to_owned()).await
     }
 
-    /// The same, with lines that name the server's own directory.
+    /// Starts such a server, with lines that depend on the server's own directory.
     pub(crate) async fn with(extra: impl FnOnce(&Path) -> String) -> Arc<Self> {
         let program = Path::new("/usr/sbin/sshd");
         assert!(program.exists(), "this test needs {}: apt-get install openssh-server", program.display());
-        // Where sshd confines its unprivileged half; the package's service makes it.
+        // The directory in which sshd confines its unprivileged half; the package's service makes it.
         if rustix::process::getuid().is_root() {
             std::fs::create_dir_all("/run/sshd").unwrap();
         }
@@ -87,7 +88,7 @@ impl Sshd {
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .spawn()
             .unwrap();
-        // It ends when its connection does.
+        // The server ends when its connection does.
         tokio::spawn(async move { child.wait().await });
         ours.set_nonblocking(true).unwrap();
         Box::new(tokio::net::UnixStream::from_std(ours).unwrap())

@@ -1,4 +1,4 @@
-//! What boot commands mean, and what is wrong with others.
+//! The meaning of boot commands, and the mistakes in invalid ones.
 #![allow(clippy::unwrap_used)]
 use super::*;
 use proptest::prelude::*;
@@ -93,7 +93,7 @@ fn a_wait_for_text_says_what_is_wrong_with_it_and_where() {
         let seen: Vec<_> = mistakes.into_iter().map(|m| (m.range, m.kind, m.found)).collect();
         assert_eq!(seen, [found], "{written}");
     }
-    // What is typed behind a mistake is still read.
+    // Parsing continues after a mistake.
     assert_eq!(mistakes(&["<waitText><entr>"]), [(0, 0, K::MissingText), (0, 10, K::UnknownToken)]);
 }
 
@@ -136,7 +136,7 @@ fn holds_end_in_a_later_element_or_are_mistakes() {
     assert_eq!(mistakes(&["é"]), [(0, 0, BootMistakeKind::Untypable)]);
 }
 
-/// Each of these took time with the square of its length: a test that hangs is seen.
+/// Each of these once took quadratic time; a test that hangs is noticed.
 #[test]
 fn what_never_closes_is_read_in_time_that_grows_with_its_length() {
     for (piece, tail) in [

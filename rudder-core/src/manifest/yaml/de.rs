@@ -1,8 +1,8 @@
-//! Gives a tree to serde without stopping at the first mistake.
+//! Deserialises a tree with serde, without stopping at the first mistake.
 //!
-//! Where a value does not have the type that is asked for, the mistake is recorded and a placeholder of the right type
-//! is given, so one pass finds all of them. When there were any, a second pass leaves the refused values out.
-//! Elements of lists keep their placeholder, so that the places of the others do not change.
+//! If a value does not have the expected type, the mistake is recorded and a placeholder of the correct type is passed
+//! on, so that one pass finds all mistakes. If there were any, further passes leave the refused values out. Elements of
+//! lists keep their placeholder, so that the indices of the others do not change.
 
 use super::{Kind, MAX_FINDINGS, NodeId, Tree, Value, trap};
 use crate::{
@@ -17,10 +17,11 @@ use crate::{
 use serde::de::{self, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use std::{cell::RefCell, fmt};
 
-/// How often a mistake that only the type itself can see is left out before reading is given up.
+/// Maximum number of passes, since mistakes that only the type itself detects are found one per pass.
 const MAX_PASSES: usize = 16;
 
-/// Reads the value of a node, without the entry `skip` if it is a mapping. What cannot be read is reported and pruned in the tree.
+/// Deserialises a node, without the entry `skip` if it is a mapping. What cannot be read is reported and pruned in the
+/// tree.
 pub(in crate::manifest) fn read<T: Default + for<'de> de::Deserialize<'de>>(
     tree: &mut Tree,
     prefix: &[&str],
@@ -42,7 +43,7 @@ pub(in crate::manifest) fn read<T: Default + for<'de> de::Deserialize<'de>>(
         });
         let mut is_new = false;
         for Refused { node, path, message, help } in refused {
-            // An element of a list is met again in the next pass; a value behind an alias, at each of its places.
+            // An element of a list is seen again in the next pass, and a value behind an alias at each use.
             if tree.is_pruned(node) {
                 continue;
             }
@@ -66,7 +67,7 @@ pub(in crate::manifest) fn read<T: Default + for<'de> de::Deserialize<'de>>(
 
 struct Context<'t> {
     tree: &'t Tree,
-    /// An entry of a mapping that somebody else reads.
+    /// An entry of a mapping that is read separately.
     skip: Option<(NodeId, &'t str)>,
     path: RefCell<Vec<Step<'t>>>,
     refused: RefCell<Vec<Refused>>,
@@ -97,13 +98,13 @@ impl Context<'_> {
             })
             .collect();
         let mut path = String::new();
-        // Writing to a String does not fail.
+        // Writing to a `String` does not fail.
         let _ = write_segments(&segments, &mut path);
         path
     }
 }
 
-/// What a type itself refused; everything else is recorded and read on.
+/// A mistake detected by the type itself, which ends the pass. Any other mistake is recorded, and the pass continues.
 #[derive(Debug)]
 pub(super) struct DeError {
     node: Option<NodeId>,
@@ -138,7 +139,7 @@ impl<'t> Reader<'_, 't> {
     }
 
     fn found(&self) -> String {
-        // Values of fields that hold secrets are not repeated.
+        // Values of fields that hold secrets are not quoted.
         let is_secret = self.is_secret();
         let what = match self.kind() {
             Kind::Scalar(_, Value::Null) => return "nothing".to_owned(),
@@ -150,7 +151,7 @@ impl<'t> Reader<'_, 't> {
             Kind::Mapping(_) | Kind::Alias(_) => return "a mapping".to_owned(),
         };
         let text = self.context.tree.scalar_text(self.node).unwrap_or_default();
-        // `sshPassword:hunter2` without a blank is a text.
+        // `sshPassword:hunter2` without a space is text.
         if is_secret || text.split_once(':').is_some_and(|(key, _)| is_secret_key(key)) {
             what.replace("the ", if what.ends_with("integer") { "an " } else { "a " })
         } else if matches!(self.kind(), Kind::Scalar(_, Value::Text | Value::Merge)) {
@@ -160,17 +161,17 @@ impl<'t> Reader<'_, 't> {
         }
     }
 
-    /// Whether the value, or something that holds it, is one that is not shown.
+    /// Whether the value, or one that contains it, must not be shown.
     fn is_secret(&self) -> bool {
         let path = self.context.path.borrow();
         path.iter().any(|step| matches!(step, Step::Name(key) if is_secret_key(key)))
     }
 
-    /// The first line of what is written here.
+    /// Returns the first line of the value as written.
     fn written(&self) -> &'t str {
         let tree = self.context.tree;
         let span = tree.node(tree.follow(self.node)).span;
-        // A colon at the end of a line belongs to what is not written as a mapping.
+        // If this is a block mapping, the line may end with a colon that belongs to the text the author meant.
         let is_flow = tree.source[span.start..].starts_with(['[', '{']);
         let end = if is_flow { span.end } else { tree.source.len() };
         let rest = tree.source.get(span.start..end).unwrap_or_default();
@@ -178,7 +179,7 @@ impl<'t> Reader<'_, 't> {
         rest.lines().next().unwrap_or_default()
     }
 
-    /// Records that something else was expected here.
+    /// Records that another type was expected here.
     fn refuse(&self, expected: &str) {
         let text = self.context.tree.scalar_text(self.node).unwrap_or_default();
         let short = text.len() <= 60 && !text.contains('\n');
@@ -274,7 +275,7 @@ impl<'de> SeqAccess<'de> for Items<'_, 'de> {
     }
 
     fn size_hint(&self) -> Option<usize> {
-        // The size of the elements is not known here, and a list of wrong elements may be long.
+        // The size of the elements is not known here, and there may be many, all of them wrong.
         Some(self.items.len().min(64))
     }
 }
@@ -328,7 +329,7 @@ impl<'t> Context<'t> {
     }
 }
 
-/// Integers: all widths ask the same, and serde checks the range.
+/// All integer widths behave the same, and serde checks the range.
 macro_rules! integers {
     ($($method:ident)*) => {$(
         fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DeError> {
@@ -363,7 +364,7 @@ impl<'de> de::Deserializer<'de> for Reader<'_, 'de> {
                 let skip = context.skip.filter(|(node, _)| *node == self.node).map(|(_, key)| key);
                 visitor.visit_map(Entries { context, skip, entries: entries.iter(), value: None })
             }
-            // `kind` follows aliases, and an alias never names an alias.
+            // `kind` follows aliases, and an alias never refers to another alias.
             Kind::Alias(_) => visitor.visit_unit(),
         }
     }
@@ -424,7 +425,7 @@ impl<'de> de::Deserializer<'de> for Reader<'_, 'de> {
             _ => return visitor.visit_newtype_struct(self),
         };
         match self.kind() {
-            // A number as written says more than its nearest float.
+            // The number as written is more precise than the nearest float.
             Kind::Scalar(text, Value::Unsigned(_)) if name == SCALAR => {
                 visitor.visit_borrowed_str(self.context.tree.text(text))
             }
@@ -439,7 +440,7 @@ impl<'de> de::Deserializer<'de> for Reader<'_, 'de> {
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DeError> {
         match self.kind() {
             Kind::Sequence(_) => self.deserialize_any(visitor),
-            // An empty key in front of a list that was commented out.
+            // An empty key, for example before a list that was commented out.
             Kind::Scalar(_, Value::Null) => visitor.visit_seq(Nothing),
             _ => {
                 self.refuse("a list");

@@ -1,4 +1,4 @@
-//! Bytes to text: size, encoding, byte order mark.
+//! Decodes bytes to text: size, encoding, byte order mark.
 
 use super::number;
 use crate::{
@@ -6,7 +6,7 @@ use crate::{
     manifest::file::MAX_BYTES,
 };
 
-/// The text of a file, or why it has none.
+/// Returns the text of a file, or why it cannot be decoded.
 pub(super) fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {
     let refuse = |code: &str, at: Option<usize>, message: String, help: &str| {
         let span = at.map(|at| place(bytes, at));
@@ -44,7 +44,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {
     Ok(text)
 }
 
-/// The place of one byte, before anything was parsed.
+/// Returns the location of a byte, before anything was parsed.
 fn place(bytes: &[u8], at: usize) -> Span {
     let before = &bytes[..at];
     let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);

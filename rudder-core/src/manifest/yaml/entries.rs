@@ -1,4 +1,4 @@
-//! The entries of a mapping that was just read: merge keys, and keys that stand there twice.
+//! The entries of a mapping that was just read: merge keys and duplicate keys.
 
 use super::{
     Kind, NodeId, Value,
@@ -8,7 +8,8 @@ use crate::diagnostic::Span;
 use std::collections::{HashMap, HashSet};
 
 impl Reader {
-    /// Puts the entries of `<<: *name` behind the mapping's own, which win (<https://yaml.org/type/merge.html>).
+    /// Appends the entries of `<<: *name` to the mapping's own, which take precedence
+    /// (<https://yaml.org/type/merge.html>).
     pub(super) fn merged(&mut self, entries: Vec<(NodeId, NodeId)>) -> Result<Vec<(NodeId, NodeId)>, Stop> {
         let is_merge = |reader: &Self, key: NodeId| {
             matches!(reader.nodes[key as usize].kind, Kind::Scalar(_, Value::Merge))
@@ -40,7 +41,7 @@ impl Reader {
                     }
                 }
             }
-            // Merged entries are entries as well: many small merges must not make a large manifest.
+            // Merged entries count as entries: many small merges must not create a large manifest.
             self.nodes_before += from.len();
             self.check_size(self.nodes[key as usize].span)?;
         }
@@ -53,7 +54,7 @@ impl Reader {
         Ok(own)
     }
 
-    /// Without the entries whose key was there before; each is an error.
+    /// Removes entries whose key occurred before, and reports each as an error.
     pub(super) fn unique(&mut self, entries: Vec<(NodeId, NodeId)>) -> Vec<(NodeId, NodeId)> {
         let mut twice = Vec::new();
         if entries.len() <= 16 {
@@ -94,14 +95,14 @@ impl Reader {
             Kind::Scalar(_, Value::Bool(value)) => Key::Bool(*value),
             Kind::Scalar(_, Value::Int(value)) => Key::Number(i128::from(*value)),
             Kind::Scalar(_, Value::Unsigned(value)) => Key::Number(i128::from(*value)),
-            // The two zeros are one key.
+            // Zero and negative zero are the same key.
             Kind::Scalar(_, Value::Float(value)) => Key::Float((value + 0.0).to_bits()),
             _ => Key::Text(self.key_text(id)),
         }
     }
 }
 
-/// What makes two keys the same key.
+/// The value of a key, for comparison with other keys.
 #[derive(PartialEq, Eq, Hash)]
 enum Key<'a> {
     Null,

@@ -1,7 +1,8 @@
-//! YAML with places: a tree of nodes that each know where they stand in the source.
+//! YAML with locations: a tree of nodes, each of which knows its location in the source.
 //!
-//! [`read`](read::read) turns bytes into one [`Tree`] per document and never fails: what is wrong becomes a diagnostic. [`de`] gives
-//! trees to serde. Everything here is bounded by the limits below, and nothing recurses deeper than [`MAX_DEPTH`].
+//! [`read`](read::read) turns bytes into one [`Tree`] per document and never fails: mistakes become diagnostics. [`de`]
+//! deserialises trees with serde. Everything here is bounded by the limits below, and no recursion is deeper than
+//! [`MAX_DEPTH`].
 
 pub(super) mod de;
 mod decode;
@@ -19,49 +20,49 @@ use super::path::{Path, PathSegment};
 use crate::diagnostic::Span;
 use std::{collections::HashMap, fmt, sync::Arc};
 
-/// Levels of lists and mappings inside each other, aliases followed.
+/// Maximum nesting of lists and mappings, with aliases followed.
 pub(super) const MAX_DEPTH: u8 = 64;
-/// Nodes of a file as written.
+/// Maximum number of nodes in a file, as written.
 pub(super) const MAX_NODES: usize = 400_000;
-/// What the nodes of a file may weigh with aliases followed: roughly the bytes they take as a manifest.
+/// Maximum weight of the nodes in a file, with aliases followed: roughly their size in bytes as a manifest.
 pub(super) const MAX_WEIGHT: u64 = 128 * 1024 * 1024;
-/// Documents of a file.
+/// Maximum number of documents in a file.
 pub(super) const MAX_DOCUMENTS: usize = 1000;
-/// Mappings of more entries than this are searched by an index.
+/// Mappings with more entries than this have an index.
 const MAX_SEARCHED: usize = 16;
 
-/// The place of a node in its tree.
+/// The index of a node in its tree.
 pub(super) type NodeId = u32;
 
-/// One document.
+/// A document.
 #[derive(Clone)]
 pub(super) struct Tree {
     pub(super) source: Arc<str>,
     pub(super) nodes: Vec<Node>,
     pub(super) root: NodeId,
-    /// The bytes of the source that belong to this document.
+    /// The byte range of the source that belongs to this document.
     pub(super) range: (usize, usize),
-    /// Of large mappings, the place of each entry by its key.
+    /// Indices of the entries by key, for large mappings.
     index: HashMap<NodeId, HashMap<Box<str>, usize>>,
 }
 
 impl fmt::Debug for Tree {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The source may hold secrets.
+        // The source may contain secrets.
         write!(f, "Tree({} nodes)", self.nodes.len())
     }
 }
 
-/// A value and where it stands.
+/// A value and its location.
 #[derive(Debug, Clone)]
 pub(super) struct Node {
     pub(super) span: Span,
     pub(super) kind: Kind,
-    /// How much of the limit it takes with aliases followed.
+    /// Share of `MAX_WEIGHT` that it takes, with aliases followed.
     weight: u64,
-    /// Levels below it.
+    /// Number of levels below the node.
     height: u8,
-    /// Something is wrong with it that was reported already: it counts as absent.
+    /// Whether a mistake in it was reported already; it then counts as absent.
     pub(super) pruned: bool,
 }
 
@@ -70,11 +71,11 @@ pub(super) enum Kind {
     Scalar(Text, Value),
     Sequence(Box<[NodeId]>),
     Mapping(Box<[(NodeId, NodeId)]>),
-    /// The same value as another node, which stands earlier.
+    /// The same value as another node, which comes earlier.
     Alias(NodeId),
 }
 
-/// The text of a scalar: in the source as it stands, or unescaped and folded.
+/// The text of a scalar: verbatim in the source, or unescaped and folded.
 #[derive(Debug, Clone)]
 pub(super) enum Text {
     Source(u32, u32),
@@ -103,7 +104,7 @@ impl Tree {
         &self.nodes[id as usize]
     }
 
-    /// The node behind an alias, or itself. An alias never names an alias.
+    /// Returns the target of an alias, or the node itself. An alias never refers to another alias.
     pub(super) fn follow(&self, id: NodeId) -> NodeId {
         match self.node(id).kind {
             Kind::Alias(target) => target,
@@ -118,7 +119,7 @@ impl Tree {
         }
     }
 
-    /// The text of a scalar as written, without quotes; `None` for a list or mapping.
+    /// Returns the text of a scalar as written, without quotes; `None` for a list or mapping.
     pub(super) fn scalar_text(&self, id: NodeId) -> Option<&str> {
         match &self.node(self.follow(id)).kind {
             Kind::Scalar(text, _) => Some(self.text(text)),
@@ -126,7 +127,7 @@ impl Tree {
         }
     }
 
-    /// The entries of a mapping; nothing for other nodes.
+    /// Returns the entries of a mapping; empty for other nodes.
     pub(super) fn entries(&self, id: NodeId) -> &[(NodeId, NodeId)] {
         match &self.node(self.follow(id)).kind {
             Kind::Mapping(entries) => entries,
@@ -134,7 +135,7 @@ impl Tree {
         }
     }
 
-    /// The key and the value of this name in a mapping.
+    /// Returns the key and the value of the entry with this name in a mapping.
     pub(super) fn entry(&self, id: NodeId, name: &str) -> Option<(NodeId, NodeId)> {
         let entries = self.entries(id);
         if let Some(places) = self.index.get(&self.follow(id)) {
@@ -147,12 +148,12 @@ impl Tree {
         matches!(self.node(self.follow(id)).kind, Kind::Scalar(_, Value::Null))
     }
 
-    /// Whether a node or what it names was refused.
+    /// Whether a node, or the one that it refers to, was refused.
     pub(super) fn is_pruned(&self, id: NodeId) -> bool {
         self.node(id).pruned || self.node(self.follow(id)).pruned
     }
 
-    /// The step from a node: the key, where there is one, and the value.
+    /// Resolves one segment from a node: returns the key, if there is one, and the value.
     fn step(&self, id: NodeId, segment: PathSegment<'_>) -> Option<(Option<NodeId>, NodeId)> {
         match (segment, &self.node(self.follow(id)).kind) {
             (PathSegment::Key(name), Kind::Mapping(_)) => {
@@ -163,17 +164,17 @@ impl Tree {
         }
     }
 
-    /// The key and the value at a path.
+    /// Returns the key and the value at a path.
     pub(super) fn find(&self, path: &Path<'_>) -> Option<(Option<NodeId>, NodeId)> {
         path.segments().into_iter().try_fold((None, self.root), |(_, id), segment| self.step(id, segment))
     }
 
-    /// Whether anything was refused.
+    /// Whether any node was refused.
     pub(super) fn has_pruned(&self) -> bool {
         self.nodes.iter().any(|node| node.pruned)
     }
 
-    /// Whether the value at a path, or anything that holds it, was refused.
+    /// Whether the value at a path, or anything that contains it, was refused.
     pub(super) fn is_pruned_at(&self, path: &Path<'_>) -> bool {
         let mut id = self.root;
         for segment in path.segments() {
@@ -189,7 +190,7 @@ impl Tree {
     }
 }
 
-/// Lines, columns and places of nodes: the limits keep them far below this.
+/// Converts a line, a column or a node index; the limits keep them far below `u32::MAX`.
 fn number(value: usize) -> u32 {
     u32::try_from(value).unwrap_or(u32::MAX)
 }

@@ -1,4 +1,4 @@
-//! Bytes to trees: encoding, syntax, anchors, tags, merge keys, duplicate keys, and the limits.
+//! Reads bytes to trees: encoding, syntax, anchors, tags, merge keys, duplicate keys, and the limits.
 
 use super::{
     Kind, MAX_DEPTH, MAX_DOCUMENTS, MAX_FINDINGS, MAX_NODES, MAX_WEIGHT, Node, NodeId, Text, Tree, Value,
@@ -16,11 +16,11 @@ use std::{
     sync::Arc,
 };
 
-/// What a mapping weighs beside its entries: about the size of the largest struct of a manifest.
+/// Weight of a mapping without its entries: about the size of the largest struct of a manifest.
 const MAPPING_WEIGHT: u64 = 1024;
 const NODE_WEIGHT: u64 = 64;
 
-/// What was read.
+/// The result of reading a file.
 pub(in crate::manifest) struct Read {
     pub(in crate::manifest) trees: Vec<Tree>,
     pub(in crate::manifest) diagnostics: Vec<Diagnostic>,
@@ -57,7 +57,7 @@ enum Open {
     Mapping { entries: Vec<(NodeId, NodeId)>, key: Option<NodeId> },
 }
 
-/// Why the rest of a document, or of the file, is not read.
+/// How much of the rest is skipped: the rest of the document or of the file.
 pub(super) enum Stop {
     Document,
     File,
@@ -65,7 +65,7 @@ pub(super) enum Stop {
 
 pub(super) struct Reader {
     source: Arc<str>,
-    /// Bytes of the byte order mark.
+    /// Length of the byte order mark in bytes.
     skip: usize,
     trees: Vec<Tree>,
     diagnostics: Vec<Diagnostic>,
@@ -73,11 +73,11 @@ pub(super) struct Reader {
     stack: Vec<Frame>,
     root: Option<NodeId>,
     anchors: HashMap<usize, NodeId>,
-    /// Scalars with an anchor that nothing has named so far, by anchor, with their paths.
+    /// Scalars with an anchor that no alias has referred to so far, by anchor, with their paths.
     unused_anchors: BTreeMap<usize, (Span, String)>,
     document_start: usize,
     documents: usize,
-    /// Nodes and weight of the documents before.
+    /// Nodes and weight of the previous documents.
     pub(super) nodes_before: usize,
     weight_before: u64,
 }
@@ -104,7 +104,7 @@ impl Reader {
 
     fn run(&mut self) {
         let source = Arc::clone(&self.source);
-        // The scanner counts lists and mappings apart, and looks ahead; we count both together.
+        // The scanner counts lists and mappings separately, and looks ahead; here both are counted together.
         let options = granit_parser::options! {
             emit_unresolved_aliases: true,
             flow_nesting_limit: usize::from(MAX_DEPTH),
@@ -224,7 +224,7 @@ impl Reader {
         diagnostic.help = if info.contains("tab") {
             Some("indent with blanks: YAML does not take tabs there".to_owned())
         } else {
-            // What is wrong may be seen only in the next line.
+            // The mistake may only be detected in the following line.
             trap::line_at(&self.source, span.start).and_then(trap::about_line).or_else(|| {
                 let line = self.source[..span.start.min(self.source.len())].rfind('\n')?;
                 let before = self.source[..line].trim_end().len();
@@ -253,7 +253,7 @@ impl Reader {
         }
     }
 
-    /// The path of the node that comes next, or of this key in the mapping that was just closed.
+    /// Returns the path of the next node, or of this key in the mapping that was just closed.
     fn path(&self, key: Option<NodeId>) -> String {
         let mut segments = Vec::new();
         for frame in &self.stack {
@@ -267,7 +267,7 @@ impl Reader {
         }
         segments.extend(key.map(|key| PathSegment::Key(self.key_text(key))));
         let mut path = String::new();
-        // Writing to a String does not fail.
+        // Writing to a `String` does not fail.
         let _ = write_segments(&segments, &mut path);
         path
     }
@@ -288,7 +288,7 @@ impl Reader {
     }
 
     fn keep(&self, text: Cow<'_, str>) -> Text {
-        // Text that the scanner did not have to change still lies in the source.
+        // Text that the scanner did not change is a slice of the source.
         if let Cow::Borrowed(text) = text {
             let start = (text.as_ptr() as usize).wrapping_sub(self.source.as_ptr() as usize);
             if self.source.get(start..start.wrapping_add(text.len())) == Some(text) {
@@ -299,7 +299,7 @@ impl Reader {
         Text::Owned(text.into_owned().into_boxed_str())
     }
 
-    /// The value of a scalar, and whether its tag is one we know and can be followed.
+    /// Returns the value of a scalar, and whether its tag is known and fits the text.
     fn scalar_value(
         &mut self,
         text: &str,
@@ -340,7 +340,7 @@ impl Reader {
         );
     }
 
-    /// Whether the tag of a list or mapping says no more than what it is.
+    /// Whether a list or mapping has no tag, or the one that it has by default.
     fn knows_tag(&mut self, tag: Option<&Tag>, wanted: &str, span: Span) -> bool {
         match tag {
             Some(tag) if tag.core_suffix() != Some(wanted) && tag.original() != "!" => {
@@ -397,7 +397,7 @@ impl Reader {
         self.add(span, kind, weight, height.saturating_add(1), pruned, anchor)
     }
 
-    /// A node in whose place something stood that was reported.
+    /// Adds a placeholder for a node that was refused and reported.
     fn add_absent(&mut self, span: Span) -> Result<(), Stop> {
         self.add(span, Kind::Scalar(Text::Owned("".into()), Value::Null), NODE_WEIGHT, 0, true, 0)
     }
@@ -451,7 +451,7 @@ impl Reader {
                     *key = Some(id);
                     if !is_scalar {
                         let message = "expected a plain key, but found a list or mapping".to_owned();
-                        // Reported outside of the borrow of the frame.
+                        // Reported after the borrow of the frame has ended.
                         self.nodes[id as usize].kind = Kind::Sequence(Box::default());
                         let help =
                             match self.source.get(span.start..).is_some_and(|rest| rest.starts_with('{')) {
@@ -466,7 +466,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Forgets what was read of a document that is not read to its end.
+    /// Discards what was read of a document that cannot be read to its end.
     fn abandon(&mut self) {
         self.root = None;
         self.finish(self.document_start);

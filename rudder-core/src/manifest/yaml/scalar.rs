@@ -1,10 +1,10 @@
-//! What a scalar means: the core schema of YAML 1.2 (<https://yaml.org/spec/1.2.2/#103-core-schema>), read the way
-//! serde_yaml 0.9 reads it, so that what it writes comes back as it was.
+//! The meaning of scalars: the core schema of YAML 1.2 (<https://yaml.org/spec/1.2.2/#103-core-schema>), interpreted as
+//! in serde_yaml 0.9, so that what it writes is read back unchanged.
 
 /// The value of a scalar.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Value {
-    /// `null`, `~` or nothing at all.
+    /// `null`, `~` or an empty scalar.
     Null,
     Bool(bool),
     Int(i64),
@@ -13,11 +13,11 @@ pub(crate) enum Value {
     Float(f64),
     /// The text of the node itself.
     Text,
-    /// A plain `<<`: a merge key where it stands as a key, text elsewhere.
+    /// A plain `<<`: a merge key if it is a key, text elsewhere.
     Merge,
 }
 
-/// Reads a plain scalar. A number that no 64-bit integer holds stays text: it must not lose digits.
+/// Interprets a plain scalar. A number that does not fit a 64-bit integer stays text, so that it does not lose digits.
 pub(crate) fn resolve(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
@@ -26,7 +26,7 @@ pub(crate) fn resolve(text: &str) -> Value {
         "<<" => return Value::Merge,
         _ => {}
     }
-    // Most scalars are words: only these characters can begin a number.
+    // Most scalars are words: a number can only begin with one of these characters.
     if !text.starts_with(|c: char| c.is_ascii_digit() || matches!(c, '+' | '-' | '.')) {
         return Value::Text;
     }
@@ -46,7 +46,7 @@ fn integer(text: &str) -> Option<Value> {
         _ if digits.len() > 1 && digits.starts_with('0') => return None,
         _ => (10, digits),
     };
-    // from_str_radix would take a sign of its own.
+    // `from_str_radix` would accept another sign.
     if !digits.starts_with(|c: char| c.is_ascii_hexdigit()) {
         return None;
     }
@@ -63,7 +63,7 @@ fn float(text: &str) -> Option<Value> {
         ".nan" | ".NaN" | ".NAN" if unsigned == text => return Some(Value::Float(f64::NAN)),
         _ => {}
     }
-    // `007` and integers that are too long are text, and so are the words (`inf`) that Rust would read.
+    // `007` and integers that are too long are text, and so are words like `inf`, which Rust would parse.
     let is_number =
         unsigned.bytes().all(|c| c.is_ascii_digit() || matches!(c, b'.' | b'e' | b'E' | b'+' | b'-'));
     let has_point = unsigned.bytes().any(|c| !c.is_ascii_digit());
@@ -84,7 +84,7 @@ mod tests {
 
     use super::*;
 
-    /// The same answer as serde_yaml, for everything that people and programs write without quotes.
+    /// The result is that of serde_yaml for everything that people and programs write without quotes.
     #[test]
     fn plain_scalars_mean_what_serde_yaml_says() {
         for text in [

@@ -1,11 +1,11 @@
-//! What looks like text and is something else to YAML, and what to do about it: quote it.
+//! Help for text that has a different meaning in YAML, and usually must be quoted.
 
 use crate::{diagnostic::is_secret_key, visible::cut};
 
-/// A longer text is not repeated in quotes.
+/// Longer text is not repeated in quotes.
 const MAX_SHOWN: usize = 60;
 
-/// The line around a place; `None` where it is too long to be looked at.
+/// Returns the line around a position; `None` if it is too long to be examined.
 pub(super) fn line_at(source: &str, at: usize) -> Option<&str> {
     const FAR: usize = 2000;
     let at = source.floor_char_boundary(at.min(source.len()));
@@ -17,7 +17,7 @@ pub(super) fn line_at(source: &str, at: usize) -> Option<&str> {
     Some(&source[start..end])
 }
 
-/// What the beginning of a text means to YAML.
+/// Returns what the beginning of a text means in YAML.
 fn meaning(text: &str) -> Option<&'static str> {
     Some(match text.chars().next()? {
         '"' | '\'' => "text in quotes ends with them",
@@ -33,7 +33,7 @@ fn meaning(text: &str) -> Option<&'static str> {
     })
 }
 
-/// The text as a scalar in quotes; nothing where it is long.
+/// Returns the text as a quoted scalar; `None` if it is too long.
 fn quoted(text: &str) -> Option<String> {
     (!text.is_empty() && cut(text, MAX_SHOWN).is_none() && !text.contains(char::is_control))
         .then(|| format!("'{}'", text.replace('\'', "''")))
@@ -46,16 +46,16 @@ fn advice(why: &str, text: &str) -> String {
     }
 }
 
-/// Help about a value that should be text, and that YAML takes for a list or a mapping; `text` is its first line.
+/// Returns the help for a value that should be text, but is a list or a mapping in YAML; `text` is its first line.
 pub(super) fn about_value(text: &str) -> String {
     let text = text.trim_end();
     let why = meaning(text).unwrap_or("`: `, or a colon at the end, makes a mapping of it");
     advice(why, text)
 }
 
-/// Help about a line that is no YAML.
+/// Returns the help for a line that is not valid YAML.
 pub(super) fn about_line(line: &str) -> Option<String> {
-    // Directives stand at the beginning of a line.
+    // Directives begin at the beginning of a line.
     if line.starts_with("%YAML") || line.starts_with("%TAG") {
         return None;
     }
@@ -72,7 +72,7 @@ pub(super) fn about_line(line: &str) -> Option<String> {
     if is_secret_key(key) {
         return Some("write the whole value in quotes".to_owned());
     }
-    // Where a field has a list, its bracket is meant.
+    // For a field that holds a list, the bracket is intended.
     let is_list = text.starts_with(['[', '{'])
         && !["[ -", "[[", "{{", "{ "].iter().any(|start| text.starts_with(start));
     if is_list && !key.is_empty()
@@ -91,7 +91,7 @@ pub(super) fn about_line(line: &str) -> Option<String> {
     without_blank(text)
 }
 
-/// Help about `key:value`, which is text.
+/// Returns the help for `key:value`, which is text.
 pub(super) fn without_blank(text: &str) -> Option<String> {
     let (key, value) = text.split_once(':')?;
     let is_key = !key.is_empty()

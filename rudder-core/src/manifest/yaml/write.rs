@@ -1,16 +1,17 @@
-//! Values to YAML, in block style.
+//! Writes values as YAML, in block style.
 //!
-//! By hand, because what serde_yaml writes follows YAML 1.1, where NEL, LS and PS break lines: such text would come back changed.
-//! Text is plain only where every reader, also one of YAML 1.1, takes it for text.
+//! Written by hand, because the output of serde_yaml follows YAML 1.1, where NEL, LS and PS are line breaks: text that
+//! contains them would be read back changed. Text is left unquoted only if every reader, including those of YAML 1.1,
+//! reads it as text.
 
 use super::{Value as Scalar, scalar::resolve};
 use serde_yaml::{Mapping, Value};
 use std::fmt::Write as _;
 
-/// A key longer than this needs the explicit form; the scanner looks 1024 characters ahead (YAML 1.2.2, 7.4.2).
+/// A longer key needs the explicit form; the scanner looks 1024 characters ahead (YAML 1.2.2, 7.4.2).
 const MAX_SIMPLE_KEY: usize = 1000;
 
-/// Writes one document. `None` for what a manifest cannot hold: tags, and lists or mappings as keys.
+/// Writes one document. `None` for what a manifest cannot contain: tags, and lists or mappings as keys.
 pub(in crate::manifest) fn write(value: &Value) -> Option<String> {
     let mut out = String::new();
     node(value, 0, Place::Line, &mut out)?;
@@ -22,9 +23,9 @@ pub(in crate::manifest) fn write(value: &Value) -> Option<String> {
 enum Place {
     /// At the beginning of a line.
     Line,
-    /// Behind `- `, on the same line.
+    /// After `- `, on the same line.
     Dash,
-    /// Behind `key:`.
+    /// After `key:`.
     Colon,
 }
 
@@ -32,7 +33,7 @@ fn node(value: &Value, indent: usize, place: Place, out: &mut String) -> Option<
     match value {
         Value::Mapping(entries) if !entries.is_empty() => mapping(entries, indent, place, out),
         Value::Sequence(items) if !items.is_empty() => {
-            // Lists hang at the column of their key, as people write them.
+            // Lists start at the column of their key, as is common.
             let indent = if place == Place::Colon { indent - 2 } else { indent };
             for (place_of_item, item) in items.iter().enumerate() {
                 begin(place_of_item == 0, place, indent, out);
@@ -74,13 +75,13 @@ fn mapping(entries: &Mapping, indent: usize, place: Place, out: &mut String) -> 
     Some(())
 }
 
-/// Goes to where an entry begins.
+/// Writes what precedes an entry: a line break after `key:`, and the indentation, unless it follows `- ` on the same line.
 fn begin(is_first: bool, place: Place, indent: usize, out: &mut String) {
     if is_first && place == Place::Colon {
         out.push('\n');
     }
     if !(is_first && place == Place::Dash) {
-        // Writing to a String does not fail.
+        // Writing to a `String` does not fail.
         let _ = write!(out, "{:indent$}", "");
     }
 }
@@ -98,18 +99,18 @@ fn scalar(value: &Value) -> Option<String> {
     })
 }
 
-/// Whether text may stand without quotes.
+/// Whether text may be written without quotes.
 fn is_plain(text: &str) -> bool {
     let is_word = |c: char| c.is_ascii_graphic() || c == ' ' || c.is_alphanumeric();
     let begins_safely =
         text.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '/' | '.' | '_' | '(' | '$' | '<'));
-    // Numbers with `_`, times in base 60 and dates of YAML 1.1.
+    // YAML 1.1 numbers with `_`, base-60 times and dates.
     let is_old_number = text.starts_with(|c: char| c.is_ascii_digit() || c == '.')
         && text.bytes().all(|c| {
             c.is_ascii_digit() || matches!(c, b'_' | b':' | b'-' | b'.' | b' ' | b'T' | b'Z' | b'+')
         })
         && text.bytes().any(|c| matches!(c, b'_' | b':' | b'-'));
-    // Numbers too large for 64 bits are text to us, and perhaps not to others.
+    // Numbers too large for 64 bits are text in Rudder, but perhaps not for other readers.
     let is_number =
         text.parse::<f64>().is_ok() || ["0x", "0o", "0b"].iter().any(|start| text.starts_with(start));
     let is_old_bool = ["y", "n", "yes", "no", "on", "off", "true", "false", "null"]
@@ -127,7 +128,7 @@ fn is_plain(text: &str) -> bool {
         && resolve(text) == Scalar::Text
 }
 
-/// A double-quoted scalar with the escapes of JSON, which is YAML as well.
+/// Returns a double-quoted scalar with JSON escapes, which are valid YAML.
 fn quoted(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 2);
     out.push('"');
@@ -140,7 +141,7 @@ fn quoted(text: &str) -> String {
             '\t' => out.push_str("\\t"),
             c if is_hidden(c) => {
                 let code = u32::from(c);
-                // Writing to a String does not fail.
+                // Writing to a `String` does not fail.
                 let _ =
                     if code > 0xffff { write!(out, "\\U{code:08x}") } else { write!(out, "\\u{code:04x}") };
             }
@@ -151,7 +152,7 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// Characters that YAML does not take as they stand, or that some readers take for a line break.
+/// Whether YAML does not allow a character unescaped, or some readers treat it as a line break.
 fn is_hidden(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{a0}' | '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}')
@@ -159,7 +160,7 @@ fn is_hidden(c: char) -> bool {
         || u32::from(c) & 0xfffe == 0xfffe
 }
 
-/// Whether text of several lines may stand in a literal block: nothing that the block would lose.
+/// Whether a text of several lines can be written as a literal block without losing anything.
 fn is_block(text: &str) -> bool {
     let lines = text.strip_suffix('\n').unwrap_or(text);
     lines.contains('\n')
@@ -168,14 +169,14 @@ fn is_block(text: &str) -> bool {
         && !text.chars().any(|c| is_hidden(c) && c != '\n' && c != '\t')
 }
 
-/// A literal block behind its key or dash.
+/// Writes a literal block after its key or dash.
 fn block(text: &str, indent: usize, out: &mut String) {
     out.push_str(if text.ends_with('\n') { "|\n" } else { "|-\n" });
     for line in text.lines() {
         if line.is_empty() {
             out.push('\n');
         } else {
-            // Writing to a String does not fail.
+            // Writing to a `String` does not fail.
             let _ = writeln!(out, "{:indent$}{line}", "");
         }
     }

@@ -1,4 +1,4 @@
-//! Which process of this host is at the other end of a connection over loopback (Linux: proc(5)).
+//! Which process of this host is at the other end of a loopback connection (Linux: proc(5)).
 
 use super::Caller;
 use std::{
@@ -7,8 +7,8 @@ use std::{
     path::Path,
 };
 
-/// Whether the caller's end of a connection is a socket of this process. `false` where that cannot be told: of a
-/// process of another user, of a connection over IPv6, of one that has ended.
+/// Whether the caller's end of a connection is a socket of this process. `false` where that is unknown: for a process
+/// of another user, for a connection over IPv6, and for one that has ended.
 #[must_use]
 pub fn is_of_process(caller: Caller, pid: u32) -> bool {
     let (SocketAddr::V4(peer), SocketAddr::V4(local)) = (caller.peer, caller.local) else { return false };
@@ -16,10 +16,10 @@ pub fn is_of_process(caller: Caller, pid: u32) -> bool {
     inode(&table, peer, local).is_some_and(|inode| has_socket(pid, inode))
 }
 
-/// The inode of the socket whose own address is `own` and that is connected to `other`.
+/// Returns the inode of the socket whose own address is `own` and that is connected to `other`.
 ///
-/// A line of the table (proc(5), `/proc/net/tcp`): number, both addresses as hexadecimal numbers in the byte order of the
-/// host with their ports, state, queues, timers, owner, timeout, inode…
+/// A line of the table (proc(5), `/proc/net/tcp`): number, both addresses as hexadecimal numbers in the byte order of
+/// the host with their ports, state, queues, timers, owner, timeout, inode…
 fn inode(table: &str, own: SocketAddrV4, other: SocketAddrV4) -> Option<u64> {
     let (own, other) = (address(own), address(other));
     table.lines().skip(1).find_map(|line| {
@@ -27,12 +27,12 @@ fn inode(table: &str, own: SocketAddrV4, other: SocketAddrV4) -> Option<u64> {
         if fields.next()? != own || fields.next()? != other {
             return None;
         }
-        // 0: nobody has it any more.
+        // 0: no process has it any more.
         fields.nth(6)?.parse().ok().filter(|inode| *inode != 0)
     })
 }
 
-/// An address, as the table writes it.
+/// Formats an address as in the table.
 fn address(address: SocketAddrV4) -> String {
     format!("{:08X}:{:04X}", u32::from_ne_bytes(address.ip().octets()), address.port())
 }
@@ -56,7 +56,7 @@ mod tests {
     fn accepted(listener: &TcpListener) -> Caller {
         let (stream, peer) = listener.accept().unwrap();
         let local = stream.local_addr().unwrap();
-        // Kept open: the caller is looked for while it calls.
+        // Kept open, since the caller is looked up during its call.
         std::mem::forget(stream);
         Caller { peer, local }
     }
@@ -67,7 +67,8 @@ mod tests {
         let own = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let caller = accepted(&listener);
         assert!(is_of_process(caller, std::process::id()));
-        // The other way round it is the listener's end, which is ours as well; another pair is nobody's.
+        // With the addresses exchanged, it is the listener's end, which also belongs to this process; another pair
+        // belongs to none.
         let nobody = Caller { peer: "127.0.0.1:1".parse().unwrap(), ..caller };
         assert!(!is_of_process(nobody, std::process::id()));
         assert!(!is_of_process(caller, 1) || std::process::id() == 1);

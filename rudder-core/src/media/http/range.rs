@@ -6,26 +6,26 @@ use hyper::{
     header::{HeaderMap, IF_RANGE, RANGE},
 };
 
-/// What is to be sent of a file.
+/// The part of a file to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
-    /// All of it.
+    /// The whole file.
     Whole,
-    /// Some of it: never empty, and inside the file.
+    /// A part of the file: never empty, and within the file.
     Range {
-        /// The first byte.
+        /// The offset of the first byte.
         start: u64,
-        /// How many bytes.
+        /// Number of bytes.
         length: u64,
     },
-    /// None of it is where the range is.
+    /// No part of the file is within the range.
     Unsatisfiable,
 }
 
-/// The part that a request with these headers asks for, of a file of this size.
+/// Returns the part that a request with these headers asks for, of a file of this size.
 ///
-/// What may be answered with the whole file is (14.2): several ranges of the file, other units, what cannot be read, and a range under a
-/// condition, since there is no validator that it could name.
+/// The whole file is sent, as allowed (14.2), for several ranges of the file, other units, a header that cannot be
+/// parsed, and a range with a condition, since files have no validator that it could name.
 pub(super) fn part(method: &Method, headers: &HeaderMap, size: u64) -> Part {
     if *method != Method::GET || headers.contains_key(IF_RANGE) {
         return Part::Whole;
@@ -37,7 +37,7 @@ pub(super) fn part(method: &Method, headers: &HeaderMap, size: u64) -> Part {
     };
     match ranges.validate(size).as_deref() {
         Ok([range]) => Part::Range { start: *range.start(), length: range.end() - range.start() + 1 },
-        // No bytes of an empty file.
+        // No range of an empty file can be satisfied.
         Ok([]) | Err(RangeUnsatisfiableError::Unsatisfiable) => Part::Unsatisfiable,
         Ok(_) | Err(_) => Part::Whole,
     }

@@ -4,7 +4,7 @@ use super::*;
 use std::collections::BTreeMap;
 use tokio::io::{AsyncWriteExt as _, DuplexStream};
 
-/// A server of `a b.txt` (10 digits, in memory) and `big.img` (a file), and what it tells.
+/// A server of `a b.txt` (10 digits, in memory) and `big.img` (a file), and the requests that it reports.
 struct Bench {
     site: Arc<Site>,
     told: Arc<Mutex<Vec<SiteRequest>>>,
@@ -37,7 +37,7 @@ impl Bench {
         (client, tokio::spawn(answer(Arc::clone(&self.site), Some("web".into()), server)))
     }
 
-    /// Sends these bytes on a connection of their own, and gives all that comes back.
+    /// Sends these bytes on a separate connection, and returns the whole response.
     async fn raw(&self, request: &[u8]) -> Vec<u8> {
         let (mut client, server) = self.connect();
         client.write_all(request).await.unwrap();
@@ -47,7 +47,7 @@ impl Bench {
         answer
     }
 
-    /// Status, head in lower case, body.
+    /// Returns the status, the head in lower case, and the body.
     async fn ask(&self, method: &str, target: &str, headers: &str) -> (u16, String, Vec<u8>) {
         let request = format!("{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n");
         let answer = self.raw(request.as_bytes()).await;
@@ -91,7 +91,7 @@ async fn files_are_served_by_their_exact_names() {
     }
     assert_eq!(bench.ask("GET", "/%zz", "").await.0, 400);
     assert_eq!(bench.ask("GET", "/gone", "").await.0, 500);
-    // As a proxy is asked, and in the manner of old clients.
+    // A request as sent to a proxy, and one in the style of old clients.
     assert_eq!(bench.ask("GET", "http://10.0.2.2:80/big.img", "").await.0, 200);
     let old = bench.raw(b"GET /a%20b.txt HTTP/1.0\r\n\r\n").await;
     assert!(old.starts_with(b"HTTP/1.0 200") && old.ends_with(b"0123456789"));
@@ -157,7 +157,7 @@ async fn requests_are_told_once_they_are_answered() {
             ("GET".into(), long, 404, 0),
         ]
     );
-    // A guest that resets in the middle took a part.
+    // A guest that resets in the middle has received a part.
     let (mut client, server) = bench.connect();
     client.write_all(b"GET /big.img HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     let mut some = vec![0; 10_000];
@@ -177,7 +177,7 @@ async fn what_is_no_request_is_hung_up_on() {
     let mut large = b"GET /a%20b.txt HTTP/1.1\r\nX: ".to_vec();
     large.resize(HEAD + 10, b'x');
     let (mut client, server) = bench.connect();
-    // It may hang up before it took all of it.
+    // The server may hang up before it has read everything.
     let _ = client.write_all(&large).await;
     let mut answer = Vec::new();
     client.read_to_end(&mut answer).await.unwrap();
@@ -213,7 +213,7 @@ async fn only_who_is_admitted_is_answered() {
     let get = async || {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, server.port())).await.unwrap();
         let mut answer = Vec::new();
-        // A reset says the same as an end.
+        // A reset is equivalent to an end.
         let _ = stream.write_all(b"GET /a%20b.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
         let _ = stream.read_to_end(&mut answer).await;
         answer

@@ -1,4 +1,4 @@
-//! Downloads that are wrong in one way.
+//! Downloads with one fault.
 
 use super::{Shared, Wrong, lock};
 use async_trait::async_trait;
@@ -22,7 +22,7 @@ impl Fetch for BrokenFetcher {
         {
             let failed = |source| Error::io("write", source);
             let bytes = fs::read(&known.path).map_err(failed)?;
-            // Longer than the resolution of a file system's clock.
+            // Longer than the resolution of file system timestamps.
             tokio::time::sleep(Duration::from_millis(20)).await;
             fs::write(&known.path, &bytes).map_err(failed)?;
             return Ok(known);

@@ -1,4 +1,4 @@
-//! A lab that is wrong in one way.
+//! A lab with one fault.
 
 use super::{Shared, Wrong, cut, error, lock, machine::BrokenMachine};
 use async_trait::async_trait;
@@ -37,7 +37,7 @@ impl BrokenLab {
         Self { inner, shared, destroyed: Arc::default() }
     }
 
-    /// The firmware variables that a machine starts with, by their digest.
+    /// Returns the digest of the firmware variables that a machine starts with.
     async fn variables(&self, spec: &MachineSpec) -> Result<Option<Digest>> {
         if spec.firmware == Firmware::Bios {
             return Ok(None);
@@ -54,7 +54,7 @@ impl BrokenLab {
             .or(Some(fresh)))
     }
 
-    /// Serves to whoever connects.
+    /// Serves files to every caller.
     async fn serve_anybody(&self, site: Site) -> Result<Served> {
         let failed = |source| rudder_core::Error::io("listen", source);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
@@ -167,7 +167,7 @@ impl Lab for BrokenLab {
             }
             Wrong::CutsNamesOfModules => draft.name = cut(&draft.name),
             Wrong::ReplacesTooEarly => {
-                // There may be none.
+                // The module may not exist.
                 let _ = self.shared.inner.remove_module(&draft.name).await;
             }
             _ => {}

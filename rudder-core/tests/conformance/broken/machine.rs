@@ -1,4 +1,4 @@
-//! A machine that is wrong in one way.
+//! A machine with one fault.
 
 use super::{Shared, Wrong, error, lock, stream::Crooked};
 use async_trait::async_trait;
@@ -17,7 +17,7 @@ use std::{
 };
 use tokio::net::TcpStream;
 
-/// How late what is told late is.
+/// Delay of late reports.
 const LATE: Duration = Duration::from_secs(6);
 
 #[derive(Debug)]
@@ -26,15 +26,15 @@ pub(super) struct BrokenMachine {
     shared: Arc<Shared>,
     /// Its lab and its name.
     key: String,
-    /// Its first disk.
+    /// Name of its first disk.
     disk: String,
-    /// The digest of its firmware variables, which it has when it has UEFI.
+    /// Digest of its firmware variables; `None` with BIOS.
     variables: Option<Digest>,
-    /// Held by everybody who reads the serial console.
+    /// Shared by all readers of the serial console.
     readers: Arc<()>,
-    /// What was written on it before it was started last.
+    /// Serial output from before the last start.
     old_words: Mutex<Vec<u8>>,
-    /// Whose turn it is to be told how it ended.
+    /// Held by the only caller that learns how the machine ended.
     turn: tokio::sync::Mutex<()>,
 }
 
@@ -54,7 +54,7 @@ impl BrokenMachine {
         self.shared.is(wrong)
     }
 
-    /// The machine whose consoles are shown.
+    /// Returns the machine whose consoles are shown.
     fn shown(&self, wrong: Wrong) -> Arc<dyn Machine> {
         let other = self.shared.last_machine().filter(|_| self.is(wrong));
         other.unwrap_or_else(|| Arc::clone(&self.inner))
@@ -107,7 +107,7 @@ impl Machine for BrokenMachine {
         if self.is(Wrong::MixesLabsUp) {
             let all: Vec<_> = lock(&self.shared.machines).iter().filter_map(Weak::upgrade).collect();
             for machine in all.iter().filter(|machine| machine.name() == self.inner.name()) {
-                // One that was never started cannot be stopped.
+                // A machine that was never started cannot be stopped.
                 let _ = machine.stop(how).await;
             }
         }

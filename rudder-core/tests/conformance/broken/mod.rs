@@ -1,6 +1,6 @@
-//! The memory backend, broken in one way: the wrapper of its parts, and the list of faults.
+//! The memory backend with one fault: wrappers of its parts, and the list of faults.
 //!
-//! The wrapper also pretends that machines have UEFI, so that faults in what they keep outside their disks can be planted.
+//! The wrappers also pretend that machines have UEFI, so that faults in the state outside their disks can be planted.
 
 mod fetcher;
 mod lab;
@@ -26,132 +26,132 @@ use std::{
     time::Duration,
 };
 
-/// A way of being wrong.
+/// A fault of a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wrong {
-    /// In no way: that the wrapper itself keeps the contract.
+    /// No fault: shows that the wrappers themselves keep the contract.
     Nothing,
-    /// The death of a machine is told long after.
+    /// The death of a machine is reported late.
     SeesDeathLate,
-    /// The guest's power-off is told long after.
+    /// A power-off by the guest is reported late.
     TellsPowerOffLate,
-    /// Only one of those who wait is told.
+    /// Only one of several waiting callers is notified.
     TellsOneWaiter,
-    /// A power-off is told as a kill, and a kill as a power-off.
+    /// A power-off is reported as a kill, and a kill as a power-off.
     SwapsExits,
-    /// The death of the hypervisor is told as a panic of the guest.
+    /// The death of the hypervisor is reported as a panic of the guest.
     SwapsDeaths,
-    /// The power button is the plug.
+    /// A graceful stop kills the machine.
     KillsAtOnce,
-    /// A guest that does not power off is waited for without end.
+    /// A guest that does not power off is waited for indefinitely.
     NeverKills,
-    /// A machine that was never started is stopped without an error.
+    /// Stopping a machine that was never started succeeds.
     StopsWhatNeverRan,
-    /// A running machine may be started.
+    /// A running machine can be started again.
     StartsTwice,
     /// Processors and memory are always the same.
     IgnoresHardware,
     /// Processors and memory are those of the first machine of the lab.
     CopiesHardware,
-    /// NICs are in the opposite order of their slots.
+    /// NICs are in the reverse order of their slots.
     ReordersCards,
     /// NICs have other hardware addresses.
     InventsAddresses,
-    /// Machines that are created at once get the same seed.
+    /// Machines that are created concurrently get the same seed.
     MixesSeeds,
-    /// Machines of the same name are stopped together, whatever their lab.
+    /// Machines of the same name are stopped together, even in different labs.
     MixesLabsUp,
     /// The serial console is that of the machine that was created last.
     MixesSerials,
     /// The display is that of the machine that was created last.
     MixesDisplays,
-    /// What was written on the serial console is gone with the end of the machine.
+    /// The serial output is lost when the machine ends.
     ForgetsLastWords,
-    /// What was written before the machine was started again is still there.
+    /// The serial output from before a restart is still returned.
     KeepsOldWords,
-    /// Of the serial console, a kilobyte is kept.
+    /// Only a kilobyte of the serial output is kept.
     KeepsFewWords,
-    /// The serial console is for one.
+    /// The serial console allows a single reader.
     HasOneReader,
-    /// Ending one half of a connection ends the other.
+    /// Closing one half of a connection closes the other.
     ClosesBothHalves,
-    /// Ending one half of a connection is not told to the guest.
+    /// Closing one half of a connection is not passed on to the guest.
     LosesHalfClose,
-    /// A bit of the second mebibyte of a connection is wrong.
+    /// A bit in the second mebibyte of a connection is flipped.
     FlipsABit,
-    /// A port of the guest is one of the host where somebody listens there.
+    /// Dialling a port of the guest connects to the host if something listens on that port there.
     DialsTheHost,
     /// A closed port is an error of an unknown kind.
     CannotSayRefused,
-    /// Dialling a machine that is off is an error that asks to try again.
+    /// Dialling a machine that is off is a retryable error.
     CannotSayOff,
-    /// What is served is for everybody on the host.
+    /// Served files are available to every process on the host.
     ServesAnybody,
-    /// What is served is served on when the lab is gone.
+    /// Files are still served after the lab was destroyed.
     ServesWithoutItsLab,
-    /// Images are not compared with what was promised of them.
+    /// Images are not checked against the expected digest.
     BelievesAnyDigest,
-    /// Whoever imports the same image gets the same volume.
+    /// Imports of the same image share a volume.
     SharesVolumes,
-    /// Disks are as large as their images.
+    /// Disks have the size of their images.
     IgnoresSizes,
-    /// Of a VM of a module, always the first disk is imported.
+    /// Importing from a VM of a module always imports the first disk.
     ImportsTheFirstDisk,
-    /// A file that is fetched again is written again in place.
+    /// Fetching a file again rewrites it in place.
     RewritesWhatOthersRead,
-    /// Collecting removes fetched files that are held.
+    /// Collecting removes fetched files that are in use.
     CollectsWhatIsRead,
-    /// What is done decreases.
+    /// Progress goes backwards.
     ProgressGoesBack,
-    /// That all is done is not told.
+    /// Completion is not reported as progress.
     ForgetsLastProgress,
-    /// More is done than there is.
+    /// Progress exceeds the total.
     ProgressExceedsItsTotal,
     /// A disk is captured once; later captures return the first.
     CapturesOnce,
-    /// Whatever disk is captured, it is the first.
+    /// Capturing any disk captures the first.
     CapturesTheFirstDisk,
-    /// Of each VM, one disk is published.
+    /// Only one disk of each VM is published.
     PublishesParts,
     /// The old module is removed before the new one is complete.
     ReplacesTooEarly,
-    /// A module is removed, and files of it stay.
+    /// Removing a module leaves some of its files behind.
     LeavesFilesOfModules,
-    /// Modules are in no order.
+    /// Modules are not sorted.
     ShufflesModules,
     /// Firmware variables are not captured.
     DropsState,
     /// A machine does not start with the firmware variables of its parent.
     ForgetsInheritedState,
-    /// A lab cannot be destroyed again.
+    /// A lab cannot be destroyed twice.
     DestroysOnce,
-    /// Destroying a lab forgets a volume.
+    /// Destroying a lab leaves a volume behind.
     ForgetsAVolume,
-    /// Opening a lab leaves it for good when it is dropped in the middle.
+    /// A lab is leaked permanently if the future that opens it is dropped.
     LeaksWhenDropped,
-    /// A lab of an id that is taken gets another.
+    /// A lab whose id is already in use gets another one.
     ReusesIds,
-    /// A lab has no versions for the provenance.
+    /// A lab reports no versions for the provenance.
     HidesVersions,
     /// Any lab can be kept.
     KeepsAnyLab,
-    /// `reap` takes what living owners have.
+    /// `reap` removes labs of living owners.
     ReapsTheLiving,
-    /// `reap` takes labs that were kept.
+    /// `reap` removes labs that were kept.
     ReapsTheKept,
-    /// What it does not like in a name is left out.
+    /// Characters that the backend does not accept are dropped from names.
     CleansNames,
-    /// Names are cut to 15 characters.
+    /// Names are truncated to 15 characters.
     CutsNames,
-    /// Names of modules are cut to 15 characters.
+    /// Names of modules are truncated to 15 characters.
     CutsNamesOfModules,
-    /// It claims what it cannot do.
+    /// The backend declares a capability that it does not have.
     ClaimsTooMuch,
-    /// The host lacks something.
+    /// The host lacks a requirement.
     IsNotReady,
 }
 
-/// The beginning of a name, as much as a network interface has room for (IFNAMSIZ).
+/// Truncates a name to the length of a network interface name (IFNAMSIZ).
 fn cut(name: &str) -> String {
     name.chars().take(15).collect()
 }
@@ -200,7 +200,7 @@ impl Adapter for BrokenAdapter {
 
     fn guest(&self) -> Option<GuestImage> {
         let mut guest = self.good.guest()?;
-        // One that cannot be logged in to is not waited for as long as a real one.
+        // The suite need not wait as long as for a real guest before it finds that it cannot log in.
         guest.boots_within = Duration::from_secs(10);
         Some(guest)
     }
@@ -214,7 +214,7 @@ impl Adapter for BrokenAdapter {
     }
 }
 
-/// What the parts of a broken backend share.
+/// State shared by the parts of a broken backend.
 #[derive(Debug)]
 struct Shared {
     wrong: Wrong,
@@ -225,15 +225,15 @@ struct Shared {
     machines: Mutex<Vec<Weak<dyn Machine>>>,
     /// The volume of each image.
     volumes: Mutex<BTreeMap<String, Volume>>,
-    /// The seed of the machine that was asked for last.
+    /// The seed of the machine that was requested last.
     seed: Mutex<Option<Seed>>,
     /// Processors and memory of the first machine of each lab.
     hardware: Mutex<BTreeMap<LabId, (u32, u64)>>,
     /// The first capture of each disk.
     captured: Mutex<BTreeMap<String, CapturedDisk>>,
-    /// The first file that was fetched of each URL.
+    /// The file that was first fetched for each URL.
     fetched: Mutex<BTreeMap<String, Fetched>>,
-    /// What was left behind for good.
+    /// What was left behind permanently.
     leaked: Mutex<Vec<String>>,
 }
 
@@ -258,7 +258,7 @@ impl Shared {
         self.wrong == wrong
     }
 
-    /// Progress that is told wrong.
+    /// Returns progress that is reported incorrectly.
     fn progress(&self, progress: &Progress) -> Progress {
         let (wrong, progress) = (self.wrong, progress.clone());
         Progress::new(move |event| match event {
@@ -280,7 +280,7 @@ impl Shared {
         })
     }
 
-    /// The machine of a lab that was created last.
+    /// Returns the machine that was created last, in any lab.
     fn last_machine(&self) -> Option<Arc<dyn Machine>> {
         lock(&self.machines).last().and_then(Weak::upgrade)
     }
@@ -385,7 +385,7 @@ impl Backend for Broken {
     async fn collect(&self) -> Result<ReapReport> {
         if self.shared.is(Wrong::CollectsWhatIsRead) {
             for fetched in std::mem::take(&mut *lock(&self.shared.fetched)).into_values() {
-                // It may be gone already.
+                // The file may already be gone.
                 let _ = std::fs::remove_file(fetched.path);
             }
         }
@@ -393,7 +393,7 @@ impl Backend for Broken {
     }
 }
 
-/// Takes the place of an error of a kind.
+/// Creates an error that replaces one of another kind.
 fn error(kind: ErrorKind, message: &'static str) -> Error {
     Error::new(kind, message)
 }

@@ -1,4 +1,4 @@
-//! A connection that is wrong in one way.
+//! A connection with one fault.
 
 use super::{Shared, Wrong};
 use rudder_core::backend::BoxedStream;
@@ -10,12 +10,12 @@ use std::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// A connection that may be wrong.
+/// A connection that may have a fault.
 pub(super) struct Crooked {
-    /// `None` once it is closed.
+    /// `None` once closed.
     inner: Option<BoxedStream>,
     shared: Arc<Shared>,
-    /// Bytes that were read.
+    /// Number of bytes read.
     read: usize,
     _hold: Option<Arc<()>>,
 }
@@ -26,7 +26,7 @@ impl Crooked {
     }
 }
 
-/// The byte that is wrong.
+/// Offset of the wrong byte.
 const WRONG_BYTE: usize = (1 << 20) + 7;
 
 fn closed() -> io::Error {

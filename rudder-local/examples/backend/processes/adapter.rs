@@ -1,4 +1,4 @@
-//! What the suite must be told of this backend: how it looks from outside, how its machines are killed, how an owner dies.
+//! What the suite needs to know about this backend: what it leaves on the host, how its machines are killed, how an owner dies.
 
 use super::Processes;
 use async_trait::async_trait;
@@ -17,21 +17,21 @@ use std::{
     time::Duration,
 };
 
-/// Set for the process that plays an owner: the directory of the store.
+/// The environment variable with the directory of the store, for the process that acts as an owner.
 const STORE: &str = "RUDDER_EXAMPLE_STORE";
 
 /// The backend under test, on a store of its own.
 #[derive(Debug)]
 pub(crate) struct ProcessesAdapter {
     store: Store,
-    /// Removed with this; `None`: the store is another's.
+    /// Removed on drop; `None` if the store belongs to another process.
     _directory: Option<tempfile::TempDir>,
-    /// How this program is started again, to play an owner.
+    /// The command that starts this program again, to act as an owner.
     owner: (PathBuf, Vec<std::ffi::OsString>),
 }
 
 impl ProcessesAdapter {
-    /// On a new store; `owner` starts a program that makes [`another`](Self::another) and calls `own` on it.
+    /// Creates an adapter on a new store; `owner` starts a program that creates [`another`](Self::another) and calls `own` on it.
     ///
     /// # Errors
     /// File errors.
@@ -42,17 +42,17 @@ impl ProcessesAdapter {
         Ok(Self { store: Store::open(path)?, _directory: Some(directory), owner: parts(&owner) })
     }
 
-    /// On the store of whoever started this process.
+    /// Creates an adapter on the store of the process that started this one.
     ///
     /// # Errors
-    /// `InvalidInput` when nobody did.
+    /// `InvalidInput` when no store was passed.
     pub(crate) fn another(owner: Command) -> Result<Self> {
         let none = || Error::new(ErrorKind::InvalidInput, format!("expected a store in {STORE}"));
         let store = std::env::var_os(STORE).ok_or_else(none)?;
         Ok(Self { store: Store::open(store)?, _directory: None, owner: parts(&owner) })
     }
 
-    /// The processes of the backend, by where they work.
+    /// Returns the processes of the backend, which it finds by their working directories.
     fn processes(&self) -> Vec<i32> {
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -67,7 +67,7 @@ fn parts(command: &Command) -> (PathBuf, Vec<std::ffi::OsString>) {
     (command.get_program().into(), command.get_args().map(Into::into).collect())
 }
 
-/// Whether a process has this in its environment.
+/// Returns whether a process has this variable in its environment.
 fn has(pid: i32, name: &str, value: &str) -> bool {
     let variables = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     variables.split(|byte| *byte == 0).any(|variable| variable == format!("{name}={value}").as_bytes())
@@ -105,7 +105,7 @@ impl Adapter for ProcessesAdapter {
         let is_it = |pid: &i32| has(*pid, LAB_VARIABLE, lab.as_str()) && has(*pid, "RUDDER_MACHINE", machine);
         let find = || self.processes().into_iter().find(is_it).and_then(Pid::from_raw);
         let mut pid = find();
-        // One that has only just begun may not have its environment yet.
+        // A process that has only just started may not have its environment yet.
         for _ in 0..100 {
             if pid.is_some() {
                 break;

@@ -1,4 +1,4 @@
-//! The place of one build: a directory of the store, which knows its owner, and what is in it.
+//! The lab of one build: a directory of the store, which knows its owner, and its content.
 
 use super::{ACCESS_FILE, blocking, machine::ProcessMachine};
 use async_trait::async_trait;
@@ -46,7 +46,7 @@ impl ProcessesLab {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a volume: a sparse file of this size, which begins with what is in another.
+    /// Creates a volume: a sparse file of this size, which begins with the content of another file, if one is given.
     async fn volume(&self, parent: Option<PathBuf>, size: u64) -> Result<Volume> {
         // A name of ours: those of the manifest are no file names.
         let path = self.dir.path().join(format!("volume-{:016x}.raw", rand::random::<u64>()));
@@ -72,7 +72,7 @@ impl ProcessesLab {
         };
         let (store, name, digest) = (self.store.clone(), parent.module.clone(), parent.digest);
         let (module, lease) = blocking(move || store.lease_module(&name, &digest)).await?;
-        // From here on the module cannot be removed before this lab is gone.
+        // From here on the module cannot be removed before this lab.
         let dir = Arc::clone(&self.dir);
         blocking(move || dir.hold(lease)).await?;
         let machine = module.machines.iter().find(|machine| machine.name == parent.vm);
@@ -82,7 +82,7 @@ impl ProcessesLab {
             None => machine.disks.first(),
         };
         let disk = disk.ok_or_else(|| missing("the disk"))?;
-        // A disk that was damaged since is never built upon.
+        // A disk that was damaged since is never used as a parent.
         let (store, found, wanted) = (self.store.clone(), module.clone(), disk.clone());
         let check = move || store.captured_file(&found, &wanted.file, &wanted.content, &Progress::none());
         let path = blocking(check).await?;
@@ -177,7 +177,7 @@ impl Lab for ProcessesLab {
     }
 }
 
-/// Whoever drops a lab has forgotten it, or died.
+/// Dropping a lab without keeping it abandons its machines.
 impl Drop for ProcessesLab {
     fn drop(&mut self) {
         if !self.kept.load(Ordering::SeqCst) {

@@ -1,9 +1,9 @@
-//! One machine: a process, from its start to its end, whoever ends it.
+//! One machine: a process, from its start to its end, whatever ends it.
 //!
 //! ```text
 //! Defined ──start──▶ Running ──stop · killed · died──▶ Ended ──start──▶ Running …
 //! ```
-//! A task of its own waits for the process and says how it ended; everybody else waits for that task's word.
+//! A separate task waits for the process and publishes how it ended; all callers wait for that task.
 
 use super::blocking;
 use async_trait::async_trait;
@@ -41,21 +41,21 @@ pub(super) struct ProcessMachine {
     spec: MachineSpec,
     dir: Arc<LabDir>,
     life: Arc<watch::Sender<Life>>,
-    /// Whoever starts it or reads its disks has it to himself.
+    /// Held while the machine is started or its disks are read.
     turn: tokio::sync::Mutex<()>,
     plug: Arc<Mutex<Plug>>,
     released: Arc<AtomicBool>,
 }
 
-/// What ends the process.
+/// The switch that kills the process.
 #[derive(Debug, Default)]
 struct Plug {
     pulled: CancellationToken,
-    /// Why it was pulled; who is first says it.
+    /// Why it was pulled; the first reason counts.
     why: Option<String>,
 }
 
-/// A process that ends with whoever holds this, unless it was released.
+/// A process that is killed when this is dropped, unless it was released.
 #[derive(Debug)]
 struct Owned {
     child: Child,
@@ -65,7 +65,7 @@ struct Owned {
 impl Drop for Owned {
     fn drop(&mut self) {
         if !self.released.load(Ordering::SeqCst) {
-            // One that has ended already cannot be killed.
+            // Fails only if it has already ended.
             let _ = self.child.start_kill();
         }
     }
@@ -86,16 +86,16 @@ impl ProcessMachine {
         self.life.borrow().clone()
     }
 
-    /// Pulls the plug, if nobody has.
+    /// Pulls the plug, unless it was pulled before.
     fn pull(&self, why: &str) {
         let mut plug = self.plug.lock().unwrap_or_else(PoisonError::into_inner);
         plug.why.get_or_insert_with(|| why.to_owned());
         plug.pulled.cancel();
     }
 
-    /// Ends it, if it runs, and waits for that.
+    /// Kills the process, if it runs, and waits until it has ended.
     pub(super) async fn end(&self, why: &str) {
-        // A start that is under way comes to its end first.
+        // Waits for a start in progress.
         let _turn = self.turn.lock().await;
         if let Life::Running { .. } = self.life() {
             self.pull(why);
@@ -104,17 +104,17 @@ impl ProcessMachine {
         }
     }
 
-    /// Its owner is gone.
+    /// Kills the process, because its owner is gone.
     pub(super) fn abandon(&self) {
         self.pull("its owner is gone");
     }
 
-    /// Its owner may go: from now on only the ledger of its lab knows the process.
+    /// Lets the process outlive its owner: from now on only the ledger of its lab knows it.
     pub(super) fn release(&self) {
         self.released.store(true, Ordering::SeqCst);
     }
 
-    /// The disks of a machine at rest, for as long as the guard is held.
+    /// Returns a guard that keeps the machine off, so that its disks can be read.
     async fn at_rest(&self) -> Result<tokio::sync::MutexGuard<'_, ()>> {
         let turn = self.turn.lock().await;
         match self.life() {
@@ -125,7 +125,7 @@ impl ProcessMachine {
         }
     }
 
-    /// Refuses what only a running machine does.
+    /// Returns the process ID, or an error unless the machine runs.
     fn running(&self) -> Result<u32> {
         match self.life() {
             Life::Running { pid } => Ok(pid),
@@ -155,7 +155,7 @@ impl Machine for ProcessMachine {
             .current_dir(self.dir.path())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            // What a terminal sends to its programs is not for machines.
+            // Signals of the terminal are not for machines.
             .process_group(0)
             .spawn()
             .map_err(|error| self.error(ErrorKind::LaunchFailed, "cannot start sleep").with_source(error))?;
@@ -190,7 +190,7 @@ impl Machine for ProcessMachine {
                     Exit::Died { cause: Death::Hypervisor, detail }
                 }
             };
-            // Of a lab that is gone there is nothing to strike out.
+            // If the lab is gone, there is no ledger to update.
             let _ = blocking(move || dir.forget_process(pid)).await;
             life.send_replace(Life::Ended(exit));
         });
@@ -209,7 +209,7 @@ impl Machine for ProcessMachine {
     async fn stop(&self, how: Stop) -> Result<Exit> {
         match how {
             Stop::Kill => self.pull("was told to"),
-            // There is no power button on a process that sleeps: it is waited for, and killed.
+            // A sleeping process has no power button: it is waited for, and then killed.
             Stop::Graceful { limit } => {
                 if let Ok(exit) = tokio::time::timeout(limit, self.wait()).await {
                     return exit;
@@ -258,7 +258,7 @@ impl Machine for ProcessMachine {
         let (size, sha256) = blocking(move || {
             let copy = || {
                 fs::copy(&from, &to)?;
-                // What was written is what is told of.
+                // Reads back what was written, which is what gets reported.
                 fs::read(&to)
             };
             let bytes = copy().map_err(|error| Error::io("capture a disk", error))?;
@@ -277,7 +277,7 @@ impl Machine for ProcessMachine {
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
-        // It keeps nothing outside its disks.
+        // It has no state outside its disks.
         self.at_rest().await.map(|_turn| Vec::new())
     }
 }

@@ -1,4 +1,4 @@
-//! A backend of host processes: a machine is a process that sleeps, a disk is a sparse file. No guest ever boots on it, and
+//! A backend of host processes: a machine is a process that sleeps, a disk is a sparse file. No guest ever boots on it, but
 //! everything else is real: labs, owners, death, disks, modules.
 
 mod adapter;
@@ -19,7 +19,7 @@ use rudder_core::{
 use rudder_local::store::{CollectPolicy, LabState, Store};
 use std::{path::Path, sync::Arc};
 
-/// Machines that are processes which sleep.
+/// A backend whose machines are sleeping processes.
 #[derive(Debug)]
 pub(crate) struct Processes {
     store: Store,
@@ -27,7 +27,7 @@ pub(crate) struct Processes {
 }
 
 impl Processes {
-    /// A backend on this store.
+    /// Creates a backend on this store.
     #[must_use]
     pub(crate) fn new(store: Store) -> Self {
         // Only what is honoured, and nothing that a guest would have to see.
@@ -36,7 +36,7 @@ impl Processes {
     }
 }
 
-/// Where a kept lab says how to get in.
+/// The file in which a kept lab says how to access its machines.
 const ACCESS_FILE: &str = "access.json";
 
 fn access_of(lab: &Path) -> Vec<String> {
@@ -44,8 +44,8 @@ fn access_of(lab: &Path) -> Vec<String> {
     serde_json::from_slice(&record).unwrap_or_default()
 }
 
-/// File work, where it does not hold up the runtime. It goes on when whoever waits for it is dropped: what it makes must be
-/// in the directory of the lab, which goes as a whole.
+/// Runs file operations where they do not block the runtime. They continue when their caller is dropped: what they create must
+/// be in the directory of the lab, which is removed as a whole.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
         Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error))

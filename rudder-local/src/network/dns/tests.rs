@@ -16,7 +16,7 @@ pub(super) fn query(name: &str, kind: u16) -> Vec<u8> {
     query
 }
 
-/// The code and the records of the answer to a question; `None`: it is somebody else's.
+/// Returns the code and the records of the answer to a question; `None` if it is left to outside servers.
 fn ask(name: &str, kind: u16) -> Option<(u8, Vec<Vec<u8>>)> {
     let query = query(name, kind);
     let Answer::Here(reply) = answer(&names(), "lab.internal", &query).unwrap() else { return None };
@@ -39,7 +39,7 @@ fn machines_are_found_by_short_and_long_name_and_backwards() {
         assert_eq!(ask(name, A), Some((0, web.clone())), "{name}");
     }
     assert_eq!(ask("15.2.0.10.in-addr.arpa", PTR), Some((0, vec![encoded("web.lab.internal")])));
-    // A machine has no IPv6 address, and it exists.
+    // A machine has no IPv6 address, but it exists.
     assert_eq!(ask("db", 28), Some((0, vec![])));
     assert_eq!(ask("lab.internal", A), Some((0, vec![])));
 }

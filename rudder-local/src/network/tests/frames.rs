@@ -11,7 +11,7 @@ fn echo(length: usize) -> Vec<u8> {
     message.into_inner()
 }
 
-/// The type and code of an ICMP message in a packet, which must be for this guest.
+/// Returns the type and code of an ICMP message in a packet, which must be for this guest.
 fn icmp(guest: &Guest, bytes: &[u8]) -> (u8, u8) {
     let packet = Packet::parse(bytes).unwrap();
     assert_eq!((packet.protocol, packet.dst), (1, guest.ip()));
@@ -43,7 +43,7 @@ async fn guests_of_a_subnet_and_of_a_vpc_reach_each_other_and_nobody_else() {
     for guest in [&mut web, &mut other, &mut db, &mut attacker] {
         guest.gateway_mac().await;
     }
-    // Over the switch, as it is.
+    // Over the switch, unmodified.
     let direct =
         [&ipv4_header(other.mac, web.mac)[..], &packet((web.ip(), other.ip()), 1, &echo(8))].concat();
     web.send(&direct).await;
@@ -54,7 +54,7 @@ async fn guests_of_a_subnet_and_of_a_vpc_reach_each_other_and_nobody_else() {
             break;
         }
     }
-    // Over the router, with one hop less.
+    // Over the router, with a decremented TTL.
     web.send_packet(&packet((web.ip(), db.ip()), 1, &echo(8))).await;
     let arrived = db.packet().await;
     let arrived = Packet::parse(&arrived).unwrap();
@@ -99,7 +99,7 @@ async fn icmp_tells_why_a_packet_goes_no_further() {
         web.send_packet(&sent).await;
         let told = web.packet().await;
         assert_eq!(icmp(&web, &told), expected, "{what}");
-        // The packet that it is about; its TTL and checksum may be those after a hop.
+        // The message quotes the packet; its TTL and checksum may be those after a hop.
         let about = &told[28..];
         assert_eq!((&about[..8], &about[12..]), (&sent[..8], &sent[12..about.len()]), "{what}");
     }
@@ -114,7 +114,7 @@ async fn icmp_tells_why_a_packet_goes_no_further() {
     }
 }
 
-/// Makes the checksum of a header right.
+/// Corrects the checksum of a header.
 fn with_ttl_fixed(mut bytes: Vec<u8>) -> Vec<u8> {
     let mut header = smoltcp::wire::Ipv4Packet::new_unchecked(&mut bytes);
     header.fill_checksum();
@@ -151,7 +151,7 @@ fn discover(mac: [u8; 6], kind: DhcpMessageType, wanted: Option<Ipv4Addr>) -> Ve
     [&ipv4_header(BROADCAST, mac)[..], &packet].concat()
 }
 
-/// The kind of an answer, the address in it, and its options 3, 6 and 15.
+/// Returns the kind of an answer, the address in it, and its options 3, 6 and 15.
 async fn offered(guest: &mut Guest) -> (DhcpMessageType, Ipv4Addr, Vec<Vec<u8>>) {
     let packet = guest.packet().await;
     let content = Packet::parse(&packet).unwrap().datagram().unwrap().to_vec();
@@ -180,7 +180,7 @@ async fn dhcp_hands_out_what_is_planned_and_the_rest_to_others() {
         assert_eq!((found, given), (answer, address.into()));
         assert!(answer == Kind::Nak || options == told, "{options:?}");
     }
-    // A machine inside of a guest; twice the same.
+    // A machine inside a guest gets the same address twice.
     for _ in 0..2 {
         web.send(&discover([2, 9, 9, 9, 9, 9], Kind::Discover, None)).await;
         // The offer is for its hardware address, over the same NIC.
@@ -192,7 +192,7 @@ async fn dhcp_hands_out_what_is_planned_and_the_rest_to_others() {
             }
         }
     }
-    // Nobody gets the address of another's NIC.
+    // No guest gets the address of another's NIC.
     db.send(&discover(web.mac, Kind::Discover, None)).await;
     db.gateway_mac().await;
     assert_eq!(db.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
@@ -207,7 +207,7 @@ async fn no_guest_speaks_for_another() {
     let gateway = thief.gateway_mac().await;
     let stolen = Arp { request: false, sender: (thief.mac, web.ip()), target: (gateway, thief.gateway) };
     thief.send(&stolen.frame(gateway)).await;
-    // With the address of the other, and as its NIC.
+    // With the other guest's IP address, and with its hardware address.
     thief
         .send(
             &[&ipv4_header(gateway, thief.mac)[..], &packet((web.ip(), thief.gateway), 1, &echo(8))].concat(),
@@ -235,7 +235,7 @@ async fn an_unmanaged_subnet_has_frames_only() {
         Arp { request: true, sender: (client.mac, [10, 0, 9, 7].into()), target: ([0; 6], client.gateway) };
     client.send(&request.frame(BROADCAST)).await;
     assert_eq!(server.frame().await, request.frame(BROADCAST));
-    // What the client gets is what the server sends, and nothing of a gateway.
+    // The client receives what the server sends, and nothing from a gateway.
     let answer = [&ipv4_header(client.mac, server.mac)[..], b"offer"].concat();
     server.send(&answer).await;
     assert_eq!(client.frame().await, answer);
@@ -295,14 +295,14 @@ async fn datagrams_reach_the_outside_and_come_back() {
         outside.send_to(&[7; 3000], from).await.unwrap();
     };
     let ((protocol, first), ()) = tokio::join!(web.ask((Ipv4Addr::LOCALHOST, port), b"question"), server);
-    // The answer is larger than a packet: its first fragment has no whole datagram.
+    // The answer is larger than a packet: its first fragment is not a complete datagram.
     assert_eq!((protocol, first.len()), (17, 1480));
     let second = web.packet().await;
     let third = web.packet().await;
     let lengths = [second, third].map(|packet| Packet::parse(&packet).unwrap().payload().len());
     assert_eq!(lengths, [1480, 48]);
     drop(outside);
-    // Nobody listens there any more: the first datagram finds that out.
+    // Nothing listens there any more: the first datagram triggers the error.
     let (protocol, told) = web.ask((Ipv4Addr::LOCALHOST, port), b"again").await;
     assert_eq!((protocol, told[0], told[1]), (1, 3, 3));
 }
@@ -350,6 +350,6 @@ async fn a_machine_may_answer_for_its_address_over_another_of_its_nics() {
     // The answer goes to the NIC that has the address.
     let reply = first.packet().await;
     assert_eq!(icmp(&first, &reply), (0, 0));
-    // And the first goes on with it.
+    // And the first NIC continues to use it.
     assert_eq!(first.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
 }

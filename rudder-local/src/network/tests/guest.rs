@@ -1,4 +1,4 @@
-//! A guest: reads and writes frames as QEMU does, by hand or with a TCP stack.
+//! A simulated guest: reads and writes frames like QEMU, by hand or with a TCP stack.
 
 use super::PATIENCE;
 use crate::network::wire::{Arp, BROADCAST, Frame, Mac, Packet, Payload, ipv4_header, packet, udp};
@@ -32,17 +32,17 @@ impl Guest {
         self.stream.write_all(frame).await.unwrap();
     }
 
-    /// The next frame.
+    /// Returns the next frame.
     pub(super) async fn frame(&mut self) -> Vec<u8> {
         tokio::time::timeout(PATIENCE, read(&mut self.stream)).await.expect("a frame").unwrap()
     }
 
-    /// Waits until the other side hangs up.
+    /// Waits until the other side closes the connection.
     pub(super) async fn ended(&mut self) {
         while read(&mut self.stream).await.is_ok() {}
     }
 
-    /// Everything that comes until the gateway answers a ping, which is sent now: what would have come before it has.
+    /// Sends a ping, and returns all frames that arrive until the gateway answers it: any earlier frame has arrived by then.
     pub(super) async fn frames_before_a_ping(&mut self) -> Vec<Vec<u8>> {
         let mark = b"\x08\x00\x00\x00\x7a\x7aping-to-see-what-came-before";
         let sum = smoltcp::wire::Icmpv4Packet::new_unchecked(mark.to_vec());
@@ -66,7 +66,7 @@ impl Guest {
         self.send(&[&ipv4_header(mac, self.mac), packet].concat()).await;
     }
 
-    /// Asks for the gateway's hardware address, which also tells it ours.
+    /// Asks for the gateway's hardware address, which also announces the guest's own.
     pub(super) async fn gateway_mac(&mut self) -> Mac {
         let sender = (self.mac, self.address.unwrap_or(Ipv4Addr::UNSPECIFIED));
         let request = Arp { request: true, sender, target: ([0; 6], self.gateway) };
@@ -84,7 +84,7 @@ impl Guest {
         }
     }
 
-    /// The next IPv4 packet for this guest.
+    /// Returns the next IPv4 packet for this guest.
     pub(super) async fn packet(&mut self) -> Vec<u8> {
         loop {
             let bytes = self.frame().await;
@@ -96,7 +96,7 @@ impl Guest {
         }
     }
 
-    /// Sends a datagram to a host behind the gateway, and takes the answer: its protocol and its content.
+    /// Sends a datagram to a host behind the gateway, and returns the answer: its protocol and its content.
     pub(super) async fn ask(&mut self, to: (Ipv4Addr, u16), content: &[u8]) -> (u8, Vec<u8>) {
         let from = (self.ip(), 40_000);
         self.send_packet(&udp(from, to, content)).await;
@@ -108,7 +108,7 @@ impl Guest {
         )
     }
 
-    /// Runs a TCP stack with these sockets until `done` says so; it is called after every step.
+    /// Runs a TCP stack with these sockets until `done` returns a value; it is called after every step.
     pub(super) async fn run<T>(
         self,
         sockets: SocketSet<'static>,
@@ -146,7 +146,7 @@ impl Guest {
             if let Some(done) = done {
                 return done;
             }
-            // The step may have its own reasons to go on.
+            // Continues without a frame, because the step may have its own reasons to run.
             if let Ok(Some(frame)) = tokio::time::timeout(Duration::from_millis(2), received.recv()).await {
                 queues.0.push_back(frame);
                 while let Ok(frame) = received.try_recv() {

@@ -1,4 +1,4 @@
-//! Guests that mean harm: any bytes, floods, scans, silence. Nothing panics, memory is bounded, neighbours go on.
+//! Malicious guests: arbitrary bytes, floods, scans, silence. Nothing panics, memory is bounded, and neighbours keep working.
 
 use super::*;
 use crate::network::{
@@ -22,7 +22,7 @@ proptest! {
         runtime.block_on(tokio::task::yield_now());
     }
 
-    /// Headers that are right but for a few bytes go deeper than noise does.
+    /// Headers that are valid except for a few bytes reach deeper than noise does.
     #[test]
     fn almost_right_packets_are_survived(
         kind in any::<u8>(),
@@ -51,7 +51,7 @@ proptest! {
         fuzz::dns(&[&[1, 2, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0][..], &content].concat());
     }
 
-    /// Fragments carry what was whole.
+    /// Fragments carry the whole packet.
     #[test]
     fn fragments_make_up_the_packet(length in 1473..20_000_usize) {
         let content: Vec<u8> = (0..length).map(|index| u8::try_from(index % 251).unwrap()).collect();
@@ -81,7 +81,7 @@ async fn what_a_guest_makes_the_gateway_remember_is_bounded() {
     let from = (web.ip(), 1000_u16);
     for number in 0..3000_u32 {
         let [_, _, high, low] = number.to_be_bytes();
-        // Hardware addresses, IP addresses, hosts that are not there, connections.
+        // Hardware addresses, IP addresses, hosts that do not exist, connections.
         let mac = [2, 1, 0, 0, high, low];
         let address = Ipv4Addr::new(10, 0, 2, 20 + low % 200);
         web.send(
@@ -95,7 +95,7 @@ async fn what_a_guest_makes_the_gateway_remember_is_bounded() {
         for bytes in [udp(from, (scanned, 9), b"x"), packet((web.ip(), web.gateway), 6, &syn)] {
             web.send(&[&ipv4_header(gateway, web.mac)[..], &bytes].concat()).await;
         }
-        // Frames come back; who does not read them would wait for room.
+        // Replies arrive; a guest that does not read them would block.
         while tokio::time::timeout(Duration::ZERO, web.frame()).await.is_ok() {}
     }
     web.frames_before_a_ping().await;

@@ -1,4 +1,4 @@
-//! The network between guests that are made here: of frames, and of a TCP stack of their own.
+//! The network between simulated guests, made of single frames or with a TCP stack of their own.
 #![allow(clippy::unwrap_used)]
 
 mod frames;
@@ -12,7 +12,7 @@ use rudder_core::hardware::NicModel;
 use rudder_core::plan::{PlannedSubnet, PlannedVpc};
 use std::time::Duration;
 
-/// How long something that must come may take on a slow host.
+/// Time limit for expected events on a slow host.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn subnet(name: &str, vpc: &str, cidr: &str) -> PlannedSubnet {
@@ -30,7 +30,7 @@ fn vpc(name: &str, internet: bool) -> PlannedVpc {
     PlannedVpc { name: name.to_owned(), internet }
 }
 
-/// The network of a manifest that declares none.
+/// Returns the network of a manifest that declares none.
 fn undeclared() -> PlannedNetwork {
     PlannedNetwork {
         declared: false,
@@ -39,7 +39,7 @@ fn undeclared() -> PlannedNetwork {
     }
 }
 
-/// Two VPCs of the same addresses, the first with a second subnet and an unmanaged one.
+/// Returns two VPCs with the same addresses, the first with a second subnet and an unmanaged one.
 fn two_vpcs() -> PlannedNetwork {
     let mut bare = subnet("bare", "a", "10.0.9.0/24");
     bare.unmanaged = true;
@@ -67,7 +67,7 @@ fn nic(subnet: &str, last: u8, ip: Option<&str>) -> PlannedNic {
     }
 }
 
-/// A network on which "outside" is the loopback of this host, so that no test leaves it.
+/// Returns a network on which "outside" is the loopback of this host, so that no test leaves it.
 fn network(plan: &PlannedNetwork) -> Arc<Network> {
     network_with(plan, &NetworkOptions::new("Test_Lab-1"))
 }
@@ -92,7 +92,7 @@ fn connect_nic(network: &Network, name: &str, nic: usize) -> Guest {
     let (ours, theirs) = io::duplex(1 << 20);
     let port =
         Arc::clone(&attached.vpc.lock().segments[attached.place.segment].nics[attached.place.port].port);
-    // At once, and not when the task runs: frames for a NIC that is not connected are dropped.
+    // Immediately, not when the task runs: frames for a NIC that is not connected are dropped.
     port.set_connected(true);
     let address = attached.address();
     let gateway = attached.vpc.lock().segments[attached.place.segment].gateway;
@@ -114,7 +114,7 @@ async fn addresses_are_planned_and_fixed_ones_go_first() {
         network.add_machine(&format!("m{number}"), &[nic("default", number, ip)]).unwrap();
     }
     let address = |name: &str| network.nics(name)[0].ip.unwrap().to_string();
-    // The last took the address that had been given to the first.
+    // The last one took the address that had been given to the first.
     assert_eq!(["m1", "m2", "m3", "m4"].map(address), ["10.0.2.18", "10.0.2.16", "10.0.2.17", "10.0.2.15"]);
     let again = network.add_machine("m1", &[]).unwrap_err();
     assert_eq!(again.kind(), ErrorKind::Conflict);

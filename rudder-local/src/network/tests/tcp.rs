@@ -1,4 +1,4 @@
-//! Connections: dialled, served, to the outside; half-closed, refused, many, and slow readers.
+//! Connections: dialled, served, to the outside; half-closed, refused, many at once, and with slow readers.
 
 use super::*;
 use smoltcp::{
@@ -9,7 +9,7 @@ use smoltcp::{
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// The port of the echo.
+/// The port of the echo service.
 const ECHO: u16 = 7;
 
 fn socket() -> Socket<'static> {
@@ -17,7 +17,7 @@ fn socket() -> Socket<'static> {
     Socket::new(buffer(), buffer())
 }
 
-/// Runs a guest that echoes on as many connections at a time.
+/// Runs a guest that echoes on this many concurrent connections.
 fn echo(guest: Guest, connections: usize) -> tokio::task::JoinHandle<()> {
     let mut sockets = SocketSet::new(Vec::new());
     for _ in 0..connections {
@@ -45,7 +45,7 @@ fn echo(guest: Guest, connections: usize) -> tokio::task::JoinHandle<()> {
     }))
 }
 
-/// Runs a guest that opens a connection, sends something, and reads to its end; what it read, or nothing when it was refused.
+/// Runs a guest that opens a connection, sends something, and reads to the end; returns what it read, or `None` if refused.
 fn call(guest: Guest, to: (Ipv4Addr, u16), sent: Vec<u8>) -> impl Future<Output = Option<Vec<u8>>> {
     let mut sockets = SocketSet::new(Vec::new());
     let handle = sockets.add(socket());
@@ -158,7 +158,7 @@ async fn who_writes_to_a_guest_that_does_not_read_waits() {
     let mut stream = within("dial", network.dial("web", ECHO)).await.unwrap();
     let bytes = vec![1; total];
     let mut sent = 0;
-    // It takes what the buffers hold, and then nothing more.
+    // It accepts what fits into the buffers, and then nothing more.
     while let Ok(length) =
         tokio::time::timeout(Duration::from_millis(300), stream.write(&bytes[sent..])).await
     {
@@ -180,7 +180,7 @@ async fn a_guest_that_is_gone_ends_its_connections() {
     guest.abort();
     let error = within("the end", stream.read(&mut [0])).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-    // It comes back, as after a restart.
+    // It reconnects, as after a restart.
     let _echo = echo(connect(&network, "web"), 1);
     within("dial again", network.dial("web", ECHO)).await.unwrap();
 }
@@ -219,7 +219,7 @@ async fn connections_to_the_outside_are_carried_and_refused_as_they_are() {
 
 #[tokio::test]
 async fn this_host_refuses_and_so_does_everything_without_internet() {
-    // The real policy, and a listener that must hear nothing.
+    // The real policy, and a listener that must receive nothing.
     let listener = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let mut targets =
@@ -278,7 +278,7 @@ async fn names_are_answered_over_tcp_too() {
     let web = join(&network, "web", &nic("web", 1, None));
     let to = (web.gateway, 53);
     let mut question = vec![0, 21, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3, b'w', b'e', b'b', 0, 0, 1, 0, 1];
-    // A message that is none ends the connection.
+    // A malformed message ends the connection.
     question.extend([0, 3, 1, 2, 3]);
     let got = within("the answer", call(web, to, question)).await.unwrap();
     assert!(got.ends_with(&[10, 0, 2, 15]), "{got:?}");

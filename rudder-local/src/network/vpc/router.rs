@@ -1,4 +1,4 @@
-//! What becomes of a guest's frames: switched, answered by the gateway, routed, or taken to the outside.
+//! The handling of a guest's frames: switched, answered by the gateway, routed, or forwarded to the outside.
 
 use super::{FLOWS, Inner, Opened, Vpc};
 use crate::network::{
@@ -50,13 +50,13 @@ impl Inner {
         }
     }
 
-    /// Takes a packet that was sent to the router.
+    /// Handles a packet that was sent to the router.
     fn packet(&mut self, vpc: &Arc<Vpc>, place: Place, frame: &Frame<'_>, packet: &Packet<'_>) {
         if is_dhcp(packet) {
             return self.dhcp(vpc, place, packet);
         }
         let Some(segment) = self.segments.get_mut(place.segment) else { return };
-        // Nobody speaks for another.
+        // No guest can use the address of another.
         if !segment.learn(packet.src, frame.from, place.port) {
             return;
         }
@@ -103,7 +103,7 @@ impl Inner {
                 if self.datagrams.pass(flow, content) {
                     return;
                 }
-                // Looked up when a flow begins, and not for each of its datagrams.
+                // Checked when a flow begins, and not for each of its datagrams.
                 if (vpc.settings.is_outside)(packet.dst) {
                     return nat::datagram(vpc, self, place, flow, content);
                 }
@@ -118,7 +118,7 @@ impl Inner {
         }
     }
 
-    /// Tells the sender why its packet goes no further.
+    /// Informs the sender why its packet goes no further.
     pub(in crate::network) fn tell(&mut self, place: Place, packet: &Packet<'_>, refusal: Refusal) {
         let Some(gateway) = self.segments.get(place.segment).map(|segment| segment.gateway) else { return };
         if let Some(told) = refusal.about(packet, gateway) {
@@ -148,7 +148,7 @@ impl Inner {
         }
     }
 
-    /// Takes a TCP segment for the gateway or for the outside.
+    /// Handles a TCP segment for the gateway or for the outside.
     fn segment(&mut self, vpc: &Arc<Vpc>, place: Place, packet: &Packet<'_>, (from, to): (u16, u16)) {
         let flow = Flow { guest: (packet.src, from), to: (packet.dst, to) };
         match self.flows.get(&flow) {
@@ -179,7 +179,7 @@ impl Inner {
             self.end_flow(place, flow);
             return self.refuse(place, syn, None);
         };
-        // Taken when the lock is free again: the stream takes it itself.
+        // In a task, because accepting acquires the lock, which is held here.
         let vpc = Arc::clone(vpc);
         tokio::spawn(async move {
             if let Some(stream) = vpc.accept(place, flow, syn) {
@@ -204,12 +204,12 @@ impl Inner {
         }
     }
 
-    /// Refuses a connection: with a reset, which every guest understands, behind the reason, which many do.
+    /// Refuses a connection: first sends the reason, which many guests understand, then a reset, which all understand.
     pub(super) fn refuse(&mut self, place: Place, syn: Vec<u8>, why: Option<Refusal>) {
         if let (Some(why), Some(packet)) = (why, Packet::parse(&syn)) {
             self.tell(place, &packet, why);
         }
-        // The stack resets what no socket waits for.
+        // The stack resets connections that no socket waits for.
         self.stack.receive(syn);
     }
 }

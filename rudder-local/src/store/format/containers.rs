@@ -1,4 +1,4 @@
-//! Formats with a header: what it says, and whether the image is whole and stands alone.
+//! Formats with a header: reads it, and checks that the image is complete and self-contained.
 
 use super::{Found, HEAD, Image, ImageFormat, SECTOR, damaged, unusable};
 
@@ -22,7 +22,7 @@ impl Image {
         if !(9..=21).contains(&cluster_bits) || header_length < 72 || header_length >= 1 << cluster_bits {
             return Err(damaged("QCOW2").into());
         }
-        // Of a table that is missing at the end, QEMU would read zeros: an empty disk.
+        // For a table missing at the end, QEMU would read zeros: an empty disk.
         let table = u64::from(self.be32(36)?) * 8;
         self.reaches("QCOW2", self.be64(40)?.saturating_add(table))?;
         let mut offset = header_length;
@@ -40,7 +40,7 @@ impl Image {
 
     pub(super) fn vmdk(&self) -> Found {
         let mut headers = vec![0];
-        // A stream-optimised image has a second header at its end, which counts (VMDK 5.0, "footer").
+        // A stream-optimised image has a second header at its end, which takes precedence (VMDK 5.0, "footer").
         if self.le64(56)? == u64::MAX {
             let footer = self.size.checked_sub(2 * SECTOR).ok_or_else(|| damaged("VMDK"))?;
             if self.bytes(footer, 4)? != b"KDMV" {
@@ -51,10 +51,10 @@ impl Image {
         let mut capacity = 0;
         for header in headers {
             capacity = self.le64(header + 12)?;
-            // 0: QEMU would take the file for a descriptor and open what it names.
+            // 0: QEMU would treat the file as a descriptor and open what it names.
             self.refuse(capacity == 0, "VMDK", "keeps its data in other files")?;
             let descriptor = self.le64(header + 28)?.saturating_mul(SECTOR);
-            // QEMU reads 20 sectors whatever the size says.
+            // QEMU reads 20 sectors whatever the size field contains.
             let length = self.le64(header + 36)?.saturating_mul(SECTOR).clamp(20 * SECTOR, 1 << 20);
             let text = self.bytes(descriptor, usize::try_from(length).unwrap_or(HEAD))?;
             let text = String::from_utf8_lossy(&text).to_ascii_lowercase();
@@ -76,7 +76,7 @@ impl Image {
         if !matches!(self.le32(0x4c)?, 1 | 2) {
             return Err(unusable("VDI", "is a snapshot of another image", "vdi").into());
         }
-        // Of what is missing at its end, QEMU would read zeros.
+        // For what is missing at the end, QEMU would read zeros.
         let (data, block) = (u64::from(self.le32(0x158)?), u64::from(self.le32(0x178)?));
         let end = u64::from(self.le32(0x184)?).saturating_mul(block).saturating_add(data);
         self.reaches("VDI", end)?;
@@ -98,7 +98,7 @@ impl Image {
         // 2: fixed, 3: dynamic, 4: differencing.
         match (self.be32(footer + 60)?, footer) {
             (3, 0) => {
-                // A copy of the footer is the end of the file; some old ones have 511 bytes.
+                // The file ends with a copy of the footer; some old ones have 511 bytes.
                 let end = self.bytes(self.size.saturating_sub(SECTOR), 9)?;
                 if !end.starts_with(b"conectix") && !end.ends_with(b"conectix") {
                     return Err(damaged("VHD").into());
@@ -147,13 +147,13 @@ impl Image {
         self.done(ImageFormat::Vhdx, self.le64(size)?)
     }
 
-    /// Whether the file is as long as its own tables say that it is.
+    /// Checks that the file is as long as its own tables require.
     fn reaches(&self, format: &'static str, end: u64) -> Found<()> {
         if self.size >= end { Ok(()) } else { Err(damaged(format).into()) }
     }
 }
 
-/// A GUID as it is stored: the first three fields little-endian.
+/// Encodes a GUID as it is stored: the first three fields little-endian.
 const fn guid(a: u32, b: u16, c: u16, d: [u8; 8]) -> [u8; 16] {
     let (a, b, c) = (a.to_le_bytes(), b.to_le_bytes(), c.to_le_bytes());
     [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]]

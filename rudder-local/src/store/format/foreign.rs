@@ -1,4 +1,4 @@
-//! Files that are no disk image, or one in a format that is not supported: what each is, and what to do with it.
+//! Identifies files that are not disk images, or are in an unsupported format, and suggests what to do with each.
 //!
 //! Sources of the signatures: file(1)'s database; QEMU's `block/`; Android's `sparse_format.h`; Linux' `boot.rst`, "The
 //! real-mode kernel header"; [MS-WIM]; PKWARE's APPNOTE; POSIX pax; libewf's and AFFLIB's documentation.
@@ -10,15 +10,15 @@ use std::{borrow::Cow, io};
 /// What to do with a file.
 #[derive(Clone, Copy)]
 enum Advice {
-    /// It is an image: QEMU converts it, with this as the name of the format.
+    /// It is an image: QEMU can convert it, with this as the name of the format.
     Convert(&'static str),
-    /// A command makes an image of it.
+    /// A command turns it into an image.
     Run(&'static str),
     /// It may hold an image.
     TakeOut,
-    /// It is packed in another way than is supported.
+    /// It is packed in an unsupported way.
     Repack,
-    /// It is something else altogether.
+    /// It is something else entirely.
     CheckUrl,
 }
 
@@ -37,7 +37,7 @@ impl Advice {
     }
 }
 
-/// Bytes that no disk begins with: where, which, what they tell, and what to do.
+/// Bytes that no disk begins with: offset, bytes, what they identify, and what to do.
 const SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     // Disk images in other formats.
     (0, b"QED\0", "a QED image", Convert("qed")),
@@ -115,7 +115,7 @@ const SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (0, b"QEVM", "the saved memory of a machine", CheckUrl),
     (0, b"LinuxGuestRecord", "the saved memory of a machine", CheckUrl),
     (0, b"\xd2\xbe\xd2\xbe", "the saved memory of a machine", CheckUrl),
-    // File systems that no firmware boots from, and that nothing can be written to.
+    // File systems that no firmware boots from, and that cannot be written to.
     (
         0,
         b"hsqs",
@@ -168,7 +168,7 @@ const SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an installer or document of Windows", CheckUrl),
 ];
 
-/// Signatures so short that boot code may begin with them: they count where there is no sign of a disk.
+/// Signatures so short that boot code may begin with them: they count only if there is no sign of a disk.
 const SHORT_SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (0, b"\xc7\x71", "a cpio archive", TakeOut),
     (0, b"\x5d\0\0", "an lzma file, which is not supported (use xz)", Repack),
@@ -176,7 +176,7 @@ const SHORT_SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (0, b"MZ", "a program of Windows or UEFI", CheckUrl),
 ];
 
-/// A format that its beginning or end tells for sure.
+/// Returns the error for a format that the beginning or end of the file identifies with certainty.
 pub(super) fn by_signature(image: &Image) -> io::Result<Option<Error>> {
     if image.head.starts_with(b"# Disk DescriptorFile") {
         return Ok(Some(invalid(
@@ -190,7 +190,7 @@ pub(super) fn by_signature(image: &Image) -> io::Result<Option<Error>> {
     if is_tar(&image.head) {
         return tar(image).map(Some);
     }
-    // An image of macOS ends with what it is.
+    // A macOS disk image has its signature at the end.
     if let Some(trailer) = image.size.checked_sub(512)
         && image.bytes(trailer, 8)? == b"koly\0\0\0\x04"
     {
@@ -199,7 +199,7 @@ pub(super) fn by_signature(image: &Image) -> io::Result<Option<Error>> {
     Ok(None)
 }
 
-/// What a file that has no sign of a disk may be otherwise.
+/// Returns the error for a file without any sign of a disk, if it looks like something else.
 pub(super) fn by_shape(head: &[u8]) -> Option<Error> {
     let text = || text(head).map(|(what, advice)| error(what, advice.text()));
     signature(SHORT_SIGNATURES, head).or_else(text)
@@ -210,12 +210,12 @@ fn signature(signatures: &[(usize, &[u8], &str, Advice)], head: &[u8]) -> Option
     found.map(|(_, _, what, advice)| error(what, advice.text()))
 }
 
-/// What kind of text this is, if it is text.
+/// Returns the kind of text, if it is text.
 fn text(head: &[u8]) -> Option<(&'static str, Advice)> {
     if head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff") {
         return Some(("a text file", CheckUrl));
     }
-    // Text has no zero bytes and hardly any control characters; the end of the head may cut a character in two.
+    // Text has no zero bytes and hardly any control characters; the head may end in the middle of a character.
     let whole = match std::str::from_utf8(head) {
         Ok(_) => true,
         Err(error) => error.error_len().is_none() && error.valid_up_to() > 0,
@@ -225,7 +225,7 @@ fn text(head: &[u8]) -> Option<(&'static str, Advice)> {
     let begin = String::from_utf8_lossy(&head[..head.len().min(512)]).to_ascii_lowercase();
     let begin = begin.trim_start_matches('\u{feff}').trim_start();
     let starts = |with: &[&str]| with.iter().any(|with| begin.starts_with(with));
-    // Pages in other encodings are no plain text here.
+    // HTML pages in other encodings are not plain text here.
     if starts(&["<!doctype html", "<html", "<head", "<body", "<script", "<meta", "<title", "<!--"]) {
         return Some((
             "a web page",
@@ -255,8 +255,8 @@ fn text(head: &[u8]) -> Option<(&'static str, Advice)> {
     })
 }
 
-/// Whether this is the header of an archive (POSIX pax, "ustar Interchange Format"), old archives included: it carries the
-/// sum of its bytes, with spaces in the place of the sum.
+/// Returns whether this is the header of an archive (POSIX pax, "ustar Interchange Format"), including old archives: it
+/// contains the sum of its bytes, computed with spaces in place of the sum.
 fn is_tar(head: &[u8]) -> bool {
     let Some(header) = head.get(..512) else { return false };
     if &header[257..262] == b"ustar" {
@@ -272,7 +272,7 @@ fn octal(field: &[u8]) -> Option<u64> {
     u64::from_str_radix(text.trim_matches([' ', '\0']), 8).ok()
 }
 
-/// An archive, and the disk in it if it is among the first files.
+/// Returns the error for an archive, naming the disk in it if it is among the first files.
 fn tar(image: &Image) -> io::Result<Error> {
     const DISKS: [&str; 7] = [".vmdk", ".qcow2", ".vhdx", ".vhd", ".vdi", ".raw", ".img"];
     let (mut at, mut disk, mut appliance) = (0, None, false);
@@ -293,7 +293,7 @@ fn tar(image: &Image) -> io::Result<Error> {
     }
     let what = if appliance { "an appliance (OVA, a tar archive)" } else { "a tar archive" };
     let help = match disk {
-        // What could be more than a name to a shell is not part of a command.
+        // A name with characters that are special to a shell is not made part of a command.
         Some(disk) if disk.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte)) => {
             format!("take the disk out, and give that: tar -xf FILE {disk}").into()
         }

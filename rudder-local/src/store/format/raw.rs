@@ -1,15 +1,15 @@
-//! Raw disks: the bytes of the disk themselves, without anything that says so.
+//! Raw disks: the bytes of the disk themselves, without a header.
 //!
 //! Sources: UEFI 2.10, 5.3 (GPT) and 5.2 (MBR); ECMA-119 (ISO 9660).
 
 use super::{Found, Image, ImageFormat, SECTOR, foreign, human, invalid, not_an_image};
 
-/// A disk with a table of that kind.
+/// Name of a disk with a GUID partition table.
 const GPT: &str = "a GPT disk";
 
 impl Image {
-    /// Anything may be a disk. Taken as one is what begins like a disk; and what is nothing else that we know, is not
-    /// text, and is made of whole sectors.
+    /// Recognises a raw disk. Anything may be one, so accepts what begins like a disk, and what neither is text nor looks like
+    /// any other kind of file. Either must consist of whole sectors.
     pub(super) fn raw(&self) -> Found {
         let at = |offset: u64, magic: &[u8]| -> Found<bool> { Ok(self.bytes(offset, magic.len())? == magic) };
         let iso = at(0x8001, b"CD001")?;
@@ -50,7 +50,7 @@ impl Image {
                 human(end),
                 human(self.size)
             )),
-            // Whoever enlarged a disk left zeros. What an MBR names need not be all of its disk.
+            // An enlarged disk has zeros there. The partitions of an MBR need not cover the whole disk.
             Some((end, what @ GPT)) if self.bytes(end, 4096)?.iter().any(|byte| *byte != 0) => Some(format!(
                 "{} bytes follow the end of {what}; they become a part of the disk",
                 self.size - end
@@ -60,11 +60,11 @@ impl Image {
         Ok(super::Recognised { remark, ..self.done(ImageFormat::Raw, self.size)? })
     }
 
-    /// Where the disk ends by its partition table, and which table that is; `None` where there is none to be sure of.
+    /// Returns where the disk ends according to its partition table, and the kind of table; `None` if there is no reliable one.
     fn end_of_partitions(&self) -> Found<Option<(u64, &'static str)>> {
         for sector in [SECTOR, 4096] {
             if self.bytes(sector, 8)? == b"EFI PART" {
-                // The header at the end of the disk says where its copy at the beginning is, and the reverse.
+                // The headers at the beginning and the end of the disk point at each other.
                 let last = self.le64(sector + 32)?;
                 let end = last.checked_add(1).and_then(|sectors| sectors.checked_mul(sector));
                 return Ok(end.filter(|end| *end > sector).map(|end| (end, GPT)));
@@ -76,7 +76,7 @@ impl Image {
         let mut end = None;
         for entry in [446, 462, 478, 494] {
             let table = self.bytes(entry, 16)?;
-            // A boot sector of a file system has code or names there.
+            // Here the boot sector of a file system has code or names.
             if !matches!(table.first(), Some(0 | 0x80)) {
                 return Ok(None);
             }

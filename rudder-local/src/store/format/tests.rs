@@ -1,4 +1,4 @@
-//! Each format from a header made here, and each way in which an image may reach for other files.
+//! Tests of each format with a header made here, and of each way in which an image can refer to other files.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,7 +12,7 @@ fn recognise(bytes: &[u8]) -> Result<Recognised> {
 
 fn accepted(bytes: &[u8], format: ImageFormat, virtual_size: u64) {
     assert_eq!(recognise(bytes).unwrap(), Recognised { format, virtual_size, remark: None });
-    // Cut anywhere, it is refused or recognised, and never a panic or an I/O error.
+    // Truncated anywhere, it is refused or recognised, and never causes a panic or an I/O error.
     for length in (0..bytes.len()).step_by(97) {
         if let Err(error) = recognise(&bytes[..length]) {
             assert_eq!(error.kind(), ErrorKind::InvalidImage, "cut to {length}: {error:?}");
@@ -27,7 +27,7 @@ fn refused(bytes: &[u8], what: &str) {
     assert!(error.help().is_some());
 }
 
-/// These bytes at these offsets, zeros between.
+/// Returns an image with these bytes at these offsets, and zeros between.
 fn image(size: usize, parts: &[(usize, &[u8])]) -> Vec<u8> {
     let mut bytes = vec![0; size];
     for (offset, part) in parts {
@@ -57,20 +57,20 @@ fn qcow2(extra: &[(usize, &[u8])]) -> Vec<u8> {
 #[test]
 fn qcow2_stands_alone_or_is_refused() {
     accepted(&qcow2(&[]), ImageFormat::Qcow2, GIB);
-    // Feature names and a dirty bit are fine.
+    // Feature names and a dirty bit are accepted.
     let names: [u8; 12] = *b"\x68\x03\xf8\x57\0\0\0\x03abc\0";
     accepted(&qcow2(&[(79, &[1]), (104, &names)]), ImageFormat::Qcow2, GIB);
     accepted(&qcow2(&[(7, &[2])]), ImageFormat::Qcow2, GIB);
     refused(&qcow2(&[(8, &200u64.to_be_bytes())]), "a QCOW2 image that has a backing file");
     refused(&qcow2(&[(79, &[4])]), "keeps its data in another file");
     refused(&qcow2(&[(104, &names), (120, b"DATA\0\0\0\x0b/etc/shadow")]), "keeps its data in another file");
-    // Version 2 has extensions too.
+    // Version 2 also has extensions.
     refused(&qcow2(&[(7, &[2]), (72, b"DATA\0\0\0\x0b/etc/shadow")]), "keeps its data in another file");
     refused(&qcow2(&[(32, &1u32.to_be_bytes())]), "is encrypted");
     refused(&qcow2(&[(79, &[2])]), "is marked as corrupt");
     refused(&qcow2(&[(7, &[1])]), "has version 1");
     refused(&qcow2(&[(24, &[0; 8])]), "a qcow2 image of 0 bytes");
-    // Its first table is where the file does not reach.
+    // Its first table is beyond the end of the file.
     refused(&qcow2(&[(36, &2_u32.to_be_bytes()), (40, &4088_u64.to_be_bytes())]), "cut short or damaged");
     refused(&qcow2(&[(100, &[0xff; 4])]), "cut short or damaged");
     refused(b"QFI\xfb\0\0\0\x03", "cut short or damaged");
@@ -119,7 +119,7 @@ fn vdi_vhd_and_vhdx_stand_alone_or_are_refused() {
     };
     accepted(&vdi(1), ImageFormat::Vdi, GIB);
     refused(&vdi(4), "a snapshot of another image");
-    // Two blocks of 1 MiB, of which nothing is there.
+    // Two blocks of 1 MiB, neither of which exists.
     let mut cut = vdi(1);
     cut[0x178..0x17c].copy_from_slice(&(1_u32 << 20).to_le_bytes());
     cut[0x184..0x188].copy_from_slice(&2_u32.to_le_bytes());
@@ -177,7 +177,7 @@ fn raw_is_what_looks_like_a_disk() {
     disk(2048, &[(512, b"EFI PART")]);
     disk(40_960, &[(0x8001, b"CD001")]);
     disk(4096, &[(0x438, &[0x53, 0xef])]);
-    // A data disk without any sign of one, and an empty one.
+    // A data disk without any signature, and an empty one.
     disk(4096, &[(0, &[0, 1, 2, 3, 0xff])]);
     disk(512, &[]);
 }
@@ -228,7 +228,7 @@ fn other_formats_are_named_and_say_what_to_do() {
         assert_eq!(error.to_string(), format!("expected a disk image, but found {what}"));
         assert!(error.help().unwrap().contains(help), "{error:?}");
     };
-    // Also where there is the signature of a boot sector.
+    // The same with the signature of a boot sector.
     let begins = |with: &[u8]| image(4096, &[(0, with), (510, &[0x55, 0xaa])]);
     let convert = |driver: &str| format!("qemu-img convert -f {driver} -O qcow2 FILE disk.qcow2");
     named(&begins(b"QED\0"), "a QED image", &convert("qed"));
@@ -251,7 +251,7 @@ fn other_formats_are_named_and_say_what_to_do() {
         "check that the URL",
     );
     named(&image(4096, &[(3584, b"koly\0\0\0\x04")]), "a disk image of macOS (DMG)", &convert("dmg"));
-    // Signs that are too short to count against that of a boot sector.
+    // Signatures too short to outweigh that of a boot sector.
     named(&image(4096, &[(0, b"MZ")]), "a program of Windows or UEFI", "check that the URL");
     named(
         &image(4096, &[(0, b"\x5d\0\0\x80")]),
@@ -319,6 +319,6 @@ fn what_is_no_disk_is_named() {
     refused(&image(1024, &[(257, b"ustar")]), "a tar archive");
     refused(&image(1024, &[(0, b"PK\x03\x04")]), "a zip archive");
     refused(&image(1000, &[(3, &[1, 2])]), "1000 bytes of unknown data, which is not a multiple of 512");
-    // A signature does not make up for half a sector.
+    // A boot signature does not make up for half a sector.
     refused(&image(1000, &[(510, &[0x55, 0xaa])]), "not a multiple of 512");
 }

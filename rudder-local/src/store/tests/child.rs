@@ -1,4 +1,4 @@
-//! Other processes: this test program again, doing one thing with a store until it is killed or done.
+//! Child processes: this test program run again, performing one task on a store until it is killed or done.
 
 use super::*;
 use rudder_core::backend::Retention;
@@ -11,7 +11,7 @@ use std::{
 const STORE: &str = "RUDDER_TEST_STORE";
 const TASK: &str = "RUDDER_TEST_TASK";
 
-/// A child process; killed when it is dropped.
+/// A child process; killed on drop.
 pub(super) struct Child {
     process: process::Child,
     lines: std::io::Lines<BufReader<ChildStdout>>,
@@ -26,14 +26,14 @@ impl Child {
         Self::start_in(store, task, &[])
     }
 
-    /// The same, with files and directories that are made without these permissions.
+    /// Starts a child with this umask, which removes permissions from new files and directories.
     pub(super) fn start_with_umask(store: &Path, task: &str, umask: &str) -> Self {
         let mut command = Command::new("sh");
         command.args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")]).arg(env::current_exe().unwrap());
         Self::start_as(command, store, task, &[])
     }
 
-    /// The same with variables of its environment.
+    /// Starts a child with additional environment variables.
     pub(super) fn start_in(store: &Path, task: &str, variables: &[(&str, &str)]) -> Self {
         Self::start_as(Command::new(env::current_exe().unwrap()), store, task, variables)
     }
@@ -53,7 +53,7 @@ impl Child {
         Self { process, lines }
     }
 
-    /// Reads what it says until a line holds this; returns the line.
+    /// Reads its output until a line contains this text; returns the line.
     pub(super) fn wait_for(&mut self, text: &str) -> String {
         let mut seen = Vec::new();
         for line in self.lines.by_ref() {
@@ -66,7 +66,7 @@ impl Child {
         panic!("the child ended without saying {text:?}; it said {seen:#?}");
     }
 
-    /// Waits until something is so; the child must live until then.
+    /// Waits until a condition holds; the child must live until then.
     pub(super) fn wait_until(&mut self, so: impl Fn() -> bool) {
         while !so() {
             assert!(self.process.try_wait().unwrap().is_none(), "the child ended");
@@ -74,7 +74,7 @@ impl Child {
         }
     }
 
-    /// Kills it as `kill -9` does.
+    /// Kills it with SIGKILL.
     pub(super) fn kill(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
@@ -94,14 +94,14 @@ fn say(line: impl std::fmt::Display) {
     out.flush().unwrap();
 }
 
-/// The most memory that this process had so far, in KiB (proc(5), `VmHWM`).
+/// Returns the peak memory use of this process so far, in KiB (proc(5), `VmHWM`).
 fn peak_memory() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
     line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// What a child does. Without a task, there is nothing to do: then this is the parent's own run of its tests.
+/// Runs the task of a child. Without a task this is the parent's own test run, and there is nothing to do.
 #[tokio::test]
 #[allow(clippy::zombie_processes, reason = "it is killed while its children run: that is what is tested")]
 async fn as_a_child() {
@@ -122,7 +122,7 @@ async fn as_a_child() {
             say(format_args!("done {}", image.path.display()));
         }
         "measure" => {
-            // Everything that is set up once, before the first look.
+            // Includes everything that is set up only once, before the first measurement.
             store.client().unwrap();
             let before = peak_memory();
             store.image(&planned(&argument.parse().unwrap(), None), &Progress::none()).await.unwrap();
@@ -133,7 +133,7 @@ async fn as_a_child() {
             let lab = store.create_lab(&id, argument, Retention::EndWithOwner).unwrap();
             let process = Command::new("sleep").arg("600").env(LAB_VARIABLE, id.as_str()).spawn().unwrap();
             lab.record_process(process.id(), "sleeper").unwrap();
-            // Its owner is killed before it can write this one down.
+            // Its owner is killed before it can record this one.
             let unrecorded = Command::new("sleep").arg("600").env(LAB_VARIABLE, id.as_str()).spawn().unwrap();
             say(format_args!("lab {id} {} {}", process.id(), unrecorded.id()));
             std::future::pending::<()>().await;

@@ -1,4 +1,4 @@
-//! What was stored and has changed since: never used, told, and made good where that is possible.
+//! Stored content that has changed since: it is never used, it is reported, and repaired if possible.
 
 use super::{
     gather::publish,
@@ -22,7 +22,7 @@ fn writable(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
 }
 
-/// Writes these bytes into the file, and puts its time of modification back.
+/// Overwrites bytes of the file, and restores its modification time.
 fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
     writable(path);
     let mut file = fs::File::options().write(true).open(path).unwrap();
@@ -44,7 +44,7 @@ fn fifo(path: &Path) {
 
 type Damage = fn(&Path);
 
-/// How a file may be damaged.
+/// Ways to damage a file.
 const DAMAGES: [(&str, Damage); 7] = [
     ("flipped", |path| overwrite(path, 20_000, b"????????")),
     ("cut", |path| cut(path, 30_000)),
@@ -98,11 +98,11 @@ async fn a_damaged_blob_is_told_and_fetched_again() {
                 "{what}: {told:?}"
             );
             if what == "a directory" {
-                // What somebody put there is still somewhere.
+                // The user's file still exists somewhere.
                 let shelf = fs::read_dir(image.path.parent().unwrap()).unwrap();
                 assert!(shelf.flatten().any(|entry| entry.path().join("thesis").exists()));
             }
-            // Which repaired it for good.
+            // The repair is permanent.
             fixture.store.image(&url, &progress).await.unwrap();
             assert_eq!(notices(&heard), Vec::<String>::new(), "{what}");
         }
@@ -151,7 +151,7 @@ async fn a_damaged_blob_that_cannot_be_fetched_again_is_an_error_that_names_it()
     }
 }
 
-/// How often the content of a stored file was read to be verified.
+/// Returns how often the content of a stored file was read to be verified.
 fn verifications(heard: &Mutex<Vec<ProgressEvent>>) -> usize {
     let heard = std::mem::take(&mut *heard.lock().unwrap());
     let done = |event: &&ProgressEvent| matches!(event, ProgressEvent::Bytes { task, done, total } if task.starts_with("verify ") && Some(*done) == *total);
@@ -170,13 +170,13 @@ async fn a_blob_is_hashed_once_for_each_change_and_not_for_each_build() {
         fixture.store.image(&url, &progress).await.unwrap();
     }
     assert_eq!(verifications(&heard), 0);
-    // Touched, but the same.
+    // The time changed, but not the content.
     writable(&image.path);
     for _ in 0..3 {
         fixture.store.image(&url, &progress).await.unwrap();
     }
     assert_eq!(verifications(&heard), 1);
-    // Without the record, or with that of a store before there were any.
+    // Without the record, as in a store from before there were any.
     fs::remove_dir_all(fixture.store.root().join("index/verified")).unwrap();
     for _ in 0..3 {
         fixture.store.image(&url, &progress).await.unwrap();
@@ -201,7 +201,7 @@ async fn a_damaged_index_is_made_anew_and_makes_nothing_disappear() {
             let found = fixture.image(&url, None).await;
             match found {
                 Ok(found) => assert_eq!(fs::read(&found.path).unwrap(), disk, "{dir}: {what}"),
-                // A directory is nobody's to remove.
+                // The store does not remove a directory, so this may fail.
                 Err(error) => assert_eq!(what, "a directory", "{dir}: {}", error.report()),
             }
             assert_eq!(fs::read(&image.path).unwrap(), disk, "{dir}: {what}");
@@ -251,7 +251,7 @@ async fn a_partial_download_that_changed_is_begun_anew() {
             let disk = disk.clone();
             move |asked, number| {
                 let reply = Reply::file(asked, &disk, ETAG);
-                // As often as one call tries.
+                // As many attempts as one call makes.
                 if number < 3 { reply.stop_after(if number == 0 { 50_000 } else { 0 }) } else { reply }
             }
         });
@@ -263,7 +263,7 @@ async fn a_partial_download_that_changed_is_begun_anew() {
         damage(&part);
         let image = fixture.store.image(&url, &Progress::none()).await.unwrap();
         assert_eq!(fs::read(&image.path).unwrap(), disk, "{what}");
-        // What a writer that died left behind its last sum is only cut off.
+        // Bytes that a dying writer left after its last sum are just cut off.
         let expected = if what == "longer" { Some("bytes=50000-") } else { None };
         assert_eq!(server.asked()[3].header("range"), expected, "{what}");
     }
@@ -298,7 +298,7 @@ async fn a_damaged_disk_of_a_module_is_an_error_that_names_it_until_it_is_built_
             assert!(error.to_string().starts_with(&named), "{what}: {error}");
             assert!(error.help().unwrap().contains("build the module again"), "{error:?}");
         }
-        // Built again, it has the same digest: its files must not be taken for good.
+        // Built again, it has the same digest: existing files must not be assumed to be intact.
         if what == "a directory" {
             assert!(publish(store, "base", &disk).await.is_err());
         } else {
@@ -339,7 +339,7 @@ async fn a_damaged_record_lets_nothing_be_collected_that_it_may_name() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Twenty random bytes or ends of files in a store with everything in it: what is used afterwards is what was stored.
+    /// Changes twenty random bytes or ends of files in a store with everything in it: only what was stored is ever used afterwards.
     #[test]
     fn a_store_that_was_damaged_in_twenty_random_ways_is_never_used_silently(
         damages in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u8>()), 20)

@@ -1,17 +1,17 @@
-//! Copies of stores, and labs of which not enough is known: nothing of anybody else's ends.
+//! Copies of stores, and labs about which too little is known: no process of another store is killed.
 
 use super::{child::Child, *};
 use rudder_core::backend::{LabId, Retention};
 use std::process::Command;
 
-/// A process of a lab that was kept; killed when it is dropped.
+/// The processes of a kept lab; killed on drop.
 struct Kept {
     lab: String,
     processes: Vec<std::process::Child>,
 }
 
 impl Kept {
-    /// One that is written down, and one that only carries the id; both work where `cwd` says.
+    /// Starts one process that is recorded, and one that only carries the id; `works_in_lab` decides where both run.
     fn new(store: &Store, works_in_lab: bool) -> Self {
         let id = LabId::new("kept");
         let lab = store.create_lab(&id, "kept", Retention::MayBeKept).unwrap();
@@ -73,7 +73,7 @@ async fn cleaning_up_a_copy_ends_nothing_of_the_original() {
                 (fixture.store.root().to_owned(), fixture.dir.path().join("copy"));
             copy(&original, &copied);
             if swapped {
-                // The copy takes the place of the original, which lives on elsewhere.
+                // The copy takes the place of the original, which continues to exist elsewhere.
                 let aside = fixture.dir.path().join("aside");
                 fs::rename(&original, &aside).unwrap();
                 fs::rename(&copied, &original).unwrap();
@@ -85,7 +85,7 @@ async fn cleaning_up_a_copy_ends_nothing_of_the_original() {
             assert_eq!(report.removed, [format!("lab {}", kept.lab)]);
             assert_eq!((report.failed, kept.running()), (Vec::new(), 2));
 
-            // The original still knows its own, wherever it was moved.
+            // The original still recognises its own lab, wherever it was moved.
             let original = Store::open(original).unwrap();
             assert_eq!(original.labs().unwrap()[0].state, LabState::Kept);
             original.remove_lab(&kept.lab).await.unwrap();
@@ -132,7 +132,7 @@ async fn a_ledger_of_an_earlier_version_ends_only_what_works_in_its_directory() 
 async fn a_ledger_of_another_host_or_of_before_the_last_start_ends_nothing() {
     let fixture = Fixture::new();
     let mut kept = Kept::new(&fixture.store, true);
-    // Only the recorded one: the other is found by what it carries, which no process of another boot does.
+    // Only the recorded one: the other is found by its environment, which no process of another boot has.
     kept.processes[1].kill().unwrap();
     kept.processes[1].wait().unwrap();
     let mut stranger = Command::new("sleep").arg("600").spawn().unwrap();

@@ -1,4 +1,4 @@
-//! A store, its cache and its modules, damaged at random: what is damaged is never used silently, and nothing else disappears.
+//! Random damage to a store, its cache and its modules: nothing damaged is used silently, and nothing else disappears.
 
 use super::{
     directory::snapshot,
@@ -12,7 +12,7 @@ use rudder_core::{
 };
 use std::{collections::BTreeSet, os::unix::fs::symlink, process::Command};
 
-/// What of the store is damaged.
+/// The part of the store that is damaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
     Marker,
@@ -37,12 +37,12 @@ enum Damage {
     /// Cut to half of its length.
     Cut,
     Garbage,
-    /// A later format, where there are formats.
+    /// A later format, for files with a format number.
     Later,
-    /// A symbolic link to where it was moved, outside of the store.
+    /// A symbolic link to its new location outside the store.
     Linked,
     LinkedNowhere,
-    /// A directory with somebody's file in it.
+    /// A directory with a user's file in it.
     Directory,
     Fifo,
     /// Its content is that of the other module, lab or record.
@@ -76,7 +76,7 @@ const DAMAGES: [Damage; 10] = [
     Damage::Swapped,
 ];
 
-/// A store with two modules, a lab that was kept, a cached image, and somebody's files beside and among them.
+/// A store with two modules, a kept lab, a cached image, and a user's files beside and among them.
 struct Scene {
     fixture: Fixture,
     hurt: Module,
@@ -131,7 +131,7 @@ impl Scene {
         }
     }
 
-    /// Damages a part, as far as there is something left of it. Nothing is lost by it: it moves out of the store.
+    /// Damages a part, if anything is left of it. Nothing is lost: the original is moved out of the store.
     fn damage(&self, part: Part, damage: Damage) {
         let path = self.path(part);
         let Ok(meta) = fs::symlink_metadata(&path) else { return };
@@ -170,7 +170,7 @@ impl Scene {
             // A store that is refused is not used at all.
             let Ok(store) = Store::open(self.fixture.store.root()) else { return };
             for store in [&store, &self.fixture.store] {
-                // Either may fail; what counts is what is there then.
+                // Either may fail; what counts is what exists afterwards.
                 let _ = store.reap().await;
                 let _ = store.collect(CollectPolicy::default()).await;
                 let _ = store.image(&planned(&self.url, None), &Progress::none()).await;
@@ -185,7 +185,7 @@ impl Scene {
             Ok(store) => store,
             Err(error) => {
                 assert!(is_hurt(&[Part::Marker, Part::Locks]), "{}", error.report());
-                // Removed, it would be taken for a store of an earlier version, but for what is not the store's.
+                // Without its marker it would be taken for a store of an earlier version, if it had no foreign entries.
                 assert!(error.report().contains(self.fixture.dir.path().to_str().unwrap()));
                 self.fixture.store.clone()
             }
@@ -195,7 +195,7 @@ impl Scene {
         assert_whole(&self.well);
         match store.module("hurt") {
             Ok(module) => {
-                // Nothing is believed that is not as it was published.
+                // Only a module that is as it was published is accepted.
                 assert_eq!(module, self.hurt);
                 assert_eq!(
                     Some(fs::metadata(self.path(Part::Disk)).unwrap().len()),
@@ -213,7 +213,7 @@ impl Scene {
     }
 }
 
-/// Whether nothing is left by which the lab is known to be one: then nothing needs the image any more.
+/// Returns whether nothing identifies the lab as one any more: then nothing needs the image.
 fn lab_is_gone(damages: &BTreeSet<(Part, Damage)>) -> bool {
     let removed = |part| damages.contains(&(part, Damage::Removed));
     damages.iter().any(|(part, _)| *part == Part::Lab) || (removed(Part::Ledger) && removed(Part::LabLock))
@@ -245,7 +245,7 @@ proptest! {
             let before = snapshot(scene.fixture.dir.path());
             scene.use_it().await;
             let after = snapshot(scene.fixture.dir.path());
-            // Records of the cache are made anew, locks come and go, a pointer is repaired.
+            // Records of the cache are recreated, locks come and go, a pointer is repaired.
             let may_change = [
                 scene.fixture.store.root().join("index"),
                 scene.fixture.store.root().join("locks"),

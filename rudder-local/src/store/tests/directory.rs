@@ -1,4 +1,4 @@
-//! Which directories are stores, who may open them, and who may read what is in them.
+//! Which directories are stores, who may open them, and who may read their content.
 
 use super::{child::Child, gather::publish, *};
 use proptest::{prelude::*, test_runner::TestCaseResult};
@@ -9,7 +9,7 @@ use std::{
     process,
 };
 
-/// What there is below a directory: kinds, modes, and contents.
+/// Returns everything below a directory: kinds, modes, and contents.
 pub(super) fn snapshot(root: &Path) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
     let mut all = BTreeMap::new();
     let mut open = vec![root.to_owned()];
@@ -42,7 +42,7 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// Makes a store as earlier versions did: without a marker, open to others.
+/// Creates a store like earlier versions did: without a marker, accessible to others.
 async fn earlier_store(root: &Path) {
     let store = open(root);
     publish(&store, "base", b"one").await.unwrap();
@@ -170,10 +170,10 @@ fn a_marker_decides_and_a_later_or_damaged_one_is_refused() {
         assert!(error.report().contains(part), "{text}: {}", error.report());
         assert_eq!(snapshot(root), before, "{text}");
     }
-    // What the help of the error says to write.
+    // The content that the error's help suggests.
     fs::write(&marker, "{\"format\": 1}").unwrap();
     Store::open(root).unwrap();
-    // A symbolic link, a directory and a FIFO are no markers, and nothing waits for them.
+    // A symbolic link, a directory or a FIFO is not a marker, and opening a FIFO does not block.
     let elsewhere = fixture.dir.path().join("elsewhere");
     fs::rename(&marker, &elsewhere).unwrap();
     symlink(&elsewhere, &marker).unwrap();
@@ -199,7 +199,7 @@ fn a_symbolic_link_in_place_of_a_directory_of_the_store_is_refused() {
         assert_eq!(error.kind(), ErrorKind::Conflict, "{directory}");
         assert!(error.report().contains("a symbolic link"), "{}", error.report());
     }
-    // The way to a store may lead over one: its owner chose it.
+    // The path to a store may contain one: its owner chose it.
     let fixture = Fixture::new();
     let link = fixture.dir.path().join("link");
     symlink(fixture.store.root(), &link).unwrap();
@@ -213,7 +213,7 @@ fn a_symbolic_link_in_place_of_a_directory_of_the_store_is_refused() {
 #[test]
 fn a_store_of_another_user_is_refused_also_to_root() {
     if !rustix::process::geteuid().is_root() {
-        // Nobody else can give a directory away; what belongs to root is another user's here.
+        // Only root can give a directory away; here, root's directories serve as another user's.
         assert!(Store::open("/usr").unwrap_err().report().contains("belongs to user 0"));
         return;
     }
@@ -227,7 +227,7 @@ fn a_store_of_another_user_is_refused_also_to_root() {
         assert!(error.report().contains("belongs to user 12345"), "{}", error.report());
         assert_eq!(snapshot(root), before);
     }
-    // Also an empty directory.
+    // The same for an empty directory.
     let dir = tempfile::tempdir().unwrap();
     std::os::unix::fs::chown(dir.path(), Some(12345), None).unwrap();
     assert!(Store::open(dir.path()).is_err());
@@ -256,7 +256,7 @@ async fn nobody_but_its_owner_reads_a_store() {
     assert_private(store.root());
     drop(lab);
 
-    // A copy that everybody can read, as `cp -r` makes it, and a directory that its owner opened.
+    // A copy that everyone can read, as made by `cp -r`, and a directory that its owner opened to others.
     for (path, (mode, _)) in snapshot(store.root()) {
         if mode & 0o170_000 != 0o120_000 {
             set_mode(&path, mode & 0o777 | 0o055);
@@ -267,7 +267,7 @@ async fn nobody_but_its_owner_reads_a_store() {
     set_mode(&store.root().join("labs"), 0o777);
     Store::open(store.root()).unwrap();
     assert_private(store.root());
-    // A group's directory gives its group to what is in it, which may still not read it.
+    // A setgid directory passes its group to its content, which the group may still not read.
     let shared = fixture.dir.path().join("shared");
     fs::create_dir(&shared).unwrap();
     set_mode(&shared, 0o2775);
@@ -290,7 +290,7 @@ fn a_store_is_private_whatever_the_umask_is() {
 #[test]
 fn what_cannot_be_written_to_can_still_be_read() {
     let fixture = Fixture::new();
-    // No mount is needed to see it: a store that is complete is opened without writing anything.
+    // A read-only mount is not needed for this: a complete store is opened without writing anything.
     let before = snapshot(fixture.store.root());
     let times = |root: &Path| fs::metadata(root).unwrap().mtime_nsec();
     let then = times(fixture.store.root());
@@ -313,7 +313,7 @@ fn many_may_make_a_store_at_once() {
         let left: Vec<_> = fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(!left.iter().any(|name| name.to_str().unwrap().starts_with('.')), "{left:?}");
     }
-    // Whoever was killed while it wrote the marker is in nobody's way.
+    // A temporary file of a process that was killed while writing the marker does no harm.
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(".rudder-store-abc123"), "{").unwrap();
     Store::open(dir.path()).unwrap();
@@ -326,7 +326,7 @@ fn a_mark_is_recognised_by_its_store_alone() {
     assert!(store.recognises(&store.mark()) && store.recognises(store.name()));
     let other = Store::open(fixture.dir.path().join("other")).unwrap();
     assert!(!other.recognises(&store.mark()) && !other.recognises(store.name()));
-    // After the host's next start, devices may have other numbers.
+    // Devices may have other numbers after the host restarts.
     assert!(store.recognises(&format!("{}/another-boot/1:2", store.name())));
     let (start, _) = store.mark().rsplit_once('/').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
     assert!(!store.recognises(&format!("{start}/1:2")));
@@ -334,7 +334,7 @@ fn a_mark_is_recognised_by_its_store_alone() {
 }
 
 proptest! {
-    /// No tree of plain files is taken for a store, and none is changed.
+    /// No tree of regular files is taken for a store, and none is changed.
     #[test]
     fn only_stores_are_stores(entries in proptest::collection::btree_set(
         "(blobs|labs|modules|index|locks|downloads|memory|x)(/[a-z.]{1,3}){0,3}", 1..8)
@@ -342,9 +342,9 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         for entry in &entries {
             let path = dir.path().join(entry);
-            // Not by components, which leave out a dot at the end.
+            // Not by path components, which omit a final dot.
             if !entry.split('/').any(|part| [".", ".."].contains(&part)) {
-                // One may be in the way of another.
+                // One may prevent another.
                 let _ = fs::create_dir_all(path.parent().unwrap());
                 let _ = fs::write(&path, "mine");
             }

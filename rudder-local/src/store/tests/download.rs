@@ -23,11 +23,11 @@ async fn an_image_is_downloaded_once_and_asked_for_again() {
     assert_eq!(fs::read(&image.path).unwrap(), disk);
     assert_eq!(fs::metadata(&image.path).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(image.input.content.verifiable(), Some((300_032, Digest::of(&disk))));
-    // Without a checksum the server is asked, and says that nothing changed.
+    // Without a checksum the server is asked, and reports that nothing has changed.
     let again = fixture.image(&url, None).await.unwrap();
     assert_eq!(again.path, image.path);
     assert_eq!(server.asked()[1].header("if-none-match"), Some(ETAG));
-    // With one, nobody is asked.
+    // With a checksum, no server is asked.
     fixture.image(&url, Some(Digest::of(&disk))).await.unwrap();
     assert_eq!(server.count(), 2);
     assert_eq!(server.asked()[0].header("accept-encoding"), Some("identity"));
@@ -223,7 +223,7 @@ async fn a_transfer_that_stalls_or_is_short_is_tried_again_and_kept() {
              again later: 85.7 KiB are here already, and the download goes on from there"
         )
     );
-    // And so it does.
+    // The next call continues from there.
     server.open_gate();
     fixture.image(&url, None).await.unwrap();
     assert_eq!(server.asked()[3].header("range"), Some("bytes=87808-"));
@@ -265,7 +265,7 @@ async fn a_corrected_checksum_does_not_download_again() {
                 Digest::of(&served)
             )
         );
-        // Still wrong: the server is asked whether it has something else by now.
+        // Still wrong: the server is asked whether its content has changed.
         assert_eq!(fixture.image(&url, Some(wrong)).await.unwrap_err().kind(), ErrorKind::ChecksumMismatch);
         assert_eq!(server.asked()[1].header("if-none-match"), Some(ETAG));
         let image = fixture.image(&url, Some(Digest::of(&served))).await.unwrap();

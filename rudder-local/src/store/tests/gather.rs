@@ -1,4 +1,4 @@
-//! Modules and labs: made by one process, looked at by another, killed in the middle.
+//! Modules and labs: created by one process, read by another, killed midway.
 
 use super::{child::Child, *};
 use rudder_core::backend::ReapReport;
@@ -42,7 +42,7 @@ fn disk_of(module: &Module) -> PathBuf {
     module.path.as_ref().unwrap().parent().unwrap().join(&module.machines[0].disks[0].file)
 }
 
-/// Every file of a module is there, and is what its record says.
+/// Asserts that every file of a module exists and matches its record.
 pub(super) fn assert_whole(module: &Module) {
     let content = fs::read(disk_of(module)).unwrap();
     assert_eq!(Some(Digest::of(&content)), module.machines[0].disks[0].content.sha256());
@@ -59,7 +59,7 @@ async fn a_module_replaces_the_one_of_its_name() {
     let second = publish(store, "base", b"two").await.unwrap();
     assert_whole(&store.module("base").unwrap());
     assert_eq!(store.modules().unwrap(), std::slice::from_ref(&second));
-    // Somebody builds on the old one: it stays until they are done.
+    // A lab builds on the old one: it stays until the lab is gone.
     assert_whole(&first);
     assert_eq!(store.remove_module("base").await.unwrap_err().kind(), ErrorKind::Conflict);
     drop(lease);
@@ -67,7 +67,7 @@ async fn a_module_replaces_the_one_of_its_name() {
     assert!(!disk_of(&first).exists());
     let error = store.lease_module("base", &first.digest).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
-    // The same again is the same module.
+    // Publishing the same again yields the same module.
     assert_eq!(publish(store, "base", b"two").await.unwrap().digest, second.digest);
     store.remove_module("base").await.unwrap();
     assert_eq!(store.remove_module("base").await.unwrap_err().kind(), ErrorKind::NotFound);
@@ -103,7 +103,7 @@ async fn a_publisher_killed_at_any_moment_leaves_a_whole_module() {
         let mut child = Child::start(fixture.store.root(), "publish base");
         child.wait_for(&format!("published {round}"));
         if round % 2 == 1 {
-            // In the middle of the next one.
+            // While the next one is being published.
             let half = |name: &String| name.starts_with('.');
             child.wait_until(|| fixture.names("modules/base").iter().any(half));
         }
@@ -220,13 +220,13 @@ async fn an_iso_stays_for_its_time_whatever_was_made_of_it() {
     let (iso, other) = (file("os.iso").await, file("other.iso").await);
     let (iso_path, other_path) = (iso.path.clone(), other.path.clone());
     store.keep_cached(&iso.lease, 2 * HOUR).unwrap();
-    // Another build that promises less takes nothing back.
+    // A shorter promise of another build does not shorten the first.
     store.keep_cached(&iso.lease, HOUR / 60).unwrap();
     let inputs = [&iso.input, &other.input].map(|input| input.clone().with_role(InputRole::Iso));
     publish_from(store, "base", b"x", inputs.into()).await.unwrap();
     drop((iso, other));
 
-    // Nothing was promised of the other; a module that was made of it does not need it.
+    // Nothing was promised for the other; a module made from it does not need it.
     assert_eq!(store.collect(CollectPolicy::default()).await.unwrap().removed.len(), 1);
     assert!(iso_path.exists() && !other_path.exists());
     let used = |age: Duration| {
@@ -236,7 +236,7 @@ async fn an_iso_stays_for_its_time_whatever_was_made_of_it() {
     };
     used(2 * HOUR - HOUR / 60);
     assert_eq!(store.collect(CollectPolicy::default()).await.unwrap(), ReapReport::default());
-    // Using it begins its time anew.
+    // Using it restarts its time.
     drop(file("os.iso").await);
     used(HOUR);
     assert_eq!(store.collect(CollectPolicy::default()).await.unwrap(), ReapReport::default());

@@ -1,4 +1,4 @@
-//! Packed images, files of this host, and what is no image.
+//! Packed images, local files, and files that are not images.
 
 use super::{
     server::{Reply, Server},
@@ -27,7 +27,7 @@ pub(super) async fn pack(packing: Packing, bytes: &[u8]) -> Vec<u8> {
     packed
 }
 
-/// A disk of 8 MiB with a little in the middle.
+/// Returns a disk of 8 MiB with some data in the middle.
 fn sparse_disk() -> Vec<u8> {
     let mut disk = raw_disk(512);
     disk.resize(8 << 20, 0);
@@ -42,7 +42,7 @@ async fn packed_images_are_unpacked_on_the_way_in() {
         let served = pack(packing, &disk).await;
         let server = Server::start({
             let served = served.clone();
-            // Broken once, so that unpacking and resuming meet.
+            // Interrupted once, so that unpacking and resuming are combined.
             move |asked, number| {
                 let reply = Reply::file(asked, &served, "\"p\"");
                 if number == 0 { reply.stop_after(served.len() / 2) } else { reply }
@@ -103,7 +103,7 @@ async fn bytes_behind_a_gzip_or_bzip2_stream_are_ignored_and_told() {
         let fixture = Fixture::new();
         let disk = raw_disk(100_352);
         let mut served = pack(packing, &disk).await;
-        // Padding of a tape is nothing to talk about.
+        // Padding with zeros is not worth a notice.
         served.extend([0; 512]);
         let url = fixture.write("padded", &served);
         let (progress, heard) = listening();
@@ -118,7 +118,7 @@ async fn bytes_behind_a_gzip_or_bzip2_stream_are_ignored_and_told() {
         };
         assert_eq!(fs::read(padded.unwrap().path).unwrap(), disk, "{packing}");
         assert_eq!(notices(&heard), Vec::<String>::new(), "{packing}");
-        // As OpenWrt's images have it.
+        // As in OpenWrt's images.
         served.extend(b"FWx0 {\"metadata_version\": \"1.1\"}");
         let url = fixture.write("more", &served);
         let more = fixture.store.image(&planned(&url, Some(Digest::of(&served))), &progress).await;
@@ -183,12 +183,12 @@ async fn unpacking_stops_at_what_the_disk_has_room_for() {
         let error = import("large", &vec![0; 16 << 20]).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         let told = error.to_string();
-        // It stopped within a piece of the limit.
+        // It stopped within one chunk of the limit.
         let count = told.rsplit("at least ").next().unwrap();
         assert!(told.starts_with("expected an image for a disk of 1.0 MiB, but found at least "), "{told}");
         assert!(count.starts_with("1.0 MiB") || count.starts_with("1.2 MiB"), "{told}");
         assert!(error.help().unwrap().contains("raise the size of the disk"), "{error:?}");
-        // A format that says how large its disk is, is refused by that.
+        // An image whose header contains the size of its disk is refused because of that size.
         let mut qcow2 = vec![0; 1024];
         qcow2[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
         qcow2[24..32].copy_from_slice(&(10_u64 << 30).to_be_bytes());
@@ -242,11 +242,11 @@ async fn what_is_no_image_is_refused_and_not_kept() {
     );
     fixture.assert_no_leftovers();
     assert_eq!(fixture.names("blobs/sha256"), Vec::<String>::new());
-    // With a checksum, that is what is wrong first; what came is said beside it.
+    // With a checksum, the mismatch is the first error; the help says what was received.
     let error = fixture.image(&url, Some(Digest::of(b"disk"))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ChecksumMismatch);
     assert!(error.help().unwrap().contains("found a web page"), "{error:?}");
-    // What came then is no reason not to look again.
+    // What was received then does not prevent another attempt.
     assert_eq!(fixture.image(&url, None).await.unwrap().virtual_size, 1024);
 }
 
@@ -260,7 +260,7 @@ async fn a_local_file_is_copied_once_and_again_when_it_changed() {
     age();
     let (progress, heard) = listening();
     let copy = || async { fixture.store.image(&planned(&url, None), &progress).await };
-    // The change of the time is itself a change of this moment: it must settle before it is trusted.
+    // Setting the time changes the file's identity right now: the file must settle before it is trusted.
     let mut copies = 0;
     let first = loop {
         heard.lock().unwrap().clear();

@@ -1,4 +1,4 @@
-//! The store as its users see it: over a server that misbehaves, with packed and unusable images, in several processes.
+//! Tests of the store through its public interface: with a misbehaving server, packed and unusable images, and several processes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,7 +18,7 @@ use super::*;
 use rudder_core::backend::ProgressEvent;
 use std::{fs, sync::Mutex};
 
-/// A store in a directory of its own, with limits that a test can wait for.
+/// A store in a directory of its own, with limits short enough to wait for.
 struct Fixture {
     dir: tempfile::TempDir,
     store: Store,
@@ -35,14 +35,14 @@ impl Fixture {
         self.store.image(&planned(url, sha256), &Progress::none()).await
     }
 
-    /// A file beside the store.
+    /// Writes a file beside the store, and returns its URL.
     fn write(&self, name: &str, bytes: &[u8]) -> url::Url {
         let path = self.dir.path().join(name);
         fs::write(&path, bytes).unwrap();
         url::Url::from_file_path(path).unwrap()
     }
 
-    /// What is in a directory of the store.
+    /// Returns the names of the entries in a directory of the store.
     fn names(&self, dir: &str) -> Vec<String> {
         let mut names: Vec<String> = fs::read_dir(self.store.root().join(dir))
             .unwrap()
@@ -52,7 +52,7 @@ impl Fixture {
         names
     }
 
-    /// No download is under way or left behind, and nobody holds a download's lock.
+    /// Asserts that no download is in progress or left behind, and that no download's lock is held.
     fn assert_no_leftovers(&self) {
         assert_eq!(self.names("downloads"), Vec::<String>::new());
         assert!(!self.names("locks").iter().any(|name| name.starts_with("download-")));
@@ -73,7 +73,7 @@ fn planned(url: &url::Url, sha256: Option<Digest>) -> PlannedUrl {
     PlannedUrl { url: url.clone(), sha256 }
 }
 
-/// A raw disk with a boot signature and incompressible content, a whole number of sectors.
+/// Returns a raw disk with a boot signature and incompressible content. `size` must be a whole number of sectors.
 fn raw_disk(size: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut disk: Vec<u8> = (0..size)

@@ -1,5 +1,5 @@
-//! Downloads over TLS and through proxies. What a program trusts and which way it takes are in its environment, so programs of
-//! their own download.
+//! Downloads over TLS and through proxies. Trusted certificates and proxies are set in the environment of a process, so child
+//! processes perform the downloads.
 
 use super::{child::Child, server::*, *};
 
@@ -51,7 +51,7 @@ async fn proxies_of_the_environment_are_gone_through() {
     let at = proxy.url("");
     let variables =
         [("SSL_CERT_FILE", trusted.path()), ("HTTPS_PROXY", at.as_str()), ("http_proxy", at.as_str())];
-    // To a server over TLS the proxy makes a way, and sees nothing of what goes there.
+    // For a server over TLS the proxy opens a tunnel, and does not see its content.
     let through = server.url("disk.img");
     for url in [through.as_str(), "http://images.invalid/disk.img"] {
         let mut child = Child::start_in(fixture.store.root(), &format!("download {url}"), &variables);

@@ -1,4 +1,4 @@
-//! A small HTTP server on loopback that does what a test tells it, and remembers what it was asked.
+//! A small HTTP server on loopback that answers as a test specifies, and records the requests.
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::{ServerConfig, crypto::ring, pki_types::PrivatePkcs8KeyDer};
@@ -14,10 +14,10 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-/// An authority that nobody else knows.
+/// A certificate authority that nothing else knows.
 pub(super) struct Authority {
     issuer: Issuer<'static, KeyPair>,
-    /// Its certificate, as `SSL_CERT_FILE` takes it.
+    /// Its certificate, in the format of `SSL_CERT_FILE`.
     pub(super) pem: String,
 }
 
@@ -30,7 +30,7 @@ impl Authority {
         Self { issuer: Issuer::new(params, key), pem }
     }
 
-    /// What a server of this name or address says hello with.
+    /// Returns an acceptor for a server of this name or address.
     fn acceptor(&self, name: &str) -> TlsAcceptor {
         let key = KeyPair::generate().unwrap();
         let certificate =
@@ -46,7 +46,7 @@ impl Authority {
     }
 }
 
-/// What was asked.
+/// A request.
 #[derive(Debug, Clone)]
 pub(super) struct Asked {
     pub(super) path: String,
@@ -59,19 +59,19 @@ impl Asked {
     }
 }
 
-/// What is answered.
+/// A response.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Reply {
     pub(super) status: u16,
     pub(super) headers: Vec<(&'static str, String)>,
     pub(super) body: Vec<u8>,
-    /// Send the body so many times more.
+    /// Number of additional times that the body is sent.
     pub(super) repeats: u64,
-    /// Stop after so many bytes of the body.
+    /// Number of bytes of the body after which to stop.
     pub(super) stop_after: Option<usize>,
-    /// Then keep silent until the gate opens, and send the rest; without: hang up.
+    /// Whether to pause there until the gate opens, and then send the rest; otherwise the connection is closed.
     pub(super) hold: bool,
-    /// Say this instead of the real length.
+    /// The length to announce instead of the real one.
     pub(super) length: Option<u64>,
 }
 
@@ -99,7 +99,7 @@ impl Reply {
         self.stop_after(count)
     }
 
-    /// What a proper server says about a file with this `ETag`.
+    /// Returns the response of a proper server for a file with this `ETag`.
     pub(super) fn file(asked: &Asked, body: &[u8], etag: &str) -> Self {
         if asked.header("if-none-match") == Some(etag) {
             return Self::status(304).with("ETag", etag);
@@ -125,7 +125,7 @@ impl Reply {
 
 type Answer = dyn Fn(&Asked, usize) -> Reply + Send + Sync;
 
-/// The server; it ends when this is dropped.
+/// The server; it ends when dropped.
 pub(super) struct Server {
     scheme: &'static str,
     address: SocketAddr,
@@ -135,12 +135,12 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Answers with what this says to the n-th request, from 0.
+    /// Starts a server that answers the n-th request, from 0, with the result of this function.
     pub(super) fn start(answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static) -> Self {
         Self::start_as(None, answer)
     }
 
-    /// The same over TLS, as what a certificate of this authority says it is.
+    /// Starts a server over TLS, with a certificate of this authority.
     pub(super) fn start_tls(
         authority: &Authority,
         answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static,
@@ -153,7 +153,7 @@ impl Server {
         answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static,
     ) -> Self {
         let scheme = if tls.is_some() { "https" } else { "http" };
-        // A runtime of its own: it serves while a test blocks, and other processes too.
+        // A separate runtime, so that it serves while a test blocks, and other processes as well.
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -197,7 +197,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Tests are asynchronous themselves, and may not wait for it.
+        // Tests are asynchronous themselves, and must not block on it.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
@@ -225,7 +225,7 @@ async fn serve(
             None => break,
         }
     }
-    // A proxy is asked for a way to a server (RFC 9110, 9.3.6).
+    // The client asks a proxy for a tunnel to a server (RFC 9110, 9.3.6).
     if first.starts_with("CONNECT ") {
         log.lock().unwrap().push(asked.clone());
         stream.write_all(b"HTTP/1.1 200 Connected\r\n\r\n").await?;
@@ -257,7 +257,7 @@ async fn serve(
     }
     stream.flush().await?;
     if reply.hold {
-        // Until the gate opens or the client hangs up.
+        // Waits until the gate opens or the client disconnects.
         let mut byte = [0];
         let open = tokio::select! {
             opened = opened.wait_for(|open| *open) => opened.is_ok(),

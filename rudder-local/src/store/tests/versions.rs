@@ -1,4 +1,4 @@
-//! Which version a module has, and records that cannot be trusted.
+//! The current version of a module, and records that cannot be trusted.
 
 use super::{directory::snapshot, gather::publish, *};
 use rudder_core::backend::{LabId, Retention};
@@ -22,7 +22,7 @@ fn edit(store: &Store, name: &str, change: impl FnOnce(&mut Value)) -> PathBuf {
     path
 }
 
-/// Two versions of which the older one is in use.
+/// Publishes two versions, the older of which is in use.
 async fn two_versions(
     fixture: &Fixture,
 ) -> (rudder_core::module::Module, rudder_core::module::Module, Lease) {
@@ -54,14 +54,14 @@ async fn a_module_whose_pointer_is_lost_is_kept_and_found() {
         let report = store.collect(CollectPolicy::default()).await.unwrap();
         assert_eq!((&report.removed, &report.failed), (&vec![], &vec![]), "{damage}");
         assert_eq!(store.modules().unwrap(), std::slice::from_ref(&module), "{damage}");
-        // Nothing but the pointer was changed.
+        // Only the pointer was changed.
         let after = snapshot(fixture.dir.path());
         for (path, found) in &before {
             assert!(
                 *path == pointer || path.starts_with(store.root().join("locks")) || after[path] == *found
             );
         }
-        // The name is as good as new.
+        // The name can be used as if it were new.
         let next = publish(store, "base", b"two").await.unwrap();
         assert_eq!(store.modules().unwrap(), [next], "{damage}");
         assert!(fs::symlink_metadata(&pointer).unwrap().is_symlink());
@@ -195,12 +195,12 @@ async fn a_record_that_cannot_be_trusted_is_an_error_that_names_it_and_the_other
         assert_eq!(store.modules().unwrap(), std::slice::from_ref(&other), "{part}");
         let damaged = store.damaged_modules().unwrap();
         assert_eq!((damaged.len(), damaged[0].name.as_str()), (1, "base"), "{part}");
-        // What it was made of is not known: all that it may be stays.
+        // What it was made from is unknown: everything that it might need stays.
         let report = store.collect(CollectPolicy::default()).await.unwrap();
         assert_eq!(report.removed, Vec::<String>::new(), "{part}");
         assert!(report.warnings.iter().any(|line| line.contains("base")), "{report:?}");
         assert!(path.exists() && input.exists());
-        // Its name can be had again, or given up.
+        // Its name can be reused or given up.
         store.remove_module("base").await.unwrap();
         assert_eq!(store.damaged_modules().unwrap(), []);
         publish(store, "base", b"one").await.unwrap();
@@ -289,7 +289,7 @@ async fn what_is_not_the_store_s_among_modules_and_labs_is_never_touched() {
     }
     fs::create_dir_all(root.join("labs/empty")).unwrap();
     fs::create_dir_all(root.join("modules/empty")).unwrap();
-    // A lab that has a name, and nothing that says that it is one.
+    // A directory named like a lab, without anything that identifies it as one.
     let before = snapshot(fixture.dir.path());
     for _ in 0..2 {
         let report = Store::open(&root).unwrap().collect(CollectPolicy::default()).await.unwrap();
@@ -300,7 +300,7 @@ async fn what_is_not_the_store_s_among_modules_and_labs_is_never_touched() {
         }
     }
     let after = snapshot(fixture.dir.path());
-    // What is remembered of a file goes when the file is gone.
+    // The record of a verified file is removed with the file.
     let remembered = root.join("index/verified");
     for (path, found) in before.iter().filter(|(path, _)| !path.starts_with(&remembered)) {
         assert_eq!(after.get(path), Some(found), "{}", path.display());
@@ -313,7 +313,7 @@ async fn what_is_not_the_store_s_among_modules_and_labs_is_never_touched() {
     for kept in ["modules/base/.idea/file", "modules/base/notes.txt"] {
         assert!(root.join(kept).exists());
     }
-    // Nothing is made through a symbolic link either.
+    // Nothing is created through a symbolic link either.
     let lab = LabId::parse("evil-0123456789ab").unwrap();
     let error = store.create_lab(&lab, "evil", Retention::EndWithOwner).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict);

@@ -1,4 +1,4 @@
-//! How much may come out of a packed file: what the disk can hold that is made of it, and never more than the store allows.
+//! Limits the output of unpacking: to what the disk to be made from it can hold, and never more than the store allows.
 
 use super::super::ImageFormat;
 use super::{
@@ -7,12 +7,12 @@ use super::{
 };
 use rudder_core::{Error, ErrorKind, Result};
 
-/// Enough of the beginning to know the format.
+/// Number of leading bytes needed to know the format.
 const HEAD: usize = 512;
 
-/// Counts what comes out, and refuses what there is no room for.
+/// Counts the unpacked bytes, and refuses what exceeds the limits.
 pub(super) struct Room {
-    /// What the store allows.
+    /// The store's limit.
     limit: u64,
     /// The size of the disk.
     disk: Option<u64>,
@@ -28,7 +28,7 @@ impl Room {
         Self { limit, disk, head: Vec::new(), allowed: None, taken: 0 }
     }
 
-    /// Takes note of bytes that came out, before they are written.
+    /// Counts unpacked bytes before they are written.
     pub(super) fn take(&mut self, bytes: &[u8], packing: Packing) -> Result<()> {
         self.taken += bytes.len() as u64;
         if self.taken > self.limit {
@@ -64,14 +64,14 @@ impl Room {
     }
 }
 
-/// What a format needs besides the content of a disk of this size, generously.
+/// Returns a generous estimate of what a format needs besides the content of a disk of this size.
 fn overhead(format: ImageFormat, disk: u64) -> u64 {
     match format {
-        // The footer of a fixed VHD, which looks like a raw disk from its beginning.
+        // The footer of a fixed VHD, whose beginning looks like that of a raw disk.
         ImageFormat::Raw => 512,
-        // Blocks of up to 256 MiB, of which the last is whole; their state; a log ([MS-VHDX], 2.2 and 2.5).
+        // Blocks of up to 256 MiB, the last of which is complete; their state; a log ([MS-VHDX], 2.2 and 2.5).
         ImageFormat::Vhdx => disk / 32 + (320 << 20),
-        // The smallest clusters need a thirty-second for their tables; blocks have 2 MiB and are whole.
+        // The smallest clusters need a thirty-second for their tables; blocks have 2 MiB and are complete.
         _ => disk / 16 + (8 << 20),
     }
 }

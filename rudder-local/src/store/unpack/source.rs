@@ -1,4 +1,4 @@
-//! What decoders read from: a blocking reader whose next bytes can be looked at before a decoder takes them.
+//! The input of decoders: a blocking reader whose next bytes can be peeked at before a decoder consumes them.
 
 use super::{CHUNK, Stop, read_error};
 use rudder_core::Result;
@@ -9,11 +9,11 @@ use std::{
 };
 use tokio::io::{AsyncBufRead, AsyncRead, ReadBuf};
 
-/// For use on a thread that may block.
+/// A reader for use on a thread that may block.
 pub(super) struct Source<R> {
     reader: R,
     buffer: Vec<u8>,
-    /// How much of the buffer was taken.
+    /// Number of bytes of the buffer that were consumed.
     taken: usize,
 }
 
@@ -22,7 +22,7 @@ impl<R: Read> Source<R> {
         Self { reader, buffer: Vec::with_capacity(CHUNK), taken: 0 }
     }
 
-    /// The next bytes, this many or more, fewer at the end.
+    /// Returns at least this many of the next bytes, or fewer at the end.
     pub(super) fn peek(&mut self, count: usize) -> io::Result<&[u8]> {
         while self.buffer.len() - self.taken < count {
             self.buffer.drain(..self.taken);
@@ -41,7 +41,7 @@ impl<R: Read> Source<R> {
         Ok(&self.buffer[self.taken..])
     }
 
-    /// Takes zeros, up to the next byte that is none.
+    /// Consumes zeros, up to the next nonzero byte.
     pub(super) fn skip_zeros(&mut self) -> io::Result<()> {
         loop {
             let next = self.peek(1)?;
@@ -54,7 +54,7 @@ impl<R: Read> Source<R> {
         }
     }
 
-    /// Takes what is left, and says how much it was; nothing, if it was only zeros.
+    /// Consumes the rest, and returns its length; 0 if it was only zeros.
     pub(super) fn count_rest(&mut self, stop: &Stop) -> Result<u64> {
         let (mut count, mut zeros) = (0, true);
         loop {

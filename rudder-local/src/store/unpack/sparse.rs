@@ -1,14 +1,14 @@
-//! Files with holes where there are only zeros.
+//! Sparse files, with holes in place of zeros.
 
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom, Write},
 };
 
-/// Runs of zeros of this many bytes, at such an offset, are left out of the file.
+/// Runs of zeros of this length, at multiples of it, become holes.
 const HOLE: usize = 4096;
 
-/// Writes a file from its beginning, and leaves holes where there are only zeros.
+/// Writes a file from its beginning, leaving holes in place of zeros.
 #[derive(Debug)]
 pub(in crate::store) struct SparseWriter<'a> {
     file: &'a File,
@@ -16,12 +16,12 @@ pub(in crate::store) struct SparseWriter<'a> {
 }
 
 impl<'a> SparseWriter<'a> {
-    /// Writes to an empty file.
+    /// Creates a writer for an empty file.
     pub(in crate::store) fn new(file: &'a File) -> Self {
         Self::resume(file, 0)
     }
 
-    /// Goes on behind the first `len` bytes.
+    /// Creates a writer that continues after the first `len` bytes.
     pub(in crate::store) fn resume(file: &'a File, len: u64) -> Self {
         Self { file, len }
     }
@@ -42,7 +42,7 @@ impl<'a> SparseWriter<'a> {
                 bytes = &bytes[piece.len()..];
                 continue;
             }
-            // All blocks up to the next that is nothing but zeros, in one call.
+            // Writes all blocks up to the next all-zero one in one call.
             let mut end = piece.len();
             while end < bytes.len() {
                 let next = &bytes[end..bytes.len().min(end + HOLE)];
@@ -60,7 +60,7 @@ impl<'a> SparseWriter<'a> {
         Ok(())
     }
 
-    /// Makes the file as long as what was written, and says how long that is.
+    /// Makes the file as long as what was written, and returns that length.
     pub(in crate::store) fn finish(self) -> io::Result<u64> {
         self.set_len()
     }
