@@ -2,8 +2,16 @@
 //!
 //! # This package
 //!
-//! This is the only dependency that a program needs to embed Rudder. It re-exports all of [`rudder_core`], and the
-//! backends by feature.
+//! This is the only dependency that a program needs to embed Rudder.
+//!
+//! | task | module |
+//! |---|---|
+//! | reading and checking a manifest | [`plan::prepare`], [`diagnostic`] |
+//! | building, following and cancelling a build | `build`, [`event`] |
+//! | listing, showing and removing modules | `backend::Backend`, [`module`], `store` |
+//! | using a guest, its screen and its keyboard | `guest`, `console` |
+//! | testing without a hypervisor | `memory` |
+//! | writing a backend | `backend`, `backend_api`, `testing` |
 //!
 //! | feature | what it adds |
 //! |---|---|
@@ -13,8 +21,38 @@
 //! | `memory` | `rudder::memory`: a backend in memory, for tests without a hypervisor |
 //! | `testing` | `rudder::testing`: the conformance suite, for authors of backends; outside semantic versioning |
 
+// Without the engine: manifests, plans and results.
 #[doc(inline)]
-pub use rudder_core::*;
+pub use rudder_core::{
+    Error, ErrorKind, Result, capability, check, content, diagnostic, digest, event, hardware, keys,
+    manifest, module, plan, secret, units, visible,
+};
+// Builds.
+#[cfg(feature = "memory")]
+#[doc(inline)]
+pub use rudder_core::memory;
+#[cfg(feature = "testing")]
+#[doc(inline)]
+pub use rudder_core::testing;
+#[cfg(feature = "engine")]
+#[doc(inline)]
+pub use rudder_core::{backend, build, console, fetch, guest, progress};
+
+/// What authors of backends need besides the traits in [`backend`](crate::backend).
+#[cfg(feature = "engine")]
+pub mod backend_api {
+    #[doc(no_inline)]
+    pub use rudder_core::{async_trait, futures, tokio};
+    #[doc(inline)]
+    pub use rudder_core::{files, media, record, runtime, step};
+}
+
+// Crates whose types appear in signatures, so that programs can use the same versions.
+#[doc(no_inline)]
+pub use rudder_core::{jiff, serde_json, url};
+#[cfg(feature = "engine")]
+#[doc(no_inline)]
+pub use rudder_core::{tokio, tokio_util};
 
 #[cfg(any(feature = "qemu", feature = "libvirt"))]
 #[doc(inline)]

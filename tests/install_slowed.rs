@@ -96,6 +96,12 @@ fn up_to_the_installer(manifest: &str, name: &str) -> String {
 }
 
 #[test]
+fn debian_is_installed_with_bios_and_starts_afresh() {
+    let (_bench, _record, lines) = install::installs(&install::BIOS, &Bench::build);
+    assert_eq!(lines.last().unwrap(), "started by BIOS");
+}
+
+#[test]
 fn waits_for_text_work_where_waits_for_time_fail() {
     let bench = Bench::new();
     // Nothing in this manifest depends on the speed of the machine, except its limits.
