@@ -38,7 +38,7 @@ pub use rudder_core::testing;
 #[doc(inline)]
 pub use rudder_core::{backend, build, console, fetch, guest, progress};
 
-/// What authors of backends need besides the traits in [`backend`](crate::backend).
+/// What authors of backends need besides the traits in [`crate::backend`].
 #[cfg(feature = "engine")]
 pub mod backend_api {
     #[doc(no_inline)]
