@@ -51,7 +51,7 @@ impl SerialLog {
     /// The error of the stream.
     pub async fn tail(self, limit: usize) -> Result<Vec<u8>> {
         let mut ring = SerialRing::new(limit);
-        let mut written = self.stream.take(self.end - self.start);
+        let mut written = self.stream.take(self.end.saturating_sub(self.start));
         let mut piece = [0; 4096];
         loop {
             match written.read(&mut piece).await {

@@ -2,10 +2,7 @@
 //! loaded, and in guests that have none. Linux writes them to its console and then halts.
 
 use super::evidence::plain_lines;
-use crate::{
-    Error, ErrorKind,
-    backend::{Machine, SerialRing},
-};
+use crate::{Error, ErrorKind, backend::Machine};
 use std::{sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _},
@@ -14,8 +11,8 @@ use tokio::{
 
 /// How long the report of a panic must stand without a restart: a kernel that restarts itself announces that right after it.
 const STANDS: Duration = Duration::from_secs(2);
-/// How many bytes are read from the end of the serial console: enough for the report of a panic with its call trace.
-const BYTES: usize = 16 * 1024;
+/// How many bytes of a line are kept.
+const LINE: usize = 4096;
 /// The message of a Linux panic (`panic()` in kernel/panic.c).
 const SIGN: &str = "Kernel panic - not syncing";
 /// The message of Linux before it restarts itself, in which case the guest may well recover.
@@ -39,7 +36,7 @@ pub(super) async fn panicked(machine: &Arc<dyn Machine>, doing: &str) -> Error {
 
 /// Returns the line of a panic after which the kernel did not restart itself; `None` once the console has ended.
 async fn panic_in(mut console: impl AsyncRead + Unpin) -> Option<String> {
-    let (mut end, mut piece) = (SerialRing::new(BYTES), [0; 4096]);
+    let (mut panics, mut piece) = (Panics::default(), [0; 4096]);
     let mut found: Option<(String, Instant)> = None;
     loop {
         let read = match &found {
@@ -50,22 +47,41 @@ async fn panic_in(mut console: impl AsyncRead + Unpin) -> Option<String> {
             },
         };
         match read {
-            Ok(count @ 1..) => end.push(&piece[..count]),
+            Ok(count @ 1..) => panics.take_in(&piece[..count]),
             _ => return None,
         }
-        found = panic_line(&end.tail(BYTES)).map(|line| match found.take() {
+        found = panics.last.clone().map(|line| match found.take() {
             Some(known) if known.0 == line => known,
             _ => (line, Instant::now()),
         });
     }
 }
 
-/// Returns the line of the last panic in the output of a console, unless the kernel restarts itself after it.
-fn panic_line(console: &[u8]) -> Option<String> {
-    let lines = plain_lines(console);
-    let at = lines.iter().rposition(|line| line.contains(SIGN) && !line.contains("end Kernel panic"))?;
-    let restarts = lines[at..].iter().any(|line| line.contains(RESTART));
-    (!restarts).then(|| lines[at].clone())
+/// The panics in the output of a console, read line by line: each byte is looked at once, however small the pieces are.
+#[derive(Debug, Default)]
+struct Panics {
+    /// The beginning of a line that has not ended yet.
+    line: Vec<u8>,
+    /// The line of the last panic, unless the kernel restarts itself after it.
+    last: Option<String>,
+}
+
+impl Panics {
+    fn take_in(&mut self, bytes: &[u8]) {
+        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
+            let room = LINE - self.line.len();
+            self.line.extend_from_slice(&piece[..piece.len().min(room)]);
+            if piece.ends_with(b"\n") {
+                for line in plain_lines(&std::mem::take(&mut self.line)) {
+                    if line.contains(RESTART) {
+                        self.last = None;
+                    } else if line.contains(SIGN) && !line.contains("end Kernel panic") {
+                        self.last = Some(line);
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -74,7 +90,7 @@ mod tests {
     use tokio::io::AsyncWriteExt as _;
 
     #[tokio::test(start_paused = true)]
-    async fn a_panic_is_told_once_it_stands_however_much_follows_it() {
+    async fn a_panic_is_reported_once_it_stands_however_much_follows_it() {
         let line = "Kernel panic - not syncing: VFS";
         let (mut guest, console) = tokio::io::duplex(1 << 10);
         let chat = async {
@@ -108,8 +124,16 @@ mod tests {
         let panic = "[    0.004000] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n[    0.1] Call Trace:\r\n";
         let end = "[    0.2] ---[ end Kernel panic - not syncing: VFS: Unable to mount root fs ]---\r\n";
         let line = "[    0.004000] Kernel panic - not syncing: VFS: Unable to mount root fs";
-        assert_eq!(panic_line(format!("{panic}{end}").as_bytes()).as_deref(), Some(line));
-        assert_eq!(panic_line(format!("{panic}Rebooting in 10 seconds..\r\n").as_bytes()), None);
-        assert_eq!(panic_line(b"login:"), None);
+        // All at once, and byte by byte as a UART sends.
+        for size in [usize::MAX, 1] {
+            let panic_line = |console: &[u8]| {
+                let mut panics = Panics::default();
+                console.chunks(size).for_each(|piece| panics.take_in(piece));
+                panics.last
+            };
+            assert_eq!(panic_line(format!("{panic}{end}").as_bytes()).as_deref(), Some(line));
+            assert_eq!(panic_line(format!("{panic}Rebooting in 10 seconds..\r\n").as_bytes()), None);
+            assert_eq!(panic_line(b"login:"), None);
+        }
     }
 }
