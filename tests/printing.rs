@@ -12,7 +12,7 @@ use std::{
     os::unix::process::ExitStatusExt as _,
     path::Path,
     process::{Child, Command, Output, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use support::{Bench, example, tiny_manifest};
 
@@ -242,10 +242,12 @@ fn signals_end_a_build_whose_output_nobody_takes() {
     let mut command = build(&bench, &(quick() + &lines + PAUSES));
     let mut child = command.args(["--events", "json"]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
     drop(command);
+    // Against a wait without end, should a build of this length ever print less.
+    let deadline = Instant::now() + Duration::from_secs(300);
     // A pipe holds 16 pages; the last page may have space left into which the next line does not fit.
     while rustix::io::ioctl_fionread(&reader).unwrap() < 15 * 4096 {
         std::thread::sleep(Duration::from_millis(10));
-        assert!(child.try_wait().unwrap().is_none());
+        assert!(child.try_wait().unwrap().is_none() && Instant::now() < deadline);
     }
     signal(&child, Signal::INT);
     until(&mut child, "cancelling: ");

@@ -6,6 +6,7 @@
 
 #[cfg(feature = "engine")]
 pub mod backend;
+mod both_ways;
 #[cfg(feature = "engine")]
 pub mod build;
 pub mod capability;

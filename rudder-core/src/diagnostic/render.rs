@@ -242,11 +242,7 @@ mod tests {
         let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
         let column = u32::try_from(before[line_start..].chars().count() + 1).unwrap_or(1);
         let span = Span { line, column, start, end: start + value.len() };
-        render(
-            &[Diagnostic::error("code", "a.b", Some(span), "wrong").with_help("mend it")],
-            "f.yaml",
-            source,
-        )
+        render(&[Diagnostic::error("code", "a.b", Some(span), "wrong").with_help("fix it")], "f.yaml", source)
     }
 
     #[test]
@@ -257,7 +253,7 @@ mod tests {
           |
         2 |     b: 漢字é␇x: VALUE # c
           |                 ^^^^^
-          = help: mend it
+          = help: fix it
         "#);
     }
 
@@ -269,7 +265,7 @@ mod tests {
           |
         1 | a: |
           |    ^
-          = help: mend it
+          = help: fix it
         "#);
         insta::assert_snapshot!(mark("a: 1\r\nb: [1\r\n]\r\n", "[1\r\n]"), @r#"
         error[code]: wrong
@@ -277,7 +273,7 @@ mod tests {
           |
         2 | b: [1
           |    ^^
-          = help: mend it
+          = help: fix it
         "#);
     }
 
@@ -290,7 +286,7 @@ mod tests {
           |
         1 | …xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx, b: VALUE, c: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy…
           |                                                    ^^^^^
-          = help: mend it
+          = help: fix it
         "#);
         insta::assert_snapshot!(mark(&source, &"x".repeat(5000)), @r#"
         error[code]: wrong
@@ -298,7 +294,7 @@ mod tests {
           |
         1 | {a: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx…
           |     ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-          = help: mend it
+          = help: fix it
         "#);
     }
 
@@ -310,7 +306,7 @@ mod tests {
           |
         2 |
           | ^
-          = help: mend it
+          = help: fix it
         "#);
         let behind = Span { line: 9, column: 9, start: 900, end: 901 };
         let finding = Diagnostic::warning("code", "", Some(behind), "elsewhere");
@@ -334,7 +330,7 @@ mod tests {
           |
         1 | {usr: me, sshPassword: *******, x: 1}
           |  ^^^
-          = help: mend it
+          = help: fix it
         "#);
         insta::assert_snapshot!(mark("'rootPassword' : \"hun, ter2\" # x", "hun"), @r#"
         error[code]: wrong
@@ -342,14 +338,14 @@ mod tests {
           |
         1 | 'rootPassword' : *********** # x
           |                   ^^^
-          = help: mend it
+          = help: fix it
         "#);
     }
 
     #[test]
     fn colours_change_nothing_but_colours() {
         let span = Span { line: 1, column: 4, start: 3, end: 4 };
-        let finding = Diagnostic::error("code", "a", Some(span), "wrong").with_help("mend it");
+        let finding = Diagnostic::error("code", "a", Some(span), "wrong").with_help("fix it");
         let coloured =
             Renderer::new().colour(Colour::Always).render(std::slice::from_ref(&finding), "f", "a: 1");
         let mut plain = coloured.clone();

@@ -2,23 +2,8 @@
 //! from a module get them back.
 
 use super::{PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc};
+use crate::both_ways::both_ways;
 use crate::module::{TemplateNetwork, TemplateNic, TemplateSubnet, TemplateVpc};
-
-/// Implements `From` in both directions for structs with the same fields; fields after `each` are lists whose elements
-/// are converted.
-macro_rules! both_ways {
-    ($planned:ident = $template:ident { $($same:ident),* $(; each $($list:ident),*)? }) => {
-        both_ways!(@one $planned, $template, [$($same)*], [$($($list)*)?]);
-        both_ways!(@one $template, $planned, [$($same)*], [$($($list)*)?]);
-    };
-    (@one $from:ident, $to:ident, [$($same:ident)*], [$($list:ident)*]) => {
-        impl From<$from> for $to {
-            fn from($from { $($same,)* $($list,)* }: $from) -> Self {
-                Self { $($same,)* $($list: $list.into_iter().map(Into::into).collect(),)* }
-            }
-        }
-    };
-}
 
 both_ways!(PlannedNic = TemplateNic { name, subnet, slot, slot_pinned, ip, mac, model });
 both_ways!(PlannedNetwork = TemplateNetwork { declared; each vpcs, subnets });

@@ -3,6 +3,7 @@
 //! Conversions name every field, so that a field added on one side does not compile until its conversion is written.
 
 use crate::{
+    both_ways::both_ways,
     content::{Content, ContentId},
     digest::Digest,
     hardware::{Bus, Firmware, NicModel},
@@ -276,26 +277,6 @@ impl From<StateKindRecord> for StateKind {
             StateKindRecord::Tpm => Self::Tpm,
         }
     }
-}
-
-/// Implements `From` in both directions for structs whose fields have the same names; fields after `each` are lists whose elements
-/// are converted, and fields after `into` are converted themselves.
-macro_rules! both_ways {
-    ($record:ident = $noun:ident { $($same:ident),* $(; each $($list:ident),*)? $(; into $($one:ident),*)? }) => {
-        both_ways!(@one $record, $noun, [$($same)*], [$($($list)*)?], [$($($one)*)?]);
-        both_ways!(@one $noun, $record, [$($same)*], [$($($list)*)?], [$($($one)*)?]);
-    };
-    (@one $from:ident, $to:ident, [$($same:ident)*], [$($list:ident)*], [$($one:ident)*]) => {
-        impl From<$from> for $to {
-            fn from($from { $($same,)* $($list,)* $($one,)* }: $from) -> Self {
-                Self {
-                    $($same,)*
-                    $($list: $list.into_iter().map(Into::into).collect(),)*
-                    $($one: $one.into(),)*
-                }
-            }
-        }
-    };
 }
 
 both_ways!(MachineRecord = TemplateMachine {
