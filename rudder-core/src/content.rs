@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_identity_reads_as_it_is_written() {
+    fn an_identity_is_parsed_from_its_text() {
         let ids = [
             ContentId::Sha256(Digest::of(b"x")),
             ContentId::Oci(format!("sha512:{}", "0".repeat(128))),
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unknown_is_said_to_be() {
+    fn unknown_facts_are_reported_as_unknown() {
         assert_eq!(Content::unknown().to_string(), "size unknown, content unknown");
         assert_eq!(Content::unknown().verifiable(), None);
         assert_eq!(Content::of(b"x").verifiable(), Some((1, Digest::of(b"x"))));

@@ -139,7 +139,7 @@ pub(crate) fn limit(diagnostics: &mut Vec<Diagnostic>, more: usize) {
     });
     let more = more + before - diagnostics.len();
     let message = match more {
-        0 => "there is more wrong than is shown here".to_owned(),
+        0 => "there are more findings than are shown here".to_owned(),
         1 => "and 1 more, which is not shown".to_owned(),
         more => format!("and {more} more, which are not shown"),
     };

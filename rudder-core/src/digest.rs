@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_and_value_are_one() {
+    fn text_and_value_convert_into_each_other() {
         let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(Digest::of(b"").to_string(), empty);
         assert_eq!(format!("sha256:{}", empty.to_uppercase()).parse(), Ok(Digest::of(b"")));

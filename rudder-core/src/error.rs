@@ -268,7 +268,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_tells_where_what_why_and_how_to_mend_it() {
+    fn a_report_says_where_what_why_and_how_to_fix_it() {
         let error = Error::io("write /x", std::io::Error::from(std::io::ErrorKind::StorageFull))
             .with_context("disk", "rootdisk")
             .with_context("vm", "web")
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn control_characters_of_an_error_are_shown() {
+    fn control_characters_in_an_error_are_made_visible() {
         let inner = std::io::Error::other("in\x1b[2Jner");
         let error = Error::new(ErrorKind::Io, "a\x1b]52;c;eA==\x07b").with_context("file", "x\ny\u{202e}");
         let error = error.with_help("h\u{9b}elp").with_source(inner);
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_leaves_every_text_of_an_error() {
+    fn a_secret_is_masked_in_every_text_of_an_error() {
         let inner = Error::new(ErrorKind::Protocol, "no s3cret here").with_context("url", "http://s3cret@x");
         let error = Error::new(ErrorKind::Download, "s3cret: cannot download")
             .with_context("url", "http://s3cret@x")

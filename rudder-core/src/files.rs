@@ -29,7 +29,7 @@ mod tests {
     use std::fs::{self, File};
 
     #[test]
-    fn a_reader_of_a_file_that_is_replaced_sees_one_content() {
+    fn a_reader_of_a_replaced_file_sees_consistent_content() {
         use std::io::Read as _;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");

@@ -70,7 +70,7 @@ mod tests {
     use tokio::runtime::Builder;
 
     #[test]
-    fn what_a_runtime_lacks_is_named() {
+    fn features_missing_from_a_runtime_are_named() {
         let message = || check().unwrap_err().to_string();
         assert!(message().contains("found none"), "{}", message());
         for (runtime, missing) in [

@@ -332,7 +332,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantities_follow_kubernetes() {
+    fn quantities_follow_the_grammar_of_kubernetes() {
         let milli = |text: &str| text.parse::<Quantity>().map(Quantity::milli);
         assert_eq!(milli("25Gi"), Ok(25 * 1024 * 1024 * 1024 * 1000));
         assert_eq!(milli("1.5"), Ok(1500));
@@ -340,61 +340,62 @@ mod tests {
         assert_eq!(milli("2e3"), Ok(2_000_000));
         assert_eq!(milli("1.5Gi"), Ok(1_610_612_736_000));
         assert_eq!(milli(".5"), Ok(500));
-        for bad in ["", "Gi", "1.2.3", "-1", "1 Gi", "5gi", "1e99", "99999999999999999999E", "0x1"] {
-            assert!(bad.parse::<Quantity>().is_err(), "{bad}");
+        for invalid in ["", "Gi", "1.2.3", "-1", "1 Gi", "5gi", "1e99", "99999999999999999999E", "0x1"] {
+            assert!(invalid.parse::<Quantity>().is_err(), "{invalid}");
         }
         assert_eq!("1.2".parse::<Quantity>().map(Quantity::ceil), Ok(2));
     }
 
     #[test]
-    fn durations_follow_go() {
+    fn durations_follow_the_grammar_of_go() {
         assert_eq!(parse_duration("1h30m"), Ok(Duration::from_secs(5400)));
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(parse_duration("1.5h"), Ok(Duration::from_secs(5400)));
         assert_eq!(parse_duration("0"), Ok(Duration::ZERO));
-        for bad in ["", "5", "5 m", "-1m", "1d", "m", "1h1", "9999999999h"] {
-            assert!(parse_duration(bad).is_err(), "{bad}");
+        for invalid in ["", "5", "5 m", "-1m", "1d", "m", "1h1", "9999999999h"] {
+            assert!(parse_duration(invalid).is_err(), "{invalid}");
         }
     }
 
     #[test]
-    fn durations_for_people_read_back() {
+    fn human_durations_can_be_parsed() {
         for text in ["1h30m", "5m", "90ms", "1m30s", "1s500ms", "0s", "26h"] {
             assert_eq!(parse_duration(text).map(human_duration).as_deref(), Ok(text));
         }
     }
 
     #[test]
-    fn networks_know_their_addresses() {
+    fn a_network_contains_its_addresses() {
         let cidr: Cidr = "10.1.2.0/23".parse().expect("a network");
         assert_eq!(cidr.gateway(), Ipv4Addr::new(10, 1, 2, 1));
         assert_eq!(cidr.broadcast(), Ipv4Addr::new(10, 1, 3, 255));
         assert!(cidr.contains(Ipv4Addr::new(10, 1, 3, 7)) && !cidr.contains(Ipv4Addr::new(10, 1, 4, 0)));
         assert!(cidr.overlaps("10.0.0.0/8".parse().expect("a network")));
         assert_eq!("0.0.0.0/0".parse::<Cidr>().map(Cidr::prefix), Ok(0));
-        for bad in ["10.0.0.1/8", "10.0.0.0", "10.0.0.0/33", "::/0", "a/8", "10.0.0.0/+8", "10.0.0.0/ 8"] {
-            assert!(bad.parse::<Cidr>().is_err(), "{bad}");
+        for invalid in ["10.0.0.1/8", "10.0.0.0", "10.0.0.0/33", "::/0", "a/8", "10.0.0.0/+8", "10.0.0.0/ 8"]
+        {
+            assert!(invalid.parse::<Cidr>().is_err(), "{invalid}");
         }
     }
 
     #[test]
-    fn names_and_macs() {
+    fn names_and_hardware_addresses_are_validated() {
         assert!(is_name("a") && is_name("web-1") && is_name(&"a".repeat(63)));
-        for bad in ["", "-a", "a-", "A", "a_b", "é", &"a".repeat(64)] {
-            assert!(!is_name(bad), "{bad}");
+        for invalid in ["", "-a", "a-", "A", "a_b", "é", &"a".repeat(64)] {
+            assert!(!is_name(invalid), "{invalid}");
         }
         assert_eq!(
             "52-54-00-AB-cd-0f".parse::<MacAddress>().map(|m| m.to_string()),
             Ok("52:54:00:ab:cd:0f".into())
         );
-        for bad in [
+        for invalid in [
             "01:00:5e:00:00:01",
             "52:54:00:12:34",
             "52:54:00:12:34:5g",
             "00:00:00:00:00:00",
             "+1:00:00:00:00:01",
         ] {
-            assert!(bad.parse::<MacAddress>().is_err(), "{bad}");
+            assert!(invalid.parse::<MacAddress>().is_err(), "{invalid}");
         }
     }
 }

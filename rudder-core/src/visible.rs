@@ -146,7 +146,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn every_kind_of_control_is_shown() {
+    fn every_kind_of_control_character_is_made_visible() {
         for (text, shown) in [
             ("\x1b]52;c;aGk=\x07", "␛]52;c;aGk=␇"),
             ("\0\x08\x7f\r", "␀␈␡␍"),
@@ -162,14 +162,14 @@ mod tests {
     }
 
     #[test]
-    fn colours_of_output_are_left_out_and_other_sequences_are_shown() {
+    fn colours_are_removed_from_output_and_other_sequences_are_shown() {
         assert_eq!(visible_output("\x1b[1;31mred\x1b[0m \x1b[38:2:1:2:3mx\x1b[2J"), "red x␛[2J");
         assert_eq!(visible_output("\x1b[\x1b[mm"), "␛[m");
     }
 
     proptest! {
         #[test]
-        fn nothing_hidden_is_left_whatever_comes(bytes in prop::collection::vec(any::<u8>(), 0..200), text in any::<String>()) {
+        fn no_text_keeps_hidden_characters(bytes in prop::collection::vec(any::<u8>(), 0..200), text in any::<String>()) {
             for text in [String::from_utf8_lossy(&bytes).into_owned(), text] {
                 prop_assert!(!visible(&text).chars().any(|c| is_hidden(c) && c != '\n'));
                 for line in [visible_line(&text), visible_output(&text)] {
@@ -179,7 +179,7 @@ mod tests {
         }
 
         #[test]
-        fn printable_text_stays_as_it_is(text in "[ -~äß漢🚀]{0,40}") {
+        fn printable_text_is_unchanged(text in "[ -~äß漢🚀]{0,40}") {
             prop_assert_eq!(visible_output(&text), text.as_str());
         }
     }

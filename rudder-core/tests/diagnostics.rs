@@ -2,7 +2,7 @@
 //!
 //! `diagnostics/CODE.yaml` is a manifest, `diagnostics/CODE.txt` the complete rendered text about it. If the first line
 //! is `# run: plan`, the manifest is also planned, on a backend with all capabilities; `# run: plan on nothing` plans
-//! it on one without any. With `RUDDER_BLESS=1` the texts are written again: review the changes before committing them.
+//! it on one without any. With `RUDDER_UPDATE=1` the texts are written again: review the changes before committing them.
 #![allow(clippy::unwrap_used)]
 
 use rudder_core::{
@@ -112,13 +112,13 @@ fn cases() -> Vec<String> {
 }
 
 #[test]
-fn every_diagnostic_reads_as_it_should() {
+fn every_diagnostic_has_the_expected_text() {
     let mut wrong = Vec::new();
     for name in cases() {
         let text = fs::read_to_string(directory().join(format!("{name}.yaml"))).unwrap();
         let found = findings(&name, &text);
         let file = directory().join(format!("{name}.txt"));
-        if std::env::var_os("RUDDER_BLESS").is_some() {
+        if std::env::var_os("RUDDER_UPDATE").is_some() {
             fs::write(&file, &found).unwrap();
         }
         let expected = fs::read_to_string(&file).unwrap_or_default();
@@ -130,7 +130,7 @@ fn every_diagnostic_reads_as_it_should() {
 }
 
 #[test]
-fn every_code_has_a_case_that_gives_it() {
+fn every_code_has_a_case() {
     // Reported only because of a bug.
     let mut missing: BTreeSet<&str> =
         codes::ALL.iter().map(|code| code.name).filter(|n| *n != "internal").collect();

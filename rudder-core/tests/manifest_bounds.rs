@@ -28,7 +28,7 @@ fn assert_bounded(text: &str) -> Prepared {
 }
 
 #[test]
-fn many_findings_are_counted_and_not_listed() {
+fn many_findings_are_counted_but_not_listed() {
     let mut vms = "vms:\n".to_owned();
     for _ in 0..20_000 {
         vms.push_str("- {}\n");
@@ -45,7 +45,7 @@ fn many_findings_are_counted_and_not_listed() {
 }
 
 #[test]
-fn warnings_never_hide_the_error_among_them() {
+fn warnings_do_not_displace_an_error() {
     let mut files = "files:\n".to_owned();
     for n in 0..3000 {
         // The file is unused and has no checksum.
@@ -65,7 +65,7 @@ fn warnings_never_hide_the_error_among_them() {
 }
 
 #[test]
-fn long_values_are_cut_wherever_they_are_repeated() {
+fn long_values_are_truncated_in_every_message() {
     let long = "x".repeat(1 << 20);
     for text in [
         format!("vms:\n- name: {long}\n"),
@@ -104,7 +104,7 @@ fn findings_on_one_long_line_cost_no_more_than_on_many() {
 }
 
 #[test]
-fn long_lists_of_names_are_compared_in_bounded_work() {
+fn comparing_long_lists_of_names_is_bounded() {
     let mut text = "files:\n".to_owned();
     for n in 0..8_000 {
         writeln!(text, "- {{name: file-{n}, inline: x}}").unwrap();
@@ -117,7 +117,7 @@ fn long_lists_of_names_are_compared_in_bounded_work() {
 }
 
 #[test]
-fn subnets_files_and_overrides_are_looked_up_not_searched() {
+fn subnets_files_and_overrides_are_looked_up_by_index() {
     let mut text = "network:\n  subnets:\n".to_owned();
     for n in 0..12_000u32 {
         writeln!(text, "  - {{name: s{n}, cidr: 10.{}.{}.0/24}}", n >> 8, n & 255).unwrap();
@@ -132,7 +132,7 @@ fn subnets_files_and_overrides_are_looked_up_not_searched() {
 }
 
 #[test]
-fn a_mapping_of_many_keys_is_searched_by_an_index() {
+fn keys_of_a_large_mapping_are_looked_up_by_index() {
     let mut text = String::new();
     for n in 0..20_000 {
         writeln!(text, "x{n}-unknown: 1").unwrap();
@@ -146,7 +146,7 @@ fn a_mapping_of_many_keys_is_searched_by_an_index() {
 }
 
 #[test]
-fn many_documents_take_no_longer_for_each_than_few() {
+fn the_time_per_document_does_not_grow_with_their_number() {
     let one = |n: usize| {
         format!(
             "---\nname: m{n}\nvms:\n- {{name: a, source: {{blank: true}}, resources: {{cpu: 1, memory: 1Gi}}, x: 1}}\n"

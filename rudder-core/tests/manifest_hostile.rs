@@ -15,48 +15,48 @@ fn shown(text: impl AsRef<[u8]>) -> String {
 
 /// Returns the code, line and column of each finding.
 fn codes(text: impl AsRef<[u8]>) -> Vec<String> {
-    let place = |span: Option<rudder_core::diagnostic::Span>| {
+    let location = |span: Option<rudder_core::diagnostic::Span>| {
         span.map_or(String::new(), |span| format!(" {}:{}", span.line, span.column))
     };
     let parsed = parse(text.as_ref());
-    parsed.diagnostics.iter().map(|finding| format!("{}{}", finding.code, place(finding.span))).collect()
+    parsed.diagnostics.iter().map(|finding| format!("{}{}", finding.code, location(finding.span))).collect()
 }
 
 #[test]
-fn what_is_not_yaml_is_said_with_its_place() {
+fn invalid_yaml_is_reported_with_its_location() {
     insta::assert_snapshot!(shown("vms:\n- name: a\n  disks: [\n"), @r#"
-    error[yaml-syntax]: this is not YAML: unclosed bracket '['
+    error[yaml-syntax]: invalid YAML: unclosed bracket '['
      --> m.yaml:3:10 (vms[0].disks[0])
       |
     3 |   disks: [
       |          ^
     "#);
     insta::assert_snapshot!(shown("vms:\n\t- name: a\n"), @r#"
-    error[yaml-syntax]: this is not YAML: tabs disallowed within this context (block indentation)
+    error[yaml-syntax]: invalid YAML: tabs disallowed within this context (block indentation)
      --> m.yaml:2:2 (vms)
       |
     2 |     - name: a
       |     ^
-      = help: indent with blanks: YAML does not take tabs there
+      = help: indent with spaces: YAML does not allow tabs here
     "#);
     insta::assert_snapshot!(shown("vms:\n- name: \"a\n"), @r#"
-    error[yaml-syntax]: this is not YAML: invalid indentation in multiline quoted scalar
+    error[yaml-syntax]: invalid YAML: invalid indentation in multiline quoted scalar
      --> m.yaml:3:1 (vms[0].name)
       |
     3 |
       | ^
-      = help: text in quotes ends with them: write the whole in quotes, '"a'
+      = help: text in quotes ends at the closing quote: put the whole value in quotes, '"a'
     "#);
     insta::assert_snapshot!(shown("vms: a: b\n"), @r#"
-    error[yaml-syntax]: this is not YAML: mapping values are not allowed in this context
+    error[yaml-syntax]: invalid YAML: mapping values are not allowed in this context
      --> m.yaml:1:7
       |
     1 | vms: a: b
       |       ^
-      = help: `: ` in a text makes a mapping of it: write the whole in quotes, 'a: b'
+      = help: `: ` in text turns it into a mapping: put the whole value in quotes, 'a: b'
     "#);
     insta::assert_snapshot!(shown("%YAML 3.0\n---\nvms: []\n"), @r#"
-    error[yaml-syntax]: this is not YAML: unsupported YAML major version
+    error[yaml-syntax]: invalid YAML: unsupported YAML major version
      --> m.yaml:1:1
       |
     1 | %YAML 3.0
@@ -90,15 +90,15 @@ fn other_encodings_are_named() {
       |
     2 | - name: a␀b
       |          ^
-      = help: is this a binary file?
+      = help: use a text file; this may be a binary file
     "#);
 }
 
 #[test]
-fn a_byte_order_mark_and_carriage_returns_are_fine() {
+fn a_byte_order_mark_and_carriage_returns_are_accepted() {
     let text = "\u{feff}vms:\r\n- name: web\r\n  tmp: true\r\n";
     insta::assert_snapshot!(shown(text), @r#"
-    error[unknown-key]: no field is called `tmp` here
+    error[unknown-key]: unknown key `tmp`
      --> m.yaml:3:3 (vms[0].tmp)
       |
     3 |   tmp: true
@@ -113,7 +113,7 @@ fn a_byte_order_mark_and_carriage_returns_are_fine() {
 }
 
 #[test]
-fn empty_files_and_documents() {
+fn empty_files_and_documents_are_refused() {
     insta::assert_snapshot!(shown(""), @r#"
     error[no-document]: expected a manifest, but found an empty file
      --> m.yaml
@@ -175,7 +175,7 @@ fn the_form_of_a_document_is_checked() {
       |
     1 | apiVersion: [1]
       |             ^^^
-      = help: a text that begins with a bracket is a list or a mapping: write the whole in quotes, '[1]'
+      = help: text that begins with a bracket is a list or a mapping: put the whole value in quotes, '[1]'
 
     error[missing-field]: expected `kind: VirtualMachineBuild`, but found none
      --> m.yaml:2:1 (kind)
@@ -189,14 +189,14 @@ fn the_form_of_a_document_is_checked() {
 }
 
 #[test]
-fn a_key_twice_is_an_error_that_names_both_places() {
+fn a_duplicate_key_is_an_error_that_names_both_locations() {
     insta::assert_snapshot!(shown("vms:\n- name: a\n  tpm: true\n  name: b\n"), @r#"
-    error[duplicate-key]: the key `name` is already there, at line 2, column 3
+    error[duplicate-key]: expected a unique key, but found `name` again; the first is at line 2, column 3
      --> m.yaml:4:3 (vms[0].name)
       |
     4 |   name: b
       |   ^^^^
-      = help: leave one of them out
+      = help: remove one of them
     "#);
     // Keys are compared by value, not by text; in large mappings as well.
     assert_eq!(codes("x: {1: a, 0x1: b, '1': c}\n"), ["unknown-key 1:1", "duplicate-key 1:11"]);
@@ -205,29 +205,29 @@ fn a_key_twice_is_an_error_that_names_both_places() {
 }
 
 #[test]
-fn tags_keys_and_aliases() {
+fn invalid_tags_keys_and_aliases_are_reported() {
     insta::assert_snapshot!(shown("vms: !list\n- name: !!python/object:os.system a\n"), @r#"
     error[yaml-tag]: expected a value that needs no tag, but found the tag `!list`
      --> m.yaml:1:6 (vms)
       |
     1 | vms: !list
       |      ^^^^^
-      = help: leave the tag out; a text that begins with `!`, or looks like a number, goes in quotes
+      = help: leave the tag out; put text that begins with `!` or looks like a number in quotes
 
     error[yaml-tag]: expected a value that needs no tag, but found the tag `!!python/object:os.system`
      --> m.yaml:2:9 (vms[0].name)
       |
     2 | - name: !!python/object:os.system a
       |         ^^^^^^^^^^^^^^^^^^^^^^^^^
-      = help: leave the tag out; a text that begins with `!`, or looks like a number, goes in quotes
+      = help: leave the tag out; put text that begins with `!` or looks like a number in quotes
     "#);
     insta::assert_snapshot!(shown("vms:\n- ? [a, b]\n  : c\n  name: a\n"), @r#"
-    error[yaml-key]: expected a plain key, but found a list or mapping
+    error[yaml-key]: expected a scalar as the key, but found a list or mapping
      --> m.yaml:2:5 (vms[0]["?"])
       |
     2 | - ? [a, b]
       |     ^^^^^^
-      = help: keys are text
+      = help: use text as the key
     "#);
     insta::assert_snapshot!(shown("vms: *there\nfiles: &here [*here]\n"), @r#"
     error[yaml-alias]: expected an anchor `&there` before this alias, but found none
@@ -235,9 +235,9 @@ fn tags_keys_and_aliases() {
       |
     1 | vms: *there
       |      ^^^^^^
-      = help: a text that begins with `*` goes in quotes: '*there…'
+      = help: put text that begins with `*` in quotes: '*there…'
 
-    error[yaml-alias]: expected a value, but found an alias inside the value that it names
+    error[yaml-alias]: expected a value, but found an alias inside the value that it refers to
      --> m.yaml:2:15 (files[0])
       |
     2 | files: &here [*here]
@@ -252,7 +252,7 @@ fn tags_keys_and_aliases() {
 }
 
 #[test]
-fn merge_keys_merge() {
+fn merge_keys_are_merged() {
     let text = "
 x: &small {resources: {cpu: 1, memory: 1Gi}, tpm: false}
 y: &other {tpm: true, invisible: true}
@@ -266,14 +266,14 @@ vms:
     assert_eq!((a.name.as_deref(), a.tpm, a.resources.is_some()), (Some("a"), Some(false), true));
     assert_eq!((b.tpm, b.invisible, b.resources.is_some()), (Some(true), Some(true), true));
     insta::assert_snapshot!(shown("vms:\n- <<: 5\n  name: a\n- '<<': 5\n"), @r#"
-    error[yaml-merge]: expected a mapping, or a list of them, behind the merge key `<<`
+    error[yaml-merge]: expected a mapping or a list of mappings after the merge key `<<`, but found another value
      --> m.yaml:2:3 (vms[0])
       |
     2 | - <<: 5
       |   ^^
       = help: write `<<: *name`, or put the key in quotes
 
-    warning[unknown-key]: no field is called `<<` here; it is ignored
+    warning[unknown-key]: unknown key `<<`, which is ignored
      --> m.yaml:4:3 (vms[1]["<<"])
       |
     4 | - '<<': 5
@@ -282,13 +282,13 @@ vms:
 }
 
 #[test]
-fn aliases_that_multiply_are_stopped() {
+fn the_expansion_of_aliases_is_bounded() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for n in 1..60 {
         bomb += &format!("a{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 10].join(", "));
     }
     insta::assert_snapshot!(shown(&bomb), @r#"
-    error[too-large]: expected a manifest that takes at most 128 MiB with its aliases followed, but found more
+    error[too-large]: expected a manifest that takes at most 128 MiB with its aliases expanded, but found more
      --> m.yaml:7:9 (a6)
       |
     7 | a6: &a6 [*a5, *a5, *a5, *a5, *a5, *a5, *a5, *a5, *a5, *a5]
@@ -309,9 +309,9 @@ fn aliases_that_multiply_are_stopped() {
 }
 
 #[test]
-fn nesting_ends_somewhere() {
+fn the_depth_of_nesting_is_bounded() {
     insta::assert_snapshot!(shown(format!("x: {}\n", "[".repeat(100_000))), @r#"
-    error[too-deep]: expected at most 64 lists and mappings inside each other, but found more
+    error[too-deep]: expected at most 64 levels of nested lists and mappings, but found more
      --> m.yaml:1:68 (x[0])
       |
     1 | …[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[…
@@ -338,7 +338,7 @@ fn large_input_is_read_up_to_a_limit() {
     insta::assert_snapshot!(shown(vec![b' '; (16 << 20) + 1]), @r#"
     error[too-large]: expected a file of at most 16 MiB, but found more
      --> m.yaml
-      = help: give large files by `url` in `files`
+      = help: provide large files with `url` in `files`
     "#);
     let script = "x".repeat(8 << 20);
     let parsed = parse(format!("files:\n- name: big\n  inline: {script}\n").as_bytes());
@@ -349,11 +349,11 @@ fn large_input_is_read_up_to_a_limit() {
     assert_eq!(codes("--- {}\n".repeat(2000)), ["too-large 1001:1"]);
     let wrong = parse(format!("vms: [{}]", "1,".repeat(5000)).as_bytes());
     assert_eq!(wrong.diagnostics.len(), 1001);
-    insta::assert_snapshot!(wrong.diagnostics[1000].message, @r#"there is more wrong than is shown here"#);
+    insta::assert_snapshot!(wrong.diagnostics[1000].message, @r#"there are more findings than are shown here"#);
 }
 
 #[test]
-fn what_takes_other_parsers_long_is_read_at_once() {
+fn input_that_is_slow_in_other_parsers_is_read_quickly() {
     for piece in [
         "[", "{", "a: ", "? ", "- ", "!", "&a ", "*a ", "'", "\"", "\\", "|\n", "#", "%", ",", "]", "\t",
         "\r", "a\n", ": ", "'' ",

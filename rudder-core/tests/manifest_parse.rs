@@ -6,10 +6,10 @@ use rudder_core::manifest::{Manifest, Parsed, Path, parse, parse_named};
 /// Returns one line per finding: `line:column path severity[code]: message (help)`.
 fn findings(parsed: &Parsed) -> String {
     let line = |finding: &rudder_core::diagnostic::Diagnostic| {
-        let place = finding.span.map_or("-".to_owned(), |span| format!("{}:{}", span.line, span.column));
+        let location = finding.span.map_or("-".to_owned(), |span| format!("{}:{}", span.line, span.column));
         let help = finding.help.as_ref().map(|help| format!(" ({help})")).unwrap_or_default();
         let severity = if finding.is_error() { "error" } else { "warning" };
-        format!("{place} `{}` {severity}[{}]: {}{help}\n", finding.path, finding.code, finding.message)
+        format!("{location} `{}` {severity}[{}]: {}{help}\n", finding.path, finding.code, finding.message)
     };
     parsed.diagnostics.iter().map(line).collect()
 }
@@ -19,7 +19,7 @@ fn of(text: &str) -> String {
 }
 
 #[test]
-fn every_wrong_type_is_found_in_one_go() {
+fn every_wrong_type_is_found_at_once() {
     let text = r#"
 name: 123
 vms:
@@ -51,19 +51,19 @@ files: ~
     8:27 `vms[0].communicator.sshPort` error[wrong-type]: expected an integer, but found the text "22" (write it without quotes: 22)
     8:46 `vms[0].communicator.sshPassword` error[wrong-type]: expected text, but found an integer (write it in quotes)
     9:17 `vms[0].bootCommand[0]` error[wrong-type]: expected text, but found the integer 1 (write it in quotes: "1")
-    9:24 `vms[0].bootCommand[2]` error[wrong-type]: expected text, but found nothing (an empty text is written `""`; a text that begins with `#` goes in quotes)
+    9:24 `vms[0].bootCommand[2]` error[wrong-type]: expected text, but found nothing (write empty text as `""`; put text that begins with `#` in quotes)
     10:8 `vms[0].tpm` error[wrong-type]: expected `true` or `false`, but found the text "yes" (write `true`, without quotes)
-    13:21 `vms[0].provisioners[0].shell.inline` error[wrong-type]: expected text or a list of lines, but found a mapping (a text that begins with a bracket is a list or a mapping: write the whole in quotes, '{a: 1}')
+    13:21 `vms[0].provisioners[0].shell.inline` error[wrong-type]: expected text or a list of lines, but found a mapping (text that begins with a bracket is a list or a mapping: put the whole value in quotes, '{a: 1}')
     13:34 `vms[0].provisioners[0].shell.env` error[wrong-type]: expected a mapping, but found a list
     14:5 `vms[0].provisioners[1]` error[wrong-type]: expected a mapping, but found the text "just text"
     15:3 `vms[1]` error[wrong-type]: expected a mapping, but found nothing
-    17:3 `vms[2].cpuu` warning[unknown-key]: no field is called `cpuu` here; it is ignored
+    17:3 `vms[2].cpuu` warning[unknown-key]: unknown key `cpuu`, which is ignored
     18:10 `retries` error[wrong-type]: expected an integer, but found the number 1.5
     "#);
 }
 
 #[test]
-fn documents_know_their_places() {
+fn documents_keep_the_locations_of_values() {
     let text = "# first\nvms:\n- name: wéb\n  disks: [{size: 5Gi}]\n---\napiVersion: ruddervirt.io/v1alpha1\nkind: VirtualMachineBuild\nspec:\n  vms: []\n";
     let parsed = parse_named("a.yaml", text.as_bytes());
     assert_eq!(findings(&parsed), "");

@@ -244,7 +244,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_was_written_comes_back(document in document()) {
+    fn a_written_manifest_is_read_back_unchanged(document in document()) {
         let text = flow(&document);
         let first = parse(text.as_bytes());
         prop_assert!(!is_refused(&first), "{:#?}\n{text}", first.diagnostics);
@@ -261,7 +261,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_is_read_can_be_written_and_read_again(text in "([a-z<&*!|>'\"#:,?{}\\[\\]%@ 0-9\n\t-]|vms:|- name: |: |\n  |&a |\\*a){0,60}") {
+    fn any_manifest_that_can_be_read_can_be_written_and_read_again(text in "([a-z<&*!|>'\"#:,?{}\\[\\]%@ 0-9\n\t-]|vms:|- name: |: |\n  |&a |\\*a){0,60}") {
         for document in parse(text.as_bytes()).documents {
             let again = document.manifest().to_yaml().unwrap();
             let second = parse(again.as_bytes());
@@ -281,7 +281,7 @@ fn keys_and_lists_keep_their_order() {
 }
 
 #[test]
-fn an_empty_list_of_vms_does_not_change_the_form() {
+fn an_empty_list_of_vms_keeps_the_form() {
     for vms in ["vms:", "vms: []", "vms: no list"] {
         let parsed = parse(format!("{vms}\nspec: {{network: {{subnets: [{{cidr: 10.1}}]}}}}\n").as_bytes());
         let written = parsed.documents[0].manifest().to_yaml().unwrap();
@@ -292,7 +292,7 @@ fn an_empty_list_of_vms_does_not_change_the_form() {
 }
 
 #[test]
-fn a_value_that_was_refused_does_not_change_the_form() {
+fn a_refused_value_keeps_the_form() {
     for text in [
         "vms:\nspec:\n",
         "vms:\nspec: text\nmetadata: {name: web}\n",

@@ -20,7 +20,7 @@ fn helps(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_command_that_is_no_text_to_yaml_is_to_be_quoted() {
+fn the_help_for_a_command_that_yaml_does_not_read_as_text_is_to_quote_it() {
     for (line, quoted) in [
         ("echo Hello: world", "'echo Hello: world'"),
         ("echo done:", "'echo done:'"),
@@ -31,7 +31,7 @@ fn a_command_that_is_no_text_to_yaml_is_to_be_quoted() {
         ("@reboot x", "'@reboot x'"),
         ("`date`", "'`date`'"),
         ("%s", "'%s'"),
-        ("!important x", "goes in quotes"),
+        ("!important x", "in quotes"),
         ("[ -f x ]", "'[ -f x ]'"),
         ("[ -f x ] && y", "'[ -f x ] && y'"),
         ("[[ -f x ]]", "'[[ -f x ]]'"),
@@ -41,8 +41,8 @@ fn a_command_that_is_no_text_to_yaml_is_to_be_quoted() {
         ("> /etc/motd", "'> /etc/motd'"),
         (", x", "', x'"),
         ("] x", "'] x'"),
-        ("&x echo", "goes in quotes"),
-        ("# all", "goes in quotes"),
+        ("&x echo", "in quotes"),
+        ("# all", "in quotes"),
         ("123", "\"123\""),
         ("true", "\"true\""),
         ("1.10", "\"1.10\""),
@@ -66,15 +66,15 @@ fn helps_of_line(line: &str) -> Vec<String> {
 }
 
 #[test]
-fn values_that_miss_a_blank_or_have_zeros_in_front_say_so() {
+fn missing_spaces_and_leading_zeros_are_named_in_the_help() {
     for (text, help) in [
         ("vms:\n- name: a\n  resources: cpu:2\n", "`cpu: 2`"),
         ("vms:\n- name:a\n  tpm: true\n", "`name: a`"),
-        ("vms:\n- {name: a, communicator: {sshPort: 022}}\n", "without zeros in front: 22"),
+        ("vms:\n- {name: a, communicator: {sshPort: 022}}\n", "without leading zeros: 22"),
         ("vms:\n- {name: a, tpm: yes}\n", "write `true`"),
         ("vms:\n- {name: a, tpm: 'on'}\n", "write `true`"),
         ("vms:\n- {name: a, invisible: no}\n", "write `false`"),
-        ("vms:\n\t- name: a\n", "blanks"),
+        ("vms:\n\t- name: a\n", "spaces"),
         ("name: a: b\nvms: []\n", "'a: b'"),
     ] {
         let helps = helps(text);
@@ -83,7 +83,7 @@ fn values_that_miss_a_blank_or_have_zeros_in_front_say_so() {
 }
 
 #[test]
-fn file_urls_with_signs_of_urls_in_them_say_how_to_write_them() {
+fn the_help_for_file_urls_with_reserved_characters_is_to_encode_them() {
     for url in ["file:///srv/a#b.img", "file:///srv/a?b.img", "file:a#b.img", "file:///srv/a\\b.img"] {
         let text = format!(
             "name: x\nvms:\n- name: a\n  source: {{url: '{url}', checksum: '{}'}}\n  resources: {{cpu: 1, memory: 1Gi}}\n",
@@ -131,7 +131,7 @@ fn other_unknown_keys_are_warnings_and_errors_in_strict_mode() {
     let text = "x-common: &c {tpm: true}\nvms: [{<<: *c, name: a, colour: blue, nics: [{id: 5}]}]\nmetadata: {labels: {nmae: x}}\n";
     let found = unknown(text, UnknownKeys::Warn);
     assert_eq!(found.len(), 4, "{found:?}");
-    assert!(found.iter().all(|finding| !finding.is_error() && finding.message.ends_with("it is ignored")));
+    assert!(found.iter().all(|finding| !finding.is_error() && finding.message.ends_with("which is ignored")));
     assert!(unknown(text, UnknownKeys::Refuse).iter().all(Diagnostic::is_error));
 
     let context = PlanContext::new(&Capabilities::engine());

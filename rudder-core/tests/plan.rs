@@ -108,7 +108,7 @@ fn defaults_are_filled_in() {
 }
 
 #[test]
-fn overrides_hold_during_the_build_and_clones_get_the_base() {
+fn overrides_apply_to_the_build_and_not_to_clones() {
     let plan = planned(
         "
 vms:
@@ -171,11 +171,11 @@ vms:
     assert!(
         matches!(&vm.source, PlannedSource::BuildRef(parent) if parent.vm == "one" && parent.module == "base")
     );
-    assert_eq!(plan.not_repeatable, ["module base, the source of VM app, cannot be repeated itself"]);
+    assert_eq!(plan.not_repeatable, ["module base, the source of VM app, is not repeatable itself"]);
 }
 
 #[test]
-fn inputs_are_resolved_and_secrets_are_remembered() {
+fn inputs_are_resolved_and_secrets_are_recorded() {
     let plan = planned(
         "
 vms:
@@ -206,7 +206,7 @@ vms:
 }
 
 #[test]
-fn relative_files_start_from_the_base_directory() {
+fn relative_files_are_resolved_against_the_base_directory() {
     let text = SMALL.replace("https://example.org/", "file:images/");
     let context = context().with_base_directory("/srv/builds");
     let plans = prepare("site.yaml", text.as_bytes(), &context).into_plans().unwrap();
@@ -215,12 +215,9 @@ fn relative_files_start_from_the_base_directory() {
 }
 
 #[test]
-fn a_refused_manifest_gives_an_error_that_says_why() {
+fn a_refused_manifest_is_an_error_that_says_why() {
     let error = prepare("site.yaml", b"vms: []\n", &context()).into_plans().unwrap_err();
-    assert!(
-        error.to_string().starts_with("site.yaml is refused with 1 error\nerror[missing-field]"),
-        "{error}"
-    );
+    assert!(error.to_string().starts_with("site.yaml has 1 error\nerror[missing-field]"), "{error}");
 }
 
 /// A manifest with everything that shapes the result, written out in full.
@@ -263,14 +260,14 @@ retries: 1
 ";
 
 #[test]
-fn the_digest_is_pinned() {
+fn the_digest_is_stable_across_versions() {
     // A change here changes the digest of every existing build: it must be intended.
     insta::assert_snapshot!(planned(FULL).digest, @"dcc09a0582614c92404256dd1751439d5e3afb52969ee3d68485fdeac8d18bd4");
     insta::assert_snapshot!(planned(SMALL).digest, @"b28025073d3581a7bc6e30352c16a41cb6558f8cdba0e03e331cae7c682b3b49");
 }
 
 #[test]
-fn the_digest_ignores_what_does_not_shape_the_result() {
+fn the_digest_ignores_fields_that_do_not_affect_the_result() {
     let digest = planned(FULL).digest;
     for (from, to) in [
         ("name: site", "# a comment\nname:   \"site\""),
@@ -297,7 +294,7 @@ fn the_digest_ignores_what_does_not_shape_the_result() {
 }
 
 #[test]
-fn the_digest_changes_with_everything_that_shapes_the_result() {
+fn the_digest_changes_with_every_field_that_affects_the_result() {
     let sha = "1".repeat(64);
     let mut digests = HashSet::from([planned(FULL).digest]);
     for (from, to) in [
@@ -351,7 +348,7 @@ fn the_digest_changes_with_everything_that_shapes_the_result() {
 }
 
 #[test]
-fn a_mirror_of_the_same_bytes_is_the_same_build() {
+fn a_mirror_with_the_same_bytes_gives_the_same_digest() {
     let sha = "1".repeat(64);
     let text = FULL.replace("debian.qcow2'}", &format!("debian.qcow2', checksum: {sha}}}"));
     assert_eq!(planned(&text).digest, planned(&text.replace("example.org", "mirror.example.net")).digest);
@@ -442,7 +439,7 @@ fn any_yaml() -> impl Strategy<Value = serde_yaml::Value> {
 
 proptest! {
     #[test]
-    fn hardware_addresses_are_unique_and_plans_are_repeatable(vms in 1usize..6, nics in 1usize..9) {
+    fn hardware_addresses_are_unique_and_plans_are_deterministic(vms in 1usize..6, nics in 1usize..9) {
         let text = build(vms, nics);
         let plan = planned(&text);
         prop_assert_eq!(&plan, &planned(&text));
@@ -456,7 +453,7 @@ proptest! {
     }
 
     #[test]
-    fn no_manifest_makes_checking_or_planning_panic(value in any_yaml()) {
+    fn checking_and_planning_never_panic(value in any_yaml()) {
         let text = serde_yaml::to_string(&value).unwrap();
         let parsed = parse(text.as_bytes());
         for document in &parsed.documents {
@@ -471,7 +468,7 @@ proptest! {
 }
 
 #[test]
-fn a_manifest_made_by_a_program_is_planned_without_places() {
+fn a_manifest_built_by_a_program_is_planned_without_locations() {
     let bare: BareBuild = serde_yaml::from_str(SMALL).unwrap();
     let document = Document::from_manifest(Manifest::Bare(Box::new(bare)));
     let without = plan(&document, &context());

@@ -29,19 +29,19 @@ fn changed(change: impl FnOnce(&mut Value)) -> String {
 }
 
 #[test]
-fn a_module_of_format_1_is_written_as_it_was_read() {
+fn a_module_of_format_1_is_written_unchanged() {
     assert_eq!(read(MODULE_1).to_record().unwrap(), MODULE_1);
 }
 
 #[test]
-fn the_content_digest_is_the_one_that_was_recorded() {
+fn the_content_digest_equals_the_recorded_digest() {
     let module = read(MODULE_1);
     let digest = Module::content_digest(&module.name, &module.machines, &module.network).unwrap();
     assert_eq!(digest, module.digest);
 }
 
 #[test]
-fn a_module_of_format_1_has_the_values_of_its_record() {
+fn a_module_of_format_1_is_read_with_all_its_values() {
     let module = read(MODULE_1);
     assert_eq!((module.name.as_str(), module.path.as_ref()), ("web", None));
     let [web, gateway] = &module.machines[..] else { panic!("expected two machines") };
@@ -69,7 +69,7 @@ fn a_module_of_format_1_has_the_values_of_its_record() {
 }
 
 #[test]
-fn content_that_is_not_verifiable_makes_a_module_of_format_2() {
+fn unverifiable_content_requires_format_2() {
     let mut module = read(MODULE_1);
     module.machines[0].disks[0].content = Content::identified(ContentId::Cluster("snapshot/1".to_owned()));
     module.provenance.inputs[0].content = Content::unknown();
@@ -79,7 +79,7 @@ fn content_that_is_not_verifiable_makes_a_module_of_format_2() {
 }
 
 #[test]
-fn a_module_from_before_state_and_invisible_machines_is_read() {
+fn a_module_without_state_and_invisible_machines_is_read() {
     let module = read(&changed(|record| {
         for machine in record["machines"].as_array_mut().unwrap() {
             let machine = machine.as_object_mut().unwrap();
@@ -95,7 +95,7 @@ fn a_module_from_before_state_and_invisible_machines_is_read() {
 }
 
 #[test]
-fn a_module_of_a_later_format_is_refused_whatever_it_holds() {
+fn a_module_of_a_later_format_is_refused_whatever_it_contains() {
     for record in [changed(|record| record["format"] = json!(3)), json!({"format": 3}).to_string()] {
         let error = Module::from_record(path(), record.as_bytes()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
@@ -108,7 +108,7 @@ fn a_module_of_a_later_format_is_refused_whatever_it_holds() {
 }
 
 #[test]
-fn what_is_no_record_is_refused_with_the_name_of_the_file() {
+fn an_invalid_record_is_refused_with_its_file_name() {
     let cases = [
         ("{".to_owned(), "it is not what was written"),
         ("{}".to_owned(), "it has no format number"),

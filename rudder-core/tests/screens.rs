@@ -17,7 +17,7 @@ fn frames() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frames")
 }
 
-fn picture(path: &Path) -> Framebuffer {
+fn screenshot(path: &Path) -> Framebuffer {
     let mut reader = png::Decoder::new(BufReader::new(File::open(path).unwrap())).read_info().unwrap();
     let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut bytes).unwrap();
@@ -55,14 +55,14 @@ fn compare(read: &str, expected: &str) -> (usize, usize) {
 }
 
 #[test]
-fn consoles_are_read_without_a_mistake() {
+fn consoles_are_read_without_errors() {
     let mut names: Vec<_> = fs::read_dir(frames()).unwrap().map(|entry| entry.unwrap().path()).collect();
     names.retain(|path| path.extension().is_some_and(|extension| extension == "png"));
     names.sort();
     let (mut report, mut wrong) = (String::new(), false);
     let (mut all, mut right) = (0, 0);
     for path in &names {
-        let screen = text::read(&picture(path));
+        let screen = text::read(&screenshot(path));
         let read = screen.lines().collect::<Vec<_>>();
         let beside = path.with_extension("txt");
         if std::env::var_os("RUDDER_UPDATE").is_some() {
@@ -90,7 +90,7 @@ fn consoles_are_read_without_a_mistake() {
 
 /// Fonts draw some characters alike, so another one may be read than was written; a search still finds it.
 #[test]
-fn what_was_written_is_found() {
+fn text_on_the_screens_is_found() {
     for (name, texts) in [
         (
             "grub-uefi-800",
@@ -130,7 +130,7 @@ fn what_was_written_is_found() {
             ],
         ),
     ] {
-        let screen = text::read(&picture(&frames().join(name).with_extension("png")));
+        let screen = text::read(&screenshot(&frames().join(name).with_extension("png")));
         for text in texts {
             assert!(screen.contains(text), "{name}: expected {text:?}, but read\n{screen}");
         }

@@ -84,7 +84,7 @@ fn assert_none(text: &str) {
 }
 
 #[test]
-fn debug_of_everything_that_is_read_and_planned_shows_none() {
+fn debug_output_of_manifests_and_plans_shows_no_secret() {
     let prepared = prepare("build.yaml", MANIFEST.as_bytes(), &context());
     assert!(!prepared.has_errors(), "{}", prepared.render());
     assert_none(&format!("{prepared:?} {prepared:#?}"));
@@ -100,7 +100,7 @@ fn debug_of_everything_that_is_read_and_planned_shows_none() {
 }
 
 #[test]
-fn everything_secret_is_masked_in_what_is_kept_of_the_manifest_and_in_output() {
+fn secrets_are_masked_in_the_kept_manifest_and_in_output() {
     let plan = prepare("build.yaml", MANIFEST.as_bytes(), &context()).plans.remove(0);
     let masker = Masker::new(&plan.secrets);
     let kept = masker.mask(&plan.manifest).into_owned();
@@ -126,7 +126,7 @@ fn everything_secret_is_masked_in_what_is_kept_of_the_manifest_and_in_output() {
 
 /// Every line of these manifests is quoted by a finding; none shows the password.
 #[test]
-fn lines_that_findings_quote_show_no_password() {
+fn lines_quoted_by_findings_show_no_password() {
     for source in [
         "vms:\n- communicator: {sshPassword: \"a\\\"hunter2\", sshprot: 22}\n",
         "vms:\n- communicator: {sshUser: me, sshPassword: 'it''s hunter2', x: 1}\n",

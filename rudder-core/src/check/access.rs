@@ -40,7 +40,7 @@ pub(super) fn communicator(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) 
         findings.report(
             &codes::INVALID_VALUE,
             &at.key("sshUsername"),
-            format!("expected the name of a user, but found {user:?}", user = Quoted(user)),
+            format!("expected a user name, but found {user:?}", user = Quoted(user)),
         );
     }
     if let Some(port) = communicator.ssh_port
@@ -49,7 +49,7 @@ pub(super) fn communicator(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) 
         findings.report(
             &codes::INVALID_VALUE,
             &at.key("sshPort"),
-            format!("expected a port of 1 to 65535, but found {port}"),
+            format!("expected a port from 1 to 65535, but found {port}"),
         );
     }
     if let Some(reference) = &communicator.ssh_private_key_secret {
@@ -85,8 +85,8 @@ pub(super) fn cloud_init(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
             .report(
                 &codes::NO_LOGIN,
                 at,
-                "expected `cloudInit`, `sshPassword` or `sshPrivateKeySecret`, but found none of them: \
-                 SSH is likely never to answer",
+                "expected `cloudInit`, `sshPassword` or `sshPrivateKeySecret`, but found none of them: the \
+                 login over SSH will probably fail",
             )
             .help = Some("add `cloudInit: {}`, which authorises the build's key in the guest".to_owned());
     }
@@ -112,9 +112,9 @@ pub(super) fn value_from(findings: &mut Findings<'_>, from: &ValueFrom, at: &Pat
 
 fn key_ref(findings: &mut Findings<'_>, reference: &KeyRef, at: &Path<'_>) {
     if reference.name.as_deref().is_none_or(str::is_empty) {
-        findings.missing(at, "name", "it names the object");
+        findings.missing(at, "name", "name the object");
     }
     if reference.key.as_deref().is_none_or(str::is_empty) {
-        findings.missing(at, "key", "it names the key in the object");
+        findings.missing(at, "key", "name the key in the object");
     }
 }

@@ -39,9 +39,16 @@ pub(super) fn unserved(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<
         });
         let Some((element, text, range)) = found else { continue };
         let message =
-            format!("expected files to be served, which {} is for, but none are", &text[range.clone()]);
-        let help = "name them in `httpDirectory`".to_owned();
-        place(findings, &codes::BOOT_COMMAND_VARIABLE, (message, help), text, range, &command.index(element));
+            format!("expected files to serve, which {} needs, but found none", &text[range.clone()]);
+        let help = "name files in `httpDirectory`".to_owned();
+        report_in_element(
+            findings,
+            &codes::BOOT_COMMAND_VARIABLE,
+            (message, help),
+            text,
+            range,
+            &command.index(element),
+        );
     }
 }
 
@@ -72,7 +79,7 @@ fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &P
             format!("expected a token such as <enter> or <wait5s>, but found {found}"),
             match nearest_token(found) {
                 Some(near) => format!("did you mean `{near}`?"),
-                None => "to type it as text, end the string behind the `<` and begin the next one there"
+                None => "to type it as text, end the string after the `<` and begin the next string there"
                     .to_owned(),
             },
         ),
@@ -80,22 +87,22 @@ fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &P
             let name = found.trim_matches(|c: char| "{} .".contains(c));
             (
                 &codes::BOOT_COMMAND_VARIABLE,
-                format!("expected a variable of boot commands, but found {found}"),
+                format!("expected a boot command variable, but found {found}"),
                 match super::findings::nearest(name, BOOT_VARIABLES.iter().copied()) {
                     Some(near) => format!("did you mean `{{{{ .{near} }}}}`?"),
-                    None => format!("there are: .{}", BOOT_VARIABLES.join(", .")),
+                    None => format!("use one of: .{}", BOOT_VARIABLES.join(", .")),
                 },
             )
         }
         BootMistakeKind::UnclosedHold => (
             &codes::BOOT_COMMAND_HOLD,
-            format!("expected the key of {found} to be released, but nothing does"),
+            format!("expected the key of {found} to be released, but it never is"),
             format!("add `{}`", found.replace("On>", "Off>").replace("on>", "off>").replace("ON>", "OFF>")),
         ),
         BootMistakeKind::NotHeld => (
             &codes::BOOT_COMMAND_HOLD,
-            format!("expected a key that is held, but found {found} without an `On` before it"),
-            "hold it first, or remove this".to_owned(),
+            format!("expected a held key, but found {found} without an `On` before it"),
+            "hold the key first, or remove the token".to_owned(),
         ),
         BootMistakeKind::Untypable => (
             &codes::BOOT_COMMAND_CHARACTER,
@@ -104,25 +111,32 @@ fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &P
         ),
         BootMistakeKind::MissingText => (
             &codes::BOOT_COMMAND_WAIT,
-            format!("expected a text in quotes to wait for, but found {found}"),
+            format!("expected the text to wait for, in quotes, but found {found}"),
             "write it as in `<waitText 'login:' 90s>`".to_owned(),
         ),
         BootMistakeKind::UnclosedText => (
             &codes::BOOT_COMMAND_WAIT,
-            format!("expected the text in quotes to end, and a `>` behind it, but found {found}"),
-            "write it as in `<waitText 'login:' 90s>`; a quote inside the text is written twice".to_owned(),
+            format!("expected a closing quote and then `>`, but found {found}"),
+            "write it as in `<waitText 'login:' 90s>`, and double each quote inside the text".to_owned(),
         ),
         BootMistakeKind::BadLimit => (
             &codes::BOOT_COMMAND_WAIT,
-            format!("expected a duration above 0, such as 90s or 2m, and then `>`, but found {found}"),
-            format!("leave it out to wait {} at most", human_duration(DEFAULT_WAIT_LIMIT)),
+            format!("expected a duration of more than 0, such as 90s or 2m, and then `>`, but found {found}"),
+            format!("leave it out to wait at most {}", human_duration(DEFAULT_WAIT_LIMIT)),
         ),
     };
-    place(findings, code, (message, help), text, mistake.range.clone(), &at.index(mistake.element));
+    report_in_element(
+        findings,
+        code,
+        (message, help),
+        text,
+        mistake.range.clone(),
+        &at.index(mistake.element),
+    );
 }
 
 /// Reports a mistake in a part of an element, at that part.
-fn place(
+fn report_in_element(
     findings: &mut Findings<'_>,
     code: &'static Code,
     (message, help): (String, String),

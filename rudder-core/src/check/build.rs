@@ -18,7 +18,7 @@ pub(super) fn envelope<S>(findings: &mut Findings<'_>, resource: &Resource<S>, r
 pub(super) fn spec(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
     let vms = at.key("vms");
     if spec.vms.is_empty() && !findings.written(false, &vms) {
-        findings.missing(at, "vms", "a build needs at least one VM: a list of `name`, `source`, `resources`");
+        findings.missing(at, "vms", "list at least one VM with `name`, `source` and `resources`");
     }
     files::declared(findings, spec, at);
     let network = network::Declared::new(spec.network.as_ref());
@@ -56,6 +56,6 @@ pub(super) fn spec(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>)
                 &at.key("output"),
                 "`output` has no effect: every VM of a build is captured",
             )
-            .help = Some("remove it".to_owned());
+            .help = Some("remove the field".to_owned());
     }
 }

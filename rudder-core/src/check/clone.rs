@@ -13,7 +13,7 @@ use crate::{
 
 pub(super) fn spec(findings: &mut Findings<'_>, spec: &CloneSpec, at: &Path<'_>) {
     match spec.template_name.as_deref() {
-        None => findings.missing(at, "templateName", "it names the module to clone"),
+        None => findings.missing(at, "templateName", "name the module to clone"),
         Some(name) if !is_name(name) => findings.optional_name(Some(name), &at.key("templateName")),
         Some(_) => {}
     }
@@ -25,7 +25,7 @@ pub(super) fn spec(findings: &mut Findings<'_>, spec: &CloneSpec, at: &Path<'_>)
     findings.unique("VM", &overrides, spec.vm_overrides.iter().map(|vm| vm.name.as_deref()));
     for (index, one) in spec.vm_overrides.iter().enumerate() {
         let at = overrides.index(index);
-        findings.required_name(one.name.as_deref(), &at, "it names a VM of the module");
+        findings.required_name(one.name.as_deref(), &at, "name a VM of the module");
         if let Some(resources) = &one.resources {
             vm::resources(findings, resources, &at.key("resources"), vm::Required::No);
         }
@@ -41,7 +41,10 @@ pub(super) fn spec(findings: &mut Findings<'_>, spec: &CloneSpec, at: &Path<'_>)
             .report(
                 &codes::INVALID_VALUE,
                 &at.key("ageAnchor"),
-                format!("expected a time as in RFC 3339, but found {anchor:?}", anchor = Quoted(anchor)),
+                format!(
+                    "expected a time as defined by RFC 3339, but found {anchor:?}",
+                    anchor = Quoted(anchor)
+                ),
             )
             .help = Some("for example `2026-01-31T12:00:00Z`".to_owned());
     }

@@ -42,7 +42,7 @@ impl<'m> Names<'m> {
             }
             None => {
                 let names = self.sorted.iter().copied();
-                findings.unknown_reference(&codes::UNKNOWN_FILE, at, "an entry of `files`", name, names);
+                findings.unknown_reference(&codes::UNKNOWN_FILE, at, "an entry in `files`", name, names);
                 None
             }
         }
@@ -56,13 +56,17 @@ pub(super) fn declared(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<
     for (index, file) in spec.files.iter().enumerate() {
         let at = files.index(index);
         match file.name.as_deref() {
-            None => findings.missing(&at, "name", "steps, the floppy and the HTTP server use it"),
+            None => findings.missing(
+                &at,
+                "name",
+                "name the file, so that steps, the floppy and the HTTP server can refer to it",
+            ),
             Some(name) => file_name(findings, name, &at.key("name")),
         }
         match (&file.inline, &file.url) {
             (Some(_), Some(_)) => findings.exclusive(&at, "inline", "url"),
             (None, None) if !findings.written(false, &at.key("url")) => {
-                findings.missing(&at, "inline", "the content of the file; or use `url`");
+                findings.missing(&at, "inline", "give the content of the file, or use `url`");
             }
             _ => {}
         }
@@ -85,7 +89,7 @@ pub(super) fn unused(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_
                 .report(
                     &codes::UNUSED_FILE,
                     &files.index(index).key("name"),
-                    format!("nothing uses the file {name:?}", name = Quoted(name)),
+                    format!("the file {name:?} is not used", name = Quoted(name)),
                 )
                 .help = Some("name it in a file step, `floppy` or `httpDirectory`, or remove it".to_owned());
         }
@@ -93,13 +97,13 @@ pub(super) fn unused(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_
 }
 
 fn file_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
-    let bad = name.is_empty()
+    let is_invalid = name.is_empty()
         || name.len() > 255
         || name == "."
         || name.contains("..")
         || name.contains('/')
         || name.chars().any(char::is_control);
-    if bad {
+    if is_invalid {
         let short: String = name.chars().take(80).collect();
         findings
             .report(
@@ -107,7 +111,8 @@ fn file_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
                 at,
                 format!("expected a file name without `/`, `..` and control characters, but found {short:?}"),
             )
-            .help = Some("it is a plain name; a file step's `destination` says where it goes".to_owned());
+            .help =
+            Some("use a plain name; the `destination` of a file step is the path in the guest".to_owned());
     }
 }
 
@@ -123,7 +128,7 @@ pub(super) fn references<'m>(
     for (index, reference) in list.files.iter().enumerate() {
         let at = list_at.index(index);
         match reference.name.as_deref() {
-            None => findings.missing(&at, "name", "the name of an entry of `files`"),
+            None => findings.missing(&at, "name", "name an entry in `files`"),
             Some(name) => files.extend(names.refer(findings, name, &at.key("name"))),
         }
     }
@@ -136,7 +141,7 @@ pub(super) fn isos(findings: &mut Findings<'_>, isos: &[Iso], at: &Path<'_>) {
         let at = at.index(index);
         match iso.url.as_deref() {
             Some(url) => download(findings, "the ISO", url, iso.checksum.as_deref(), &at),
-            None => findings.missing(&at, "url", "where to fetch the ISO"),
+            None => findings.missing(&at, "url", "give the URL of the ISO"),
         }
     }
 }
@@ -169,18 +174,21 @@ pub(super) fn download(
                     .report(
                         &codes::MISSING_CHECKSUM,
                         &at,
-                        format!("{what} has no `checksum`: other bytes behind the URL would go unnoticed"),
+                        format!(
+                            "{what} has no `checksum`: a change of the content at the URL would go \
+                             unnoticed"
+                        ),
                     )
-                    .help = Some("add `checksum:` and the sha256 that its publisher gives".to_owned());
+                    .help = Some("add `checksum:` with the sha256 that the publisher states".to_owned());
             }
         }
         Some(checksum) => {
             if let Err(error) = checksum.parse::<Digest>() {
                 let finding = findings.report(&codes::INVALID_CHECKSUM, &field, error.to_string());
                 finding.help = match checksum.len() {
-                    32 => Some("this looks like an md5".to_owned()),
-                    40 => Some("this looks like a sha1".to_owned()),
-                    128 => Some("this looks like a sha512".to_owned()),
+                    32 => Some("use a sha256; this looks like an md5".to_owned()),
+                    40 => Some("use a sha256; this looks like a sha1".to_owned()),
+                    128 => Some("use a sha256; this looks like a sha512".to_owned()),
                     _ => None,
                 };
             }
@@ -195,9 +203,9 @@ pub(super) fn checksum_of_nothing(findings: &mut Findings<'_>, parent: &Path<'_>
             .report(
                 &codes::INVALID_CHECKSUM,
                 &parent.key("checksum"),
-                "expected a `url` that the checksum is of, but there is none",
+                "expected a `url` beside the checksum, but found none",
             )
-            .help = Some("remove it".to_owned());
+            .help = Some("remove the field".to_owned());
     }
 }
 
@@ -207,7 +215,7 @@ pub(crate) fn checked_url(written: &str) -> Result<Url, String> {
     let is_break = |c: char| matches!(c, '\t' | '\n' | '\r');
     if written.contains(is_break) || written.trim() != written {
         return Err(format!(
-            "expected a URL without blanks around it and line breaks in it, but found {}",
+            "expected a URL without surrounding spaces and without line breaks, but found {}",
             shown()
         ));
     }
@@ -220,7 +228,7 @@ pub(crate) fn checked_url(written: &str) -> Result<Url, String> {
             Some(at) => {
                 let found = &written[at..=at];
                 Err(format!(
-                    "expected a path in the file URL, but found `{found}` in it, which {}",
+                    "expected a path in the file URL, but found `{found}`, which {}",
                     MEANING[usize::from(found == "\\")]
                 ))
             }
@@ -238,7 +246,7 @@ pub(crate) fn checked_url(written: &str) -> Result<Url, String> {
 }
 
 /// Meaning of `#` and `?`, and of a backslash, in a URL.
-const MEANING: [&str; 2] = ["ends the path", "stands for a slash"];
+const MEANING: [&str; 2] = ["ends the path", "is read as a slash"];
 
 /// Returns the help for a URL that cannot be fetched.
 fn url_help(written: &str) -> &'static str {
@@ -247,7 +255,7 @@ fn url_help(written: &str) -> &'static str {
     {
         "in a URL, write `%23` for `#`, `%3F` for `?` and `%5C` for a backslash"
     } else {
-        "write http://, https:// or file:/// and where it is"
+        "write http://, https:// or file:/// and the location"
     }
 }
 
@@ -264,7 +272,7 @@ impl std::fmt::Display for Unpinned<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Moving(word) => {
-                write!(f, "names `{word}`, which changes in time: the build cannot be repeated")
+                write!(f, "refers to `{word}`, which changes over time: the build cannot be repeated")
             }
             Self::Untagged => f.write_str("has no tag, which means `latest`: the build cannot be repeated"),
         }
@@ -305,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moving_urls_are_told_from_pinned_ones() {
+    fn moving_urls_are_distinguished_from_pinned_urls() {
         let moving = |url: &str| unpinned(&url.parse().unwrap()).is_some();
         assert!(moving("https://cloud.debian.org/images/cloud/bookworm/latest/debian-12.qcow2"));
         assert!(moving("https://cloud-images.ubuntu.com/noble/current/noble.img"));
@@ -323,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_in_a_bad_url_is_not_shown() {
+    fn a_password_in_an_invalid_url_is_not_shown() {
         let problem = checked_url("ftp://user:hunter2@example.org/x").unwrap_err();
         assert_eq!(problem, "expected an http, https or file URL, but found \"ftp://***@example.org/x\"");
         assert!(checked_url("file://server/share").is_err());

@@ -127,7 +127,7 @@ impl<'d> Findings<'d> {
                 "expected a name of at most 63 lower-case letters, digits and inner hyphens, but found {:?}",
                 Quoted(name)
             );
-            let suggestion = name_like(name);
+            let suggestion = valid_name_from(name);
             let finding = self.report(&codes::INVALID_NAME, at, message);
             finding.help = suggestion.map(|name| format!("for example `{name}`"));
         }
@@ -157,10 +157,7 @@ impl<'d> Findings<'d> {
                 self.report(
                     &codes::DUPLICATE_NAME,
                     &element.key("name"),
-                    format!(
-                        "expected a unique name of a {what}, but found {name:?} again",
-                        name = Quoted(name)
-                    ),
+                    format!("expected a unique {what} name, but found {name:?} again", name = Quoted(name)),
                 )
                 .help = Some(first);
             } else {
@@ -184,12 +181,12 @@ impl<'d> Findings<'d> {
         }
         let known: Vec<&str> = known.into_iter().filter(|name| !name.is_empty()).collect();
         let help = match self.suggestion(found, known.iter().copied()) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None if known.is_empty() => "there is none".to_owned(),
+            Some(similar) => format!("did you mean `{similar}`?"),
+            None if known.is_empty() => "none exists".to_owned(),
             None if known.len() <= 8 && known.iter().all(|name| name.len() <= 80) => {
-                format!("there are: {}", known.join(", "))
+                format!("use one of: {}", known.join(", "))
             }
-            None => format!("there are {}, none of a similar name", known.len()),
+            None => format!("{} exist, none with a similar name", known.len()),
         };
         self.report(
             code,
@@ -206,7 +203,8 @@ impl<'d> Findings<'d> {
             [first @ .., last] => format!("{} or {last}", first.join(", ")),
             [] => "nothing".to_owned(),
         };
-        let help = nearest(found, possible.iter().copied()).map(|near| format!("did you mean `{near}`?"));
+        let help =
+            nearest(found, possible.iter().copied()).map(|similar| format!("did you mean `{similar}`?"));
         self.report(
             &codes::INVALID_VALUE,
             at,
@@ -231,8 +229,8 @@ impl<'d> Findings<'d> {
         match duration(scalar) {
             Err(error) => {
                 let help = match scalar {
-                    Scalar::Int(number) => format!("a duration has a unit: `{number}s` or `{number}m`"),
-                    _ => "units are h, m, s and ms".to_owned(),
+                    Scalar::Int(number) => format!("add a unit, as in `{number}s` or `{number}m`"),
+                    _ => "use the units h, m, s and ms".to_owned(),
                 };
                 self.invalid(&codes::INVALID_DURATION, at, &error).help = Some(help);
             }
@@ -296,7 +294,7 @@ pub(crate) fn nearest<'k>(found: &str, known: impl IntoIterator<Item = &'k str>)
 }
 
 /// Returns a valid Name similar to this text.
-fn name_like(text: &str) -> Option<String> {
+fn valid_name_from(text: &str) -> Option<String> {
     let mut name = String::new();
     for character in text.chars().take(63) {
         let character = character.to_ascii_lowercase();
@@ -315,12 +313,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn near_words_are_found_and_far_ones_are_not() {
+    fn only_similar_names_are_suggested() {
         assert_eq!(nearest("motd", ["other", "motd.txt"]), Some("motd.txt"));
         assert_eq!(nearest("wbe", ["web", "db"]), Some("web"));
         assert_eq!(nearest("Shell", ["shell", "file"]), Some("shell"));
         assert_eq!(nearest("database", ["web"]), None);
-        assert_eq!(name_like("My Web_01!"), Some("my-web-01".to_owned()));
-        assert_eq!(name_like("…"), None);
+        assert_eq!(valid_name_from("My Web_01!"), Some("my-web-01".to_owned()));
+        assert_eq!(valid_name_from("…"), None);
     }
 }

@@ -91,12 +91,12 @@ pub(super) fn floppy(findings: &mut Findings<'_>, list: &FileNames, at: &Path<'_
                     &codes::DUPLICATE_NAME,
                     &at.key("name"),
                     format!(
-                        "expected a unique name of a file on the floppy, but found {:?} beside {:?}",
+                        "expected unique file names on the floppy, but found {:?} and {:?}",
                         Quoted(name),
                         Quoted(first)
                     ),
                 )
-                .help = Some("FAT does not tell upper from lower case".to_owned());
+                .help = Some("FAT does not distinguish upper and lower case".to_owned());
         }
     }
     let files = references(findings, list, at, names);

@@ -48,7 +48,7 @@ pub(crate) fn run(findings: &mut Findings<'_>) {
             build::envelope(findings, resource, root);
             match &resource.spec {
                 Some(spec) => build::spec(findings, spec, &root.key("spec")),
-                None => findings.missing(root, "spec", "it says what is to be built"),
+                None => findings.missing(root, "spec", "add `spec`, which describes the build"),
             }
         }
         Manifest::Bare(bare) => {
@@ -59,7 +59,7 @@ pub(crate) fn run(findings: &mut Findings<'_>) {
             build::envelope(findings, resource, root);
             match &resource.spec {
                 Some(spec) => clone::spec(findings, spec, &root.key("spec")),
-                None => findings.missing(root, "spec", "it says what is to be cloned"),
+                None => findings.missing(root, "spec", "add `spec`, which describes the clone"),
             }
         }
     }

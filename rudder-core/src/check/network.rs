@@ -48,7 +48,7 @@ impl<'m> Declared<'m> {
             findings.unknown_reference(
                 &codes::UNKNOWN_SUBNET,
                 at,
-                "an entry of `network.subnets`",
+                "an entry in `network.subnets`",
                 name,
                 known,
             );
@@ -58,7 +58,7 @@ impl<'m> Declared<'m> {
     fn vpc(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
         if !self.known_vpcs.contains(name) {
             let known = self.vpcs.iter().copied();
-            findings.unknown_reference(&codes::UNKNOWN_VPC, at, "an entry of `network.vpcs`", name, known);
+            findings.unknown_reference(&codes::UNKNOWN_VPC, at, "an entry in `network.vpcs`", name, known);
         }
     }
 }
@@ -69,21 +69,26 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
     let vpcs = at.key("vpcs");
     findings.unique("VPC", &vpcs, network.vpcs.iter().map(|vpc| vpc.name.as_deref()));
     for (index, vpc) in network.vpcs.iter().enumerate() {
-        findings.required_name(vpc.name.as_deref(), &vpcs.index(index), "subnets refer to it");
+        findings.required_name(
+            vpc.name.as_deref(),
+            &vpcs.index(index),
+            "name the VPC, so that subnets can \
+             refer to it",
+        );
     }
     let subnets = at.key("subnets");
     findings.unique("subnet", &subnets, network.subnets.iter().map(|subnet| subnet.name.as_deref()));
     // The networks seen so far, per VPC.
-    let mut seen: HashMap<Option<&str>, Taken> = HashMap::new();
+    let mut used: HashMap<Option<&str>, Taken> = HashMap::new();
     for (index, subnet) in network.subnets.iter().enumerate() {
         let at = subnets.index(index);
-        findings.required_name(subnet.name.as_deref(), &at, "cards refer to it");
+        findings.required_name(subnet.name.as_deref(), &at, "name the subnet, so that NICs can refer to it");
         if let Some(vpc) = subnet.vpc.as_deref() {
             declared.vpc(findings, vpc, &at.key("vpc"));
         }
         let unmanaged = subnet.unmanaged == Some(true);
         match subnet.cidr.as_deref() {
-            None => findings.missing(&at, "cidr", "an IPv4 network such as `10.1.0.0/24`"),
+            None => findings.missing(&at, "cidr", "give an IPv4 network such as `10.1.0.0/24`"),
             Some(text) => {
                 let cidr_at = at.key("cidr");
                 match text.parse::<Cidr>() {
@@ -94,16 +99,17 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
                     }
                     Ok(cidr) => {
                         narrow(findings, cidr, unmanaged, &cidr_at);
-                        let others = seen.entry(subnet.vpc.as_deref()).or_default();
+                        let others = used.entry(subnet.vpc.as_deref()).or_default();
                         if let Some((other, first)) = others.take(cidr, index) {
                             let first = network.subnets[first].name.as_deref().unwrap_or("another");
                             let message = format!(
-                                "expected a network apart from those of its VPC, but found {cidr}, \
-                                 which shares addresses with {other} of {}",
+                                "expected a network that overlaps no other of its VPC, but found {cidr}, \
+                                 which overlaps {other} of {}",
                                 cut(first, 80).unwrap_or(first)
                             );
                             findings.report(&codes::SUBNETS_OVERLAP, &cidr_at, message).help = Some(
-                                "subnets of one VPC route to each other; those of different VPCs may overlap"
+                                "traffic is routed between the subnets of one VPC; subnets of different VPCs \
+                                 may overlap"
                                     .to_owned(),
                             );
                         }
@@ -118,7 +124,7 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
                         &codes::INVALID_IP,
                         &at.key("dns"),
                         format!(
-                            "expected IPv4 addresses between commas, but found {server:?}",
+                            "expected IPv4 addresses separated by commas, but found {server:?}",
                             server = Quoted(server)
                         ),
                     );
@@ -131,7 +137,10 @@ pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<
                     findings.report(
                         &codes::INEFFECTIVE_FIELD,
                         &at.key(field),
-                        format!("`{field}` has no effect on an unmanaged subnet: a guest serves it"),
+                        format!(
+                            "`{field}` has no effect on an unmanaged subnet, where a guest provides DHCP \
+                             and DNS"
+                        ),
                     );
                 }
             }
@@ -208,12 +217,12 @@ pub(super) fn nics(
         return;
     }
     let at = parent.key("nics");
-    findings.unique("card", &at, nics.iter().map(|nic| nic.name.as_deref()));
+    findings.unique("NIC", &at, nics.iter().map(|nic| nic.name.as_deref()));
     if nics.len() > MAX_NICS {
         findings.report(
             &codes::TOO_MANY_NICS,
             &at,
-            format!("expected at most {MAX_NICS} cards, but found {}", nics.len()),
+            format!("expected at most {MAX_NICS} NICs, but found {}", nics.len()),
         );
     }
     let mut slots = HashMap::new();
@@ -229,7 +238,7 @@ pub(super) fn nics(
                 findings.report(
                     &codes::INVALID_SLOT,
                     &at,
-                    format!("expected a slot of 1 to 9, but found {slot}"),
+                    format!("expected a slot from 1 to 9, but found {slot}"),
                 );
             } else if let Some(first) = slots.insert(slot, index) {
                 let other = nics[first].name.as_deref().map(|name| cut(name, 80).unwrap_or(name).to_owned());
@@ -237,7 +246,7 @@ pub(super) fn nics(
                 findings.report(
                     &codes::SLOT_TAKEN,
                     &at,
-                    format!("expected a slot of its own, but found {slot}, which {other} has"),
+                    format!("expected a unique slot, but found {slot}, which {other} uses"),
                 );
             }
         }
@@ -259,7 +268,7 @@ pub(super) fn nics(
             let multicast =
                 mac.as_bytes().get(1).is_some_and(|c| b"13579bBdDfF".contains(c)) && mac.len() == 17;
             findings.invalid(&codes::INVALID_MAC, &at.key("mac"), &error).help =
-                multicast.then(|| "the second digit of a unicast address is even".to_owned());
+                multicast.then(|| "use a unicast address: its second digit is even".to_owned());
         }
         if let Some(written) = nic.model.as_deref()
             && model(written).is_none()
@@ -283,7 +292,7 @@ pub(super) fn overrides(
     for (index, one) in overrides.vpcs.iter().enumerate() {
         let at = vpcs.index(index);
         match one.name.as_deref() {
-            None => findings.missing(&at, "name", "an entry of `network.vpcs`"),
+            None => findings.missing(&at, "name", "name an entry in `network.vpcs`"),
             Some(name) => network.vpc(findings, name, &at.key("name")),
         }
     }
@@ -295,7 +304,7 @@ pub(super) fn overrides(
     for (index, one) in overrides.subnets.iter().enumerate() {
         let at = subnets.index(index);
         let Some(name) = one.name.as_deref() else {
-            findings.missing(&at, "name", "an entry of `network.subnets`");
+            findings.missing(&at, "name", "name an entry in `network.subnets`");
             continue;
         };
         if !network.known_subnets.contains(name) {
@@ -304,7 +313,7 @@ pub(super) fn overrides(
             findings.unknown_reference(
                 &codes::UNKNOWN_SUBNET,
                 &at,
-                "an entry of `network.subnets`",
+                "an entry in `network.subnets`",
                 name,
                 known,
             );
@@ -324,13 +333,13 @@ pub(super) fn overrides(
     for (index, one) in overrides.vms.iter().enumerate() {
         let at = vms.index(index);
         match one.name.as_deref() {
-            None => findings.missing(&at, "name", "an entry of `vms`"),
+            None => findings.missing(&at, "name", "name an entry in `vms`"),
             Some(name) if !names.contains(name) => {
                 let known = spec.vms.iter().filter_map(|vm| vm.name.as_deref());
                 findings.unknown_reference(
                     &codes::UNKNOWN_VM,
                     &at.key("name"),
-                    "an entry of `vms`",
+                    "an entry in `vms`",
                     name,
                     known,
                 );
@@ -356,7 +365,7 @@ pub(super) fn addresses(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path
     let vms = at.key("vms");
     let mut base = Addresses::new(spec, false);
     for (index, vm) in spec.vms.iter().enumerate() {
-        base.cards(findings, &vm.nics, &vms.index(index).key("nics"));
+        base.nics(findings, &vm.nics, &vms.index(index).key("nics"));
     }
     let Some(overrides) = overrides else { return };
     let overrides_at = at.key("buildOverrides");
@@ -372,11 +381,11 @@ pub(super) fn addresses(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path
         .collect();
     for (index, vm) in spec.vms.iter().enumerate() {
         if !vm.name.as_deref().is_some_and(|name| overridden.contains_key(name)) {
-            build.cards(findings, &vm.nics, &vms.index(index).key("nics"));
+            build.nics(findings, &vm.nics, &vms.index(index).key("nics"));
         }
     }
     for (index, one) in overrides.vms.iter().enumerate() {
-        build.cards(findings, &one.nics, &overrides_at.index(index).key("nics"));
+        build.nics(findings, &one.nics, &overrides_at.index(index).key("nics"));
     }
 }
 
@@ -413,13 +422,13 @@ impl<'m> Addresses<'m> {
         Self { subnets, first, taken: HashMap::new(), macs: HashMap::new() }
     }
 
-    fn cards(&mut self, findings: &mut Findings<'_>, nics: &'m [Nic], at: &Path<'_>) {
+    fn nics(&mut self, findings: &mut Findings<'_>, nics: &'m [Nic], at: &Path<'_>) {
         for (index, nic) in nics.iter().enumerate() {
             let at = at.index(index);
             if let Some(mac) = nic.mac.as_deref().and_then(|mac| mac.parse::<MacAddress>().ok()) {
                 if let Some(other) = self.macs.get(&mac) {
                     let message =
-                        format!("expected a hardware address of its own, but found {mac}, which {other} has");
+                        format!("expected a unique hardware address, but found {mac}, which {other} uses");
                     findings.report(&codes::MAC_TAKEN, &at.key("mac"), message);
                 } else {
                     self.macs.insert(mac, at.to_string());
@@ -430,24 +439,24 @@ impl<'m> Addresses<'m> {
             let Some((cidr, unmanaged)) = self.subnets.get(subnet) else { continue };
             let ip_at = at.key("ip");
             let reserved = if ip == cidr.network() {
-                Some("the network's own address")
+                Some("the network address")
             } else if ip == cidr.broadcast() {
                 Some("the broadcast address")
             } else if ip == cidr.gateway() && !unmanaged {
-                Some("the gateway's")
+                Some("the gateway address")
             } else {
                 None
             };
             if !cidr.contains(ip) {
-                let message = format!("expected an address in {cidr} of the subnet {subnet}, but found {ip}");
+                let message = format!("expected an address in the subnet {subnet} ({cidr}), but found {ip}");
                 findings.report(&codes::IP_OUTSIDE_SUBNET, &ip_at, message);
-            } else if let Some(whose) = reserved {
+            } else if let Some(reserved_for) = reserved {
                 let message = format!(
-                    "expected a free address of the subnet {subnet}, but found {ip}, which is {whose}"
+                    "expected a free address in the subnet {subnet}, but found {ip}, which is {reserved_for}"
                 );
                 findings.report(&codes::IP_RESERVED, &ip_at, message);
             } else if let Some(other) = self.taken.get(&(subnet, ip)) {
-                let message = format!("expected an address of its own, but found {ip}, which {other} has");
+                let message = format!("expected a unique address, but found {ip}, which {other} uses");
                 findings.report(&codes::IP_TAKEN, &ip_at, message);
             } else {
                 self.taken.insert((subnet, ip), at.to_string());

@@ -43,7 +43,7 @@ pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, gue
         findings.report(
             &codes::INVALID_VALUE,
             at,
-            "expected a script, but found a NUL character in it, which no shell reads",
+            "expected a script without NUL characters, which no shell reads, but found one",
         );
     }
     if guest == Some(GuestShell::Powershell) {
@@ -56,18 +56,20 @@ pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, gue
         true => line.trim_end_matches('\r').contains('\r'),
         false => line.contains('\r'),
     });
-    if let Some((place, _)) = wrong {
+    if let Some((line, _)) = wrong {
         findings
             .report(
                 &codes::LINE_ENDS,
                 at,
                 format!(
-                    "expected every line of the script to end with LF, but found a CR in line {}: the shell takes it for a \
-                     part of the command",
-                    place + 1
+                    "expected every line of the script to end with LF, but found a CR in line {}: the shell \
+                     takes it as part of the command",
+                    line + 1
                 ),
             )
-            .help = Some("save it with LF; when all lines end with CR LF, they are converted".to_owned());
+            .help = Some(
+            "save the script with LF; it is converted only if its first line ends with CR LF".to_owned(),
+        );
     }
 }
 
@@ -85,7 +87,7 @@ pub(super) fn environment(
                 .report(
                     &codes::INVALID_VALUE,
                     at,
-                    "expected names of variables as text, but found another key",
+                    "expected text as the names of variables, but found a key of another type",
                 )
                 .help = Some("write the name in quotes".to_owned());
             continue;
@@ -115,7 +117,7 @@ pub(super) fn environment(
                             name = Quoted(name)
                         ),
                     )
-                    .help = Some("an empty value is written as `\"\"`".to_owned());
+                    .help = Some("write an empty value as `\"\"`".to_owned());
                 0
             }
         };
@@ -135,7 +137,10 @@ fn too_large(findings: &mut Findings<'_>, at: &Path<'_>, what: &str, limit: usiz
         .report(
             &codes::INVALID_VALUE,
             at,
-            format!("expected {what} of at most {limit} bytes, but found {found}: the guest could start no command"),
+            format!(
+                "expected {what} of at most {limit} bytes, but found {found}: the guest could not start \
+                 any command"
+            ),
         )
         .help = Some("put large texts into the guest with a file step".to_owned());
 }
@@ -160,13 +165,17 @@ fn variable_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>, guest: 
                 &codes::INVALID_VALUE,
                 at,
                 format!(
-                    "expected a variable's name of letters, digits and `_` that does not begin with a digit, but found {name:?}",
+                    "expected a variable name of letters, digits and `_` that does not begin with a digit, \
+                     but found {name:?}",
                     name = Quoted(name)
                 ),
             )
-            .help = Some(match like_shell_name(name) {
+            .help = Some(match shell_name_from(name) {
             Some(near) if name.contains('=') => format!("for example `{near}`"),
-            Some(near) => format!("for example `{near}`; or set it inside of the script: `env '{name}=…' command`"),
+            Some(near) => format!(
+                "for example `{near}`; or set it inside the script: `env '{name}=…' \
+                 command`"
+            ),
             None => "shells cannot export other names".to_owned(),
         });
     } else if READ_ONLY.contains(&name) {
@@ -174,9 +183,12 @@ fn variable_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>, guest: 
             .report(
                 &codes::INVALID_VALUE,
                 at,
-                format!("expected a variable that may be set, but found {name}, which belongs to the shell"),
+                format!(
+                    "expected a variable that can be set, but found {name}, which is reserved by the \
+                     shell"
+                ),
             )
-            .help = Some("give it another name".to_owned());
+            .help = Some("rename the variable".to_owned());
     } else if SET_BY_SHELL.contains(&name) {
         findings
             .report(
@@ -184,12 +196,12 @@ fn variable_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>, guest: 
                 at,
                 format!("the variable {name} has no effect: the shell sets it itself"),
             )
-            .help = Some("give it another name".to_owned());
+            .help = Some("rename the variable".to_owned());
     }
 }
 
 /// Converts `spring.profiles.active` to `SPRING_PROFILES_ACTIVE`, which Spring and others accept instead.
-fn like_shell_name(name: &str) -> Option<String> {
+fn shell_name_from(name: &str) -> Option<String> {
     if name.len() > 80 || name.chars().any(char::is_control) || name.contains('\'') {
         return None;
     }
@@ -249,7 +261,7 @@ fn ignored(text: &str) -> Option<(String, String)> {
     if head.starts_with("#!") && start.len() < text.len() {
         return found(
             "expected `#!` at the very beginning of the script, but found blank lines before it",
-            "remove them: in YAML, begin the text right behind `|`",
+            "remove them: in YAML, begin the text in the line after `|`",
         );
     }
     let is_config = head.strip_prefix("#cloud-config").is_some_and(|rest| !rest.starts_with('-'));
@@ -259,16 +271,18 @@ fn ignored(text: &str) -> Option<(String, String)> {
     match serde_yaml::from_str::<Value>(start) {
         Ok(Value::Mapping(_) | Value::Null) => None,
         Ok(_) => found(
-            "expected a mapping behind `#cloud-config`, but found something else",
+            "expected a mapping after `#cloud-config`, but found something else",
             "write `key: value` lines",
         ),
         // In cloud-init the last of several equal keys wins.
         Err(error) if error.to_string().contains("duplicate") => None,
         Err(error) => {
-            let place =
-                error.location().map(|place| format!(" in its line {}", place.line())).unwrap_or_default();
+            let line = error
+                .location()
+                .map(|location| format!(" in line {} of the user data", location.line()))
+                .unwrap_or_default();
             Some((
-                format!("expected YAML behind `#cloud-config`, but found a mistake{place}"),
+                format!("expected valid YAML after `#cloud-config`, but found an error{line}"),
                 "check its indentation and quotes".to_owned(),
             ))
         }
@@ -300,7 +314,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cloud_init_ignores_is_told_from_what_it_takes() {
+    fn user_data_that_cloud_init_ignores_is_reported() {
         for text in [
             "#cloud-config\npackages: [vim]\n",
             "#cloud-config",
@@ -346,10 +360,10 @@ mod tests {
     }
 
     #[test]
-    fn a_name_for_shells_is_offered() {
-        assert_eq!(like_shell_name("spring.profiles.active").as_deref(), Some("SPRING_PROFILES_ACTIVE"));
-        assert_eq!(like_shell_name("9a-b").as_deref(), Some("A_B"));
-        assert_eq!(like_shell_name("..."), None);
-        assert_eq!(like_shell_name("a\nb"), None);
+    fn a_variable_name_that_shells_accept_is_suggested() {
+        assert_eq!(shell_name_from("spring.profiles.active").as_deref(), Some("SPRING_PROFILES_ACTIVE"));
+        assert_eq!(shell_name_from("9a-b").as_deref(), Some("A_B"));
+        assert_eq!(shell_name_from("..."), None);
+        assert_eq!(shell_name_from("a\nb"), None);
     }
 }

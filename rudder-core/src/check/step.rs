@@ -69,7 +69,7 @@ pub(super) fn step(
     let kind = step_kind(step);
     match (step.r#type.as_deref(), kind) {
         (None, _) => {
-            findings.missing(at, "type", "it is shell, file, reboot, windows-update or handbuild");
+            findings.missing(at, "type", "use shell, file, reboot, windows-update or handbuild");
         }
         (Some(other), None) => findings.unknown_value(&at.key("type"), other, &StepKind::TYPES),
         (Some(_), Some(kind)) => blocks(findings, step, kind, at),
@@ -98,8 +98,8 @@ pub(super) fn step(
     {
         let at = at.key("reboot");
         findings
-            .report(&codes::INVALID_VALUE, &at.key("command"), "expected a command, but found an empty text")
-            .help = Some("leave it out for the usual command of the guest".to_owned());
+            .report(&codes::INVALID_VALUE, &at.key("command"), "expected a command, but found empty text")
+            .help = Some("leave it out to use the default command of the guest".to_owned());
     }
     if let Some(block) = &step.windows_update {
         let at = at.key("windowsUpdate");
@@ -132,7 +132,7 @@ pub(super) fn step(
             findings.missing(
                 &at,
                 "instructions",
-                "every click, key and value, so that the next person can repeat it",
+                "describe every click, key and value, so that the next person can repeat the step",
             );
         }
     }
@@ -143,7 +143,7 @@ pub(super) fn step(
                 &at.key("type"),
                 "a handbuild step waits for a person: the build cannot be repeated from its manifest alone",
             )
-            .help = Some("script it where you can".to_owned());
+            .help = Some("write a script for it where possible".to_owned());
     }
 }
 
@@ -157,7 +157,7 @@ fn blocks(findings: &mut Findings<'_>, step: &Provisioner, kind: StepKind, at: &
                 &codes::STEP_MISMATCH,
                 &at.key(other.block()),
                 format!(
-                    "expected the block `{}` of a step of type {}, but found `{}`",
+                    "expected the block `{}` in a step of type {}, but found `{}`",
                     kind.block(),
                     kind.name(),
                     other.block()
@@ -170,7 +170,7 @@ fn blocks(findings: &mut Findings<'_>, step: &Provisioner, kind: StepKind, at: &
         findings.missing(
             at,
             kind.block(),
-            &format!("a step of type {} is told by it what to do", kind.name()),
+            &format!("add the block, which configures a step of type {}", kind.name()),
         );
     }
 }
@@ -179,7 +179,11 @@ fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &Path<'_>, guest: Op
     match (&step.inline, &step.script_from) {
         (Some(_), Some(_)) => findings.exclusive(at, "inline", "scriptFrom"),
         (None, None) if !findings.written(false, &at.key("scriptFrom")) => {
-            findings.missing(at, "inline", "the script, or the list of its lines; or use `scriptFrom`");
+            findings.missing(
+                at,
+                "inline",
+                "give the script as text or as a list of lines, or use `scriptFrom`",
+            );
         }
         _ => {}
     }
@@ -212,9 +216,9 @@ fn execute_command(findings: &mut Findings<'_>, command: &str, at: &Path<'_>) {
                 .report(
                     &codes::INVALID_VALUE,
                     at,
-                    format!("expected no variable but {{{{ .Command }}}}, but found {found}"),
+                    format!("expected no variable other than {{{{ .Command }}}}, but found {found}"),
                 )
-                .help = Some("variables of the environment go into `env`".to_owned());
+                .help = Some("set environment variables in `env`".to_owned());
             return;
         }
     }
@@ -239,7 +243,7 @@ fn file(
     match (step.file_ref.as_deref(), &step.source) {
         (Some(_), Some(_)) => findings.exclusive(at, "fileRef", "source"),
         (None, None) if !findings.written(false, &at.key("source")) => {
-            findings.missing(at, "fileRef", "the name of an entry of `files`; or use `source`");
+            findings.missing(at, "fileRef", "name an entry in `files`, or use `source`");
         }
         _ => {}
     }
@@ -250,7 +254,7 @@ fn file(
         access::value_from(findings, from, &at.key("source"));
     }
     let Some(destination) = step.destination.as_deref() else {
-        findings.missing(at, "destination", "an absolute path in the guest");
+        findings.missing(at, "destination", "give an absolute path in the guest");
         return;
     };
     let at = at.key("destination");
@@ -290,6 +294,6 @@ fn file(
                     destination = Quoted(destination)
                 ),
             )
-            .help = Some(format!("it ends with the name of the file, for example `{example}`"));
+            .help = Some(format!("end it with the name of the file, for example `{example}`"));
     }
 }

@@ -75,7 +75,7 @@ pub(super) fn vm(
     names: &Names<'_>,
     network: &Declared<'_>,
 ) {
-    findings.required_name(vm.name.as_deref(), at, "other VMs of the build resolve it");
+    findings.required_name(vm.name.as_deref(), at, "name the VM; other VMs of the build resolve this name");
     match &vm.source {
         Some(one) => source(findings, one, &at.key("source")),
         None => {
@@ -88,7 +88,7 @@ pub(super) fn vm(
     }
     match &vm.resources {
         Some(one) => resources(findings, one, &at.key("resources"), Required::Yes),
-        None => findings.missing(at, "resources", "it has `cpu` and `memory`"),
+        None => findings.missing(at, "resources", "add `resources` with `cpu` and `memory`"),
     }
     disks(findings, vm, at);
     access::communicator(findings, vm, at);
@@ -138,7 +138,7 @@ fn source(findings: &mut Findings<'_>, source: &Source, at: &Path<'_>) {
     }
     if let Some(build) = &source.build_ref {
         let at = at.key("buildRef");
-        findings.required_name(build.name.as_deref(), &at, "it names a module that was built before");
+        findings.required_name(build.name.as_deref(), &at, "name a module that has been built");
         findings.optional_name(build.vm_name.as_deref(), &at.key("vmName"));
     }
     if let Some(image) = source.container_disk.as_deref() {
@@ -147,7 +147,7 @@ fn source(findings: &mut Findings<'_>, source: &Source, at: &Path<'_>) {
     if let Some(pvc) = &source.source_pvc
         && pvc.name.as_deref().is_none_or(str::is_empty)
     {
-        findings.missing(&at.key("sourcePvc"), "name", "it names a PersistentVolumeClaim");
+        findings.missing(&at.key("sourcePvc"), "name", "name a PersistentVolumeClaim");
     }
 }
 
@@ -158,7 +158,7 @@ fn container_disk(findings: &mut Findings<'_>, image: &str, at: &Path<'_>) {
             .report(
                 &codes::INVALID_VALUE,
                 at,
-                format!("expected the reference of an OCI image, but found {image:?}", image = Quoted(image)),
+                format!("expected a reference to an OCI image, but found {image:?}", image = Quoted(image)),
             )
             .help = Some("for example `quay.io/containerdisks/debian:12`, without a scheme".to_owned());
     } else if let Some(unpinned) = files::unpinned_image(image) {
@@ -179,7 +179,9 @@ pub(super) enum Required {
 /// Checks `cpu` and `memory`.
 pub(super) fn resources(findings: &mut Findings<'_>, one: &Resources, at: &Path<'_>, required: Required) {
     match &one.cpu {
-        None if required == Required::Yes => findings.missing(at, "cpu", "the number of cores, such as `2`"),
+        None if required == Required::Yes => {
+            findings.missing(at, "cpu", "give the number of cores, such as `2`");
+        }
         None => {}
         Some(cpu) => {
             let at = at.key("cpu");
@@ -200,7 +202,7 @@ pub(super) fn resources(findings: &mut Findings<'_>, one: &Resources, at: &Path<
     }
     match &one.memory {
         None if required == Required::Yes => {
-            findings.missing(at, "memory", "the guest's memory, such as `2Gi`");
+            findings.missing(at, "memory", "give the memory of the guest, such as `2Gi`");
         }
         None => {}
         Some(memory) => bytes(findings, "memory", memory, &at.key("memory")),
@@ -212,7 +214,7 @@ fn bytes(findings: &mut Findings<'_>, what: &str, scalar: &Scalar, at: &Path<'_>
     match quantity(scalar) {
         Err(error) => {
             findings.invalid(&codes::INVALID_QUANTITY, at, &error).help = Some(
-                "the units are Ki, Mi, Gi, Ti (powers of 1024) and k, M, G, T (powers of 1000)".to_owned(),
+                "use the units Ki, Mi, Gi, Ti (powers of 1024) or k, M, G, T (powers of 1000)".to_owned(),
             );
         }
         Ok(quantity) if quantity.ceil() < LEAST_BYTES => {
@@ -248,7 +250,7 @@ fn disks(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
 }
 
 fn disk(findings: &mut Findings<'_>, disk: &Disk, at: &Path<'_>, boots: bool) {
-    findings.required_name(disk.name.as_deref(), at, "it names the captured disk");
+    findings.required_name(disk.name.as_deref(), at, "name the disk; the captured disk has this name");
     if let Some(size) = &disk.size {
         bytes(findings, "disk", size, &at.key("size"));
     }
@@ -260,12 +262,8 @@ fn disk(findings: &mut Findings<'_>, disk: &Disk, at: &Path<'_>, boots: bool) {
         }
         Some(Bus::Usb) if boots => {
             findings
-                .report(
-                    &codes::BOOT_DISK_ON_USB,
-                    &at,
-                    "expected the disk that boots on another bus, but found usb",
-                )
-                .help = Some("use virtio, scsi, sata or ide; or put another disk first".to_owned());
+                .report(&codes::BOOT_DISK_ON_USB, &at, "expected the boot disk on another bus, but found usb")
+                .help = Some("use virtio, scsi, sata or ide, or put another disk first".to_owned());
         }
         Some(_) => {}
     }

@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_of_a_secret_value_is_hidden_and_what_follows_is_not() {
+    fn every_form_of_a_secret_value_is_hidden_but_not_the_text_after_it() {
         for (source, expected) in [
             ("sshPassword: hunter2 # hunter2\nx: 1\n", "sshPassword: ***\nx: 1\n"),
             ("sshPassword: \"a\\\"hunter2\\\\\" # c", "sshPassword: *** # c"),

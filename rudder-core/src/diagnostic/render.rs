@@ -17,7 +17,7 @@ const COLUMNS_BEFORE: usize = 50;
 /// let parsed = rudder_core::manifest::parse(text.as_bytes());
 /// let shown = rudder_core::diagnostic::render(&parsed.diagnostics, "web.yaml", text);
 /// assert_eq!(shown, "\
-/// error[unknown-key]: no field is called `tmp` here
+/// error[unknown-key]: unknown key `tmp`
 ///  --> web.yaml:3:3 (vms[0].tmp)
 ///   |
 /// 3 |   tmp: true
@@ -130,8 +130,8 @@ struct Source<'s> {
 
 impl Source<'_> {
     fn is_hidden(&self, at: usize) -> bool {
-        let place = self.hidden.partition_point(|range| range.end <= at);
-        self.hidden.get(place).is_some_and(|range| range.contains(&at))
+        let index = self.hidden.partition_point(|range| range.end <= at);
+        self.hidden.get(index).is_some_and(|range| range.contains(&at))
     }
 }
 
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn carets_stand_under_the_value_whatever_is_in_front_of_it() {
+    fn carets_are_below_the_value_whatever_precedes_it() {
         insta::assert_snapshot!(mark("a:\n\tb: 漢字é\u{7}x: VALUE # c\n", "VALUE"), @r#"
         error[code]: wrong
          --> f.yaml:2:12 (a.b)
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_span_over_several_lines_is_underlined_on_its_first() {
+    fn only_the_first_line_of_a_span_is_underlined() {
         insta::assert_snapshot!(mark("a: |  \n  text\n  text\r\nb: 1\r\n", "|  \n  text"), @r#"
         error[code]: wrong
          --> f.yaml:1:4 (a.b)
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_at_or_behind_the_end_is_no_trouble() {
+    fn a_span_at_or_beyond_the_end_of_the_text_is_rendered() {
         insta::assert_snapshot!(mark("a: 1\n", "nothing"), @r#"
         error[code]: wrong
          --> f.yaml:2:1 (a.b)
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn colours_change_nothing_but_colours() {
+    fn colours_do_not_change_the_text() {
         let span = Span { line: 1, column: 4, start: 3, end: 4 };
         let finding = Diagnostic::error("code", "a", Some(span), "wrong").with_help("fix it");
         let coloured =
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn findings_come_in_the_order_of_the_text_and_once() {
+    fn findings_are_sorted_by_location_and_deduplicated() {
         let at = |start| {
             Some(Span { line: 1, column: 1 + u32::try_from(start).unwrap_or(0), start, end: start + 1 })
         };

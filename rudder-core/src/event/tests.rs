@@ -53,7 +53,7 @@ fn event(kind: EventKind, vm: &str) -> Event {
 
 proptest! {
     #[test]
-    fn whatever_an_event_says_a_person_is_shown_it_and_a_program_gets_it(
+    fn every_text_of_an_event_is_shown_to_people_and_serialised_for_programs(
         text in "(\\x1b\\[2J|\\x1b\\]52;c;aGk=\\x07|\u{202e}|\u{9b}|\r|\n|.|[\u{0}-\u{9f}]|[\u{200b}-\u{206f}]|[\u{e0000}-\u{e007f}]){0,12}"
     ) {
         for kind in events(&text) {
@@ -67,7 +67,7 @@ proptest! {
 }
 
 #[test]
-fn a_value_cannot_end_its_line_and_colours_of_output_are_left_out() {
+fn a_value_cannot_break_its_line_and_colours_are_removed() {
     let started = EventKind::StepStarted { step: 1, name: "a\nbuilt module b".into() };
     assert_eq!(event(started, "v\r").to_string(), "v␍: step 1 (a␊built module b)");
     let line = "\x1b[32mok\x1b[0m \x1b[2Jx".to_owned();

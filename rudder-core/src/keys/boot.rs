@@ -248,14 +248,14 @@ impl Parser {
     fn hold(&mut self, range: std::ops::Range<usize>, found: &str, keysym: u32, down: bool) {
         let position = self.held.iter().position(|(held, _)| *held == keysym);
         let mistake = |kind| BootMistake { element: self.index, range, kind, found: found.to_owned() };
-        let told = self.mistakes.len() < MAX_MISTAKES;
+        let is_reported = self.mistakes.len() < MAX_MISTAKES;
         match (down, position) {
             (true, None) => self.held.push((keysym, mistake(BootMistakeKind::UnclosedHold))),
             (true, Some(_)) => {}
             (false, Some(position)) => {
                 self.held.remove(position);
             }
-            (false, None) if !told => {}
+            (false, None) if !is_reported => {}
             (false, None) => {
                 let mistake = mistake(BootMistakeKind::NotHeld);
                 self.mistakes.push(mistake);
@@ -315,10 +315,10 @@ pub fn nearest_token(found: &str) -> Option<String> {
     let body = found.trim_start_matches('<').trim_end_matches('>').to_ascii_lowercase();
     // In a token with a text, only the name can be misspelt.
     if let Some((name, _)) = body.split_once(char::is_whitespace) {
-        let near = wait::NAMES.iter().filter(|known| {
+        let similar = wait::NAMES.iter().filter(|known| {
             strsim::damerau_levenshtein(name, &known.to_ascii_lowercase()) * 3 <= known.len()
         });
-        return near.copied().next().map(|name| format!("<{name} 'TEXT'>"));
+        return similar.copied().next().map(|name| format!("<{name} 'TEXT'>"));
     }
     let suffixes: &[&str] = if body.ends_with("on") {
         &["", "On"]

@@ -56,7 +56,7 @@ pub(super) fn for_text(rest: &str) -> Option<Read<'_>> {
 /// Parses what follows the name, which ends at `at`. Returns the length of the whole token, and its content.
 fn quoted(rest: &str, at: usize) -> (usize, Result<Text<'_>, (BootMistakeKind, Range<usize>)>) {
     use BootMistakeKind as Kind;
-    let opening = after_blanks(rest, at);
+    let opening = after_spaces(rest, at);
     let Some(quote) = rest[opening..].chars().next().filter(|c| "'\"".contains(*c)) else {
         let length = rest.find('>').map_or(rest.len(), |end| end + 1);
         return (length, Err((Kind::MissingText, 0..length)));
@@ -81,7 +81,7 @@ fn quoted(rest: &str, at: usize) -> (usize, Result<Text<'_>, (BootMistakeKind, R
     let text = match limit {
         Some(limit) => Ok(Text { raw, raw_at, quote, limit }),
         None => {
-            let start = after_blanks(rest, closed);
+            let start = after_spaces(rest, closed);
             Err((Kind::BadLimit, start..start + written.len()))
         }
     };
@@ -100,7 +100,7 @@ fn until_quote(text: &str, quote: char) -> Option<&str> {
     }
 }
 
-fn after_blanks(text: &str, at: usize) -> usize {
+fn after_spaces(text: &str, at: usize) -> usize {
     text.len() - text[at..].trim_start().len()
 }
 

@@ -21,7 +21,7 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
     // Checked before opening, because opening some devices has side effects.
     let kind = std::fs::metadata(path).map_err(failed)?;
     if kind.is_dir() {
-        let message = format!("expected the file of a manifest, but found a directory: {shown}");
+        let message = format!("expected a manifest file, but found a directory: {shown}");
         return Err(Error::new(ErrorKind::InvalidInput, message));
     }
     let size = if kind.is_file() { kind.len() } else { 0 };
@@ -45,7 +45,7 @@ fn too_large(path: &Path) -> Error {
         MAX_BYTES >> 20,
         path.display()
     );
-    Error::new(ErrorKind::InvalidInput, message).with_help("give large files by `url` in `files`")
+    Error::new(ErrorKind::InvalidInput, message).with_help("provide large files with `url` in `files`")
 }
 
 #[cfg(test)]
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_manifest_is_refused_before_it_fills_the_memory() {
+    fn files_that_cannot_be_manifests_are_refused_before_they_fill_the_memory() {
         let dir = tempfile::tempdir().unwrap();
         let error = |path: &Path| read_file(path).unwrap_err();
         assert_eq!(error(Path::new("/dev/zero")).kind(), ErrorKind::InvalidInput);
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_is_read_to_its_end_and_no_further_than_the_limit() {
+    fn a_pipe_is_read_to_its_end_or_to_the_limit() {
         assert_eq!(read(&b"vms: []"[..]).unwrap().unwrap(), b"vms: []");
         assert_eq!(read(std::io::repeat(b'x')).unwrap(), None);
         let whole = vec![b'x'; MAX_BYTES];

@@ -46,9 +46,9 @@ impl Shapes {
             if let Some(known) = self.named.get(name) {
                 return *known;
             }
-            let place = self.push(Shape::Any);
-            self.named.insert(name.to_owned(), place);
-            let target = definitions.get(name).map_or(place, |schema| self.add(schema, definitions));
+            let index = self.push(Shape::Any);
+            self.named.insert(name.to_owned(), index);
+            let target = definitions.get(name).map_or(index, |schema| self.add(schema, definitions));
             self.named.insert(name.to_owned(), target);
             return target;
         }
@@ -137,16 +137,16 @@ impl Walk<'_> {
         let _ = write_segments(&self.path, &mut path);
         let short: String = name.chars().take(80).collect();
         let span = Some(self.tree.node(key).span);
-        let near = nearest(name, fields);
+        let similar = nearest(name, fields);
         // The intent of a misspelt key is clear: ignoring it would build a different machine.
-        let is_misspelt = near.is_some_and(|near| is_misspelling(name, near));
+        let is_misspelt = similar.is_some_and(|similar| is_misspelling(name, similar));
         let mut diagnostic = if is_misspelt || self.unknown == UnknownKeys::Refuse {
-            Diagnostic::error("unknown-key", path, span, format!("no field is called `{short}` here"))
+            Diagnostic::error("unknown-key", path, span, format!("unknown key `{short}`"))
         } else {
-            let message = format!("no field is called `{short}` here; it is ignored");
+            let message = format!("unknown key `{short}`, which is ignored");
             Diagnostic::warning("unknown-key", path, span, message)
         };
-        diagnostic.help = near.map(|near| format!("did you mean `{near}`?"));
+        diagnostic.help = similar.map(|similar| format!("did you mean `{similar}`?"));
         self.diagnostics.push(diagnostic);
     }
 }
@@ -170,7 +170,7 @@ fn nearest<'f>(name: &str, fields: &'f HashMap<String, usize>) -> Option<&'f str
         return None;
     }
     let wanted = plain(name);
-    let near = |field: &'f String| {
+    let similar = |field: &'f String| {
         let field_plain = plain(field);
         let distance = strsim::damerau_levenshtein(&wanted, &field_plain);
         let is_part = field_plain.len() >= 4
@@ -181,5 +181,5 @@ fn nearest<'f>(name: &str, fields: &'f HashMap<String, usize>) -> Option<&'f str
         (distance <= limit.max(1) && distance < wanted.chars().count() || is_part)
             .then_some((distance, field.as_str()))
     };
-    fields.keys().filter_map(near).min().map(|(_, field)| field)
+    fields.keys().filter_map(similar).min().map(|(_, field)| field)
 }

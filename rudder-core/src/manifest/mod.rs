@@ -74,10 +74,10 @@ pub struct Resource<S> {
     /// Name, namespace, labels, annotations.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metadata: Option<Metadata>,
-    /// What is wanted.
+    /// The desired build or clone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spec: Option<S>,
-    /// What a cluster said about it; read and ignored.
+    /// The status reported by a cluster; read and ignored.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<std::collections::BTreeMap<String, serde_json::Value>>")]
     pub status: Option<YamlValue>,
@@ -91,17 +91,17 @@ pub struct Resource<S> {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Metadata {
-    /// The name of the build, and of the module it makes.
+    /// The name of the build and of the resulting module.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Where a cluster backend puts things; carried along by others.
+    /// The namespace for cluster backends; kept but not used by others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
-    /// Labels, carried along.
+    /// Labels; kept but not used.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<std::collections::BTreeMap<String, String>>")]
     pub labels: Option<YamlMapping>,
-    /// Annotations, carried along.
+    /// Annotations; kept but not used.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<std::collections::BTreeMap<String, String>>")]
     pub annotations: Option<YamlMapping>,
@@ -115,7 +115,7 @@ pub struct Metadata {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct BareBuild {
-    /// The name of the build; left out, the file's stem.
+    /// The name of the build; by default the stem of the file name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// The rest.
@@ -123,14 +123,14 @@ pub struct BareBuild {
     pub spec: BuildSpec,
 }
 
-/// What a build is made of.
+/// The specification of a build.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct BuildSpec {
-    /// The VMs; at least one; they boot and provision side by side.
+    /// The VMs, at least one. They boot and are provisioned side by side.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub vms: Vec<Vm>,
-    /// Files that VMs, floppies, the HTTP server and steps may name.
+    /// Files that VMs, floppies, the HTTP server and steps can refer to.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<File>,
     /// VPCs and subnets.
@@ -139,22 +139,22 @@ pub struct BuildSpec {
     /// Files served over HTTP while the VMs boot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http_directory: Option<FileNames>,
-    /// What is true during the build only.
+    /// Settings that apply during the build only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub build_overrides: Option<BuildOverrides>,
     /// Limit of the whole build, a Go duration; default 30m.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout: Option<Scalar>,
-    /// How often the whole build is started again after a failure that a retry could help; default 0.
+    /// How many times the whole build is retried after a retryable failure; default 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retries: Option<i64>,
-    /// How long an ISO that nothing uses stays cached, a Go duration; default 24h.
+    /// How long an unused ISO stays cached, a Go duration; default 24h.
     #[serde(rename = "isoCacheTTL", skip_serializing_if = "Option::is_none")]
     pub iso_cache_ttl: Option<Scalar>,
-    /// Where a cluster backend puts things.
+    /// The namespace for cluster backends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
-    /// Prefix of namespaces that a cluster backend makes.
+    /// Prefix of the namespaces that a cluster backend creates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace_prefix: Option<String>,
     /// Ignored, with a warning: every VM is captured.
@@ -171,16 +171,16 @@ pub struct BuildSpec {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct File {
-    /// Unique; also the name on the floppy and the path under the HTTP server.
+    /// A unique name; also the name on the floppy and the path on the HTTP server.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The content itself.
+    /// The content of the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inline: Option<String>,
-    /// Where to fetch it.
+    /// An http, https or file URL of the content.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
-    /// sha256 of the bytes behind `url`.
+    /// sha256 of the bytes at `url`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checksum: Option<String>,
     /// Keys that Rudder does not know.
@@ -196,31 +196,31 @@ pub struct CloneSpec {
     /// The module to clone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template_name: Option<String>,
-    /// Network in place of the template's.
+    /// The network that replaces that of the template.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<Network>,
-    /// What differs from the template, VM by VM.
+    /// Differences from the template, for each VM.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub vm_overrides: Vec<VmOverride>,
-    /// Limit of making the clone; default 15m.
+    /// Limit for creating the clone; default 15m.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout: Option<Scalar>,
-    /// How long the clone lives.
+    /// Lifetime of the clone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ttl: Option<Scalar>,
-    /// When the age begins (RFC 3339).
+    /// The time from which the age of the clone is counted (RFC 3339).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub age_anchor: Option<String>,
     /// The clone that this one replaces.
     #[serde(rename = "replacesCloneID", skip_serializing_if = "Option::is_none")]
     pub replaces_clone_id: Option<String>,
-    /// The way out to the internet.
+    /// The egress gateway, which provides access to the internet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub egress_gateway: Option<EgressGateway>,
-    /// Where a cluster backend puts things.
+    /// The namespace for cluster backends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
-    /// Prefix of namespaces that a cluster backend makes.
+    /// Prefix of the namespaces that a cluster backend creates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace_prefix: Option<String>,
     /// Keys that Rudder does not know.
@@ -229,11 +229,11 @@ pub struct CloneSpec {
     pub unknown: Unknown,
 }
 
-/// The way of a clone out to the internet.
+/// The egress gateway of a clone.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EgressGateway {
-    /// Whether there is one.
+    /// Whether the clone has an egress gateway.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub enabled: Option<bool>,
     /// Keys that Rudder does not know.

@@ -4,7 +4,7 @@ use super::{Nic, Resources, Unknown};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// VPCs and subnets; left out: one of each, DHCP, internet.
+/// VPCs and subnets; by default one of each, with DHCP and internet access.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Network {
@@ -24,10 +24,10 @@ pub struct Network {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Vpc {
-    /// Required, unique, a Name.
+    /// Required: a unique Name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Whether its VMs reach the internet; default false.
+    /// Whether the VMs of the VPC have internet access; default false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub internet: Option<bool>,
     /// Keys that Rudder does not know.
@@ -40,22 +40,22 @@ pub struct Vpc {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Subnet {
-    /// Required, unique, a Name.
+    /// Required: a unique Name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Its VPC; left out, the automatic one.
+    /// The VPC of the subnet; by default the automatic one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vpc: Option<String>,
     /// Required: the IPv4 network.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cidr: Option<String>,
-    /// Whether addresses are handed out; default true.
+    /// Whether addresses are assigned over DHCP; default true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dhcp: Option<bool>,
     /// Comma-separated addresses of DNS servers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dns: Option<String>,
-    /// A bare layer-2 segment that a guest serves; default false.
+    /// Whether the subnet is a bare layer-2 segment, on which a guest provides DHCP and DNS; default false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unmanaged: Option<bool>,
     /// Keys that Rudder does not know.
@@ -64,17 +64,17 @@ pub struct Subnet {
     pub unknown: Unknown,
 }
 
-/// What is true during the build only.
+/// Settings that apply during the build only.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct BuildOverrides {
-    /// By the name of a VPC.
+    /// Overrides of VPCs, by name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub vpcs: Vec<VpcOverride>,
-    /// By the name of a subnet.
+    /// Overrides of subnets, by name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub subnets: Vec<SubnetOverride>,
-    /// By the name of a VM.
+    /// Overrides of VMs, by name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub vms: Vec<VmOverride>,
     /// Keys that Rudder does not know.
@@ -83,14 +83,14 @@ pub struct BuildOverrides {
     pub unknown: Unknown,
 }
 
-/// What differs for a VPC.
+/// Overrides of a VPC.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct VpcOverride {
     /// An existing VPC.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Whether its VMs reach the internet.
+    /// Whether the VMs of the VPC have internet access.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub internet: Option<bool>,
     /// Keys that Rudder does not know.
@@ -99,14 +99,14 @@ pub struct VpcOverride {
     pub unknown: Unknown,
 }
 
-/// What differs for a subnet.
+/// Overrides of a subnet.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SubnetOverride {
     /// An existing subnet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Whether a guest serves it.
+    /// Whether the subnet is unmanaged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unmanaged: Option<bool>,
     /// Keys that Rudder does not know.
@@ -115,7 +115,7 @@ pub struct SubnetOverride {
     pub unknown: Unknown,
 }
 
-/// What differs for a VM.
+/// Overrides of a VM.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct VmOverride {
@@ -125,7 +125,7 @@ pub struct VmOverride {
     /// Cores and memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resources: Option<Resources>,
-    /// All its cards; one with the name of a base card keeps that card's `mac`, `slot` and `model`.
+    /// All NICs of the VM; one with the name of a base NIC keeps the `mac`, `slot` and `model` of that NIC.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<Nic>,
     /// Keys that Rudder does not know.

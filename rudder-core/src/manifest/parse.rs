@@ -81,7 +81,7 @@ fn parse_source(source_name: Option<Arc<str>>, bytes: &[u8], unknown: UnknownKey
     diagnostic::sort(&mut diagnostics);
     if diagnostics.len() >= MAX_FINDINGS {
         // The part that was not checked may contain errors.
-        let message = "there is more wrong than is shown here";
+        let message = "there are more findings than are shown here";
         let more = Diagnostic::error("too-many", "", None, message);
         diagnostics.truncate(MAX_FINDINGS);
         diagnostics.push(more);

@@ -95,11 +95,11 @@ impl fmt::Display for Path<'_> {
 
 /// Writes segments as `a.b[0]`; a key that is not a simple word is quoted in brackets.
 pub(super) fn write_segments(segments: &[PathSegment<'_>], f: &mut impl fmt::Write) -> fmt::Result {
-    for (place, segment) in segments.iter().enumerate() {
+    for (position, segment) in segments.iter().enumerate() {
         match segment {
             PathSegment::Index(index) => write!(f, "[{index}]")?,
             PathSegment::Key(key) if is_word(key) => {
-                write!(f, "{}{key}", if place == 0 { "" } else { "." })?;
+                write!(f, "{}{key}", if position == 0 { "" } else { "." })?;
             }
             PathSegment::Key(key) => {
                 let short: String = key.chars().take(64).collect();
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_reads_as_people_write_it() {
+    fn a_path_is_shown_as_people_write_it() {
         assert_eq!(Path::root().to_string(), "");
         let vms = Path::spec().key("vms");
         let vm = vms.index(0);

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::fmt;
 
-/// Text or a number; `25Gi`, `"2"`, `2` and `1.5` stay what they are.
+/// Text or a number; `25Gi`, `"2"`, `2` and `1.5` keep their form.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Scalar {

@@ -37,7 +37,7 @@ pub fn json_schema() -> Value {
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Rudder manifest",
-        "description": "A build of virtual machines, as a resource or as the bare spec; or a clone of a module.",
+        "description": "A build of virtual machines, as a resource or as the bare spec, or a clone of a module.",
         "anyOf": [
             resource(build, BUILD_KIND),
             // Otherwise anything would be a bare build with unknown keys.

@@ -12,25 +12,25 @@ pub struct Provisioner {
     /// shell, file, reboot, windows-update or handbuild.
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub r#type: Option<String>,
-    /// What the step is called in events and errors.
+    /// The name of the step in events and errors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// A Go duration; left out, the build's deadline.
+    /// Limit of the step, a Go duration; by default only the limit of the build applies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step_timeout: Option<Scalar>,
     /// A script run in the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shell: Option<ShellStep>,
-    /// A file put into the guest.
+    /// A file to upload to the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<FileStep>,
-    /// A restart of the guest.
+    /// A reboot of the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reboot: Option<RebootStep>,
     /// Windows updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub windows_update: Option<WindowsUpdateStep>,
-    /// Work of a person.
+    /// Manual work by a person.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub handbuild: Option<HandbuildStep>,
     /// Keys that Rudder does not know.
@@ -43,7 +43,7 @@ pub struct Provisioner {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ShellStep {
-    /// The script, or its lines.
+    /// The script as text or as a list of lines.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inline: Option<Lines>,
     /// The script from a named input.
@@ -53,7 +53,7 @@ pub struct ShellStep {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("additionalProperties" = {"type": ["string", "number", "boolean"]}), with = "Option<std::collections::BTreeMap<String, Scalar>>")]
     pub env: Option<YamlMapping>,
-    /// How the script is run; `{{ .Command }}` is its path.
+    /// The command that runs the script; `{{ .Command }}` is the path of the script.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub execute_command: Option<String>,
     /// Keys that Rudder does not know.
@@ -62,11 +62,11 @@ pub struct ShellStep {
     pub unknown: Unknown,
 }
 
-/// A file put into the guest: exactly one of `fileRef` and `source`.
+/// A file to upload to the guest: exactly one of `fileRef` and `source`.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FileStep {
-    /// The name of an entry of the top-level `files`.
+    /// The name of an entry in the top-level `files`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file_ref: Option<String>,
     /// A named input.
@@ -81,11 +81,11 @@ pub struct FileStep {
     pub unknown: Unknown,
 }
 
-/// A restart of the guest.
+/// A reboot of the guest.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RebootStep {
-    /// Default `sudo reboot`; PowerShell: `shutdown /r /f /t 0`.
+    /// The command; default `sudo reboot`, with PowerShell `shutdown /r /f /t 0`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub command: Option<String>,
     /// Keys that Rudder does not know.
@@ -98,13 +98,13 @@ pub struct RebootStep {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct WindowsUpdateStep {
-    /// The search of the Windows Update Agent.
+    /// The search criteria for the Windows Update Agent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub search_criteria: Option<String>,
     /// `include:` or `exclude:` and a PowerShell expression.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub filters: Vec<String>,
-    /// How many in one round; default 1000.
+    /// Maximum number of updates per round; default 1000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update_limit: Option<i64>,
     /// Keys that Rudder does not know.
@@ -113,11 +113,11 @@ pub struct WindowsUpdateStep {
     pub unknown: Unknown,
 }
 
-/// Work of a person.
+/// Manual work by a person.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct HandbuildStep {
-    /// Required: every click, key and value.
+    /// Required: instructions with every click, key and value.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instructions: Option<String>,
     /// Keys that Rudder does not know.
@@ -149,7 +149,7 @@ pub struct KeyRef {
     /// The object.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The key in it.
+    /// The key in the object.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
     /// Its namespace.
@@ -161,13 +161,13 @@ pub struct KeyRef {
     pub unknown: Unknown,
 }
 
-/// A text, or a list of lines that are joined with newlines.
+/// Text, or a list of lines that are joined with newlines.
 #[derive(Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Lines {
-    /// The text as it stands.
+    /// The text as written.
     Text(String),
-    /// Its lines.
+    /// The lines of the text.
     List(Vec<String>),
 }
 

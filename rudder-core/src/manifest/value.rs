@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_made_and_read_without_the_library_behind_them() {
+    fn values_are_built_and_read_without_serde_yaml() {
         let mut mapping: YamlMapping = [("A", "1"), ("B", "x")].into_iter().collect();
         mapping.insert("C", Scalar::Int(7));
         mapping.insert("A", true);

@@ -9,31 +9,31 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Vm {
-    /// Required, a Name; other VMs of the build resolve it.
+    /// Required: a Name that other VMs of the build resolve.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Required: what the boot disk starts from.
+    /// Required: the initial content of the boot disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
     /// Required: cores and memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resources: Option<Resources>,
-    /// Disks; left out, one `rootdisk` of 20Gi on virtio. The first boots and receives the source.
+    /// Disks; by default one `rootdisk` of 20Gi on virtio. The first one is the boot disk and receives the source.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
-    /// How to talk to the guest.
+    /// How to connect to the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub communicator: Option<Communicator>,
-    /// Present (even empty): a NoCloud seed is attached.
+    /// If present (even empty), a NoCloud seed is attached.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInit>,
-    /// Network cards; left out, one. Declaring any means declaring all.
+    /// NICs; one by default. If any is declared, all must be declared.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<Nic>,
-    /// Typed on the display before SSH is tried.
+    /// Keys that are typed on the display before the login over SSH.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub boot_command: Vec<String>,
-    /// Present: UEFI. Absent: BIOS.
+    /// If present, the VM boots with UEFI, otherwise with BIOS.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub efi_firmware: Option<EfiFirmware>,
     /// A TPM 2.0.
@@ -48,7 +48,7 @@ pub struct Vm {
     /// Steps, in order; the first failure fails the build.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub provisioners: Vec<Provisioner>,
-    /// Carried to the template for user interfaces; default false.
+    /// Hint for user interfaces, copied to the template; default false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub invisible: Option<bool>,
     /// Keys that Rudder does not know.
@@ -57,26 +57,26 @@ pub struct Vm {
     pub unknown: Unknown,
 }
 
-/// What a boot disk starts from: exactly one of these.
+/// The initial content of a boot disk: exactly one of the fields.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Source {
-    /// A disk image behind http, https or file.
+    /// An http, https or file URL of a disk image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
-    /// sha256 of the bytes behind `url`, as served.
+    /// sha256 of the bytes at `url`, as served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checksum: Option<String>,
     /// An empty disk, for installing from `isos`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blank: Option<bool>,
-    /// A module built before.
+    /// A module that has been built.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub build_ref: Option<BuildRef>,
-    /// An OCI image that holds one disk.
+    /// An OCI image that contains one disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub container_disk: Option<String>,
-    /// A volume in the cluster.
+    /// A volume of the cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source_pvc: Option<SourcePvc>,
     /// Keys that Rudder does not know.
@@ -85,7 +85,7 @@ pub struct Source {
     pub unknown: Unknown,
 }
 
-/// A VM of a module built before.
+/// A VM of a module that has been built.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct BuildRef {
@@ -95,7 +95,7 @@ pub struct BuildRef {
     /// The VM; required if the module has several.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_name: Option<String>,
-    /// Where a cluster backend looks.
+    /// The namespace in which a cluster backend looks for the module.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
     /// Keys that Rudder does not know.
@@ -104,7 +104,7 @@ pub struct BuildRef {
     pub unknown: Unknown,
 }
 
-/// A volume in the cluster.
+/// A volume of the cluster.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SourcePvc {
@@ -124,7 +124,7 @@ pub struct SourcePvc {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Resources {
-    /// A Quantity; the guest sees it rounded up, at least 1.
+    /// A Quantity of cores; rounded up, at least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu: Option<Scalar>,
     /// A Quantity of bytes.
@@ -140,7 +140,7 @@ pub struct Resources {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Disk {
-    /// Required, unique, a Name.
+    /// Required: a unique Name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// A Quantity of bytes; default 20Gi.
@@ -149,7 +149,7 @@ pub struct Disk {
     /// virtio (default), scsi, sata, usb or ide.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bus: Option<String>,
-    /// For cluster backends.
+    /// The storage class, for cluster backends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage_class: Option<String>,
     /// Keys that Rudder does not know.
@@ -158,11 +158,11 @@ pub struct Disk {
     pub unknown: Unknown,
 }
 
-/// How to talk to the guest.
+/// How to connect to the guest.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Communicator {
-    /// `ssh`, the only one.
+    /// `ssh`, the only type.
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub r#type: Option<String>,
     /// `bash` (default) or `powershell`.
@@ -174,14 +174,14 @@ pub struct Communicator {
     /// Default 22.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ssh_port: Option<i64>,
-    /// Tried beside the key. A secret.
+    /// A password that is tried in addition to the key. It is a secret.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub ssh_password: Option<Secret>,
-    /// The key to log in with; left out, a fresh ed25519 pair per build.
+    /// The private key for the login; by default a new ed25519 key pair for each build.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ssh_private_key_secret: Option<KeyRef>,
-    /// From power-on (after the boot command) to a working login; default 5m.
+    /// Limit from power-on (or the end of the boot command) to a working login; default 5m.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ssh_timeout: Option<Scalar>,
     /// Keys that Rudder does not know.
@@ -194,10 +194,10 @@ pub struct Communicator {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CloudInit {
-    /// Delivered as written, in whatever form cloud-init takes.
+    /// User data, delivered as written, in any form that cloud-init accepts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user_data: Option<String>,
-    /// The same from a named input.
+    /// User data from a named input.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user_data_from: Option<ValueFrom>,
     /// The network-config of the seed.
@@ -209,23 +209,23 @@ pub struct CloudInit {
     pub unknown: Unknown,
 }
 
-/// A network card.
+/// A NIC.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Nic {
-    /// What overrides refer to.
+    /// The name that overrides refer to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// A declared subnet; left out, the default one.
+    /// A declared subnet; by default the default subnet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subnet: Option<String>,
-    /// 1–9: pins the PCI slot.
+    /// Pins the NIC to a PCI slot, 1–9.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<i64>,
     /// An IPv4 address inside the subnet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ip: Option<String>,
-    /// The hardware address; left out, derived from the build.
+    /// The hardware address; by default derived from the build.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
     /// e1000 (default), virtio, e1000e, rtl8139, pcnet or ne2k_pci.
@@ -270,7 +270,7 @@ pub struct Iso {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FileNames {
-    /// Entries of the top-level `files`.
+    /// Entries in the top-level `files`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FileRef>,
     /// Keys that Rudder does not know.
@@ -283,7 +283,7 @@ pub struct FileNames {
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FileRef {
-    /// The name of an entry of the top-level `files`.
+    /// The name of an entry in the top-level `files`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Keys that Rudder does not know.

@@ -77,6 +77,6 @@ fn over(
             _ => format!("expected at most {limit} {what}, but found {found}"),
         };
         findings.report(&codes::OVER_LIMIT, at, message).help =
-            Some("this program sets the limit".to_owned());
+            Some("stay below the limit, which this program sets".to_owned());
     }
 }

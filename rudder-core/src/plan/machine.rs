@@ -33,7 +33,7 @@ const SSH_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// Plans the machines of one build, and collects their secrets, and the reasons why the build cannot be repeated.
 #[derive(Debug)]
-pub(super) struct Maker<'m> {
+pub(super) struct Planner<'m> {
     pub(super) context: &'m PlanContext,
     pub(super) support: Support<'m>,
     pub(super) spec: &'m BuildSpec,
@@ -42,12 +42,12 @@ pub(super) struct Maker<'m> {
     pub(super) known_secrets: HashSet<Secret>,
     /// The overrides of each VM, and the index of each file, by name.
     pub(super) overrides: HashMap<&'m str, Vec<&'m VmOverride>>,
-    pub(super) file_places: HashMap<String, usize>,
+    pub(super) file_indices: HashMap<String, usize>,
     pub(super) not_repeatable: Vec<String>,
     pub(super) files: Vec<PlannedFile>,
 }
 
-impl Maker<'_> {
+impl Planner<'_> {
     pub(super) fn files(&mut self) -> Option<()> {
         for file in &self.spec.files {
             let name = file.name.clone()?;
@@ -58,7 +58,7 @@ impl Maker<'_> {
                 }
                 _ => return None,
             };
-            self.file_places.insert(name.clone(), self.files.len());
+            self.file_indices.insert(name.clone(), self.files.len());
             self.files.push(PlannedFile { name, content });
         }
         Some(())
@@ -121,7 +121,7 @@ impl Maker<'_> {
     ) -> Option<PlannedMachine> {
         let name = vm.name.clone()?;
         let source = self.source(vm, &name)?;
-        let nics = self.macs.cards(&name, &vm.nics, &[], template_network)?;
+        let nics = self.macs.plan_nics(&name, &vm.nics, &[], template_network)?;
         let template = self.hardware(vm, nics)?;
         let mut hardware = template.clone();
         for one in self.overrides.get(name.as_str()).into_iter().flatten() {
@@ -131,7 +131,7 @@ impl Maker<'_> {
                 hardware.memory = memory.unwrap_or(hardware.memory);
             }
             if !one.nics.is_empty() {
-                hardware.nics = self.macs.cards(&name, &one.nics, &template.nics, network)?;
+                hardware.nics = self.macs.plan_nics(&name, &one.nics, &template.nics, network)?;
             }
         }
         let mut isos = Vec::with_capacity(vm.isos.len());
@@ -181,7 +181,7 @@ impl Maker<'_> {
                 let (module, machine) = reference::parent(source.build_ref.as_ref()?, self.context)?;
                 if !module.provenance.not_repeatable.is_empty() {
                     let reason =
-                        format!("module {}, the source of VM {name}, cannot be repeated itself", module.name);
+                        format!("module {}, the source of VM {name}, is not repeatable itself", module.name);
                     self.not_repeatable.push(reason);
                 }
                 PlannedSource::BuildRef(PlannedBuildRef {
@@ -200,7 +200,7 @@ impl Maker<'_> {
             SourceKind::SourcePvc => {
                 let pvc = source.source_pvc.as_ref()?;
                 self.not_repeatable
-                    .push(format!("the source of VM {name} is a volume, which changes in time"));
+                    .push(format!("the source of VM {name} is a volume, which changes over time"));
                 PlannedSource::SourcePvc { name: pvc.name.clone()?, namespace: pvc.namespace.clone() }
             }
         })
@@ -346,7 +346,7 @@ impl Maker<'_> {
     fn file(&mut self, step: &FileStep) -> Option<StepAction> {
         let (content, label) = match (step.file_ref.as_deref(), &step.source) {
             (Some(name), None) => {
-                let file = &self.files[*self.file_places.get(name)?];
+                let file = &self.files[*self.file_indices.get(name)?];
                 (file.content.clone(), name.to_owned())
             }
             (None, Some(from)) => {

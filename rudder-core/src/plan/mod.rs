@@ -100,9 +100,9 @@ pub fn plan(document: &Document, context: &PlanContext) -> Planned {
                     .report(
                         &codes::INTERNAL,
                         at,
-                        "expected a plan of a manifest without mistakes, but could not make one",
+                        "expected a plan for a manifest without errors, but planning failed",
                     )
-                    .help = Some("this is a bug of Rudder: please report it with the manifest".to_owned());
+                    .help = Some("this is a bug in Rudder: please report it with the manifest".to_owned());
             }
         }
     }
@@ -127,11 +127,11 @@ fn name(findings: &mut Findings<'_>, context: &PlanContext) -> Option<String> {
                     &codes::INVALID_NAME,
                     &field,
                     format!(
-                        "expected the name of the file to be a name for the build, but found {other:?}",
+                        "expected a file name that can name the build, but found {other:?}",
                         other = Quoted(other)
                     ),
                 )
-                .help = Some(format!("write `{field}: …`, of lower-case letters, digits and inner hyphens"));
+                .help = Some(format!("write `{field}: …` with lower-case letters, digits and inner hyphens"));
             None
         }
         None if findings.written(false, &field) => None,
@@ -142,7 +142,7 @@ fn name(findings: &mut Findings<'_>, context: &PlanContext) -> Option<String> {
                     &field,
                     format!("expected the field `{field}`, but it is missing"),
                 )
-                .help = Some("a manifest that is not a file has no name of its own".to_owned());
+                .help = Some("name the build; a manifest that is not a file has no default name".to_owned());
             None
         }
     }
@@ -157,7 +157,7 @@ fn make(
 ) -> Option<Plan> {
     let template_network = network::base(spec)?;
     let network = network::overridden(spec, &template_network)?;
-    let mut maker = machine::Maker {
+    let mut planner = machine::Planner {
         context,
         support,
         spec,
@@ -165,19 +165,19 @@ fn make(
         secrets: Vec::new(),
         known_secrets: HashSet::new(),
         overrides: HashMap::new(),
-        file_places: HashMap::new(),
+        file_indices: HashMap::new(),
         not_repeatable: Vec::new(),
         files: Vec::with_capacity(spec.files.len()),
     };
     for one in spec.build_overrides.iter().flat_map(|overrides| &overrides.vms) {
-        maker.overrides.entry(one.name.as_deref()?).or_default().push(one);
+        planner.overrides.entry(one.name.as_deref()?).or_default().push(one);
     }
-    maker.files()?;
+    planner.files()?;
     let mut machines = Vec::with_capacity(spec.vms.len());
     for vm in &spec.vms {
-        machines.push(maker.machine(vm, &template_network, &network)?);
+        machines.push(planner.machine(vm, &template_network, &network)?);
     }
-    let machine::Maker { secrets, not_repeatable, files, .. } = maker;
+    let machine::Planner { secrets, not_repeatable, files, .. } = planner;
     let manifest = match document.source() {
         Some(text) => text.to_owned(),
         None => document.manifest().to_yaml().ok()?,

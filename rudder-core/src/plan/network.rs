@@ -64,8 +64,8 @@ pub(super) fn base(spec: &BuildSpec) -> Option<PlannedNetwork> {
 pub(super) fn overridden(spec: &BuildSpec, base: &PlannedNetwork) -> Option<PlannedNetwork> {
     let mut network = base.clone();
     let Some(overrides) = &spec.build_overrides else { return Some(network) };
-    let vpcs: HashMap<_, _> = place_of(base.vpcs.iter().map(|vpc| vpc.name.as_str()));
-    let subnets: HashMap<_, _> = place_of(base.subnets.iter().map(|subnet| subnet.name.as_str()));
+    let vpcs: HashMap<_, _> = indices_by_name(base.vpcs.iter().map(|vpc| vpc.name.as_str()));
+    let subnets: HashMap<_, _> = indices_by_name(base.subnets.iter().map(|subnet| subnet.name.as_str()));
     let declared = spec.network.iter().flat_map(|network| &network.subnets);
     let declared: HashMap<_, _> =
         declared.filter_map(|subnet| Some((subnet.name.as_deref()?, subnet))).collect();
@@ -86,8 +86,8 @@ pub(super) fn overridden(spec: &BuildSpec, base: &PlannedNetwork) -> Option<Plan
     Some(network)
 }
 
-fn place_of<'n>(names: impl Iterator<Item = &'n str>) -> HashMap<&'n str, usize> {
-    names.enumerate().map(|(place, name)| (name, place)).collect()
+fn indices_by_name<'n>(names: impl Iterator<Item = &'n str>) -> HashMap<&'n str, usize> {
+    names.enumerate().map(|(index, name)| (name, index)).collect()
 }
 
 /// The hardware addresses of a build: unique, and the same each time the build is planned.
@@ -125,7 +125,7 @@ impl<'m> Macs<'m> {
 
     /// Plans the NICs of a VM: those in `written`, or a single one if there are none. `base` holds the same VM's NICs
     /// without overrides; those with the same name keep their hardware address, model and pinned slot.
-    pub(super) fn cards(
+    pub(super) fn plan_nics(
         &mut self,
         vm: &str,
         written: &[Nic],
@@ -143,7 +143,7 @@ impl<'m> Macs<'m> {
         let taken: HashSet<u8> =
             written.iter().zip(&names).filter_map(|(nic, name)| pinned(nic, name)).collect();
         let mut free = (1..=u8::MAX).filter(|slot| !taken.contains(slot));
-        let mut cards = Vec::with_capacity(written.len());
+        let mut planned = Vec::with_capacity(written.len());
         for (nic, name) in written.iter().zip(names) {
             let of_base = inherited(&name);
             let slot = pinned(nic, &name);
@@ -152,7 +152,7 @@ impl<'m> Macs<'m> {
                 (None, Some(mac)) => mac.parse().ok()?,
                 (None, None) => self.derive(vm, &name),
             };
-            cards.push(PlannedNic {
+            planned.push(PlannedNic {
                 subnet: nic.subnet.clone().or_else(|| Some(network.subnets.first()?.name.clone()))?,
                 slot_pinned: slot.is_some(),
                 slot: slot.or_else(|| free.next())?,
@@ -169,7 +169,7 @@ impl<'m> Macs<'m> {
                 name,
             });
         }
-        Some(cards)
+        Some(planned)
     }
 }
 

@@ -41,7 +41,7 @@ pub fn prepare(source_name: &str, bytes: &[u8], context: &PlanContext) -> Prepar
             let code = codes::DUPLICATE_NAME;
             let root = Path::root();
             let message = format!(
-                "expected a name of its own for each build of a file, but found {:?} again",
+                "expected a unique name for each build in a file, but found {:?} again",
                 Quoted(&plan.name)
             );
             let finding = Diagnostic::error(code.name, root, document.locate(root), message);
@@ -101,7 +101,7 @@ impl Prepared {
         if self.has_errors() {
             let count = self.diagnostics.iter().filter(|diagnostic| diagnostic.is_error()).count();
             let what = if count == 1 { "1 error" } else { &format!("{count} errors") };
-            let message = format!("{} is refused with {what}\n{}", self.source_name, self.render());
+            let message = format!("{} has {what}\n{}", self.source_name, self.render());
             return Err(Error::new(ErrorKind::InvalidInput, message.trim_end().to_owned()));
         }
         Ok(self.plans)

@@ -94,8 +94,7 @@ fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, c
     let Some(name) = reference.name.as_deref() else { return };
     let Some(module) = context.modules.get(name) else {
         if let Some(reason) = context.damaged_modules.get(name) {
-            let message =
-                format!("expected a module that can be used, but {:?} is damaged: {reason}", Quoted(name));
+            let message = format!("expected a usable module, but {:?} is damaged: {reason}", Quoted(name));
             findings.report(&codes::UNKNOWN_MODULE, &at.key("name"), message);
             return;
         }
@@ -106,11 +105,11 @@ fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, c
                 &codes::UNKNOWN_MODULE,
                 &at.key("name"),
                 format!(
-                    "expected the name of a module that was built before, but found {name:?}",
+                    "expected the name of a module that has been built, but found {name:?}",
                     name = Quoted(name)
                 ),
             )
-            .help = Some(format!("{near}build the manifest named {name} first; it must succeed"));
+            .help = Some(format!("{near}build the manifest named {name} first"));
         return;
     };
     let names = || module.machines.iter().map(|machine| machine.name.as_str());
@@ -121,7 +120,7 @@ fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, c
                 module.machines.len()
             );
             findings.report(&codes::MISSING_FIELD, at, message).help =
-                Some(format!("there are: {}", names().collect::<Vec<_>>().join(", ")));
+                Some(format!("use one of: {}", names().collect::<Vec<_>>().join(", ")));
         }
         Some(vm) if !names().any(|name| name == vm) => {
             let what = format!("a VM of the module {name}");
@@ -149,9 +148,18 @@ fn inherited_disks(
                     &codes::DUPLICATE_NAME,
                     &disks.index(index).key("name"),
                     format!(
-                        "expected a unique name of a disk, but found {name:?}, which is inherited from {} of the module {}", machine.name, module.name, name = Quoted(name)),
+                        "expected a unique disk name, but found {name:?}, which is inherited from {} of the \
+                         module {}",
+                        machine.name,
+                        module.name,
+                        name = Quoted(name)
+                    ),
                 )
-                .help = Some("with `buildRef`, every disk listed is an extra blank one".to_owned());
+                .help = Some(
+                "rename the disk: with `buildRef`, every listed disk is an additional blank \
+                     disk"
+                    .to_owned(),
+            );
         }
     }
 }
@@ -194,7 +202,7 @@ fn key_ref(
             findings.unknown_reference(
                 &codes::UNKNOWN_INPUT,
                 at,
-                &format!("a key of a {what} that was given to this build"),
+                &format!("a key of a {what} that was provided to this build"),
                 &format!("{name}/{key}"),
                 known.iter().map(String::as_str),
             );

@@ -82,9 +82,9 @@ impl Shape {
     }
 
     /// Encodes the string that a unit variant is serialised as.
-    fn word(&mut self, label: &str, value: impl Serialize) {
-        let word = serde_json::to_string(&value).unwrap_or_default();
-        self.text(label, &word);
+    fn keyword(&mut self, label: &str, value: impl Serialize) {
+        let keyword = serde_json::to_string(&value).unwrap_or_default();
+        self.text(label, &keyword);
     }
 
     fn group(&mut self, label: &str, write: impl FnOnce(&mut Self)) {
@@ -125,7 +125,7 @@ impl Shape {
             });
         }
         let PlannedCommunicator { shell, username, port, password, private_key, timeout: _ } = communicator;
-        self.word("shell", shell);
+        self.keyword("shell", shell);
         self.text("username", username);
         self.number("port", (*port).into());
         self.maybe("password", password.as_ref().map(crate::secret::Secret::expose));
@@ -163,13 +163,13 @@ impl Shape {
         let Hardware { cpus, memory, firmware, tpm, disks, nics } = hardware;
         self.number("cpus", (*cpus).into());
         self.number("memory", *memory);
-        self.word("firmware", firmware);
+        self.keyword("firmware", firmware);
         self.flag("tpm", *tpm);
         self.list("disk", disks, |shape, disk| {
             let PlannedDisk { name, size, bus, storage_class, inherited } = disk;
             shape.text("name", name);
             shape.maybe("size", size.map(|size| size.to_string()));
-            shape.word("bus", bus);
+            shape.keyword("bus", bus);
             shape.maybe("storage-class", storage_class.as_deref());
             shape.flag("inherited", *inherited);
         });
@@ -181,7 +181,7 @@ impl Shape {
             shape.flag("slot-pinned", *slot_pinned);
             shape.maybe("ip", ip.map(|ip| ip.to_string()));
             shape.text("mac", &mac.to_string());
-            shape.word("model", model);
+            shape.keyword("model", model);
         });
     }
 
@@ -204,9 +204,9 @@ impl Shape {
         });
     }
 
-    fn named_file(&mut self, wanted: &str, files: &HashMap<&str, &PlannedFile>) {
-        self.text("name", wanted);
-        if let Some(PlannedFile { name: _, content }) = files.get(wanted) {
+    fn named_file(&mut self, name: &str, files: &HashMap<&str, &PlannedFile>) {
+        self.text("name", name);
+        if let Some(PlannedFile { name: _, content }) = files.get(name) {
             self.content(content);
         }
     }

@@ -47,7 +47,7 @@ impl<'c> Support<'c> {
     fn need(&self, findings: &mut Findings<'_>, capability: Capability, at: &Path<'_>, what: &str) {
         if let Some((who, capability)) = self.lacking(capability) {
             findings.report(&codes::UNSUPPORTED, at, format!("{who} cannot {what} yet")).help =
-                Some(format!("the capability is `{capability}`"));
+                Some(format!("the missing capability is `{capability}`"));
         }
     }
 
@@ -62,11 +62,11 @@ impl<'c> Support<'c> {
         if let Some(network) = &spec.network {
             let at = at.key("network");
             if !network.vpcs.is_empty() {
-                self.need(findings, C::Networks, &at.key("vpcs"), "make declared VPCs");
+                self.need(findings, C::Networks, &at.key("vpcs"), "create declared VPCs");
             }
             let subnets = at.key("subnets");
             if !network.subnets.is_empty() {
-                self.need(findings, C::Networks, &subnets, "make declared subnets");
+                self.need(findings, C::Networks, &subnets, "create declared subnets");
             }
             if self.has(C::Networks) {
                 for (index, subnet) in network.subnets.iter().enumerate() {
@@ -76,7 +76,7 @@ impl<'c> Support<'c> {
                             findings,
                             C::UnmanagedSubnets,
                             &at.key("unmanaged"),
-                            "make unmanaged subnets",
+                            "create unmanaged subnets",
                         );
                     }
                 }
@@ -95,7 +95,12 @@ impl<'c> Support<'c> {
             for (index, one) in overrides.subnets.iter().enumerate() {
                 if one.unmanaged == Some(true) && self.has(C::Networks) {
                     let at = subnets.index(index);
-                    self.need(findings, C::UnmanagedSubnets, &at.key("unmanaged"), "make unmanaged subnets");
+                    self.need(
+                        findings,
+                        C::UnmanagedSubnets,
+                        &at.key("unmanaged"),
+                        "create unmanaged subnets",
+                    );
                 }
             }
             let vms = at.key("vms");
@@ -121,7 +126,7 @@ impl<'c> Support<'c> {
         self.nics(findings, &vm.nics, &at.key("nics"));
         if vm.communicator.as_ref().is_some_and(|c| c.shell.as_deref() == Some("powershell")) {
             let at = at.key("communicator");
-            self.need(findings, C::PowerShell, &at.key("shell"), "talk to PowerShell");
+            self.need(findings, C::PowerShell, &at.key("shell"), "run PowerShell scripts");
         }
         if vm.cloud_init.is_some() {
             self.need(findings, C::CloudInit, &at.key("cloudInit"), "attach a cloud-init seed");
@@ -193,13 +198,13 @@ impl<'c> Support<'c> {
         for (index, nic) in nics.iter().enumerate() {
             let at = at.index(index);
             if nic.model.is_some() {
-                self.need(findings, C::NicModels, &at.key("model"), "give a card a model");
+                self.need(findings, C::NicModels, &at.key("model"), "set the model of a NIC");
             }
             if nic.slot.is_some() {
-                self.need(findings, C::NicSlots, &at.key("slot"), "pin a card to a slot");
+                self.need(findings, C::NicSlots, &at.key("slot"), "pin a NIC to a slot");
             }
             if nic.ip.is_some() {
-                self.need(findings, C::Networks, &at.key("ip"), "give a card a fixed address");
+                self.need(findings, C::Networks, &at.key("ip"), "give a NIC a fixed address");
             }
         }
     }

@@ -59,8 +59,9 @@ pub(super) fn relative_urls(
             && let Err(message) = resolve_url(url, context)
         {
             findings.report(&codes::INVALID_URL, &parent.key("url"), message).help = Some(
-                "relative paths need a base directory, which the program that reads the manifest gives"
-                    .to_owned(),
+                "write an absolute path; relative paths need a base directory, which this program does not \
+                 set"
+                .to_owned(),
             );
         }
     };
@@ -84,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_has_the_same_url_where_there_is_no_operating_system() {
+    fn a_directory_has_the_same_url_without_an_operating_system() {
         for path in ["/", "/a", "/a/b/", "/a//b", "/with space/%41/\u{e4}?#", "/c:/x", "relative", ""] {
             let path = std::path::Path::new(path);
             assert_eq!(portable_directory_url(path), directory_url(path), "{}", path.display());

@@ -37,7 +37,7 @@ pub(super) fn dumps(text: &View) -> Dumps {
     let mut dumps = Dumps::default();
     let units = &text.0;
     let digits = units.iter().filter(|unit| unit.byte.is_ascii_hexdigit()).count();
-    let blanks = units.iter().filter(|unit| matches!(unit.byte, b' ' | b'\t' | b',')).count();
+    let spaces = units.iter().filter(|unit| matches!(unit.byte, b' ' | b'\t' | b',')).count();
     let lines: Vec<(usize, usize)> = lines(units);
     if digits >= 2 {
         let words: Vec<Vec<Word>> = lines.iter().map(|(start, end)| words(units, *start, *end)).collect();
@@ -45,7 +45,7 @@ pub(super) fn dumps(text: &View) -> Dumps {
             numbers(units, &lines, &words, offsets, &mut dumps);
         }
     }
-    if blanks >= 3 {
+    if spaces >= 3 {
         dumps.bytes.push(characters(units, &lines, Offsets::Skip));
         dumps.bytes.push(characters(units, &lines, Offsets::Read));
     }
@@ -114,8 +114,8 @@ fn data(units: &[Unit], words: &[Word]) -> std::ops::Range<usize> {
     }
     // xxd writes a colon, and two spaces before its text column; hexdump and od put bars around theirs.
     let colon = units.get(first.end).is_some_and(|unit| unit.byte == b':');
-    let is_text = |(place, word): (usize, &Word)| {
-        let is_first = place == 0;
+    let is_text = |(index, word): (usize, &Word)| {
+        let is_first = index == 0;
         word.bar
             || colon && !is_first && word.gap >= 2
             || hex_digits(units, *word).is_none() && !is_decimal(units, *word)
@@ -181,8 +181,8 @@ fn numbers(
 
 /// Returns the text column of a line, given what follows the data, without the surrounding spaces and bars.
 fn column(units: &[Unit]) -> &[Unit] {
-    let blank = |unit: &Unit| matches!(unit.byte, b' ' | b'\t');
-    let start = units.iter().position(|unit| !blank(unit)).unwrap_or(units.len());
+    let is_space = |unit: &Unit| matches!(unit.byte, b' ' | b'\t');
+    let start = units.iter().position(|unit| !is_space(unit)).unwrap_or(units.len());
     match &units[start..] {
         [open, rest @ .., close] if matches!((open.byte, close.byte), (b'|', b'|') | (b'>', b'<')) => rest,
         rest => rest,
@@ -213,10 +213,10 @@ fn characters(units: &[Unit], lines: &[(usize, usize)], offsets: Offsets) -> Vie
         let words =
             line.split(|unit| matches!(unit.byte, b' ' | b'\t' | b',')).filter(|word| !word.is_empty());
         let is_offset = |word: &[Unit]| offsets == Offsets::Skip && word.len() >= 6 && is_hex(word);
-        for (place, word) in words.enumerate() {
+        for (index, word) in words.enumerate() {
             match word {
                 [_] => view.0.push(word[0]),
-                word if place == 0 && is_offset(word) => {}
+                word if index == 0 && is_offset(word) => {}
                 [quote, unit, close] if quote.byte == close.byte && matches!(quote.byte, b'\'' | b'"') => {
                     view.0.push(*unit);
                 }

@@ -157,7 +157,7 @@ impl Masker {
                 found.push(view.source(&range));
             });
             if let Some(open) = open.as_deref_mut() {
-                open.look(matcher, view, form);
+                open.find_in(matcher, view, form);
             }
         });
         merge(found)
@@ -221,14 +221,14 @@ pub(super) struct Open {
 }
 
 impl Open {
-    fn look(&mut self, matcher: &Matcher, view: &View, form: Form) {
+    fn find_in(&mut self, matcher: &Matcher, view: &View, form: Form) {
         let first = view.0.len().saturating_sub(matcher.longest());
         let tail: Vec<u8> = view.0[first..].iter().map(|unit| unit.byte).collect();
         let Some(at) = matcher.open_at(&tail) else { return };
         let start = view.0[first + at].start as usize;
         let earlier = |known: Option<usize>| Some(known.map_or(start, |known| known.min(start)));
         self.any = earlier(self.any);
-        if tail.len() - at >= form.least() {
+        if tail.len() - at >= form.min_length() {
             self.hold = earlier(self.hold);
         }
     }
@@ -245,7 +245,7 @@ enum Form {
 
 impl Form {
     /// Number of matching bytes from which the end of a line is treated as the beginning of a secret.
-    fn least(self) -> usize {
+    fn min_length(self) -> usize {
         match self {
             Self::Plain | Self::Dump => 3,
             Self::Base64 | Self::Hex => 4,

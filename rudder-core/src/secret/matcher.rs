@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn of_patterns_that_end_together_the_longest_is_found() {
+    fn the_longest_of_the_patterns_that_end_together_is_found() {
         let all: Vec<String> = (3..40).map(|length| "a".repeat(length)).collect();
         let all: Vec<&str> = all.iter().map(String::as_str).collect();
         let mut found = Vec::new();
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_that_goes_on_is_seen_from_its_first_bytes() {
+    fn an_incomplete_pattern_at_the_end_is_recognised() {
         let matcher = matcher(&["hunter2", "hunt", "abcdefgh"]);
         assert_eq!(matcher.open_at(b"xx hunt"), Some(3));
         assert_eq!(matcher.open_at(b"xx hu"), Some(3));

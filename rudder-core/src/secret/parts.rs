@@ -66,11 +66,11 @@ pub(super) fn parts(secret: &str) -> BTreeSet<String> {
 
 /// Splits a line into pieces of equal length; the last overlaps the one before, so that none is short.
 fn pieces(line: &str, parts: &mut BTreeSet<String>) {
-    let places: Vec<usize> = line.char_indices().map(|(at, _)| at).chain([line.len()]).collect();
-    let count = places.len() - 1;
+    let boundaries: Vec<usize> = line.char_indices().map(|(at, _)| at).chain([line.len()]).collect();
+    let count = boundaries.len() - 1;
     for first in (0..count).step_by(MAX_PART) {
         let first = first.min(count - MAX_PART);
-        parts.insert(line[places[first]..places[first + MAX_PART]].to_owned());
+        parts.insert(line[boundaries[first]..boundaries[first + MAX_PART]].to_owned());
     }
 }
 
@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_values_of_a_script_are_found_and_its_commands_are_not() {
+    fn values_in_scripts_are_secret_but_commands_are_not() {
         let script = "#!/bin/sh\nset -e\nexport DB_PASSWORD=hunter2 MODE=\"night owl\"\ncurl -u me:s3cr3tpw https://tok3n99@h/x\n\
                       echo root:plainpw | chpasswd\nmysql --password=opensesame -p 'quoted!'\napt-get install -y nginx\n\
                       password: swordfish\n  \"api\": \"longvalue\"\necho swordless | passwd --stdin\nAKIA0123456789ABCDEF\nfi\n";
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_line_is_looked_for_in_pieces_none_of_which_is_short() {
+    fn a_long_line_is_split_into_pieces_none_of_which_is_short() {
         let found = parts(&"ä".repeat(600));
         assert!(found.iter().all(|part| part.chars().count() == MAX_PART));
         assert_eq!(

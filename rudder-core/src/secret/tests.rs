@@ -13,7 +13,7 @@ fn masker(secrets: &[&str]) -> Masker {
 }
 
 /// Asserts that no four consecutive characters of the secret are left when the lines are joined.
-fn assert_gone(masked: &str, secret: &str) {
+fn assert_masked(masked: &str, secret: &str) {
     let joined: String = masked.split_whitespace().collect();
     let characters: Vec<char> = secret.chars().collect();
     for window in characters.windows(4) {
@@ -67,7 +67,7 @@ fn a_secret_is_masked_in_every_form() {
 }
 
 #[test]
-fn colours_and_marks_inside_of_a_secret_do_not_hide_it() {
+fn a_secret_that_contains_colours_or_marks_is_masked() {
     let masker = masker(&["hunter2"]);
     for text in [
         "hun\x1b[31mter\x1b[0m2",
@@ -88,7 +88,7 @@ fn colours_and_marks_inside_of_a_secret_do_not_hide_it() {
             !masker.mask(text).replace(|c: char| !c.is_ascii_alphanumeric(), "").contains("hunter2"),
             "{masked:?}"
         );
-        assert_gone(&masked, "hunter2");
+        assert_masked(&masked, "hunter2");
     }
 }
 
@@ -178,7 +178,7 @@ fn left(masked: &str, secret: &str) -> bool {
 }
 
 #[test]
-fn dumps_of_every_layout_are_masked_over_the_ends_of_lines() {
+fn secrets_in_dumps_of_any_layout_are_masked_across_lines() {
     let secret = "correct-Horse=battery/staple:7";
     let masker = masker(&[secret]);
     for before in 0..18 {
@@ -187,19 +187,19 @@ fn dumps_of_every_layout_are_masked_over_the_ends_of_lines() {
             let masked = masker.mask(&dump);
             assert!(masked.contains(MASK), "{dump}");
             assert!(!left(&masked, secret), "{masked}");
-            assert_gone(&masked, secret);
+            assert_masked(&masked, secret);
             // Again, line by line.
             let lines = masker.mask_lines(dump.lines().map(str::to_owned).collect());
             assert_eq!(lines.len(), dump.lines().count());
             let joined = lines.join("\n");
             assert!(joined.contains(MASK) && !left(&joined, secret), "{joined}");
-            assert_gone(&joined, secret);
+            assert_masked(&joined, secret);
         }
     }
 }
 
 #[test]
-fn wrapped_text_is_masked_at_every_width_whether_it_comes_at_once_or_line_by_line() {
+fn wrapped_secrets_are_masked_at_every_width_at_once_or_line_by_line() {
     let secret = "correct-Horse=battery/staple:7";
     let masker = masker(&[secret]);
     let forms = [
@@ -211,17 +211,17 @@ fn wrapped_text_is_masked_at_every_width_whether_it_comes_at_once_or_line_by_lin
         for width in 3..40 {
             let text: Vec<char> = format!("some text {form} and more").chars().collect();
             let lines: Vec<String> = text.chunks(width).map(|line| line.iter().collect()).collect();
-            assert_gone(&masker.mask(&lines.join("\n")), &form);
-            assert_gone(&masker.mask_lines(lines.clone()).join("\n"), &form);
+            assert_masked(&masker.mask(&lines.join("\n")), &form);
+            assert_masked(&masker.mask_lines(lines.clone()).join("\n"), &form);
             // Again as drawn by a terminal, with colours at both ends.
             let coloured: Vec<String> = lines.iter().map(|line| format!("\x1b[32m{line}\x1b[0m\r")).collect();
-            assert_gone(&masker.mask(&coloured.join("\n")), &form);
+            assert_masked(&masker.mask(&coloured.join("\n")), &form);
         }
     }
 }
 
 #[test]
-fn lines_overlaps_and_short_ones() {
+fn multi_line_overlapping_and_short_secrets_are_masked() {
     let key = "-----BEGIN-----\nabcdefgh\nijklmnop\n-----END-----\n";
     let masker = masker(&[key, "aba", "abX", "no"]);
     assert_eq!(masker.mask("  ijklmnop"), "  ***");
@@ -231,7 +231,7 @@ fn lines_overlaps_and_short_ones() {
 }
 
 #[test]
-fn short_secrets_do_not_mask_what_only_looks_like_them() {
+fn short_secrets_do_not_mask_similar_text() {
     let masker = masker(&["test", "a", "", "  ", "\n\n", "fi\ndone\nset -e\n"]);
     for text in [
         "the tes artist",
@@ -250,7 +250,7 @@ fn short_secrets_do_not_mask_what_only_looks_like_them() {
 }
 
 #[test]
-fn a_line_that_may_begin_a_secret_waits_and_no_other_does() {
+fn only_a_line_that_may_begin_a_secret_is_held_back() {
     let masker = masker(&["hunter2"]);
     let mut seen = Vec::new();
     let mut pieces = masker.pieces();
@@ -266,7 +266,7 @@ fn a_line_that_may_begin_a_secret_waits_and_no_other_does() {
 }
 
 #[test]
-fn a_large_secret_and_a_large_text_are_masked() {
+fn a_large_secret_is_masked_in_a_large_text() {
     let lines: Vec<String> =
         (0..4000u32).map(|n| format!("line-{n}-{}", n.wrapping_mul(2_654_435_761))).collect();
     let masker = masker(&[&lines.join("\n")]);
@@ -279,7 +279,7 @@ fn a_large_secret_and_a_large_text_are_masked() {
 }
 
 #[test]
-fn utf16_as_powershell_takes_it_is_masked() {
+fn utf16_in_base64_as_powershell_accepts_it_is_masked() {
     let script: Vec<u8> = "$p = 'hunter2'".encode_utf16().flat_map(u16::to_le_bytes).collect();
     let masked = masker(&["hunter2"]).mask(&BASE64_STANDARD.encode(&script)).into_owned();
     assert!(masked.contains(MASK) && masked.len() < 24, "{masked}");
@@ -287,7 +287,7 @@ fn utf16_as_powershell_takes_it_is_masked() {
 
 proptest! {
     #[test]
-    fn nothing_leaks(secret in "[!-~äß🚀 ]{4,40}", before in "[a-z ]{0,9}", after in "[a-z ]{0,9}", cut in 0usize..60) {
+    fn no_form_of_a_secret_leaks(secret in "[!-~äß🚀 ]{4,40}", before in "[a-z ]{0,9}", after in "[a-z ]{0,9}", cut in 0usize..60) {
         prop_assume!(secret.trim().len() >= 4 && !secret.contains("***"));
         let secret = secret.trim();
         prop_assume!(!before.contains(secret) && !after.contains(secret));
@@ -314,7 +314,7 @@ proptest! {
     }
 
     #[test]
-    fn any_text_comes_out_with_as_many_lines_and_no_panic(
+    fn masking_keeps_the_number_of_lines_and_never_panics(
         secrets in prop::collection::vec("[a-c\\\\%'\"&;0-9x\n ]{0,12}", 0..4),
         lines in prop::collection::vec("[a-c\\\\%'\"&;0-9x\u{1b}\\[m\u{8}|ä ]{0,40}", 0..8),
         noise in any::<String>(),
@@ -328,7 +328,7 @@ proptest! {
     }
 
     #[test]
-    fn pieces_of_a_long_line_lose_nothing(text in "[a-z]{0,2000}", cuts in prop::collection::vec(0usize..2000, 0..5)) {
+    fn pieces_of_a_long_line_are_complete(text in "[a-z]{0,2000}", cuts in prop::collection::vec(0usize..2000, 0..5)) {
         let masker = masker(&["hunter2", "abc"]);
         let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(text.len())).chain([0, text.len()]).collect();
         cuts.sort_unstable();

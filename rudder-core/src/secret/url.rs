@@ -216,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_public_url_still_says_what_it_is_of() {
+    fn a_public_url_still_identifies_its_content() {
         let public = |url: &str| public_url(&url.parse().unwrap());
         assert_eq!(public("https://h/x.qcow2"), "https://h/x.qcow2");
         assert_eq!(
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_in_texts_lose_what_must_not_be_shown() {
+    fn secrets_are_removed_from_urls_in_text() {
         for (text, shown) in [
             ("see https://h:8080/x?arch=arm&page=2.", "see https://h:8080/x?arch=arm&page=2."),
             ("<ftp://u@h> 'https://a:b:c@h/p'", "<ftp://***@h> 'https://***@h/p'"),
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_url_shows_no_password_either() {
+    fn an_invalid_url_shows_no_password() {
         for text in [
             "ftp://user:hunter2@example.org/x",
             "htps:/user:hunter2@h",
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn the_secrets_of_a_url_are_those_that_sign() {
+    fn the_secrets_of_a_url_are_its_credentials() {
         let of = |url: &str| secrets_of(&url.parse().unwrap());
         assert!(of("https://h/x?arch=arm64").is_empty());
         assert_eq!(of("https://u:p%40ss@h/x"), ["p@ss", "p%40ss"]);

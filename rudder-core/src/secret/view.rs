@@ -57,7 +57,7 @@ pub(super) enum Lines {
     Join,
 }
 
-fn place(at: usize) -> u32 {
+fn to_offset(at: usize) -> u32 {
     u32::try_from(at).unwrap_or(u32::MAX)
 }
 
@@ -77,7 +77,7 @@ pub(super) fn plain(text: &str, lines: Lines) -> View {
                 for (offset, c) in text[payload.clone()].char_indices() {
                     if !c.is_control() {
                         let start = payload.start + offset;
-                        hidden.push_char(c, place(start), place(start + c.len_utf8()));
+                        hidden.push_char(c, to_offset(start), to_offset(start + c.len_utf8()));
                     }
                 }
                 hidden.push_break();
@@ -93,10 +93,10 @@ pub(super) fn plain(text: &str, lines: Lines) -> View {
                     }
                 }
             }
-            '\n' if lines == Lines::Keep => view.push_char('\n', place(at), place(end)),
-            '\u{a0}' => view.push_char(' ', place(at), place(end)),
+            '\n' if lines == Lines::Keep => view.push_char('\n', to_offset(at), to_offset(end)),
+            '\u{a0}' => view.push_char(' ', to_offset(at), to_offset(end)),
             c if crate::visible::is_hidden(c) || matches!(c, '\u{fe00}'..='\u{fe0f}') => {}
-            c => view.push_char(c, struck.take().unwrap_or(place(at)), place(end)),
+            c => view.push_char(c, struck.take().unwrap_or(to_offset(at)), to_offset(end)),
         }
         at = end;
     }
@@ -121,9 +121,9 @@ fn sequence(text: &str, at: usize) -> (Range<usize>, usize) {
         // The same as a single character (C1).
         char::from_u32(u32::from(introducer) - 0x40).unwrap_or('[')
     };
-    let skip = |from: usize, wanted: fn(u8) -> bool| {
+    let skip = |from: usize, matches: fn(u8) -> bool| {
         let bytes = text.as_bytes();
-        (from..bytes.len()).find(|at| !wanted(bytes[*at])).unwrap_or(bytes.len())
+        (from..bytes.len()).find(|at| !matches(bytes[*at])).unwrap_or(bytes.len())
     };
     match kind {
         '[' => {

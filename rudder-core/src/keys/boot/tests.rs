@@ -42,7 +42,7 @@ fn waits_are_seconds_or_durations() {
 }
 
 #[test]
-fn a_text_is_waited_for_on_the_screen_or_on_the_serial_line() {
+fn a_wait_names_text_on_the_screen_or_on_the_serial_console() {
     let on_screen =
         |text: &str, seconds| BootToken::WaitText { text: text.into(), limit: Duration::from_secs(seconds) };
     let on_serial = |text: &str, seconds| BootToken::WaitSerial {
@@ -69,7 +69,7 @@ fn a_text_is_waited_for_on_the_screen_or_on_the_serial_line() {
 }
 
 #[test]
-fn a_wait_for_text_says_what_is_wrong_with_it_and_where() {
+fn an_invalid_wait_for_text_is_reported_with_its_range() {
     use BootMistakeKind as K;
     for (written, start, kind, found) in [
         ("x<waitText>", 1, K::MissingText, "<waitText>"),
@@ -98,7 +98,7 @@ fn a_wait_for_text_says_what_is_wrong_with_it_and_where() {
 }
 
 #[test]
-fn a_bracket_that_opens_nothing_is_typed() {
+fn a_bracket_that_opens_no_token_is_typed() {
     for literal in
         ["a < b", "<", "<>", "< enter>", "a<b", "<a b>", "x <<- 'y'", "<a-b>", "{ {", "{{", "{{ .X }"]
     {
@@ -109,7 +109,7 @@ fn a_bracket_that_opens_nothing_is_typed() {
 }
 
 #[test]
-fn any_one_character_can_be_held() {
+fn any_single_character_can_be_held() {
     for (written, keysym) in [("a", 0x61), ("A", 0x41), ("<", 0x3c), (">", 0x3e), (" ", 0x20)] {
         assert_eq!(
             tokens(&format!("<{written}On>-<{written}Off>")),
@@ -119,7 +119,7 @@ fn any_one_character_can_be_held() {
 }
 
 #[test]
-fn templates_are_known_with_or_without_blanks() {
+fn templates_may_contain_spaces() {
     assert_eq!(
         tokens("http://{{.HTTPIP}}:{{ .HTTPPort }}/{{  .Name}}"),
         [text("http://{{ .HTTPIP }}:{{ .HTTPPort }}/{{ .Name }}")]
@@ -129,7 +129,7 @@ fn templates_are_known_with_or_without_blanks() {
 }
 
 #[test]
-fn holds_end_in_a_later_element_or_are_mistakes() {
+fn a_hold_must_end_but_may_end_in_a_later_element() {
     assert_eq!(mistakes(&["<leftAltOn>", "<f2><leftAltOff>"]), []);
     assert_eq!(mistakes(&["ab<leftCtrlOn>c"]), [(0, 2, BootMistakeKind::UnclosedHold)]);
     assert_eq!(mistakes(&["a", "<aOff>"]), [(1, 0, BootMistakeKind::NotHeld)]);
@@ -138,7 +138,7 @@ fn holds_end_in_a_later_element_or_are_mistakes() {
 
 /// Each of these once took quadratic time; a test that hangs is noticed.
 #[test]
-fn what_never_closes_is_read_in_time_that_grows_with_its_length() {
+fn unclosed_tokens_are_parsed_in_linear_time() {
     for (piece, tail) in [
         ("<", ""),
         ("{", ""),
@@ -170,7 +170,7 @@ fn what_never_closes_is_read_in_time_that_grows_with_its_length() {
 }
 
 #[test]
-fn a_near_token_is_suggested() {
+fn a_similar_token_is_suggested() {
     assert_eq!(nearest_token("<entr>").as_deref(), Some("<enter>"));
     assert_eq!(nearest_token("<leftControlOn>").as_deref(), Some("<leftCtrlOn>"));
     assert_eq!(nearest_token("<body>"), None);
@@ -181,7 +181,7 @@ fn a_near_token_is_suggested() {
 
 proptest! {
     #[test]
-    fn nothing_panics_and_mistakes_lie_inside_their_element(
+    fn no_input_panics_and_mistakes_lie_inside_their_element(
         elements in proptest::collection::vec("(<waitText |<waitSerial'|[<>{}.a-zOnf0-9é'\" ]){0,20}", 0..4)
     ) {
         let (_, mistakes) = parse_boot_command(elements.iter().map(String::as_str));

@@ -38,8 +38,8 @@ pub(in crate::manifest) fn read<T: Default + for<'de> de::Deserialize<'de>>(
         };
         let result = T::deserialize(Reader { context: &context, node });
         let mut refused = context.refused.into_inner();
-        let value = result.map_err(|DeError { node: place, path, message }| {
-            refused.push(Refused { node: place.unwrap_or(node), path, message, help: None });
+        let value = result.map_err(|DeError { node: failed, path, message }| {
+            refused.push(Refused { node: failed.unwrap_or(node), path, message, help: None });
         });
         let mut is_new = false;
         for Refused { node, path, message, help } in refused {
@@ -185,15 +185,15 @@ impl<'t> Reader<'_, 't> {
         let short = text.len() <= 60 && !text.contains('\n');
         let help = match (expected, self.kind()) {
             ("text", Kind::Scalar(_, Value::Null)) => {
-                Some("an empty text is written `\"\"`; a text that begins with `#` goes in quotes".to_owned())
+                Some("write empty text as `\"\"`; put text that begins with `#` in quotes".to_owned())
             }
             ("text" | "text or a list of lines", Kind::Mapping(_) | Kind::Sequence(_)) => {
                 match self.is_secret() {
-                    true => Some("write the whole in quotes".to_owned()),
+                    true => Some("put the whole value in quotes".to_owned()),
                     false => Some(trap::about_value(self.written())),
                 }
             }
-            ("a mapping", Kind::Scalar(_, Value::Text)) => trap::without_blank(text),
+            ("a mapping", Kind::Scalar(_, Value::Text)) => trap::add_missing_space(text),
             ("an integer", Kind::Scalar(_, Value::Text))
                 if text.starts_with('0')
                     && text.len() <= 20
@@ -201,7 +201,7 @@ impl<'t> Reader<'_, 't> {
             {
                 let number = text.trim_start_matches('0');
                 Some(format!(
-                    "write it without zeros in front: {}",
+                    "write it without leading zeros: {}",
                     if number.is_empty() { "0" } else { number }
                 ))
             }
@@ -218,7 +218,7 @@ impl<'t> Reader<'_, 't> {
             },
             ("a list", Kind::Mapping(_)) => Some("begin each element with `- `".to_owned()),
             ("a list", Kind::Scalar(..)) if short => {
-                Some("write it as a list, also when there is only one: `- …`".to_owned())
+                Some("write it as a list, even if it has only one element: `- …`".to_owned())
             }
             _ => None,
         };

@@ -9,7 +9,7 @@ use crate::{
 /// Returns the text of a file, or why it cannot be decoded.
 pub(super) fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {
     let refuse = |code: &str, at: Option<usize>, message: String, help: &str| {
-        let span = at.map(|at| place(bytes, at));
+        let span = at.map(|at| span_at(bytes, at));
         Err(Box::new(Diagnostic::error(code, "", span, message).with_help(help)))
     };
     if bytes.len() > MAX_BYTES {
@@ -17,7 +17,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {
             "too-large",
             None,
             format!("expected a file of at most {} MiB, but found more", MAX_BYTES >> 20),
-            "give large files by `url` in `files`",
+            "provide large files with `url` in `files`",
         );
     }
     let other = match bytes {
@@ -39,13 +39,13 @@ pub(super) fn decode(bytes: &[u8]) -> Result<&str, Box<Diagnostic>> {
     };
     if let Some(at) = bytes.iter().position(|byte| *byte == 0) {
         let message = "expected text, but found a NUL character".to_owned();
-        return refuse("encoding", Some(at), message, "is this a binary file?");
+        return refuse("encoding", Some(at), message, "use a text file; this may be a binary file");
     }
     Ok(text)
 }
 
 /// Returns the location of a byte, before anything was parsed.
-fn place(bytes: &[u8], at: usize) -> Span {
+fn span_at(bytes: &[u8], at: usize) -> Span {
     let before = &bytes[..at];
     let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);
     let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;

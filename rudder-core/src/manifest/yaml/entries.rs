@@ -31,7 +31,9 @@ impl Reader {
                     _ => {
                         let span = self.nodes[key as usize].span;
                         let message =
-                            "expected a mapping, or a list of them, behind the merge key `<<`".to_owned();
+                            "expected a mapping or a list of mappings after the merge key `<<`, but found \
+                             another value"
+                                .to_owned();
                         self.report(
                             "yaml-merge",
                             span,
@@ -56,36 +58,41 @@ impl Reader {
 
     /// Removes entries whose key occurred before, and reports each as an error.
     pub(super) fn unique(&mut self, entries: Vec<(NodeId, NodeId)>) -> Vec<(NodeId, NodeId)> {
-        let mut twice = Vec::new();
+        let mut repeated = Vec::new();
         if entries.len() <= 16 {
-            for (place, (key, _)) in entries.iter().enumerate() {
-                let first = entries[..place].iter().find(|(other, _)| self.key(*other) == self.key(*key));
-                twice.extend(first.map(|(first, _)| (place, *first)));
+            for (position, (key, _)) in entries.iter().enumerate() {
+                let first = entries[..position].iter().find(|(other, _)| self.key(*other) == self.key(*key));
+                repeated.extend(first.map(|(first, _)| (position, *first)));
             }
         } else {
             let mut seen = HashMap::with_capacity(entries.len());
-            for (place, (key, _)) in entries.iter().enumerate() {
+            for (position, (key, _)) in entries.iter().enumerate() {
                 match seen.entry(self.key(*key)) {
-                    std::collections::hash_map::Entry::Occupied(first) => twice.push((place, *first.get())),
+                    std::collections::hash_map::Entry::Occupied(first) => {
+                        repeated.push((position, *first.get()));
+                    }
                     std::collections::hash_map::Entry::Vacant(free) => {
                         free.insert(*key);
                     }
                 }
             }
         }
-        if twice.is_empty() {
+        if repeated.is_empty() {
             return entries;
         }
-        for (place, first) in &twice {
-            let key = entries[*place].0;
+        for (position, first) in &repeated {
+            let key = entries[*position].0;
             let name: String = self.key_text(key).chars().take(80).collect();
             let span = self.nodes[key as usize].span;
             let Span { line, column, .. } = self.nodes[*first as usize].span;
-            let message = format!("the key `{name}` is already there, at line {line}, column {column}");
-            self.report_key("duplicate-key", Some(key), span, message, Some("leave one of them out"));
+            let message = format!(
+                "expected a unique key, but found `{name}` again; the first is at line \
+                 {line}, column {column}"
+            );
+            self.report_key("duplicate-key", Some(key), span, message, Some("remove one of them"));
         }
-        let places: HashSet<usize> = twice.into_iter().map(|(place, _)| place).collect();
-        let keep = |(place, entry)| (!places.contains(&place)).then_some(entry);
+        let duplicates: HashSet<usize> = repeated.into_iter().map(|(position, _)| position).collect();
+        let keep = |(position, entry)| (!duplicates.contains(&position)).then_some(entry);
         entries.into_iter().enumerate().filter_map(keep).collect()
     }
 

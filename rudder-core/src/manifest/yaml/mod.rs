@@ -89,12 +89,12 @@ impl Tree {
             if let Kind::Mapping(entries) = &node.kind
                 && entries.len() > MAX_SEARCHED
             {
-                let mut places = HashMap::with_capacity(entries.len());
-                for (place, (key, _)) in entries.iter().enumerate() {
+                let mut positions = HashMap::with_capacity(entries.len());
+                for (position, (key, _)) in entries.iter().enumerate() {
                     let key = tree.scalar_text(*key).unwrap_or_default();
-                    places.entry(key.into()).or_insert(place);
+                    positions.entry(key.into()).or_insert(position);
                 }
-                tree.index.insert(number(id), places);
+                tree.index.insert(number(id), positions);
             }
         }
         tree
@@ -138,8 +138,8 @@ impl Tree {
     /// Returns the key and the value of the entry with this name in a mapping.
     pub(super) fn entry(&self, id: NodeId, name: &str) -> Option<(NodeId, NodeId)> {
         let entries = self.entries(id);
-        if let Some(places) = self.index.get(&self.follow(id)) {
-            return entries.get(*places.get(name)?).copied();
+        if let Some(positions) = self.index.get(&self.follow(id)) {
+            return entries.get(*positions.get(name)?).copied();
         }
         entries.iter().copied().find(|(key, _)| self.scalar_text(*key) == Some(name))
     }

@@ -141,7 +141,10 @@ impl Reader {
             Event::DocumentStart(..) => {
                 self.documents += 1;
                 if self.documents > MAX_DOCUMENTS {
-                    let message = format!("expected at most {MAX_DOCUMENTS} documents in a file");
+                    let message = format!(
+                        "expected at most {MAX_DOCUMENTS} documents in a file, but found \
+                         more"
+                    );
                     self.report("too-large", span, message, Some("split the file"));
                     return Err(Stop::File);
                 }
@@ -163,7 +166,7 @@ impl Reader {
                 }
                 None => {
                     let message =
-                        "expected a value, but found an alias inside the value that it names".to_owned();
+                        "expected a value, but found an alias inside the value that it refers to".to_owned();
                     self.report("yaml-alias", span, message, None);
                     self.add_absent(span)
                 }
@@ -171,7 +174,7 @@ impl Reader {
             Event::UnresolvedAlias(name) => {
                 let name: String = name.chars().take(80).collect();
                 let message = format!("expected an anchor `&{name}` before this alias, but found none");
-                let help = format!("a text that begins with `*` goes in quotes: '*{name}…'");
+                let help = format!("put text that begins with `*` in quotes: '*{name}…'");
                 self.report("yaml-alias", span, message, Some(&help));
                 self.add_absent(span)
             }
@@ -220,9 +223,9 @@ impl Reader {
         let info = error.info();
         let info = cut(&info, 200).unwrap_or(&info);
         let mut diagnostic =
-            Diagnostic::error("yaml-syntax", path, Some(span), format!("this is not YAML: {info}"));
+            Diagnostic::error("yaml-syntax", path, Some(span), format!("invalid YAML: {info}"));
         diagnostic.help = if info.contains("tab") {
-            Some("indent with blanks: YAML does not take tabs there".to_owned())
+            Some("indent with spaces: YAML does not allow tabs here".to_owned())
         } else {
             // The mistake may only be detected in the following line.
             trap::line_at(&self.source, span.start).and_then(trap::about_line).or_else(|| {
@@ -336,7 +339,7 @@ impl Reader {
             "yaml-tag",
             span,
             message,
-            Some("leave the tag out; a text that begins with `!`, or looks like a number, goes in quotes"),
+            Some("leave the tag out; put text that begins with `!` or looks like a number in quotes"),
         );
     }
 
@@ -361,7 +364,7 @@ impl Reader {
 
     fn too_deep(&mut self, span: Span) -> Result<(), Stop> {
         let message =
-            format!("expected at most {MAX_DEPTH} lists and mappings inside each other, but found more");
+            format!("expected at most {MAX_DEPTH} levels of nested lists and mappings, but found more");
         self.report("too-deep", span, message, None);
         Err(Stop::Document)
     }
@@ -409,7 +412,7 @@ impl Reader {
             format!("expected at most {MAX_NODES} values in a file, but found more")
         } else if self.weight_before.saturating_add(weight) > MAX_WEIGHT {
             format!(
-                "expected a manifest that takes at most {} MiB with its aliases followed, but found more",
+                "expected a manifest that takes at most {} MiB with its aliases expanded, but found more",
                 MAX_WEIGHT >> 20
             )
         } else {
@@ -450,13 +453,13 @@ impl Reader {
                 None => {
                     *key = Some(id);
                     if !is_scalar {
-                        let message = "expected a plain key, but found a list or mapping".to_owned();
+                        let message = "expected a scalar as the key, but found a list or mapping".to_owned();
                         // Reported after the borrow of the frame has ended.
                         self.nodes[id as usize].kind = Kind::Sequence(Box::default());
                         let help =
                             match self.source.get(span.start..).is_some_and(|rest| rest.starts_with('{')) {
-                                true => "a text that begins with `{` goes in quotes: '{{ … }}'",
-                                false => "keys are text",
+                                true => "put text that begins with `{` in quotes: '{{ … }}'",
+                                false => "use text as the key",
                             };
                         self.report("yaml-key", span, message, Some(help));
                     }
@@ -479,10 +482,10 @@ impl Reader {
         self.anchors.clear();
         for (span, path) in std::mem::take(&mut self.unused_anchors).into_values() {
             if self.diagnostics.len() < MAX_FINDINGS {
-                let message =
-                    "expected an alias that names this anchor, but found none: the text lacks its `&…`";
+                let message = "expected an alias that refers to this anchor, but found none: `&…` is not part of the \
+                     value";
                 let finding = Diagnostic::warning("unused-anchor", path, Some(span), message);
-                self.diagnostics.push(finding.with_help("a text that begins with `&` goes in quotes"));
+                self.diagnostics.push(finding.with_help("put text that begins with `&` in quotes"));
             }
         }
         if let Some(root) = self.root.take() {

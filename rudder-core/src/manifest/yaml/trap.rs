@@ -20,15 +20,15 @@ pub(super) fn line_at(source: &str, at: usize) -> Option<&str> {
 /// Returns what the beginning of a text means in YAML.
 fn meaning(text: &str) -> Option<&'static str> {
     Some(match text.chars().next()? {
-        '"' | '\'' => "text in quotes ends with them",
-        '[' | '{' => "a text that begins with a bracket is a list or a mapping",
-        '*' => "a text that begins with `*` is an alias",
-        '&' => "a text that begins with `&` is an anchor",
-        '!' => "a text that begins with `!` is a tag",
-        '|' | '>' => "a text that begins with `|` or `>` is a block",
-        '%' => "a text cannot begin with `%`",
-        '@' | '`' => "a text cannot begin with `@` or a backtick",
-        ',' | ']' | '}' => "a text cannot begin with a comma or a closing bracket",
+        '"' | '\'' => "text in quotes ends at the closing quote",
+        '[' | '{' => "text that begins with a bracket is a list or a mapping",
+        '*' => "text that begins with `*` is an alias",
+        '&' => "text that begins with `&` is an anchor",
+        '!' => "text that begins with `!` is a tag",
+        '|' | '>' => "text that begins with `|` or `>` is a block",
+        '%' => "text cannot begin with `%`",
+        '@' | '`' => "text cannot begin with `@` or a backtick",
+        ',' | ']' | '}' => "text cannot begin with a comma or a closing bracket",
         _ => return None,
     })
 }
@@ -41,15 +41,15 @@ fn quoted(text: &str) -> Option<String> {
 
 fn advice(why: &str, text: &str) -> String {
     match quoted(text) {
-        Some(quoted) => format!("{why}: write the whole in quotes, {quoted}"),
-        None => format!("{why}: write the whole in quotes, or as a block behind `|`"),
+        Some(quoted) => format!("{why}: put the whole value in quotes, {quoted}"),
+        None => format!("{why}: put the whole value in quotes, or write it as a block after `|`"),
     }
 }
 
 /// Returns the help for a value that should be text, but is a list or a mapping in YAML; `text` is its first line.
 pub(super) fn about_value(text: &str) -> String {
     let text = text.trim_end();
-    let why = meaning(text).unwrap_or("`: `, or a colon at the end, makes a mapping of it");
+    let why = meaning(text).unwrap_or("`: `, or a colon at the end, turns it into a mapping");
     advice(why, text)
 }
 
@@ -70,7 +70,7 @@ pub(super) fn about_line(line: &str) -> Option<String> {
         (key, text) = (start, value.trim_start());
     }
     if is_secret_key(key) {
-        return Some("write the whole value in quotes".to_owned());
+        return Some("put the whole value in quotes".to_owned());
     }
     // For a field that holds a list, the bracket is intended.
     let is_list = text.starts_with(['[', '{'])
@@ -86,19 +86,19 @@ pub(super) fn about_line(line: &str) -> Option<String> {
         return Some(advice(why, text));
     }
     if text.contains(": ") || text.ends_with(':') && !key.is_empty() {
-        return Some(advice("`: ` in a text makes a mapping of it", text));
+        return Some(advice("`: ` in text turns it into a mapping", text));
     }
-    without_blank(text)
+    add_missing_space(text)
 }
 
 /// Returns the help for `key:value`, which is text.
-pub(super) fn without_blank(text: &str) -> Option<String> {
+pub(super) fn add_missing_space(text: &str) -> Option<String> {
     let (key, value) = text.split_once(':')?;
     let is_key = !key.is_empty()
         && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
     let help = match quoted(value) {
-        Some(_) if !is_secret_key(key) => format!("write a blank behind the colon: `{key}: {value}`"),
-        _ => "write a blank behind the colon".to_owned(),
+        Some(_) if !is_secret_key(key) => format!("write a space after the colon: `{key}: {value}`"),
+        _ => "write a space after the colon".to_owned(),
     };
     (is_key && !value.starts_with(['/', ' ']) && !value.is_empty()).then_some(help)
 }

@@ -14,13 +14,13 @@ const MAX_SIMPLE_KEY: usize = 1000;
 /// Writes one document. `None` for what a manifest cannot contain: tags, and lists or mappings as keys.
 pub(in crate::manifest) fn write(value: &Value) -> Option<String> {
     let mut out = String::new();
-    node(value, 0, Place::Line, &mut out)?;
+    node(value, 0, Position::Line, &mut out)?;
     Some(out)
 }
 
 /// Where a node begins.
 #[derive(Clone, Copy, PartialEq)]
-enum Place {
+enum Position {
     /// At the beginning of a line.
     Line,
     /// After `- `, on the same line.
@@ -29,21 +29,21 @@ enum Place {
     Colon,
 }
 
-fn node(value: &Value, indent: usize, place: Place, out: &mut String) -> Option<()> {
+fn node(value: &Value, indent: usize, position: Position, out: &mut String) -> Option<()> {
     match value {
-        Value::Mapping(entries) if !entries.is_empty() => mapping(entries, indent, place, out),
+        Value::Mapping(entries) if !entries.is_empty() => mapping(entries, indent, position, out),
         Value::Sequence(items) if !items.is_empty() => {
             // Lists start at the column of their key, as is common.
-            let indent = if place == Place::Colon { indent - 2 } else { indent };
-            for (place_of_item, item) in items.iter().enumerate() {
-                begin(place_of_item == 0, place, indent, out);
+            let indent = if position == Position::Colon { indent - 2 } else { indent };
+            for (index, item) in items.iter().enumerate() {
+                begin(index == 0, position, indent, out);
                 out.push_str("- ");
-                node(item, indent + 2, Place::Dash, out)?;
+                node(item, indent + 2, Position::Dash, out)?;
             }
             Some(())
         }
         _ => {
-            if place == Place::Colon {
+            if position == Position::Colon {
                 out.push(' ');
             }
             match value {
@@ -58,9 +58,9 @@ fn node(value: &Value, indent: usize, place: Place, out: &mut String) -> Option<
     }
 }
 
-fn mapping(entries: &Mapping, indent: usize, place: Place, out: &mut String) -> Option<()> {
-    for (place_of_entry, (key, value)) in entries.iter().enumerate() {
-        begin(place_of_entry == 0, place, indent, out);
+fn mapping(entries: &Mapping, indent: usize, position: Position, out: &mut String) -> Option<()> {
+    for (index, (key, value)) in entries.iter().enumerate() {
+        begin(index == 0, position, indent, out);
         let key = match key {
             Value::Mapping(_) | Value::Sequence(_) => return None,
             key => scalar(key)?,
@@ -70,17 +70,17 @@ fn mapping(entries: &Mapping, indent: usize, place: Place, out: &mut String) -> 
         } else {
             let _ = write!(out, "{key}:");
         }
-        node(value, indent + 2, Place::Colon, out)?;
+        node(value, indent + 2, Position::Colon, out)?;
     }
     Some(())
 }
 
 /// Writes what precedes an entry: a line break after `key:`, and the indentation, unless it follows `- ` on the same line.
-fn begin(is_first: bool, place: Place, indent: usize, out: &mut String) {
-    if is_first && place == Place::Colon {
+fn begin(is_first: bool, position: Position, indent: usize, out: &mut String) {
+    if is_first && position == Position::Colon {
         out.push('\n');
     }
-    if !(is_first && place == Place::Dash) {
+    if !(is_first && position == Position::Dash) {
         // Writing to a `String` does not fail.
         let _ = write!(out, "{:indent$}", "");
     }
@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_looks_like_what_people_write() {
+    fn yaml_is_written_as_people_write_it() {
         let text = "\
 vms:
 - name: web
@@ -227,7 +227,7 @@ vms:
     }
 
     #[test]
-    fn a_long_key_takes_the_explicit_form() {
+    fn a_long_key_is_written_in_the_explicit_form() {
         let key = "k".repeat(2000);
         let entries = [(Value::from(key.clone()), Value::from(vec![1]))];
         let value = Value::Mapping(
