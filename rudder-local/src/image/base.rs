@@ -171,7 +171,7 @@ impl Base {
         Error::new(
             ErrorKind::InvalidImage,
             format!(
-                "expected a whole {} image, but found one that is cut short or damaged: {why}",
+                "expected a whole {} image, but found one that is truncated or damaged: {why}",
                 self.format
             ),
         )

@@ -147,16 +147,16 @@ impl Store {
         let path = self.blob_path(digest);
         let lease = Lease::take(self, Use::Blob(*digest))?;
         let size = fs::metadata(file).map_err(|error| io_error("read", file, error))?.len();
-        let there = self.examine(&path, digest, Some(size), &Progress::none(), &Stop::default())?;
-        if there == Condition::Sound {
+        let existing = self.examine(&path, digest, Some(size), &Progress::none(), &Stop::default())?;
+        if existing == Condition::Sound {
             durable::remove_file(file)?;
             return Ok(lease);
         }
         let dir = durable::parent(&path);
         durable::make_dir(dir)?;
-        let enter = || -> std::io::Result<()> {
+        let store_file = || -> std::io::Result<()> {
             let handle = File::open(file)?;
-            durable::seal(&handle)?;
+            durable::finalise(&handle)?;
             if path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
                 // The directory may be a user's: it is moved aside, not removed.
                 fs::rename(&path, dir.join(format!("{digest}.aside-{:08x}", rand::random::<u32>())))?;
@@ -164,9 +164,9 @@ impl Store {
             // Replaces what was damaged; processes that have it open keep it.
             fs::rename(file, &path)
         };
-        enter().map_err(|error| io_error("store", &path, error))?;
+        store_file().map_err(|error| io_error("store", &path, error))?;
         durable::sync_dir(dir)?;
-        self.note_verified(&path, digest);
+        self.record_verified(&path, digest);
         Ok(lease)
     }
 
@@ -184,18 +184,18 @@ impl Store {
         match Packing::of_file(&path)? {
             None => {
                 let image = format::recognise_file(&path)?;
-                Ok((self.note_image(served, size, *served, size, &image, progress)?, lease))
+                Ok((self.record_image(served, size, *served, size, &image, progress)?, lease))
             }
             Some(packing) => {
                 let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
                 let unpacked = unpack::unpack(self, packing, file, disk, progress, stop)?;
-                self.enter_unpacked(served, size, unpacked, progress)
+                self.ingest_unpacked(served, size, unpacked, progress)
             }
         }
     }
 
     /// Turns an unpacked image into a blob, and records which bytes it came from.
-    pub(super) fn enter_unpacked(
+    pub(super) fn ingest_unpacked(
         &self,
         served: &Digest,
         served_size: u64,
@@ -205,17 +205,17 @@ impl Store {
         if let Some(inner) = Packing::of_file(unpacked.path())? {
             return Err(Error::new(
                 ErrorKind::InvalidImage,
-                format!("expected a disk image, but found {inner} inside {}", unpacked.packing()),
+                format!("expected a disk image, but found {inner} data inside {} data", unpacked.packing()),
             )
-            .with_help("pack the image once"));
+            .with_help("pack the image only once"));
         }
         let image = format::recognise_file(unpacked.path())?;
         let (digest, size) = (unpacked.digest(), unpacked.size());
         let lease = self.insert_blob(unpacked.path(), &digest)?;
-        Ok((self.note_image(served, served_size, digest, size, &image, progress)?, lease))
+        Ok((self.record_image(served, served_size, digest, size, &image, progress)?, lease))
     }
 
-    fn note_image(
+    fn record_image(
         &self,
         served: &Digest,
         served_size: u64,

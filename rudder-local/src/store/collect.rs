@@ -66,8 +66,10 @@ impl Store {
             for module in store.damaged_modules()? {
                 report.warnings.push(format!("module {} cannot be used: {}", module.name, module.reason));
             }
-            for path in entries::strangers(store.root())? {
-                report.warnings.push(format!("{} is not the store's: it is left alone", path.display()));
+            for path in entries::foreign_entries(store.root())? {
+                report
+                    .warnings
+                    .push(format!("{} does not belong to the store, and is left unchanged", path.display()));
             }
             Ok(report)
         })
@@ -97,18 +99,18 @@ impl Store {
     /// Creates a temporary file on the store's file system, locked for as long as its writer lives.
     pub(super) fn temp_file(&self) -> Result<tempfile::NamedTempFile> {
         // Between its creation and its locking, it must not look abandoned.
-        let _judging = FileLock::wait(&self.lock_path("temporary"), Mode::Shared)?;
+        let _scan_lock = FileLock::wait(&self.lock_path("temporary"), Mode::Shared)?;
         let dir = self.downloads_dir();
-        let make = || {
+        let create = || {
             let temp = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&dir)?;
             temp.as_file().lock()?;
             Ok(temp)
         };
-        make().map_err(|error| io_error("make a temporary file in", &dir, error))
+        create().map_err(|error| io_error("create a temporary file in", &dir, error))
     }
 
     fn reap_temporary_files(&self, report: &mut ReapReport) -> Result<()> {
-        let _judging = FileLock::wait(&self.lock_path("temporary"), Mode::Exclusive)?;
+        let _scan_lock = FileLock::wait(&self.lock_path("temporary"), Mode::Exclusive)?;
         for (name, path) in self.files(&self.downloads_dir(), entries::is_temporary)? {
             let Ok(file) = durable::open_regular(&path) else { continue };
             match file.try_lock() {
@@ -128,7 +130,7 @@ impl Store {
         if !damaged.is_empty() {
             let names: Vec<_> = damaged.iter().map(|module| module.name.as_str()).collect();
             report.warnings.push(format!(
-                "cached inputs are kept: which of them these modules were made of is not known: {}",
+                "cached inputs are kept, because it is unknown which of them these modules were made from: {}",
                 names.join(", ")
             ));
             return Ok(());
@@ -139,13 +141,13 @@ impl Store {
             report.warnings.extend(damaged);
             return Ok(());
         }
-        for (shelf, directory) in self.directories(&self.root().join("blobs/sha256"), |_| true)? {
-            for (name, path) in self.files(&directory, |name| name.starts_with(&shelf))? {
+        for (prefix, directory) in self.directories(&self.root().join("blobs/sha256"), |_| true)? {
+            for (name, path) in self.files(&directory, |name| name.starts_with(&prefix))? {
                 let Ok(digest) = name.parse::<Digest>() else { continue };
                 if needed.contains(&digest) {
                     continue;
                 }
-                let Ok(lock) = self.unused(&Use::Blob(digest))? else { continue };
+                let Ok(lock) = self.lock_unused(&Use::Blob(digest))? else { continue };
                 let unused_for = policy.unused_for.max(self.promised(&digest)?);
                 if !old_enough(lock.last_used(), &path, unused_for) {
                     continue;
@@ -173,7 +175,7 @@ impl Store {
                     needed.insert(image.stored);
                 } else if record::is_damaged::<ImageRecord>(&self.image_record_path(&sha256))? {
                     damaged.push(format!(
-                        "cached files: {} is damaged; build module {} again to renew it",
+                        "cached inputs are kept, because {} is damaged; build module {} again to recreate it",
                         self.image_record_path(&sha256).display(),
                         module.name
                     ));

@@ -5,8 +5,8 @@ use super::{
     blob::{UrlRecord, Validator},
     blocking, durable,
     durable::human,
-    fetch::Got,
-    http::{self, Answer, Ask, Failure},
+    fetch::Obtained,
+    http::{self, Failure, RequestKind, ServerReply},
     lock::{FileLock, Mode},
     masked,
     partial_download::{EndOnDrop, PartialDownload},
@@ -27,17 +27,17 @@ use tokio::{
 };
 
 /// Interval between checks whether another download of the same URL has ended.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Number of new bytes with which a failed attempt restarts the count of attempts.
-const WORTH_IT: u64 = 1 << 20;
+const SIGNIFICANT_PROGRESS: u64 = 1 << 20;
 /// The longest pause between two attempts.
-const LONGEST_BACKOFF: Duration = Duration::from_secs(30);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// Number of received pieces that may wait for the disk.
-const QUEUE: usize = 8;
+const QUEUE_LENGTH: usize = 8;
 
 /// What is requested of a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wanted {
+pub(super) enum Requested {
     Image {
         /// Size of the disk to be made from the image, in bytes, if known.
         disk: Option<u64>,
@@ -45,7 +45,7 @@ pub(super) enum Wanted {
     File,
 }
 
-impl Wanted {
+impl Requested {
     pub(super) fn is_image(self) -> bool {
         matches!(self, Self::Image { .. })
     }
@@ -63,7 +63,7 @@ enum Transferred {
     /// Nothing was transferred: the server's content has not changed.
     NotModified,
     /// All bytes have been received.
-    Whole,
+    Complete,
 }
 
 /// A download to perform, and its request.
@@ -71,7 +71,7 @@ struct Job<'a> {
     url: &'a PlannedUrl,
     key: &'a str,
     lock: Arc<FileLock>,
-    wanted: Wanted,
+    requested: Requested,
     progress: &'a Progress,
 }
 
@@ -91,24 +91,24 @@ impl Store {
     pub(super) async fn download(
         &self,
         url: &PlannedUrl,
-        wanted: Wanted,
+        requested: Requested,
         progress: &Progress,
-    ) -> Result<Got> {
+    ) -> Result<Obtained> {
         let key = Self::url_key(&url.url);
         let before = self.url_record(&url.url)?;
         let lock = Arc::new(self.wait_for_others(&key, url, progress).await?);
         // The download that we waited for may be the requested one.
         if let Some(promised) = url.sha256
-            && let Some(got) = self.held(&promised, wanted, progress).await?
+            && let Some(got) = self.cached(&promised, requested, progress).await?
         {
             return Ok(got);
         }
         let known = self.url_record(&url.url)?;
         let usable = match &known {
-            Some(record) => match self.held(&record.served, wanted, progress).await {
+            Some(record) => match self.cached(&record.served, requested, progress).await {
                 // What was received last time is not an image: the server may have the right one by now.
                 Err(error) if error.kind() == ErrorKind::InvalidImage => None,
-                held => held?,
+                cached => cached?,
             },
             None => None,
         };
@@ -118,48 +118,52 @@ impl Store {
             Self::verify(url, &record.served)?;
             return Ok(got.clone());
         }
-        let job = Job { url, key: &key, lock, wanted, progress };
-        let mut again = false;
+        let job = Job { url, key: &key, lock, requested, progress };
+        let mut from_scratch = false;
         loop {
             let conditional = known.as_ref().filter(|_| usable.is_some());
-            let Some(received) = self.receive(&job, conditional, again).await? else {
+            let Some(received) = self.receive(&job, conditional, from_scratch).await? else {
                 let (Some(record), Some(got)) = (known, usable) else {
-                    return Err(Error::new(ErrorKind::Protocol, "the server says that nothing has changed"));
+                    return Err(Error::new(
+                        ErrorKind::Protocol,
+                        "the server reported unchanged content, but none is cached",
+                    ));
                 };
                 Self::verify(url, &record.served)?;
                 return Ok(got);
             };
             // Two transfers of different content were joined: download once more, without resuming.
-            if received.resumed && !again && url.sha256.is_some_and(|expected| expected != received.served) {
-                progress.notice(format!(
-                    "{}: what was resumed is damaged; downloading it anew",
-                    masked(&url.url)
-                ));
+            if received.resumed
+                && !from_scratch
+                && url.sha256.is_some_and(|expected| expected != received.served)
+            {
+                progress
+                    .notice(format!("{}: the resumed download is damaged; starting over", masked(&url.url)));
                 received.part.discard()?;
-                again = true;
+                from_scratch = true;
                 continue;
             }
             let (store, url, progress) = (self.clone(), url.clone(), progress.clone());
-            return blocking(move || store.enter(&url, received, wanted, &progress)).await;
+            return blocking(move || store.ingest(&url, received, requested, &progress)).await;
         }
     }
 
     /// Waits until no other process or task downloads this, and reports their progress.
     async fn wait_for_others(&self, key: &str, url: &PlannedUrl, progress: &Progress) -> Result<FileLock> {
         let path = self.download_lock(key);
-        let mut told = false;
+        let mut notified = false;
         loop {
             if let Some(lock) = FileLock::attempt(&path, Mode::Exclusive)? {
                 return Ok(lock.transient());
             }
-            if !told {
+            if !notified {
                 progress.notice(format!("waiting for another download of {}", masked(&url.url)));
-                told = true;
+                notified = true;
             }
             if let Ok(meta) = std::fs::metadata(self.part_path(key)) {
                 progress.bytes(&task(url), meta.len(), None);
             }
-            time::sleep(LOOK_AGAIN).await;
+            time::sleep(LOCK_POLL_INTERVAL).await;
         }
     }
 
@@ -168,9 +172,9 @@ impl Store {
         &self,
         job: &Job<'_>,
         known: Option<&UrlRecord>,
-        anew: bool,
+        from_scratch: bool,
     ) -> Result<Option<Received>> {
-        let Job { url, wanted, progress, .. } = *job;
+        let Job { url, requested, progress, .. } = *job;
         let client = self.client()?;
         let boot_id = process::boot_id()?;
         let mut part = {
@@ -178,7 +182,7 @@ impl Store {
             let trusted = url.sha256.is_some();
             blocking(move || {
                 let mut part = PartialDownload::open(&store, &key, trusted, lock)?;
-                if anew {
+                if from_scratch {
                     part.restart(None)?;
                 }
                 Ok(part)
@@ -186,18 +190,16 @@ impl Store {
             .await?
         };
         if part.was_damaged() {
-            progress.notice(format!(
-                "{}: what was downloaded of it before has changed since; downloading it anew",
-                masked(&url.url)
-            ));
+            progress
+                .notice(format!("{}: the partial download was modified; starting over", masked(&url.url)));
         }
         let stop = Stop::default();
         let _stop = stop.on_drop();
         let growth = part.growth();
         let _end = EndOnDrop(growth.clone());
-        let mut unpacking = match wanted {
-            Wanted::Image { disk } => Some(self.unpack_along(&part, disk, progress, &stop)?),
-            Wanted::File => None,
+        let mut unpacking = match requested {
+            Requested::Image { disk } => Some(self.unpack_while_downloading(&part, disk, progress, &stop)?),
+            Requested::File => None,
         };
         let mut unpacked = None;
         let mut resumed = false;
@@ -208,22 +210,25 @@ impl Store {
             let known = known.filter(|_| from == 0);
             let attempt = async {
                 let origin = part.origin().cloned();
-                let what = match (&origin, known.map(|record| &record.validator)) {
+                let kind = match (&origin, known.map(|record| &record.validator)) {
                     (Some(origin), _) if from > 0 => match &origin.if_range {
-                        Some(if_range) => Ask::Rest { from, if_range },
-                        None => Ask::All,
+                        Some(if_range) => RequestKind::Rest { from, if_range },
+                        None => RequestKind::All,
                     },
                     (_, Some(Validator::Http { etag, last_modified }))
                         if etag.is_some() || last_modified.is_some() =>
                     {
-                        Ask::IfChanged { etag: etag.as_deref(), last_modified: last_modified.as_deref() }
+                        RequestKind::IfChanged {
+                            etag: etag.as_deref(),
+                            last_modified: last_modified.as_deref(),
+                        }
                     }
-                    _ => Ask::All,
+                    _ => RequestKind::All,
                 };
-                let answer =
-                    http::ask(client, &url.url, what, origin.as_ref(), self.options(), &boot_id).await;
-                match answer {
-                    Ok(answer) => self.transfer(part, answer, url, progress).await,
+                let reply =
+                    http::request(client, &url.url, kind, origin.as_ref(), self.options(), &boot_id).await;
+                match reply {
+                    Ok(reply) => self.transfer(part, reply, url, progress).await,
                     Err(failure) => Ok((part, Err(failure))),
                 }
             };
@@ -232,7 +237,7 @@ impl Store {
                 let Some(handle) = &mut unpacking else { break attempt.await? };
                 let early = tokio::select! {
                     ended = &mut attempt => break ended?,
-                    early = handle => unpacked_along(early)?,
+                    early = handle => unpacking_result(early)?,
                 };
                 unpacking = None;
                 // No need to receive what does not fit on the host or on the disk. All other errors are judged when the
@@ -252,7 +257,7 @@ impl Store {
                     part.discard()?;
                     return Ok(None);
                 }
-                Ok(Transferred::Whole) => {
+                Ok(Transferred::Complete) => {
                     resumed = growth.restarts() == restarts && (resumed || from > 0);
                     break;
                 }
@@ -265,7 +270,7 @@ impl Store {
                 }
                 return Err(failure.error);
             }
-            if part.len() >= furthest + WORTH_IT {
+            if part.len() >= furthest + SIGNIFICANT_PROGRESS {
                 failures = 0;
                 backoff = self.options().backoff;
             }
@@ -275,7 +280,7 @@ impl Store {
                 if part.len() == 0 || !part.is_resumable() {
                     part.discard()?;
                 }
-                return Err(given_up(failure.error, failures, &part));
+                return Err(attempts_exhausted(failure.error, failures, &part));
             }
             if failure.start_over || !part.is_resumable() {
                 part = blocking(move || {
@@ -286,17 +291,17 @@ impl Store {
                 resumed = false;
             }
             progress.notice(format!(
-                "{}: {}; trying again from {}",
+                "{}: {}; retrying from {}",
                 masked(&url.url),
                 failure.error,
                 human(part.len())
             ));
             time::sleep(failure.retry_after.unwrap_or_default().max(backoff)).await;
-            backoff = (backoff * 2).min(LONGEST_BACKOFF);
+            backoff = (backoff * 2).min(MAX_BACKOFF);
         }
         growth.end(true);
         if let Some(handle) = unpacking {
-            unpacked = Some(unpacked_along(handle.await)?);
+            unpacked = Some(unpacking_result(handle.await)?);
         }
         let served = part.digest();
         Ok(Some(Received { part, served, resumed, unpacked }))
@@ -306,15 +311,15 @@ impl Store {
     async fn transfer(
         &self,
         mut part: PartialDownload,
-        answer: Answer,
+        reply: ServerReply,
         url: &PlannedUrl,
         progress: &Progress,
     ) -> Result<(PartialDownload, Result<Transferred, Failure>)> {
-        let mut response = match answer {
-            Answer::NotModified => return Ok((part, Ok(Transferred::NotModified))),
-            Answer::NoRest => return Ok((part, Ok(Transferred::Whole))),
-            Answer::Rest(response) => response,
-            Answer::All(response, origin) => {
+        let mut response = match reply {
+            ServerReply::NotModified => return Ok((part, Ok(Transferred::NotModified))),
+            ServerReply::NoRest => return Ok((part, Ok(Transferred::Complete))),
+            ServerReply::Rest(response) => response,
+            ServerReply::All(response, origin) => {
                 part = blocking(move || {
                     part.restart(Some(*origin))?;
                     Ok(part)
@@ -324,13 +329,13 @@ impl Store {
             }
         };
         let total = part.origin().and_then(|origin| origin.total);
-        if let Err(error) = check_room(part.path(), part.len(), total) {
+        if let Err(error) = check_free_space(part.path(), part.len(), total) {
             return Ok((part, Err(error.into())));
         }
         let task = task(url);
         let mut done = part.len();
         progress.bytes(&task, done, total);
-        let (sender, receiver) = mpsc::channel::<Bytes>(QUEUE);
+        let (sender, receiver) = mpsc::channel::<Bytes>(QUEUE_LENGTH);
         let writer = tokio::task::spawn_blocking(move || part.append(receiver));
         let stall = self.options().stall_timeout;
         let received = loop {
@@ -350,7 +355,7 @@ impl Store {
                     progress.bytes(&task, done, total);
                 }
                 Ok(Ok(None)) => break Ok(()),
-                Ok(Err(error)) => break Err(http::broken(error)),
+                Ok(Err(error)) => break Err(http::transfer_error(error)),
                 Err(_) => {
                     break Err(Error::new(
                         ErrorKind::Download,
@@ -360,20 +365,20 @@ impl Store {
             }
         };
         drop(sender);
-        let (part, written) = joined(writer.await)?;
-        let whole = match total {
+        let (part, written) = join_result(writer.await)?;
+        let complete = match total {
             Some(total) if part.len() != total => Err(Error::new(
                 ErrorKind::Download,
                 format!("expected {total} bytes, but found {}", part.len()),
             )),
-            _ => Ok(Transferred::Whole),
+            _ => Ok(Transferred::Complete),
         };
-        let outcome = written.and(received).and(whole).map_err(Failure::from);
+        let outcome = written.and(received).and(complete).map_err(Failure::from);
         Ok((part, outcome))
     }
 
     /// Unpacks a download while it arrives, on a thread of its own.
-    fn unpack_along(
+    fn unpack_while_downloading(
         &self,
         part: &PartialDownload,
         disk: Option<u64>,
@@ -416,23 +421,25 @@ fn task(url: &PlannedUrl) -> String {
 }
 
 /// Returns the result of the unpacking thread, or an error if it panicked.
-fn unpacked_along<T>(result: std::result::Result<T, oneshot::error::RecvError>) -> Result<T> {
+fn unpacking_result<T>(result: std::result::Result<T, oneshot::error::RecvError>) -> Result<T> {
     result.map_err(|error| {
-        Error::new(ErrorKind::Internal, "the unpacking ended without a result").with_source(error)
+        Error::new(ErrorKind::Internal, "the unpacking thread ended without a result").with_source(error)
     })
 }
 
 /// Returns the result of work on another thread.
-fn joined<T>(result: std::result::Result<T, tokio::task::JoinError>) -> Result<T> {
+fn join_result<T>(result: std::result::Result<T, tokio::task::JoinError>) -> Result<T> {
     match result {
         Ok(value) => Ok(value),
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(error) => Err(Error::new(ErrorKind::Cancelled, "the program is ending").with_source(error)),
+        Err(error) => {
+            Err(Error::new(ErrorKind::Cancelled, "the async runtime is shutting down").with_source(error))
+        }
     }
 }
 
 /// Fails at once if the rest would not fit on the disk.
-fn check_room(path: &Path, len: u64, total: Option<u64>) -> Result<()> {
+fn check_free_space(path: &Path, len: u64, total: Option<u64>) -> Result<()> {
     let dir = durable::parent(path);
     let (Some(total), Ok(stat)) = (total, rustix::fs::statvfs(dir)) else { return Ok(()) };
     let (needed, free) = (total.saturating_sub(len), stat.f_bavail.saturating_mul(stat.f_frsize));
@@ -443,17 +450,17 @@ fn check_room(path: &Path, len: u64, total: Option<u64>) -> Result<()> {
         ErrorKind::HostDiskFull,
         format!("expected {} of free space in {}, but found {}", human(needed), dir.display(), human(free)),
     )
-    .with_help(durable::FREE_SPACE))
+    .with_help(durable::FREE_SPACE_HELP))
 }
 
-fn given_up(cause: Error, attempts: u32, part: &PartialDownload) -> Error {
+fn attempts_exhausted(cause: Error, attempts: u32, part: &PartialDownload) -> Error {
     let times = if attempts == 1 { "1 attempt".to_owned() } else { format!("{attempts} attempts") };
     let error = Error::new(cause.kind(), format!("the download failed after {times}"));
     let help = match cause.help() {
         Some(help) => help.to_owned(),
         None if part.len() > 0 && part.is_resumable() => {
             format!(
-                "try again later: {} are here already, and the download goes on from there",
+                "try again later: the download resumes after the {} that were received",
                 human(part.len())
             )
         }

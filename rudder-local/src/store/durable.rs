@@ -16,7 +16,7 @@ pub(super) const DIRECTORY_MODE: u32 = 0o700;
 pub(super) const FILE_MODE: u32 = 0o600;
 
 /// The size of the largest record that is read, in bytes.
-const LARGEST_RECORD: u64 = 64 << 20;
+const MAX_RECORD_SIZE: u64 = 64 << 20;
 
 /// Creates a directory and its missing parents, accessible by their owner alone.
 ///
@@ -40,7 +40,7 @@ pub(crate) fn expect_dir(path: &Path) -> Result<()> {
     let message =
         format!("expected a directory at {}, but found {}", path.display(), kind_of(meta.file_type()));
     Err(Error::new(ErrorKind::Conflict, message)
-        .with_help("move it out of the store; nothing was changed, and nothing behind it is touched"))
+        .with_help("move it out of the store; nothing was changed, and symbolic links are not followed"))
 }
 
 /// Returns the kind of a directory entry, for messages.
@@ -80,16 +80,16 @@ fn not_regular(found: &str) -> io::Error {
 /// Reads a regular file of moderate size.
 pub(super) fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open_regular(path)?.take(LARGEST_RECORD + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > LARGEST_RECORD {
-        let message = format!("expected at most {}", human(LARGEST_RECORD));
+    open_regular(path)?.take(MAX_RECORD_SIZE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_RECORD_SIZE {
+        let message = format!("expected at most {}", human(MAX_RECORD_SIZE));
         return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
     Ok(bytes)
 }
 
 /// Makes a finished file durable, and readable by its owner alone.
-pub(super) fn seal(file: &File) -> io::Result<()> {
+pub(super) fn finalise(file: &File) -> io::Result<()> {
     file.set_permissions(fs::Permissions::from_mode(FILE_MODE))?;
     file.sync_all()
 }
@@ -111,7 +111,7 @@ pub(super) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
             .tempfile_in(dir)?;
         file.write_all(content)?;
         // The umask may have cleared bits.
-        seal(file.as_file())?;
+        finalise(file.as_file())?;
         file.persist(path).map_err(|error| error.error)?;
         Ok(())
     };
@@ -157,8 +157,8 @@ pub(super) fn disk_usage(path: &Path) -> u64 {
 }
 
 /// Help for errors about a full disk.
-pub(super) const FREE_SPACE: &str = "free some space there, remove modules that are not needed, collect cached inputs, \
-                                     or set RUDDER_STORE to a larger place";
+pub(super) const FREE_SPACE_HELP: &str = "free some space there, remove modules that are not needed, collect cached inputs, \
+                                     or set RUDDER_STORE to a directory on a larger disk";
 
 /// Returns the directory that contains a file of the store.
 pub(super) fn parent(path: &Path) -> &Path {
@@ -173,7 +173,7 @@ pub(super) fn io_error(what: &str, path: &Path, source: io::Error) -> Error {
     }
     let free = rustix::fs::statvfs(parent(path)).map(|stat| stat.f_bavail * stat.f_frsize);
     let free = free.map_or_else(|_| String::new(), |bytes| format!(" ({} free)", human(bytes)));
-    error.with_help(format!("the file system of {} is full{free}: {FREE_SPACE}", parent(path).display()))
+    error.with_help(format!("the file system of {} is full{free}: {FREE_SPACE_HELP}", parent(path).display()))
 }
 
 /// Formats a number of bytes for people.
@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_written_file_replaces_the_old_one_and_leaves_nothing_beside_it() {
+    fn an_atomic_write_replaces_the_file_and_leaves_no_temporary_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("record.json");
         write_json(&path, &1).unwrap();
@@ -208,14 +208,14 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_says_where_and_what_to_do() {
+    fn a_full_disk_error_names_the_file_system() {
         let error = io_error("write", Path::new("/tmp/x"), io::ErrorKind::StorageFull.into());
         assert_eq!(error.kind(), ErrorKind::HostDiskFull);
         assert!(error.report().contains("the file system of /tmp is full ("), "{}", error.report());
     }
 
     #[test]
-    fn sizes_for_people() {
+    fn sizes_are_human_readable() {
         assert_eq!(human(1023), "1023 bytes");
         assert_eq!(human(1536), "1.5 KiB");
         assert_eq!(human(1 << 40), "1.0 TiB");

@@ -13,19 +13,19 @@ use std::{
 };
 
 /// The directories that every store had before there were markers.
-const ALWAYS_THERE: [&str; 7] =
+const ORIGINAL_DIRECTORIES: [&str; 7] =
     ["blobs/sha256", "modules", "index/urls", "index/images", "downloads", "labs", "locks"];
 
 /// The directory of modules written by the memory backend.
-const MEMORY: &str = "memory";
+const MEMORY_MODULES: &str = "memory";
 
 /// A kind of directory in a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Room {
+enum DirectoryKind {
     Root,
     Blobs,
-    Shelves,
-    Shelf,
+    BlobPrefixes,
+    BlobPrefix,
     Index,
     Records,
     Downloads,
@@ -33,7 +33,7 @@ enum Room {
     Modules,
     Module,
     /// A version of a module, a lab, or a leftover of either: its whole content belongs to the store.
-    Whole,
+    Owned,
     Labs,
     Memory,
     MemoryModule,
@@ -45,9 +45,9 @@ enum Entry {
     /// An entry that does not belong to the store.
     Foreign,
     /// A file of the store, or a symbolic link that it made.
-    Leaf,
+    File,
     /// A directory of the store.
-    Room(Room),
+    Directory(DirectoryKind),
 }
 
 /// Returns the first entry of an unmarked directory that no store has, or that every store has and this one lacks; relative to
@@ -55,27 +55,27 @@ enum Entry {
 pub(super) fn foreign(root: &Path) -> Result<Option<PathBuf>> {
     let is_dir = |name: &str| fs::symlink_metadata(root.join(name)).is_ok_and(|meta| meta.is_dir());
     let mut foreign = None;
-    walk(root, Room::Root, &mut |path, entry| {
+    walk(root, DirectoryKind::Root, &mut |path, entry| {
         if entry == Entry::Foreign && foreign.is_none() {
             foreign = Some(path.strip_prefix(root).unwrap_or(path).to_owned());
         }
         Ok(true)
     })?;
-    if foreign.is_some() || ALWAYS_THERE.iter().all(|name| is_dir(name)) {
+    if foreign.is_some() || ORIGINAL_DIRECTORIES.iter().all(|name| is_dir(name)) {
         return Ok(foreign);
     }
     // A store of only the memory backend has none of the others.
-    let other = list(root)?.into_iter().map(|(name, _)| name).find(|name| name != MEMORY);
+    let other = list(root)?.into_iter().map(|(name, _)| name).find(|name| name != MEMORY_MODULES);
     Ok(other.map(PathBuf::from))
 }
 
 /// Removes the permissions of everyone but the owner from everything that belongs to the store.
 pub(super) fn make_private(root: &Path) -> Result<()> {
-    walk(root, Room::Root, &mut |path, entry| {
+    walk(root, DirectoryKind::Root, &mut |path, entry| {
         let is_file = || fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file());
         match entry {
-            Entry::Room(_) => layout::make_private(path)?,
-            Entry::Leaf if is_file() => layout::make_private(path)?,
+            Entry::Directory(_) => layout::make_private(path)?,
+            Entry::File if is_file() => layout::make_private(path)?,
             _ => {}
         }
         Ok(true)
@@ -105,30 +105,34 @@ fn is_random(text: &str, length: usize) -> bool {
 }
 
 /// Returns the entries that do not belong to the store in the directories that it cleans up: those of labs and modules.
-pub(super) fn strangers(root: &Path) -> Result<Vec<PathBuf>> {
-    let mut strangers = Vec::new();
-    for (directory, room) in [("labs", Room::Labs), ("modules", Room::Modules)] {
+pub(super) fn foreign_entries(root: &Path) -> Result<Vec<PathBuf>> {
+    let mut foreign_entries = Vec::new();
+    for (directory, parent) in [("labs", DirectoryKind::Labs), ("modules", DirectoryKind::Modules)] {
         let mut visit = |path: &Path, entry: Entry| {
             if entry == Entry::Foreign {
-                strangers.push(path.to_owned());
+                foreign_entries.push(path.to_owned());
             }
             // Directories that belong to the store as a whole are not searched.
-            Ok(entry == Entry::Room(Room::Module))
+            Ok(entry == Entry::Directory(DirectoryKind::Module))
         };
-        walk(&root.join(directory), room, &mut visit)?;
+        walk(&root.join(directory), parent, &mut visit)?;
     }
-    Ok(strangers)
+    Ok(foreign_entries)
 }
 
 /// Visits the entries of a directory, and descends where the visitor returns `true`.
-fn walk(directory: &Path, room: Room, visit: &mut dyn FnMut(&Path, Entry) -> Result<bool>) -> Result<()> {
+fn walk(
+    directory: &Path,
+    parent: DirectoryKind,
+    visit: &mut dyn FnMut(&Path, Entry) -> Result<bool>,
+) -> Result<()> {
     for (name, kind) in list(directory)? {
         let path = directory.join(&name);
-        let entry = classify(room, &name, kind, &path);
+        let entry = classify(parent, &name, kind, &path);
         if visit(&path, entry)?
-            && let Entry::Room(room) = entry
+            && let Entry::Directory(parent) = entry
         {
-            walk(&path, room, visit)?;
+            walk(&path, parent, visit)?;
         }
     }
     Ok(())
@@ -156,58 +160,70 @@ pub(super) fn list(directory: &Path) -> Result<Vec<(String, FileType)>> {
     Ok(entries)
 }
 
-fn classify(room: Room, name: &str, kind: FileType, path: &Path) -> Entry {
+fn classify(parent: DirectoryKind, name: &str, kind: FileType, path: &Path) -> Entry {
     let is_digest = |name: &str| name.parse::<Digest>().is_ok();
     let stem = |ending: &str| name.strip_suffix(ending).is_some_and(is_digest);
-    let room_if = |is: bool, room: Room| if is { Entry::Room(room) } else { Entry::Foreign };
-    let leaf_if = |is: bool| if is { Entry::Leaf } else { Entry::Foreign };
+    let directory_if =
+        |is: bool, parent: DirectoryKind| if is { Entry::Directory(parent) } else { Entry::Foreign };
+    let file_if = |is: bool| if is { Entry::File } else { Entry::Foreign };
     if kind.is_dir() {
-        return match room {
-            Room::Root => match name {
-                "blobs" => Entry::Room(Room::Blobs),
-                "index" => Entry::Room(Room::Index),
-                "downloads" => Entry::Room(Room::Downloads),
-                "modules" => Entry::Room(Room::Modules),
-                "labs" => Entry::Room(Room::Labs),
-                "locks" => Entry::Room(Room::Locks),
-                MEMORY => Entry::Room(Room::Memory),
+        return match parent {
+            DirectoryKind::Root => match name {
+                "blobs" => Entry::Directory(DirectoryKind::Blobs),
+                "index" => Entry::Directory(DirectoryKind::Index),
+                "downloads" => Entry::Directory(DirectoryKind::Downloads),
+                "modules" => Entry::Directory(DirectoryKind::Modules),
+                "labs" => Entry::Directory(DirectoryKind::Labs),
+                "locks" => Entry::Directory(DirectoryKind::Locks),
+                MEMORY_MODULES => Entry::Directory(DirectoryKind::Memory),
                 _ => Entry::Foreign,
             },
-            Room::Blobs => room_if(name == "sha256", Room::Shelves),
-            Room::Shelves => {
-                room_if(name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit()), Room::Shelf)
+            DirectoryKind::Blobs => directory_if(name == "sha256", DirectoryKind::BlobPrefixes),
+            DirectoryKind::BlobPrefixes => directory_if(
+                name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit()),
+                DirectoryKind::BlobPrefix,
+            ),
+            DirectoryKind::Index => {
+                directory_if(name.bytes().all(|b| b.is_ascii_lowercase()), DirectoryKind::Records)
             }
-            Room::Index => room_if(name.bytes().all(|b| b.is_ascii_lowercase()), Room::Records),
-            Room::Modules => room_if(units::is_name(name), Room::Module),
+            DirectoryKind::Modules => directory_if(units::is_name(name), DirectoryKind::Module),
             // A copy that followed symbolic links has a directory named `current`.
-            Room::Module => room_if(is_digest(name) || name == "current" || is_leftover(name), Room::Whole),
-            Room::Labs => room_if(is_leftover(name) || is_lab(name, path), Room::Whole),
-            Room::Memory => room_if(units::is_name(name), Room::MemoryModule),
-            Room::Whole => Entry::Room(Room::Whole),
-            Room::Shelf | Room::Records | Room::Downloads | Room::Locks | Room::MemoryModule => {
-                Entry::Foreign
+            DirectoryKind::Module => {
+                directory_if(is_digest(name) || name == "current" || is_leftover(name), DirectoryKind::Owned)
             }
+            DirectoryKind::Labs => {
+                directory_if(is_leftover(name) || is_lab(name, path), DirectoryKind::Owned)
+            }
+            DirectoryKind::Memory => directory_if(units::is_name(name), DirectoryKind::MemoryModule),
+            DirectoryKind::Owned => Entry::Directory(DirectoryKind::Owned),
+            DirectoryKind::BlobPrefix
+            | DirectoryKind::Records
+            | DirectoryKind::Downloads
+            | DirectoryKind::Locks
+            | DirectoryKind::MemoryModule => Entry::Foreign,
         };
     }
     // A lab also contains the sockets of its machines.
-    if room == Room::Whole {
-        return Entry::Leaf;
+    if parent == DirectoryKind::Owned {
+        return Entry::File;
     }
     if kind.is_symlink() {
-        return leaf_if(room == Room::Module && (name == "current" || is_leftover(name)));
+        return file_if(parent == DirectoryKind::Module && (name == "current" || is_leftover(name)));
     }
-    leaf_if(
+    file_if(
         kind.is_file()
-            && match room {
-                Room::Root => name == MARKER || name.starts_with(MARKER_TEMPORARY),
-                Room::Shelf => is_digest(name),
-                Room::Records => stem(".json") || is_temporary(name),
-                Room::Downloads => [".json", ".part", ".sum"].into_iter().any(stem) || is_temporary(name),
-                Room::Locks => {
+            && match parent {
+                DirectoryKind::Root => name == MARKER || name.starts_with(MARKER_TEMPORARY),
+                DirectoryKind::BlobPrefix => is_digest(name),
+                DirectoryKind::Records => stem(".json") || is_temporary(name),
+                DirectoryKind::Downloads => {
+                    [".json", ".part", ".sum"].into_iter().any(stem) || is_temporary(name)
+                }
+                DirectoryKind::Locks => {
                     ["labs", "temporary", "kept"].contains(&name)
                         || ["blob-", "module-", "download-"].iter().any(|prefix| name.starts_with(prefix))
                 }
-                Room::MemoryModule => name == "module.json" || stem(".json") || is_temporary(name),
+                DirectoryKind::MemoryModule => name == "module.json" || stem(".json") || is_temporary(name),
                 _ => false,
             },
     )

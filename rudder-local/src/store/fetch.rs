@@ -1,7 +1,7 @@
 //! From a URL to a blob: the cache first, then a file or a server.
 
 use super::{
-    Lease, Store, blob::ImageRecord, blocking, download::Wanted, durable::io_error, unpack::Stop,
+    Lease, Store, blob::ImageRecord, blocking, download::Requested, durable::io_error, unpack::Stop,
     verified::Condition,
 };
 use rudder_core::{Error, ErrorKind, Result, backend::Progress, digest::Digest, plan::PlannedUrl};
@@ -9,7 +9,7 @@ use std::{fs, path::PathBuf};
 
 /// A requested resource, in the store.
 #[derive(Debug, Clone)]
-pub(super) struct Got {
+pub(super) struct Obtained {
     /// sha256 of the bytes as served.
     pub(super) served: Digest,
     /// Number of bytes served.
@@ -20,7 +20,7 @@ pub(super) struct Got {
     pub(super) lease: Lease,
 }
 
-impl Got {
+impl Obtained {
     pub(super) fn image(served: Digest, (image, lease): (ImageRecord, Lease)) -> Self {
         Self { served, size: image.served_size, image: Some(image), lease }
     }
@@ -32,21 +32,26 @@ impl Got {
 
 impl Store {
     /// Brings the content of a URL into the store, unless it is already there.
-    pub(super) async fn obtain(&self, url: &PlannedUrl, wanted: Wanted, progress: &Progress) -> Result<Got> {
+    pub(super) async fn obtain(
+        &self,
+        url: &PlannedUrl,
+        requested: Requested,
+        progress: &Progress,
+    ) -> Result<Obtained> {
         rudder_core::runtime::check()?;
         // If the bytes with this checksum are in the store, no server is contacted.
         if let Some(promised) = url.sha256
-            && let Some(got) = self.held(&promised, wanted, progress).await?
+            && let Some(got) = self.cached(&promised, requested, progress).await?
         {
             return Ok(got);
         }
         let obtained = match url.url.scheme() {
-            "http" | "https" => self.download(url, wanted, progress).await,
+            "http" | "https" => self.download(url, requested, progress).await,
             "file" => {
                 let stop = Stop::default();
                 let _guard = stop.on_drop();
                 let (store, url, progress) = (self.clone(), url.clone(), progress.clone());
-                blocking(move || store.copy_in(&url, wanted, &progress, &stop)).await
+                blocking(move || store.copy_in(&url, requested, &progress, &stop)).await
             }
             other => Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -78,31 +83,31 @@ impl Store {
     }
 
     /// Returns what these served bytes are, if they are in the store.
-    pub(super) async fn held(
+    pub(super) async fn cached(
         &self,
         served: &Digest,
-        wanted: Wanted,
+        requested: Requested,
         progress: &Progress,
-    ) -> Result<Option<Got>> {
+    ) -> Result<Option<Obtained>> {
         let stop = Stop::default();
         let _guard = stop.on_drop();
         let (store, served, progress) = (self.clone(), *served, progress.clone());
         blocking(move || {
-            if wanted.is_image()
+            if requested.is_image()
                 && let Some(known) = store.known_image(&served, &progress, &stop)?
             {
-                return Ok(Some(Got::image(served, known)));
+                return Ok(Some(Obtained::image(served, known)));
             }
             let Some(lease) = store.lease_blob(&served, None, &progress, &stop)? else { return Ok(None) };
-            Ok(Some(match wanted {
+            Ok(Some(match requested {
                 // They were stored as a file, or under a wrong checksum: now they become an image.
-                Wanted::Image { disk } => {
-                    Got::image(served, store.image_of_blob(&served, lease, disk, &progress, &stop)?)
+                Requested::Image { disk } => {
+                    Obtained::image(served, store.image_of_blob(&served, lease, disk, &progress, &stop)?)
                 }
-                Wanted::File => {
+                Requested::File => {
                     let path = store.blob_path(&served);
                     let size = fs::metadata(&path).map_err(|error| io_error("read", &path, error))?.len();
-                    Got::file(served, size, lease)
+                    Obtained::file(served, size, lease)
                 }
             }))
         })

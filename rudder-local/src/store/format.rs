@@ -77,7 +77,7 @@ pub(super) fn recognise_file(path: &Path) -> Result<Recognised> {
 }
 
 /// Guesses the format of an image from its first 512 bytes, and the size of its disk if they contain it.
-pub(super) fn glance(head: &[u8]) -> (ImageFormat, Option<u64>) {
+pub(super) fn guess(head: &[u8]) -> (ImageFormat, Option<u64>) {
     let bytes = |at: usize| head.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
     let be = |at| bytes(at).map(u64::from_be_bytes);
     let le = |at| bytes(at).map(u64::from_le_bytes);
@@ -110,7 +110,7 @@ impl From<Error> for Problem {
     }
 }
 
-type Found<T = Recognised> = std::result::Result<T, Problem>;
+type RecogniseResult<T = Recognised> = std::result::Result<T, Problem>;
 
 struct Image {
     file: File,
@@ -119,7 +119,7 @@ struct Image {
 }
 
 impl Image {
-    fn recognise(&self) -> Found {
+    fn recognise(&self) -> RecogniseResult {
         let head = &self.head[..];
         match head {
             [] => Err(not_an_image("an empty file").into()),
@@ -143,12 +143,12 @@ impl Image {
         }
     }
 
-    fn done(&self, format: ImageFormat, virtual_size: u64) -> Found {
+    fn recognised(&self, format: ImageFormat, virtual_size: u64) -> RecogniseResult {
         // QEMU's own limit is slightly below 2^63; no real disk comes near.
         if virtual_size == 0 || virtual_size > i64::MAX as u64 {
             return Err(invalid(
                 format!(
-                    "expected a disk of a usable size, but found a {format} image of {virtual_size} bytes"
+                    "expected a disk of a supported size, but found a {format} image of {virtual_size} bytes"
                 ),
                 "check the image with qemu-img info",
             )
@@ -157,7 +157,7 @@ impl Image {
         Ok(Recognised { format, virtual_size, remark: None })
     }
 
-    fn refuse(&self, condition: bool, name: &'static str, what: &str) -> Found<()> {
+    fn refuse_if(&self, condition: bool, name: &'static str, what: &str) -> RecogniseResult<()> {
         if condition { Err(unusable(name, what, &name.to_lowercase()).into()) } else { Ok(()) }
     }
 
@@ -169,24 +169,24 @@ impl Image {
         Ok(bytes)
     }
 
-    fn array<const N: usize>(&self, offset: u64) -> Found<[u8; N]> {
+    fn array<const N: usize>(&self, offset: u64) -> RecogniseResult<[u8; N]> {
         let bytes = self.bytes(offset, N)?;
         bytes.try_into().map_err(|_| damaged("disk").into())
     }
 
-    fn be32(&self, offset: u64) -> Found<u32> {
+    fn be32(&self, offset: u64) -> RecogniseResult<u32> {
         self.array(offset).map(u32::from_be_bytes)
     }
 
-    fn be64(&self, offset: u64) -> Found<u64> {
+    fn be64(&self, offset: u64) -> RecogniseResult<u64> {
         self.array(offset).map(u64::from_be_bytes)
     }
 
-    fn le32(&self, offset: u64) -> Found<u32> {
+    fn le32(&self, offset: u64) -> RecogniseResult<u32> {
         self.array(offset).map(u32::from_le_bytes)
     }
 
-    fn le64(&self, offset: u64) -> Found<u64> {
+    fn le64(&self, offset: u64) -> RecogniseResult<u64> {
         self.array(offset).map(u64::from_le_bytes)
     }
 }
@@ -201,21 +201,21 @@ fn invalid(
 fn not_an_image(found: &str) -> Error {
     invalid(
         format!("expected a disk image, but found {found}"),
-        "check that the URL gives qcow2, raw, vmdk, vdi, vhd or vhdx, plain or packed with gz, xz, zst or bz2",
+        "check that the URL returns qcow2, raw, vmdk, vdi, vhd or vhdx, plain or packed with gz, xz, zst or bz2",
     )
 }
 
 fn damaged(format: &str) -> Error {
     invalid(
-        format!("expected a whole {format} image, but found one that is cut short or damaged"),
-        "fetch the image again from where it was made; an image that is still open there is not whole",
+        format!("expected a complete {format} image, but found one that is truncated or damaged"),
+        "copy the image again from its source; an image that is still open there is incomplete",
     )
 }
 
 fn unusable(format: &str, what: &str, driver: &str) -> Error {
     invalid(
-        format!("expected an image that stands alone, but found a {format} image that {what}"),
-        format!("make one file of it: qemu-img convert -f {driver} -O qcow2 IN OUT.qcow2"),
+        format!("expected a self-contained image, but found a {format} image that {what}"),
+        format!("convert it to a single file: qemu-img convert -f {driver} -O qcow2 IN OUT.qcow2"),
     )
 }
 

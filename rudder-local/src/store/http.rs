@@ -10,9 +10,9 @@ use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use std::{sync::Arc, time::Duration};
 
 /// Maximum number of redirects.
-const REDIRECTS: usize = 10;
+const MAX_REDIRECTS: usize = 10;
 /// The longest wait that a server may ask for.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(30);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 
 /// Returns a client with its own TLS configuration: no global state of the process is changed.
 ///
@@ -38,7 +38,7 @@ pub(super) fn client(options: &StoreOptions) -> Result<Client> {
         .user_agent(concat!("rudder/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(options.connect_timeout)
         .dns_resolver(super::resolve::Resolver::system())
-        .redirect(reqwest::redirect::Policy::limited(REDIRECTS))
+        .redirect(reqwest::redirect::Policy::limited(MAX_REDIRECTS))
         // Downloads are few and long. A pooled connection would outlive the runtime that made it.
         .pool_max_idle_per_host(0)
         .build()
@@ -47,7 +47,7 @@ pub(super) fn client(options: &StoreOptions) -> Result<Client> {
 
 /// What to request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ask<'a> {
+pub(super) enum RequestKind<'a> {
     /// The whole content.
     All,
     /// The whole content, unless it still matches these validators.
@@ -58,7 +58,7 @@ pub(super) enum Ask<'a> {
 
 /// The outcome of a request.
 #[derive(Debug)]
-pub(super) enum Answer {
+pub(super) enum ServerReply {
     /// The content has not changed.
     NotModified,
     /// There is no rest: the first bytes are the whole content, which has not changed.
@@ -86,19 +86,19 @@ impl From<Error> for Failure {
 }
 
 /// Sends a request. `origin` describes the bytes received so far.
-pub(super) async fn ask(
+pub(super) async fn request(
     client: &Client,
     url: &url::Url,
-    what: Ask<'_>,
+    kind: RequestKind<'_>,
     origin: Option<&Origin>,
     options: &StoreOptions,
     boot_id: &str,
-) -> Result<Answer, Failure> {
+) -> Result<ServerReply, Failure> {
     // The bytes as served are hashed and stored, so no content encoding is accepted.
     let mut request = client.get(url.clone()).header(header::ACCEPT_ENCODING, "identity");
-    match what {
-        Ask::All => {}
-        Ask::IfChanged { etag, last_modified } => {
+    match kind {
+        RequestKind::All => {}
+        RequestKind::IfChanged { etag, last_modified } => {
             if let Some(etag) = etag {
                 request = request.header(header::IF_NONE_MATCH, etag);
             }
@@ -106,7 +106,7 @@ pub(super) async fn ask(
                 request = request.header(header::IF_MODIFIED_SINCE, last_modified);
             }
         }
-        Ask::Rest { from, if_range } => {
+        RequestKind::Rest { from, if_range } => {
             request =
                 request.header(header::RANGE, format!("bytes={from}-")).header(header::IF_RANGE, if_range);
         }
@@ -114,7 +114,7 @@ pub(super) async fn ask(
     let limit = options.connect_timeout + options.stall_timeout;
     let response = match tokio::time::timeout(limit, request.send()).await {
         Ok(Ok(response)) => response,
-        Ok(Err(error)) => return Err(no_answer(error).into()),
+        Ok(Err(error)) => return Err(request_error(error).into()),
         Err(_) => {
             let what = format!("the server did not answer within {} s", limit.as_secs_f64());
             return Err(Error::new(ErrorKind::Download, what).into());
@@ -125,13 +125,13 @@ pub(super) async fn ask(
         retry_after: None,
         start_over: true,
     };
-    match (response.status(), what) {
-        (StatusCode::NOT_MODIFIED, Ask::IfChanged { .. }) => Ok(Answer::NotModified),
+    match (response.status(), kind) {
+        (StatusCode::NOT_MODIFIED, RequestKind::IfChanged { .. }) => Ok(ServerReply::NotModified),
         (StatusCode::OK, _) => {
             let origin = Box::new(origin_of(url, &response, boot_id));
-            Ok(Answer::All(response, origin))
+            Ok(ServerReply::All(response, origin))
         }
-        (StatusCode::PARTIAL_CONTENT, Ask::Rest { from, .. }) => {
+        (StatusCode::PARTIAL_CONTENT, RequestKind::Rest { from, .. }) => {
             let (start, total) = content_range(response.headers());
             let same = |name: HeaderName, then: Option<&str>| match (text(response.headers(), name), then) {
                 (Some(now), Some(then)) => now == then,
@@ -142,52 +142,59 @@ pub(super) async fn ask(
                 || total.zip(known).is_some_and(|(now, then)| now != then)
                 || !same(header::ETAG, origin.and_then(|origin| origin.etag.as_deref()))
             {
-                return Err(start_over("the server sent another part than it was asked for"));
+                return Err(start_over("the server sent a different range than requested"));
             }
-            Ok(Answer::Rest(response))
+            Ok(ServerReply::Rest(response))
         }
-        (StatusCode::RANGE_NOT_SATISFIABLE, Ask::Rest { from, .. }) => {
+        (StatusCode::RANGE_NOT_SATISFIABLE, RequestKind::Rest { from, .. }) => {
             match content_range(response.headers()).1 {
-                Some(total) if total == from => Ok(Answer::NoRest),
-                _ => Err(start_over("what is on the server is shorter than what came of it before")),
+                Some(total) if total == from => Ok(ServerReply::NoRest),
+                _ => Err(start_over(
+                    "the file on the server is shorter than the part that was received before",
+                )),
             }
         }
-        (status, _) => Err(refused(status, response.headers())),
+        (status, _) => Err(status_error(status, response.headers())),
     }
 }
 
-/// Returns the error for a broken transfer.
-pub(super) fn broken(error: reqwest::Error) -> Error {
-    Error::new(ErrorKind::Download, "the transfer broke").with_source(error.without_url())
+/// Returns the error for an interrupted transfer.
+pub(super) fn transfer_error(error: reqwest::Error) -> Error {
+    Error::new(ErrorKind::Download, "the transfer was interrupted").with_source(error.without_url())
 }
 
-fn no_answer(error: reqwest::Error) -> Error {
+fn request_error(error: reqwest::Error) -> Error {
     if error.is_redirect() {
         return Error::new(
             ErrorKind::Download,
-            format!("expected at most {REDIRECTS} redirects to http or https"),
+            format!("expected at most {MAX_REDIRECTS} redirects to http or https"),
         )
         .with_retryable(false)
         .with_source(error.without_url());
     }
     if error.is_builder() {
-        return Error::new(ErrorKind::InvalidInput, "expected a URL that can be asked for")
+        return Error::new(ErrorKind::InvalidInput, "expected a URL that can be requested")
             .with_source(error.without_url());
     }
     if is_about_certificates(&error) {
         return Error::new(ErrorKind::Download, "the certificate of the server is not trusted")
             .with_retryable(false)
             .with_help(
-                "install the certificate of its authority (Debian: ca-certificates, update-ca-certificates), or name it by \
+                "install the certificate of its authority (Debian: ca-certificates, update-ca-certificates), or name it in \
                  SSL_CERT_FILE",
             )
             .with_source(error.without_url());
     }
     let connect = error.is_connect();
-    let what = if connect { "cannot connect to the server" } else { "the server hung up before it answered" };
+    let what = if connect {
+        "cannot connect to the server"
+    } else {
+        "the server closed the connection before it answered"
+    };
     let failed = Error::new(ErrorKind::Download, what).with_source(error.without_url());
     if connect {
-        return failed.with_help("check the host name, the network, and proxies in the environment");
+        return failed
+            .with_help("check the host name, the network, and the proxy settings in the environment");
     }
     failed
 }
@@ -206,11 +213,11 @@ fn is_about_certificates(error: &reqwest::Error) -> bool {
     false
 }
 
-fn refused(status: StatusCode, headers: &HeaderMap) -> Failure {
+fn status_error(status: StatusCode, headers: &HeaderMap) -> Failure {
     let what = format!("expected the file, but the server answered {status}");
     let error = match status {
         StatusCode::NOT_FOUND | StatusCode::GONE => {
-            Error::new(ErrorKind::NotFound, what).with_help("check the URL: the server has nothing there")
+            Error::new(ErrorKind::NotFound, what).with_help("check the URL: the server has no such file")
         }
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::PROXY_AUTHENTICATION_REQUIRED => {
             Error::new(ErrorKind::Download, what)
@@ -225,7 +232,7 @@ fn refused(status: StatusCode, headers: &HeaderMap) -> Failure {
     };
     let retry_after = text(headers, header::RETRY_AFTER)
         .and_then(|value| value.parse().ok())
-        .map(|seconds| Duration::from_secs(seconds).min(LONGEST_RETRY_AFTER));
+        .map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
     Failure { error, retry_after, start_over: false }
 }
 
@@ -280,7 +287,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_strong_validator_may_join_two_transfers() {
+    fn only_a_strong_validator_allows_resuming() {
         let (then, later) = ("Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 2015 07:28:01 GMT");
         assert_eq!(strong_validator(Some("\"a\""), Some(then), None), Some("\"a\""));
         assert_eq!(strong_validator(Some("W/\"a\""), Some(then), Some(later)), None);
@@ -291,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_read() {
+    fn content_range_headers_are_parsed() {
         let range = |value: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::CONTENT_RANGE, header::HeaderValue::from_static(value));

@@ -77,7 +77,7 @@ impl LabDir {
             .prefix(".new-")
             .permissions(fs::Permissions::from_mode(durable::DIRECTORY_MODE))
             .tempdir_in(store.labs_dir())
-            .map_err(|error| durable::io_error("make a directory in", &store.labs_dir(), error))?;
+            .map_err(|error| durable::io_error("create a directory in", &store.labs_dir(), error))?;
         let lock = FileLock::wait(&new.path().join(LOCK), Mode::Exclusive)?;
         let ledger = Ledger {
             id: id.clone(),

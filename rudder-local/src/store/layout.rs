@@ -95,7 +95,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         }
     }
     for directory in missing {
-        unless_read_only(durable::make_dir(&directory))?;
+        ignore_read_only(durable::make_dir(&directory))?;
     }
     if is_open_to_others(&root)? {
         make_private(&root)?;
@@ -145,14 +145,14 @@ fn adopt(root: &Path) -> Result<(Marker, bool)> {
     let marker = Marker {
         format: FORMAT,
         id: format!("{:032x}", rand::random::<u128>()),
-        note: "Rudder keeps inputs, modules and labs in this directory, and removes what it does not need any more."
+        note: "Rudder keeps inputs, modules and labs in this directory, and removes what it no longer needs."
             .to_owned(),
     };
     match write_marker(root, &marker) {
         Ok(()) => Ok((marker, !is_new)),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let there = read_marker(root)?;
-            there.map(|marker| (marker, !is_new)).ok_or_else(|| io_error("mark", root, error))
+            let existing = read_marker(root)?;
+            existing.map(|marker| (marker, !is_new)).ok_or_else(|| io_error("mark", root, error))
         }
         // An unmarked store can still be read.
         Err(error) if !is_new && error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok((marker, false)),
@@ -167,7 +167,7 @@ fn refusal(root: &Path, entry: &Path) -> Error {
         entry.display(),
     );
     Error::new(ErrorKind::InvalidInput, message).with_help(
-        "name a new or an empty directory; if this is a store of an earlier version, move out of it what is not Rudder's",
+        "name a new or empty directory; if this is a store of an earlier version, move everything that is not Rudder's out of it",
     )
 }
 
@@ -177,7 +177,7 @@ fn read_marker(root: &Path) -> Result<Option<Marker>> {
     let bytes = match durable::read_regular(&path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(io_error("read the marker of a store,", &path, error)),
+        Err(error) => return Err(io_error("read the store marker", &path, error)),
     };
     let damaged = |detail: &str| {
         let message = format!("expected the marker of a store in {}, but found {detail}", path.display());
@@ -186,7 +186,7 @@ fn read_marker(root: &Path) -> Result<Option<Marker>> {
         ))
     };
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| {
-        damaged(if bytes.is_empty() { "an empty file" } else { "no JSON" }).with_source(error)
+        damaged(if bytes.is_empty() { "an empty file" } else { "invalid JSON" }).with_source(error)
     })?;
     // The number first: this version cannot judge what else a later version writes.
     match value.get("format").and_then(serde_json::Value::as_u64) {
@@ -195,10 +195,10 @@ fn read_marker(root: &Path) -> Result<Option<Marker>> {
             ErrorKind::Unsupported,
             format!("expected a store of format {FORMAT} at {}, but found format {format}", root.display()),
         )
-        .with_help("a later version of Rudder uses this store: use that version, or name another directory")),
+        .with_help("use the later version of Rudder that wrote this store, or name another directory")),
         Some(_) => {
             let marker = serde_json::from_value(value);
-            Ok(Some(marker.map_err(|error| damaged("other fields than expected").with_source(error))?))
+            Ok(Some(marker.map_err(|error| damaged("unexpected fields").with_source(error))?))
         }
     }
 }
@@ -208,7 +208,7 @@ fn write_marker(root: &Path, marker: &Marker) -> io::Result<()> {
     let mut file = tempfile::Builder::new().prefix(MARKER_TEMPORARY).tempfile_in(root)?;
     serde_json::to_writer_pretty(&mut file, marker)?;
     io::Write::write_all(&mut file, b"\n")?;
-    durable::seal(file.as_file())?;
+    durable::finalise(file.as_file())?;
     file.persist_noclobber(root.join(MARKER)).map_err(|error| error.error)?;
     fs::File::open(root)?.sync_all()
 }
@@ -227,7 +227,7 @@ fn expect_own(path: &Path) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "expected a store of user {own} (who runs this), but found that {} belongs to user {owner}",
+        "expected a store of user {own}, who runs this program, but found that {} belongs to user {owner}",
         path.display()
     );
     Err(Error::new(ErrorKind::InvalidInput, message)
@@ -241,7 +241,7 @@ fn expect_unshared(root: &Path) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "expected a directory for a store, but {} is shared between users (it has the sticky bit)",
+        "expected a directory of one user, but found {}, which is shared between users (it has the sticky bit)",
         root.display()
     );
     Err(Error::new(ErrorKind::InvalidInput, message).with_help("name a new directory in it"))
@@ -266,12 +266,12 @@ pub(super) fn make_private(path: &Path) -> Result<()> {
     };
     match change() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => unless_read_only(other.map_err(|error| io_error("change the permissions of", path, error))),
+        other => ignore_read_only(other.map_err(|error| io_error("change the permissions of", path, error))),
     }
 }
 
 /// Ignores the error of a read-only file system: a store on one can still be read.
-fn unless_read_only(outcome: Result<()>) -> Result<()> {
+fn ignore_read_only(outcome: Result<()>) -> Result<()> {
     let is_read_only = |error: &Error| {
         std::error::Error::source(error)
             .and_then(|source| source.downcast_ref::<io::Error>())

@@ -3,9 +3,9 @@
 use super::{
     Lease, Store,
     blob::{UrlRecord, Validator},
-    download::Wanted,
+    download::Requested,
     durable::io_error,
-    fetch::Got,
+    fetch::Obtained,
     masked,
     unpack::{self, CHUNK, Packing, SparseWriter, Stop},
     verified::FileIdentity,
@@ -54,41 +54,41 @@ impl Store {
     pub(super) fn copy_in(
         &self,
         url: &PlannedUrl,
-        wanted: Wanted,
+        requested: Requested,
         progress: &Progress,
         stop: &Stop,
-    ) -> Result<Got> {
+    ) -> Result<Obtained> {
         let path = local_path(url)?;
         if let Some(record) = self.unchanged(url, &path)? {
             Self::verify(url, &record.served)?;
-            let known = match wanted {
-                Wanted::Image { .. } => self
+            let known = match requested {
+                Requested::Image { .. } => self
                     .known_image(&record.served, progress, stop)?
-                    .map(|known| Got::image(record.served, known)),
-                Wanted::File => self
+                    .map(|known| Obtained::image(record.served, known)),
+                Requested::File => self
                     .lease_blob(&record.served, Some(record.size), progress, stop)?
-                    .map(|lease| Got::file(record.served, record.size, lease)),
+                    .map(|lease| Obtained::file(record.served, record.size, lease)),
             };
             if let Some(known) = known {
                 return Ok(known);
             }
         }
-        let (record, copied) = self.take_in(url, &path, wanted, progress, stop)?;
+        let (record, copied) = self.read_source(url, &path, requested, progress, stop)?;
         let served = record.served;
         Self::verify(url, &served)?;
-        match (wanted, copied) {
-            (Wanted::File, Copied::Blob(lease)) => Ok(Got::file(served, record.size, lease)),
-            (Wanted::Image { disk }, Copied::Blob(lease)) => {
-                Ok(Got::image(served, self.image_of_blob(&served, lease, disk, progress, stop)?))
+        match (requested, copied) {
+            (Requested::File, Copied::Blob(lease)) => Ok(Obtained::file(served, record.size, lease)),
+            (Requested::Image { disk }, Copied::Blob(lease)) => {
+                Ok(Obtained::image(served, self.image_of_blob(&served, lease, disk, progress, stop)?))
             }
             (_, Copied::Packed(packing)) => {
                 if let Some(known) = self.known_image(&served, progress, stop)? {
-                    return Ok(Got::image(served, known));
+                    return Ok(Obtained::image(served, known));
                 }
                 let file = File::open(&path).map_err(|error| io_error("read", &path, error))?;
-                let unpacked = unpack::unpack(self, packing, file, wanted.disk(), progress, stop)?;
+                let unpacked = unpack::unpack(self, packing, file, requested.disk(), progress, stop)?;
                 self.check_unchanged(&record, &path)?;
-                Ok(Got::image(served, self.enter_unpacked(&served, record.size, unpacked, progress)?))
+                Ok(Obtained::image(served, self.ingest_unpacked(&served, record.size, unpacked, progress)?))
             }
         }
     }
@@ -102,11 +102,11 @@ impl Store {
     }
 
     /// Reads a file once: into a blob, or, if it is packed and only its image is requested, just to compute its digest.
-    fn take_in(
+    fn read_source(
         &self,
         url: &PlannedUrl,
         path: &Path,
-        wanted: Wanted,
+        requested: Requested,
         progress: &Progress,
         stop: &Stop,
     ) -> Result<(UrlRecord, Copied)> {
@@ -114,7 +114,7 @@ impl Store {
         let identity = SourceIdentity::of(path)?;
         let task = format!("copy {}", masked(&url.url));
         let read = |error| io_error("read", path, error);
-        let packing = if wanted.is_image() { Packing::of_file(path)? } else { None };
+        let packing = if requested.is_image() { Packing::of_file(path)? } else { None };
         let mut source = File::open(path).map_err(read)?;
         let temp = if packing.is_none() { Some(self.temp_file()?) } else { None };
         let mut out = temp.as_ref().map(|temp| SparseWriter::new(temp.as_file()));
@@ -162,7 +162,7 @@ impl Store {
         }
         Err(Error::new(ErrorKind::Conflict, format!("{} changed while it was read", path.display()))
             .with_retryable(true)
-            .with_help("wait until whoever writes it has finished"))
+            .with_help("wait until the program that writes it has finished"))
     }
 }
 

@@ -148,7 +148,7 @@ fn open(path: &Path) -> Result<File> {
 fn is_current(file: &File, path: &Path) -> Result<bool> {
     let own = file.metadata().map_err(|error| io_error("read", path, error))?;
     match fs::symlink_metadata(path) {
-        Ok(there) => Ok(there.ino() == own.ino() && there.dev() == own.dev()),
+        Ok(current) => Ok(current.ino() == own.ino() && current.dev() == own.dev()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(io_error("read", path, error)),
     }
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sharers_keep_out_whoever_wants_it_alone() {
+    fn a_shared_lock_excludes_an_exclusive_one() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new/lock");
         let one = FileLock::wait(&path, Mode::Shared).unwrap();
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waited_for_a_removed_lock_gets_the_new_one() {
+    fn a_waiter_for_a_removed_lock_gets_the_new_one() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         let held = FileLock::wait(&path, Mode::Exclusive).unwrap();

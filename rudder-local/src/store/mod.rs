@@ -25,12 +25,12 @@ mod blob;
 mod collect;
 mod download;
 pub(crate) mod durable;
-mod enter;
 mod entries;
 mod fetch;
 mod format;
 mod http;
 mod identity;
+mod ingest;
 mod lab;
 mod layout;
 mod ledger;
@@ -56,7 +56,7 @@ pub use self::{
 };
 
 use self::{
-    download::Wanted,
+    download::Requested,
     layout::Opened,
     lock::{FileLock, Mode},
 };
@@ -304,17 +304,20 @@ impl Store {
         disk: Option<u64>,
         progress: &Progress,
     ) -> Result<StoredImage> {
-        let wanted = Wanted::Image { disk };
-        let got = self.obtain(url, wanted, progress).await.map_err(|error| about(url, error))?;
+        let requested = Requested::Image { disk };
+        let got = self.obtain(url, requested, progress).await.map_err(|error| with_url(url, error))?;
         let Some(image) = got.image else {
-            return Err(about(url, Error::new(ErrorKind::Internal, "an image was wanted, and a file came")));
+            return Err(with_url(
+                url,
+                Error::new(ErrorKind::Internal, "expected an image, but found a file"),
+            ));
         };
         Ok(StoredImage {
             path: self.blob_path(&image.stored),
             format: image.format,
             virtual_size: image.virtual_size,
             digest: image.stored,
-            input: input(url, got.size, got.served),
+            input: input_record(url, got.size, got.served),
             lease: got.lease,
         })
     }
@@ -324,11 +327,11 @@ impl Store {
     /// # Errors
     /// As [`image`](Self::image), without `InvalidImage`.
     pub async fn file(&self, url: &PlannedUrl, progress: &Progress) -> Result<StoredFile> {
-        let got = self.obtain(url, Wanted::File, progress).await.map_err(|error| about(url, error))?;
+        let got = self.obtain(url, Requested::File, progress).await.map_err(|error| with_url(url, error))?;
         Ok(StoredFile {
             path: self.blob_path(&got.served),
             size: got.size,
-            input: input(url, got.size, got.served),
+            input: input_record(url, got.size, got.served),
             lease: got.lease,
         })
     }
@@ -401,7 +404,7 @@ impl Store {
     }
 
     /// Returns the lock that keeps this from being used, if nothing uses it; else what does.
-    fn unused(&self, what: &Use) -> Result<Result<FileLock, String>> {
+    fn lock_unused(&self, what: &Use) -> Result<Result<FileLock, String>> {
         let Some(lock) = FileLock::attempt(&self.use_lock(what), Mode::Exclusive)? else {
             return Ok(Err("a running process".into()));
         };
@@ -448,16 +451,19 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(error) => Err(Error::new(ErrorKind::Cancelled, "the program is ending: file work was not begun")
-            .with_source(error)),
+        Err(error) => Err(Error::new(
+            ErrorKind::Cancelled,
+            "the async runtime is shutting down: the file operation was not started",
+        )
+        .with_source(error)),
     }
 }
 
-fn input(url: &PlannedUrl, size: u64, sha256: Digest) -> InputRecord {
+fn input_record(url: &PlannedUrl, size: u64, sha256: Digest) -> InputRecord {
     InputRecord::new(InputRole::File, masked(&url.url), Content::of_bytes(size, sha256))
 }
 
-fn about(url: &PlannedUrl, error: Error) -> Error {
+fn with_url(url: &PlannedUrl, error: Error) -> Error {
     error.with_context("url", masked(&url.url))
 }
 

@@ -26,7 +26,7 @@ impl Store {
     /// # Errors
     /// File errors.
     pub fn modules(&self) -> Result<Vec<Module>> {
-        Ok(self.survey()?.0)
+        Ok(self.load_all()?.0)
     }
 
     /// Returns the modules that exist but cannot be used, ordered by name: their record is damaged or of a later format, a file is
@@ -35,10 +35,10 @@ impl Store {
     /// # Errors
     /// File errors.
     pub fn damaged_modules(&self) -> Result<Vec<DamagedModule>> {
-        Ok(self.survey()?.1)
+        Ok(self.load_all()?.1)
     }
 
-    fn survey(&self) -> Result<(Vec<Module>, Vec<DamagedModule>)> {
+    fn load_all(&self) -> Result<(Vec<Module>, Vec<DamagedModule>)> {
         let (mut modules, mut damaged) = (Vec::new(), Vec::new());
         // Includes entries that are not directories, such as symbolic links: opening them reports the error.
         for (name, _) in self.entries(&self.modules_dir(), |name, _| units::is_name(name))? {
@@ -67,7 +67,7 @@ impl Store {
             ErrorKind::NotFound,
             format!("there is no module {name} in {}", self.root().display()),
         )
-        .with_help("build it first, or list the modules that are there"))
+        .with_help("build it first, or list the existing modules"))
     }
 
     /// Returns the module of this name and digest, and a lease that keeps it from being removed.
@@ -86,7 +86,7 @@ impl Store {
             ErrorKind::NotFound,
             format!("expected module {name} {}, but found {}", digest.short(), now.digest.short()),
         )
-        .with_help("the module was built anew since the plan was made: plan again"))
+        .with_help("plan again: the module was rebuilt after the plan was made"))
     }
 
     /// Removes a module: all of its versions, including damaged ones.
@@ -112,7 +112,7 @@ impl Store {
             })? {
                 report.freed += durable::disk_usage(&path);
                 remove_entry(&path)?;
-                report.removed.push(format!("left-over {entry} of module {name}"));
+                report.removed.push(format!("leftover {entry} of module {name}"));
             }
             self.remove_old_versions(&name, report)?;
             // Fails unless it is empty: a name whose module was removed, or was never published.
@@ -139,8 +139,8 @@ impl Store {
         let is_marked = |version: &super::versions::Version| version.digest == current && version.replaced;
         let versions = self.versions(name)?;
         // Restores a lost pointer, and finishes an interrupted publication.
-        if !is_copied && (self.pointed(name)? != Some(current) || versions.iter().any(is_marked)) {
-            self.switch(name, &current)?;
+        if !is_copied && (self.pointer_target(name)? != Some(current) || versions.iter().any(is_marked)) {
+            self.set_current(name, &current)?;
         }
         for version in versions {
             let digest = version.digest;
@@ -150,15 +150,15 @@ impl Store {
             if !version.replaced {
                 report.warnings.push(format!(
                     "{} is kept: it is not the current version of module {name}, and not known to be replaced; \
-                     `modules repair {name} {}` says which version is current, and lets the others go",
+                     run `modules repair {name} {}` to choose the current version and release the others",
                     version.path.display(),
                     current.short()
                 ));
                 continue;
             }
-            if let Ok(lock) = self.unused(&Use::Module { name: name.to_owned(), digest })? {
+            if let Ok(lock) = self.lock_unused(&Use::Module { name: name.to_owned(), digest })? {
                 report.freed += durable::disk_usage(&version.path);
-                durable::remove_tree(&self.take_out(name, &version.path)?)?;
+                durable::remove_tree(&self.set_aside(name, &version.path)?)?;
                 lock.remove()?;
                 report.removed.push(format!("module {name} {}, which was replaced", digest.short()));
             }
@@ -176,10 +176,10 @@ impl Store {
     }
 
     /// Takes a version out of a module by one rename; removing the rest only frees space.
-    fn take_out(&self, name: &str, version: &Path) -> Result<PathBuf> {
-        let gone = self.module_dir(name).join(format!(".removed-{:08x}", rand::random::<u32>()));
-        fs::rename(version, &gone).map_err(|error| durable::io_error("remove", version, error))?;
-        Ok(gone)
+    fn set_aside(&self, name: &str, version: &Path) -> Result<PathBuf> {
+        let removed = self.module_dir(name).join(format!(".removed-{:08x}", rand::random::<u32>()));
+        fs::rename(version, &removed).map_err(|error| durable::io_error("remove", version, error))?;
+        Ok(removed)
     }
 }
 
@@ -199,27 +199,27 @@ fn remove(store: &Store, name: &str) -> Result<()> {
     let current = store.current(name).ok().flatten();
     let mut locks = Vec::new();
     for version in &versions {
-        match store.unused(&Use::Module { name: name.to_owned(), digest: version.digest })? {
+        match store.lock_unused(&Use::Module { name: name.to_owned(), digest: version.digest })? {
             Ok(lock) => locks.push((version, lock)),
-            Err(who) => {
+            Err(user) => {
                 return Err(Error::new(
                     ErrorKind::Conflict,
-                    format!("module {name} cannot be removed: {who} builds on it"),
+                    format!("module {name} cannot be removed: {user} uses it"),
                 )
-                .with_help("wait until it has ended, or remove it if it was kept"));
+                .with_help("wait until it ends, or remove the lab if it was kept"));
             }
         }
     }
     // The current one goes last, so that the name never refers to another version.
     locks.sort_by_key(|(version, _)| Some(version.digest) == current);
-    let mut gone = Vec::new();
+    let mut removed = Vec::new();
     for (version, lock) in locks {
-        gone.push(store.take_out(name, &version.path)?);
+        removed.push(store.set_aside(name, &version.path)?);
         lock.remove()?;
     }
     store.remove_pointer(name)?;
     durable::sync_dir(&dir)?;
-    gone.iter().try_for_each(|path| durable::remove_tree(path))?;
+    removed.iter().try_for_each(|path| durable::remove_tree(path))?;
     let _ = fs::remove_dir(&dir);
     Ok(())
 }

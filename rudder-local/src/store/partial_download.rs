@@ -87,7 +87,7 @@ impl PartialDownload {
         if part.len == 0 {
             part.restart(None)?;
         }
-        part.growth.reached(part.len);
+        part.growth.set_len(part.len);
         Ok(part)
     }
 
@@ -162,7 +162,7 @@ impl PartialDownload {
                 sum[..8].copy_from_slice(&self.len.to_be_bytes());
                 sum[8..].copy_from_slice(self.hasher.clone().finish().as_bytes());
                 self.sum.write_all_at(&sum, 0)?;
-                self.growth.reached(self.len);
+                self.growth.set_len(self.len);
             }
             Ok(())
         };
@@ -247,15 +247,15 @@ struct Reached {
 
 impl Growth {
     fn change(&self, change: impl FnOnce(&mut Reached)) {
-        change(&mut self.reached_so_far());
+        change(&mut self.state());
         self.0.1.notify_all();
     }
 
-    fn reached_so_far(&self) -> MutexGuard<'_, Reached> {
+    fn state(&self) -> MutexGuard<'_, Reached> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reached(&self, len: u64) {
+    fn set_len(&self, len: u64) {
         self.change(|state| state.len = len);
     }
 
@@ -278,7 +278,7 @@ impl Growth {
 
     /// Returns how many times the download started over.
     pub(super) fn restarts(&self) -> u32 {
-        self.reached_so_far().restarts
+        self.state().restarts
     }
 
     /// Returns a reader that follows the growing file from its beginning. Reading blocks until more bytes exist.
@@ -316,19 +316,19 @@ impl Follower {
 
 impl Read for Follower {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let cut = |what| Err(io::Error::other(Error::new(ErrorKind::Cancelled, what)));
+        let interrupted = |what| Err(io::Error::other(Error::new(ErrorKind::Cancelled, what)));
         let available = {
-            let mut state = self.growth.reached_so_far();
+            let mut state = self.growth.state();
             loop {
                 if state.restarts != self.restarts {
-                    return cut("the download started over");
+                    return interrupted("the download started over");
                 }
                 if state.len > self.position {
                     break state.len - self.position;
                 }
                 match state.end {
                     Some(true) => return Ok(0),
-                    Some(false) => return cut("the download ended early"),
+                    Some(false) => return interrupted("the download ended early"),
                     None => state = self.growth.0.1.wait(state).unwrap_or_else(PoisonError::into_inner),
                 }
             }
@@ -336,7 +336,7 @@ impl Read for Follower {
         let count = usize::try_from(available).unwrap_or(usize::MAX).min(buf.len());
         let count = self.file.read(&mut buf[..count])?;
         if count == 0 {
-            return cut("the download started over");
+            return interrupted("the download started over");
         }
         self.position += count as u64;
         Ok(count)
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_reported_as_one() {
+    fn a_full_disk_is_reported_as_host_disk_full() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let mut part = open(&store);
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_can_be_joined_is_gone_on_with() {
+    fn only_bytes_that_can_be_resumed_are_kept() {
         let boot = process::boot_id().unwrap();
         for (if_range, boot_id, kept) in
             [(Some("\"e\""), boot.as_str(), 5), (None, boot.as_str(), 0), (Some("\"e\""), "earlier", 0)]
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_sees_what_comes_until_it_ends_or_starts_over() {
+    fn a_follower_reads_until_the_download_ends_or_starts_over() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let part = open(&store);

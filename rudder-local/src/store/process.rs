@@ -18,7 +18,7 @@ use std::{
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Interval between checks of a process whose command line cannot be read yet, or no longer.
-const SILENCE_STEP: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The identity of a process of this or an earlier boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,18 +72,18 @@ impl ProcessIdentity {
         if !self.is_running() {
             return Ok(false);
         }
-        let silence = Instant::now() + KILL_LIMIT;
+        let deadline = Instant::now() + KILL_LIMIT;
         loop {
-            match words(self.pid, lab) {
-                Words::Ours => break,
-                Words::Few if Instant::now() < silence => {
-                    if ends_within(&handle, SILENCE_STEP).map_err(failed)? {
+            match membership(self.pid, lab) {
+                Membership::Member => break,
+                Membership::Unreadable if Instant::now() < deadline => {
+                    if ends_within(&handle, POLL_INTERVAL).map_err(failed)? {
                         return Ok(false);
                     }
                 }
                 // A copy of a ledger names processes of the original.
-                Words::Few | Words::Others if !lab.recorded => return Ok(false),
-                Words::Few | Words::Others => return Err(self.stranger(lab.id)),
+                Membership::Unreadable | Membership::Other if !lab.recorded => return Ok(false),
+                Membership::Unreadable | Membership::Other => return Err(self.unrelated(lab.id)),
             }
         }
         match pidfd_send_signal(&handle, Signal::KILL) {
@@ -94,18 +94,20 @@ impl ProcessIdentity {
         if !ends_within(&handle, KILL_LIMIT).map_err(failed)? && self.is_running() {
             return Err(Error::new(
                 ErrorKind::TimedOut,
-                format!("process {} was killed, and is still there after {KILL_LIMIT:?}", self.pid),
+                format!("process {} still exists {KILL_LIMIT:?} after it was killed", self.pid),
             ));
         }
         Ok(true)
     }
 
     /// Returns the error for a process that was to be killed, but does not look like the one that was recorded.
-    fn stranger(&self, marker: &str) -> Error {
-        let message =
-            format!("process {} was recorded as part of {marker}, but nothing of it says so", self.pid);
+    fn unrelated(&self, lab: &str) -> Error {
+        let message = format!(
+            "process {} is recorded as part of lab {lab}, but does not appear to belong to it",
+            self.pid
+        );
         Error::new(ErrorKind::Conflict, message)
-            .with_help("look at the process, and end it by hand if it is a left-over")
+            .with_help("check the process, and end it by hand if it is a leftover")
     }
 }
 
@@ -131,13 +133,13 @@ fn start_time(pid: u32) -> Option<u64> {
 
 /// What the command line, environment and working directory of a process say about its lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Words {
+enum Membership {
     /// One of them contains the text.
-    Ours,
+    Member,
     /// The process has a command line and an environment, and the text is in neither.
-    Others,
+    Other,
     /// The command line or the environment is empty, as it is briefly during exec and while the process exits.
-    Few,
+    Unreadable,
 }
 
 /// The lab that a process must belong to.
@@ -167,28 +169,28 @@ impl Belonging<'_> {
 }
 
 /// Searches the working directory, environment and command line of a process for a lab.
-fn words(pid: u32, lab: &Belonging<'_>) -> Words {
+fn membership(pid: u32, lab: &Belonging<'_>) -> Membership {
     let holds = |bytes: &[u8]| bytes.windows(lab.id.len()).any(|window| window == lab.id.as_bytes());
     let dir = Path::new("/proc").join(pid.to_string());
     let cwd = dir.join("cwd");
     let named = || fs::read_link(&cwd).is_ok_and(|cwd| holds(cwd.as_os_str().as_encoded_bytes()));
     if lab.is_at(&cwd) || (lab.recorded && named()) {
-        return Words::Ours;
+        return Membership::Member;
     }
-    let mut few = false;
+    let mut unreadable = false;
     // An environment truncated by the exit of its process is not taken as complete: the command line is empty by then.
     for file in ["environ", "cmdline"] {
         match fs::read(dir.join(file)) {
-            Ok(bytes) if lab.recorded && holds(&bytes) => return Words::Ours,
-            Ok(bytes) => few |= bytes.is_empty(),
+            Ok(bytes) if lab.recorded && holds(&bytes) => return Membership::Member,
+            Ok(bytes) => unreadable |= bytes.is_empty(),
             // Not being allowed to read it is not the same as empty.
-            Err(error) => few |= error.kind() != io::ErrorKind::PermissionDenied,
+            Err(error) => unreadable |= error.kind() != io::ErrorKind::PermissionDenied,
         }
     }
-    match few {
-        true => Words::Few,
-        false if !lab.recorded && lab.has_open(&dir) => Words::Ours,
-        false => Words::Others,
+    match unreadable {
+        true => Membership::Unreadable,
+        false if !lab.recorded && lab.has_open(&dir) => Membership::Member,
+        false => Membership::Other,
     }
 }
 
@@ -243,13 +245,13 @@ mod tests {
 
     /// Waits until a child runs its own program: before that, its environment is its parent's.
     fn await_exec(child: &Child, id: &str) {
-        while words(child.id(), &lab(id)) != Words::Ours {
+        while membership(child.id(), &lab(id)) != Membership::Member {
             std::thread::yield_now();
         }
     }
 
     #[test]
-    fn a_process_of_ours_is_killed() {
+    fn a_process_of_the_lab_is_killed() {
         let mut child = Sleeper::new("lab-a1");
         let identity = ProcessIdentity::of(child.0.id()).unwrap();
         assert!(identity.is_running());
@@ -261,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_on_its_way_out_is_no_stranger() {
+    fn an_exiting_process_is_not_reported_as_unrelated() {
         for _ in 0..300 {
             let child = Sleeper::new("lab-c3");
             let identity = ProcessIdentity::of(child.0.id()).unwrap();
@@ -273,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_only_has_the_number_is_left_alone() {
+    fn a_process_that_reuses_the_id_is_left_alone() {
         let child = Sleeper::new("lab-b2");
         let identity = ProcessIdentity::of(child.0.id()).unwrap();
         let earlier = ProcessIdentity { start_time: identity.start_time - 1, ..identity.clone() };
@@ -285,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn the_process_of_another_directory_is_left_alone_whatever_it_is_called() {
+    fn a_process_of_another_directory_is_left_alone() {
         let child = Sleeper::new("lab-d4");
         await_exec(&child.0, "lab-d4");
         let identity = ProcessIdentity::of(child.0.id()).unwrap();
@@ -294,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_works_in_a_directory_or_has_a_file_of_it_open_belongs_to_it() {
+    fn a_process_belongs_to_the_directory_that_it_works_in_or_has_files_open_in() {
         let dir = tempfile::tempdir().unwrap();
         let below = dir.path().join("below");
         fs::create_dir(&below).unwrap();
@@ -309,7 +311,9 @@ mod tests {
             let mut child = Sleeper(command.spawn().unwrap());
             let identity = ProcessIdentity::of(child.0.id()).unwrap();
             // Neither names the lab.
-            while words(identity.pid, &Belonging { recorded: false, directory, id: "x" }) == Words::Few {
+            while membership(identity.pid, &Belonging { recorded: false, directory, id: "x" })
+                == Membership::Unreadable
+            {
                 std::thread::yield_now();
             }
             let lab = Belonging { id: "lab-e5-which-nobody-names", directory, recorded: false };

@@ -42,7 +42,7 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
     let dir = store.module_dir(&name);
     let _lock = FileLock::wait(&store.module_lock(&name), Mode::Exclusive)?;
     // Before anything is created: a refusal leaves nothing behind.
-    let files = place_files(lab, &mut draft.machines)?;
+    let files = assign_file_names(lab, &mut draft.machines)?;
     durable::make_dir(&dir)?;
     let digest = Module::content_digest(&name, &draft.machines, &draft.network)?;
     let target = dir.join(digest.to_string());
@@ -61,7 +61,7 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
             .prefix(".new-")
             .permissions(fs::Permissions::from_mode(durable::DIRECTORY_MODE))
             .tempdir_in(&dir)
-            .map_err(|error| durable::io_error("make a directory in", &dir, error))?;
+            .map_err(|error| durable::io_error("create a directory in", &dir, error))?;
         for (from, file) in &files {
             move_file(from, &draft_dir.path().join(file))?;
         }
@@ -76,7 +76,7 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
     // Their digests were computed when they were captured.
     for (file, content) in module.files() {
         if let Some(sha256) = content.sha256() {
-            store.note_verified(&target.join(file), &sha256);
+            store.record_verified(&target.join(file), &sha256);
         }
     }
     // If it is unknown which version was current, none is known to be replaced.
@@ -85,17 +85,17 @@ fn publish(store: &Store, lab: &Path, mut draft: ModuleDraft) -> Result<Module> 
     {
         store.mark_replaced(&name, &earlier, &digest)?;
     }
-    store.switch(&name, &digest)?;
+    store.set_current(&name, &digest)?;
     let mut report = ReapReport::default();
     if let Err(error) = store.remove_old_versions(&name, &mut report) {
-        tracing::warn!(module = name, %error, "cannot remove a version that was replaced; collecting will");
+        tracing::warn!(module = name, %error, "cannot remove a replaced version; the next collection will");
     }
     module.path = Some(target.join(RECORD));
     Ok(module)
 }
 
 /// Assigns each file of the machines its name in the module, and returns the sources with those names.
-fn place_files(lab: &Path, machines: &mut [TemplateMachine]) -> Result<Vec<(PathBuf, String)>> {
+fn assign_file_names(lab: &Path, machines: &mut [TemplateMachine]) -> Result<Vec<(PathBuf, String)>> {
     let lab = fs::canonicalize(lab).map_err(|error| durable::io_error("read", lab, error))?;
     let mut files: Vec<(PathBuf, String)> = Vec::new();
     for TemplateMachine { name, disks, state, .. } in machines {
@@ -106,28 +106,25 @@ fn place_files(lab: &Path, machines: &mut [TemplateMachine]) -> Result<Vec<(Path
             (format!("state.{}", state.kind.name()), &state.format, state.content.size, &mut state.file)
         });
         for (what, format, size, file) in disks.chain(state) {
-            let placed = format!("{name}.{what}.{format}");
+            let target = format!("{name}.{what}.{format}");
             let known = size.ok_or_else(|| {
-                Error::new(
-                    ErrorKind::InvalidInput,
-                    format!("expected the size of {file}, but it is not known"),
-                )
+                Error::new(ErrorKind::InvalidInput, format!("expected the size of {file}, but found none"))
             });
             let from = known
                 .and_then(|size| captured_file(&lab, file, size))
                 .and_then(|from| {
                     let plain =
                         units::is_name(name) && what.split('.').all(units::is_name) && units::is_name(format);
-                    let message = match files.iter().any(|(_, file)| *file == placed) {
-                        _ if !plain => "expected plain names of VM, disk and format",
-                        true => "expected each disk once, but found it twice",
+                    let message = match files.iter().any(|(_, file)| *file == target) {
+                        _ if !plain => "expected plain names for the VM, the disk and the format",
+                        true => "expected each disk once, but found a duplicate",
                         false => return Ok(from),
                     };
                     Err(Error::new(ErrorKind::InvalidInput, message))
                 })
                 .map_err(|error| error.with_context("disk", what).with_context("vm", &*name))?;
-            file.clone_from(&placed);
-            files.push((from, placed));
+            file.clone_from(&target);
+            files.push((from, target));
         }
     }
     Ok(files)
@@ -141,7 +138,7 @@ fn captured_file(lab: &Path, file: &str, size: u64) -> Result<PathBuf> {
     let message = if !from.starts_with(lab) || !meta.is_file() {
         format!("expected a captured file of the lab, but found {}", from.display())
     } else if meta.len() != size {
-        format!("expected {size} bytes in {}, as were captured, but found {}", from.display(), meta.len())
+        format!("expected the captured size of {size} bytes for {}, but found {}", from.display(), meta.len())
     } else {
         return Ok(from);
     };
@@ -158,6 +155,6 @@ fn move_file(from: &Path, to: &Path) -> Result<()> {
         other => other,
     };
     moved
-        .and_then(|()| durable::seal(&File::open(to)?))
+        .and_then(|()| durable::finalise(&File::open(to)?))
         .map_err(|error| durable::io_error("publish", to, error))
 }

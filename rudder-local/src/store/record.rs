@@ -15,7 +15,7 @@ use std::{
 /// The field that holds the digest.
 const SEAL: &str = "seal";
 /// The largest size of a record, in bytes; real ones are far smaller.
-const LONGEST: u64 = 1 << 20;
+const MAX_SIZE: u64 = 1 << 20;
 
 /// Writes a record and its seal. Readers see either the old record or the new one.
 pub(super) fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
@@ -33,21 +33,21 @@ pub(super) fn write<T: Serialize>(path: &Path, record: &T) -> Result<()> {
 /// Reads a record. `None` when it is absent or damaged.
 pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let mut text = Vec::new();
-    match durable::open_regular(path).and_then(|file| file.take(LONGEST).read_to_end(&mut text)) {
+    match durable::open_regular(path).and_then(|file| file.take(MAX_SIZE).read_to_end(&mut text)) {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             return Err(io_error("read", path, error));
         }
         Err(error) => {
-            ignored(path, &error);
+            warn_ignored(path, &error);
             return Ok(None);
         }
     }
     match parse(path, &text) {
         Ok(record) => Ok(Some(record)),
         Err(why) => {
-            ignored(path, &why);
+            warn_ignored(path, &why);
             Ok(None)
         }
     }
@@ -76,7 +76,7 @@ fn seal(path: &Path, record: &Value) -> Digest {
     Digest::of(format!("{name}\n{record}").as_bytes())
 }
 
-fn ignored(path: &Path, why: &dyn std::fmt::Display) {
+fn warn_ignored(path: &Path, why: &dyn std::fmt::Display) {
     tracing::warn!(path = %path.display(), %why, "ignoring a damaged record");
 }
 
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_with_any_byte_changed_or_cut_off_is_absent() {
+    fn a_changed_or_truncated_record_is_absent() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.json");
         let sample = Sample { count: 17, what: Some("x".into()) };
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_without_a_seal_is_read_as_before() {
+    fn a_record_without_a_seal_is_accepted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.json");
         durable::write_json(&path, &Sample { count: 1, what: None }).unwrap();
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_plain_file_is_absent() {
+    fn anything_but_a_regular_file_is_absent() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.json");
         assert_eq!(read::<Sample>(&path).unwrap(), None);

@@ -22,15 +22,15 @@ impl Resolver {
 
 impl Resolve for Resolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let (tell, told) = oneshot::channel();
+        let (sender, receiver) = oneshot::channel();
         let Self(ask) = *self;
-        let asking = thread::Builder::new().name("rudder-dns".to_owned()).spawn(move || {
+        let thread = thread::Builder::new().name("rudder-dns".to_owned()).spawn(move || {
             // The caller may no longer be waiting.
-            let _ = tell.send(ask(name.as_str()));
+            let _ = sender.send(ask(name.as_str()));
         });
         Box::pin(async move {
-            asking?;
-            let addresses = told.await??;
+            thread?;
+            let addresses = receiver.await??;
             Ok(Box::new(addresses.into_iter()) as Addrs)
         })
     }
@@ -53,11 +53,11 @@ mod tests {
     }
 
     #[test]
-    fn a_lookup_that_is_given_up_does_not_hold_up_the_end_of_the_runtime() {
+    fn an_abandoned_lookup_does_not_delay_the_shutdown_of_the_runtime() {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let resolving = Resolver(silent).resolve("name.invalid".parse().unwrap());
-        let given_up = runtime.block_on(async { futures::poll!(resolving).is_pending() });
-        assert!(given_up);
+        let abandoned = runtime.block_on(async { futures::poll!(resolving).is_pending() });
+        assert!(abandoned);
         // Would block forever if the lookup were one of the runtime's tasks.
         drop(runtime);
         *ANSWERS.0.lock().unwrap() = true;
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_of_this_host_are_known() {
+    async fn localhost_is_resolved() {
         let found = Resolver::system().resolve("localhost".parse().unwrap()).await.unwrap();
         assert!(found.into_iter().all(|address| address.ip().is_loopback()));
     }

@@ -1,12 +1,12 @@
 //! Streaming decompression of gz, xz, zst and bz2 into sparse files.
 
-mod room;
+mod output_limit;
 mod source;
 mod sparse;
 
 pub(in crate::store) use self::sparse::SparseWriter;
 
-use self::{room::Room, source::Source};
+use self::{output_limit::OutputLimit, source::Source};
 use super::{Store, durable, durable::io_error};
 use async_compression::{
     tokio::bufread::{BzDecoder, GzipDecoder, XzDecoder, ZstdDecoder},
@@ -94,7 +94,7 @@ impl Stop {
     /// Returns an error once the work should stop.
     pub(super) fn check(&self) -> Result<()> {
         if self.0.load(Ordering::Relaxed) {
-            return Err(Error::new(ErrorKind::Cancelled, "nobody waits for this file any more"));
+            return Err(Error::new(ErrorKind::Cancelled, "this file is no longer needed"));
         }
         Ok(())
     }
@@ -148,7 +148,7 @@ pub(super) fn unpack(
     let mut source = Source::new(source);
     let mut target = Target {
         packing,
-        room: Room::new(store.options().unpacked_limit, disk),
+        limit: OutputLimit::new(store.options().unpacked_limit, disk),
         path: temp.path(),
         out: SparseWriter::new(temp.as_file()),
         hasher: Hasher::default(),
@@ -180,14 +180,14 @@ pub(super) fn unpack(
     match (source.count_rest(stop)?, packing) {
         (0, _) => {}
         // Ignored, as gunzip and bunzip2 do; router images carry their metadata there.
-        (rest, Packing::Gzip | Packing::Bzip2) => progress
-            .notice(format!("{} behind the end of the {packing} data were ignored", durable::human(rest))),
+        (rest, Packing::Gzip | Packing::Bzip2) => {
+            progress.notice(format!("ignored {} after the end of the {packing} data", durable::human(rest)))
+        }
         (rest, Packing::Xz | Packing::Zstd) => {
             let rest = durable::human(rest);
-            let found =
-                format!("expected a whole {packing} file, but found {rest} that are not {packing} behind it");
+            let found = format!("expected a {packing} file, but found {rest} of other data after its end");
             return Err(Error::new(ErrorKind::InvalidImage, found)
-                .with_help("check that the file is what its author made, and pack it again"));
+                .with_help("check that the file is unmodified, or pack it again"));
         }
     }
     let Target { out, hasher, .. } = target;
@@ -198,7 +198,7 @@ pub(super) fn unpack(
 /// The destination of unpacked bytes.
 struct Target<'a> {
     packing: Packing,
-    room: Room,
+    limit: OutputLimit,
     path: &'a Path,
     out: SparseWriter<'a>,
     hasher: Hasher,
@@ -215,7 +215,7 @@ impl Target<'_> {
                 return Ok(());
             }
             let bytes = &self.chunk[..count];
-            self.room.take(bytes, self.packing)?;
+            self.limit.count(bytes, self.packing)?;
             self.hasher.update(bytes);
             self.out.write(bytes).map_err(|error| io_error("write", self.path, error))?;
         }
@@ -229,20 +229,20 @@ fn broken(packing: Packing, error: io::Error) -> Error {
         Err(error) => error,
     };
     // Neither library passes on a typed error for this.
-    let said = error.to_string();
+    let message = error.to_string();
     match packing {
-        Packing::Xz if said.contains("memory limit") => Error::new(
+        Packing::Xz if message.contains("memory limit") => Error::new(
             ErrorKind::InvalidImage,
             format!(
                 "expected xz data that can be unpacked with {} of memory, but found data that needs more",
                 durable::human(XZ_MEMORY)
             ),
         )
-        .with_help("pack it again with `xz -9` or a lower level: its dictionary is then 64 MiB at most"),
-        Packing::Zstd if said.contains("too much memory") => Error::new(
+        .with_help("pack it again with `xz -9` or a lower level, whose dictionary is at most 64 MiB"),
+        Packing::Zstd if message.contains("too much memory") => Error::new(
             ErrorKind::InvalidImage,
             format!(
-                "expected zstd data with a window of at most {}, but found a larger window",
+                "expected zstd data with a window of at most {}, but found a larger one",
                 durable::human(1 << ZSTD_WINDOW_LOG)
             ),
         )
@@ -251,7 +251,7 @@ fn broken(packing: Packing, error: io::Error) -> Error {
         )),
         _ => Error::new(
             ErrorKind::InvalidImage,
-            format!("expected a whole {packing} file, but found one that is broken"),
+            format!("expected a complete {packing} file, but found a damaged one"),
         )
         .with_source(error),
     }

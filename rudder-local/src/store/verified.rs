@@ -87,11 +87,11 @@ impl Store {
     ) -> Result<Condition> {
         let mut file = match open(path) {
             Ok(file) => file,
-            Err(Unopened::Missing) => return Ok(Condition::Missing),
-            Err(Unopened::Other(what)) => {
+            Err(OpenFailure::Missing) => return Ok(Condition::Missing),
+            Err(OpenFailure::NotRegular(what)) => {
                 return Ok(Condition::Damaged(format!("expected a file, but found {what}")));
             }
-            Err(Unopened::Failed(error)) => return Err(io_error("read", path, error)),
+            Err(OpenFailure::Failed(error)) => return Err(io_error("read", path, error)),
         };
         let identity = |file: &File| file.metadata().map(|meta| FileIdentity::of(&meta));
         let before = identity(&file).map_err(|error| io_error("read", path, error))?;
@@ -127,14 +127,14 @@ impl Store {
         if identity(&file).map_err(|error| io_error("read", path, error))? != before {
             return Ok(Condition::Damaged("it changed while it was read".to_owned()));
         }
-        self.remember(path, digest, &before);
+        self.write_verification(path, digest, &before);
         Ok(Condition::Sound)
     }
 
     /// Records that the content of a file, which was just written or moved, is known to have this digest.
-    pub(super) fn note_verified(&self, path: &Path, digest: &Digest) {
+    pub(super) fn record_verified(&self, path: &Path, digest: &Digest) {
         if let Ok(meta) = fs::symlink_metadata(path) {
-            self.remember(path, digest, &FileIdentity::of(&meta));
+            self.write_verification(path, digest, &FileIdentity::of(&meta));
         }
     }
 
@@ -156,7 +156,7 @@ impl Store {
         let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
         let condition = match content.verifiable() {
             _ if !plain => Condition::Damaged("expected a plain file name".to_owned()),
-            None => Condition::Damaged("its size or its sha256 is not recorded".to_owned()),
+            None => Condition::Damaged("its size or sha256 is not recorded".to_owned()),
             Some((size, sha256)) => self.examine(&path, &sha256, Some(size), progress, &Stop::default())?,
         };
         let why = match condition {
@@ -168,7 +168,7 @@ impl Store {
             ErrorKind::InvalidImage,
             format!("{} of module {} is damaged: {why}", path.display(), module.name),
         )
-        .with_help("build the module again, or put the file back from a copy of the store"))
+        .with_help("build the module again, or restore the file from a copy of the store"))
     }
 
     /// Verifies every file of a module: before it is copied elsewhere, or after an incident that may have damaged the store.
@@ -193,10 +193,10 @@ impl Store {
     }
 
     /// Records a verification. Failing to write the record is not an error: the file is only hashed again.
-    fn remember(&self, path: &Path, digest: &Digest, identity: &FileIdentity) {
+    fn write_verification(&self, path: &Path, digest: &Digest, identity: &FileIdentity) {
         let target = self.verified_path(path);
         let write = || -> Result<()> {
-            if !self.changes_would_show(identity)? {
+            if !self.later_changes_are_detectable(identity)? {
                 return Ok(());
             }
             durable::make_dir(durable::parent(&target))?;
@@ -204,16 +204,16 @@ impl Store {
             record::write(&target, &VerifiedFile { path, sha256: *digest, identity: identity.clone() })
         };
         if let Err(error) = write() {
-            tracing::warn!(path = %path.display(), %error, "cannot remember that a file was verified");
+            tracing::warn!(path = %path.display(), %error, "cannot record that a file was verified");
         }
     }
 
     /// Waits until the clock of the store's file system is past the times of this file, so that any later modification
     /// changes them. Returns `false` if the clock is too coarse to wait for.
-    fn changes_would_show(&self, identity: &FileIdentity) -> Result<bool> {
+    fn later_changes_are_detectable(&self, identity: &FileIdentity) -> Result<bool> {
         const LONGEST: Duration = Duration::from_millis(100);
         let dir = self.downloads_dir();
-        let look = || -> io::Result<bool> {
+        let wait = || -> io::Result<bool> {
             let probe = tempfile::tempfile_in(&dir)?;
             let begin = std::time::Instant::now();
             loop {
@@ -227,15 +227,15 @@ impl Store {
                 std::thread::sleep(Duration::from_millis(1));
             }
         };
-        look().map_err(|error| io_error("make a temporary file in", &dir, error))
+        wait().map_err(|error| io_error("create a temporary file in", &dir, error))
     }
 
     /// Removes the records of files that no longer exist.
     pub(super) fn collect_verified(&self) -> Result<()> {
         for (_, path) in self.files(&self.root().join("index/verified"), |name| name.ends_with(".json"))? {
             let known = record::read::<VerifiedFile>(&path)?;
-            let there = known.is_some_and(|known| self.root().join(known.path).symlink_metadata().is_ok());
-            if !there {
+            let exists = known.is_some_and(|known| self.root().join(known.path).symlink_metadata().is_ok());
+            if !exists {
                 durable::remove_file(&path)?;
             }
         }
@@ -244,22 +244,22 @@ impl Store {
 }
 
 /// Why a file was not opened.
-enum Unopened {
+enum OpenFailure {
     Missing,
-    Other(&'static str),
+    NotRegular(&'static str),
     Failed(io::Error),
 }
 
-fn open(path: &Path) -> Result<File, Unopened> {
+fn open(path: &Path) -> Result<File, OpenFailure> {
     let missing = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Unopened::Missing,
-        _ => Unopened::Failed(error),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => OpenFailure::Missing,
+        _ => OpenFailure::Failed(error),
     };
     let kind = fs::symlink_metadata(path).map_err(missing)?.file_type();
     if kind.is_file() {
         return durable::open_regular(path).map_err(missing);
     }
-    Err(Unopened::Other(match kind {
+    Err(OpenFailure::NotRegular(match kind {
         _ if kind.is_symlink() => "a symbolic link",
         _ if kind.is_dir() => "a directory",
         _ => "a device, socket or FIFO",

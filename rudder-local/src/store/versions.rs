@@ -65,7 +65,7 @@ impl Store {
     }
 
     /// Returns what `current` points at. A copy may have turned it into a directory, or into a file that holds the target.
-    pub(super) fn pointed(&self, name: &str) -> Result<Option<Digest>> {
+    pub(super) fn pointer_target(&self, name: &str) -> Result<Option<Digest>> {
         let path = self.module_dir(name).join(CURRENT);
         let failed = |error| io_error("read", &path, error);
         let kind = match fs::symlink_metadata(&path) {
@@ -96,18 +96,18 @@ impl Store {
         if !units::is_name(name) {
             return Ok(None);
         }
-        let mut pointed = self.pointed(name)?;
+        let mut target = self.pointer_target(name)?;
         loop {
             let versions = self.versions(name)?;
-            if let Some(digest) = pointed
+            if let Some(digest) = target
                 && versions.iter().any(|version| version.digest == digest)
             {
                 return Ok(Some(digest));
             }
             // It may have been replaced between the two reads.
-            let now = self.pointed(name)?;
-            if now != pointed {
-                pointed = now;
+            let now = self.pointer_target(name)?;
+            if now != target {
+                target = now;
                 continue;
             }
             let mut candidates = versions.iter().filter(|version| !version.replaced);
@@ -123,12 +123,12 @@ impl Store {
         let path = self.module_dir(name).join(CURRENT);
         let digests: Vec<_> = versions.iter().map(|version| version.digest.short()).collect();
         let message = format!(
-            "expected {} to point at a version of module {name}, but it does not; there are {}",
+            "expected {} to point to a version of module {name}, but it does not; existing versions: {}",
             path.display(),
             digests.join(", ")
         );
         Error::new(ErrorKind::InvalidInput, message).with_help(format!(
-            "build the module again, or say which version it has: `modules repair {name} {}` or `Store::repair_module`; \
+            "build the module again, or choose a version: `modules repair {name} {}` or `Store::repair_module`; \
              until then all of them are kept",
             digests.first().map_or("DIGEST", String::as_str)
         ))
@@ -141,21 +141,21 @@ impl Store {
     pub(super) fn version(&self, name: &str, digest: &Digest) -> Result<Option<Module>> {
         let dir = self.module_dir(name).join(digest.to_string());
         let path = dir.join(RECORD);
-        let is_there = || fs::symlink_metadata(&dir).is_ok_and(|meta| meta.is_dir());
-        if !is_there() {
+        let exists = || fs::symlink_metadata(&dir).is_ok_and(|meta| meta.is_dir());
+        if !exists() {
             return Ok(None);
         }
         let mut module = match durable::read_regular(&path) {
             Ok(bytes) => Module::from_record(&path, &bytes)?,
-            Err(_) if !is_there() => return Ok(None),
+            Err(_) if !exists() => return Ok(None),
             Err(error) => return Err(Module::damaged(&path, "it cannot be read").with_source(error)),
         };
         if module.name != name || module.digest != *digest {
-            let found = format!("it is that of module {} {}", module.name, module.digest.short());
+            let found = format!("it belongs to module {} {}", module.name, module.digest.short());
             return Err(Module::damaged(&path, &found));
         }
         if let Err(error) = expect_files(&dir, &module) {
-            return if is_there() { Err(error) } else { Ok(None) };
+            return if exists() { Err(error) } else { Ok(None) };
         }
         module.path = Some(path);
         Ok(Some(module))
@@ -168,7 +168,7 @@ impl Store {
     }
 
     /// Makes a name refer to this version. The caller holds the module's lock.
-    pub(super) fn switch(&self, name: &str, digest: &Digest) -> Result<()> {
+    pub(super) fn set_current(&self, name: &str, digest: &Digest) -> Result<()> {
         let dir = self.module_dir(name);
         let current = dir.join(CURRENT);
         let failed = |error| io_error("publish", &current, error);
@@ -189,7 +189,7 @@ fn expect_files(dir: &Path, module: &Module) -> Result<()> {
     for (file, content) in module.files() {
         let path = dir.join(file);
         let Some((size, _)) = content.verifiable() else {
-            let found = format!("it does not say how large {file} is, or which sha256 it has");
+            let found = format!("it does not record the size and sha256 of {file}");
             return Err(Module::damaged(&dir.join(RECORD), &found));
         };
         let found = match fs::symlink_metadata(&path) {
@@ -210,31 +210,31 @@ fn expect_files(dir: &Path, module: &Module) -> Result<()> {
 }
 
 fn repair(store: &Store, name: &str, digest: &str) -> Result<Module> {
-    let there = if units::is_name(name) { store.versions(name)? } else { Vec::new() };
-    let mut wanted = there.iter().filter(|version| version.digest.to_string().starts_with(digest));
-    let version = match (wanted.next(), wanted.next()) {
+    let versions = if units::is_name(name) { store.versions(name)? } else { Vec::new() };
+    let mut matching = versions.iter().filter(|version| version.digest.to_string().starts_with(digest));
+    let version = match (matching.next(), matching.next()) {
         (Some(only), None) => only,
         (found, _) => {
-            let digests: Vec<_> = there.iter().map(|version| version.digest.short()).collect();
+            let digests: Vec<_> = versions.iter().map(|version| version.digest.short()).collect();
             let (kind, found) = match found {
                 None => (ErrorKind::NotFound, "none"),
                 Some(_) => (ErrorKind::InvalidInput, "several"),
             };
             let message =
                 format!("expected a version of module {name} that begins with {digest:?}, but found {found}");
-            return Err(Error::new(kind, message).with_help(format!("there are: {}", digests.join(", "))));
+            return Err(Error::new(kind, message).with_help(format!("use one of: {}", digests.join(", "))));
         }
     };
     let _lock = FileLock::wait(&store.module_lock(name), Mode::Exclusive)?;
     let module = store.version(name, &version.digest)?.ok_or_else(|| {
         Error::new(
             ErrorKind::NotFound,
-            format!("the version {} of module {name} was just removed", version.digest),
+            format!("version {} of module {name} was removed in the meantime", version.digest),
         )
     })?;
-    for other in there.iter().filter(|other| other.digest != version.digest) {
+    for other in versions.iter().filter(|other| other.digest != version.digest) {
         store.mark_replaced(name, &other.digest, &version.digest)?;
     }
-    store.switch(name, &version.digest)?;
+    store.set_current(name, &version.digest)?;
     Ok(module)
 }

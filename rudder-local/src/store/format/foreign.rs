@@ -29,9 +29,9 @@ impl Advice {
         match self {
             Convert(driver) => format!("convert it: qemu-img convert -f {driver} -O qcow2 FILE disk.qcow2").into(),
             Run(what) => what.into(),
-            TakeOut => "take the disk image out of it, and give that".into(),
-            Repack => "unpack it, and give the disk image as it is or packed with gz, xz, zst or bz2".into(),
-            CheckUrl => "check that the URL gives qcow2, raw, vmdk, vdi, vhd or vhdx, plain or packed with gz, xz, zst or bz2"
+            TakeOut => "extract the disk image, and use that".into(),
+            Repack => "unpack it, and use the disk image unpacked or packed with gz, xz, zst or bz2".into(),
+            CheckUrl => "check that the URL returns qcow2, raw, vmdk, vdi, vhd or vhdx, plain or packed with gz, xz, zst or bz2"
                 .into(),
         }
     }
@@ -47,38 +47,38 @@ const SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (0, b"#!/bin/sh\n#V2.0 Format\n", "a cloop image", Convert("cloop")),
     (0, b"COWD", "a VMDK image in ESX's old COWD format", Convert("vmdk")),
     (0, b"\xbe\xba\xfe\xca\0\0\0\0", "a VMDK image in VMware's SESparse format", Convert("vmdk")),
-    (0, b"OOOM", "a COW image of User Mode Linux", Run("convert it: uml_moo -b BACKING FILE disk.img")),
+    (0, b"OOOM", "a User Mode Linux COW image", Run("convert it: uml_moo -b BACKING FILE disk.img")),
     (
         0,
         b"LUKS\xba\xbe",
-        "a disk that is encrypted with LUKS",
+        "a disk encrypted with LUKS",
         Run("decrypt it: cryptsetup open FILE NAME, and copy /dev/mapper/NAME"),
     ),
     (
         0,
         b"-FVE-FS-",
-        "a disk that is encrypted with BitLocker",
-        Run("decrypt it on Windows, and make an image of the result"),
+        "a disk encrypted with BitLocker",
+        Run("decrypt it on Windows, and use an image of the result"),
     ),
     (
         3,
         b"-FVE-FS-",
-        "a disk that is encrypted with BitLocker",
-        Run("decrypt it on Windows, and make an image of the result"),
+        "a disk encrypted with BitLocker",
+        Run("decrypt it on Windows, and use an image of the result"),
     ),
     (0, b"\x3a\xff\x26\xed", "an Android sparse image", Run("convert it: simg2img FILE disk.img")),
     (0, b"ANDROID!", "an Android boot image", CheckUrl),
     (
         0,
         b"MSWIM\0\0\0",
-        "a Windows image (WIM), which holds files and no disk",
-        Run("install from the ISO that it comes from"),
+        "a Windows image (WIM), which contains files rather than a disk",
+        Run("install from the ISO that contains it"),
     ),
     (
         0,
         b"WLPWM\0\0\0",
-        "a Windows image (WIM), which holds files and no disk",
-        Run("install from the ISO that it comes from"),
+        "a Windows image (WIM), which contains files rather than a disk",
+        Run("install from the ISO that contains it"),
     ),
     (0, b"EVF\x09\x0d\x0a\xff\0", "an EnCase image (EWF)", Run("convert it: ewfexport -t disk -f raw FILE")),
     (0, b"EVF2\r\n\x81\0", "an EnCase image (EWF)", Run("convert it: ewfexport -t disk -f raw FILE")),
@@ -88,57 +88,62 @@ const SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (
         0,
         b"encrcdsa",
-        "an encrypted image of macOS",
+        "an encrypted macOS image",
         Run("decrypt it on macOS: hdiutil convert -format UDRW FILE"),
     ),
     (
         0,
         b"sprs",
-        "a sparse image of macOS",
+        "a macOS sparse image",
         Run("convert it on macOS: hdiutil convert -format UDTO -o disk FILE"),
     ),
-    (0, b"VMA\0", "a Proxmox backup (VMA)", Run("take the disk out: vma extract FILE DIRECTORY")),
-    (0, b"PaRtImAgE-VoLuMe", "a backup of Partimage", Run("restore it to a disk, and make an image of that")),
+    (0, b"VMA\0", "a Proxmox backup (VMA)", Run("extract the disk: vma extract FILE DIRECTORY")),
+    (
+        0,
+        b"PaRtImAgE-VoLuMe",
+        "a Partimage backup",
+        Run("restore it to a disk, and use an image of that disk"),
+    ),
     (
         0,
         b"partclone-image",
-        "a backup of Partclone",
+        "a Partclone backup",
         Run("restore it to a disk: partclone.restore -s FILE -o disk.img"),
     ),
     (
         0,
         b"\0ntfsclone-image",
-        "a backup of ntfsclone",
+        "an ntfsclone backup",
         Run("restore it to a disk: ntfsclone --restore-image -o disk.img FILE"),
     ),
-    (0, b"FsArCh_", "a backup of FSArchiver", Run("restore it to a disk, and make an image of that")),
-    (0, b"QEVM", "the saved memory of a machine", CheckUrl),
-    (0, b"LinuxGuestRecord", "the saved memory of a machine", CheckUrl),
-    (0, b"\xd2\xbe\xd2\xbe", "the saved memory of a machine", CheckUrl),
+    (0, b"FsArCh_", "an FSArchiver backup", Run("restore it to a disk, and use an image of that disk")),
+    (0, b"QEVM", "the saved memory of a virtual machine", CheckUrl),
+    (0, b"LinuxGuestRecord", "the saved memory of a virtual machine", CheckUrl),
+    (0, b"\xd2\xbe\xd2\xbe", "the saved memory of a virtual machine", CheckUrl),
     // File systems that no firmware boots from, and that cannot be written to.
     (
         0,
         b"hsqs",
-        "a squashfs file system, which is no disk that boots",
-        Run("make a disk of its files: unsquashfs -d DIRECTORY FILE"),
+        "a squashfs file system, which is not a bootable disk",
+        Run("make a disk from its files: unsquashfs -d DIRECTORY FILE"),
     ),
     (
         0,
         b"sqsh",
-        "a squashfs file system, which is no disk that boots",
-        Run("make a disk of its files: unsquashfs -d DIRECTORY FILE"),
+        "a squashfs file system, which is not a bootable disk",
+        Run("make a disk from its files: unsquashfs -d DIRECTORY FILE"),
     ),
-    (0, b"\x45\x3d\xcd\x28", "a cramfs file system, which is no disk that boots", CheckUrl),
-    (0, b"-rom1fs-", "a romfs file system, which is no disk that boots", CheckUrl),
-    (1024, b"\xe2\xe1\xf5\xe0", "an EROFS file system, which is no disk that boots", CheckUrl),
+    (0, b"\x45\x3d\xcd\x28", "a cramfs file system, which is not a bootable disk", CheckUrl),
+    (0, b"-rom1fs-", "a romfs file system, which is not a bootable disk", CheckUrl),
+    (1024, b"\xe2\xe1\xf5\xe0", "an EROFS file system, which is not a bootable disk", CheckUrl),
     // Archives.
     (0, b"PK\x03\x04", "a zip archive", TakeOut),
     (0, b"PK\x05\x06", "an empty zip archive", CheckUrl),
     (0, b"PK\x07\x08", "a zip archive", TakeOut),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", TakeOut),
     (0, b"Rar!", "a rar archive", TakeOut),
-    (0, b"MSCF", "a cabinet archive of Windows", TakeOut),
-    (0, b"xar!", "a package of macOS", TakeOut),
+    (0, b"MSCF", "a Windows cabinet archive", TakeOut),
+    (0, b"xar!", "a macOS package", TakeOut),
     (0, b"!<arch>", "a Debian package or ar archive", TakeOut),
     (0, b"\xed\xab\xee\xdb", "an RPM package", TakeOut),
     (0, b"070701", "a cpio archive", TakeOut),
@@ -151,7 +156,7 @@ const SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (0, b"\xff\x06\0\0sNaPpY", "a snappy file, which is not supported", Repack),
     // Programs, kernels and firmware.
     (0, b"\x7fELF", "a program or kernel (ELF)", CheckUrl),
-    (0, b"\xcf\xfa\xed\xfe", "a program of macOS", CheckUrl),
+    (0, b"\xcf\xfa\xed\xfe", "a macOS program", CheckUrl),
     (0, b"\xca\xfe\xba\xbe", "a program (Java or macOS)", CheckUrl),
     (514, b"HdrS", "a Linux kernel", CheckUrl),
     (0x38, b"ARM\x64", "a Linux kernel", CheckUrl),
@@ -161,11 +166,11 @@ const SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (0x28, b"_FVH", "firmware (UEFI)", CheckUrl),
     // Documents.
     (0, b"%PDF", "a PDF document", CheckUrl),
-    (0, b"\x89PNG", "a picture", CheckUrl),
-    (0, b"\xff\xd8\xff", "a picture", CheckUrl),
-    (0, b"GIF8", "a picture", CheckUrl),
+    (0, b"\x89PNG", "a PNG image", CheckUrl),
+    (0, b"\xff\xd8\xff", "a JPEG image", CheckUrl),
+    (0, b"GIF8", "a GIF image", CheckUrl),
     (0, b"SQLite format 3\0", "a database", CheckUrl),
-    (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an installer or document of Windows", CheckUrl),
+    (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a Windows installer or document", CheckUrl),
 ];
 
 /// Signatures so short that boot code may begin with them: they count only if there is no sign of a disk.
@@ -173,15 +178,15 @@ const SHORT_SIGNATURES: &[(usize, &[u8], &str, Advice)] = &[
     (0, b"\xc7\x71", "a cpio archive", TakeOut),
     (0, b"\x5d\0\0", "an lzma file, which is not supported (use xz)", Repack),
     (0, b"\x1f\x9d", "a file packed with compress, which is not supported", Repack),
-    (0, b"MZ", "a program of Windows or UEFI", CheckUrl),
+    (0, b"MZ", "a Windows or UEFI program", CheckUrl),
 ];
 
 /// Returns the error for a format that the beginning or end of the file identifies with certainty.
 pub(super) fn by_signature(image: &Image) -> io::Result<Option<Error>> {
     if image.head.starts_with(b"# Disk DescriptorFile") {
         return Ok(Some(invalid(
-            "expected a disk image, but found a VMDK descriptor, which only names the files that hold the disk",
-            "give one file that holds the disk: qemu-img convert -O qcow2 disk.vmdk disk.qcow2",
+            "expected a disk image, but found a VMDK descriptor, which only names the files that contain the disk",
+            "convert the disk to a single file: qemu-img convert -O qcow2 disk.vmdk disk.qcow2",
         )));
     }
     if let Some(found) = signature(SIGNATURES, &image.head) {
@@ -194,7 +199,7 @@ pub(super) fn by_signature(image: &Image) -> io::Result<Option<Error>> {
     if let Some(trailer) = image.size.checked_sub(512)
         && image.bytes(trailer, 8)? == b"koly\0\0\0\x04"
     {
-        return Ok(Some(error("a disk image of macOS (DMG)", Convert("dmg").text())));
+        return Ok(Some(error("a macOS disk image (DMG)", Convert("dmg").text())));
     }
     Ok(None)
 }
@@ -229,27 +234,24 @@ fn text(head: &[u8]) -> Option<(&'static str, Advice)> {
     if starts(&["<!doctype html", "<html", "<head", "<body", "<script", "<meta", "<title", "<!--"]) {
         return Some((
             "a web page",
-            Run("open the URL in a browser: it may want a login, or be a page about the image"),
+            Run("open the URL in a browser: it may require a login, or be a page about the image"),
         ));
     }
     if starts(&["<?xml", "<error>", "<metalink"]) {
-        return Some(("an XML document", Run("read it: it may say why the server did not give the image")));
+        return Some(("an XML document", Run("read it: it may say why the server did not return the image")));
     }
     if starts(&["d8:announce", "d10:created by", "d13:announce-list", "d4:info"]) {
-        return Some(("a torrent file", Run("download what it names, and give that")));
+        return Some(("a torrent file", Run("download the file that it names, and use that")));
     }
     if !plain {
         return None;
     }
     Some(if starts(&["version https://git-lfs.github.com/"]) {
-        (
-            "a pointer of Git LFS, which stands for the file",
-            Run("give the URL of the file itself, or run: git lfs pull"),
-        )
+        ("a Git LFS pointer instead of the file", Run("use the URL of the file itself, or run: git lfs pull"))
     } else if starts(&["{", "["]) {
-        ("a JSON document", Run("read it: it may say why the server did not give the image"))
+        ("a JSON document", Run("read it: it may say why the server did not return the image"))
     } else if starts(&["-----begin "]) {
-        ("a signature or key", Run("give the URL of the image that it is for"))
+        ("a signature or key", Run("use the URL of the image that it belongs to"))
     } else {
         ("a text file", CheckUrl)
     })
@@ -295,7 +297,7 @@ fn tar(image: &Image) -> io::Result<Error> {
     let help = match disk {
         // A name with characters that are special to a shell is not made part of a command.
         Some(disk) if disk.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte)) => {
-            format!("take the disk out, and give that: tar -xf FILE {disk}").into()
+            format!("extract the disk, and use that: tar -xf FILE {disk}").into()
         }
         _ => TakeOut.text(),
     };

@@ -2,7 +2,7 @@
 //!
 //! Sources: UEFI 2.10, 5.3 (GPT) and 5.2 (MBR); ECMA-119 (ISO 9660).
 
-use super::{Found, Image, ImageFormat, SECTOR, foreign, human, invalid, not_an_image};
+use super::{Image, ImageFormat, RecogniseResult, SECTOR, foreign, human, invalid, not_an_image};
 
 /// Name of a disk with a GUID partition table.
 const GPT: &str = "a GPT disk";
@@ -10,8 +10,10 @@ const GPT: &str = "a GPT disk";
 impl Image {
     /// Recognises a raw disk. Anything may be one, so accepts what begins like a disk, and what neither is text nor looks like
     /// any other kind of file. Either must consist of whole sectors.
-    pub(super) fn raw(&self) -> Found {
-        let at = |offset: u64, magic: &[u8]| -> Found<bool> { Ok(self.bytes(offset, magic.len())? == magic) };
+    pub(super) fn raw(&self) -> RecogniseResult {
+        let at = |offset: u64, magic: &[u8]| -> RecogniseResult<bool> {
+            Ok(self.bytes(offset, magic.len())? == magic)
+        };
         let iso = at(0x8001, b"CD001")?;
         let disk = iso
             || at(510, &[0x55, 0xaa])?
@@ -29,13 +31,13 @@ impl Image {
             return Err(match end {
                 Some((end, what)) if end < size => invalid(
                     format!(
-                        "expected a disk of whole sectors, but found {what} that ends at byte {end} and {} bytes after it",
+                        "expected a disk of whole sectors, but found {what} that ends at byte {end}, followed by {} bytes",
                         size - end
                     ),
-                    format!("cut off what does not belong to the disk: truncate -s {end} FILE"),
+                    format!("remove the bytes that follow the disk: truncate -s {end} FILE"),
                 ),
                 Some((end, what)) if end > size => invalid(
-                    format!("expected a whole disk, but found {what} of {end} bytes that is cut short after {size}"),
+                    format!("expected a complete disk, but found {what} of {end} bytes that is truncated to {size}"),
                     "download the image again",
                 ),
                 _ => not_an_image(&format!(
@@ -46,22 +48,22 @@ impl Image {
         }
         let remark = match end {
             Some((end, what)) if end > self.size => Some(format!(
-                "the image looks cut short: {what} ends at {}, and the image at {}",
+                "the image appears to be truncated: {what} ends at {}, but the image at {}",
                 human(end),
                 human(self.size)
             )),
             // An enlarged disk has zeros there. The partitions of an MBR need not cover the whole disk.
             Some((end, what @ GPT)) if self.bytes(end, 4096)?.iter().any(|byte| *byte != 0) => Some(format!(
-                "{} bytes follow the end of {what}; they become a part of the disk",
+                "{} bytes follow the end of {what}; they become part of the disk",
                 self.size - end
             )),
             _ => None,
         };
-        Ok(super::Recognised { remark, ..self.done(ImageFormat::Raw, self.size)? })
+        Ok(super::Recognised { remark, ..self.recognised(ImageFormat::Raw, self.size)? })
     }
 
     /// Returns where the disk ends according to its partition table, and the kind of table; `None` if there is no reliable one.
-    fn end_of_partitions(&self) -> Found<Option<(u64, &'static str)>> {
+    fn end_of_partitions(&self) -> RecogniseResult<Option<(u64, &'static str)>> {
         for sector in [SECTOR, 4096] {
             if self.bytes(sector, 8)? == b"EFI PART" {
                 // The headers at the beginning and the end of the disk point at each other.

@@ -55,25 +55,25 @@ fn qcow2(extra: &[(usize, &[u8])]) -> Vec<u8> {
 }
 
 #[test]
-fn qcow2_stands_alone_or_is_refused() {
+fn a_qcow2_that_is_not_self_contained_is_refused() {
     accepted(&qcow2(&[]), ImageFormat::Qcow2, GIB);
     // Feature names and a dirty bit are accepted.
     let names: [u8; 12] = *b"\x68\x03\xf8\x57\0\0\0\x03abc\0";
     accepted(&qcow2(&[(79, &[1]), (104, &names)]), ImageFormat::Qcow2, GIB);
     accepted(&qcow2(&[(7, &[2])]), ImageFormat::Qcow2, GIB);
     refused(&qcow2(&[(8, &200u64.to_be_bytes())]), "a QCOW2 image that has a backing file");
-    refused(&qcow2(&[(79, &[4])]), "keeps its data in another file");
-    refused(&qcow2(&[(104, &names), (120, b"DATA\0\0\0\x0b/etc/shadow")]), "keeps its data in another file");
+    refused(&qcow2(&[(79, &[4])]), "stores its data in another file");
+    refused(&qcow2(&[(104, &names), (120, b"DATA\0\0\0\x0b/etc/shadow")]), "stores its data in another file");
     // Version 2 also has extensions.
-    refused(&qcow2(&[(7, &[2]), (72, b"DATA\0\0\0\x0b/etc/shadow")]), "keeps its data in another file");
+    refused(&qcow2(&[(7, &[2]), (72, b"DATA\0\0\0\x0b/etc/shadow")]), "stores its data in another file");
     refused(&qcow2(&[(32, &1u32.to_be_bytes())]), "is encrypted");
     refused(&qcow2(&[(79, &[2])]), "is marked as corrupt");
     refused(&qcow2(&[(7, &[1])]), "has version 1");
     refused(&qcow2(&[(24, &[0; 8])]), "a qcow2 image of 0 bytes");
     // Its first table is beyond the end of the file.
-    refused(&qcow2(&[(36, &2_u32.to_be_bytes()), (40, &4088_u64.to_be_bytes())]), "cut short or damaged");
-    refused(&qcow2(&[(100, &[0xff; 4])]), "cut short or damaged");
-    refused(b"QFI\xfb\0\0\0\x03", "cut short or damaged");
+    refused(&qcow2(&[(36, &2_u32.to_be_bytes()), (40, &4088_u64.to_be_bytes())]), "truncated or damaged");
+    refused(&qcow2(&[(100, &[0xff; 4])]), "truncated or damaged");
+    refused(b"QFI\xfb\0\0\0\x03", "truncated or damaged");
 }
 
 fn vmdk(capacity: u64, descriptor: &str) -> Vec<u8> {
@@ -90,7 +90,7 @@ fn vmdk(capacity: u64, descriptor: &str) -> Vec<u8> {
 }
 
 #[test]
-fn vmdk_stands_alone_or_is_refused() {
+fn a_vmdk_that_is_not_self_contained_is_refused() {
     let own = "# Disk DescriptorFile\nCID=1\nparentCID=ffffffff\nRW 2097152 SPARSE \"disk.vmdk\"\n";
     accepted(&vmdk(2_097_152, own), ImageFormat::Vmdk, GIB);
     refused(&vmdk(2_097_152, &format!("{own}parentFileNameHint=\"/etc/shadow\"\n")), "has a parent image");
@@ -109,11 +109,11 @@ fn vmdk_stands_alone_or_is_refused() {
     fooled[12..20].fill(0);
     refused(&fooled, "in other files");
     streamed[end] = 0;
-    refused(&streamed, "cut short or damaged");
+    refused(&streamed, "truncated or damaged");
 }
 
 #[test]
-fn vdi_vhd_and_vhdx_stand_alone_or_are_refused() {
+fn vdi_vhd_and_vhdx_that_are_not_self_contained_are_refused() {
     let vdi = |kind: u8| {
         image(1024, &[(0x40, b"\x7f\x10\xda\xbe\x01\0\x01\0"), (0x4c, &[kind]), (0x170, &GIB.to_le_bytes())])
     };
@@ -123,7 +123,7 @@ fn vdi_vhd_and_vhdx_stand_alone_or_are_refused() {
     let mut cut = vdi(1);
     cut[0x178..0x17c].copy_from_slice(&(1_u32 << 20).to_le_bytes());
     cut[0x184..0x188].copy_from_slice(&2_u32.to_le_bytes());
-    refused(&cut, "cut short or damaged");
+    refused(&cut, "truncated or damaged");
 
     let footer = |kind: u8, size: u64| {
         let mut footer = image(512, &[(0, b"conectix"), (48, &size.to_be_bytes()), (63, &[kind])]);
@@ -134,13 +134,13 @@ fn vdi_vhd_and_vhdx_stand_alone_or_are_refused() {
     let dynamic = |kind: u8| image(2560, &[(0, &footer(kind, GIB)), (2048, &footer(kind, GIB))]);
     accepted(&dynamic(3), ImageFormat::Vhd, GIB);
     refused(&dynamic(4), "has a parent image");
-    refused(&dynamic(3)[..2048], "cut short or damaged");
+    refused(&dynamic(3)[..2048], "truncated or damaged");
     let fixed = image(2560, &[(2048, &footer(2, 2048))]);
     assert_eq!(recognise(&fixed).unwrap().virtual_size, 2048);
-    refused(&image(2560, &[(2048, &footer(2, 4096))]), "cut short or damaged");
+    refused(&image(2560, &[(2048, &footer(2, 4096))]), "truncated or damaged");
     let mut flipped = fixed.clone();
     flipped[2048 + 53] ^= 1;
-    refused(&flipped, "cut short or damaged");
+    refused(&flipped, "truncated or damaged");
 
     let vhdx = |parameters: u8| {
         image(
@@ -166,12 +166,12 @@ fn vdi_vhd_and_vhdx_stand_alone_or_are_refused() {
         recognise(&whole).unwrap(),
         Recognised { format: ImageFormat::Vhdx, virtual_size: GIB, remark: None }
     );
-    refused(&whole[..200_000], "cut short or damaged");
+    refused(&whole[..200_000], "truncated or damaged");
     refused(&vhdx(2), "has a parent image");
 }
 
 #[test]
-fn raw_is_what_looks_like_a_disk() {
+fn raw_disks_are_recognised_by_their_content() {
     let disk = |size, parts: &[(usize, &[u8])]| accepted(&image(size, parts), ImageFormat::Raw, size as u64);
     disk(1024, &[(510, &[0x55, 0xaa])]);
     disk(2048, &[(512, b"EFI PART")]);
@@ -195,22 +195,22 @@ fn gpt(sectors: u64) -> Vec<u8> {
 }
 
 #[test]
-fn bytes_behind_a_disk_are_told() {
+fn bytes_that_follow_a_disk_are_reported() {
     accepted(&gpt(64), ImageFormat::Raw, 64 * 512);
     let behind = |bytes: &[u8]| [gpt(64), bytes.to_vec()].concat();
     let error = recognise(&behind(&[7; 100])).unwrap_err();
     assert_eq!(
         error.report(),
         "expected a disk of whole sectors, but found a GPT disk that ends at byte 32768 and 100 bytes after it\n  help: \
-         cut off what does not belong to the disk: truncate -s 32768 FILE"
+         remove the bytes that follow the disk: truncate -s 32768 FILE"
     );
     let remark = recognise(&behind(&[7; 512])).unwrap().remark.unwrap();
-    assert_eq!(remark, "512 bytes follow the end of a GPT disk; they become a part of the disk");
+    assert_eq!(remark, "512 bytes follow the end of a GPT disk; they become part of the disk");
     // A disk that was enlarged.
     assert_eq!(recognise(&behind(&[0; 512])).unwrap().remark, None);
     let remark = recognise(&gpt(64)[..16 * 1024]).unwrap().remark.unwrap();
-    assert!(remark.contains("looks cut short"), "{remark}");
-    refused(&gpt(64)[..16_000], "is cut short after 16000");
+    assert!(remark.contains("appears to be truncated"), "{remark}");
+    refused(&gpt(64)[..16_000], "is truncated to 16000");
     let mbr = |size: usize| {
         image(
             size,
@@ -218,11 +218,11 @@ fn bytes_behind_a_disk_are_told() {
         )
     };
     accepted(&mbr(2048), ImageFormat::Raw, 2048);
-    refused(&mbr(2148), "an MBR disk that ends at byte 2048 and 100 bytes after it");
+    refused(&mbr(2148), "an MBR disk that ends at byte 2048, followed by 100 bytes");
 }
 
 #[test]
-fn other_formats_are_named_and_say_what_to_do() {
+fn unsupported_formats_are_named_with_help() {
     let named = |bytes: &[u8], what: &str, help: &str| {
         let error = recognise(bytes).unwrap_err();
         assert_eq!(error.to_string(), format!("expected a disk image, but found {what}"));
@@ -236,23 +236,23 @@ fn other_formats_are_named_and_say_what_to_do() {
     named(&begins(b"WithouFreSpacExt"), "a Parallels image", &convert("parallels"));
     named(&begins(b"Bochs Virtual HD Image"), "a Bochs image", &convert("bochs"));
     named(&begins(b"#!/bin/sh\n#V2.0 Format\n"), "a cloop image", &convert("cloop"));
-    named(&begins(b"LUKS\xba\xbe\0\x02"), "a disk that is encrypted with LUKS", "cryptsetup open");
+    named(&begins(b"LUKS\xba\xbe\0\x02"), "a disk encrypted with LUKS", "cryptsetup open");
     named(&begins(b"\x3a\xff\x26\xed\x01\0"), "an Android sparse image", "simg2img");
-    named(&begins(b"MSWIM\0\0\0"), "a Windows image (WIM), which holds files and no disk", "ISO");
+    named(&begins(b"MSWIM\0\0\0"), "a Windows image (WIM), which contains files rather than a disk", "ISO");
     named(&begins(b"EVF\x09\x0d\x0a\xff\0"), "an EnCase image (EWF)", "ewfexport");
     named(&begins(b"AFF10\r\n\0"), "an AFF image", "affconvert");
-    named(&begins(b"hsqs"), "a squashfs file system, which is no disk that boots", "unsquashfs");
-    named(&begins(b"7z\xbc\xaf\x27\x1c"), "a 7z archive", "take the disk image out");
-    named(&begins(b"Rar!\x1a\x07"), "a rar archive", "take the disk image out");
+    named(&begins(b"hsqs"), "a squashfs file system, which is not a bootable disk", "unsquashfs");
+    named(&begins(b"7z\xbc\xaf\x27\x1c"), "a 7z archive", "extract the disk image");
+    named(&begins(b"Rar!\x1a\x07"), "a rar archive", "extract the disk image");
     named(&begins(b"\x7fELF"), "a program or kernel (ELF)", "check that the URL");
     named(
         &image(1024, &[(0, b"MZ"), (510, &[0x55, 0xaa]), (514, b"HdrS")]),
         "a Linux kernel",
         "check that the URL",
     );
-    named(&image(4096, &[(3584, b"koly\0\0\0\x04")]), "a disk image of macOS (DMG)", &convert("dmg"));
+    named(&image(4096, &[(3584, b"koly\0\0\0\x04")]), "a macOS disk image (DMG)", &convert("dmg"));
     // Signatures too short to outweigh that of a boot sector.
-    named(&image(4096, &[(0, b"MZ")]), "a program of Windows or UEFI", "check that the URL");
+    named(&image(4096, &[(0, b"MZ")]), "a Windows or UEFI program", "check that the URL");
     named(
         &image(4096, &[(0, b"\x5d\0\0\x80")]),
         "an lzma file, which is not supported (use xz)",
@@ -262,7 +262,7 @@ fn other_formats_are_named_and_say_what_to_do() {
 }
 
 #[test]
-fn text_that_came_instead_of_an_image_is_named() {
+fn text_instead_of_an_image_is_named() {
     let named = |text: &str, what: &str| {
         let error = recognise(text.as_bytes()).unwrap_err();
         assert_eq!(error.to_string(), format!("expected a disk image, but found {what}"), "{text}");
@@ -273,7 +273,7 @@ fn text_that_came_instead_of_an_image_is_named() {
     named("{\"message\": \"Not Found\"}", "a JSON document");
     named(
         "version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
-        "a pointer of Git LFS, which stands for the file",
+        "a Git LFS pointer instead of the file",
     );
     named("-----BEGIN PGP SIGNATURE-----\n", "a signature or key");
     named("d8:announce35:udp://tracker", "a torrent file");
@@ -281,7 +281,7 @@ fn text_that_came_instead_of_an_image_is_named() {
 }
 
 #[test]
-fn an_appliance_says_which_disk_to_take_out() {
+fn an_appliance_error_names_the_disk_to_extract() {
     let entry = |name: &str, size: usize, posix: bool| {
         let mut header = image(
             512,
@@ -311,7 +311,7 @@ fn an_appliance_says_which_disk_to_take_out() {
 }
 
 #[test]
-fn what_is_no_disk_is_named() {
+fn files_that_are_not_disks_are_named() {
     refused(b"", "an empty file");
     refused(b"\n <HTML><head>", "a web page");
     refused("Zu viele Anfragen für heute\n".repeat(64).as_bytes(), "a text file");

@@ -139,12 +139,12 @@ async fn as_a_child() {
             std::future::pending::<()>().await;
         }
         "publish-once" => {
-            gather::publish(&store, argument, b"once").await.unwrap();
+            collect::publish(&store, argument, b"once").await.unwrap();
             say("published");
         }
         "publish" => {
             for round in 0u64.. {
-                gather::publish(&store, argument, &round.to_le_bytes().repeat(10_000)).await.unwrap();
+                collect::publish(&store, argument, &round.to_le_bytes().repeat(10_000)).await.unwrap();
                 say(format_args!("published {round}"));
             }
         }

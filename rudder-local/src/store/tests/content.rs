@@ -1,7 +1,7 @@
 //! Stored content that has changed since: it is never used, it is reported, and repaired if possible.
 
 use super::{
-    gather::publish,
+    collect::publish,
     server::{Reply, Server},
     *,
 };
@@ -76,7 +76,7 @@ fn notices(heard: &Mutex<Vec<ProgressEvent>>) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_damaged_blob_is_told_and_fetched_again() {
+async fn a_damaged_blob_is_reported_and_fetched_again() {
     let disk = raw_disk(100_352);
     for promised in [Some(Digest::of(&disk)), None] {
         for (what, damage) in DAMAGES {
@@ -110,7 +110,7 @@ async fn a_damaged_blob_is_told_and_fetched_again() {
 }
 
 #[tokio::test]
-async fn damaged_copies_of_files_and_of_unpacked_images_are_made_again() {
+async fn damaged_copies_of_files_and_unpacked_images_are_recreated() {
     let disk = raw_disk(100_352);
     let packed = image::pack(super::unpack::Packing::Gzip, &disk).await;
     for (what, damage) in DAMAGES {
@@ -159,7 +159,7 @@ fn verifications(heard: &Mutex<Vec<ProgressEvent>>) -> usize {
 }
 
 #[tokio::test]
-async fn a_blob_is_hashed_once_for_each_change_and_not_for_each_build() {
+async fn a_blob_is_hashed_once_per_change_and_not_per_build() {
     let disk = raw_disk(100_352);
     let server = serve(&disk);
     let fixture = Fixture::new();
@@ -186,7 +186,7 @@ async fn a_blob_is_hashed_once_for_each_change_and_not_for_each_build() {
 }
 
 #[tokio::test]
-async fn a_damaged_index_is_made_anew_and_makes_nothing_disappear() {
+async fn a_damaged_index_is_rebuilt_and_nothing_is_lost() {
     let disk = raw_disk(100_352);
     let packed = image::pack(super::unpack::Packing::Gzip, &disk).await;
     let other = image::pack(super::unpack::Packing::Gzip, &raw_disk(50_176)).await;
@@ -210,7 +210,7 @@ async fn a_damaged_index_is_made_anew_and_makes_nothing_disappear() {
 }
 
 #[tokio::test]
-async fn records_that_were_swapped_are_not_believed() {
+async fn swapped_records_are_not_trusted() {
     let fixture = Fixture::new();
     let images = [raw_disk(1024), raw_disk(2048)];
     let urls = [fixture.write("one", &images[0]), fixture.write("two", &images[1])];
@@ -232,7 +232,7 @@ async fn records_that_were_swapped_are_not_believed() {
 }
 
 #[tokio::test]
-async fn a_partial_download_that_changed_is_begun_anew() {
+async fn a_modified_partial_download_starts_over() {
     let disk = raw_disk(100_352);
     for (what, damage) in [
         ("flipped", (|path| overwrite(path, 20_000, b"????????")) as Damage),
@@ -279,7 +279,7 @@ fn check_disk(store: &Store, module: &rudder_core::module::Module) -> Result<Pat
 }
 
 #[tokio::test]
-async fn a_damaged_disk_of_a_module_is_an_error_that_names_it_until_it_is_built_again() {
+async fn a_damaged_disk_of_a_module_is_an_error_until_the_module_is_rebuilt() {
     let disk = raw_disk(100_352);
     for (what, damage) in DAMAGES {
         let fixture = Fixture::new();
@@ -318,13 +318,13 @@ async fn a_damaged_disk_of_a_module_is_an_error_that_names_it_until_it_is_built_
 }
 
 #[tokio::test]
-async fn a_damaged_record_lets_nothing_be_collected_that_it_may_name() {
+async fn nothing_that_a_damaged_record_may_name_is_collected() {
     let disk = raw_disk(100_352);
     let packed = image::pack(super::unpack::Packing::Gzip, &disk).await;
     let fixture = Fixture::new();
     let store = &fixture.store;
     let image = fixture.image(&fixture.write("packed", &packed), None).await.unwrap();
-    gather::publish_from(store, "base", b"x", vec![image.input]).await.unwrap();
+    collect::publish_from(store, "base", b"x", vec![image.input]).await.unwrap();
     drop(image.lease);
     let record = store.image_record_path(&Digest::of(&packed));
     overwrite(&record, 10, b"????????");
@@ -341,7 +341,7 @@ proptest! {
 
     /// Changes twenty random bytes or ends of files in a store with everything in it: only what was stored is ever used afterwards.
     #[test]
-    fn a_store_that_was_damaged_in_twenty_random_ways_is_never_used_silently(
+    fn random_damage_is_never_used_silently(
         damages in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u8>()), 20)
     ) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

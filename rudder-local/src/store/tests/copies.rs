@@ -64,7 +64,7 @@ fn edit_ledger(store: &Store, lab: &str, change: impl FnOnce(&mut serde_json::Va
 }
 
 #[tokio::test]
-async fn cleaning_up_a_copy_ends_nothing_of_the_original() {
+async fn cleaning_up_a_copy_does_not_affect_the_original() {
     for works_in_lab in [true, false] {
         for swapped in [false, true] {
             let fixture = Fixture::new();
@@ -95,7 +95,7 @@ async fn cleaning_up_a_copy_ends_nothing_of_the_original() {
 }
 
 #[tokio::test]
-async fn removing_a_kept_lab_of_a_copy_ends_nothing_of_the_original() {
+async fn removing_a_kept_lab_from_a_copy_does_not_affect_the_original() {
     let fixture = Fixture::new();
     let mut kept = Kept::new(&fixture.store, true);
     let root = fixture.dir.path().join("copy");
@@ -107,7 +107,7 @@ async fn removing_a_kept_lab_of_a_copy_ends_nothing_of_the_original() {
 }
 
 #[tokio::test]
-async fn a_ledger_of_an_earlier_version_ends_only_what_works_in_its_directory() {
+async fn a_ledger_of_an_earlier_version_ends_only_processes_in_its_directory() {
     for works_in_lab in [true, false] {
         let fixture = Fixture::new();
         let mut kept = Kept::new(&fixture.store, works_in_lab);
@@ -129,7 +129,7 @@ async fn a_ledger_of_an_earlier_version_ends_only_what_works_in_its_directory() 
 }
 
 #[tokio::test]
-async fn a_ledger_of_another_host_or_of_before_the_last_start_ends_nothing() {
+async fn a_ledger_of_another_host_or_boot_ends_no_process() {
     let fixture = Fixture::new();
     let mut kept = Kept::new(&fixture.store, true);
     // Only the recorded one: the other is found by its environment, which no process of another boot has.
@@ -149,7 +149,7 @@ async fn a_ledger_of_another_host_or_of_before_the_last_start_ends_nothing() {
 }
 
 #[tokio::test]
-async fn a_lab_whose_ledger_cannot_be_read_stays_with_all_that_it_may_need() {
+async fn a_lab_with_an_unreadable_ledger_stays_with_everything_it_may_need() {
     for damage in ["missing", "", "{", "[]", "another", "link", "directory"] {
         let fixture = Fixture::new();
         let store = &fixture.store;
@@ -181,7 +181,7 @@ async fn a_lab_whose_ledger_cannot_be_read_stays_with_all_that_it_may_need() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_living_lab_stays_whatever_becomes_of_its_files() {
+async fn a_living_lab_stays_without_its_lock_or_ledger_file() {
     for file in ["lock", "ledger.json"] {
         let fixture = Fixture::new();
         let store = &fixture.store;

@@ -1,8 +1,8 @@
 //! Random damage to a store, its cache and its modules: nothing damaged is used silently, and nothing else disappears.
 
 use super::{
+    collect::{assert_whole, publish},
     directory::snapshot,
-    gather::{assert_whole, publish},
     *,
 };
 use proptest::prelude::*;
@@ -223,7 +223,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_is_damaged_is_never_used_silently_and_nothing_else_disappears(
+    fn damage_is_never_used_silently_and_nothing_else_is_lost(
         damages in proptest::collection::btree_set(
             (proptest::sample::select(&PARTS[..]), proptest::sample::select(&DAMAGES[..])), 1..=20)
     ) {

@@ -1,6 +1,6 @@
 //! Which directories are stores, who may open them, and who may read their content.
 
-use super::{child::Child, gather::publish, *};
+use super::{child::Child, collect::publish, *};
 use proptest::{prelude::*, test_runner::TestCaseResult};
 use rudder_core::backend::{LabId, Retention};
 use std::{
@@ -59,7 +59,7 @@ async fn earlier_store(root: &Path) {
 }
 
 #[test]
-fn a_directory_that_is_no_store_is_refused_and_left_unchanged() {
+fn a_directory_that_is_not_a_store_is_refused_and_left_unchanged() {
     let trees: [&[&str]; 12] = [
         &["labs/thesis/", "modules/x/.terraform/"],
         &["labs/thesis/chapter.tex"],
@@ -95,7 +95,7 @@ fn a_directory_that_is_no_store_is_refused_and_left_unchanged() {
 }
 
 #[tokio::test]
-async fn a_store_without_a_marker_is_recognised_unless_something_foreign_is_in_it() {
+async fn an_unmarked_store_is_recognised_unless_it_contains_foreign_entries() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("store");
     earlier_store(&root).await;
@@ -150,7 +150,7 @@ async fn a_store_without_a_marker_is_recognised_unless_something_foreign_is_in_i
 }
 
 #[test]
-fn a_marker_decides_and_a_later_or_damaged_one_is_refused() {
+fn a_later_or_damaged_marker_is_refused() {
     let fixture = Fixture::new();
     let root = fixture.store.root();
     let marker = root.join(layout::MARKER);
@@ -158,10 +158,10 @@ fn a_marker_decides_and_a_later_or_damaged_one_is_refused() {
         ("{\"format\": 2, \"more\": []}", ErrorKind::Unsupported, "found format 2"),
         ("{\"format\": 99}", ErrorKind::Unsupported, "later version"),
         ("", ErrorKind::InvalidInput, "an empty file"),
-        ("{\"form", ErrorKind::InvalidInput, "no JSON"),
+        ("{\"form", ErrorKind::InvalidInput, "invalid JSON"),
         ("{}", ErrorKind::InvalidInput, "no format number"),
         ("{\"format\": 0}", ErrorKind::InvalidInput, "no format number"),
-        ("{\"format\": 1, \"id\": 7}", ErrorKind::InvalidInput, "other fields"),
+        ("{\"format\": 1, \"id\": 7}", ErrorKind::InvalidInput, "unexpected fields"),
     ] {
         fs::write(&marker, text).unwrap();
         let before = snapshot(root);
@@ -187,7 +187,7 @@ fn a_marker_decides_and_a_later_or_damaged_one_is_refused() {
 }
 
 #[test]
-fn a_symbolic_link_in_place_of_a_directory_of_the_store_is_refused() {
+fn a_symbolic_link_instead_of_a_store_directory_is_refused() {
     for directory in ["blobs", "blobs/sha256", "modules", "index", "index/urls", "downloads", "labs", "locks"]
     {
         let fixture = Fixture::new();
@@ -211,7 +211,7 @@ fn a_symbolic_link_in_place_of_a_directory_of_the_store_is_refused() {
 }
 
 #[test]
-fn a_store_of_another_user_is_refused_also_to_root() {
+fn a_store_of_another_user_is_refused_even_for_root() {
     if !rustix::process::geteuid().is_root() {
         // Only root can give a directory away; here, root's directories serve as another user's.
         assert!(Store::open("/usr").unwrap_err().report().contains("belongs to user 0"));
@@ -235,7 +235,7 @@ fn a_store_of_another_user_is_refused_also_to_root() {
 }
 
 #[test]
-fn a_directory_that_users_share_is_refused() {
+fn a_directory_shared_between_users_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     set_mode(dir.path(), 0o1777);
     assert!(Store::open(dir.path()).unwrap_err().report().contains("sticky"));
@@ -243,7 +243,7 @@ fn a_directory_that_users_share_is_refused() {
 }
 
 #[tokio::test]
-async fn nobody_but_its_owner_reads_a_store() {
+async fn only_its_owner_can_read_a_store() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let url = fixture.write("secret.img", &raw_disk(1024));
@@ -277,7 +277,7 @@ async fn nobody_but_its_owner_reads_a_store() {
 }
 
 #[test]
-fn a_store_is_private_whatever_the_umask_is() {
+fn a_store_is_private_under_any_umask() {
     for umask in ["000", "022", "077"] {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("new/store");
@@ -288,7 +288,7 @@ fn a_store_is_private_whatever_the_umask_is() {
 }
 
 #[test]
-fn what_cannot_be_written_to_can_still_be_read() {
+fn a_read_only_store_can_be_read() {
     let fixture = Fixture::new();
     // A read-only mount is not needed for this: a complete store is opened without writing anything.
     let before = snapshot(fixture.store.root());
@@ -300,7 +300,7 @@ fn what_cannot_be_written_to_can_still_be_read() {
 }
 
 #[test]
-fn many_may_make_a_store_at_once() {
+fn a_store_can_be_created_concurrently() {
     for _ in 0..20 {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("store");
@@ -320,7 +320,7 @@ fn many_may_make_a_store_at_once() {
 }
 
 #[test]
-fn a_mark_is_recognised_by_its_store_alone() {
+fn a_mark_is_recognised_only_by_its_store() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     assert!(store.recognises(&store.mark()) && store.recognises(store.name()));
@@ -336,7 +336,7 @@ fn a_mark_is_recognised_by_its_store_alone() {
 proptest! {
     /// No tree of regular files is taken for a store, and none is changed.
     #[test]
-    fn only_stores_are_stores(entries in proptest::collection::btree_set(
+    fn no_other_directory_is_mistaken_for_a_store(entries in proptest::collection::btree_set(
         "(blobs|labs|modules|index|locks|downloads|memory|x)(/[a-z.]{1,3}){0,3}", 1..8)
     ) {
         let dir = tempfile::tempdir().unwrap();

@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 const ETAG: &str = "\"one\"";
 
 #[tokio::test]
-async fn an_image_is_downloaded_once_and_asked_for_again() {
+async fn an_image_is_downloaded_once_and_then_revalidated() {
     let disk = raw_disk(300_032);
     let server = Server::start({
         let disk = disk.clone();
@@ -35,7 +35,7 @@ async fn an_image_is_downloaded_once_and_asked_for_again() {
 }
 
 #[tokio::test]
-async fn what_changed_or_cannot_be_asked_for_is_downloaded_again() {
+async fn content_that_changed_or_has_no_validator_is_downloaded_again() {
     let server = Server::start(|asked, number| match number {
         0 => Reply::file(asked, &raw_disk(1024), "\"a\""),
         1 => Reply::file(asked, &raw_disk(2048), "\"b\""),
@@ -50,7 +50,7 @@ async fn what_changed_or_cannot_be_asked_for_is_downloaded_again() {
 }
 
 #[tokio::test]
-async fn a_transfer_that_breaks_goes_on_where_it_broke() {
+async fn an_interrupted_transfer_is_resumed() {
     let disk = raw_disk(400_384);
     let server = Server::start({
         let disk = disk.clone();
@@ -72,7 +72,7 @@ async fn a_transfer_that_breaks_goes_on_where_it_broke() {
 }
 
 #[tokio::test]
-async fn a_server_that_knows_no_ranges_or_has_something_new_is_started_over_with() {
+async fn a_download_starts_over_without_range_support_or_with_new_content() {
     for changed in [false, true] {
         let (old, new) = (raw_disk(100_352), raw_disk(if changed { 120_832 } else { 100_352 }));
         let server = Server::start({
@@ -91,7 +91,7 @@ async fn a_server_that_knows_no_ranges_or_has_something_new_is_started_over_with
 }
 
 #[tokio::test]
-async fn a_wrong_part_is_not_taken() {
+async fn a_wrong_range_is_rejected() {
     let disk = raw_disk(100_352);
     let server = Server::start({
         let disk = disk.clone();
@@ -109,7 +109,7 @@ async fn a_wrong_part_is_not_taken() {
 }
 
 #[tokio::test]
-async fn joined_parts_with_a_wrong_checksum_are_downloaded_anew() {
+async fn a_resumed_download_with_a_wrong_checksum_starts_over() {
     let disk = raw_disk(100_352);
     let server = Server::start({
         let disk = disk.clone();
@@ -129,12 +129,12 @@ async fn joined_parts_with_a_wrong_checksum_are_downloaded_anew() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_fails_at_once() {
+async fn a_missing_file_fails_at_once() {
     for (status, kind, text) in [
         (
             404,
             ErrorKind::NotFound,
-            "expected the file, but the server answered 404 Not Found\n  help: check the URL: the server has nothing there",
+            "expected the file, but the server answered 404 Not Found\n  help: check the URL: the server has no such file",
         ),
         (
             403,
@@ -159,7 +159,7 @@ async fn what_is_not_there_fails_at_once() {
 }
 
 #[tokio::test]
-async fn a_server_in_trouble_is_asked_again_and_then_given_up() {
+async fn a_failing_server_is_retried_a_limited_number_of_times() {
     let disk = raw_disk(1024);
     let server = Server::start({
         let disk = disk.clone();
@@ -185,7 +185,7 @@ async fn a_server_in_trouble_is_asked_again_and_then_given_up() {
 }
 
 #[tokio::test]
-async fn redirects_are_followed_but_not_for_ever() {
+async fn redirects_are_followed_up_to_a_limit() {
     let disk = raw_disk(1024);
     let server = Server::start({
         let disk = disk.clone();
@@ -205,7 +205,7 @@ async fn redirects_are_followed_but_not_for_ever() {
 }
 
 #[tokio::test]
-async fn a_transfer_that_stalls_or_is_short_is_tried_again_and_kept() {
+async fn a_stalled_or_short_transfer_is_retried_and_kept() {
     let disk = raw_disk(100_352);
     let server = Server::start(move |asked, _| {
         let reply = Reply::file(asked, &disk, ETAG);
@@ -231,7 +231,7 @@ async fn a_transfer_that_stalls_or_is_short_is_tried_again_and_kept() {
 }
 
 #[tokio::test]
-async fn nobody_there_says_so() {
+async fn an_unreachable_server_is_reported() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/disk.img", listener.local_addr().unwrap()).parse().unwrap();
     drop(listener);
@@ -243,7 +243,7 @@ async fn nobody_there_says_so() {
 }
 
 #[tokio::test]
-async fn a_corrected_checksum_does_not_download_again() {
+async fn correcting_a_checksum_downloads_nothing() {
     for packed in [false, true] {
         let disk = raw_disk(50_176);
         let served =
@@ -276,7 +276,7 @@ async fn a_corrected_checksum_does_not_download_again() {
 }
 
 #[tokio::test]
-async fn a_file_is_stored_as_it_is_served() {
+async fn a_file_is_stored_as_served() {
     let server = Server::start(|asked, _| Reply::file(asked, b"hello", ETAG));
     let fixture = Fixture::new();
     let url = planned(&server.url("hello.txt"), None);
@@ -286,7 +286,7 @@ async fn a_file_is_stored_as_it_is_served() {
 }
 
 #[tokio::test]
-async fn an_image_that_does_not_fit_is_not_begun() {
+async fn a_download_that_does_not_fit_is_not_started() {
     let server = Server::start(|asked, _| {
         let mut reply = Reply::file(asked, &raw_disk(1024), ETAG);
         reply.length = Some(1 << 60);
@@ -299,7 +299,7 @@ async fn an_image_that_does_not_fit_is_not_begun() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_tasks_share_one_download() {
+async fn concurrent_tasks_share_one_download() {
     let disk = raw_disk(100_352);
     let server = Arc::new(Server::start({
         let disk = disk.clone();
@@ -378,7 +378,7 @@ async fn two_processes_share_one_download() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_large_image_does_not_take_memory() {
+async fn downloading_a_large_image_needs_little_memory() {
     let server = Server::start(|_, _| Reply { repeats: 127, ..Reply::ok(&raw_disk(1 << 20)) });
     let fixture = Fixture::new();
     let mut child = Child::start(fixture.store.root(), &format!("measure {}", server.url("large.img")));
@@ -388,7 +388,7 @@ async fn a_large_image_does_not_take_memory() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_gone_on_with_is_reaped() {
+async fn downloads_that_cannot_be_resumed_are_reaped() {
     let fixture = Fixture::new();
     let key = Digest::of(b"url").to_string();
     let part = fixture.store.part_path(&key);
@@ -399,7 +399,7 @@ async fn what_cannot_be_gone_on_with_is_reaped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_process_is_followed_by_one_that_goes_on() {
+async fn the_download_of_a_killed_process_is_resumed_by_another() {
     let disk = raw_disk(100_352);
     let served = image::pack(super::unpack::Packing::Gzip, &disk).await;
     let server = Server::start({

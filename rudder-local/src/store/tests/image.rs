@@ -36,7 +36,7 @@ fn sparse_disk() -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn packed_images_are_unpacked_on_the_way_in() {
+async fn packed_images_are_unpacked() {
     for packing in ALL {
         let disk = sparse_disk();
         let served = pack(packing, &disk).await;
@@ -68,17 +68,14 @@ async fn packed_images_are_unpacked_on_the_way_in() {
 }
 
 #[tokio::test]
-async fn broken_and_bottomless_packages_are_refused() {
+async fn damaged_and_oversized_packed_images_are_refused() {
     for packing in ALL {
         let fixture = Fixture::new();
         let mut served = pack(packing, &raw_disk(100_352)).await;
         served.truncate(served.len() - 40_000);
         let error = fixture.image(&fixture.write("cut", &served), None).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidImage);
-        assert_eq!(
-            error.to_string(),
-            format!("expected a whole {packing} file, but found one that is broken")
-        );
+        assert_eq!(error.to_string(), format!("expected a complete {packing} file, but found a damaged one"));
 
         let options = StoreOptions { unpacked_limit: 1 << 20, ..StoreOptions::default() };
         let store = Store::open_with(fixture.store.root(), options).unwrap();
@@ -94,11 +91,11 @@ async fn broken_and_bottomless_packages_are_refused() {
     let fixture = Fixture::new();
     let twice = pack(Packing::Xz, &pack(Packing::Gzip, &raw_disk(1024)).await).await;
     let error = fixture.image(&fixture.write("twice", &twice), None).await.unwrap_err();
-    assert_eq!(error.to_string(), "expected a disk image, but found gzip inside xz");
+    assert_eq!(error.to_string(), "expected a disk image, but found gzip data inside xz data");
 }
 
 #[tokio::test]
-async fn bytes_behind_a_gzip_or_bzip2_stream_are_ignored_and_told() {
+async fn bytes_that_follow_gzip_or_bzip2_data_are_ignored_and_reported() {
     for packing in ALL {
         let fixture = Fixture::new();
         let disk = raw_disk(100_352);
@@ -126,26 +123,26 @@ async fn bytes_behind_a_gzip_or_bzip2_stream_are_ignored_and_told() {
             let more = more.unwrap();
             assert_eq!(fs::read(&more.path).unwrap(), disk);
             assert_eq!(more.input.content, Content::of(&served));
-            let told = format!("544 bytes behind the end of the {packing} data were ignored");
+            let told = format!("ignored 544 bytes after the end of the {packing} data");
             assert_eq!(notices(&heard), [told]);
         } else {
             let error = more.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidImage);
-            assert!(error.to_string().contains(&format!("that are not {packing} behind it")), "{error}");
+            assert!(error.to_string().contains(&format!("of other data after its end")), "{error}");
         }
     }
 }
 
 /// What `zstd --long=31` and `xz --lzma2=dict=1536MiB` write.
 #[tokio::test]
-async fn what_needs_too_much_memory_to_be_unpacked_says_which_limit_and_what_to_do() {
+async fn data_that_needs_too_much_memory_to_unpack_is_refused_with_help() {
     let fixture = Fixture::new();
     // A frame with a window of 2 GiB, and an empty last block (RFC 8878, 3.1.1).
     let zstd = [0x28, 0xb5, 0x2f, 0xfd, 0, 21 << 3, 1, 0, 0];
     let error = fixture.image(&fixture.write("long.zst", &zstd), None).await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "expected zstd data with a window of at most 128.0 MiB, but found a larger window"
+        "expected zstd data with a window of at most 128.0 MiB, but found a larger one"
     );
     assert!(error.help().unwrap().contains("zstd --long=27"), "{error:?}");
     // The header of a stream without checks, and of a block with LZMA2 and a dictionary of 1.5 GiB (.xz format, 2.1 and 3.1).
@@ -170,7 +167,7 @@ fn crc32(bytes: &[u8]) -> u32 {
 }
 
 #[tokio::test]
-async fn unpacking_stops_at_what_the_disk_has_room_for() {
+async fn unpacking_stops_at_the_size_of_the_disk() {
     for packing in ALL {
         let fixture = Fixture::new();
         let room = 1 << 20;
@@ -202,7 +199,7 @@ async fn unpacking_stops_at_what_the_disk_has_room_for() {
 }
 
 #[tokio::test]
-async fn a_download_for_a_disk_that_is_too_small_is_not_unpacked_and_goes_on_for_a_larger_one() {
+async fn a_download_for_a_disk_that_is_too_small_is_resumed_for_a_larger_one() {
     let disk = sparse_disk();
     let served = pack(Packing::Gzip, &disk).await;
     let server = Server::start({
@@ -224,7 +221,7 @@ async fn a_download_for_a_disk_that_is_too_small_is_not_unpacked_and_goes_on_for
 }
 
 #[tokio::test]
-async fn what_is_no_image_is_refused_and_not_kept() {
+async fn a_file_that_is_not_an_image_is_refused_and_not_kept() {
     let server = Server::start(|_, number| match number {
         0 | 1 => Reply::ok(b"<!DOCTYPE html><html><body>Sign in</body></html>").with("ETag", "\"e\""),
         _ => Reply::ok(&raw_disk(1024)),
@@ -251,7 +248,7 @@ async fn what_is_no_image_is_refused_and_not_kept() {
 }
 
 #[tokio::test]
-async fn a_local_file_is_copied_once_and_again_when_it_changed() {
+async fn a_local_file_is_copied_again_only_if_it_changed() {
     let fixture = Fixture::new();
     let url = fixture.write("disk.img", &raw_disk(4096));
     let path = url.to_file_path().unwrap();

@@ -3,12 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod child;
+mod collect;
 mod content;
 mod copies;
 mod damage;
 mod directory;
 mod download;
-mod gather;
+
 mod image;
 mod secure;
 mod server;
@@ -96,7 +97,7 @@ fn listening() -> (Progress, Arc<Mutex<Vec<ProgressEvent>>>) {
 }
 
 #[test]
-fn what_must_not_be_shown_is_masked() {
+fn secrets_in_urls_are_masked() {
     let masked = |text: &str| masked(&text.parse().unwrap());
     assert_eq!(
         masked("https://u:geheim@h/x?v=1&X-Amz-Signature=abc#f"),

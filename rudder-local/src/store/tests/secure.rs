@@ -4,7 +4,7 @@
 use super::{child::Child, server::*, *};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_is_trusted_whose_authority_is_named() {
+async fn a_server_with_a_configured_authority_is_trusted() {
     let disk = raw_disk(100_352);
     let authority = Authority::new();
     let server = Server::start_tls(&authority, {
@@ -20,7 +20,7 @@ async fn a_server_is_trusted_whose_authority_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_of_an_unknown_authority_is_refused_at_once() {
+async fn a_server_with_an_unknown_authority_is_refused_at_once() {
     let server = Server::start_tls(&Authority::new(), |_, _| panic!("it is asked for nothing"));
     let fixture = Fixture::new();
     let url = server.url("disk.img");
@@ -37,7 +37,7 @@ async fn a_server_of_an_unknown_authority_is_refused_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn proxies_of_the_environment_are_gone_through() {
+async fn proxies_from_the_environment_are_used() {
     let disk = raw_disk(100_352);
     let authority = Authority::new();
     let answer = {

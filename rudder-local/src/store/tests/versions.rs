@@ -1,6 +1,6 @@
 //! The current version of a module, and records that cannot be trusted.
 
-use super::{directory::snapshot, gather::publish, *};
+use super::{collect::publish, directory::snapshot, *};
 use rudder_core::backend::{LabId, Retention};
 use serde_json::{Value, json};
 use std::{os::unix::fs::symlink, process::Command};
@@ -34,7 +34,7 @@ async fn two_versions(
 }
 
 #[tokio::test]
-async fn a_module_whose_pointer_is_lost_is_kept_and_found() {
+async fn a_module_whose_pointer_is_lost_is_still_found() {
     for damage in ["removed", "dangling", "elsewhere", "directory", "file", "text"] {
         let fixture = Fixture::new();
         let store = &fixture.store;
@@ -69,7 +69,7 @@ async fn a_module_whose_pointer_is_lost_is_kept_and_found() {
 }
 
 #[tokio::test]
-async fn of_two_versions_without_a_pointer_the_one_that_was_not_replaced_is_current() {
+async fn without_a_pointer_the_only_version_that_is_not_replaced_is_current() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let (first, second, lease) = two_versions(&fixture).await;
@@ -82,7 +82,7 @@ async fn of_two_versions_without_a_pointer_the_one_that_was_not_replaced_is_curr
 }
 
 #[tokio::test]
-async fn versions_of_which_none_is_known_to_be_replaced_are_all_kept_until_somebody_says_which_one_it_is() {
+async fn ambiguous_versions_are_kept_until_one_is_chosen() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let (first, second, lease) = two_versions(&fixture).await;
@@ -115,7 +115,7 @@ async fn versions_of_which_none_is_known_to_be_replaced_are_all_kept_until_someb
 }
 
 #[tokio::test]
-async fn a_version_that_its_owner_went_back_to_stays_and_so_does_the_other() {
+async fn after_switching_back_by_hand_both_versions_stay() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let (first, second, lease) = two_versions(&fixture).await;
@@ -128,7 +128,7 @@ async fn a_version_that_its_owner_went_back_to_stays_and_so_does_the_other() {
 }
 
 #[tokio::test]
-async fn a_store_that_was_copied_without_links_is_read_and_nothing_of_it_is_lost() {
+async fn a_store_copied_without_links_is_readable_and_nothing_is_lost() {
     for options in ["-rL", "-a", "-r"] {
         let fixture = Fixture::new();
         let (_, second, lease) = two_versions(&fixture).await;
@@ -149,7 +149,7 @@ async fn a_store_that_was_copied_without_links_is_read_and_nothing_of_it_is_lost
 }
 
 #[tokio::test]
-async fn a_record_that_cannot_be_trusted_is_an_error_that_names_it_and_the_others_stay_usable() {
+async fn a_damaged_record_is_an_error_and_other_modules_stay_usable() {
     type Change = fn(&mut Value);
     let changes: [(&str, ErrorKind, Change); 12] = [
         ("found format 3", ErrorKind::Unsupported, |r| r["format"] = json!(3)),
@@ -208,7 +208,7 @@ async fn a_record_that_cannot_be_trusted_is_an_error_that_names_it_and_the_other
 }
 
 #[tokio::test]
-async fn files_of_a_module_that_are_no_plain_whole_files_are_errors_that_name_them() {
+async fn module_files_that_are_irregular_or_incomplete_are_errors() {
     for damage in ["short", "long", "missing", "link", "directory", "fifo", "record-link", "record-directory"]
     {
         let fixture = Fixture::new();
@@ -244,7 +244,7 @@ async fn files_of_a_module_that_are_no_plain_whole_files_are_errors_that_name_th
 }
 
 #[tokio::test]
-async fn what_is_not_the_store_s_among_modules_and_labs_is_never_touched() {
+async fn foreign_entries_among_modules_and_labs_are_never_touched() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let root = store.root().to_owned();

@@ -14,19 +14,19 @@ pub(super) struct Source<R> {
     reader: R,
     buffer: Vec<u8>,
     /// Number of bytes of the buffer that were consumed.
-    taken: usize,
+    consumed: usize,
 }
 
 impl<R: Read> Source<R> {
     pub(super) fn new(reader: R) -> Self {
-        Self { reader, buffer: Vec::with_capacity(CHUNK), taken: 0 }
+        Self { reader, buffer: Vec::with_capacity(CHUNK), consumed: 0 }
     }
 
     /// Returns at least this many of the next bytes, or fewer at the end.
     pub(super) fn peek(&mut self, count: usize) -> io::Result<&[u8]> {
-        while self.buffer.len() - self.taken < count {
-            self.buffer.drain(..self.taken);
-            self.taken = 0;
+        while self.buffer.len() - self.consumed < count {
+            self.buffer.drain(..self.consumed);
+            self.consumed = 0;
             let filled = self.buffer.len();
             self.buffer.resize(CHUNK, 0);
             let read = self.reader.read(&mut self.buffer[filled..]);
@@ -38,7 +38,7 @@ impl<R: Read> Source<R> {
                 Err(error) => return Err(error),
             }
         }
-        Ok(&self.buffer[self.taken..])
+        Ok(&self.buffer[self.consumed..])
     }
 
     /// Consumes zeros, up to the next nonzero byte.
@@ -47,7 +47,7 @@ impl<R: Read> Source<R> {
             let next = self.peek(1)?;
             let zeros = next.iter().take_while(|byte| **byte == 0).count();
             let more = !next.is_empty() && zeros == next.len();
-            self.taken += zeros;
+            self.consumed += zeros;
             if !more {
                 return Ok(());
             }
@@ -65,7 +65,7 @@ impl<R: Read> Source<R> {
             }
             count += next.len() as u64;
             zeros &= next.iter().all(|byte| *byte == 0);
-            self.taken = self.buffer.len();
+            self.consumed = self.buffer.len();
         }
     }
 }
@@ -76,7 +76,7 @@ impl<R: Read + Unpin> AsyncBufRead for Source<R> {
     }
 
     fn consume(mut self: Pin<&mut Self>, count: usize) {
-        self.taken += count;
+        self.consumed += count;
     }
 }
 
@@ -90,7 +90,7 @@ impl<R: Read + Unpin> AsyncRead for Source<R> {
         let next = this.peek(1)?;
         let count = next.len().min(buffer.remaining());
         buffer.put_slice(&next[..count]);
-        this.taken += count;
+        this.consumed += count;
         Poll::Ready(Ok(()))
     }
 }

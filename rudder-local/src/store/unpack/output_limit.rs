@@ -11,7 +11,7 @@ use rudder_core::{Error, ErrorKind, Result};
 const HEAD: usize = 512;
 
 /// Counts the unpacked bytes, and refuses what exceeds the limits.
-pub(super) struct Room {
+pub(super) struct OutputLimit {
     /// The store's limit.
     limit: u64,
     /// The size of the disk.
@@ -20,18 +20,18 @@ pub(super) struct Room {
     head: Vec<u8>,
     /// What the disk and its format allow, once the format is known.
     allowed: Option<u64>,
-    taken: u64,
+    written: u64,
 }
 
-impl Room {
+impl OutputLimit {
     pub(super) fn new(limit: u64, disk: Option<u64>) -> Self {
-        Self { limit, disk, head: Vec::new(), allowed: None, taken: 0 }
+        Self { limit, disk, head: Vec::new(), allowed: None, written: 0 }
     }
 
     /// Counts unpacked bytes before they are written.
-    pub(super) fn take(&mut self, bytes: &[u8], packing: Packing) -> Result<()> {
-        self.taken += bytes.len() as u64;
-        if self.taken > self.limit {
+    pub(super) fn count(&mut self, bytes: &[u8], packing: Packing) -> Result<()> {
+        self.written += bytes.len() as u64;
+        if self.written > self.limit {
             let limit = human(self.limit);
             return Err(Error::new(
                 ErrorKind::InvalidImage,
@@ -45,7 +45,7 @@ impl Room {
             self.head.extend_from_slice(&bytes[..missing]);
         }
         if self.head.len() >= HEAD && self.allowed.is_none() {
-            let (format, size) = format::glance(&self.head);
+            let (format, size) = format::guess(&self.head);
             if let Some(size) = size.filter(|size| *size > disk) {
                 return Err(too_large(
                     disk,
@@ -55,9 +55,9 @@ impl Room {
             self.allowed = Some(disk.saturating_add(overhead(format, disk)));
         }
         match self.allowed {
-            Some(allowed) if self.taken > allowed => {
-                let taken = human(self.taken);
-                Err(too_large(disk, &format!("at least {taken} in the {packing} file")))
+            Some(allowed) if self.written > allowed => {
+                let written = human(self.written);
+                Err(too_large(disk, &format!("at least {written} in the {packing} file")))
             }
             _ => Ok(()),
         }

@@ -49,7 +49,7 @@ pub(super) fn assert_whole(module: &Module) {
 }
 
 #[tokio::test]
-async fn a_module_replaces_the_one_of_its_name() {
+async fn publishing_replaces_the_module_of_the_same_name() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let first = publish(store, "base", b"one").await.unwrap();
@@ -76,7 +76,7 @@ async fn a_module_replaces_the_one_of_its_name() {
 }
 
 #[tokio::test]
-async fn a_bad_draft_changes_nothing() {
+async fn an_invalid_draft_changes_nothing() {
     let fixture = Fixture::new();
     let error = publish(&fixture.store, "../x", b"one").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
@@ -97,7 +97,7 @@ async fn a_bad_draft_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_publisher_killed_at_any_moment_leaves_a_whole_module() {
+async fn a_publisher_killed_at_any_moment_leaves_a_complete_module() {
     let fixture = Fixture::new();
     for round in 0..6 {
         let mut child = Child::start(fixture.store.root(), "publish base");
@@ -120,7 +120,7 @@ async fn a_publisher_killed_at_any_moment_leaves_a_whole_module() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_owner_is_reaped_and_a_living_one_is_not() {
+async fn labs_of_dead_owners_are_reaped_and_those_of_living_ones_are_not() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let mut child = Child::start(store.root(), "lab crash");
@@ -172,7 +172,7 @@ async fn a_kept_lab_stays_until_it_is_removed() {
 }
 
 #[tokio::test]
-async fn what_is_needed_is_not_collected() {
+async fn nothing_that_is_needed_is_collected() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let url = |size: usize| fixture.write(&format!("{size}.img"), &raw_disk(size));
@@ -209,7 +209,7 @@ async fn what_is_needed_is_not_collected() {
 }
 
 #[tokio::test]
-async fn an_iso_stays_for_its_time_whatever_was_made_of_it() {
+async fn an_iso_is_cached_for_its_own_retention_time() {
     const HOUR: Duration = Duration::from_secs(3600);
     let fixture = Fixture::new();
     let store = &fixture.store;
@@ -248,7 +248,7 @@ async fn an_iso_stays_for_its_time_whatever_was_made_of_it() {
 }
 
 #[tokio::test]
-async fn how_long_something_is_unused_counts_from_the_end_of_its_use() {
+async fn the_unused_time_counts_from_the_end_of_the_last_use() {
     let fixture = Fixture::new();
     let store = &fixture.store;
     let url = fixture.write("os.iso", b"iso");

@@ -3,9 +3,9 @@
 use super::{
     Store,
     blob::{UrlRecord, Validator},
-    download::{Received, Wanted},
+    download::{Received, Requested},
     durable,
-    fetch::Got,
+    fetch::Obtained,
     format, masked,
     unpack::{self, Packing, Stop},
 };
@@ -13,13 +13,13 @@ use rudder_core::{ErrorKind, Result, backend::Progress, plan::PlannedUrl};
 
 impl Store {
     /// Turns a complete download into a blob, if it passes the checks.
-    pub(super) fn enter(
+    pub(super) fn ingest(
         &self,
         url: &PlannedUrl,
         received: Received,
-        wanted: Wanted,
+        requested: Requested,
         progress: &Progress,
-    ) -> Result<Got> {
+    ) -> Result<Obtained> {
         let Received { part, served, unpacked, .. } = received;
         let size = part.len();
         let origin = part.origin();
@@ -34,20 +34,21 @@ impl Store {
             },
         };
         if let Err(mut mismatch) = Self::verify(url, &served) {
-            if wanted.is_image()
+            if requested.is_image()
                 && Packing::of_file(part.path())?.is_none()
                 && let Err(error) = format::recognise_file(part.path())
             {
-                mismatch = mismatch.with_help(format!("what came is no image: {error}; check the URL"));
+                mismatch =
+                    mismatch.with_help(format!("check the URL: the received file is not an image: {error}"));
             }
             self.insert_blob(part.path(), &served)?;
             self.write_url_record(&url.url, &record)?;
             part.discard()?;
             return Err(mismatch);
         }
-        let got = match (wanted, Packing::of_file(part.path())?) {
-            (Wanted::File, _) => Got::file(served, size, self.insert_blob(part.path(), &served)?),
-            (Wanted::Image { disk }, None) => {
+        let got = match (requested, Packing::of_file(part.path())?) {
+            (Requested::File, _) => Obtained::file(served, size, self.insert_blob(part.path(), &served)?),
+            (Requested::Image { disk }, None) => {
                 // What is not an image is not worth keeping: the server may have the right one next time.
                 if let Err(error) = format::recognise_file(part.path()) {
                     part.discard()?;
@@ -55,9 +56,9 @@ impl Store {
                 }
                 let lease = self.insert_blob(part.path(), &served)?;
                 let image = self.image_of_blob(&served, lease, disk, progress, &Stop::default())?;
-                Got::image(served, image)
+                Obtained::image(served, image)
             }
-            (Wanted::Image { disk }, Some(packing)) => {
+            (Requested::Image { disk }, Some(packing)) => {
                 let unpacked = match unpacked {
                     Some((restarts, Ok(Some(unpacked)))) if restarts == part.growth().restarts() => {
                         Ok(unpacked)
@@ -69,10 +70,10 @@ impl Store {
                             unpack::unpack(self, packing, file, disk, progress, &Stop::default())
                         }),
                 };
-                let entered =
-                    unpacked.and_then(|unpacked| self.enter_unpacked(&served, size, unpacked, progress));
-                match entered {
-                    Ok(entered) => Got::image(served, entered),
+                let ingested =
+                    unpacked.and_then(|unpacked| self.ingest_unpacked(&served, size, unpacked, progress));
+                match ingested {
+                    Ok(ingested) => Obtained::image(served, ingested),
                     Err(error) => {
                         // What is not an image is not worth keeping; what could not be unpacked for lack of space is.
                         if error.kind() == ErrorKind::InvalidImage {
