@@ -36,7 +36,7 @@ impl fmt::Display for Chosen {
 
 /// What the host reports about KVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Facts {
+pub(crate) struct KvmSupport {
     /// Whether `/dev/kvm` opens for reading and writing.
     pub(crate) device: Device,
     /// Whether the processor has hardware virtualisation (`vmx` or `svm` among the flags of `/proc/cpuinfo`).
@@ -53,8 +53,8 @@ pub(crate) enum Device {
     Denied,
 }
 
-impl Facts {
-    pub(crate) fn gather(built_in: bool) -> Self {
+impl KvmSupport {
+    pub(crate) fn detect(built_in: bool) -> Self {
         let device = match OpenOptions::new().read(true).write(true).open(Path::new("/dev/kvm")) {
             Ok(_) => Device::Opens,
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Device::Denied,
@@ -70,15 +70,15 @@ impl Facts {
             Some(("this QEMU was built without KVM", "install Debian's package qemu-system-x86"))
         } else if self.device == Device::Missing {
             Some((
-                "/dev/kvm is not there",
-                "load the module kvm_intel or kvm_amd, or switch on virtualisation in the firmware",
+                "/dev/kvm does not exist",
+                "load the module kvm_intel or kvm_amd, or enable virtualisation in the firmware",
             ))
         } else if self.device == Device::Denied {
-            Some(("/dev/kvm may not be opened", "add the user to the group kvm"))
+            Some(("/dev/kvm cannot be opened (permission denied)", "add the user to the group kvm"))
         } else if !self.hardware {
             Some((
-                "/dev/kvm is there, but the processor shows neither vmx nor svm, and ordinary kernels do not boot on such a KVM",
-                "switch on nested virtualisation for this machine",
+                "/dev/kvm exists, but the processor reports neither vmx nor svm, and ordinary kernels do not boot on such a KVM",
+                "enable nested virtualisation for this machine",
             ))
         } else {
             None
@@ -95,8 +95,8 @@ fn has_virtualisation(cpuinfo: &str) -> bool {
 }
 
 /// Returns the accelerator, and a notice about it for the user.
-pub(crate) fn decide(wanted: Accelerator, facts: Facts) -> Result<(Chosen, Option<String>)> {
-    match (wanted, facts.obstacle()) {
+pub(crate) fn decide(requested: Accelerator, support: KvmSupport) -> Result<(Chosen, Option<String>)> {
+    match (requested, support.obstacle()) {
         (Accelerator::Tcg, _) => Ok((Chosen::Tcg, None)),
         (Accelerator::Auto | Accelerator::Kvm, None) => Ok((Chosen::Kvm, None)),
         (Accelerator::Auto, Some((why, help))) => Ok((
@@ -106,12 +106,12 @@ pub(crate) fn decide(wanted: Accelerator, facts: Facts) -> Result<(Chosen, Optio
             )),
         )),
         // Requested explicitly, and QEMU can at least try.
-        (Accelerator::Kvm, Some((why, _))) if facts.built_in && facts.device == Device::Opens => {
-            Ok((Chosen::Kvm, Some(format!("KVM is used because it was asked for, although {why}"))))
+        (Accelerator::Kvm, Some((why, _))) if support.built_in && support.device == Device::Opens => {
+            Ok((Chosen::Kvm, Some(format!("KVM is used because it was requested, although {why}"))))
         }
         (Accelerator::Kvm, Some((why, help))) => Err(Error::new(
             ErrorKind::HostMissing,
-            format!("expected KVM, which was asked for, but found that {why}"),
+            format!("expected KVM, which was requested, but found that {why}"),
         )
         .with_help(format!("{help}; or use the accelerator auto or tcg"))),
     }
@@ -122,39 +122,39 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    const GOOD: Facts = Facts { device: Device::Opens, hardware: true, built_in: true };
+    const COMPLETE: KvmSupport = KvmSupport { device: Device::Opens, hardware: true, built_in: true };
 
     #[test]
-    fn auto_takes_kvm_only_where_everything_is_there() {
-        assert_eq!(decide(Accelerator::Auto, GOOD).unwrap(), (Chosen::Kvm, None));
-        for (facts, why) in [
-            (Facts { hardware: false, ..GOOD }, "neither vmx nor svm"),
-            (Facts { device: Device::Missing, ..GOOD }, "/dev/kvm is not there"),
-            (Facts { device: Device::Denied, ..GOOD }, "group kvm"),
-            (Facts { built_in: false, ..GOOD }, "built without KVM"),
+    fn auto_uses_kvm_only_if_all_requirements_are_met() {
+        assert_eq!(decide(Accelerator::Auto, COMPLETE).unwrap(), (Chosen::Kvm, None));
+        for (support, why) in [
+            (KvmSupport { hardware: false, ..COMPLETE }, "neither vmx nor svm"),
+            (KvmSupport { device: Device::Missing, ..COMPLETE }, "/dev/kvm does not exist"),
+            (KvmSupport { device: Device::Denied, ..COMPLETE }, "group kvm"),
+            (KvmSupport { built_in: false, ..COMPLETE }, "built without KVM"),
         ] {
-            let (chosen, notice) = decide(Accelerator::Auto, facts).unwrap();
+            let (chosen, notice) = decide(Accelerator::Auto, support).unwrap();
             assert_eq!(chosen, Chosen::Tcg);
             assert!(notice.unwrap().contains(why));
         }
     }
 
     #[test]
-    fn what_is_forced_is_done_or_refused_but_never_replaced() {
-        assert_eq!(decide(Accelerator::Tcg, GOOD).unwrap(), (Chosen::Tcg, None));
-        let (chosen, notice) = decide(Accelerator::Kvm, Facts { hardware: false, ..GOOD }).unwrap();
+    fn an_explicit_accelerator_is_used_or_refused_but_never_replaced() {
+        assert_eq!(decide(Accelerator::Tcg, COMPLETE).unwrap(), (Chosen::Tcg, None));
+        let (chosen, notice) = decide(Accelerator::Kvm, KvmSupport { hardware: false, ..COMPLETE }).unwrap();
         assert_eq!((chosen, notice.is_some()), (Chosen::Kvm, true));
-        let error = decide(Accelerator::Kvm, Facts { device: Device::Missing, ..GOOD }).unwrap_err();
+        let error = decide(Accelerator::Kvm, KvmSupport { device: Device::Missing, ..COMPLETE }).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostMissing);
         assert_eq!(
             error.report(),
-            "expected KVM, which was asked for, but found that /dev/kvm is not there\n  help: load the module \
-             kvm_intel or kvm_amd, or switch on virtualisation in the firmware; or use the accelerator auto or tcg"
+            "expected KVM, which was requested, but found that /dev/kvm does not exist\n  help: load the module \
+             kvm_intel or kvm_amd, or enable virtualisation in the firmware; or use the accelerator auto or tcg"
         );
     }
 
     #[test]
-    fn flags_are_whole_words_of_the_flags_line() {
+    fn virtualisation_flags_are_matched_as_whole_words() {
         assert!(has_virtualisation("processor : 0\nflags\t\t: fpu vmx sse\n"));
         assert!(has_virtualisation("flags\t\t: svm\n"));
         assert!(!has_virtualisation("flags\t\t: fpu svme\nvmx flags\t: vnmi\nmodel name\t: svm\n"));

@@ -55,7 +55,7 @@ pub struct Image {
 
 /// Requirements for a firmware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted<'a> {
+pub struct Requirements<'a> {
     /// The full name of the machine type, such as `pc-q35-7.2`.
     pub machine: &'a str,
     /// Whether it enforces Secure Boot, with enrolled keys.
@@ -129,7 +129,7 @@ pub struct Catalog {
     directories: Vec<PathBuf>,
     descriptors: Vec<(PathBuf, Descriptor)>,
     /// Descriptors that could not be read, and why.
-    broken: Vec<String>,
+    unreadable: Vec<String>,
 }
 
 impl Catalog {
@@ -157,7 +157,7 @@ impl Catalog {
             match read {
                 Ok(Some(descriptor)) => catalog.descriptors.push((path, descriptor)),
                 Ok(None) => {}
-                Err(error) => catalog.broken.push(format!("{}: {error}", path.display())),
+                Err(error) => catalog.unreadable.push(format!("{}: {error}", path.display())),
             }
         }
         catalog
@@ -167,14 +167,14 @@ impl Catalog {
     ///
     /// # Errors
     /// `HostMissing`, with the package to install.
-    pub fn choose(&self, wanted: Wanted<'_>) -> Result<Uefi> {
-        let mut reasons = self.broken.clone();
-        let mut suits = |path: &Path, descriptor: &Descriptor| {
-            if !descriptor.is_for(wanted.machine) {
+    pub fn choose(&self, requirements: Requirements<'_>) -> Result<Uefi> {
+        let mut reasons = self.unreadable.clone();
+        let mut evaluate = |path: &Path, descriptor: &Descriptor| {
+            if !descriptor.is_for(requirements.machine) {
                 return None;
             }
             let (code, template) = descriptor.images()?;
-            if wanted.secure {
+            if requirements.secure {
                 // Without SMM the guest's kernel could change the keys; without keys nothing is enforced.
                 let all = ["secure-boot", "enrolled-keys", "requires-smm"];
                 all.iter().all(|feature| descriptor.has(feature)).then_some(())?;
@@ -182,7 +182,7 @@ impl Catalog {
                 // It would enforce Secure Boot, which was not requested.
                 return None;
             }
-            match usable(code, template, wanted.variables) {
+            match usable(code, template, requirements.variables) {
                 Ok(()) => Some(Uefi {
                     code: code.clone(),
                     template: template.clone(),
@@ -196,34 +196,34 @@ impl Catalog {
         };
         let mut found = None;
         for (path, descriptor) in &self.descriptors {
-            let Some(uefi) = suits(path, descriptor) else { continue };
+            let Some(uefi) = evaluate(path, descriptor) else { continue };
             // System management mode costs time, and protects nothing if there are no keys.
-            if wanted.secure || !uefi.smm {
+            if requirements.secure || !uefi.smm {
                 return Ok(uefi);
             }
             found.get_or_insert(uefi);
         }
-        found.ok_or_else(|| self.missing(wanted, &reasons))
+        found.ok_or_else(|| self.missing(requirements, &reasons))
     }
 
-    fn missing(&self, wanted: Wanted<'_>, reasons: &[String]) -> Error {
-        let what = if wanted.secure {
-            "UEFI firmware that enforces Secure Boot, with its keys enrolled,"
+    fn missing(&self, requirements: Requirements<'_>, reasons: &[String]) -> Error {
+        let what = if requirements.secure {
+            "UEFI firmware that enforces Secure Boot with enrolled keys"
         } else {
             "UEFI firmware"
         };
-        let places: Vec<String> =
+        let directories: Vec<String> =
             self.directories.iter().map(|directory| directory.display().to_string()).collect();
         let mut message = format!(
             "expected {what} for {} among the firmware descriptors of QEMU ({}), but found none",
-            wanted.machine,
-            places.join(", ")
+            requirements.machine,
+            directories.join(", ")
         );
         for reason in reasons {
             message.push_str("; ");
             message.push_str(reason);
         }
-        let help = if wanted.variables.is_some() {
+        let help = if requirements.variables.is_some() {
             "install the firmware that the module was built with, or build the module again".to_owned()
         } else {
             format!("install it: {INSTALL}")
@@ -239,17 +239,17 @@ fn usable(code: &Image, template: &Image, variables: Option<(&str, u64)>) -> Res
         meta.map(|meta| meta.len()).map_err(|error| format!("{}: {error}", image.path.display()))
     };
     size(code)?;
-    let room = size(template)?;
+    let capacity = size(template)?;
     let Some((format, size)) = variables else { return Ok(()) };
     if template.format != format {
         return Err(format!(
-            "its variables are {}, and those that there are already {format}",
+            "its variables are in the format {}, but the existing ones are in the format {format}",
             template.format
         ));
     }
     // For other formats, the file size differs from that of the flash memory.
-    if format == "raw" && room != size {
-        return Err(format!("it has {room} bytes for variables, and there are already {size}"));
+    if format == "raw" && capacity != size {
+        return Err(format!("it has {capacity} bytes for variables, but the existing ones take {size}"));
     }
     Ok(())
 }

@@ -25,7 +25,7 @@ pub const VARIABLE: &str = "RUDDER_HELPER";
 const PROGRAM: &str = "rudder-helper";
 
 /// Interval between checks whether the lab's directory still exists.
-const GONE: Duration = Duration::from_secs(2);
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Whether this program calls [`run`].
 static IS_HELPER: AtomicBool = AtomicBool::new(false);
@@ -91,15 +91,15 @@ fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
             network.add_machine(&machine.name, &machine.nics).map_err(io::Error::other)?;
         }
         for machine in &record.machines {
-            let doors = machine.doors.iter().map(|(port, file)| (*port, PathBuf::from(file)));
+            let forwards = machine.port_forwards.iter().map(|(port, file)| (*port, PathBuf::from(file)));
             open.push((
                 network.plug(&machine.name, machine.sockets.iter().map(PathBuf::from)),
-                network.open_doors(&machine.name, doors)?,
+                network.forward_ports(&machine.name, forwards)?,
             ));
         }
         let _open = open;
         loop {
-            tokio::time::sleep(GONE).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
             // A directory without a name has no links (stat(2)): the lab was removed by hand.
             if fs::metadata(".")?.nlink() == 0 {
                 return Err(io::Error::new(io::ErrorKind::NotFound, "the directory of the lab was removed"));

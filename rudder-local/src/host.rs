@@ -1,8 +1,8 @@
 //! What the host provides: programs, their versions, the features of QEMU (as reported by QEMU), and the accelerator.
 
 use crate::{
-    accelerator::{self, Accelerator, Chosen, Facts},
-    firmware::{self, Catalog, Uefi, Wanted},
+    accelerator::{self, Accelerator, Chosen, KvmSupport},
+    firmware::{self, Catalog, Requirements, Uefi},
     helper::HelperProgram,
     pci_layout::Chipset,
     process::{Invocation, Lifetime, find},
@@ -84,17 +84,17 @@ impl Host {
     ///
     /// # Errors
     /// `HostMissing`, with how to fix it.
-    pub async fn examine(programs: &Programs, wanted: Accelerator) -> Result<Self> {
+    pub async fn examine(programs: &Programs, requested: Accelerator) -> Result<Self> {
         let qemu = require(programs.qemu.as_deref(), "qemu-system-x86_64")?;
         let qemu_img = require(programs.qemu_img.as_deref(), "qemu-img")?;
         let qemu_nbd = require_nbd(&qemu_img)?;
         let setpriv = find(programs.setpriv.as_deref(), "setpriv");
         let lifetime = Lifetime::WithOwner(setpriv.clone());
-        let (answers, img_version) =
-            tokio::try_join!(ask_qemu(&qemu, lifetime.clone()), ask_version(&qemu_img, lifetime))?;
-        let (accelerator, notice) = accelerator::decide(wanted, Facts::gather(answers.kvm))?;
+        let (features, img_version) =
+            tokio::try_join!(query_qemu(&qemu, lifetime.clone()), program_version(&qemu_img, lifetime))?;
+        let (accelerator, notice) = accelerator::decide(requested, KvmSupport::detect(features.kvm))?;
         let versions = BTreeMap::from([
-            ("qemu".to_owned(), answers.version),
+            ("qemu".to_owned(), features.version),
             ("qemu-img".to_owned(), img_version),
             ("accelerator".to_owned(), accelerator.to_string()),
         ]);
@@ -109,8 +109,8 @@ impl Host {
             accelerator,
             notice,
             versions,
-            devices: answers.devices,
-            machines: answers.machines,
+            devices: features.devices,
+            machines: features.machines,
         })
     }
 
@@ -140,7 +140,7 @@ impl Host {
     pub fn uefi(&self, chipset: Chipset, secure: bool, variables: Option<(&str, u64)>) -> Result<Uefi> {
         let alias = chipset.machine();
         let machine = self.machines.get(alias).map_or(alias, String::as_str);
-        self.firmware.choose(Wanted { machine, secure, variables })
+        self.firmware.choose(Requirements { machine, secure, variables })
     }
 
     /// Returns the accelerator that machines run on.
@@ -189,8 +189,8 @@ impl Host {
     ///
     /// # Errors
     /// `HostMissing` when it cannot be run.
-    pub async fn ask_version(&self, program: &Path) -> Result<String> {
-        ask_version(program, self.with_owner()).await
+    pub async fn program_version(&self, program: &Path) -> Result<String> {
+        program_version(program, self.with_owner()).await
     }
 
     /// Returns the path of the emulator.
@@ -221,12 +221,15 @@ impl TpmPrograms {
     /// # Errors
     /// `HostMissing`, with the packages to install.
     pub fn find(given: Option<&Path>) -> Result<Self> {
-        let missing = |name: &str, place: &str| {
-            Error::new(ErrorKind::HostMissing, format!("expected the program {name} {place}, but found none"))
-                .with_help(format!("install it: {INSTALL_TPM}; or write `tpm: false`"))
+        let missing = |name: &str, location: &str| {
+            Error::new(
+                ErrorKind::HostMissing,
+                format!("expected the program {name} {location}, but found none"),
+            )
+            .with_help(format!("install it: {INSTALL_TPM}; or write `tpm: false`"))
         };
-        let place = given.map_or_else(|| "in PATH".to_owned(), |path| format!("at {}", path.display()));
-        let swtpm = find(given, "swtpm").ok_or_else(|| missing("swtpm", &place))?;
+        let location = given.map_or_else(|| "in PATH".to_owned(), |path| format!("at {}", path.display()));
+        let swtpm = find(given, "swtpm").ok_or_else(|| missing("swtpm", &location))?;
         // Beside swtpm, in case it is not in PATH.
         let beside = swtpm.parent().map(|directory| directory.join("swtpm_setup"));
         let setup = find(beside.as_deref(), "swtpm_setup").or_else(|| find(None, "swtpm_setup"));
@@ -237,8 +240,8 @@ impl TpmPrograms {
 
 fn require(given: Option<&Path>, name: &str) -> Result<PathBuf> {
     find(given, name).ok_or_else(|| {
-        let place = given.map_or_else(|| "in PATH".to_owned(), |path| format!("at {}", path.display()));
-        Error::new(ErrorKind::HostMissing, format!("expected the program {name} {place}, but found none"))
+        let location = given.map_or_else(|| "in PATH".to_owned(), |path| format!("at {}", path.display()));
+        Error::new(ErrorKind::HostMissing, format!("expected the program {name} {location}, but found none"))
             .with_help(format!("install it: {INSTALL}"))
     })
 }
@@ -252,7 +255,7 @@ fn require_nbd(qemu_img: &Path) -> Result<PathBuf> {
 }
 
 #[derive(Debug)]
-struct Answers {
+struct QemuFeatures {
     version: String,
     kvm: bool,
     devices: BTreeSet<String>,
@@ -261,8 +264,8 @@ struct Answers {
 }
 
 /// Asks QEMU for its version and features (QEMU QMP Reference Manual), on a machine without any devices.
-async fn ask_qemu(qemu: &Path, lifetime: Lifetime) -> Result<Answers> {
-    let questions = [
+async fn query_qemu(qemu: &Path, lifetime: Lifetime) -> Result<QemuFeatures> {
+    let commands = [
         json!({"execute": "qmp_capabilities"}),
         json!({"execute": "query-version", "id": "version"}),
         json!({"execute": "query-kvm", "id": "kvm"}),
@@ -270,7 +273,7 @@ async fn ask_qemu(qemu: &Path, lifetime: Lifetime) -> Result<Answers> {
         json!({"execute": "query-machines", "id": "machines"}),
         json!({"execute": "quit"}),
     ];
-    let input: String = questions.iter().map(|question| format!("{question}\n")).collect();
+    let input: String = commands.iter().map(|command| format!("{command}\n")).collect();
     let finished = Invocation::new(qemu, lifetime)
         .args([
             "-machine",
@@ -285,7 +288,7 @@ async fn ask_qemu(qemu: &Path, lifetime: Lifetime) -> Result<Answers> {
         ])
         .run(Some(input.as_bytes()))
         .await?;
-    read_answers(&finished.stdout).ok_or_else(|| {
+    parse_features(&finished.stdout).ok_or_else(|| {
         Error::new(
             ErrorKind::HostMissing,
             format!(
@@ -294,12 +297,12 @@ async fn ask_qemu(qemu: &Path, lifetime: Lifetime) -> Result<Answers> {
                 crate::process::describe(finished.status)
             ),
         )
-        .with_source(finished.failure("ask QEMU for its version"))
+        .with_source(finished.failure("query the version of QEMU"))
         .with_help(format!("install a complete QEMU: {INSTALL}"))
     })
 }
 
-fn read_answers(output: &[u8]) -> Option<Answers> {
+fn parse_features(output: &[u8]) -> Option<QemuFeatures> {
     let (mut version, mut kvm) = (None, false);
     let (mut devices, mut machines) = (BTreeSet::new(), BTreeMap::new());
     for line in output.split(|byte| *byte == b'\n') {
@@ -323,48 +326,48 @@ fn read_answers(output: &[u8]) -> Option<Answers> {
             _ => {}
         }
     }
-    Some(Answers { version: version?, kvm, devices, machines })
+    Some(QemuFeatures { version: version?, kvm, devices, machines })
 }
 
 /// Returns the version in `NAME version 7.2.22 (…)`.
-async fn ask_version(program: &Path, lifetime: Lifetime) -> Result<String> {
+async fn program_version(program: &Path, lifetime: Lifetime) -> Result<String> {
     let finished = Invocation::new(program, lifetime).args(["--version"]).run(None).await?;
-    let finished = finished.success("ask for its version")?;
-    Ok(read_version(&String::from_utf8_lossy(&finished.stdout)))
+    let finished = finished.success("query its version")?;
+    Ok(parse_version(&String::from_utf8_lossy(&finished.stdout)))
 }
 
-fn read_version(text: &str) -> String {
-    let mut words = text.split_whitespace().skip_while(|word| *word != "version").skip(1);
-    words.next().unwrap_or("unknown").trim_end_matches(',').to_owned()
+fn parse_version(text: &str) -> String {
+    let mut fields = text.split_whitespace().skip_while(|word| *word != "version").skip(1);
+    fields.next().unwrap_or("unknown").trim_end_matches(',').to_owned()
 }
 
 /// Reports what the host has, what is missing, and how to fix it. `store` is the directory that contains the labs.
-pub async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) -> HostReport {
+pub async fn diagnose(programs: &Programs, requested: Accelerator, store: &Path) -> HostReport {
     let mut report = HostReport::default();
     let setpriv = find(programs.setpriv.as_deref(), "setpriv");
     let lifetime = Lifetime::WithOwner(setpriv.clone());
 
     let qemu = async {
         let path = require(programs.qemu.as_deref(), "qemu-system-x86_64")?;
-        ask_qemu(&path, lifetime.clone()).await
+        query_qemu(&path, lifetime.clone()).await
     }
     .await;
     let img = async {
         let path = require(programs.qemu_img.as_deref(), "qemu-img")?;
-        ask_version(&path, lifetime.clone()).await
+        program_version(&path, lifetime.clone()).await
     }
     .await;
     report.findings.push(finding(
         "qemu-system-x86_64",
         true,
-        qemu.as_ref().map(|answers| answers.version.clone()),
+        qemu.as_ref().map(|features| features.version.clone()),
     ));
     report.findings.push(finding("qemu-img", true, img.as_ref().map(Clone::clone)));
     let nbd = require(programs.qemu_img.as_deref(), "qemu-img").and_then(|path| require_nbd(&path));
     report.findings.push(finding("qemu-nbd", true, nbd.as_ref().map(|path| path.display().to_string())));
 
-    if let Ok(answers) = &qemu {
-        let decided = accelerator::decide(wanted, Facts::gather(answers.kvm));
+    if let Ok(features) = &qemu {
+        let decided = accelerator::decide(requested, KvmSupport::detect(features.kvm));
         let detail = decided.as_ref().map(|(chosen, notice)| match notice {
             Some(notice) => format!("{chosen}: {notice}"),
             None => chosen.to_string(),
@@ -377,27 +380,26 @@ pub async fn diagnose(programs: &Programs, wanted: Accelerator, store: &Path) ->
         required: false,
         detail: match &setpriv {
             Some(path) => path.display().to_string(),
-            None => {
-                "without it, machines of a killed builder run until the next start removes them".to_owned()
-            }
+            None => "without it, the machines of a killed builder run until the next build removes them"
+                .to_owned(),
         },
         help: setpriv.is_none().then(|| "apt-get install util-linux".to_owned()),
     });
-    if let Ok(answers) = &qemu {
-        report.findings.extend(optional(programs, answers));
+    if let Ok(features) = &qemu {
+        report.findings.extend(optional(programs, features));
     }
     report.findings.push(free_space(store));
     report
 }
 
 /// Returns the findings about what only some manifests need.
-fn optional(programs: &Programs, answers: &Answers) -> Vec<HostFinding> {
+fn optional(programs: &Programs, features: &QemuFeatures) -> Vec<HostFinding> {
     let Some(qemu) = find(programs.qemu.as_deref(), "qemu-system-x86_64") else { return Vec::new() };
     let catalog = programs.catalog(&qemu);
     let alias = Chipset::Q35.machine();
-    let machine = answers.machines.get(alias).map_or(alias, String::as_str);
+    let machine = features.machines.get(alias).map_or(alias, String::as_str);
     let firmware = |secure| {
-        let uefi = catalog.choose(Wanted { machine, secure, variables: None });
+        let uefi = catalog.choose(Requirements { machine, secure, variables: None });
         uefi.map(|uefi| uefi.code.path.display().to_string())
     };
     let tpm = TpmPrograms::find(programs.swtpm.as_deref()).map(|tpm| tpm.swtpm.display().to_string());
@@ -415,20 +417,20 @@ fn finding(what: &str, required: bool, outcome: Result<String, &Error>) -> HostF
 }
 
 /// Number of free bytes below which even a small build is likely to fail.
-const LITTLE_SPACE: u64 = 2 << 30;
+const MIN_FREE_SPACE: u64 = 2 << 30;
 
 fn free_space(store: &Path) -> HostFinding {
     // If the store does not exist yet, its nearest existing parent counts.
-    let there = store.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let free = rustix::fs::statvfs(there).map(|stat| stat.f_bavail * stat.f_frsize);
-    let enough = free.as_ref().is_ok_and(|free| *free >= LITTLE_SPACE);
+    let existing = store.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let free = rustix::fs::statvfs(existing).map(|stat| stat.f_bavail * stat.f_frsize);
+    let enough = free.as_ref().is_ok_and(|free| *free >= MIN_FREE_SPACE);
     HostFinding {
-        what: "free disk".to_owned(),
+        what: "free disk space".to_owned(),
         present: enough,
         required: false,
         detail: match free {
-            Ok(free) => format!("{} MiB free at {}", free >> 20, there.display()),
-            Err(error) => format!("unknown at {}: {error}", there.display()),
+            Ok(free) => format!("{} MiB free at {}", free >> 20, existing.display()),
+            Err(error) => format!("unknown at {}: {error}", existing.display()),
         },
         help: (!enough).then(|| "free some space there, or use a store on a larger disk".to_owned()),
     }
@@ -440,7 +442,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_that_are_given_stay_where_they_were() {
+    fn relative_paths_of_programs_become_absolute() {
         let programs = Programs {
             qemu: Some("bin/qemu".into()),
             qemu_img: Some("qemu-img".into()),
@@ -456,8 +458,8 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_read_from_among_events() {
-        let answers = read_answers(
+    fn qmp_responses_are_parsed_among_events() {
+        let features = parse_features(
             b"{\"QMP\": {}}\n{\"return\": {}}\n\
               {\"return\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"x\"}, \"id\": \"version\"}\n\
               {\"event\": \"SHUTDOWN\"}\n{\"id\": \"kvm\", \"return\": {\"enabled\": false, \"present\": true}}\n\
@@ -465,16 +467,16 @@ mod tests {
               {\"id\": \"machines\", \"return\": [{\"name\": \"pc-q35-10.0\", \"alias\": \"q35\"}, {\"name\": \"none\"}]}\n",
         )
         .unwrap();
-        assert_eq!((answers.version.as_str(), answers.kvm), ("10.0.2", true));
-        assert!(answers.devices.contains("e1000"));
-        assert_eq!(answers.machines, BTreeMap::from([("q35".to_owned(), "pc-q35-10.0".to_owned())]));
-        assert!(read_answers(b"Segmentation fault\n").is_none());
-        assert_eq!(read_version("TPM emulator version 0.7.1, Copyright (c)"), "0.7.1");
-        assert_eq!(read_version("qemu-img version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), "7.2.22");
+        assert_eq!((features.version.as_str(), features.kvm), ("10.0.2", true));
+        assert!(features.devices.contains("e1000"));
+        assert_eq!(features.machines, BTreeMap::from([("q35".to_owned(), "pc-q35-10.0".to_owned())]));
+        assert!(parse_features(b"Segmentation fault\n").is_none());
+        assert_eq!(parse_version("TPM emulator version 0.7.1, Copyright (c)"), "0.7.1");
+        assert_eq!(parse_version("qemu-img version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), "7.2.22");
     }
 
     #[tokio::test]
-    async fn a_missing_qemu_comes_with_the_install_command() {
+    async fn a_missing_qemu_is_reported_with_the_install_command() {
         let programs = Programs { qemu: Some("/nonexistent/qemu".into()), ..Programs::default() };
         let error = Host::examine(&programs, Accelerator::Auto).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostMissing);

@@ -37,23 +37,23 @@ pub async fn create(storage: &LabStorage, file: &str, backing: Option<Backing<'_
 }
 
 /// Returns the size of a new disk: as requested, but never smaller than its backing file.
-pub fn size_over(image: u64, wanted: Option<u64>) -> Result<u64> {
-    match wanted {
-        Some(wanted) if wanted < image => Err(Error::new(
+pub fn size_over(image: u64, requested: Option<u64>) -> Result<u64> {
+    match requested {
+        Some(requested) if requested < image => Err(Error::new(
             ErrorKind::InvalidInput,
             format!(
                 "expected a disk at least as large as its image, {}, but found {}",
                 human_bytes(image),
-                human_bytes(wanted)
+                human_bytes(requested)
             ),
         )
-        .with_help(format!("set the disk's size to {} or more", whole(image)))),
-        wanted => Ok(wanted.unwrap_or(image).next_multiple_of(SECTOR)),
+        .with_help(format!("set the disk's size to {} or more", rounded(image)))),
+        requested => Ok(requested.unwrap_or(image).next_multiple_of(SECTOR)),
     }
 }
 
 /// Rounds a size up to one that is written with a whole number.
-fn whole(size: u64) -> String {
+fn rounded(size: u64) -> String {
     let unit = if size >= 10 << 30 { 1 << 30 } else { 1 << 20 };
     human_bytes(size.next_multiple_of(unit))
 }

@@ -36,7 +36,7 @@ impl LabStorage {
             PlannedSource::BuildRef(parent) => self.import_module(parent, request, progress).await,
             other => Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("machines on QEMU cannot have this yet: a source such as {other:?}"),
+                format!("expected a URL, a blank disk or a module, but found {other:?}"),
             )),
         };
         imported.map_err(|error| {

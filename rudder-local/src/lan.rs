@@ -4,7 +4,7 @@
 use crate::{
     helper::{self, HelperProgram},
     lab_storage::{LabStorage, blocking},
-    network::{Doors, Network, NetworkOptions, Plugged},
+    network::{Network, NetworkOptions, Plugged, PortForwards},
     nic_arguments::nic_socket,
     process::{Invocation, Lifetime, OwnedChild, describe},
     store::LAB_VARIABLE,
@@ -164,7 +164,7 @@ impl Lan {
     }
 
     /// Plugs in the cables of a machine, and opens its doors; `None` when the network does not run in this process.
-    fn plug(&self, storage: &LabStorage, name: &str) -> Result<Option<(Plugged, Doors)>> {
+    fn plug(&self, storage: &LabStorage, name: &str) -> Result<Option<(Plugged, PortForwards)>> {
         let running = self.running();
         let Some(network) = &running.network else { return Ok(None) };
         let Some(machine) = running.machines.get(name) else { return Ok(None) };
@@ -174,7 +174,7 @@ impl Lan {
         }
         let plugged = network.plug(name, machine.sockets().map(|file| storage.socket(&file)));
         let doors = machine.doors().map(|(port, file)| (port, storage.socket(&file)));
-        let doors = network.open_doors(name, doors);
+        let doors = network.forward_ports(name, doors);
         let doors = doors.map_err(|error| Error::io("make the sockets that lead to the machine", error))?;
         Ok(Some((plugged, doors)))
     }
@@ -272,7 +272,7 @@ impl Lan {
                 recorded.sockets = machine.sockets().collect();
                 // A machine that is not running has no doors.
                 if machine.connected.take().is_some_and(|connected| !connected.is_finished()) {
-                    recorded.doors = machine.doors().collect();
+                    recorded.port_forwards = machine.doors().collect();
                 }
                 doors.extend(machine.doors().map(|(_, file)| storage.path(&file)));
             }
@@ -289,7 +289,7 @@ impl Lan {
                     .to_owned(),
             ]);
         };
-        let waited: Vec<_> = record.machines.iter().flat_map(|machine| &machine.doors).collect();
+        let waited: Vec<_> = record.machines.iter().flat_map(|machine| &machine.port_forwards).collect();
         let waited: Vec<_> = waited.iter().map(|(_, file)| storage.path(file)).collect();
         match start_helper(storage, &program, &waited).await {
             Ok(()) => Ok(Vec::new()),

@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_tail_is_the_end_of_a_file() {
+    async fn tail_returns_the_end_of_a_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "one\n\ntwo\nthree\n").unwrap();
         assert_eq!(tail(file.path(), 6).await.unwrap(), b"three\n");

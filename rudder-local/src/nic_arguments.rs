@@ -39,7 +39,7 @@ pub fn nic_arguments(
     network: &PlannedNetwork,
     sockets: &[String],
 ) -> Result<Vec<String>> {
-    let mut line = Line { words: Vec::new(), chipset: Chipset::of(spec) };
+    let mut arguments = Arguments { list: Vec::new(), chipset: Chipset::of(spec) };
     if let Some(nic) = spec.nics.get(sockets.len()) {
         return Err(invalid(spec, nic, format!("expected at most {} NICs, but found more", sockets.len())));
     }
@@ -47,10 +47,11 @@ pub fn nic_arguments(
         subnet(spec, nic, network)?;
         // QEMU 7.2. It listens, because only later versions reconnect after the other side was away.
         let path = escape(socket);
-        line.option("-netdev", format!("stream,id=net{index},server=on,addr.type=unix,addr.path={path}"));
-        device(&mut line, spec, index, nic)?;
+        arguments
+            .option("-netdev", format!("stream,id=net{index},server=on,addr.type=unix,addr.path={path}"));
+        device(&mut arguments, spec, index, nic)?;
     }
-    Ok(line.words)
+    Ok(arguments.list)
 }
 
 /// Returns the arguments for the NICs of a machine that is started without a lab: each is in QEMU's user network with the
@@ -59,7 +60,7 @@ pub fn nic_arguments(
 /// # Errors
 /// As [`nic_arguments`].
 pub fn user_nic_arguments(spec: &MachineSpec, network: &PlannedNetwork) -> Result<Vec<String>> {
-    let mut line = Line { words: Vec::new(), chipset: Chipset::of(spec) };
+    let mut arguments = Arguments { list: Vec::new(), chipset: Chipset::of(spec) };
     let mut hubs: Vec<&str> = Vec::new();
     for (index, nic) in spec.nics.iter().enumerate() {
         let subnet = subnet(spec, nic, network)?;
@@ -69,19 +70,19 @@ pub fn user_nic_arguments(spec: &MachineSpec, network: &PlannedNetwork) -> Resul
             let restrict = if internet { "off" } else { "on" };
             let id = if shared { format!("up{}", hubs.len()) } else { format!("net{index}") };
             let value = format!("user,id={id},ipv6=off,net={},restrict={restrict}", subnet.cidr);
-            line.option("-netdev", value);
+            arguments.option("-netdev", value);
             if shared {
-                line.option("-netdev", format!("hubport,id={id}hub,hubid={},netdev={id}", hubs.len()));
+                arguments.option("-netdev", format!("hubport,id={id}hub,hubid={},netdev={id}", hubs.len()));
             }
             hubs.push(&nic.subnet);
         }
         if shared {
             let hub = hubs.iter().position(|name| *name == nic.subnet).unwrap_or_default();
-            line.option("-netdev", format!("hubport,id=net{index},hubid={hub}"));
+            arguments.option("-netdev", format!("hubport,id=net{index},hubid={hub}"));
         }
-        device(&mut line, spec, index, nic)?;
+        device(&mut arguments, spec, index, nic)?;
     }
-    Ok(line.words)
+    Ok(arguments.list)
 }
 
 fn invalid(spec: &MachineSpec, nic: &PlannedNic, message: String) -> Error {
@@ -100,24 +101,24 @@ fn subnet<'n>(
 }
 
 /// Arguments under construction.
-struct Line {
-    words: Vec<String>,
+struct Arguments {
+    list: Vec<String>,
     chipset: Chipset,
 }
 
-impl Line {
+impl Arguments {
     fn option(&mut self, option: &str, value: String) {
-        self.words.extend([option.to_owned(), value]);
+        self.list.extend([option.to_owned(), value]);
     }
 }
 
 /// Adds a NIC in its slot.
-fn device(line: &mut Line, spec: &MachineSpec, index: usize, nic: &PlannedNic) -> Result<()> {
+fn device(arguments: &mut Arguments, spec: &MachineSpec, index: usize, nic: &PlannedNic) -> Result<()> {
     if !(1..=9).contains(&nic.slot) {
         return Err(invalid(spec, nic, format!("expected a slot from 1 to 9, but found {}", nic.slot)));
     }
     // Without a boot ROM: nothing boots from the network, and loading it takes time.
-    let card = line.chipset.device(driver(nic.model), slot::NICS + nic.slot, 0);
-    line.option("-device", format!("{card},id=nic{index},netdev=net{index},mac={},romfile=", nic.mac));
+    let device = arguments.chipset.device(driver(nic.model), slot::NICS + nic.slot, 0);
+    arguments.option("-device", format!("{device},id=nic{index},netdev=net{index},mac={},romfile=", nic.mac));
     Ok(())
 }

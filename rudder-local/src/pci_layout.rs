@@ -203,9 +203,8 @@ impl Locations {
         let index = self.used(bus);
         if index >= limit {
             let message = format!("expected at most {limit} disks on {}, but found more", bus_name(bus));
-            return Err(
-                Error::new(ErrorKind::InvalidInput, message).with_help("put the others on virtio or scsi")
-            );
+            return Err(Error::new(ErrorKind::InvalidInput, message)
+                .with_help("put the other disks on virtio or scsi"));
         }
         self.used[bus as usize] += 1;
         Ok(match bus {

@@ -37,13 +37,13 @@ const QUIT_LIMIT: Duration = Duration::from_secs(2);
 /// Returns the version of swtpm, for the provenance.
 pub async fn version(storage: &LabStorage) -> Result<String> {
     let TpmPrograms { swtpm, .. } = storage.host().tpm()?;
-    storage.host().ask_version(&swtpm).await
+    storage.host().program_version(&swtpm).await
 }
 
 /// Creates the directory for the state of a TPM.
 pub fn make_directory(path: &Path) -> Result<()> {
     let made = std::fs::DirBuilder::new().mode(0o700).create(path);
-    made.map_err(|error| Error::io(format_args!("make the directory {}", path.display()), error))
+    made.map_err(|error| Error::io(format_args!("create the directory {}", path.display()), error))
 }
 
 /// Creates a new TPM in a directory of the lab.
@@ -64,10 +64,13 @@ pub async fn manufacture(storage: &LabStorage, directory: &str) -> Result<()> {
         .await?;
     if !finished.status.success() {
         // Its error messages may be on either stream.
-        let said = [&finished.stdout[..], b"\n", &finished.stderr[..]].concat();
-        let said = String::from_utf8_lossy(&said);
-        let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        return Err(Error::new(ErrorKind::LaunchFailed, format!("cannot make a TPM: {}", lines.join(" | "))));
+        let output = [&finished.stdout[..], b"\n", &finished.stderr[..]].concat();
+        let output = String::from_utf8_lossy(&output);
+        let lines: Vec<&str> = output.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        return Err(Error::new(
+            ErrorKind::LaunchFailed,
+            format!("cannot create a TPM: {}", lines.join(" | ")),
+        ));
     }
     Ok(())
 }
@@ -91,7 +94,7 @@ pub async fn start(storage: &LabStorage, files: Files<'_>) -> Result<Tpm> {
     let TpmPrograms { swtpm, .. } = storage.host().tpm()?;
     let failed =
         |what: &'static str| move |error: io::Error| Error::io(format_args!("{what} of a TPM"), error);
-    let listener = UnixListener::bind(storage.socket(files.socket)).map_err(failed("make the socket"))?;
+    let listener = UnixListener::bind(storage.socket(files.socket)).map_err(failed("create the socket"))?;
     let log = File::create(storage.path(files.log)).map_err(failed("write the log"))?;
     let output = log.try_clone().map_err(failed("write the log"))?;
     let child = Invocation::new(&swtpm, storage.lifetime())
@@ -127,10 +130,10 @@ impl Tpm {
     /// Waits until it ends, and returns how it ended. May be repeated.
     pub async fn ended(&mut self) -> String {
         let status = self.child.wait().await;
-        let told = status.map_or_else(|error| format!("could not be waited for: {error}"), describe);
+        let status = status.map_or_else(|error| format!("could not be waited for: {error}"), describe);
         match last_lines(&self.log).await {
-            lines if lines.is_empty() => told,
-            lines => format!("{told}; its last lines: {lines}"),
+            lines if lines.is_empty() => status,
+            lines => format!("{status}; its last lines: {lines}"),
         }
     }
 

@@ -9,9 +9,9 @@ use rudder_core::testing::{OWNER_VARIABLE, Options, own, run};
 use std::{process::Command, sync::Arc};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_backend_of_the_guide_keeps_the_contract() {
+async fn the_example_backend_fulfils_the_contract() {
     let mut owner = Command::new(std::env::current_exe().expect("this program has a path"));
-    owner.args(["--exact", "the_backend_of_the_guide_keeps_the_contract", "--nocapture"]);
+    owner.args(["--exact", "the_example_backend_fulfils_the_contract", "--nocapture"]);
     if std::env::var_os(OWNER_VARIABLE).is_some() {
         let adapter = ProcessesAdapter::another(owner).expect("whoever starts an owner gives it a store");
         panic!("{:?}", own(Arc::new(adapter)).await);

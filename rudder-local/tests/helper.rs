@@ -11,7 +11,7 @@ use std::{
 const RECORD: &str = r#"{"format": 1, "name": "kept", "network": {"declared": false, "vpcs": [], "subnets": []}, "machines": []}"#;
 
 #[test]
-fn it_ends_when_somebody_removes_its_lab_by_hand() {
+fn it_ends_when_its_lab_is_removed_by_hand() {
     let lab = tempfile::tempdir().unwrap();
     let record = lab.path().join("network.json");
     mknodat(CWD, &record, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();

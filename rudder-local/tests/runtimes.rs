@@ -27,7 +27,7 @@ fn says(error: &Error, missing: &str) {
 }
 
 #[test]
-fn a_store_says_what_its_runtime_lacks() {
+fn a_store_reports_what_its_runtime_lacks() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path().join("store")).unwrap();
     let url = serde_json::from_value::<PlannedUrl>(

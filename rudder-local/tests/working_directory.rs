@@ -26,7 +26,7 @@ vms:
 ";
 
 #[tokio::test]
-async fn relative_paths_stay_where_they_were_given() {
+async fn relative_paths_are_resolved_when_given() {
     let [start, elsewhere] = [(); 2].map(|()| tempfile::tempdir().unwrap());
     env::set_current_dir(start.path()).unwrap();
     // As the kernel reports it: a temporary directory may be behind a symbolic link.

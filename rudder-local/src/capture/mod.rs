@@ -66,13 +66,13 @@ pub async fn capture(
     let part_name = format!("{target}.part");
     let part = Part(storage.path(&part_name));
     let source = Reader::open(storage, volume, virtual_size).await?;
-    let told = |done, total| progress.bytes(&format!("convert {disk}"), done, Some(total));
+    let report = |done, total| progress.bytes(&format!("convert {disk}"), done, Some(total));
     // An empty disk has no other progress to report.
-    told(0, (source.occupied.len() * CHUNK) as u64);
-    let chunks = pack(&source, &part, told).await?;
+    report(0, (source.occupied.len() * CHUNK) as u64);
+    let chunks = pack(&source, &part, report).await?;
     drop(source);
     let (sha256, (), ()) = tokio::try_join!(
-        seal(part.0.clone()),
+        finalise(part.0.clone()),
         check(storage, &part_name),
         verify(storage, &part_name, virtual_size, &chunks, |done, total| {
             progress.bytes(&format!("verify {disk}"), done, Some(total));
@@ -178,15 +178,15 @@ async fn occupied(storage: &LabStorage, image: &str) -> Result<Vec<u64>> {
 }
 
 /// Writes the disk as a compressed qcow2 file. Returns its chunks.
-async fn pack(source: &Arc<Reader>, part: &Part, meter: impl Fn(u64, u64)) -> Result<Vec<Chunk>> {
+async fn pack(source: &Arc<Reader>, part: &Part, report: impl Fn(u64, u64)) -> Result<Vec<Chunk>> {
     let failed = |error| Error::io(format_args!("write {}", part.0.display()), error);
     let file = File::create_new(&part.0).map_err(failed)?;
     let mut writer = Writer::new(BufWriter::with_capacity(CHUNK, file), source.size).map_err(failed)?;
-    let (give, mut take) = mpsc::channel::<(u64, Vec<(u64, Cluster)>)>(threads());
+    let (sender, mut receiver) = mpsc::channel::<(u64, Vec<(u64, Cluster)>)>(threads());
     let path = part.0.clone();
     let written = blocking(move || {
         let failed = |error| Error::io(format_args!("write {}", path.display()), error);
-        while let Some((number, clusters)) = take.blocking_recv() {
+        while let Some((number, clusters)) = receiver.blocking_recv() {
             for (index, cluster) in clusters {
                 writer.push(number * (CHUNK / CLUSTER) as u64 + index, &cluster).map_err(failed)?;
             }
@@ -196,10 +196,10 @@ async fn pack(source: &Arc<Reader>, part: &Part, meter: impl Fn(u64, u64)) -> Re
     let compressors = Arc::new(Pool::default());
     // In order, so that the same disk always gives the same file.
     let mut packed = stream::iter(0..source.occupied.len())
-        .map(|place| {
+        .map(|index| {
             let (source, compressors) = (Arc::clone(source), Arc::clone(&compressors));
             blocking(move || {
-                let number = source.occupied[place];
+                let number = source.occupied[index];
                 let failed = |error| Error::io("compress the disk", error);
                 let mut compressor = compressors.take(|| Compressor::new(LEVEL)).map_err(failed)?;
                 let (hash, clusters) = source
@@ -210,16 +210,16 @@ async fn pack(source: &Arc<Reader>, part: &Part, meter: impl Fn(u64, u64)) -> Re
         })
         .buffered(threads());
     let packed = async {
-        let give = give;
+        let sender = sender;
         let mut chunks = Vec::with_capacity(source.occupied.len());
         let total = (source.occupied.len() * CHUNK) as u64;
         while let Some((chunk, clusters)) = packed.try_next().await? {
-            if give.send((chunk.number, clusters)).await.is_err() {
+            if sender.send((chunk.number, clusters)).await.is_err() {
                 // The writer reports why it accepts no more.
                 break;
             }
             chunks.push(chunk);
-            meter((chunks.len() * CHUNK) as u64, total);
+            report((chunks.len() * CHUNK) as u64, total);
         }
         Ok(chunks)
     };
@@ -253,9 +253,9 @@ async fn verify(
     file: &str,
     size: u64,
     chunks: &[Chunk],
-    meter: impl Fn(u64, u64),
+    report: impl Fn(u64, u64),
 ) -> Result<()> {
-    let differs = || damaged("it does not read as the machine's disk does");
+    let differs = || damaged("its content differs from that of the disk");
     let copy = Reader::open(storage, file, size).await?;
     let known = |number: &u64| chunks.binary_search_by_key(number, |chunk| chunk.number).is_ok();
     if !copy.occupied.iter().all(known) {
@@ -273,13 +273,13 @@ async fn verify(
             return Err(differs());
         }
         done += CHUNK as u64;
-        meter(done, (chunks.len() * CHUNK) as u64);
+        report(done, (chunks.len() * CHUNK) as u64);
     }
     Ok(())
 }
 
 /// Makes a file durable, and returns its digest.
-async fn seal(path: PathBuf) -> Result<Digest> {
+async fn finalise(path: PathBuf) -> Result<Digest> {
     blocking(move || {
         let failed = |error| Error::io(format_args!("read {}", path.display()), error);
         let mut file = File::open(&path).map_err(failed)?;
@@ -301,12 +301,12 @@ async fn seal(path: PathBuf) -> Result<Digest> {
 /// Checks the structure of a captured disk.
 async fn check(storage: &LabStorage, file: &str) -> Result<()> {
     let checked = image::check(storage, file).await;
-    checked.map_err(|error| damaged("its structure is not sound").with_source(error))
+    checked.map_err(|error| damaged("its structure is damaged").with_source(error))
 }
 
 /// Returns the error for a copy that differs from the original.
 fn damaged(why: &str) -> Error {
-    Error::new(ErrorKind::InvalidImage, format!("expected a captured disk as the machine left it, but {why}"))
-        .with_help("look for faulty memory or disks of the host, and build again")
+    Error::new(ErrorKind::InvalidImage, format!("expected an intact copy of the machine's disk, but {why}"))
+        .with_help("check the host for faulty memory or disks, and build again")
         .with_retryable(true)
 }

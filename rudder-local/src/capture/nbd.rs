@@ -33,14 +33,14 @@ const MEMORY: [(&str, &str); 2] =
     [("MALLOC_MMAP_THRESHOLD_", "67108864"), ("MALLOC_TRIM_THRESHOLD_", "268435456")];
 
 /// Time limit for qemu-nbd to open an image and to answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const RESPONSE_LIMIT: Duration = Duration::from_secs(60);
 
 /// An image served by a qemu-nbd process, which ends when this is dropped, or with the owner of the lab.
 pub(super) struct Export {
     process: OwnedChild,
     /// The files that qemu-nbd leaves behind.
     socket: PathBuf,
-    said: PathBuf,
+    log_path: PathBuf,
     /// A path of the socket that is short enough for an address.
     address: PathBuf,
 }
@@ -48,9 +48,9 @@ pub(super) struct Export {
 impl Export {
     /// Serves an image in the lab's directory to up to `clients` clients at a time.
     pub(super) async fn open(storage: &LabStorage, image: &str, clients: usize) -> Result<Self> {
-        let (socket, said) = (format!("{image}.nbd"), format!("{image}.nbd.log"));
-        let failed = |error| Error::io(format_args!("write {}", storage.path(&said).display()), error);
-        let log = fs::File::create(storage.path(&said)).map_err(failed)?;
+        let (socket, log_path) = (format!("{image}.nbd"), format!("{image}.nbd.log"));
+        let failed = |error| Error::io(format_args!("write {}", storage.path(&log_path).display()), error);
+        let log = fs::File::create(storage.path(&log_path)).map_err(failed)?;
         let mut invocation = storage.qemu_nbd();
         for (name, value) in MEMORY {
             invocation = invocation.variable(name, value);
@@ -61,8 +61,9 @@ impl Export {
             .args(["--", image]);
         let process = invocation.spawn(Stdio::null(), Stdio::null(), log.into()).await?;
         let address = storage.socket(&socket);
-        let mut export = Self { process, socket: storage.path(&socket), said: storage.path(&said), address };
-        tokio::time::timeout(PATIENCE, export.ready())
+        let mut export =
+            Self { process, socket: storage.path(&socket), log_path: storage.path(&log_path), address };
+        tokio::time::timeout(RESPONSE_LIMIT, export.ready())
             .await
             .map_err(|_| export.failure("does not answer"))??;
         Ok(export)
@@ -87,20 +88,20 @@ impl Export {
 
     /// Returns an error that includes the output of qemu-nbd.
     fn failure(&self, what: &str) -> Error {
-        let said = without_advice(&fs::read_to_string(&self.said).unwrap_or_default());
-        let said = said.trim();
-        let said = if said.is_empty() { what } else { said };
-        Error::new(ErrorKind::Io, format!("cannot read the disk: qemu-nbd: {said}"))
+        let log = without_advice(&fs::read_to_string(&self.log_path).unwrap_or_default());
+        let log = log.trim();
+        let output = if log.is_empty() { what } else { log };
+        Error::new(ErrorKind::Io, format!("cannot read the disk: qemu-nbd: {output}"))
     }
 
     /// Opens a new connection. Blocks.
     pub(super) fn connect(&self) -> Result<Client> {
-        Client::greet(&self.address).map_err(|error| self.failure("does not answer").with_source(error))
+        Client::handshake(&self.address).map_err(|error| self.failure("does not answer").with_source(error))
     }
 
     /// Returns the error for a failed read.
     pub(super) fn unreadable(&self, error: io::Error) -> Error {
-        self.failure("cannot read a part of it").with_source(error)
+        self.failure("a read failed").with_source(error)
     }
 }
 
@@ -109,7 +110,7 @@ impl Drop for Export {
         self.process.kill();
         // Removed with the lab at the latest.
         let _ = fs::remove_file(&self.socket);
-        let _ = fs::remove_file(&self.said);
+        let _ = fs::remove_file(&self.log_path);
     }
 }
 
@@ -119,15 +120,18 @@ pub(super) struct Client {
 }
 
 impl Client {
-    fn greet(address: &PathBuf) -> io::Result<Self> {
+    fn handshake(address: &PathBuf) -> io::Result<Self> {
         let stream = UnixStream::connect(address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(RESPONSE_LIMIT))?;
+        stream.set_write_timeout(Some(RESPONSE_LIMIT))?;
         let mut client = Self { stream };
         let (magic, option) = (u64::from_be_bytes(client.take()?), u64::from_be_bytes(client.take()?));
         let flags = u16::from_be_bytes(client.take()?);
         if (magic, option) != (SERVER_MAGIC, OPTION_MAGIC) || flags & FIXED_NEWSTYLE == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "expected an NBD server"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "expected an NBD server, but found another protocol",
+            ));
         }
         let flags = flags & (FIXED_NEWSTYLE | NO_ZEROES);
         let mut choice = Vec::new();
@@ -167,7 +171,10 @@ impl Client {
         let error = u32::from_be_bytes(self.take()?);
         let handle = u64::from_be_bytes(self.take()?);
         if magic != REPLY_MAGIC || handle != offset {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "expected the reply of an NBD server"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "expected the reply of an NBD server, but found other data",
+            ));
         }
         if error != 0 {
             // The protocol's error numbers are Linux's.

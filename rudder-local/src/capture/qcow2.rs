@@ -62,7 +62,7 @@ impl<W: Write + Seek> Writer<W> {
     /// Appends a cluster of the disk with this number; numbers must ascend.
     pub(super) fn push(&mut self, number: u64, cluster: &Cluster) -> io::Result<()> {
         let table = usize::try_from(number / TABLE).map_err(io::Error::other)?;
-        let place = usize::try_from(number % TABLE).map_err(io::Error::other)?;
+        let index = usize::try_from(number % TABLE).map_err(io::Error::other)?;
         if self.l2.as_ref().is_some_and(|(open, _)| *open != table) {
             self.close_table()?;
         }
@@ -71,7 +71,7 @@ impl<W: Write + Seek> Writer<W> {
             Cluster::Plain(bytes) => self.aligned(bytes)? | COPIED,
         };
         let (_, entries) = self.l2.get_or_insert_with(|| (table, vec![0; CLUSTER / 8]));
-        entries[place] = entry;
+        entries[index] = entry;
         Ok(())
     }
 
@@ -142,7 +142,7 @@ impl<W: Write + Seek> Writer<W> {
         self.append(frame)?;
         let last = self.end - 1;
         for cluster in start / CLUSTER_BYTES..=last / CLUSTER_BYTES {
-            self.refer(cluster)?;
+            self.add_reference(cluster)?;
         }
         let further_sectors = last / 512 - start / 512;
         Ok(COMPRESSED | further_sectors << SECTORS_SHIFT | start)
@@ -155,12 +155,12 @@ impl<W: Write + Seek> Writer<W> {
         self.append(bytes)?;
         self.pad()?;
         for cluster in start / CLUSTER_BYTES..self.end / CLUSTER_BYTES {
-            self.refer(cluster)?;
+            self.add_reference(cluster)?;
         }
         Ok(start)
     }
 
-    fn refer(&mut self, cluster: u64) -> io::Result<()> {
+    fn add_reference(&mut self, cluster: u64) -> io::Result<()> {
         let cluster = usize::try_from(cluster).map_err(io::Error::other)?;
         if self.references.len() <= cluster {
             self.references.resize(cluster + 1, 0);

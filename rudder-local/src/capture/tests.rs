@@ -59,7 +59,7 @@ impl Place {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_copy_reads_as_the_disk_does_and_the_same_disk_gives_the_same_file() {
+async fn a_copy_equals_the_disk_and_is_reproducible() {
     // Slightly more than two L2 tables, with an end inside a cluster.
     let size = (1 << 30) + 3 * CLUSTER as u64 + 512;
     let place = Place::with(size).await;
@@ -98,7 +98,7 @@ async fn a_copy_reads_as_the_disk_does_and_the_same_disk_gives_the_same_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_empty_disk_is_captured_too() {
+async fn an_empty_disk_is_captured() {
     for size in [512, 1 << 20] {
         let place = Place::with(size).await;
         place.capture("copy.qcow2").await.unwrap();
@@ -107,7 +107,7 @@ async fn an_empty_disk_is_captured_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_copy_that_differs_is_found() {
+async fn a_copy_that_differs_is_detected() {
     let size = 16 << 20;
     let place = Place::with(size).await;
     place.write(&place.volume, &[(1, 0, 4096), (1, 9 << 20, 4096)]);
@@ -132,7 +132,7 @@ async fn a_copy_that_differs_is_found() {
                 assert!(!difference.is_empty(), "{error}");
                 assert_eq!(
                     error.to_string(),
-                    "expected a captured disk as the machine left it, but it does not read as the machine's disk does"
+                    "expected an intact copy of the machine's disk, but its content differs from that of the disk"
                 );
             }
         }
@@ -140,7 +140,7 @@ async fn a_copy_that_differs_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_cannot_be_read_is_told_with_what_qemu_says() {
+async fn an_unreadable_disk_is_reported_with_the_output_of_qemu() {
     let place = Place::with(1 << 20).await;
     fs::write(place.storage.path(&place.volume), "no image").unwrap();
     let error = place.capture("copy.qcow2").await.unwrap_err();

@@ -37,8 +37,8 @@ impl Base {
         let base = match image.format {
             // The whole file is the disk.
             ImageFormat::Raw => return Ok(base),
-            ImageFormat::Vhd => base.with_its_own_size(storage, copy, progress).await?,
-            ImageFormat::Vhdx => base.with_its_log_replayed(storage, copy, progress).await?,
+            ImageFormat::Vhd => base.with_declared_size(storage, copy, progress).await?,
+            ImageFormat::Vhdx => base.with_replayed_log(storage, copy, progress).await?,
             ImageFormat::Qcow2 => base,
             _ => {
                 let read = virtual_size(storage, &base.path, format).await?;
@@ -47,7 +47,7 @@ impl Base {
                     return Err(Error::new(
                         ErrorKind::InvalidImage,
                         format!(
-                            "expected a {format} image of {}, as its header says, but QEMU reads {}",
+                            "expected a {format} image of {} according to its header, but QEMU reads {}",
                             human_bytes(base.size),
                             human_bytes(read)
                         ),
@@ -57,13 +57,13 @@ impl Base {
                 base
             }
         };
-        tokio::try_join!(base.is_whole(storage), base.is_sound(storage))?;
+        tokio::try_join!(base.check_complete(storage), base.check_consistent(storage))?;
         Ok(base)
     }
 
     /// Converts a VHD whose geometry holds less than the size in its header. For most programs that write VHDs, QEMU
     /// uses the geometry, and would cut off the end of the disk (`block/vpc.c`, `vpc_open`).
-    async fn with_its_own_size(self, storage: &LabStorage, copy: &str, progress: &Progress) -> Result<Self> {
+    async fn with_declared_size(self, storage: &LabStorage, copy: &str, progress: &Progress) -> Result<Self> {
         if virtual_size(storage, &self.path, self.format).await? == self.size {
             return Ok(self);
         }
@@ -100,12 +100,7 @@ impl Base {
 
     /// Copies a VHDX that was not closed and replays its log, whose changes belong to the disk. Only QEMU can replay it, which
     /// modifies the image.
-    async fn with_its_log_replayed(
-        self,
-        storage: &LabStorage,
-        copy: &str,
-        progress: &Progress,
-    ) -> Result<Self> {
+    async fn with_replayed_log(self, storage: &LabStorage, copy: &str, progress: &Progress) -> Result<Self> {
         let Err(refusal) = virtual_size(storage, &self.path, self.format).await else { return Ok(self) };
         progress.notice("the VHDX was not closed by the program that wrote it: replaying its log on a copy");
         let command = storage.qemu_img().args(["convert", "-q", "-f", "raw", "-O", "raw"]);
@@ -125,7 +120,7 @@ impl Base {
     }
 
     /// Checks that everything that the image refers to is inside its file: for what is missing, QEMU reads zeros.
-    async fn is_whole(&self, storage: &LabStorage) -> Result<()> {
+    async fn check_complete(&self, storage: &LabStorage) -> Result<()> {
         let failed = |error| Error::io(format_args!("read {}", self.path.display()), error);
         let length = fs::metadata(&self.path).map_err(failed)?.len();
         let mut end = 0;
@@ -136,13 +131,13 @@ impl Base {
         let mapped = map(storage, &self.path, self.format, take).await;
         mapped.map_err(|error| self.damaged("its tables cannot be read").with_source(error))?;
         if end > length {
-            return Err(self.damaged(&format!("it refers to {end} bytes, and the file has {length}")));
+            return Err(self.damaged(&format!("it refers to {end} bytes, but the file has {length}")));
         }
         Ok(())
     }
 
     /// Checks that its tables are consistent, to the extent that QEMU supports this for the format.
-    async fn is_sound(&self, storage: &LabStorage) -> Result<()> {
+    async fn check_consistent(&self, storage: &LabStorage) -> Result<()> {
         if !matches!(self.format, "qcow2" | "vmdk") {
             return Ok(());
         }
@@ -171,11 +166,11 @@ impl Base {
         Error::new(
             ErrorKind::InvalidImage,
             format!(
-                "expected a whole {} image, but found one that is truncated or damaged: {why}",
+                "expected a complete {} image, but found one that is truncated or damaged: {why}",
                 self.format
             ),
         )
-        .with_help("check the original where it comes from, and fetch it again")
+        .with_help("check the original at its source, and copy it again")
     }
 }
 
@@ -221,7 +216,7 @@ async fn virtual_size(storage: &LabStorage, image: &Path, format: &str) -> Resul
     if foreign || info.get("backing-filename").is_some() {
         return Err(Error::new(
             ErrorKind::InvalidImage,
-            "expected an image that is complete in itself, but found one that refers to other files",
+            "expected a self-contained image, but found one that refers to other files",
         )
         .with_help("convert it with qemu-img convert, and use the result"));
     }

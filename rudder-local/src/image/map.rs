@@ -21,18 +21,18 @@ pub(crate) async fn map(
     storage: &LabStorage,
     image: &Path,
     format: &str,
-    mut heard: impl FnMut(Extent) + Send,
+    mut visit: impl FnMut(Extent) + Send,
 ) -> Result<()> {
-    let mut strange = false;
+    let mut malformed = false;
     // A large disk with data everywhere has millions of them, so none is kept.
-    let mut take = |line: &[u8]| {
+    let mut parse_line = |line: &[u8]| {
         let text = line.trim_ascii();
         let text = text.strip_prefix(b"[").unwrap_or(text);
         let text = text.strip_suffix(b"]").unwrap_or(text);
         let text = text.strip_suffix(b",").unwrap_or(text);
         match serde_json::from_slice(text) {
-            Ok(extent) => heard(extent),
-            Err(_) => strange |= !text.is_empty(),
+            Ok(extent) => visit(extent),
+            Err(_) => malformed |= !text.is_empty(),
         }
     };
     let mut line = Vec::new();
@@ -41,16 +41,16 @@ pub(crate) async fn map(
         .run_watched(None, |mut piece| {
             while let Some(end) = piece.iter().position(|byte| *byte == b'\n') {
                 line.extend_from_slice(&piece[..end]);
-                take(&line);
+                parse_line(&line);
                 line.clear();
                 piece = &piece[end + 1..];
             }
             line.extend_from_slice(piece);
         })
         .await?;
-    take(&line);
-    finished.success("ask what is on the disk")?;
-    if strange {
+    parse_line(&line);
+    finished.success("read the extents of the disk")?;
+    if malformed {
         let message = "expected a list of extents from qemu-img map, but found something else";
         return Err(Error::new(ErrorKind::Protocol, message));
     }

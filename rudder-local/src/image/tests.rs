@@ -130,7 +130,7 @@ fn a_disk_is_never_smaller_than_its_image() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_format_has_the_size_and_the_content_that_its_author_gave_it() {
+async fn every_format_is_read_with_its_original_size_and_content() {
     let place = Place::new().await;
     let disk = place.raw();
     let formats: [(&str, &[&str]); 10] = [
@@ -164,7 +164,7 @@ async fn every_format_has_the_size_and_the_content_that_its_author_gave_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vhd_is_as_large_as_it_says_whatever_its_geometry_and_its_creator() {
+async fn a_vhd_has_its_declared_size_whatever_its_geometry_and_creator() {
     let place = Place::new().await;
     let disk = place.raw();
     for subformat in ["dynamic", "fixed"] {
@@ -189,7 +189,7 @@ async fn a_vhd_is_as_large_as_it_says_whatever_its_geometry_and_its_creator() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_that_was_cut_short_is_refused() {
+async fn a_truncated_image_is_refused() {
     let place = Place::new().await;
     place.raw();
     let formats: [(&str, &[&str]); 6] = [
@@ -217,7 +217,7 @@ async fn an_image_that_was_cut_short_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_with_broken_tables_is_refused() {
+async fn an_image_with_damaged_tables_is_refused() {
     let place = Place::new().await;
     place.raw();
     let mut image = place.convert("qcow2", &[]);

@@ -3,8 +3,8 @@
 
 use super::{
     port::Port,
-    stack::Place,
-    vpc::{LONGEST_FRAME, Vpc},
+    stack::PortId,
+    vpc::{MAX_FRAME, Vpc},
 };
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
@@ -14,20 +14,20 @@ use tokio::{
 };
 
 /// Number of bytes that are read at a time: several frames.
-const READ: usize = 256 << 10;
-const _: () = assert!(READ > LONGEST_FRAME + 4);
+const READ_SIZE: usize = 256 << 10;
+const _: () = assert!(READ_SIZE > MAX_FRAME + 4);
 /// Pause before another attempt to connect to a socket on which nothing listens.
-const RETRY: Duration = Duration::from_millis(20);
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Connects a NIC's socket to its port, again and again; signals `first` when connected for the first time.
-pub(crate) async fn keep_plugged(
+pub(crate) async fn keep_connected(
     vpc: Arc<Vpc>,
-    place: Place,
+    port_id: PortId,
     port: Arc<Port>,
     socket: PathBuf,
     first: mpsc::Sender<()>,
 ) {
-    let _disconnect = Disconnect { vpc: Arc::clone(&vpc), place };
+    let _disconnect = Disconnect { vpc: Arc::clone(&vpc), port_id };
     let mut first = Some(first);
     loop {
         if let Ok(stream) = UnixStream::connect(&socket).await {
@@ -35,56 +35,56 @@ pub(crate) async fn keep_plugged(
                 // The channel has room for each NIC.
                 let _ = first.try_send(());
             }
-            carry(&vpc, place, &port, stream).await;
+            copy_frames(&vpc, port_id, &port, stream).await;
         }
-        tokio::time::sleep(RETRY).await;
+        tokio::time::sleep(RETRY_INTERVAL).await;
     }
 }
 
 /// Copies frames between a NIC and its port until one of them is gone.
-pub(crate) async fn carry(
+pub(crate) async fn copy_frames(
     vpc: &Arc<Vpc>,
-    place: Place,
+    port_id: PortId,
     port: &Arc<Port>,
     stream: impl AsyncRead + AsyncWrite,
 ) {
     let (reader, writer) = tokio::io::split(stream);
     port.set_connected(true);
-    let _disconnect = Disconnect { vpc: Arc::clone(vpc), place };
-    let ended = tokio::select! {
-        ended = read(vpc, place, reader) => ended,
-        ended = write(port, writer) => ended,
+    let _disconnect = Disconnect { vpc: Arc::clone(vpc), port_id };
+    let result = tokio::select! {
+        result = read(vpc, port_id, reader) => result,
+        result = write(port, writer) => result,
     };
-    if let Err(error) = ended {
-        tracing::debug!(%error, ?place, "a NIC was disconnected");
+    if let Err(error) = result {
+        tracing::debug!(%error, ?port_id, "a NIC was disconnected");
     }
 }
 
 struct Disconnect {
     vpc: Arc<Vpc>,
-    place: Place,
+    port_id: PortId,
 }
 
 impl Drop for Disconnect {
     fn drop(&mut self) {
-        self.vpc.disconnected(self.place);
+        self.vpc.disconnected(self.port_id);
     }
 }
 
-async fn read(vpc: &Arc<Vpc>, place: Place, mut reader: impl AsyncRead + Unpin) -> io::Result<()> {
-    let mut buffer = vec![0; READ];
-    let mut held = 0;
+async fn read(vpc: &Arc<Vpc>, port_id: PortId, mut reader: impl AsyncRead + Unpin) -> io::Result<()> {
+    let mut buffer = vec![0; READ_SIZE];
+    let mut buffered = 0;
     loop {
-        let count = reader.read(&mut buffer[held..]).await?;
+        let count = reader.read(&mut buffer[buffered..]).await?;
         if count == 0 {
             return Ok(());
         }
-        held += count;
-        let (taken, full) = vpc.frames(place, &buffer[..held])?;
-        buffer.copy_within(taken..held, 0);
-        held -= taken;
+        buffered += count;
+        let (consumed, full) = vpc.frames(port_id, &buffer[..buffered])?;
+        buffer.copy_within(consumed..buffered, 0);
+        buffered -= consumed;
         for port in full {
-            port.drained().await;
+            port.wait_for_space().await;
         }
         // Lets other tasks run during a flood.
         tokio::task::consume_budget().await;

@@ -8,11 +8,11 @@ use smoltcp::wire::{DhcpMessageType as Kind, DhcpOption, DhcpPacket, DhcpRepr, E
 use std::net::Ipv4Addr;
 
 /// Lease time in seconds: longer than builds take.
-const LEASE: u32 = 7 * 24 * 3600;
+const LEASE_TIME: u32 = 7 * 24 * 3600;
 /// Length of the shortest message that old clients accept (RFC 1542, 2.1).
-const SHORTEST: usize = 300;
+const MIN_LENGTH: usize = 300;
 /// Maximum number of DNS servers in an answer.
-const SERVERS: usize = 3;
+const MAX_SERVERS: usize = 3;
 const OPTION_DOMAIN: u8 = 15;
 const OPTION_MTU: u8 = 26;
 
@@ -24,25 +24,25 @@ pub(crate) fn answer(
     message: &[u8],
 ) -> Option<(Mac, Vec<u8>)> {
     let packet = DhcpPacket::new_checked(message).ok()?;
-    let asked = DhcpRepr::parse(&packet).ok()?;
+    let request = DhcpRepr::parse(&packet).ok()?;
     if !segment.plan.dhcp || !segment.is_routed() {
         return None;
     }
     let server = segment.gateway;
-    if asked.server_identifier.is_some_and(|chosen| chosen != server) {
+    if request.server_identifier.is_some_and(|chosen| chosen != server) {
         return None;
     }
-    let mac = asked.client_hardware_address.0;
+    let mac = request.client_hardware_address.0;
     let yours = segment.lease(mac, port)?;
-    let kind = match asked.message_type {
+    let kind = match request.message_type {
         Kind::Discover => Kind::Offer,
-        Kind::Request if asked.requested_ip.unwrap_or(asked.client_ip) == yours => Kind::Ack,
+        Kind::Request if request.requested_ip.unwrap_or(request.client_ip) == yours => Kind::Ack,
         Kind::Request => Kind::Nak,
         Kind::Inform => Kind::Ack,
         _ => return None,
     };
     let refused = kind == Kind::Nak;
-    let informed = asked.message_type == Kind::Inform;
+    let informed = request.message_type == Kind::Inform;
     let mtu = u16::try_from(MTU).unwrap_or(u16::MAX).to_be_bytes();
     let options = [
         DhcpOption { kind: OPTION_DOMAIN, data: domain.as_bytes() },
@@ -53,33 +53,33 @@ pub(crate) fn answer(
     let mask = u32::from(segment.plan.cidr.network()) ^ u32::from(segment.plan.cidr.broadcast());
     let reply = DhcpRepr {
         message_type: kind,
-        transaction_id: asked.transaction_id,
+        transaction_id: request.transaction_id,
         secs: 0,
         client_hardware_address: EthernetAddress(mac),
-        client_ip: if refused { Ipv4Addr::UNSPECIFIED } else { asked.client_ip },
+        client_ip: if refused { Ipv4Addr::UNSPECIFIED } else { request.client_ip },
         your_ip: if refused || informed { Ipv4Addr::UNSPECIFIED } else { yours },
         server_ip: server,
         router: (!refused).then_some(server),
         subnet_mask: (!refused).then(|| Ipv4Addr::from(!mask)),
         relay_agent_ip: Ipv4Addr::UNSPECIFIED,
-        broadcast: asked.broadcast,
+        broadcast: request.broadcast,
         requested_ip: None,
         client_identifier: None,
         server_identifier: Some(server),
         parameter_request_list: None,
-        dns_servers: (!refused).then(|| servers.iter().copied().take(SERVERS).collect()),
+        dns_servers: (!refused).then(|| servers.iter().copied().take(MAX_SERVERS).collect()),
         max_size: None,
-        lease_duration: (!refused && !informed).then_some(LEASE),
+        lease_duration: (!refused && !informed).then_some(LEASE_TIME),
         renew_duration: None,
         rebind_duration: None,
         additional_options: if refused { &[] } else { &options },
     };
-    let mut bytes = vec![0; reply.buffer_len().max(SHORTEST)];
+    let mut bytes = vec![0; reply.buffer_len().max(MIN_LENGTH)];
     reply.emit(&mut DhcpPacket::new_unchecked(&mut bytes[..])).ok()?;
-    let has_address = !asked.client_ip.is_unspecified() && !refused;
+    let has_address = !request.client_ip.is_unspecified() && !refused;
     // RFC 2131, 4.1.
-    let (to, address) = match (refused || asked.broadcast, has_address) {
-        (_, true) => (mac, asked.client_ip),
+    let (to, address) = match (refused || request.broadcast, has_address) {
+        (_, true) => (mac, request.client_ip),
         (true, false) => (BROADCAST, Ipv4Addr::BROADCAST),
         (false, false) => (mac, yours),
     };

@@ -22,9 +22,9 @@ const NO_SUCH_NAME: u8 = 3;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
     /// With this answer.
-    Here(Vec<u8>),
+    Local(Vec<u8>),
     /// By a server outside, which alone may know.
-    Elsewhere,
+    Forward,
 }
 
 /// A query with one question.
@@ -67,26 +67,26 @@ impl Question {
 /// Answers a query about the machines of a VPC, whose names end with this domain or with nothing; `None` if it is malformed.
 pub(crate) fn answer(names: &Names, domain: &str, query: &[u8]) -> Option<Answer> {
     let question = Question::parse(query)?;
-    let inside = question.name.strip_suffix(domain).and_then(|name| name.strip_suffix('.'));
-    let is_ours = inside.is_some() || question.name == domain || !question.name.contains('.');
+    let own_name = question.name.strip_suffix(domain).and_then(|name| name.strip_suffix('.'));
+    let is_local = own_name.is_some() || question.name == domain || !question.name.contains('.');
     let reversed = question.name.strip_suffix(".in-addr.arpa").and_then(reverse);
     let owner = reversed.and_then(|address| names.iter().find(|(_, all)| all.contains(&address)));
-    if question.class != CLASS_IN || !(is_ours || owner.is_some()) {
-        return Some(Answer::Elsewhere);
+    if question.class != CLASS_IN || !(is_local || owner.is_some()) {
+        return Some(Answer::Forward);
     }
-    let records: Vec<(u16, Vec<u8>)> = match (names.get(inside.unwrap_or(&question.name)), owner) {
+    let records: Vec<(u16, Vec<u8>)> = match (names.get(own_name.unwrap_or(&question.name)), owner) {
         (Some(addresses), _) if matches!(question.kind, A | ANY) => {
             addresses.iter().map(|address| (A, address.octets().to_vec())).collect()
         }
         (None, Some((name, _))) if matches!(question.kind, PTR | ANY) => {
-            vec![(PTR, encoded(&format!("{name}.{domain}")))]
+            vec![(PTR, encode_name(&format!("{name}.{domain}")))]
         }
         (Some(_), _) | (None, Some(_)) => Vec::new(),
         // The domain itself exists, but has no records.
         (None, None) if question.name == domain => Vec::new(),
-        (None, None) => return Some(Answer::Here(reply(query, question.end, NO_SUCH_NAME, &[]))),
+        (None, None) => return Some(Answer::Local(reply(query, question.end, NO_SUCH_NAME, &[]))),
     };
-    Some(Answer::Here(reply(query, question.end, NO_ERROR, &records)))
+    Some(Answer::Local(reply(query, question.end, NO_ERROR, &records)))
 }
 
 /// Returns the address in a reverse lookup name: 10.0.0.5 for `5.0.0.10`.
@@ -97,7 +97,7 @@ fn reverse(name: &str) -> Option<Ipv4Addr> {
 }
 
 /// Encodes a name for a message. Labels are at most 63 bytes long, as names of machines are.
-fn encoded(name: &str) -> Vec<u8> {
+fn encode_name(name: &str) -> Vec<u8> {
     let labels = name.split('.').filter(|label| !label.is_empty());
     let mut bytes: Vec<u8> = labels
         .flat_map(|label| {
@@ -129,17 +129,17 @@ fn reply(query: &[u8], end: usize, code: u8, records: &[(u16, Vec<u8>)]) -> Vec<
 }
 
 /// Returns the answer if no server may be asked: the name does not exist.
-pub(crate) fn unknown(query: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn no_such_name(query: &[u8]) -> Option<Vec<u8>> {
     Some(reply(query, Question::parse(query)?.end, NO_SUCH_NAME, &[]))
 }
 
 /// Returns the answer if no server outside could be reached.
-pub(crate) fn failed(query: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn server_failure(query: &[u8]) -> Option<Vec<u8>> {
     Some(reply(query, Question::parse(query)?.end, SERVER_FAILURE, &[]))
 }
 
 /// Returns an answer that fits into this many bytes: itself, or one that asks to retry over TCP (RFC 2181, 9).
-pub(crate) fn fitted(answer: Vec<u8>, limit: usize) -> Option<Vec<u8>> {
+pub(crate) fn fit(answer: Vec<u8>, limit: usize) -> Option<Vec<u8>> {
     if answer.len() <= limit {
         return Some(answer);
     }
@@ -147,9 +147,9 @@ pub(crate) fn fitted(answer: Vec<u8>, limit: usize) -> Option<Vec<u8>> {
     let mut query = answer;
     *query.get_mut(2)? &= 0x7f;
     let end = Question::parse(&query)?.end;
-    let mut cut = reply(&query, end, query[3] & 0x0f, &[]);
-    cut[2] = cut[2] & !0x04 | 0x02;
-    Some(cut)
+    let mut truncated = reply(&query, end, query[3] & 0x0f, &[]);
+    truncated[2] = truncated[2] & !0x04 | 0x02;
+    Some(truncated)
 }
 
 #[cfg(test)]

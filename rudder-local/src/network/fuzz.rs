@@ -3,7 +3,7 @@
 use super::{
     Network, NetworkOptions, dhcp, dns,
     segment::Segment,
-    stack::Place,
+    stack::PortId,
     wire::{Packet, Refusal, fragments},
 };
 use rudder_core::hardware::NicModel;
@@ -60,7 +60,7 @@ pub fn frames(bytes: &[u8]) {
     vpc.lock().segments.iter().flat_map(|segment| &segment.nics).for_each(|nic| nic.port.set_connected(true));
     let mut rest = bytes;
     for segment in [0, 1, 0] {
-        let Ok((taken, _)) = vpc.frames(Place { segment, port: 0 }, rest) else { return };
+        let Ok((taken, _)) = vpc.frames(PortId { segment, port: 0 }, rest) else { return };
         rest = &rest[taken..];
     }
 }
@@ -81,8 +81,8 @@ pub fn packet(bytes: &[u8]) {
 /// Parses a packet, and derives from it every kind of packet that is made from others.
 pub fn ip(bytes: &[u8]) {
     let Some(packet) = Packet::parse(bytes) else { return };
-    let _ = (packet.ports(), packet.datagram(), packet.is_syn(), packet.echo_reply(), packet.after_a_hop());
-    let _ = Refusal::TooBig.about(&packet, [10, 0, 2, 1].into());
+    let _ = (packet.ports(), packet.datagram(), packet.is_syn(), packet.echo_reply(), packet.forwarded());
+    let _ = Refusal::TooBig.icmp_message(&packet, [10, 0, 2, 1].into());
     let total: usize = fragments(bytes.to_vec()).iter().map(Vec::len).sum();
     assert!(total >= packet.bytes.len(), "fragments hold all of a packet");
 }
@@ -98,8 +98,8 @@ pub fn dhcp(bytes: &[u8]) {
 /// Answers a DNS message.
 pub fn dns(bytes: &[u8]) {
     let names = dns::Names::from([("web".to_owned(), vec![[10, 0, 2, 15].into()])]);
-    if let Some(dns::Answer::Here(reply)) = dns::answer(&names, "fuzz.internal", bytes) {
+    if let Some(dns::Answer::Local(reply)) = dns::answer(&names, "fuzz.internal", bytes) {
         assert!(reply.len() <= bytes.len() + 300, "an answer is in proportion to its question");
     }
-    let _ = (dns::unknown(bytes), dns::failed(bytes), dns::fitted(bytes.to_vec(), 20));
+    let _ = (dns::no_such_name(bytes), dns::server_failure(bytes), dns::fit(bytes.to_vec(), 20));
 }

@@ -18,10 +18,10 @@
 mod cable;
 mod dhcp;
 mod dns;
-mod door;
 mod nat;
 mod policy;
 mod port;
+mod port_forward;
 mod record;
 mod segment;
 mod service;
@@ -42,7 +42,7 @@ pub use self::{
 
 use self::{
     segment::Segment,
-    stack::Place,
+    stack::PortId,
     vpc::{Settings, Vpc},
 };
 use rudder_core::{
@@ -64,11 +64,11 @@ use tokio_util::{
 };
 
 /// The first port on which files are served.
-const FIRST_SERVED: u16 = 8000;
+const FIRST_SITE_PORT: u16 = 8000;
 /// The port of DNS.
 const DNS: u16 = 53;
 /// Maximum number of concurrent connections to one site; further ones wait.
-const CALLERS: usize = 256;
+const MAX_CONNECTIONS: usize = 256;
 
 /// Options for creating a [`Network`].
 #[derive(Debug, Clone, Default)]
@@ -109,12 +109,12 @@ pub struct Network {
 struct Attached {
     nic: PlannedNic,
     vpc: Arc<Vpc>,
-    place: Place,
+    port_id: PortId,
 }
 
 impl Attached {
     fn address(&self) -> Option<Ipv4Addr> {
-        self.vpc.lock().segments.get(self.place.segment)?.nics.get(self.place.port)?.address
+        self.vpc.lock().segments.get(self.port_id.segment)?.nics.get(self.port_id.port)?.address
     }
 }
 
@@ -140,7 +140,7 @@ impl Network {
                 .enumerate()
                 .map(|(index, subnet)| Segment::new(subnet.clone(), gateway_mac(number, index)));
             let vpc = Vpc::new(&planned.name, planned.internet, segments.collect(), &settings);
-            vpc.spawn(Arc::clone(&vpc).keep_time());
+            vpc.spawn(Arc::clone(&vpc).run_timer());
             serve_dns(&vpc);
             vpc
         });
@@ -163,12 +163,12 @@ impl Network {
     /// `InvalidInput` for a NIC in no subnet of the network; `Conflict` when a machine of this name exists.
     pub fn add_machine(&self, name: &str, nics: &[PlannedNic]) -> Result<()> {
         let find = |nic: &PlannedNic| {
-            let places = self.vpcs.iter().find_map(|vpc| {
+            let found_in = self.vpcs.iter().find_map(|vpc| {
                 let segment =
                     vpc.lock().segments.iter().position(|segment| segment.plan.name == nic.subnet)?;
                 Some((Arc::clone(vpc), segment))
             });
-            places.ok_or_else(|| {
+            found_in.ok_or_else(|| {
                 let message = format!("expected a subnet of the lab, but found {:?}", nic.subnet);
                 Error::new(ErrorKind::InvalidInput, message).with_context("nic", &nic.name)
             })
@@ -176,34 +176,34 @@ impl Network {
         let found: Vec<_> = nics.iter().map(find).collect::<Result<_>>()?;
         let mut machines = self.machines();
         if machines.contains_key(name) {
-            let message = format!("expected a new machine on the network, but found {name:?} again");
+            let message = format!("expected an unused machine name, but found {name:?}");
             return Err(Error::new(ErrorKind::Conflict, message));
         }
         let owner: Arc<str> = name.into();
         let attached = nics.iter().zip(found).map(|(nic, (vpc, segment))| {
             let port = vpc.lock().segments[segment].add(&owner, nic.mac.bytes(), nic.ip);
-            Attached { nic: nic.clone(), vpc, place: Place { segment, port } }
+            Attached { nic: nic.clone(), vpc, port_id: PortId { segment, port } }
         });
         machines.insert(name.to_owned(), attached.collect());
         drop(machines);
-        self.name_machines();
+        self.update_names();
         Ok(())
     }
 
     /// Removes a machine.
     pub fn remove_machine(&self, name: &str) {
         let attached = self.machines().remove(name).unwrap_or_default();
-        for Attached { vpc, place, .. } in attached {
-            vpc.disconnected(place);
-            if let Some(segment) = vpc.lock().segments.get_mut(place.segment) {
-                segment.retire(place.port);
+        for Attached { vpc, port_id, .. } in attached {
+            vpc.disconnected(port_id);
+            if let Some(segment) = vpc.lock().segments.get_mut(port_id.segment) {
+                segment.remove(port_id.port);
             }
         }
-        self.name_machines();
+        self.update_names();
     }
 
     /// Passes the names of the machines to DNS.
-    fn name_machines(&self) {
+    fn update_names(&self) {
         for vpc in &self.vpcs {
             let mut inner = vpc.lock();
             let nics =
@@ -235,15 +235,15 @@ impl Network {
         let attached = self.machines().get(machine).cloned().unwrap_or_default();
         let mut cables = JoinSet::new();
         let (first, connected) = mpsc::channel(attached.len().max(1));
-        for (Attached { vpc, place, .. }, socket) in attached.into_iter().zip(sockets) {
+        for (Attached { vpc, port_id, .. }, socket) in attached.into_iter().zip(sockets) {
             let port = {
                 let inner = vpc.lock();
-                inner.segments[place.segment].nics.get(place.port).map(|nic| Arc::clone(&nic.port))
+                inner.segments[port_id.segment].nics.get(port_id.port).map(|nic| Arc::clone(&nic.port))
             };
             let Some(port) = port else { continue };
             let (end, first) = (vpc.settings.end.clone(), first.clone());
             cables.spawn(async move {
-                let plugged = cable::keep_plugged(vpc, place, port, socket, first);
+                let plugged = cable::keep_connected(vpc, port_id, port, socket, first);
                 let _ = end.run_until_cancelled(plugged).await;
             });
         }
@@ -259,17 +259,17 @@ impl Network {
         let attached = self.machines().get(machine).cloned().unwrap_or_default();
         let routed = attached.into_iter().find(|attached| {
             let inner = attached.vpc.lock();
-            inner.segments.get(attached.place.segment).is_some_and(Segment::is_routed)
+            inner.segments.get(attached.port_id.segment).is_some_and(Segment::is_routed)
         });
-        let Attached { vpc, place, .. } = routed.ok_or(io::ErrorKind::NotConnected)?;
-        vpc.dial(place, port).await
+        let Attached { vpc, port_id, .. } = routed.ok_or(io::ErrorKind::NotConnected)?;
+        vpc.dial(port_id, port).await
     }
 
     /// Serves files on the gateways of all subnets that have one, until the returned value is dropped.
     #[must_use]
     pub fn serve(&self, site: Site) -> Served {
         let port = self.free_port();
-        let (callers, mut called) = mpsc::channel::<service::Caller>(1);
+        let (callers, mut accepted) = mpsc::channel::<service::Caller>(1);
         let mut tasks = JoinSet::new();
         for vpc in &self.vpcs {
             let (mut opened, callers) = (vpc.lock().services.open(port), callers.clone());
@@ -282,13 +282,13 @@ impl Network {
             });
         }
         let server = AbortOnDropHandle::new(tokio::spawn(async move {
-            let (site, mut talks, _tasks) = (Arc::new(site), JoinSet::new(), tasks);
-            while let Some((machine, stream)) = called.recv().await {
-                while talks.try_join_next().is_some() {}
-                if talks.len() >= CALLERS {
-                    talks.join_next().await;
+            let (site, mut connections, _tasks) = (Arc::new(site), JoinSet::new(), tasks);
+            while let Some((machine, stream)) = accepted.recv().await {
+                while connections.try_join_next().is_some() {}
+                if connections.len() >= MAX_CONNECTIONS {
+                    connections.join_next().await;
                 }
-                talks.spawn(answer(Arc::clone(&site), Some(machine.to_string()), stream));
+                connections.spawn(answer(Arc::clone(&site), Some(machine.to_string()), stream));
             }
         }));
         Served::new(self.gateways(), port, server)
@@ -304,7 +304,7 @@ impl Network {
     /// Returns a port of the gateways on which nothing is served.
     fn free_port(&self) -> u16 {
         let is_free = |port: &u16| self.vpcs.iter().all(|vpc| vpc.lock().services.at(*port).is_none());
-        (FIRST_SERVED..u16::MAX).find(is_free).unwrap_or(FIRST_SERVED)
+        (FIRST_SITE_PORT..u16::MAX).find(is_free).unwrap_or(FIRST_SITE_PORT)
     }
 
     /// Opens sockets on this host that lead to ports of a machine, in a directory that only their owner can enter. Dropping the
@@ -312,12 +312,12 @@ impl Network {
     ///
     /// # Errors
     /// A socket cannot be created.
-    pub fn open_doors(
+    pub fn forward_ports(
         self: &Arc<Self>,
         machine: &str,
-        doors: impl IntoIterator<Item = (u16, PathBuf)>,
-    ) -> io::Result<Doors> {
-        door::open(self, machine, doors)
+        ports: impl IntoIterator<Item = (u16, PathBuf)>,
+    ) -> io::Result<PortForwards> {
+        port_forward::open(self, machine, ports)
     }
 
     /// Returns a record with which another process can run this network.
@@ -355,7 +355,7 @@ impl Plugged {
     }
 }
 
-pub use door::Doors;
+pub use port_forward::PortForwards;
 
 /// Returns the hardware address of a gateway: locally administered (IEEE 802, clause 8.2), and in a range that plans draw from
 /// only by chance.
@@ -376,10 +376,10 @@ fn serve_dns(vpc: &Arc<Vpc>) {
     let mut questions = vpc.lock().services.open(DNS);
     let owned = Arc::clone(vpc);
     vpc.spawn(async move {
-        let mut talks = JoinSet::new();
+        let mut connections = JoinSet::new();
         while let Some((_, stream)) = questions.recv().await {
-            while talks.try_join_next().is_some() {}
-            talks.spawn(nat::answer_over_tcp(Arc::clone(&owned), stream));
+            while connections.try_join_next().is_some() {}
+            connections.spawn(nat::answer_over_tcp(Arc::clone(&owned), stream));
         }
     });
 }

@@ -2,7 +2,7 @@
 
 use super::{
     dns,
-    stack::{Flow, Place},
+    stack::{Flow, PortId},
     vpc::{Inner, Vpc},
     wire::{self, MTU, Refusal},
 };
@@ -21,35 +21,35 @@ use tokio::{
 };
 
 /// Time limit for a connection to the outside.
-const CONNECTING: Duration = Duration::from_secs(20);
+const CONNECT_LIMIT: Duration = Duration::from_secs(20);
 /// Number of bytes that are copied at a time.
 const CHUNK: usize = 64 << 10;
 /// Time without datagrams after which their socket is closed (RFC 4787, 4.3, asks for two minutes).
-const SILENCE: Duration = Duration::from_secs(120);
+const IDLE_LIMIT: Duration = Duration::from_secs(120);
 /// Maximum number of datagram sockets per NIC; the least recently used one is closed to make room.
-const FLOWS: usize = 128;
+const MAX_FLOWS: usize = 128;
 /// Number of datagrams that may wait for a socket.
-const WAITING: usize = 64;
+const QUEUE_LENGTH: usize = 64;
 /// Time limit for an answer of a DNS server, and the number of servers that are asked.
-const ANSWERING: Duration = Duration::from_secs(5);
-const SERVERS: usize = 3;
+const DNS_LIMIT: Duration = Duration::from_secs(5);
+const MAX_SERVERS: usize = 3;
 /// The largest answer over UDP that reaches a guest in one packet.
-const LARGEST: usize = MTU - 28;
+const MAX_UDP_ANSWER: usize = MTU - 28;
 const DNS: u16 = 53;
 
 /// Connects a guest to the outside.
-pub(crate) fn connection(vpc: &Arc<Vpc>, place: Place, flow: Flow, syn: Vec<u8>) {
+pub(crate) fn connection(vpc: &Arc<Vpc>, port_id: PortId, flow: Flow, syn: Vec<u8>) {
     let (network, owned) = (Arc::clone(vpc), Arc::clone(vpc));
     network.spawn(async move {
         let vpc = owned;
         if !(vpc.settings.is_outside)(flow.to.0) {
-            return vpc.refuse(place, flow, syn, Some(Refusal::Prohibited));
+            return vpc.refuse(port_id, flow, syn, Some(Refusal::Prohibited));
         }
         let mut host = match connect(flow.to).await {
             Ok(host) => host,
-            Err(why) => return vpc.refuse(place, flow, syn, why),
+            Err(why) => return vpc.refuse(port_id, flow, syn, why),
         };
-        let Some(mut guest) = vpc.accept(place, flow, syn) else { return };
+        let Some(mut guest) = vpc.accept(port_id, flow, syn) else { return };
         // An error also ends both sides at once: neither waits for the other.
         if copy_bidirectional_with_sizes(&mut guest, &mut host, CHUNK, CHUNK).await.is_err() {
             guest.abort();
@@ -60,7 +60,7 @@ pub(crate) fn connection(vpc: &Arc<Vpc>, place: Place, flow: Flow, syn: Vec<u8>)
 
 /// Connects to a host outside; an error of `None` means that it refused.
 async fn connect((address, port): (Ipv4Addr, u16)) -> Result<TcpStream, Option<Refusal>> {
-    match timeout(CONNECTING, TcpStream::connect((address, port))).await {
+    match timeout(CONNECT_LIMIT, TcpStream::connect((address, port))).await {
         Ok(Ok(stream)) => {
             let _ = stream.set_nodelay(true);
             Ok(stream)
@@ -81,7 +81,7 @@ pub(crate) struct Datagrams {
 
 #[derive(Debug)]
 struct Datagram {
-    place: Place,
+    port_id: PortId,
     /// Datagrams that the guest sends; dropping it closes the socket.
     queue: mpsc::Sender<Vec<u8>>,
     used: Instant,
@@ -90,23 +90,23 @@ struct Datagram {
 
 impl Datagrams {
     /// Sends a datagram over the socket of its flow, if there is one. Returns whether there was.
-    pub(crate) fn pass(&mut self, flow: Flow, content: &[u8]) -> bool {
+    pub(crate) fn send(&mut self, flow: Flow, content: &[u8]) -> bool {
         let Some(known) = self.flows.get_mut(&flow) else { return false };
         known.used = Instant::now();
         // Datagrams that do not fit are dropped.
         !matches!(known.queue.try_send(content.to_vec()), Err(mpsc::error::TrySendError::Closed(_)))
     }
 
-    fn open(&mut self, place: Place, flow: Flow) -> (mpsc::Receiver<Vec<u8>>, u64) {
-        let of_place = self.flows.iter().filter(|(_, known)| known.place == place);
-        if of_place.clone().count() >= FLOWS {
-            let oldest = of_place.min_by_key(|(_, known)| known.used).map(|(flow, _)| *flow);
+    fn open(&mut self, port_id: PortId, flow: Flow) -> (mpsc::Receiver<Vec<u8>>, u64) {
+        let of_port = self.flows.iter().filter(|(_, known)| known.port_id == port_id);
+        if of_port.clone().count() >= MAX_FLOWS {
+            let oldest = of_port.min_by_key(|(_, known)| known.used).map(|(flow, _)| *flow);
             oldest.map(|oldest| self.flows.remove(&oldest));
         }
-        let (queue, receiver) = mpsc::channel(WAITING);
+        let (queue, receiver) = mpsc::channel(QUEUE_LENGTH);
         self.number += 1;
         let (used, number) = (Instant::now(), self.number);
-        self.flows.insert(flow, Datagram { place, queue, used, number });
+        self.flows.insert(flow, Datagram { port_id, queue, used, number });
         (receiver, number)
     }
 
@@ -117,8 +117,8 @@ impl Datagrams {
     }
 
     /// Closes the sockets of a NIC.
-    pub(crate) fn forget(&mut self, place: Place) {
-        self.flows.retain(|_, known| known.place != place);
+    pub(crate) fn forget(&mut self, port_id: PortId) {
+        self.flows.retain(|_, known| known.port_id != port_id);
     }
 
     pub(crate) fn clear(&mut self) {
@@ -127,15 +127,15 @@ impl Datagrams {
 }
 
 /// Sends a datagram of a new flow to the outside; replies go to the guest.
-pub(crate) fn datagram(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Flow, content: &[u8]) {
-    let (queue, number) = inner.datagrams.open(place, flow);
-    inner.datagrams.pass(flow, content);
+pub(crate) fn datagram(vpc: &Arc<Vpc>, inner: &mut Inner, port_id: PortId, flow: Flow, content: &[u8]) {
+    let (queue, number) = inner.datagrams.open(port_id, flow);
+    inner.datagrams.send(flow, content);
     let (network, owned) = (Arc::clone(vpc), Arc::clone(vpc));
     network.spawn(async move {
         if let Err(error) = exchange(&owned, flow, queue).await {
-            tracing::debug!(%error, ?flow, "a flow of datagrams ended");
+            tracing::debug!(%error, ?flow, "a UDP flow ended");
             if error.kind() == io::ErrorKind::ConnectionRefused {
-                owned.tell_refused(place, flow);
+                owned.send_port_unreachable(port_id, flow);
             }
         }
         owned.lock().datagrams.close(flow, number);
@@ -146,7 +146,7 @@ async fn exchange(vpc: &Vpc, flow: Flow, mut queue: mpsc::Receiver<Vec<u8>>) -> 
     let socket = connected(SocketAddr::from(flow.to)).await?;
     let mut buffer = vec![0; 64 << 10];
     loop {
-        let one = async {
+        let event = async {
             tokio::select! {
                 content = queue.recv() => match content {
                     Some(content) => socket.send(&content).await.map(|_| true),
@@ -160,7 +160,7 @@ async fn exchange(vpc: &Vpc, flow: Flow, mut queue: mpsc::Receiver<Vec<u8>>) -> 
                 }
             }
         };
-        match timeout(SILENCE, one).await {
+        match timeout(IDLE_LIMIT, event).await {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) | Err(_) => return Ok(()),
             Ok(Err(error)) => return Err(error),
@@ -180,11 +180,11 @@ async fn connected(server: SocketAddr) -> io::Result<UdpSocket> {
 
 impl Vpc {
     /// Notifies a guest that nothing listens at the destination of its datagrams.
-    fn tell_refused(&self, place: Place, flow: Flow) {
+    fn send_port_unreachable(&self, port_id: PortId, flow: Flow) {
         let sent = wire::udp(flow.guest, flow.to, &[]);
         let mut inner = self.lock();
         if let Some(packet) = wire::Packet::parse(&sent) {
-            inner.tell(place, &packet, Refusal::PortUnreachable);
+            inner.send_icmp_error(port_id, &packet, Refusal::PortUnreachable);
         }
         inner.poll();
     }
@@ -194,36 +194,36 @@ impl Vpc {
         if let Some(resolver) = self.settings.resolver {
             return vec![resolver];
         }
-        let written = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-        let servers = nameservers(&written);
+        let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        let servers = nameservers(&text);
         // resolv.conf(5): without any, the server on this host.
         if servers.is_empty() { vec![(Ipv4Addr::LOCALHOST, DNS).into()] } else { servers }
     }
 }
 
 /// Returns the servers named in a resolv.conf(5).
-fn nameservers(written: &str) -> Vec<SocketAddr> {
-    let addresses = written.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        let address = (words.next()? == "nameserver").then(|| words.next())??;
+fn nameservers(text: &str) -> Vec<SocketAddr> {
+    let addresses = text.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace();
+        let address = (fields.next()? == "nameserver").then(|| fields.next())??;
         address.parse::<IpAddr>().ok()
     });
-    addresses.take(SERVERS).map(|address| (address, DNS).into()).collect()
+    addresses.take(MAX_SERVERS).map(|address| (address, DNS).into()).collect()
 }
 
 /// Forwards a query about names outside the lab to the host's servers.
-pub(crate) fn question(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Flow, query: &[u8]) {
-    if inner.datagrams.pass(flow, query) {
+pub(crate) fn forward_query(vpc: &Arc<Vpc>, inner: &mut Inner, port_id: PortId, flow: Flow, query: &[u8]) {
+    if inner.datagrams.send(flow, query) {
         return;
     }
-    let (mut queue, number) = inner.datagrams.open(place, flow);
-    inner.datagrams.pass(flow, query);
+    let (mut queue, number) = inner.datagrams.open(port_id, flow);
+    inner.datagrams.send(flow, query);
     let (network, vpc) = (Arc::clone(vpc), Arc::clone(vpc));
     network.spawn(async move {
         // A resolver may send several queries from one port.
-        while let Ok(Some(query)) = timeout(ANSWERING, queue.recv()).await {
-            let answer = ask(&vpc.servers(), &query).await.or_else(|| dns::failed(&query));
-            if let Some(answer) = answer.and_then(|answer| dns::fitted(answer, LARGEST)) {
+        while let Ok(Some(query)) = timeout(DNS_LIMIT, queue.recv()).await {
+            let answer = ask(&vpc.servers(), &query).await.or_else(|| dns::server_failure(&query));
+            if let Some(answer) = answer.and_then(|answer| dns::fit(answer, MAX_UDP_ANSWER)) {
                 let mut inner = vpc.lock();
                 inner.send(wire::udp(flow.to, flow.guest, &answer));
                 inner.poll();
@@ -237,7 +237,7 @@ pub(crate) fn question(vpc: &Arc<Vpc>, inner: &mut Inner, place: Place, flow: Fl
 async fn ask(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
     let mut buffer = vec![0; 64 << 10];
     for server in servers {
-        let asked = async {
+        let exchange_with_server = async {
             let socket = connected(*server).await?;
             socket.send(query).await?;
             loop {
@@ -247,7 +247,7 @@ async fn ask(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
                 }
             }
         };
-        match timeout(ANSWERING, asked).await {
+        match timeout(DNS_LIMIT, exchange_with_server).await {
             Ok(Ok(length)) => return Some(buffer[..length].to_vec()),
             Ok(Err(error)) => tracing::debug!(%error, %server, "a DNS server does not answer"),
             Err(_) => tracing::debug!(%server, "a DNS server does not answer in time"),
@@ -258,19 +258,19 @@ async fn ask(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
 
 /// Answers queries over a TCP connection (RFC 7766), until it ends.
 pub(crate) async fn answer_over_tcp(vpc: Arc<Vpc>, mut guest: super::stream::GuestStream) -> io::Result<()> {
-    while let Ok(length) = timeout(SILENCE, guest.read_u16()).await? {
+    while let Ok(length) = timeout(IDLE_LIMIT, guest.read_u16()).await? {
         let mut query = vec![0; usize::from(length)];
-        timeout(SILENCE, guest.read_exact(&mut query)).await??;
+        timeout(IDLE_LIMIT, guest.read_exact(&mut query)).await??;
         let (known, internet) = {
             let inner = vpc.lock();
             (dns::answer(&inner.names, &vpc.settings.domain, &query), inner.internet)
         };
         let answer = match known {
-            Some(dns::Answer::Here(reply)) => Some(reply),
-            Some(dns::Answer::Elsewhere) if internet => {
-                ask_over_tcp(&vpc.servers(), &query).await.or_else(|| dns::failed(&query))
+            Some(dns::Answer::Local(reply)) => Some(reply),
+            Some(dns::Answer::Forward) if internet => {
+                ask_over_tcp(&vpc.servers(), &query).await.or_else(|| dns::server_failure(&query))
             }
-            Some(dns::Answer::Elsewhere) => dns::unknown(&query),
+            Some(dns::Answer::Forward) => dns::no_such_name(&query),
             None => return Ok(()),
         };
         let Some(answer) = answer else { return Ok(()) };
@@ -283,7 +283,7 @@ pub(crate) async fn answer_over_tcp(vpc: Arc<Vpc>, mut guest: super::stream::Gue
 /// Asks the servers in turn over TCP.
 async fn ask_over_tcp(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
     for server in servers {
-        let asked = async {
+        let exchange_with_server = async {
             let mut stream = TcpStream::connect(server).await?;
             stream.write_u16(u16::try_from(query.len()).unwrap_or(u16::MAX)).await?;
             stream.write_all(query).await?;
@@ -291,7 +291,7 @@ async fn ask_over_tcp(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
             stream.read_exact(&mut answer).await?;
             io::Result::Ok(answer)
         };
-        match timeout(ANSWERING, asked).await {
+        match timeout(DNS_LIMIT, exchange_with_server).await {
             Ok(Ok(answer)) => return Some(answer),
             Ok(Err(error)) => tracing::debug!(%error, %server, "a DNS server does not answer over TCP"),
             Err(_) => tracing::debug!(%server, "a DNS server does not answer over TCP in time"),
@@ -305,7 +305,7 @@ mod tests {
     use super::nameservers;
 
     #[test]
-    fn servers_of_the_host_are_read() {
+    fn name_servers_are_read_from_resolv_conf() {
         let text = "# x\nsearch example.org\nnameserver 192.0.2.1\n nameserver ::1 # local\nnameserver x\noptions edns0\n";
         let found: Vec<String> = nameservers(text).iter().map(ToString::to_string).collect();
         assert_eq!(found, ["192.0.2.1:53", "[::1]:53"]);

@@ -6,7 +6,7 @@ use std::{
 };
 
 /// An address that is never a host's own (RFC 5737).
-const NOBODY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+const UNASSIGNED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// Cloud services outside the link-local range that reveal secrets of the host to anything that asks from it.
 const METADATA: [Ipv4Addr; 2] = [
@@ -46,7 +46,7 @@ fn is_of_this_host(address: Ipv4Addr) -> bool {
             .is_none_or(|error| error.kind() != io::ErrorKind::AddrNotAvailable)
     };
     // With ip_nonlocal_bind, every address can be bound to, so the routing table decides.
-    binds(address) && (!binds(NOBODY) || is_in_local_table(address))
+    binds(address) && (!binds(UNASSIGNED) || is_in_local_table(address))
 }
 
 /// Returns whether the table of local routes contains it. If it cannot be read, everything is treated as local.
@@ -63,11 +63,11 @@ fn has_local(table: &str, address: Ipv4Addr) -> bool {
             leaf = found.trim().parse::<Ipv4Addr>().ok();
             return false;
         }
-        let mut words = line.split_whitespace();
-        let prefix = words.next().and_then(|word| word.strip_prefix('/')?.parse::<u32>().ok());
+        let mut fields = line.split_whitespace();
+        let prefix = fields.next().and_then(|word| word.strip_prefix('/')?.parse::<u32>().ok());
         let (Some(leaf), Some(prefix @ 0..=32)) = (leaf, prefix) else { return false };
         let mask = u32::MAX.checked_shl(32 - prefix).unwrap_or(0);
-        matches!(words.last(), Some("LOCAL" | "BROADCAST"))
+        matches!(fields.last(), Some("LOCAL" | "BROADCAST"))
             && (u32::from(leaf) ^ u32::from(address)) & mask == 0
     })
 }

@@ -10,9 +10,9 @@ use tokio::sync::Notify;
 /// Number of bytes that may wait for a NIC that does not read; further frames are dropped, as by a switch.
 const CAPACITY: usize = 4 << 20;
 /// Number of queued bytes above which senders are held back.
-const HIGH: usize = 512 << 10;
+const HIGH_WATER_MARK: usize = 512 << 10;
 /// How long a NIC that reads nothing at all holds back a sender; afterwards it holds back none until it reads again.
-const PATIENCE: Duration = Duration::from_millis(100);
+const STALL_LIMIT: Duration = Duration::from_millis(100);
 
 /// A port of a switch.
 #[derive(Debug, Default)]
@@ -20,7 +20,7 @@ pub(crate) struct Port {
     /// Frames, each preceded by its length in 32 bits (QEMU's stream netdev).
     queue: Mutex<Vec<u8>>,
     ready: Notify,
-    room: Notify,
+    space: Notify,
     connected: AtomicBool,
     stalled: AtomicBool,
 }
@@ -37,7 +37,7 @@ impl Port {
         }
         self.connected.store(connected, Ordering::Relaxed);
         self.stalled.store(false, Ordering::Relaxed);
-        self.room.notify_waiters();
+        self.space.notify_waiters();
     }
 
     pub(crate) fn is_connected(&self) -> bool {
@@ -57,7 +57,7 @@ impl Port {
         }
         queue.extend(head.to_be_bytes());
         pieces.iter().for_each(|piece| queue.extend_from_slice(piece));
-        queue.len() > HIGH
+        queue.len() > HIGH_WATER_MARK
     }
 
     /// Returns the number of queued bytes.
@@ -77,7 +77,7 @@ impl Port {
         loop {
             std::mem::swap(&mut *self.queue(), batch);
             self.stalled.store(false, Ordering::Relaxed);
-            self.room.notify_waiters();
+            self.space.notify_waiters();
             if !batch.is_empty() {
                 return;
             }
@@ -86,21 +86,21 @@ impl Port {
     }
 
     /// Waits while the queue is long, to hold a sender back.
-    pub(crate) async fn drained(&self) {
+    pub(crate) async fn wait_for_space(&self) {
         if self.stalled.load(Ordering::Relaxed) {
             return;
         }
         let drained = async {
             loop {
-                let mut room = std::pin::pin!(self.room.notified());
-                room.as_mut().enable();
-                if self.queue().len() <= HIGH {
+                let mut space = std::pin::pin!(self.space.notified());
+                space.as_mut().enable();
+                if self.queue().len() <= HIGH_WATER_MARK {
                     return;
                 }
-                room.await;
+                space.await;
             }
         };
-        if tokio::time::timeout(PATIENCE, drained).await.is_err() {
+        if tokio::time::timeout(STALL_LIMIT, drained).await.is_err() {
             self.stalled.store(true, Ordering::Relaxed);
         }
     }

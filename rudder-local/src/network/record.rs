@@ -39,7 +39,7 @@ impl NetworkRecord {
     pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
         let no_record = |error| {
             let message =
-                format!("expected the record of a network in {}, but found something else", path.display());
+                format!("expected a network record in {}, but found something else", path.display());
             Error::new(ErrorKind::InvalidInput, message).with_source(error)
         };
         let value: serde_json::Value = serde_json::from_slice(text).map_err(no_record)?;
@@ -48,7 +48,7 @@ impl NetworkRecord {
             Some(format) if format > u64::from(FORMAT) => {
                 let path = path.display();
                 let message = format!(
-                    "expected a network of format {FORMAT} or earlier in {path}, but found format {format}"
+                    "expected a network record of format {FORMAT} or earlier in {path}, but found format {format}"
                 );
                 Err(Error::new(ErrorKind::Unsupported, message)
                     .with_help("install the rudder-helper of the version that kept the lab"))
@@ -70,12 +70,13 @@ pub struct MachineRecord {
     /// The files, in the lab's directory, of the sockets on which QEMU listens for its NICs.
     pub sockets: Vec<String>,
     /// Ports of the guest, with the files of the sockets that lead to them.
-    pub doors: Vec<(u16, String)>,
+    #[serde(rename = "doors")]
+    pub port_forwards: Vec<(u16, String)>,
 }
 
 impl MachineRecord {
     pub(crate) fn new(nics: Vec<PlannedNic>, name: String) -> Self {
-        Self { name, nics, sockets: Vec::new(), doors: Vec::new() }
+        Self { name, nics, sockets: Vec::new(), port_forwards: Vec::new() }
     }
 }
 
@@ -218,14 +219,14 @@ mod tests {
 }"#;
 
     #[test]
-    fn a_record_of_format_1_is_written_as_it_was_read() {
+    fn a_record_of_format_1_is_written_unchanged() {
         let record = NetworkRecord::from_json(Path::new("network.json"), FORMAT_1.as_bytes()).unwrap();
         assert_eq!(record.machines[0].nics[0].ip, Some(Ipv4Addr::new(10, 20, 0, 10)));
         assert_eq!(serde_json::to_string_pretty(&record).unwrap(), FORMAT_1);
     }
 
     #[test]
-    fn a_record_of_a_later_format_is_refused_whatever_it_holds() {
+    fn a_record_of_a_later_format_is_refused() {
         let read = |text: &str| {
             NetworkRecord::from_json(Path::new("lab/network.json"), text.as_bytes()).unwrap_err()
         };
@@ -233,7 +234,7 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert_eq!(
             error.to_string(),
-            "expected a network of format 1 or earlier in lab/network.json, but found format 2"
+            "expected a network record of format 1 or earlier in lab/network.json, but found format 2"
         );
         assert_eq!(read("{\"format\": 1}").kind(), ErrorKind::InvalidInput);
     }

@@ -14,15 +14,15 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 /// Maximum number of learned hardware addresses, and of IP addresses, per port, besides the planned ones.
-const LEARNED: usize = 256;
+const MAX_LEARNED: usize = 256;
 /// Maximum number of addresses that are being resolved at a time.
-const UNRESOLVED: usize = 64;
+const MAX_UNRESOLVED: usize = 64;
 /// Maximum number of packets that wait for each of them.
-const WAITING: usize = 16;
+const MAX_WAITING: usize = 16;
 /// How long they wait.
-pub(crate) const RESOLUTION: Duration = Duration::from_secs(2);
+pub(crate) const RESOLUTION_LIMIT: Duration = Duration::from_secs(2);
 /// Maximum number of addresses for unplanned NICs, such as those of machines inside guests.
-const UNPLANNED: usize = 64;
+const MAX_UNPLANNED: usize = 64;
 
 /// A NIC, and the port that it is connected to.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ pub(crate) struct Segment {
     /// Ports whose senders should wait.
     full: HashSet<usize>,
     /// Notified when the address of a host becomes known.
-    pub(crate) heard: Arc<Notify>,
+    pub(crate) learned_address: Arc<Notify>,
 }
 
 impl Segment {
@@ -80,7 +80,7 @@ impl Segment {
             unplanned: HashMap::new(),
             dirty: HashSet::new(),
             full: HashSet::new(),
-            heard: Arc::default(),
+            learned_address: Arc::default(),
         }
     }
 
@@ -129,7 +129,7 @@ impl Segment {
     }
 
     /// Releases the addresses of a NIC; its port stays, disconnected.
-    pub(crate) fn retire(&mut self, number: usize) {
+    pub(crate) fn remove(&mut self, number: usize) {
         self.disconnected(number);
         if let Some(nic) = self.nics.get_mut(number) {
             nic.address = None;
@@ -158,7 +158,7 @@ impl Segment {
         if let Some(address) = self.unplanned.get(&mac) {
             return Some(*address);
         }
-        if is_group(mac) || self.unplanned.len() >= UNPLANNED {
+        if is_group(mac) || self.unplanned.len() >= MAX_UNPLANNED {
             return None;
         }
         let address = self.free_address()?;
@@ -176,7 +176,7 @@ impl Segment {
             // A planned address stays at its port. Its machine may use it on another of its own NICs, as a bridge in the guest
             // does.
             Some(known) if self.nics.get(*known).is_some_and(|nic| nic.mac == mac) => {
-                return self.are_of_one_machine(*known, port);
+                return self.are_of_same_machine(*known, port);
             }
             Some(known) => {
                 if let Some(nic) = self.nics.get_mut(*known) {
@@ -185,7 +185,7 @@ impl Segment {
             }
             None => {}
         }
-        if self.nics.get(port).is_none_or(|nic| nic.macs >= LEARNED) {
+        if self.nics.get(port).is_none_or(|nic| nic.macs >= MAX_LEARNED) {
             let nics = &self.nics;
             self.table.retain(|mac, at| *at != port || nics.get(port).is_some_and(|nic| nic.mac == *mac));
             if let Some(nic) = self.nics.get_mut(port) {
@@ -199,18 +199,18 @@ impl Segment {
         true
     }
 
-    fn are_of_one_machine(&self, one: usize, other: usize) -> bool {
+    fn are_of_same_machine(&self, one: usize, other: usize) -> bool {
         let machine = |number: usize| self.nics.get(number).map(|nic| &nic.machine);
         machine(one).is_some() && machine(one) == machine(other)
     }
 
     /// Learns the hardware address for an IP address; returns whether the sender may use it. A planned address may only be used by
     /// its machine, over any of the machine's NICs on the subnet (RFC 1122, 3.3.4.2, the weak model).
-    pub(crate) fn learn(&mut self, address: Ipv4Addr, mac: Mac, port: usize) -> bool {
+    pub(crate) fn learn_ip(&mut self, address: Ipv4Addr, mac: Mac, port: usize) -> bool {
         let planned = self.nics.iter().position(|nic| nic.address == Some(address));
         if !self.is_host(address)
             || is_group(mac)
-            || planned.is_some_and(|planned| !self.are_of_one_machine(planned, port))
+            || planned.is_some_and(|planned| !self.are_of_same_machine(planned, port))
         {
             return false;
         }
@@ -224,7 +224,7 @@ impl Segment {
         if self.neighbours.get(&address) == Some(&(mac, port)) {
             return true;
         }
-        if self.nics.get(port).is_none_or(|nic| nic.neighbours >= LEARNED) {
+        if self.nics.get(port).is_none_or(|nic| nic.neighbours >= MAX_LEARNED) {
             self.forget(|_, at| at == port);
         }
         if let Some((_, before)) = self.neighbours.insert(address, (mac, port))
@@ -238,17 +238,17 @@ impl Segment {
         for packet in self.waiting.remove(&address).map(|waiting| waiting.packets).unwrap_or_default() {
             self.send_to(mac, Some(port), &packet);
         }
-        self.heard.notify_waiters();
+        self.learned_address.notify_waiters();
         true
     }
 
     /// Returns whether this address, planned for this port, was heard.
-    pub(crate) fn is_heard(&self, address: Ipv4Addr, port: usize) -> bool {
-        self.neighbours.get(&address).is_some_and(|(_, heard)| self.are_of_one_machine(*heard, port))
+    pub(crate) fn has_learned(&self, address: Ipv4Addr, port: usize) -> bool {
+        self.neighbours.get(&address).is_some_and(|(_, at)| self.are_of_same_machine(*at, port))
     }
 
     /// Returns an address that was heard behind this port.
-    pub(crate) fn heard_at(&self, port: usize) -> Option<Ipv4Addr> {
+    pub(crate) fn learned_at(&self, port: usize) -> Option<Ipv4Addr> {
         self.neighbours.iter().filter(|(_, (_, at))| *at == port).map(|(address, _)| *address).min()
     }
 
@@ -327,19 +327,19 @@ impl Segment {
         if !self.is_host(to) {
             return;
         }
-        if !self.waiting.contains_key(&to) && self.waiting.len() >= UNRESOLVED {
+        if !self.waiting.contains_key(&to) && self.waiting.len() >= MAX_UNRESOLVED {
             return;
         }
         let waiting =
             self.waiting.entry(to).or_insert_with(|| Waiting { since: Instant::now(), packets: Vec::new() });
-        if waiting.packets.len() < WAITING {
+        if waiting.packets.len() < MAX_WAITING {
             waiting.packets.push(packet);
         }
-        self.ask(to);
+        self.send_arp_request(to);
     }
 
     /// Asks for the hardware address of a host.
-    pub(crate) fn ask(&mut self, address: Ipv4Addr) {
+    pub(crate) fn send_arp_request(&mut self, address: Ipv4Addr) {
         let request = Arp { request: true, sender: (self.mac, self.gateway), target: ([0; 6], address) };
         self.switch(None, BROADCAST, &[&request.frame(BROADCAST)]);
     }
@@ -347,7 +347,7 @@ impl Segment {
     /// Handles an ARP packet of a guest.
     pub(crate) fn arp(&mut self, port: usize, arp: &Arp) {
         let (mac, address) = arp.sender;
-        let learned = self.learn(address, mac, port);
+        let learned = self.learn_ip(address, mac, port);
         // A host that probes whether its address is free has none yet (RFC 5227).
         if arp.request && arp.target.1 == self.gateway && (learned || address.is_unspecified()) {
             let reply = Arp { request: false, sender: (self.mac, self.gateway), target: arp.sender };
@@ -359,7 +359,7 @@ impl Segment {
     pub(crate) fn unresolved(&mut self, now: Instant) -> Vec<Vec<u8>> {
         let (mut left, mut unresolved) = (HashMap::new(), Vec::new());
         for (address, waiting) in self.waiting.drain() {
-            if now.duration_since(waiting.since) >= RESOLUTION {
+            if now.duration_since(waiting.since) >= RESOLUTION_LIMIT {
                 unresolved.extend(waiting.packets);
             } else {
                 left.insert(address, waiting);
@@ -371,7 +371,7 @@ impl Segment {
 
     /// Returns when the first waiting packet times out.
     pub(crate) fn next_unresolved(&self) -> Option<Instant> {
-        self.waiting.values().map(|waiting| waiting.since + RESOLUTION).min()
+        self.waiting.values().map(|waiting| waiting.since + RESOLUTION_LIMIT).min()
     }
 
     /// Signals the ports with new frames.
@@ -385,7 +385,7 @@ impl Segment {
 
     /// Returns the number of addresses and packets that are remembered.
     #[cfg(test)]
-    pub(crate) fn remembered(&self) -> usize {
+    pub(crate) fn state_size(&self) -> usize {
         let packets: usize = self.waiting.values().map(|waiting| waiting.packets.len()).sum();
         self.table.len() + self.neighbours.len() + self.unplanned.len() + packets
     }

@@ -39,7 +39,7 @@ pub(crate) struct Service(mpsc::Sender<Caller>);
 
 impl Service {
     /// Hands a connection over; it is reset if the service does not accept it.
-    pub(crate) fn take(&self, machine: Arc<str>, stream: GuestStream) {
+    pub(crate) fn accept(&self, machine: Arc<str>, stream: GuestStream) {
         if let Err(
             mpsc::error::TrySendError::Full((_, stream)) | mpsc::error::TrySendError::Closed((_, stream)),
         ) = self.0.try_send((machine, stream))

@@ -19,25 +19,25 @@ use tokio::time::Instant;
 use super::wire::MTU;
 
 /// Receive buffer of a connection, in bytes: what a guest may send before it is read.
-const RECEIVED: usize = 128 << 10;
+const RECEIVE_BUFFER: usize = 128 << 10;
 /// Send buffer of a connection, in bytes: seven segments. QEMU loses frames that wait for a NIC beyond the free descriptors of its
 /// ring (`qemu_net_queue_flush` treats the -1 of `e1000_receive_iov` as delivered), and a boot loader offers eight.
-const SENT: usize = 7 * 1460;
+const SEND_BUFFER: usize = 7 * 1460;
 /// Time after which a guest that does not answer loses its connection, and the interval between keep-alives while idle.
-const SILENCE: StackDuration = StackDuration::from_secs(600);
-const KEEP_ALIVE: StackDuration = StackDuration::from_secs(60);
+const IDLE_LIMIT: StackDuration = StackDuration::from_secs(600);
+const KEEP_ALIVE_INTERVAL: StackDuration = StackDuration::from_secs(60);
 /// Time limit for a guest to close a connection that is no longer used here.
 const LINGER: StackDuration = StackDuration::from_secs(30);
 /// The same for a guest that answers but does not close its side.
-const LONGEST_LINGER: Duration = Duration::from_secs(60);
+const MAX_LINGER: Duration = Duration::from_secs(60);
 /// The interface's own address, from a range that no network uses (RFC 7600).
-const OWN: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
+const OWN_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
 /// Local ports of connections to guests (RFC 6335).
-const EPHEMERAL: std::ops::Range<u16> = 49152..65535;
+const EPHEMERAL_PORTS: std::ops::Range<u16> = 49152..65535;
 
 /// A NIC of a VPC: its segment, and its port there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Place {
+pub(crate) struct PortId {
     pub(crate) segment: usize,
     pub(crate) port: usize,
 }
@@ -101,7 +101,7 @@ impl Device for Queues {
 /// The NIC of a connection, and the ends of a connection that the guest opened.
 #[derive(Debug, Clone, Copy)]
 struct Connection {
-    place: Place,
+    port_id: PortId,
     flow: Option<Flow>,
 }
 
@@ -132,10 +132,10 @@ impl Stack {
         interface.set_any_ip(true);
         interface.update_ip_addrs(|addresses| {
             // There is space for the first.
-            let _ = addresses.push(IpCidr::new(IpAddress::Ipv4(OWN), 32));
+            let _ = addresses.push(IpCidr::new(IpAddress::Ipv4(OWN_ADDRESS), 32));
         });
         // A route via itself makes it treat every address as its own.
-        let _ = interface.routes_mut().add_default_ipv4_route(OWN);
+        let _ = interface.routes_mut().add_default_ipv4_route(OWN_ADDRESS);
         Self {
             interface,
             queues,
@@ -143,7 +143,7 @@ impl Stack {
             connections: HashMap::new(),
             closing: Vec::new(),
             started: Instant::now(),
-            next_port: EPHEMERAL.start,
+            next_port: EPHEMERAL_PORTS.start,
         }
     }
 
@@ -170,12 +170,12 @@ impl Stack {
     }
 
     /// Removes connections that have ended and are no longer used, and returns them.
-    pub(crate) fn retire(&mut self) -> Vec<(Place, Option<Flow>)> {
+    pub(crate) fn remove_ended(&mut self) -> Vec<(PortId, Option<Flow>)> {
         let Self { sockets, closing, connections, .. } = self;
-        let mut retired = Vec::new();
+        let mut removed = Vec::new();
         closing.retain(|(handle, since)| {
             let socket = sockets.get_mut::<tcp::Socket<'_>>(*handle);
-            if socket.recv_queue() > 0 || since.elapsed() > LONGEST_LINGER {
+            if socket.recv_queue() > 0 || since.elapsed() > MAX_LINGER {
                 // The guest still sends data that would never be read.
                 socket.abort();
             }
@@ -188,24 +188,25 @@ impl Stack {
             };
             if ended {
                 sockets.remove(*handle);
-                retired
-                    .extend(connections.remove(handle).map(|connection| (connection.place, connection.flow)));
+                removed.extend(
+                    connections.remove(handle).map(|connection| (connection.port_id, connection.flow)),
+                );
             }
             !ended
         });
-        retired
+        removed
     }
 
-    fn add(&mut self, socket: tcp::Socket<'static>, place: Place, flow: Option<Flow>) -> SocketHandle {
+    fn add(&mut self, socket: tcp::Socket<'static>, port_id: PortId, flow: Option<Flow>) -> SocketHandle {
         let handle = self.sockets.add(socket);
-        self.connections.insert(handle, Connection { place, flow });
+        self.connections.insert(handle, Connection { port_id, flow });
         handle
     }
 
     /// Opens a connection to a guest.
     pub(crate) fn connect(
         &mut self,
-        place: Place,
+        port_id: PortId,
         gateway: Ipv4Addr,
         to: (Ipv4Addr, u16),
     ) -> io::Result<SocketHandle> {
@@ -219,9 +220,9 @@ impl Stack {
             })
         };
         let start = self.next_port;
-        let port = (start..EPHEMERAL.end).chain(EPHEMERAL.start..start).find(|port| !used(*port));
+        let port = (start..EPHEMERAL_PORTS.end).chain(EPHEMERAL_PORTS.start..start).find(|port| !used(*port));
         let port = port.ok_or(io::ErrorKind::AddrInUse)?;
-        self.next_port = if port + 1 < EPHEMERAL.end { port + 1 } else { EPHEMERAL.start };
+        self.next_port = if port + 1 < EPHEMERAL_PORTS.end { port + 1 } else { EPHEMERAL_PORTS.start };
         let mut socket = socket();
         socket
             .connect(
@@ -230,17 +231,17 @@ impl Stack {
                 (IpAddress::Ipv4(gateway), port),
             )
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
-        Ok(self.add(socket, place, None))
+        Ok(self.add(socket, port_id, None))
     }
 
     /// Accepts a connection that a guest opens with this packet.
-    pub(crate) fn accept(&mut self, place: Place, flow: Flow, syn: Vec<u8>) -> io::Result<SocketHandle> {
+    pub(crate) fn accept(&mut self, port_id: PortId, flow: Flow, syn: Vec<u8>) -> io::Result<SocketHandle> {
         let mut socket = socket();
         socket
             .listen((IpAddress::Ipv4(flow.to.0), flow.to.1))
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
         self.receive(syn);
-        Ok(self.add(socket, place, Some(flow)))
+        Ok(self.add(socket, port_id, Some(flow)))
     }
 
     pub(crate) fn socket(&mut self, handle: SocketHandle) -> &mut tcp::Socket<'static> {
@@ -258,9 +259,9 @@ impl Stack {
     }
 
     /// Resets the connections of a NIC.
-    pub(crate) fn abort_at(&mut self, place: Place) {
+    pub(crate) fn abort_at(&mut self, port_id: PortId) {
         let Self { sockets, connections, .. } = self;
-        for (handle, _) in connections.iter().filter(|(_, connection)| connection.place == place) {
+        for (handle, _) in connections.iter().filter(|(_, connection)| connection.port_id == port_id) {
             sockets.get_mut::<tcp::Socket<'_>>(*handle).abort();
         }
     }
@@ -274,11 +275,11 @@ impl Stack {
 
 fn socket() -> tcp::Socket<'static> {
     let buffer = |bytes| tcp::SocketBuffer::new(vec![0; bytes]);
-    let mut socket = tcp::Socket::new(buffer(RECEIVED), buffer(SENT));
+    let mut socket = tcp::Socket::new(buffer(RECEIVE_BUFFER), buffer(SEND_BUFFER));
     // Keystrokes are small, and each one is waited for.
     socket.set_nagle_enabled(false);
     socket.set_ack_delay(None);
-    socket.set_timeout(Some(SILENCE));
-    socket.set_keep_alive(Some(KEEP_ALIVE));
+    socket.set_timeout(Some(IDLE_LIMIT));
+    socket.set_keep_alive(Some(KEEP_ALIVE_INTERVAL));
     socket
 }

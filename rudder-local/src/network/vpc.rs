@@ -9,7 +9,7 @@ use super::{
     port::Port,
     segment::Segment,
     service::Services,
-    stack::{Flow, Place, Stack},
+    stack::{Flow, PortId, Stack},
     stream::GuestStream,
     wire::{Frame, Packet, Refusal, fragments},
 };
@@ -24,16 +24,16 @@ use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// Maximum number of concurrent connections per NIC to the gateway and beyond it.
-const FLOWS: usize = 256;
+const MAX_FLOWS: usize = 256;
 /// Time limit for a dialled guest to announce its address, and the interval at which it is asked.
-const HEARING: Duration = Duration::from_secs(3);
-const ASKING: Duration = Duration::from_millis(250);
+const ADDRESS_LIMIT: Duration = Duration::from_secs(3);
+const ARP_INTERVAL: Duration = Duration::from_millis(250);
 /// Time limit for a guest to answer a dial.
-const CONNECTING: Duration = Duration::from_secs(10);
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// The longest frame that a NIC may send: QEMU's own limit is about 68 KiB.
-pub(crate) const LONGEST_FRAME: usize = 69 << 10;
+pub(crate) const MAX_FRAME: usize = 69 << 10;
 /// Minimum delay before the timer runs the stack again.
-const REST: Duration = Duration::from_millis(1);
+const MIN_TIMER_DELAY: Duration = Duration::from_millis(1);
 
 /// Settings shared by all VPCs of a lab.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ pub(crate) struct Vpc {
 
 /// The state of a connection that a guest opens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Opened {
+enum FlowState {
     /// Its other end is being connected.
     Pending,
     /// The stack has it.
@@ -75,7 +75,7 @@ pub(crate) struct Inner {
     pub(crate) stack: Stack,
     pub(crate) services: Services,
     pub(crate) datagrams: nat::Datagrams,
-    flows: HashMap<Flow, Opened>,
+    flows: HashMap<Flow, FlowState>,
     timer: Arc<Notify>,
     /// When the timer fires.
     due: Option<Instant>,
@@ -119,7 +119,7 @@ impl Vpc {
     }
 
     /// Runs the timer: retransmissions, and packets that wait in vain.
-    pub(crate) async fn keep_time(self: Arc<Self>) {
+    pub(crate) async fn run_timer(self: Arc<Self>) {
         loop {
             let due = self.lock().due;
             let wait = async {
@@ -145,20 +145,20 @@ impl Vpc {
     /// `InvalidData` for a frame longer than the limit.
     pub(crate) fn frames(
         self: &Arc<Self>,
-        place: Place,
+        port_id: PortId,
         bytes: &[u8],
     ) -> io::Result<(usize, Vec<Arc<Port>>)> {
         let mut rest = bytes;
         let mut inner = self.lock();
         while let Some((head, after)) = rest.split_first_chunk::<4>() {
             let length = usize::try_from(u32::from_be_bytes(*head)).unwrap_or(usize::MAX);
-            if length > LONGEST_FRAME {
+            if length > MAX_FRAME {
                 return Err(io::ErrorKind::InvalidData.into());
             }
             let Some((frame, after)) = after.split_at_checked(length) else { break };
             rest = after;
             if let Some(frame) = Frame::parse(frame) {
-                inner.frame(self, place, &frame);
+                inner.frame(self, port_id, &frame);
             }
         }
         inner.poll();
@@ -167,13 +167,13 @@ impl Vpc {
     }
 
     /// Handles the disconnection of a NIC, which ends its connections.
-    pub(crate) fn disconnected(&self, place: Place) {
+    pub(crate) fn disconnected(&self, port_id: PortId) {
         let mut inner = self.lock();
-        if let Some(segment) = inner.segments.get_mut(place.segment) {
-            segment.disconnected(place.port);
+        if let Some(segment) = inner.segments.get_mut(port_id.segment) {
+            segment.disconnected(port_id.port);
         }
-        inner.datagrams.forget(place);
-        inner.stack.abort_at(place);
+        inner.datagrams.forget(port_id);
+        inner.stack.abort_at(port_id);
         inner.poll();
     }
 
@@ -187,55 +187,55 @@ impl Vpc {
     }
 
     /// Connects to a port of the guest behind a NIC.
-    pub(crate) async fn dial(self: &Arc<Self>, place: Place, port: u16) -> io::Result<GuestStream> {
-        let address = tokio::time::timeout(HEARING, self.hear(place)).await;
+    pub(crate) async fn dial(self: &Arc<Self>, port_id: PortId, port: u16) -> io::Result<GuestStream> {
+        let address = tokio::time::timeout(ADDRESS_LIMIT, self.guest_address(port_id)).await;
         let address = address.map_err(|_| {
-            io::Error::new(io::ErrorKind::HostUnreachable, "the guest has not taken its address yet")
+            io::Error::new(io::ErrorKind::HostUnreachable, "the guest has not configured its address yet")
         })??;
         let stream = {
             let mut inner = self.lock();
-            let gateway = inner.segments.get(place.segment).map(|segment| segment.gateway);
+            let gateway = inner.segments.get(port_id.segment).map(|segment| segment.gateway);
             let handle =
-                inner.stack.connect(place, gateway.unwrap_or(Ipv4Addr::UNSPECIFIED), (address, port))?;
+                inner.stack.connect(port_id, gateway.unwrap_or(Ipv4Addr::UNSPECIFIED), (address, port))?;
             inner.poll();
             drop(inner);
             GuestStream::new(Arc::clone(self), handle)
         };
-        let connected = tokio::time::timeout(CONNECTING, stream.connected()).await;
+        let connected = tokio::time::timeout(CONNECT_LIMIT, stream.connected()).await;
         connected.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the guest does not answer"))??;
         Ok(stream)
     }
 
     /// Waits until the guest behind a NIC has announced its address: the planned one, or any if none is planned.
-    async fn hear(&self, place: Place) -> io::Result<Ipv4Addr> {
+    async fn guest_address(&self, port_id: PortId) -> io::Result<Ipv4Addr> {
         loop {
-            let heard = match self.lock().look(place)? {
+            let news = match self.lock().poll_guest_address(port_id)? {
                 Ok(address) => return Ok(address),
-                Err(heard) => heard,
+                Err(news) => news,
             };
             // Whether notified or not, it is checked again soon.
-            let _ = tokio::time::timeout(ASKING, heard.notified()).await;
+            let _ = tokio::time::timeout(ARP_INTERVAL, news.notified()).await;
         }
     }
 
     /// Accepts a connection that a guest opened with this packet.
-    pub(crate) fn accept(self: &Arc<Self>, place: Place, flow: Flow, syn: Vec<u8>) -> Option<GuestStream> {
+    pub(crate) fn accept(self: &Arc<Self>, port_id: PortId, flow: Flow, syn: Vec<u8>) -> Option<GuestStream> {
         let mut inner = self.lock();
-        match inner.accept(place, flow, syn) {
+        match inner.accept(port_id, flow, syn) {
             Ok(handle) => Some(GuestStream::new(Arc::clone(self), handle)),
             Err(error) => {
-                tracing::debug!(%error, ?flow, "cannot take a connection");
-                inner.end_flow(place, flow);
+                tracing::debug!(%error, ?flow, "cannot accept a connection");
+                inner.end_flow(port_id, flow);
                 None
             }
         }
     }
 
     /// Refuses a connection that a guest opened with this packet.
-    pub(crate) fn refuse(&self, place: Place, flow: Flow, syn: Vec<u8>, why: Option<Refusal>) {
+    pub(crate) fn refuse(&self, port_id: PortId, flow: Flow, syn: Vec<u8>, why: Option<Refusal>) {
         let mut inner = self.lock();
-        inner.end_flow(place, flow);
-        inner.refuse(place, syn, why);
+        inner.end_flow(port_id, flow);
+        inner.refuse(port_id, syn, why);
         inner.poll();
     }
 }
@@ -246,24 +246,24 @@ impl Inner {
         for packet in self.stack.run() {
             self.send(packet);
         }
-        for (place, flow) in self.stack.retire() {
+        for (port_id, flow) in self.stack.remove_ended() {
             if let Some(flow) = flow {
-                self.end_flow(place, flow);
+                self.end_flow(port_id, flow);
             }
         }
         let now = Instant::now();
         for segment in 0..self.segments.len() {
             let gateway = self.segments[segment].gateway;
             for packet in self.segments[segment].unresolved(now) {
-                let told = Packet::parse(&packet)
-                    .and_then(|packet| Refusal::HostUnreachable.about(&packet, gateway));
-                if let Some(told) = told {
-                    self.send(told);
+                let reply = Packet::parse(&packet)
+                    .and_then(|packet| Refusal::HostUnreachable.icmp_message(&packet, gateway));
+                if let Some(reply) = reply {
+                    self.send(reply);
                 }
             }
         }
         self.segments.iter_mut().for_each(Segment::flush);
-        let stack = self.stack.delay().map(|delay| now + delay.max(REST));
+        let stack = self.stack.delay().map(|delay| now + delay.max(MIN_TIMER_DELAY));
         let waiting = self.segments.iter().filter_map(Segment::next_unresolved);
         let due = waiting.chain(stack).min();
         if due.is_some_and(|due| self.due.is_none_or(|before| due < before)) {
@@ -281,18 +281,18 @@ impl Inner {
     }
 
     /// Returns the address of the guest behind a NIC; else asks for it, and returns what to wait on for news.
-    fn look(&mut self, place: Place) -> io::Result<Result<Ipv4Addr, Arc<Notify>>> {
-        let segment = self.segments.get_mut(place.segment).ok_or(io::ErrorKind::NotConnected)?;
-        match segment.nics.get(place.port).and_then(|nic| nic.address) {
-            Some(planned) if segment.is_heard(planned, place.port) => return Ok(Ok(planned)),
-            Some(planned) => segment.ask(planned),
+    fn poll_guest_address(&mut self, port_id: PortId) -> io::Result<Result<Ipv4Addr, Arc<Notify>>> {
+        let segment = self.segments.get_mut(port_id.segment).ok_or(io::ErrorKind::NotConnected)?;
+        match segment.nics.get(port_id.port).and_then(|nic| nic.address) {
+            Some(planned) if segment.has_learned(planned, port_id.port) => return Ok(Ok(planned)),
+            Some(planned) => segment.send_arp_request(planned),
             None => {
-                if let Some(address) = segment.heard_at(place.port) {
+                if let Some(address) = segment.learned_at(port_id.port) {
                     return Ok(Ok(address));
                 }
             }
         }
         segment.flush();
-        Ok(Err(Arc::clone(&segment.heard)))
+        Ok(Err(Arc::clone(&segment.learned_address)))
     }
 }

@@ -12,7 +12,7 @@ pub(crate) const MTU: usize = 1500;
 /// Length of an Ethernet header.
 const ETHERNET: usize = 14;
 /// Length of the shortest Ethernet frame without its checksum.
-const SHORTEST: usize = 60;
+const MIN_FRAME: usize = 60;
 
 pub(crate) const ICMP: u8 = 1;
 pub(crate) const TCP: u8 = 6;
@@ -97,7 +97,7 @@ impl Arp {
 
     /// Returns the frame that carries it to this hardware address.
     pub(crate) fn frame(&self, to: Mac) -> Vec<u8> {
-        let mut frame = Vec::with_capacity(SHORTEST);
+        let mut frame = Vec::with_capacity(MIN_FRAME);
         frame.extend(to);
         frame.extend(self.sender.0);
         frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, if self.request { 1 } else { 2 }]);
@@ -105,7 +105,7 @@ impl Arp {
             frame.extend(mac);
             frame.extend(ip.octets());
         }
-        frame.resize(SHORTEST, 0);
+        frame.resize(MIN_FRAME, 0);
         frame
     }
 }
@@ -137,7 +137,7 @@ pub(crate) struct Packet<'a> {
     pub(crate) protocol: u8,
     pub(crate) ttl: u8,
     /// Whether it must not be fragmented.
-    pub(crate) whole: bool,
+    pub(crate) dont_fragment: bool,
     /// Whether it is a fragment.
     pub(crate) fragment: bool,
     /// Whether it is a fragment other than the first.
@@ -163,7 +163,7 @@ impl<'a> Packet<'a> {
             dst: ip_at(bytes, 16)?,
             protocol: bytes[9],
             ttl: bytes[8],
-            whole: fragmentation & 0x4000 != 0,
+            dont_fragment: fragmentation & 0x4000 != 0,
             fragment: fragmentation & 0x3fff != 0,
             later_fragment: fragmentation & 0x1fff != 0,
             header,
@@ -196,14 +196,14 @@ impl<'a> Packet<'a> {
     }
 
     /// Returns whether an ICMP error may be sent about it (RFC 1122, 3.2.2).
-    fn may_be_answered(&self) -> bool {
+    fn allows_icmp_error(&self) -> bool {
         let is_error = self.protocol == ICMP && !matches!(self.payload().first(), Some(0 | 8 | 13 | 14));
         let is_one = |ip: Ipv4Addr| !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast());
         !is_error && !self.later_fragment && is_one(self.src) && !self.src.is_loopback() && is_one(self.dst)
     }
 
     /// Returns the same packet after one hop, with its TTL decremented.
-    pub(crate) fn after_a_hop(&self) -> Vec<u8> {
+    pub(crate) fn forwarded(&self) -> Vec<u8> {
         let mut bytes = self.bytes.to_vec();
         bytes[8] = self.ttl.saturating_sub(1);
         bytes[10..12].fill(0);
@@ -241,8 +241,8 @@ pub(crate) enum Refusal {
 
 impl Refusal {
     /// Returns the ICMP message about this packet, from a router with this address.
-    pub(crate) fn about(self, packet: &Packet<'_>, router: Ipv4Addr) -> Option<Vec<u8>> {
-        if !packet.may_be_answered() {
+    pub(crate) fn icmp_message(self, packet: &Packet<'_>, router: Ipv4Addr) -> Option<Vec<u8>> {
+        if !packet.allows_icmp_error() {
             return None;
         }
         let (kind, code) = match self {
@@ -313,20 +313,20 @@ pub(crate) fn fragments(bytes: Vec<u8>) -> Vec<Vec<u8>> {
     let each = (MTU - header.len()) / 8 * 8;
     let pieces = packet.payload().chunks(each);
     let last = pieces.len().saturating_sub(1);
-    let made = pieces.enumerate().map(|(number, piece)| {
+    let fragments = pieces.enumerate().map(|(number, piece)| {
         let mut fragment = header.to_vec();
         let length = u16::try_from(header.len() + piece.len()).unwrap_or(u16::MAX);
         fragment[2..4].copy_from_slice(&length.to_be_bytes());
-        let place = offset + u16::try_from(number * each / 8).unwrap_or(u16::MAX);
+        let fragment_offset = offset + u16::try_from(number * each / 8).unwrap_or(u16::MAX);
         let flags = if more || number < last { 0x2000 } else { 0 };
-        fragment[6..8].copy_from_slice(&(place & 0x1fff | flags).to_be_bytes());
+        fragment[6..8].copy_from_slice(&(fragment_offset & 0x1fff | flags).to_be_bytes());
         fragment[10..12].fill(0);
         let sum = checksum(sum(&fragment, 0));
         fragment[10..12].copy_from_slice(&sum);
         fragment.extend_from_slice(piece);
         fragment
     });
-    made.collect()
+    fragments.collect()
 }
 
 /// Returns a packet with this content, for tests and fuzzing.

@@ -41,11 +41,11 @@ use tokio_util::{
 /// Number of bytes at the end of a serial console that are kept.
 pub const KEPT: usize = 256 << 10;
 /// Number of bytes that are copied at once.
-const PIECE: usize = 16 << 10;
+const CHUNK: usize = 16 << 10;
 /// Maximum number of people connected to the socket at a time.
-const PEOPLE: usize = 16;
+const MAX_CLIENTS: usize = 16;
 /// Pause after an error while accepting connections: the process may be out of file descriptors.
-const ACCEPT_REST: Duration = Duration::from_secs(1);
+const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 
 /// The paths of a machine's serial console.
 #[derive(Debug, Clone)]
@@ -67,34 +67,34 @@ pub struct SerialConsole {
     /// QEMU's socket.
     socket: PathBuf,
     /// The socket for people.
-    people_socket: PathBuf,
+    client_socket: PathBuf,
     _recorder: AbortOnDropHandle<()>,
-    people: Mutex<Option<AbortOnDropHandle<()>>>,
+    clients: Mutex<Option<AbortOnDropHandle<()>>>,
 }
 
 /// What the tasks and readers of a console share.
 #[derive(Debug)]
 struct Shared {
-    said: SerialRecord,
-    typed: mpsc::Sender<Vec<u8>>,
+    output: SerialRecord,
+    input: mpsc::Sender<Vec<u8>>,
 }
 
 impl Shared {
     /// Connects a reader, which receives what is written from now on.
     fn connect(self: &Arc<Self>) -> Attached {
-        let (near, far) = tokio::io::duplex(PIECE);
-        let gone = CancellationToken::new();
+        let (near, far) = tokio::io::duplex(CHUNK);
+        let disconnect = CancellationToken::new();
         // Created here, and not in the task, so that nothing written from now on is missed.
-        let (shared, log) = (Arc::clone(self), self.said.log(self.said.end()));
-        let hung_up = gone.clone();
+        let (shared, log) = (Arc::clone(self), self.output.log(self.output.end()));
+        let disconnected = disconnect.clone();
         tokio::spawn(async move {
             tokio::select! {
-                () = hung_up.cancelled() => {}
+                () = disconnected.cancelled() => {}
                 // A reader that has gone is not an error.
-                _ = carry(shared, far, log) => {}
+                _ = copy_both(shared, far, log) => {}
             }
         });
-        Attached { stream: near, _gone: gone.drop_guard() }
+        Attached { stream: near, _disconnect: disconnect.drop_guard() }
     }
 }
 
@@ -111,20 +111,20 @@ impl SerialConsole {
         let record = Record::create(paths.record, kept as u64).await?;
         let stream = UnixStream::connect(&paths.socket).await?;
         let listener = UnixListener::bind(&paths.people)?;
-        let (typed, keys) = mpsc::channel(16);
-        let shared = Arc::new(Shared { said: SerialRecord::new(kept), typed });
+        let (input, keys) = mpsc::channel(16);
+        let shared = Arc::new(Shared { output: SerialRecord::new(kept), input });
         let (let_go, released) = watch::channel(false);
         // Created here, and not in the task: a task that is aborted before it starts would not close the record.
         let recording = Recording(Arc::clone(&shared));
         let recorder = tokio::spawn(run(recording, stream, record, keys, released));
-        let people = tokio::spawn(serve_people(Arc::clone(&shared), listener));
+        let clients = tokio::spawn(serve_clients(Arc::clone(&shared), listener));
         Ok(Self {
             shared,
             let_go,
             socket: paths.socket,
-            people_socket: paths.people,
+            client_socket: paths.people,
             _recorder: AbortOnDropHandle::new(recorder),
-            people: Mutex::new(Some(AbortOnDropHandle::new(people))),
+            clients: Mutex::new(Some(AbortOnDropHandle::new(clients))),
         })
     }
 
@@ -134,7 +134,7 @@ impl SerialConsole {
     /// # Errors
     /// This process has let go of the console and QEMU cannot be reached.
     pub async fn connect(&self) -> io::Result<BoxedStream> {
-        if self.is_let_go() && self.shared.said.is_closed() {
+        if self.is_let_go() && self.shared.output.is_closed() {
             return Ok(Box::new(UnixStream::connect(&self.socket).await?));
         }
         Ok(Box::new(self.shared.connect()))
@@ -144,18 +144,18 @@ impl SerialConsole {
     /// [`Machine::serial_log`](rudder_core::backend::Machine::serial_log) promises.
     #[must_use]
     pub fn log(&self, from: u64) -> SerialLog {
-        self.shared.said.log(from)
+        self.shared.output.log(from)
     }
 
     /// Returns at most the last `limit` bytes that the guest wrote.
     #[must_use]
     pub fn tail(&self, limit: usize) -> Vec<u8> {
-        self.shared.said.tail(limit)
+        self.shared.output.tail(limit)
     }
 
     /// Waits until everything that the guest wrote before its end is recorded.
     pub async fn finished(&self) {
-        self.shared.said.closed().await;
+        self.shared.output.closed().await;
     }
 
     /// Returns whether [`let_go`](Self::let_go) was called.
@@ -166,10 +166,10 @@ impl SerialConsole {
 
     /// Frees QEMU's socket for others as soon as this process has no readers.
     pub fn let_go(&self) {
-        if let Some(people) = self.people.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            drop(people);
+        if let Some(clients) = self.clients.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            drop(clients);
             // Nothing listens there any more; the lab may be gone with it.
-            let _ = std::fs::remove_file(&self.people_socket);
+            let _ = std::fs::remove_file(&self.client_socket);
         }
         self.let_go.send_replace(true);
     }
@@ -180,7 +180,7 @@ struct Recording(Arc<Shared>);
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        self.0.said.close();
+        self.0.output.close();
     }
 }
 
@@ -195,10 +195,10 @@ async fn run(
     let shared = &recording.0;
     let (mut reader, mut writer) = stream.into_split();
     let recording = async {
-        let mut piece = vec![0; PIECE];
-        while let Ok(count @ 1..) = reader.read(&mut piece).await {
-            shared.said.write(&piece[..count]);
-            record.append(&piece[..count]).await;
+        let mut chunk = vec![0; CHUNK];
+        while let Ok(count @ 1..) = reader.read(&mut chunk).await {
+            shared.output.write(&chunk[..count]);
+            record.append(&chunk[..count]).await;
         }
     };
     let typing = async {
@@ -215,7 +215,7 @@ async fn run(
         if released.wait_for(|released| *released).await.is_err() {
             std::future::pending::<()>().await;
         }
-        shared.said.unread().await;
+        shared.output.unread().await;
     };
     tokio::select! {
         () = recording => {}
@@ -225,50 +225,50 @@ async fn run(
 }
 
 /// Copies output and input, until the output has ended and all of it was delivered.
-async fn carry(shared: Arc<Shared>, far: DuplexStream, mut log: SerialLog) -> io::Result<()> {
-    let (mut typed, mut said) = tokio::io::split(far);
+async fn copy_both(shared: Arc<Shared>, far: DuplexStream, mut log: SerialLog) -> io::Result<()> {
+    let (mut input, mut output) = tokio::io::split(far);
     let typing = async {
-        let mut piece = vec![0; PIECE];
+        let mut chunk = vec![0; CHUNK];
         // A reader that has sent all its input may continue to read.
-        while let Ok(count @ 1..) = typed.read(&mut piece).await {
-            if shared.typed.send(piece[..count].to_vec()).await.is_err() {
+        while let Ok(count @ 1..) = input.read(&mut chunk).await {
+            if shared.input.send(chunk[..count].to_vec()).await.is_err() {
                 break;
             }
         }
         std::future::pending::<io::Result<()>>().await
     };
-    let saying = async {
-        tokio::io::copy(&mut log.stream, &mut said).await?;
-        said.shutdown().await
+    let writing = async {
+        tokio::io::copy(&mut log.stream, &mut output).await?;
+        output.shutdown().await
     };
     tokio::select! {
-        ended = saying => ended,
+        ended = writing => ended,
         ended = typing => ended,
     }
 }
 
 /// Lets people on the host read and write, for example with `nc -U`.
-async fn serve_people(shared: Arc<Shared>, listener: UnixListener) {
-    let mut people = JoinSet::new();
+async fn serve_clients(shared: Arc<Shared>, listener: UnixListener) {
+    let mut clients = JoinSet::new();
     loop {
-        while people.len() >= PEOPLE {
-            people.join_next().await;
+        while clients.len() >= MAX_CLIENTS {
+            clients.join_next().await;
         }
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((mut person, _)) => {
+                Ok((mut client, _)) => {
                     let mut console = shared.connect();
-                    people.spawn(async move {
+                    clients.spawn(async move {
                         // A person who disconnects is not an error.
-                        let _ = tokio::io::copy_bidirectional(&mut person, &mut console).await;
+                        let _ = tokio::io::copy_bidirectional(&mut client, &mut console).await;
                     });
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection to a serial console");
-                    tokio::time::sleep(ACCEPT_REST).await;
+                    tokio::time::sleep(ACCEPT_BACKOFF).await;
                 }
             },
-            Some(_) = people.join_next(), if !people.is_empty() => {}
+            Some(_) = clients.join_next(), if !clients.is_empty() => {}
         }
     }
 }
@@ -276,7 +276,7 @@ async fn serve_people(shared: Arc<Shared>, listener: UnixListener) {
 /// A reader's end of a console. Dropping it disconnects.
 struct Attached {
     stream: DuplexStream,
-    _gone: DropGuard,
+    _disconnect: DropGuard,
 }
 
 impl AsyncRead for Attached {

@@ -38,7 +38,7 @@ impl Record {
             let (now, rest) = bytes.split_at(bytes.len().min(room));
             if let Err(error) = self.try_append(now).await {
                 let path = self.path.display();
-                tracing::warn!(%error, %path, "a serial console is not recorded any more");
+                tracing::warn!(%error, %path, "a serial console is no longer recorded");
                 self.file = None;
             }
             if self.file.is_none() {

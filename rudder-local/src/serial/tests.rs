@@ -52,7 +52,7 @@ async fn until(stream: &mut BoxedStream, text: &str) -> Vec<u8> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
-    fn whatever_a_guest_writes_takes_bounded_space_and_its_last_words_survive(
+    fn output_takes_bounded_space_and_its_end_is_kept(
         pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..3 * LIMIT), 0..12),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -74,7 +74,7 @@ proptest! {
 }
 
 #[tokio::test]
-async fn a_guest_does_not_wait_for_a_reader_that_does_not_read() {
+async fn a_reader_that_does_not_read_does_not_block_the_guest() {
     let mut bench = Bench::new(LIMIT).await;
     let mut idle = bench.console.connect().await.unwrap();
     let person = UnixStream::connect(bench.dir.path().join("console")).await.unwrap();
@@ -92,7 +92,7 @@ async fn a_guest_does_not_wait_for_a_reader_that_does_not_read() {
 }
 
 #[tokio::test]
-async fn several_read_and_type_and_each_gets_everything() {
+async fn several_clients_can_type_and_each_reads_everything() {
     let mut bench = Bench::new(LIMIT).await;
     let mut one = bench.console.connect().await.unwrap();
     let mut two = bench.console.connect().await.unwrap();
@@ -123,7 +123,7 @@ async fn several_read_and_type_and_each_gets_everything() {
 }
 
 #[tokio::test]
-async fn a_guest_that_takes_no_input_disturbs_no_reader() {
+async fn a_guest_that_takes_no_input_blocks_no_reader() {
     let mut bench = Bench::new(LIMIT).await;
     let mut stream = bench.console.connect().await.unwrap();
     let flood = vec![b'k'; 4 << 20];
@@ -140,7 +140,7 @@ async fn a_guest_that_takes_no_input_disturbs_no_reader() {
 }
 
 #[tokio::test]
-async fn a_console_that_is_let_go_belongs_to_whoever_connects() {
+async fn a_released_console_is_free_for_any_client() {
     let mut bench = Bench::new(LIMIT).await;
     let mut reader = bench.console.connect().await.unwrap();
     bench.say(b"before.").await;
@@ -163,7 +163,7 @@ async fn a_console_that_is_let_go_belongs_to_whoever_connects() {
 }
 
 #[tokio::test]
-async fn a_record_that_cannot_be_written_ends_and_the_console_goes_on() {
+async fn a_console_works_without_a_record_that_cannot_be_written() {
     let mut bench = Bench::new(LIMIT).await;
     let mut reader = bench.console.connect().await.unwrap();
     // Neither renamed nor recreated in a directory that is gone.
@@ -175,7 +175,7 @@ async fn a_record_that_cannot_be_written_ends_and_the_console_goes_on() {
 }
 
 #[tokio::test]
-async fn a_console_that_is_dropped_hangs_up() {
+async fn dropping_a_console_disconnects_its_readers() {
     let mut bench = Bench::new(LIMIT).await;
     let mut reader = bench.console.connect().await.unwrap();
     drop(bench.console);

@@ -176,7 +176,7 @@ fn no_two_devices_share_a_place() {
         assert_eq!(
             error.report(),
             format!(
-                "vm web: expected at most {} disks on {}, but found more\n  help: put the others on virtio or scsi",
+                "vm web: expected at most {} disks on {}, but found more\n  help: put the other disks on virtio or scsi",
                 Locations::new(Chipset::I440Fx).limit(bus),
                 bus_name(bus)
             )

@@ -10,7 +10,7 @@ fn names() -> Names {
 
 pub(super) fn query(name: &str, kind: u16) -> Vec<u8> {
     let mut query = vec![0xab, 0xcd, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-    query.extend(encoded(name));
+    query.extend(encode_name(name));
     query.extend(kind.to_be_bytes());
     query.extend([0, 1]);
     query
@@ -19,7 +19,7 @@ pub(super) fn query(name: &str, kind: u16) -> Vec<u8> {
 /// Returns the code and the records of the answer to a question; `None` if it is left to outside servers.
 fn ask(name: &str, kind: u16) -> Option<(u8, Vec<Vec<u8>>)> {
     let query = query(name, kind);
-    let Answer::Here(reply) = answer(&names(), "lab.internal", &query).unwrap() else { return None };
+    let Answer::Local(reply) = answer(&names(), "lab.internal", &query).unwrap() else { return None };
     assert_eq!((&reply[..2], reply[2] & 0x80), (&query[..2], 0x80));
     let mut rest = &reply[query.len()..];
     let mut records = Vec::new();
@@ -33,26 +33,26 @@ fn ask(name: &str, kind: u16) -> Option<(u8, Vec<Vec<u8>>)> {
 }
 
 #[test]
-fn machines_are_found_by_short_and_long_name_and_backwards() {
+fn machines_are_found_by_short_name_full_name_and_address() {
     let web = vec![vec![10, 0, 2, 15], vec![10, 0, 3, 2]];
     for name in ["web", "WEB", "web.lab.internal", "Web.LAB.Internal"] {
         assert_eq!(ask(name, A), Some((0, web.clone())), "{name}");
     }
-    assert_eq!(ask("15.2.0.10.in-addr.arpa", PTR), Some((0, vec![encoded("web.lab.internal")])));
+    assert_eq!(ask("15.2.0.10.in-addr.arpa", PTR), Some((0, vec![encode_name("web.lab.internal")])));
     // A machine has no IPv6 address, but it exists.
     assert_eq!(ask("db", 28), Some((0, vec![])));
     assert_eq!(ask("lab.internal", A), Some((0, vec![])));
 }
 
 #[test]
-fn what_would_be_ours_and_is_not_there_does_not_exist() {
+fn unknown_names_in_the_domain_do_not_exist() {
     for name in ["nobody", "nobody.lab.internal", "a.web.lab.internal"] {
         assert_eq!(ask(name, A), Some((NO_SUCH_NAME, vec![])), "{name}");
     }
 }
 
 #[test]
-fn other_names_are_for_somebody_else() {
+fn other_names_are_forwarded() {
     for (name, kind) in [
         ("deb.debian.org", A),
         ("web.other.internal", A),
@@ -64,7 +64,7 @@ fn other_names_are_for_somebody_else() {
 }
 
 #[test]
-fn what_is_no_query_is_not_answered() {
+fn malformed_queries_are_not_answered() {
     let good = query("web", A);
     for length in 0..good.len() {
         assert_eq!(answer(&names(), "lab.internal", &good[..length]), None, "{length}");
@@ -77,12 +77,12 @@ fn what_is_no_query_is_not_answered() {
 }
 
 #[test]
-fn an_answer_that_is_too_long_says_so() {
+fn an_answer_that_is_too_long_is_marked_as_truncated() {
     let query = query("big.example.org", A);
     let mut long = query.clone();
     long[2] |= 0x80;
     long.extend(vec![0; 3000]);
-    let cut = fitted(long.clone(), 1472).unwrap();
+    let cut = fit(long.clone(), 1472).unwrap();
     assert_eq!((cut.len(), cut[2] & 0x82), (query.len(), 0x82));
-    assert_eq!(fitted(long.clone(), 5000), Some(long));
+    assert_eq!(fit(long.clone(), 5000), Some(long));
 }

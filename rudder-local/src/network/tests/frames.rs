@@ -32,7 +32,7 @@ async fn the_gateway_answers_arp_and_ping() {
 }
 
 #[tokio::test]
-async fn guests_of_a_subnet_and_of_a_vpc_reach_each_other_and_nobody_else() {
+async fn guests_reach_only_the_guests_of_their_vpc() {
     let network = network(&two_vpcs());
     let mut web = join(&network, "web", &nic("web", 1, None));
     let mut other = join(&network, "other", &nic("web", 2, None));
@@ -64,7 +64,7 @@ async fn guests_of_a_subnet_and_of_a_vpc_reach_each_other_and_nobody_else() {
 }
 
 #[tokio::test]
-async fn icmp_tells_why_a_packet_goes_no_further() {
+async fn icmp_reports_why_a_packet_was_refused() {
     let mut plan = two_vpcs();
     plan.vpcs[1].internet = true;
     let network = network(&plan);
@@ -77,7 +77,7 @@ async fn icmp_tells_why_a_packet_goes_no_further() {
         let packet = Packet::parse(&bytes).unwrap();
         let hops = packet.ttl - ttl;
         for _ in 0..hops {
-            bytes = Packet::parse(&bytes).unwrap().after_a_hop();
+            bytes = Packet::parse(&bytes).unwrap().forwarded();
         }
         bytes
     };
@@ -163,7 +163,7 @@ async fn offered(guest: &mut Guest) -> (DhcpMessageType, Ipv4Addr, Vec<Vec<u8>>)
 }
 
 #[tokio::test]
-async fn dhcp_hands_out_what_is_planned_and_the_rest_to_others() {
+async fn dhcp_assigns_planned_addresses_and_free_ones_to_other_nics() {
     use DhcpMessageType as Kind;
     let network = network(&undeclared());
     let mut web = join(&network, "web", &nic("default", 1, Some("10.0.2.77")));
@@ -199,7 +199,7 @@ async fn dhcp_hands_out_what_is_planned_and_the_rest_to_others() {
 }
 
 #[tokio::test]
-async fn no_guest_speaks_for_another() {
+async fn no_guest_can_impersonate_another() {
     let network = network(&undeclared());
     let mut web = join(&network, "web", &nic("default", 1, None));
     let mut thief = join(&network, "thief", &nic("default", 2, None));
@@ -217,13 +217,13 @@ async fn no_guest_speaks_for_another() {
         .send(&[&ipv4_header(gateway, web.mac)[..], &packet((web.ip(), thief.gateway), 1, &echo(8))].concat())
         .await;
     assert_eq!(thief.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
-    let still = network.vpcs[0].lock().segments[0].is_heard(web.ip(), 0);
+    let still = network.vpcs[0].lock().segments[0].has_learned(web.ip(), 0);
     assert!(still);
     assert_eq!(web.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
 }
 
 #[tokio::test]
-async fn an_unmanaged_subnet_has_frames_only() {
+async fn an_unmanaged_subnet_only_switches_frames() {
     let network = network(&two_vpcs());
     let mut server = join(&network, "server", &nic("bare", 1, None));
     let mut client = join(&network, "client", &nic("bare", 2, None));
@@ -243,7 +243,7 @@ async fn an_unmanaged_subnet_has_frames_only() {
 }
 
 #[tokio::test]
-async fn names_are_answered_here_and_others_by_the_server_of_the_host() {
+async fn names_of_the_lab_are_answered_and_others_forwarded() {
     let stub = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let options = NetworkOptions::new("lab").resolver(stub.local_addr().unwrap());
     let network = network_with(&undeclared(), &options);
@@ -267,7 +267,7 @@ async fn names_are_answered_here_and_others_by_the_server_of_the_host() {
 }
 
 #[tokio::test]
-async fn without_internet_no_server_is_asked() {
+async fn without_internet_no_query_is_forwarded() {
     let stub = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let options = NetworkOptions::new("lab").resolver(stub.local_addr().unwrap());
     let network = network_with(&two_vpcs(), &options);
@@ -283,7 +283,7 @@ async fn without_internet_no_server_is_asked() {
 }
 
 #[tokio::test]
-async fn datagrams_reach_the_outside_and_come_back() {
+async fn datagrams_reach_the_outside_and_replies_return() {
     let outside = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let port = outside.local_addr().unwrap().port();
     let network = network(&undeclared());

@@ -11,7 +11,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+    fn arbitrary_bytes_do_no_harm(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let _guard = runtime.enter();
         fuzz::frames(&bytes);
@@ -24,7 +24,7 @@ proptest! {
 
     /// Headers that are valid except for a few bytes reach deeper than noise does.
     #[test]
-    fn almost_right_packets_are_survived(
+    fn nearly_valid_packets_do_no_harm(
         kind in any::<u8>(),
         content in proptest::collection::vec(any::<u8>(), 0..200),
         flips in proptest::collection::vec((0..300_usize, any::<u8>()), 0..4),
@@ -53,7 +53,7 @@ proptest! {
 
     /// Fragments carry the whole packet.
     #[test]
-    fn fragments_make_up_the_packet(length in 1473..20_000_usize) {
+    fn fragments_reassemble_to_the_packet(length in 1473..20_000_usize) {
         let content: Vec<u8> = (0..length).map(|index| u8::try_from(index % 251).unwrap()).collect();
         let whole = udp(([10, 0, 2, 1].into(), 1), ([10, 0, 2, 15].into(), 2), &content);
         let mut joined = Vec::new();
@@ -62,8 +62,8 @@ proptest! {
         for (number, piece) in pieces.iter().enumerate() {
             let packet = wire::Packet::parse(piece).unwrap();
             prop_assert!(piece.len() <= wire::MTU && packet.fragment);
-            let place = usize::from(u16::from_be_bytes([piece[6], piece[7]]) & 0x1fff) * 8;
-            prop_assert_eq!(place, joined.len());
+            let offset = usize::from(u16::from_be_bytes([piece[6], piece[7]]) & 0x1fff) * 8;
+            prop_assert_eq!(offset, joined.len());
             prop_assert_eq!(piece[6] & 0x20 != 0, number + 1 < count);
             joined.extend_from_slice(packet.payload());
         }
@@ -72,7 +72,7 @@ proptest! {
 }
 
 #[tokio::test]
-async fn what_a_guest_makes_the_gateway_remember_is_bounded() {
+async fn the_state_that_a_guest_can_cause_is_bounded() {
     let network = network(&two_vpcs());
     let mut web = join(&network, "web", &nic("web", 1, None));
     let mut other = join(&network, "other", &nic("web", 2, None));
@@ -106,14 +106,14 @@ async fn what_a_guest_makes_the_gateway_remember_is_bounded() {
     };
     assert!((1..=256).contains(&flows), "{flows}");
     assert_eq!(nics, 2);
-    let size = network.vpcs[0].lock().segments.iter().map(Segment::remembered).max();
+    let size = network.vpcs[0].lock().segments.iter().map(Segment::state_size).max();
     assert!(size.is_some_and(|size| size < 1000), "{size:?}");
     // The neighbour is still served.
     other.frames_before_a_ping().await;
 }
 
 #[tokio::test]
-async fn a_guest_that_does_not_read_costs_its_neighbours_nothing_for_long() {
+async fn a_guest_that_does_not_read_delays_its_neighbours_only_briefly() {
     let network = network(&undeclared());
     let mut web = join(&network, "web", &nic("default", 1, None));
     // It never reads.
@@ -131,7 +131,7 @@ async fn a_guest_that_does_not_read_costs_its_neighbours_nothing_for_long() {
 }
 
 #[tokio::test]
-async fn a_frame_longer_than_any_disconnects_its_sender_only() {
+async fn an_oversized_frame_disconnects_only_its_sender() {
     let network = network(&undeclared());
     let mut web = join(&network, "web", &nic("default", 1, None));
     let mut other = join(&network, "other", &nic("default", 2, None));

@@ -91,24 +91,24 @@ fn connect_nic(network: &Network, name: &str, nic: usize) -> Guest {
     let attached = network.machines()[name][nic].clone();
     let (ours, theirs) = io::duplex(1 << 20);
     let port =
-        Arc::clone(&attached.vpc.lock().segments[attached.place.segment].nics[attached.place.port].port);
+        Arc::clone(&attached.vpc.lock().segments[attached.port_id.segment].nics[attached.port_id.port].port);
     // Immediately, not when the task runs: frames for a NIC that is not connected are dropped.
     port.set_connected(true);
     let address = attached.address();
-    let gateway = attached.vpc.lock().segments[attached.place.segment].gateway;
-    tokio::spawn(async move { cable::carry(&attached.vpc, attached.place, &port, ours).await });
+    let gateway = attached.vpc.lock().segments[attached.port_id.segment].gateway;
+    tokio::spawn(async move { cable::copy_frames(&attached.vpc, attached.port_id, &port, ours).await });
     Guest::new(theirs, attached.nic.mac.bytes(), address, gateway)
 }
 
 #[test]
-fn names_become_labels() {
+fn names_are_converted_to_dns_labels() {
     assert_eq!(label("Web_Lab-1"), "weblab-1");
     assert_eq!(label("--"), "lab");
     assert_eq!(label(&"a".repeat(100)).len(), 63);
 }
 
 #[tokio::test]
-async fn addresses_are_planned_and_fixed_ones_go_first() {
+async fn fixed_addresses_take_precedence() {
     let network = network(&undeclared());
     for (number, ip) in [(1, None), (2, Some("10.0.2.16")), (3, None), (4, Some("10.0.2.15"))] {
         network.add_machine(&format!("m{number}"), &[nic("default", number, ip)]).unwrap();
@@ -140,7 +140,7 @@ async fn a_small_subnet_runs_out_of_addresses() {
 }
 
 #[tokio::test]
-async fn a_record_gives_the_same_network_again() {
+async fn a_record_recreates_the_same_network() {
     let first = network(&undeclared());
     for number in 1..4 {
         first.add_machine(&format!("m{number}"), &[nic("default", number, None)]).unwrap();

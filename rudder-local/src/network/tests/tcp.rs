@@ -80,7 +80,7 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_dialled_stream_carries_everything_and_is_closed_half_by_half() {
+async fn each_direction_of_a_dialled_stream_closes_separately_and_loses_nothing() {
     let network = network(&undeclared());
     let _echo = echo(join(&network, "web", &nic("default", 1, None)), 1);
     let mut stream = within("dial", network.dial("web", ECHO)).await.unwrap();
@@ -107,7 +107,7 @@ async fn a_closed_port_refuses_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_without_an_address_is_unreachable_and_one_that_is_mute_too() {
+async fn a_guest_without_an_address_or_that_does_not_answer_is_unreachable() {
     let network = network(&undeclared());
     let _deaf = join(&network, "web", &nic("default", 1, None));
     let error = network.dial("web", 22).await.unwrap_err();
@@ -136,7 +136,7 @@ async fn many_connections_at_once_keep_their_bytes_apart() {
 }
 
 #[tokio::test]
-async fn who_writes_to_a_guest_that_does_not_read_waits() {
+async fn writing_to_a_guest_that_does_not_read_waits() {
     let network = network(&undeclared());
     let guest = join(&network, "web", &nic("default", 1, None));
     let mut sockets = SocketSet::new(Vec::new());
@@ -171,7 +171,7 @@ async fn who_writes_to_a_guest_that_does_not_read_waits() {
 }
 
 #[tokio::test]
-async fn a_guest_that_is_gone_ends_its_connections() {
+async fn connections_end_with_their_guest() {
     let network = network(&undeclared());
     let guest = echo(join(&network, "web", &nic("default", 1, None)), 1);
     let mut stream = within("dial", network.dial("web", ECHO)).await.unwrap();
@@ -186,7 +186,7 @@ async fn a_guest_that_is_gone_ends_its_connections() {
 }
 
 #[tokio::test]
-async fn the_end_of_the_network_ends_its_connections() {
+async fn connections_end_with_their_network() {
     let network = network(&undeclared());
     let _echo = echo(join(&network, "web", &nic("default", 1, None)), 1);
     let mut stream = within("dial", network.dial("web", ECHO)).await.unwrap();
@@ -195,7 +195,7 @@ async fn the_end_of_the_network_ends_its_connections() {
 }
 
 #[tokio::test]
-async fn connections_to_the_outside_are_carried_and_refused_as_they_are() {
+async fn connections_to_the_outside_are_forwarded_and_so_are_refusals() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let open = listener.local_addr().unwrap().port();
     let network = network(&undeclared());
@@ -218,7 +218,7 @@ async fn connections_to_the_outside_are_carried_and_refused_as_they_are() {
 }
 
 #[tokio::test]
-async fn this_host_refuses_and_so_does_everything_without_internet() {
+async fn this_host_is_never_reached_and_without_internet_nothing_is() {
     // The real policy, and a listener that must receive nothing.
     let listener = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -243,7 +243,7 @@ async fn this_host_refuses_and_so_does_everything_without_internet() {
 }
 
 #[tokio::test]
-async fn files_are_served_on_the_gateway_and_it_is_known_who_asked() {
+async fn files_are_served_on_the_gateway_to_known_machines() {
     let network = network(&two_vpcs());
     let heard = Arc::new(Mutex::new(Vec::new()));
     let site = {
@@ -273,7 +273,7 @@ async fn files_are_served_on_the_gateway_and_it_is_known_who_asked() {
 }
 
 #[tokio::test]
-async fn names_are_answered_over_tcp_too() {
+async fn names_are_answered_over_tcp() {
     let network = network(&two_vpcs());
     let web = join(&network, "web", &nic("web", 1, None));
     let to = (web.gateway, 53);
@@ -285,14 +285,14 @@ async fn names_are_answered_over_tcp_too() {
 }
 
 #[tokio::test]
-async fn a_door_leads_to_a_port_and_is_for_its_owner_only() {
+async fn a_forwarded_port_is_accessible_only_to_its_owner() {
     use std::os::unix::fs::PermissionsExt as _;
     let network = network(&undeclared());
     let _echo = echo(join(&network, "web", &nic("default", 1, None)), 1);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("door");
     std::fs::write(&path, "of the last run").unwrap();
-    let doors = network.open_doors("web", [(ECHO, path.clone())]).unwrap();
+    let doors = network.forward_ports("web", [(ECHO, path.clone())]).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();
     stream.write_all(b"hello").await.unwrap();

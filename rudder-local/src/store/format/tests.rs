@@ -201,7 +201,7 @@ fn bytes_that_follow_a_disk_are_reported() {
     let error = recognise(&behind(&[7; 100])).unwrap_err();
     assert_eq!(
         error.report(),
-        "expected a disk of whole sectors, but found a GPT disk that ends at byte 32768 and 100 bytes after it\n  help: \
+        "expected a disk of whole sectors, but found a GPT disk that ends at byte 32768, followed by 100 bytes\n  help: \
          remove the bytes that follow the disk: truncate -s 32768 FILE"
     );
     let remark = recognise(&behind(&[7; 512])).unwrap().remark.unwrap();
@@ -301,7 +301,7 @@ fn an_appliance_error_names_the_disk_to_extract() {
         let error = recognise(&ova).unwrap_err();
         assert_eq!(
             error.report(),
-            "expected a disk image, but found an appliance (OVA, a tar archive)\n  help: take the disk out, and give that: \
+            "expected a disk image, but found an appliance (OVA, a tar archive)\n  help: extract the disk, and use that: \
              tar -xf FILE web-disk1.vmdk"
         );
     }

@@ -220,7 +220,7 @@ async fn a_stalled_or_short_transfer_is_retried_and_kept() {
         error.report(),
         format!(
             "url {url}: the download failed after 3 attempts\n  because: the server sent nothing for 0.5 s\n  help: try \
-             again later: 85.7 KiB are here already, and the download goes on from there"
+             again later: the download resumes after the 85.7 KiB that were received"
         )
     );
     // The next call continues from there.

@@ -234,7 +234,7 @@ async fn a_file_that_is_not_an_image_is_refused_and_not_kept() {
         error.report(),
         format!(
             "url {url}: expected a disk image, but found a web page\n  help: open the URL in a browser: it may \
-             want a login, or be a page about the image"
+             require a login, or be a page about the image"
         )
     );
     fixture.assert_no_leftovers();

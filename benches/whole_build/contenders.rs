@@ -1,36 +1,14 @@
-//! Whole builds, compared with the alternatives in the same run and on the same host.
-//!
-//! ```text
-//! make bench [RUNS=5]
-//! cargo bench --features libvirt --bench whole_build -- [--only qemu,libvirt] [--runs 5]
-//! ```
-//!
-//! One Debian VM with one trivial step, from nothing to a self-contained compressed disk:
-//!
-//! - *floor*: the same guest started by a plain qemu command line, one ssh login, the same step, poweroff, the same
-//!   `qemu-img convert`. No tool that boots the guest once can be faster.
-//! - *qemu*: the build example, in the release profile.
-//! - *libvirt*: the same with `--backend libvirt`, on a libvirtd that is started for this run and ends with it.
-//!   Needs the feature `libvirt`.
-//! - *packer*: Packer from Debian's packages, with its QEMU builder.
-//!
-//! The runs are interleaved, so that a host that becomes slower or warmer affects all of them; the figures are medians.
-//! Also printed is what Rudder's own process uses (peak resident memory and CPU time, without its children). Captures
-//! are measured separately in `capture.rs`.
+//! The builds that are compared, and what they share.
 
-#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)] // A program that prints, and ends where it cannot go on.
-
-#[cfg(feature = "libvirt")]
-#[path = "../rudder-libvirt/tests/common/daemon.rs"]
-mod daemon;
-
+use super::{
+    Contender, Figures,
+    host::{Process, await_banner, free_port, kvm, own_use, run},
+};
 use std::{
-    collections::VecDeque,
     fs,
-    io::{Read as _, read_to_string},
-    net::{TcpListener, TcpStream},
+    io::read_to_string,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -39,128 +17,8 @@ const DISK: &str = "4G";
 const MEMORY_MIB: u32 = 1024;
 const CPUS: u32 = 2;
 
-/// The programs that build, in the order of the runs.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Contender {
-    Floor,
-    Qemu,
-    Libvirt,
-    Packer,
-}
-
-impl Contender {
-    const ALL: [Self; 4] = [Self::Floor, Self::Qemu, Self::Libvirt, Self::Packer];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Floor => "floor",
-            Self::Qemu => "qemu",
-            Self::Libvirt => "libvirt",
-            Self::Packer => "packer",
-        }
-    }
-}
-
-/// Reads the number of runs and the contenders from the command line.
-fn options() -> (usize, Vec<Contender>) {
-    let (mut runs, mut chosen) = (5, Contender::ALL.to_vec());
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "--bench" => {} // Cargo's own.
-            "--runs" => runs = arguments.next().expect("a number").parse().expect("a number"),
-            "--only" => {
-                let names = arguments.next().expect("names, with commas between them");
-                let find = |name| Contender::ALL.into_iter().find(|it| it.name() == name);
-                chosen = names
-                    .split(',')
-                    .map(|name| find(name).unwrap_or_else(|| panic!("no {name:?}")))
-                    .collect();
-            }
-            other => panic!("expected --runs N or --only NAME,…, but found {other:?}"),
-        }
-    }
-    if cfg!(not(feature = "libvirt")) && chosen.contains(&Contender::Libvirt) {
-        println!("libvirt is left out: this bench is compiled without the feature `libvirt`");
-        chosen.retain(|it| *it != Contender::Libvirt);
-    }
-    (runs, chosen)
-}
-
-fn main() {
-    let (runs, chosen) = options();
-    let bench = Bench::prepare();
-    #[cfg(feature = "libvirt")]
-    let place = tempfile::tempdir().unwrap(); // The names of sockets must be short.
-    #[cfg(feature = "libvirt")]
-    let daemon = chosen.contains(&Contender::Libvirt).then(|| daemon::Daemon::start(place.path()));
-    #[cfg(feature = "libvirt")]
-    let uri = daemon.as_ref().map(daemon::Daemon::uri).unwrap_or_default();
-    #[cfg(not(feature = "libvirt"))]
-    let uri = String::new();
-    println!("{}; {runs} runs of each, interleaved", bench.machine());
-
-    println!("warming up: Rudder takes the image into its store, the system its files into memory");
-    for contender in [Contender::Qemu, Contender::Libvirt] {
-        if chosen.contains(&contender) {
-            bench.rudder(contender, &uri, "warm-up");
-        }
-    }
-    let mut results: Vec<(Contender, Vec<Figures>)> =
-        chosen.into_iter().map(|contender| (contender, Vec::new())).collect();
-    for run in 1..=runs {
-        let mut line = Vec::new();
-        for (contender, results) in &mut results {
-            let figures = match contender {
-                Contender::Floor => bench.floor(),
-                Contender::Packer => Figures { whole: bench.packer(), parts: Vec::new() },
-                Contender::Qemu | Contender::Libvirt => bench.rudder(*contender, &uri, &run.to_string()),
-            };
-            line.push(format!("{} {:.1} s", contender.name(), figures.whole));
-            results.push(figures);
-        }
-        println!("run {run}: {}", line.join(" · "));
-    }
-
-    println!("\nwhole build of one Debian VM, median of {runs}");
-    let of = |wanted| {
-        results.iter().find(|(contender, _)| *contender == wanted).map(|(_, figures)| whole(figures))
-    };
-    for (contender, figures) in &results {
-        let whole = whole(figures);
-        let ratios = [Contender::Floor, Contender::Qemu].into_iter().filter(|it| it != contender);
-        let ratios: String =
-            ratios.filter_map(|it| Some(format!("   {:.2} × {}", whole / of(it)?, it.name()))).collect();
-        println!("  {:8}{whole:6.1} s{ratios}", contender.name());
-        for (place, (what, unit, _)) in figures[0].parts.iter().enumerate() {
-            let part = median(figures.iter().map(|one| one.parts[place].2));
-            println!("            {what} {part:.2} {unit}");
-        }
-    }
-}
-
-/// Returns the median duration of whole builds.
-fn whole(figures: &[Figures]) -> f64 {
-    median(figures.iter().map(|one| one.whole))
-}
-
-/// Returns the middle value; with an even number of values, the mean of the two in the middle. The unit is that of the
-/// values.
-fn median(values: impl IntoIterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.into_iter().collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
-}
-
-/// The duration of one build in seconds, and other figures with their units.
-struct Figures {
-    whole: f64,
-    parts: Vec<(&'static str, &'static str, f64)>,
-}
-
 /// The state that all runs share.
-struct Bench {
+pub(super) struct Bench {
     /// The directory of all files that are written; removed at the end.
     dir: tempfile::TempDir,
     image: PathBuf,
@@ -169,7 +27,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn prepare() -> Self {
+    pub(super) fn prepare() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let image = root.join("target/guests/debian-12.qcow2");
         assert!(image.exists(), "this bench needs {}: make guests", image.display());
@@ -193,7 +51,7 @@ impl Bench {
         self.dir.path().join(name)
     }
 
-    fn machine(&self) -> String {
+    pub(super) fn machine(&self) -> String {
         let version = Command::new("qemu-system-x86_64").arg("--version").output().unwrap().stdout;
         let version = String::from_utf8_lossy(&version).lines().next().unwrap_or_default().to_owned();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -243,7 +101,7 @@ impl Bench {
         ["-c", "-W", "-m", &jobs, "-o", "compression_type=zstd"].map(str::to_owned).to_vec()
     }
 
-    fn floor(&self) -> Figures {
+    pub(super) fn floor(&self) -> Figures {
         let disk = self.path("floor.qcow2");
         let start = Instant::now();
         run(Command::new("qemu-img")
@@ -336,7 +194,7 @@ impl Bench {
     }
 
     /// Runs the build example on one of its backends; `uri` is that of libvirt.
-    fn rudder(&self, contender: Contender, uri: &str, run: &str) -> Figures {
+    pub(super) fn rudder(&self, contender: Contender, uri: &str, run: &str) -> Figures {
         let backend = contender.name();
         let start = Instant::now();
         let mut child = Process::start(
@@ -371,7 +229,7 @@ impl Bench {
         Figures { whole, parts: vec![("own peak of memory", "MiB", peak_mib), ("own CPU time", "s", cpu)] }
     }
 
-    fn packer(&self) -> f64 {
+    pub(super) fn packer(&self) -> f64 {
         let output = self.path("packer");
         let _ = fs::remove_dir_all(&output);
         let [_, accelerator, _, cpu] = self.accelerator();
@@ -416,91 +274,4 @@ impl Bench {
             .env("HOME", self.dir.path()));
         start.elapsed().as_secs_f64()
     }
-}
-
-/// A process that does not outlive the bench.
-struct Process(Child);
-
-impl Process {
-    fn start(command: &mut Command) -> Self {
-        Self(
-            command
-                .stdin(Stdio::null())
-                .spawn()
-                .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}")),
-        )
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        if !matches!(self.0.try_wait(), Ok(Some(_))) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-}
-
-/// Runs a command to completion, and shows its output if it failed.
-fn run(command: &mut Command) {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-/// Returns whether an ordinary guest can run on KVM here: the device exists, and the processor supports it (see
-/// `docs/design.md`).
-fn kvm() -> bool {
-    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let able = flags.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm");
-    able && fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// Waits for the banner of an SSH server on this port. The forwarded port accepts a connection before the guest does,
-/// and one that was made too early may stay silent for long, so there are always several connections of different ages.
-fn await_banner(port: u16, qemu: &mut Process) {
-    let mut streams = VecDeque::<(Instant, TcpStream)>::new();
-    loop {
-        // Without hardware acceleration, an SSH server may need seconds until it greets.
-        streams.retain(|(start, _)| start.elapsed() < Duration::from_secs(5));
-        if streams.len() < 8
-            && let Ok(stream) = TcpStream::connect(("127.0.0.1", port))
-        {
-            stream.set_nonblocking(true).unwrap();
-            streams.push_back((Instant::now(), stream));
-        }
-        for _ in 0..20 {
-            let mut banner = [0; 4];
-            if streams.iter_mut().any(|(_, stream)| stream.read(&mut banner).is_ok_and(|length| length > 0)) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(25));
-        }
-        assert!(matches!(qemu.0.try_wait(), Ok(None)), "the guest of the floor ended before it answered");
-    }
-}
-
-/// Returns the peak memory of a process in MiB and its CPU time in seconds, both without its children (proc(5)).
-fn own_use(pid: u32) -> Option<(f64, f64)> {
-    const TICKS: f64 = 100.0; // USER_HZ, which is 100 on x86-64.
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let peak: f64 = peak.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    let user: f64 = fields.nth(11)?.parse().ok()?;
-    let system: f64 = fields.next()?.parse().ok()?;
-    Some((peak / 1024.0, (user + system) / TICKS))
 }

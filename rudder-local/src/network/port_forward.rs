@@ -10,29 +10,34 @@ use tokio::{
 
 /// The open doors of a machine.
 #[derive(Debug)]
-pub struct Doors {
+pub struct PortForwards {
     _listeners: JoinSet<()>,
 }
 
 pub(super) fn open(
     network: &Arc<Network>,
     machine: &str,
-    doors: impl IntoIterator<Item = (u16, PathBuf)>,
-) -> io::Result<Doors> {
+    ports: impl IntoIterator<Item = (u16, PathBuf)>,
+) -> io::Result<PortForwards> {
     let mut listeners = JoinSet::new();
-    for (port, path) in doors {
+    for (port, path) in ports {
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         let listener = UnixListener::bind(&path)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        listeners.spawn(attend(Arc::downgrade(network), machine.to_owned(), port, listener));
+        listeners.spawn(accept_connections(Arc::downgrade(network), machine.to_owned(), port, listener));
     }
-    Ok(Doors { _listeners: listeners })
+    Ok(PortForwards { _listeners: listeners })
 }
 
-async fn attend(network: std::sync::Weak<Network>, machine: String, port: u16, listener: UnixListener) {
+async fn accept_connections(
+    network: std::sync::Weak<Network>,
+    machine: String,
+    port: u16,
+    listener: UnixListener,
+) {
     let mut guests = JoinSet::new();
     loop {
         while guests.try_join_next().is_some() {}
@@ -44,12 +49,12 @@ async fn attend(network: std::sync::Weak<Network>, machine: String, port: u16, l
         let Some(network) = network.upgrade() else { return };
         let machine = machine.clone();
         guests.spawn(async move {
-            let _ = pass(&network, &machine, port, &mut caller).await;
+            let _ = forward(&network, &machine, port, &mut caller).await;
         });
     }
 }
 
-async fn pass(network: &Network, machine: &str, port: u16, caller: &mut UnixStream) -> io::Result<()> {
+async fn forward(network: &Network, machine: &str, port: u16, caller: &mut UnixStream) -> io::Result<()> {
     let mut guest = network.dial(machine, port).await?;
     copy_bidirectional(caller, &mut guest).await.map(drop)
 }
