@@ -181,7 +181,7 @@ pub(super) fn unpack(
         (0, _) => {}
         // Ignored, as gunzip and bunzip2 do; router images carry their metadata there.
         (rest, Packing::Gzip | Packing::Bzip2) => {
-            progress.notice(format!("ignored {} after the end of the {packing} data", durable::human(rest)))
+            progress.notice(format!("ignored {} after the end of the {packing} data", durable::human(rest)));
         }
         (rest, Packing::Xz | Packing::Zstd) => {
             let rest = durable::human(rest);
