@@ -20,7 +20,7 @@ mod backend;
 mod connection;
 mod devices;
 mod domain;
-mod exit_reason;
+mod domain_state;
 mod host_capabilities;
 mod lab;
 mod lab_context;

@@ -15,7 +15,7 @@ use crate::{
     lab_context::LabContext,
     network,
     picture::picture,
-    watch::{Phase, Watcher},
+    watch::LibvirtRun,
 };
 use async_trait::async_trait;
 use rudder_core::{
@@ -27,6 +27,7 @@ use rudder_core::{
 use rudder_local::{
     capture,
     lan::Lan,
+    lifecycle::{Lifecycle, Starting, Watcher},
     machine_state::MachineState,
     nic_arguments::nic_arguments,
     pci_layout::{Chipset, cdrom_bus},
@@ -45,7 +46,7 @@ use std::{
 };
 use tokio::{
     net::{TcpStream, UnixStream},
-    sync::{RwLock, RwLockReadGuard, mpsc, oneshot, watch},
+    sync::{mpsc, oneshot},
     time::timeout,
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -68,12 +69,10 @@ struct Inner {
     domain: String,
     /// The state that the machine keeps outside its disks.
     state: MachineState,
-    phase: watch::Sender<Phase>,
+    lifecycle: Lifecycle,
     running: Mutex<Option<Running>>,
     /// The serial console of the last run.
     console: Mutex<Option<Arc<SerialConsole>>>,
-    /// Held for reading while a disk is captured, and for writing while the machine is started.
-    disks: Arc<RwLock<()>>,
 }
 
 /// The state of a machine that exists only while it runs.
@@ -95,10 +94,9 @@ impl LibvirtMachine {
             number,
             domain: domain_name(context.storage.id().as_str(), number, &spec.name),
             state: MachineState::prepare(&context.storage, spec, number).await?,
-            phase: watch::Sender::new(Phase::Defined),
+            lifecycle: Lifecycle::new(&spec.name),
             running: Mutex::default(),
             console: Mutex::default(),
-            disks: Arc::default(),
         };
         let seed = spec.seed.as_ref().map(|seed| ("seed.img", &seed.image));
         let floppy = spec.floppy.as_ref().map(|image| ("floppy.img", image));
@@ -124,11 +122,9 @@ impl LibvirtMachine {
 
     /// Ends the machine if it is running or starting.
     pub(crate) async fn end(&self) {
-        let mut phase = self.0.phase.subscribe();
-        // Neither wait can fail while `self` holds the sender.
-        let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
+        self.0.lifecycle.started().await;
         self.0.order(Stop::Kill);
-        let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
+        self.0.lifecycle.rest().await;
     }
 
     /// Returns whether the machine has this address in a subnet. Blocks.
@@ -221,24 +217,10 @@ impl Inner {
 
     /// Returns how to reach the machine's ports while it runs.
     fn ways(&self) -> Result<Ways> {
-        match (&*self.running(), &*self.phase.borrow()) {
-            (Some(running), Phase::Running) => Ok(running.ways.clone()),
-            _ => {
-                Err(self
-                    .error(ErrorKind::Conflict, "expected a running machine, but found that it does not run"))
-            }
-        }
-    }
-
-    /// Keeps a stopped machine from being started while the guard is held.
-    fn at_rest(&self) -> Result<RwLockReadGuard<'_, ()>> {
-        let running =
-            || self.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
-        let disks = self.disks.try_read().map_err(|_| running())?;
-        match &*self.phase.borrow() {
-            Phase::Starting | Phase::Running => Err(running()),
-            _ => Ok(disks),
-        }
+        self.lifecycle.check_running()?;
+        self.running().as_ref().map(|running| running.ways.clone()).ok_or_else(|| {
+            self.error(ErrorKind::Conflict, "expected a running machine, but found that it does not run")
+        })
     }
 
     fn error(&self, kind: ErrorKind, message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
@@ -276,23 +258,20 @@ impl Inner {
     }
 
     /// Publishes that the machine runs, and starts its watcher.
-    fn run(&self, launched: Launched) {
+    fn run(&self, starting: Starting, launched: Launched) {
         let Launched { ways, process, tpm, console } = launched;
         let released = tpm.as_ref().map(Tpm::release_switch);
         let (orders, received) = mpsc::unbounded_channel();
-        let watcher = Watcher {
-            connection: Arc::clone(&self.context.connection),
-            domain: self.domain.clone(),
-            process,
-            orders: received,
-            tpm,
-            phase: self.phase.clone(),
-            console: Arc::clone(&console),
-            picture: self.context.storage.path(&self.file("screen.png")),
-        };
-        *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(console);
+        *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&console));
         let mut running = self.running();
-        self.phase.send_replace(Phase::Running);
+        let watcher = Watcher {
+            run: LibvirtRun::new(Arc::clone(&self.context.connection), self.domain.clone(), process),
+            tpm,
+            console,
+            orders: received,
+            screenshot: self.context.storage.path(&self.file("screen.png")),
+            running: starting.finish(),
+        };
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
         *running = Some(Running { orders, ways, released, _watcher: watcher });
     }
@@ -306,23 +285,7 @@ impl Machine for LibvirtMachine {
 
     async fn start(&self) -> Result<()> {
         let this = &self.0;
-        let disks = Arc::clone(&this.disks).try_write_owned().map_err(|_| {
-            this.error(ErrorKind::Conflict, "expected a machine at rest, but found a disk being captured")
-        })?;
-        let mut before = None;
-        this.phase.send_if_modified(|phase| {
-            let at_rest = matches!(phase, Phase::Defined | Phase::Ended(_));
-            if at_rest {
-                before = Some(std::mem::replace(phase, Phase::Starting));
-            }
-            at_rest
-        });
-        let Some(before) = before else {
-            return Err(this.error(
-                ErrorKind::Conflict,
-                "expected a machine that does not run, but found a running one",
-            ));
-        };
+        let starting = this.lifecycle.start()?;
         // Libvirt completes what was requested even if the caller is dropped, so the remaining steps run in a task of
         // their own.
         let (reply, answer) = oneshot::channel();
@@ -332,15 +295,14 @@ impl Machine for LibvirtMachine {
             let launched = context.detached(|_| async move { machine.launch().await }).await;
             let outcome = match launched {
                 Ok(launched) => {
-                    inner.run(launched);
+                    inner.run(starting, launched);
                     Ok(())
                 }
                 Err(error) => {
-                    inner.phase.send_replace(before);
+                    drop(starting);
                     Err(error)
                 }
             };
-            drop(disks);
             if reply.send(outcome).is_err() {
                 inner.order(Stop::Kill);
             }
@@ -352,28 +314,14 @@ impl Machine for LibvirtMachine {
     }
 
     async fn wait(&self) -> Result<Exit> {
-        let mut phase = self.0.phase.subscribe();
-        if *phase.borrow() == Phase::Defined {
-            return Err(self.0.error(
-                ErrorKind::Conflict,
-                "expected a machine that was started, but found one that was not",
-            ));
-        }
-        let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_) | Phase::Defined)).await;
-        match ended.as_deref() {
-            Ok(Phase::Ended(exit)) => Ok(exit.clone()),
-            _ => Err(self
-                .0
-                .error(ErrorKind::Conflict, "expected a machine that was started, but its start failed")),
-        }
+        self.0.lifecycle.wait().await
     }
 
     async fn stop(&self, how: Stop) -> Result<Exit> {
-        let mut phase = self.0.phase.subscribe();
         // A machine that is being started is stopped once it runs.
-        let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
+        self.0.lifecycle.started().await;
         self.0.order(how);
-        self.wait().await
+        self.0.lifecycle.wait().await
     }
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
@@ -466,7 +414,7 @@ impl Machine for LibvirtMachine {
         let index = this.spec.disks.iter().position(|one| one.name == disk).ok_or_else(|| {
             this.error(ErrorKind::NotFound, format!("expected a disk of the machine, but found {disk:?}"))
         })?;
-        let _disks = this.at_rest()?;
+        let _disks = this.lifecycle.at_rest()?;
         let disk = &this.spec.disks[index];
         let file = format!("m{}.d{index}.captured.qcow2", this.number);
         let captured =
@@ -484,7 +432,7 @@ impl Machine for LibvirtMachine {
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
-        let _disks = self.0.at_rest()?;
+        let _disks = self.0.lifecycle.at_rest()?;
         self.0.state.capture().await.map_err(|error| error.with_context("vm", &self.0.spec.name))
     }
 }

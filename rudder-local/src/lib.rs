@@ -13,6 +13,7 @@ pub mod image;
 pub mod import;
 pub mod lab_storage;
 pub mod lan;
+pub mod lifecycle;
 pub mod log_tail;
 pub mod machine_state;
 pub mod network;

@@ -4,8 +4,8 @@ mod consoles;
 
 use crate::{
     command_line::{self, Extras, Files},
-    qmp::{Note, Qmp},
-    watch::{Phase, Watcher},
+    qmp::Qmp,
+    watch::QemuRun,
 };
 use async_trait::async_trait;
 use rudder_core::{
@@ -18,6 +18,7 @@ use rudder_local::{
     capture,
     lab_storage::LabStorage,
     lan::Lan,
+    lifecycle::{Lifecycle, Observation, Watcher},
     log_tail::last_lines,
     machine_state::MachineState,
     process::{Invocation, OwnedChild, describe},
@@ -35,7 +36,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::sync::{RwLock, RwLockReadGuard, mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 /// How long QEMU may take from its start until it accepts connections.
@@ -53,14 +54,12 @@ pub(crate) struct QemuMachine {
     state: MachineState,
     arguments: Vec<String>,
     number: usize,
-    phase: watch::Sender<Phase>,
+    lifecycle: Lifecycle,
     running: Mutex<Option<Running>>,
     /// The serial console of the last run.
     console: Mutex<Option<Arc<SerialConsole>>>,
     /// Number of screenshots taken, or started.
     pictures: AtomicUsize,
-    /// Held for reading while a disk is captured, and for writing while the machine is started.
-    disks: RwLock<()>,
 }
 
 /// The state of a machine that exists only while it runs.
@@ -70,7 +69,7 @@ struct Running {
     orders: mpsc::UnboundedSender<Stop>,
     /// The release switch of each of its processes.
     released: Vec<Arc<AtomicBool>>,
-    _watcher: AbortOnDropHandle<Exit>,
+    _watcher: AbortOnDropHandle<()>,
 }
 
 impl QemuMachine {
@@ -111,10 +110,9 @@ impl QemuMachine {
         }
         // Last, so that a machine that could not be defined is not on the network.
         lan.add(spec, number)?;
-        let phase = watch::Sender::new(Phase::Defined);
+        let lifecycle = Lifecycle::new(&spec.name);
         let spec = spec.clone();
         let (running, console) = (Mutex::new(None), Mutex::new(None));
-        let (pictures, disks) = (AtomicUsize::new(0), RwLock::new(()));
         Ok(Self {
             storage,
             lan,
@@ -123,11 +121,10 @@ impl QemuMachine {
             state,
             arguments,
             number,
-            phase,
+            lifecycle,
             running,
             console,
-            pictures,
-            disks,
+            pictures: AtomicUsize::new(0),
         })
     }
 
@@ -137,14 +134,10 @@ impl QemuMachine {
 
     /// Returns something that exists only while the machine runs.
     fn with_running<T>(&self, what: impl FnOnce(&Running) -> T) -> Result<T> {
-        let running = self.running();
-        match (&*running, &*self.phase.borrow()) {
-            (Some(running), Phase::Running) => Ok(what(running)),
-            _ => {
-                Err(self
-                    .error(ErrorKind::Conflict, "expected a running machine, but found that it does not run"))
-            }
-        }
+        self.lifecycle.check_running()?;
+        self.running().as_ref().map(what).ok_or_else(|| {
+            self.error(ErrorKind::Conflict, "expected a running machine, but found that it does not run")
+        })
     }
 
     fn error(&self, kind: ErrorKind, message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
@@ -177,12 +170,9 @@ impl QemuMachine {
 
     /// Ends the machine if it is running or starting.
     pub(crate) async fn end(&self) {
-        if let Phase::Running = &*self.phase.borrow() {
-            self.order(Stop::Kill);
-        }
-        let mut phase = self.phase.subscribe();
-        // Cannot fail while `self` holds the sender.
-        let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
+        self.lifecycle.started().await;
+        self.order(Stop::Kill);
+        self.lifecycle.rest().await;
     }
 
     async fn launch(&self) -> Result<Launched> {
@@ -208,20 +198,15 @@ impl QemuMachine {
             .await?;
         let talk = async {
             self.storage.record_process(child.pid(), "qemu", &self.spec.name).await?;
-            let (qmp, notes) = self.connect(&mut child).await?;
-            let mut phase = self.phase.subscribe();
-            let ended = async move {
-                // If the sender is gone, the machine has ended as well.
-                let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
-            };
+            let (qmp, reports) = self.connect(&mut child).await?;
             // Before the guest runs, so that none of its output is lost.
             let console = self.attach_console().await?;
-            self.lan.connect(&self.storage, &self.spec.name, ended).await?;
+            self.lan.connect(&self.storage, &self.spec.name, self.lifecycle.rest()).await?;
             qmp.cont().await?;
-            Ok((qmp, notes, console))
+            Ok((qmp, reports, console))
         };
         match tokio::time::timeout(LAUNCH_LIMIT, talk).await {
-            Ok(Ok((qmp, notes, console))) => Ok(Launched { child, tpm, qmp, notes, console }),
+            Ok(Ok((qmp, reports, console))) => Ok(Launched { child, tpm, qmp, reports, console }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::new(
                 ErrorKind::LaunchFailed,
@@ -250,7 +235,7 @@ impl QemuMachine {
     }
 
     /// Waits until QEMU accepts a connection or has ended.
-    async fn connect(&self, child: &mut OwnedChild) -> Result<(Qmp, mpsc::UnboundedReceiver<Note>)> {
+    async fn connect(&self, child: &mut OwnedChild) -> Result<(Qmp, mpsc::UnboundedReceiver<Observation>)> {
         let socket = self.storage.socket(&self.files.qmp);
         loop {
             let attempt = async {
@@ -276,17 +261,6 @@ impl QemuMachine {
         }
     }
 
-    /// Keeps a stopped machine from being started while the guard is held.
-    fn at_rest(&self) -> Result<RwLockReadGuard<'_, ()>> {
-        let running =
-            || self.error(ErrorKind::Conflict, "expected a machine that has ended, but found a running one");
-        let disks = self.disks.try_read().map_err(|_| running())?;
-        if matches!(&*self.phase.borrow(), Phase::Starting | Phase::Running) {
-            return Err(running());
-        }
-        Ok(disks)
-    }
-
     fn disk(&self, name: &str) -> Result<usize> {
         self.spec.disks.iter().position(|disk| disk.name == name).ok_or_else(|| {
             self.error(ErrorKind::NotFound, format!("expected a disk of the machine, but found {name:?}"))
@@ -298,22 +272,8 @@ struct Launched {
     child: OwnedChild,
     tpm: Option<Tpm>,
     qmp: Qmp,
-    notes: mpsc::UnboundedReceiver<Note>,
+    reports: mpsc::UnboundedReceiver<Observation>,
     console: Arc<SerialConsole>,
-}
-
-/// Restores the previous phase of a machine that could not be started.
-struct Starting<'a> {
-    phase: &'a watch::Sender<Phase>,
-    before: Option<Phase>,
-}
-
-impl Drop for Starting<'_> {
-    fn drop(&mut self) {
-        if let Some(before) = self.before.take() {
-            self.phase.send_replace(before);
-        }
-    }
 }
 
 #[async_trait]
@@ -323,72 +283,43 @@ impl Machine for QemuMachine {
     }
 
     async fn start(&self) -> Result<()> {
-        let busy =
-            || self.error(ErrorKind::Conflict, "expected a machine at rest, but found a disk being captured");
-        let _disks = self.disks.try_write().map_err(|_| busy())?;
-        let mut before = None;
-        self.phase.send_if_modified(|phase| {
-            let at_rest = matches!(phase, Phase::Defined | Phase::Ended(_));
-            if at_rest {
-                before = Some(std::mem::replace(phase, Phase::Starting));
-            }
-            at_rest
-        });
-        if before.is_none() {
-            return Err(self.error(
-                ErrorKind::Conflict,
-                "expected a machine that does not run, but found a running one",
-            ));
-        }
-        let mut starting = Starting { phase: &self.phase, before };
+        let starting = self.lifecycle.start()?;
         let launched = self.launch().await.map_err(|error| error.with_context("vm", &self.spec.name))?;
-        let Launched { child, tpm, qmp, notes, console } = launched;
+        let Launched { child, tpm, qmp, reports, console } = launched;
         let (orders, received) = mpsc::unbounded_channel();
         let released = std::iter::once(child.release_switch()).chain(tpm.iter().map(Tpm::release_switch));
         let released = released.collect();
         *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&console));
-        starting.before = None;
-        self.phase.send_replace(Phase::Running);
-        let watcher = Watcher {
+        let run = QemuRun::new(
             child,
+            qmp.clone(),
+            reports,
+            self.storage.path(&self.files.log),
+            self.storage.path(&format!("last.{}", self.files.picture)),
+        );
+        let mut running = self.running();
+        let watcher = Watcher {
+            run,
             tpm,
-            qmp: qmp.clone(),
-            notes,
-            orders: received,
-            phase: self.phase.clone(),
-            log: self.storage.path(&self.files.log),
             console,
-            picture: self.storage.path(&self.files.picture),
+            orders: received,
+            screenshot: self.storage.path(&self.files.picture),
+            running: starting.finish(),
         };
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
-        *self.running() = Some(Running { qmp, orders, released, _watcher: watcher });
+        *running = Some(Running { qmp, orders, released, _watcher: watcher });
         Ok(())
     }
 
     async fn wait(&self) -> Result<Exit> {
-        let mut phase = self.phase.subscribe();
-        if *phase.borrow() == Phase::Defined {
-            return Err(self.error(
-                ErrorKind::Conflict,
-                "expected a machine that was started, but found one that was not",
-            ));
-        }
-        let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_) | Phase::Defined)).await;
-        match ended.as_deref() {
-            Ok(Phase::Ended(exit)) => Ok(exit.clone()),
-            _ => {
-                Err(self
-                    .error(ErrorKind::Conflict, "expected a machine that was started, but its start failed"))
-            }
-        }
+        self.lifecycle.wait().await
     }
 
     async fn stop(&self, how: Stop) -> Result<Exit> {
-        let mut phase = self.phase.subscribe();
         // A machine that is being started is stopped once it runs.
-        let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
+        self.lifecycle.started().await;
         self.order(how);
-        self.wait().await
+        self.lifecycle.wait().await
     }
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
@@ -423,7 +354,7 @@ impl Machine for QemuMachine {
 
     async fn capture(&self, disk: &str, progress: &Progress) -> Result<CapturedDisk> {
         let index = self.disk(disk)?;
-        let _disks = self.at_rest()?;
+        let _disks = self.lifecycle.at_rest()?;
         let disk = &self.spec.disks[index];
         let file = format!("m{}.d{index}.captured.qcow2", self.number);
         let captured = capture::capture(&self.storage, &disk.volume.id, &file, &disk.name, progress).await;
@@ -440,7 +371,7 @@ impl Machine for QemuMachine {
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
-        let _disks = self.at_rest()?;
+        let _disks = self.lifecycle.at_rest()?;
         self.state.capture().await.map_err(|error| error.with_context("vm", &self.spec.name))
     }
 }

@@ -9,6 +9,7 @@ use qapi::{
     qmp::{self, QmpCommand},
 };
 use rudder_core::{Error, ErrorKind, Result};
+use rudder_local::lifecycle::{Observation, Shutdown};
 use std::{io, path::Path, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader, DuplexStream},
@@ -19,17 +20,6 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// How long QEMU may take to reply to a command. It normally replies at once.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-
-/// The part of an event that is relevant here.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Note {
-    /// The machine shuts down, either by its guest or for an external reason ("host-signal", "host-qmp-quit"…).
-    Shutdown { by_guest: bool, reason: String },
-    /// The guest's kernel panicked.
-    Panicked,
-    /// A disk could not be read or written, and QEMU paused the machine.
-    IoError { node: String, operation: String, reason: String, full: bool },
-}
 
 /// A connection to the control socket of a QEMU process.
 #[derive(Clone)]
@@ -50,7 +40,7 @@ impl std::fmt::Debug for Qmp {
 
 impl Qmp {
     /// Connects, and returns the events received from then on. The channel closes when QEMU closes the connection.
-    pub(crate) async fn connect(socket: &Path) -> io::Result<(Self, mpsc::UnboundedReceiver<Note>)> {
+    pub(crate) async fn connect(socket: &Path) -> io::Result<(Self, mpsc::UnboundedReceiver<Observation>)> {
         let (read, write) = UnixStream::connect(socket).await?.into_split();
         let (known, filtered) = tokio::io::duplex(64 << 10);
         let filter = AbortOnDropHandle::new(tokio::spawn(async move {
@@ -66,7 +56,7 @@ impl Qmp {
             while let Some(item) = events.next().await {
                 match item {
                     // Without a receiver of events, replies must still be read.
-                    Ok(event) => drop(note_of(event).map(|note| sender.send(note))),
+                    Ok(event) => drop(observation(event).map(|observation| sender.send(observation))),
                     Err(error) => tracing::debug!(%error, "QMP: answer to nobody, or not understood"),
                 }
             }
@@ -159,26 +149,29 @@ fn is_unknown_event(line: &[u8]) -> bool {
     serde_json::from_slice::<qmp::Event>(line).is_err() && is_event()
 }
 
-fn note_of(event: qmp::Event) -> Option<Note> {
+/// Returns what an event says about the machine, if that is relevant here.
+fn observation(event: qmp::Event) -> Option<Observation> {
     use qmp::Event;
     match event {
-        Event::SHUTDOWN { data, .. } => {
-            let reason = serde_json::to_value(data.reason).ok();
-            let reason = reason.as_ref().and_then(|reason| reason.as_str()).unwrap_or("unknown");
-            Some(Note::Shutdown { by_guest: data.guest, reason: reason.to_owned() })
-        }
-        Event::GUEST_PANICKED { .. } => Some(Note::Panicked),
+        Event::SHUTDOWN { data, .. } => Some(Observation::Shutdown(match (data.guest, data.reason) {
+            (true, qmp::ShutdownCause::guest_shutdown) => Shutdown::ByGuest,
+            (_, reason) => {
+                let reason = serde_json::to_value(reason).ok();
+                let reason = reason.as_ref().and_then(|reason| reason.as_str()).unwrap_or("unknown");
+                Shutdown::Other(reason.to_owned())
+            }
+        })),
+        Event::GUEST_PANICKED { .. } => Some(Observation::Panicked),
         // With any other action, the error is reported to the guest or ignored, and the machine keeps running.
         Event::BLOCK_IO_ERROR { data, .. } if data.action == qmp::BlockErrorAction::stop => {
-            Some(Note::IoError {
-                node: data.node_name.unwrap_or(data.device),
-                operation: match data.operation {
-                    qmp::IoOperationType::read => "read",
-                    qmp::IoOperationType::write => "write",
-                }
-                .to_owned(),
+            let node = data.node_name.unwrap_or(data.device);
+            let operation = match data.operation {
+                qmp::IoOperationType::read => "read",
+                qmp::IoOperationType::write => "write",
+            };
+            Some(Observation::DiskFailed {
                 full: data.nospace.unwrap_or_else(|| data.reason.contains("No space left")),
-                reason: data.reason,
+                detail: Some(format!("{operation} of {node} failed: {}", data.reason)),
             })
         }
         _ => None,
@@ -190,40 +183,41 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn note(line: &str) -> Option<Note> {
-        note_of(serde_json::from_str(line).unwrap())
+    fn observed(line: &str) -> Option<Observation> {
+        observation(serde_json::from_str(line).unwrap())
     }
 
     #[test]
-    fn events_become_notes() {
+    fn events_become_observations() {
         let time = r#""timestamp": {"seconds": 1, "microseconds": 2}"#;
+        let shutdown = |guest: bool, reason: &str| {
+            observed(&format!(
+                r#"{{{time}, "event": "SHUTDOWN", "data": {{"guest": {guest}, "reason": "{reason}"}}}}"#
+            ))
+        };
+        assert_eq!(shutdown(true, "guest-shutdown"), Some(Observation::Shutdown(Shutdown::ByGuest)));
+        let other = |reason: &str| Some(Observation::Shutdown(Shutdown::Other(reason.to_owned())));
+        assert_eq!(shutdown(false, "host-qmp-quit"), other("host-qmp-quit"));
+        assert_eq!(shutdown(true, "guest-panic"), other("guest-panic"));
         assert_eq!(
-            note(&format!(
-                r#"{{{time}, "event": "SHUTDOWN", "data": {{"guest": true, "reason": "guest-shutdown"}}}}"#
-            )),
-            Some(Note::Shutdown { by_guest: true, reason: "guest-shutdown".to_owned() })
-        );
-        assert_eq!(
-            note(&format!(r#"{{{time}, "event": "GUEST_PANICKED", "data": {{"action": "pause"}}}}"#)),
-            Some(Note::Panicked)
+            observed(&format!(r#"{{{time}, "event": "GUEST_PANICKED", "data": {{"action": "pause"}}}}"#)),
+            Some(Observation::Panicked)
         );
         let failed = |action: &str| {
-            note(&format!(
+            observed(&format!(
                 r#"{{{time}, "event": "BLOCK_IO_ERROR", "data": {{"device": "", "nospace": true, "node-name": "disk0",
                  "reason": "No space left on device", "operation": "write", "action": "{action}", "qom-path": "/x"}}}}"#
             ))
         };
         assert_eq!(
             failed("stop"),
-            Some(Note::IoError {
-                node: "disk0".to_owned(),
-                operation: "write".to_owned(),
-                reason: "No space left on device".to_owned(),
+            Some(Observation::DiskFailed {
+                detail: Some("write of disk0 failed: No space left on device".to_owned()),
                 full: true
             })
         );
         assert_eq!(failed("report"), None);
-        assert_eq!(note(&format!(r#"{{{time}, "event": "RESUME"}}"#)), None);
+        assert_eq!(observed(&format!(r#"{{{time}, "event": "RESUME"}}"#)), None);
     }
 
     #[test]

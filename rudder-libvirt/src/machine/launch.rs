@@ -4,7 +4,6 @@ use super::Inner;
 use crate::{
     connection::domain,
     process::{self, Found},
-    watch::Phase,
 };
 use rudder_core::{Error, ErrorKind, Result, backend::Retention};
 use rudder_local::{serial::SerialConsole, tpm::Tpm};
@@ -76,16 +75,14 @@ impl Inner {
         let started = connection.order(start).await;
         started.map_err(|failure| self.refused(failure, ErrorKind::LaunchFailed, "start the domain"))?;
         let process = process::find(self.domain.clone(), self.context.storage.id().clone()).await;
-        let mut phase = self.phase.subscribe();
-        let ended = async move {
-            // If the sender is gone, the machine has ended as well.
-            let _ = phase.wait_for(|phase| matches!(phase, Phase::Defined | Phase::Ended(_))).await;
-        };
         let rest = async {
             let ways = match self.context.bridges() {
                 Some(_) => Ways::Bridged(None),
                 None => {
-                    self.context.lan.connect(&self.context.storage, &self.spec.name, ended).await?;
+                    self.context
+                        .lan
+                        .connect(&self.context.storage, &self.spec.name, self.lifecycle.rest())
+                        .await?;
                     Ways::Switched
                 }
             };

@@ -1,0 +1,81 @@
+//! Translates the state of a domain into what it says about the machine. Performs no I/O.
+
+use rudder_local::lifecycle::{Observation, Shutdown};
+use virt::sys;
+
+/// The observed state of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum DomainState {
+    /// Known completely.
+    Observed(Observation),
+    /// A disk could not be read or written. Libvirt does not say whether the host's disk is full.
+    DiskFailed,
+}
+
+impl DomainState {
+    /// Converts a state and its reason (virDomainState, virDomainPausedReason, virDomainShutoffReason).
+    pub(crate) fn of(state: sys::virDomainState, reason: i32) -> Self {
+        Self::Observed(match state {
+            sys::VIR_DOMAIN_CRASHED => Observation::Panicked,
+            sys::VIR_DOMAIN_PAUSED if is(reason, sys::VIR_DOMAIN_PAUSED_IOERROR) => return Self::DiskFailed,
+            sys::VIR_DOMAIN_PAUSED if is(reason, sys::VIR_DOMAIN_PAUSED_CRASHED) => Observation::Panicked,
+            // QEMU is about to end.
+            sys::VIR_DOMAIN_SHUTDOWN => Observation::Shutdown(Shutdown::ByGuest),
+            sys::VIR_DOMAIN_SHUTOFF => off(reason),
+            _ => Observation::Running,
+        })
+    }
+}
+
+fn is(reason: i32, constant: u32) -> bool {
+    u32::try_from(reason) == Ok(constant)
+}
+
+/// Returns what libvirt says of a domain that is shut off.
+fn off(reason: i32) -> Observation {
+    let detail = match u32::try_from(reason) {
+        Ok(sys::VIR_DOMAIN_SHUTOFF_DESTROYED) => "somebody destroyed the machine's domain",
+        Ok(sys::VIR_DOMAIN_SHUTOFF_CRASHED) => {
+            "QEMU ended, or was killed; libvirt's log of the domain says more"
+        }
+        Ok(sys::VIR_DOMAIN_SHUTOFF_DAEMON) => "QEMU ended while libvirt was not watching it",
+        Ok(sys::VIR_DOMAIN_SHUTOFF_SAVED) => "somebody saved the machine's domain",
+        Ok(sys::VIR_DOMAIN_SHUTOFF_MIGRATED) => "somebody moved the machine's domain to another host",
+        _ => "QEMU ended; libvirt does not say why",
+    };
+    Observation::Off { powered_off: is(reason, sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN), detail: detail.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn observed(state: sys::virDomainState, reason: u32) -> DomainState {
+        DomainState::of(state, i32::try_from(reason).unwrap_or(-1))
+    }
+
+    #[test]
+    fn a_domain_that_is_off_says_why() {
+        let off = |reason: u32| match observed(sys::VIR_DOMAIN_SHUTOFF, reason) {
+            DomainState::Observed(Observation::Off { powered_off, detail }) => (powered_off, detail),
+            other => panic!("{other:?}"),
+        };
+        assert!(off(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN).0);
+        let (powered_off, detail) = off(sys::VIR_DOMAIN_SHUTOFF_DESTROYED);
+        assert!(!powered_off && detail.contains("somebody destroyed"), "{detail}");
+        let (powered_off, detail) = off(sys::VIR_DOMAIN_SHUTOFF_CRASHED);
+        assert!(!powered_off && detail.contains("was killed"), "{detail}");
+    }
+
+    #[test]
+    fn a_paused_machine_is_in_trouble_only_for_some_reasons() {
+        let paused = |reason: u32| observed(sys::VIR_DOMAIN_PAUSED, reason);
+        assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_IOERROR), DomainState::DiskFailed);
+        assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_CRASHED), DomainState::Observed(Observation::Panicked));
+        assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_USER), DomainState::Observed(Observation::Running));
+        assert_eq!(observed(sys::VIR_DOMAIN_CRASHED, 0), DomainState::Observed(Observation::Panicked));
+        assert_eq!(observed(sys::VIR_DOMAIN_RUNNING, 1), DomainState::Observed(Observation::Running));
+        let shutting_down = DomainState::Observed(Observation::Shutdown(Shutdown::ByGuest));
+        assert_eq!(observed(sys::VIR_DOMAIN_SHUTDOWN, 1), shutting_down);
+    }
+}
