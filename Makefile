@@ -50,10 +50,11 @@ guests: ## The guests of the tests and the demo, from Debian's packages, into ta
 
 RUNS ?= 5
 
-bench: guests ## Whole builds on QEMU and libvirt against the floor and Packer, capture, typing, planning; RUNS=5
+bench: guests ## Whole builds on QEMU and libvirt against the floor and Packer, capture, typing, displays, planning; RUNS=5
 	@tools/setup build headers qemu libvirt bench
 	@cargo build --release --quiet --examples --features libvirt
 	@cargo bench --quiet --package rudder-core
 	@cargo bench --quiet --features libvirt --bench whole_build -- --runs $(RUNS)
 	@cargo bench --quiet --features libvirt --bench capture -- $(RUNS)
 	@cargo bench --quiet --features libvirt --bench typing
+	@cargo bench --quiet --features libvirt --bench display

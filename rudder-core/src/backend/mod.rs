@@ -233,6 +233,12 @@ pub trait Machine: Debug + Send + Sync {
     /// `Conflict` when the machine is not running; `Unsupported` when the backend does not declare the capability.
     async fn display(&self) -> Result<BoxedStream>;
 
+    /// Returns how pixels of the display should be transferred. The default suits a display on this host; a display behind a
+    /// network should be [`Compressed`](DisplayEncoding::Compressed), and its server then offers that.
+    fn display_encoding(&self) -> DisplayEncoding {
+        DisplayEncoding::Raw
+    }
+
     /// Connects to the serial console. Any number of connections may be open at once. Each receives at least everything that the
     /// guest writes from then on, and what is written to it reaches the guest. A connection that is not read loses the oldest bytes
     /// beyond the last [`SERIAL_KEPT`], and holds up neither the guest nor other readers. Needs
@@ -304,6 +310,17 @@ pub trait Machine: Debug + Send + Sync {
     /// # Errors
     /// `Conflict` while the machine is running.
     async fn capture_state(&self) -> Result<Vec<CapturedState>>;
+}
+
+/// How pixels of a [display](Machine::display) are transferred. Both are lossless.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DisplayEncoding {
+    /// Uncompressed (RFC 6143, 7.7.1): the least work for both sides, and megabytes for a whole screen.
+    #[default]
+    Raw,
+    /// Compressed with ZRLE (RFC 6143, 7.7.6), if the server supports it: a few kilobytes for a screen of text.
+    Compressed,
 }
 
 /// How [`Machine::stop`] ends a machine.

@@ -5,7 +5,10 @@
 //! is dropped releases the keys that it pressed.
 
 use super::{Framebuffer, rfb, scancode};
-use crate::{Error, ErrorKind, Result, backend::BoxedStream};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{BoxedStream, DisplayEncoding},
+};
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -103,7 +106,11 @@ impl Drop for Keys {
 
 impl Link {
     /// Performs the handshake and waits for the first update.
-    pub(super) async fn open(mut stream: BoxedStream, number: u64) -> Result<Self> {
+    pub(super) async fn open(
+        mut stream: BoxedStream,
+        preferred: DisplayEncoding,
+        number: u64,
+    ) -> Result<Self> {
         let late = |_| Error::new(ErrorKind::TimedOut, "the display did not answer within 10 s");
         let size = timeout(GREETING, rfb::shake_hands(&mut stream)).await.map_err(late)??;
         let shared = Arc::new(Shared {
@@ -112,7 +119,7 @@ impl Link {
             extended_keys: AtomicBool::new(false),
         });
         let (orders, received) = mpsc::unbounded_channel();
-        tokio::spawn(serve(stream, shared.clone(), received));
+        tokio::spawn(serve(stream, preferred, shared.clone(), received));
         let link = Self { number, shared, orders };
         let mut progress = link.progress();
         let drawn = progress.wait_for(|progress| progress.drawn || progress.ended.is_some());
@@ -175,12 +182,17 @@ fn again(error: &Arc<Error>) -> Error {
     Error::new(error.kind(), error.to_string()).with_source(error.clone())
 }
 
-async fn serve(stream: BoxedStream, shared: Arc<Shared>, orders: mpsc::UnboundedReceiver<Order>) {
+async fn serve(
+    stream: BoxedStream,
+    preferred: DisplayEncoding,
+    shared: Arc<Shared>,
+    orders: mpsc::UnboundedReceiver<Order>,
+) {
     let (reader, writer) = tokio::io::split(stream);
     let (requests, requested) = mpsc::unbounded_channel();
     let ended = tokio::select! {
         error = read(reader, &shared, &requests) => error,
-        error = write(writer, &shared, orders, requested) => error,
+        error = write(writer, preferred, &shared, orders, requested) => error,
     };
     shared.progress.send_modify(|progress| progress.ended = Some(Arc::new(ended)));
 }
@@ -193,13 +205,14 @@ async fn read(
 ) -> Error {
     let mut stream = BufReader::with_capacity(64 << 10, stream);
     let mut frame = shared.frame().clone();
+    let mut zrle = rfb::zrle::Decoder::default();
     let mut whole = false;
     loop {
         // Incremental requests return what has changed; after a change of size, that is everything.
         if requests.send(rfb::update_request(whole, frame.width(), frame.height())).is_err() {
             return gone();
         }
-        let update = match rfb::read_update(&mut stream, &mut frame).await {
+        let update = match rfb::read_update(&mut stream, &mut frame, &mut zrle).await {
             Ok(update) => update,
             Err(error) => return error,
         };
@@ -237,12 +250,13 @@ fn publish(shown: &mut Framebuffer, drawn: &Framebuffer, update: &rfb::Update) -
 /// Sends orders and requests, until no sender is left or the connection ends.
 async fn write(
     mut stream: WriteHalf<BoxedStream>,
+    preferred: DisplayEncoding,
     shared: &Shared,
     mut orders: mpsc::UnboundedReceiver<Order>,
     mut requests: mpsc::UnboundedReceiver<[u8; 10]>,
 ) -> Error {
     let mut pressed = Vec::new();
-    if let Err(error) = put(&mut stream, &rfb::introduction()).await {
+    if let Err(error) = put(&mut stream, &rfb::introduction(preferred)).await {
         return error;
     }
     loop {

@@ -28,9 +28,14 @@ pub mod text;
 mod viewer;
 
 pub use framebuffer::Framebuffer;
+#[cfg(feature = "memory")]
+pub(crate) use rfb::zrle::encode::Encoder as ZrleEncoder;
 pub use viewer::Viewer;
 
-use crate::{Error, ErrorKind, Result, backend::Machine};
+use crate::{
+    Error, ErrorKind, Result,
+    backend::{DisplayEncoding, Machine},
+};
 use link::Link;
 use std::{
     sync::{
@@ -63,6 +68,7 @@ const PAUSES: [Duration; 6] = [
 #[derive(Debug)]
 pub struct Console {
     machine: Arc<dyn Machine>,
+    encoding: DisplayEncoding,
     link: Mutex<Option<Arc<Link>>>,
     links: AtomicU64,
     keyboard: Mutex<keyboard::Keyboard>,
@@ -74,12 +80,20 @@ impl Console {
     #[must_use]
     pub fn new(machine: Arc<dyn Machine>) -> Self {
         Self {
+            encoding: machine.display_encoding(),
             machine,
             link: Mutex::default(),
             links: AtomicU64::new(0),
             keyboard: Mutex::default(),
             serial: Mutex::default(),
         }
+    }
+
+    /// Prefers this encoding of pixels. The default is [`Machine::display_encoding`].
+    #[must_use]
+    pub fn encoding(mut self, encoding: DisplayEncoding) -> Self {
+        self.encoding = encoding;
+        self
     }
 
     /// Returns what the screen shows, as pixels.
@@ -157,7 +171,7 @@ impl Console {
         let link = loop {
             let number = self.links.fetch_add(1, Ordering::Relaxed);
             let opened = match self.machine.display().await {
-                Ok(stream) => Link::open(stream, number).await,
+                Ok(stream) => Link::open(stream, self.encoding, number).await,
                 Err(error) => Err(error),
             };
             let again = |kind| matches!(kind, ErrorKind::Protocol | ErrorKind::Io | ErrorKind::NotFound);

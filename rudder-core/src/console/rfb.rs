@@ -4,8 +4,10 @@
 //! The server is not trusted: every length is checked, pixels are read a row at a time, and skipped data is never
 //! buffered.
 
+pub(super) mod zrle;
+
 use super::Framebuffer;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, backend::DisplayEncoding};
 use std::ops::Range;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
@@ -18,6 +20,7 @@ const LONGEST_TEXT: u32 = 64 * 1024;
 mod encoding {
     pub(super) const RAW: i32 = 0;
     pub(super) const COPY_RECT: i32 = 1;
+    pub(super) const ZRLE: i32 = 16;
     pub(super) const DESKTOP_SIZE: i32 = -223;
     pub(super) const QEMU_EXTENDED_KEY: i32 = -258;
     pub(super) const EXTENDED_DESKTOP_SIZE: i32 = -308;
@@ -140,17 +143,17 @@ async fn skip<R: AsyncRead + Unpin>(stream: &mut R, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Returns the first messages of a client: pixels of 32 bits, blue in the lowest byte, and the supported encodings.
-pub(super) fn introduction() -> Vec<u8> {
+/// Returns the first messages of a client: pixels of 32 bits, blue in the lowest byte, and the requested encodings, the
+/// preferred ones first.
+pub(super) fn introduction(preferred: DisplayEncoding) -> Vec<u8> {
     // SetPixelFormat (7.5.1): bits per pixel, depth, big-endian, true colour, three maxima, three shifts, padding.
     let mut bytes = vec![0, 0, 0, 0, 32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0];
-    let encodings = [
-        encoding::COPY_RECT,
-        encoding::RAW,
-        encoding::DESKTOP_SIZE,
-        encoding::EXTENDED_DESKTOP_SIZE,
-        encoding::QEMU_EXTENDED_KEY,
-    ];
+    let pixels: &[i32] = match preferred {
+        DisplayEncoding::Raw => &[encoding::COPY_RECT, encoding::RAW],
+        DisplayEncoding::Compressed => &[encoding::COPY_RECT, encoding::ZRLE, encoding::RAW],
+    };
+    let extensions = [encoding::DESKTOP_SIZE, encoding::EXTENDED_DESKTOP_SIZE, encoding::QEMU_EXTENDED_KEY];
+    let encodings = [pixels, &extensions].concat();
     // SetEncodings (7.5.2).
     bytes.extend([2, 0, 0, encodings.len() as u8]);
     bytes.extend(encodings.iter().flat_map(|encoding| encoding.to_be_bytes()));
@@ -204,6 +207,7 @@ impl Update {
 pub(super) async fn read_update<R: AsyncRead + Unpin>(
     stream: &mut R,
     frame: &mut Framebuffer,
+    zrle: &mut zrle::Decoder,
 ) -> Result<Update> {
     loop {
         match stream.read_u8().await.map_err(broken)? {
@@ -212,7 +216,7 @@ pub(super) async fn read_update<R: AsyncRead + Unpin>(
                 let rectangles = stream.read_u16().await.map_err(broken)?;
                 let mut update = Update::default();
                 for _ in 0..rectangles {
-                    rectangle(stream, frame, &mut update).await?;
+                    rectangle(stream, frame, zrle, &mut update).await?;
                 }
                 return Ok(update);
             }
@@ -242,6 +246,7 @@ pub(super) async fn read_update<R: AsyncRead + Unpin>(
 async fn rectangle<R: AsyncRead + Unpin>(
     stream: &mut R,
     frame: &mut Framebuffer,
+    zrle: &mut zrle::Decoder,
     update: &mut Update,
 ) -> Result<()> {
     let mut header = [0; 12];
@@ -268,6 +273,11 @@ async fn rectangle<R: AsyncRead + Unpin>(
             check_inside(frame, x, y, width, height)?;
             check_inside(frame, from_x, from_y, width, height)?;
             copy(frame, (from_x, from_y), (x, y), width, height);
+            update.drew(y, height);
+        }
+        encoding::ZRLE => {
+            check_inside(frame, x, y, width, height)?;
+            zrle.draw(stream, frame, (x, y), (width, height)).await?;
             update.drew(y, height);
         }
         encoding::DESKTOP_SIZE => resize(frame, update, width, height)?,

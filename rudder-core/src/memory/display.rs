@@ -2,7 +2,7 @@
 //! and records what was typed.
 
 use super::{Counted, script::Guest, streams};
-use crate::console::{Framebuffer, text};
+use crate::console::{Framebuffer, ZrleEncoder, text};
 use std::{
     collections::VecDeque,
     io,
@@ -185,6 +185,7 @@ impl Terminal {
         stream.flush().await?;
 
         let (mut reader, mut writer) = tokio::io::split(stream);
+        let (mut zrle, mut compressed) = (ZrleEncoder::default(), false);
         let (requests, mut requested) = mpsc::channel(64);
         let reading = async move {
             while let Ok(request) = read_request(&mut reader).await {
@@ -210,10 +211,11 @@ impl Terminal {
                 match request {
                     Request::Key { down, keysym } if self.key(down, keysym, power) => break,
                     Request::Key { .. } | Request::None => {}
+                    Request::Encodings { compressed: preferred } => compressed = preferred,
                     Request::Changes => asked = true,
                     Request::Everything => {
                         shown = self.draw();
-                        answer = update(&shown, 0..shown.height());
+                        answer = update(&shown, 0..shown.height(), compressed.then_some(&mut zrle));
                     }
                 }
                 if asked {
@@ -223,7 +225,7 @@ impl Terminal {
                     if let Some(top) = rows.next() {
                         asked = false;
                         let bottom = rows.next_back().unwrap_or(top) + 1;
-                        answer.extend(update(&now, top..bottom));
+                        answer.extend(update(&now, top..bottom, compressed.then_some(&mut zrle)));
                         shown = now;
                     }
                 }
@@ -270,9 +272,20 @@ impl State {
 /// The pixel format (7.4): 32 bits, blue in the lowest byte.
 const FORMAT: [u8; 16] = [32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0];
 
+/// Encodings of rectangles (7.7).
+const RAW: i32 = 0;
+const ZRLE: i32 = 16;
+
 /// The client messages (7.5) that matter here.
 enum Request {
-    Key { down: bool, keysym: u32 },
+    Key {
+        down: bool,
+        keysym: u32,
+    },
+    /// Whether ZRLE is preferred to raw pixels.
+    Encodings {
+        compressed: bool,
+    },
     Changes,
     Everything,
     None,
@@ -292,7 +305,12 @@ async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Reque
         2 => {
             stream.read_u8().await?;
             let count = stream.read_u16().await?;
-            pass_over(stream, 4 * u64::from(count)).await?
+            let mut preferred = None;
+            for _ in 0..count {
+                let encoding = stream.read_i32().await?;
+                preferred = preferred.or(Some(encoding).filter(|encoding| [RAW, ZRLE].contains(encoding)));
+            }
+            Request::Encodings { compressed: preferred == Some(ZRLE) }
         }
         3 => {
             // The requested area is ignored: more than was requested may be sent.
@@ -320,13 +338,21 @@ async fn pass_over(stream: &mut (impl AsyncRead + Unpin), bytes: u64) -> io::Res
     Ok(Request::None)
 }
 
-/// Encodes rows of the screen as an update with one raw rectangle (7.6.1, 7.7.1).
-fn update(frame: &Framebuffer, rows: Range<usize>) -> Vec<u8> {
+/// Encodes rows of the screen as an update with one rectangle (7.6.1), which is raw (7.7.1) or ZRLE (7.7.6).
+fn update(frame: &Framebuffer, rows: Range<usize>, zrle: Option<&mut ZrleEncoder>) -> Vec<u8> {
     let mut bytes = vec![0, 0, 0, 1];
     bytes.extend([0, rows.start, frame.width(), rows.len()].map(short).concat());
-    bytes.extend([0; 4]);
-    for y in rows {
-        bytes.extend(frame.row(y).iter().flat_map(|[red, green, blue]| [*blue, *green, *red, 0]));
+    match zrle {
+        Some(zrle) => {
+            bytes.extend(ZRLE.to_be_bytes());
+            bytes.extend(zrle.encode(frame, (0, rows.start), (frame.width(), rows.len())));
+        }
+        None => {
+            bytes.extend(RAW.to_be_bytes());
+            for y in rows {
+                bytes.extend(frame.row(y).iter().flat_map(|[red, green, blue]| [*blue, *green, *red, 0]));
+            }
+        }
     }
     bytes
 }

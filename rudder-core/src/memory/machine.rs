@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, Death, Exit, Machine, MachineSpec, Progress, SerialLog, SerialRecord, Stop},
+    backend::{
+        BoxedStream, Death, DisplayEncoding, Exit, Machine, MachineSpec, Progress, SerialLog, SerialRecord,
+        Stop,
+    },
     capability::Capability,
     content::{Content, ContentId},
     digest::Digest,
@@ -368,6 +371,13 @@ impl Machine for MemoryMachine {
         let (near, far) = tokio::io::duplex(64 << 10);
         boot.terminal.serve(far, boot.power, self.core.shared.connection());
         Ok(Box::new(near))
+    }
+
+    fn display_encoding(&self) -> DisplayEncoding {
+        match self.core.shared.is_remote() {
+            true => DisplayEncoding::Compressed,
+            false => DisplayEncoding::Raw,
+        }
     }
 
     async fn serial(&self) -> Result<BoxedStream> {

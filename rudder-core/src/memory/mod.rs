@@ -210,7 +210,7 @@ impl MemoryBackend {
 
     /// Behaves like a backend that shares nothing with this host, such as a cluster: labs have no directory, imports
     /// report neither the size nor the digest of what they imported, and captured disks are identified by names that
-    /// mean something to this backend alone. The backend is called `memory-remote`.
+    /// mean something to this backend alone, and displays are read compressed. The backend is called `memory-remote`.
     #[must_use]
     pub fn remote(mut self) -> Self {
         self.shared.script().remote = true;

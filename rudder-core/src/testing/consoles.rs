@@ -6,15 +6,20 @@ use super::{
 };
 use crate::{
     Error, ErrorKind,
-    backend::{BoxedStream, Machine, SERIAL_KEPT, Site, Stop},
+    backend::{BoxedStream, DisplayEncoding, Machine, SERIAL_KEPT, Site, Stop},
     capability::Capability,
+    console::Console,
 };
 use futures::future::join_all;
-use std::{collections::BTreeMap, io, time::Duration};
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// How long something may take to pass through a console.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Encodings of rectangles (RFC 6143, 7.7).
+const RAW: i32 = 0;
+const ZRLE: i32 = 16;
 
 fn broken(what: &str) -> impl FnOnce(io::Error) -> NotPassed {
     move |error| NotPassed::Failed(format!("{what}: expected it to work, but found {error}"))
@@ -130,14 +135,42 @@ pub async fn several_look_at_the_screen(rig: &Rig) -> Verdict {
     let sizes = [greet(&mut one).await?, greet(&mut two).await?];
     same(&sizes[0], &sizes[1], "the size of the screen that two were told")?;
     ensure!(sizes[0].0 > 0 && sizes[0].1 > 0, "expected a screen of a size, but found {:?}", sizes[0]);
-    picture(&mut one, sizes[0]).await?;
-    picture(&mut two, sizes[1]).await?;
+    picture(&mut one, sizes[0], RAW).await?;
+    picture(&mut two, sizes[1], RAW).await?;
     drop(one);
-    picture(&mut two, sizes[1]).await?;
+    picture(&mut two, sizes[1], RAW).await?;
     let mut three = open().await?;
     let size = greet(&mut three).await?;
-    picture(&mut three, size).await?;
-    picture(&mut two, sizes[1]).await
+    picture(&mut three, size, RAW).await?;
+    picture(&mut two, sizes[1], RAW).await
+}
+
+/// The screen has the same pixels in every encoding, and a display that should be read compressed can be.
+pub async fn a_compressed_screen_is_the_same(rig: &Rig) -> Verdict {
+    let booted = rig.shared().await?;
+    if booted.machine.display_encoding() == DisplayEncoding::Compressed {
+        let mut stream = booted.machine.display().await.during("connect to the display")?;
+        let size = greet(&mut stream).await?;
+        picture(&mut stream, size, ZRLE).await?;
+    }
+    let console = |encoding| Console::new(Arc::clone(&booted.machine)).encoding(encoding);
+    let (raw, compressed) = (console(DisplayEncoding::Raw), console(DisplayEncoding::Compressed));
+    if let Some(screen) = rig.image()?.screen {
+        booted.run(&format!("echo compressed >{screen}")).await?;
+        let shown = compressed.wait_text("compressed", PATIENCE).await;
+        shown.during("read a text from the compressed screen")?;
+    }
+    let compare = async {
+        // A cursor may blink between the two.
+        while raw.framebuffer().await? != compressed.framebuffer().await? {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok::<_, Error>(())
+    };
+    match tokio::time::timeout(PATIENCE, compare).await {
+        Ok(compared) => compared.during("read the screen"),
+        Err(_) => fail!("expected the same pixels raw and compressed within {PATIENCE:?}, but they differ"),
+    }
 }
 
 /// Performs the handshake of RFB 3.8 without authentication, shared (RFC 6143, 7.1–7.3). Returns the size of the
@@ -181,11 +214,11 @@ async fn greet(stream: &mut BoxedStream) -> Verdict<(u16, u16)> {
     }
 }
 
-/// Requests the whole screen, raw, and checks that an update arrives (RFC 6143, 7.5 and 7.6).
-async fn picture(stream: &mut BoxedStream, (width, height): (u16, u16)) -> Verdict {
+/// Requests the whole screen in an encoding, and checks that an update in it arrives (RFC 6143, 7.5 and 7.6).
+async fn picture(stream: &mut BoxedStream, (width, height): (u16, u16), wanted: i32) -> Verdict {
     let talk = async {
-        // SetEncodings: raw only. FramebufferUpdateRequest: all of it, now.
-        stream.write_all(&[2, 0, 0, 1, 0, 0, 0, 0]).await?;
+        // SetEncodings: this one only. FramebufferUpdateRequest: all of it, now.
+        stream.write_all(&[&[2, 0, 0, 1], wanted.to_be_bytes().as_slice()].concat()).await?;
         let mut ask = vec![3, 0, 0, 0, 0, 0];
         ask.extend(width.to_be_bytes());
         ask.extend(height.to_be_bytes());
@@ -207,13 +240,21 @@ async fn picture(stream: &mut BoxedStream, (width, height): (u16, u16)) -> Verdi
             stream.read_exact(&mut place).await?;
             let (wide, high) = (stream.read_u16().await?, stream.read_u16().await?);
             let encoding = stream.read_i32().await?;
-            if encoding != 0 {
-                return Err(io::Error::other(format!("expected raw pixels, but found encoding {encoding}")));
+            if encoding != wanted {
+                return Err(io::Error::other(format!(
+                    "expected pixels in encoding {wanted}, but found encoding {encoding}"
+                )));
             }
             let size = usize::from(wide) * usize::from(high);
-            // 32 bits per pixel, which every current server announces in its greeting.
-            let mut bytes = vec![0; size * 4];
-            stream.read_exact(&mut bytes).await?;
+            let length = match encoding {
+                ZRLE => u64::from(stream.read_u32().await?),
+                // 32 bits per pixel, which every current server announces in its greeting.
+                _ => size as u64 * 4,
+            };
+            let read = tokio::io::copy(&mut (&mut *stream).take(length), &mut tokio::io::sink()).await?;
+            if read < length {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             pixels += size;
         }
         Ok(pixels)

@@ -99,6 +99,7 @@ pub fn tests() -> &'static [Test] {
             several_read_the_serial_console [SourceUrl, CloudInit, Serial],
             what_is_typed_on_the_serial_console_arrives [SourceUrl, CloudInit, Serial],
             several_look_at_the_screen [SourceUrl, CloudInit, Display],
+            a_compressed_screen_is_the_same [SourceUrl, CloudInit, Display],
             pictures_of_the_screen_are_taken [SourceUrl, CloudInit, Screenshot],
         }
         hardware {

@@ -53,6 +53,7 @@ const FOUND_BY: &[(Wrong, &[&str])] = &[
     (Wrong::MixesLabsUp, &["labs with the same names do not meet"]),
     (Wrong::MixesSerials, &["consoles are those of their own machine"]),
     (Wrong::MixesDisplays, &["consoles are those of their own machine"]),
+    (Wrong::PromisesCompression, &["a compressed screen is the same"]),
     (Wrong::ForgetsLastWords, &["a power off is told in time"]),
     (Wrong::KeepsOldWords, &["a power off is told in time"]),
     (Wrong::KeepsFewWords, &["a reader that does not read stops nobody"]),

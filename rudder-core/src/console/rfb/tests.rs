@@ -87,7 +87,7 @@ fn update(rectangles: &[Rectangle<'_>]) -> Vec<u8> {
 
 async fn drawn(bytes: &[u8], frame: &mut Framebuffer) -> Result<Update> {
     let mut stream = bytes;
-    let update = read_update(&mut stream, frame).await?;
+    let update = read_update(&mut stream, frame, &mut zrle::Decoder::default()).await?;
     assert_eq!(stream, b"", "read to the end");
     Ok(update)
 }
@@ -148,6 +148,8 @@ async fn a_hostile_server_is_left() {
         update(&[(0, 0, 65535, 65535, -223, &[])]),
         update(&[(0, 0, 65535, 65535, -308, &[0; 4])]),
         update(&[(0, 0, 1, 1, 16, &[0, 0, 0, 1, 0])]),
+        update(&[(0, 0, 5, 1, 16, &[0, 0, 0, 0])]),
+        update(&[(0, 0, 1, 1, 5, &[0, 0, 0, 1, 0])]),
         vec![99],
         // Texts that never arrive: no memory is reserved for them.
         vec![3, 0, 0, 0, 255, 255, 255, 255, 65],
@@ -164,7 +166,9 @@ async fn a_server_that_hangs_up_is_told_apart_from_silence() {
     let (near, far) = duplex(64);
     let mut stream: DuplexStream = near;
     drop(far);
-    let error = read_update(&mut stream, &mut Framebuffer::new(1, 1)).await.unwrap_err();
+    let error = read_update(&mut stream, &mut Framebuffer::new(1, 1), &mut zrle::Decoder::default())
+        .await
+        .unwrap_err();
     assert_eq!(error.to_string(), "the connection to the display broke");
 }
 
@@ -173,7 +177,13 @@ fn messages_have_their_fields() {
     assert_eq!(key_event(true, 0xff0d), [4, 1, 0, 0, 0, 0, 0xff, 0x0d]);
     assert_eq!(extended_key_event(false, 0x61, 0x1e), [255, 0, 0, 0, 0, 0, 0, 0x61, 0, 0, 0, 0x1e]);
     assert_eq!(update_request(true, 720, 400), [3, 1, 0, 0, 0, 0, 2, 0xd0, 1, 0x90]);
-    let introduction = introduction();
-    assert_eq!(introduction[20..24], [2, 0, 0, 5]);
-    assert_eq!(introduction.len(), 24 + 4 * 5);
+    // Nothing but raw pixels is requested of a display on this host: a server chooses from all that it is offered.
+    let cases = [(DisplayEncoding::Raw, [1, 0].as_slice()), (DisplayEncoding::Compressed, &[1, 16, 0])];
+    for (preferred, pixels) in cases {
+        let introduction = introduction(preferred);
+        let encodings = [pixels, &[-223, -308, -258]].concat();
+        assert_eq!(introduction[20..24], [2, 0, 0, encodings.len() as u8]);
+        let bytes: Vec<u8> = encodings.iter().flat_map(|encoding| i32::to_be_bytes(*encoding)).collect();
+        assert_eq!(introduction[24..], bytes);
+    }
 }

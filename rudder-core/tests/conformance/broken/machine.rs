@@ -4,7 +4,7 @@ use super::{Shared, Wrong, error, lock, stream::Crooked};
 use async_trait::async_trait;
 use rudder_core::{
     ErrorKind, Result,
-    backend::{BoxedStream, Death, Exit, Machine, Progress, SerialLog, Stop},
+    backend::{BoxedStream, Death, DisplayEncoding, Exit, Machine, Progress, SerialLog, Stop},
     content::Content,
     digest::Digest,
     module::{CapturedDisk, CapturedState, StateKind},
@@ -144,7 +144,18 @@ impl Machine for BrokenMachine {
     }
 
     async fn display(&self) -> Result<BoxedStream> {
-        self.shown(Wrong::MixesDisplays).display().await
+        let stream = self.shown(Wrong::MixesDisplays).display().await?;
+        Ok(match self.is(Wrong::PromisesCompression) {
+            true => Box::new(Crooked::new(stream, Arc::clone(&self.shared), None)),
+            false => stream,
+        })
+    }
+
+    fn display_encoding(&self) -> DisplayEncoding {
+        match self.is(Wrong::PromisesCompression) {
+            true => DisplayEncoding::Compressed,
+            false => self.inner.display_encoding(),
+        }
     }
 
     async fn serial(&self) -> Result<BoxedStream> {

@@ -65,6 +65,8 @@ pub(crate) enum Wrong {
     MixesSerials,
     /// The display is that of the machine that was created last.
     MixesDisplays,
+    /// The display should be read compressed, and its server does not compress.
+    PromisesCompression,
     /// The serial output is lost when the machine ends.
     ForgetsLastWords,
     /// The serial output from before a restart is still returned.

@@ -3,6 +3,7 @@
 use super::{Shared, Wrong};
 use rudder_core::backend::BoxedStream;
 use std::{
+    borrow::Cow,
     io,
     pin::Pin,
     sync::Arc,
@@ -28,6 +29,16 @@ impl Crooked {
 
 /// Offset of the wrong byte.
 const WRONG_BYTE: usize = (1 << 20) + 7;
+
+/// Changes the request for an encoding in messages to a display (RFC 6143, 7.5.2).
+fn raw_instead_of_zrle(bytes: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    if let [2, _, _, _, encodings @ ..] = bytes.as_mut_slice() {
+        let zrle = encodings.chunks_exact_mut(4).filter(|encoding| *encoding == [0, 0, 0, 16]);
+        zrle.for_each(|encoding| encoding.fill(0));
+    }
+    bytes
+}
 
 fn closed() -> io::Error {
     io::ErrorKind::BrokenPipe.into()
@@ -60,8 +71,12 @@ impl AsyncWrite for Crooked {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        let bytes = match self.shared.is(Wrong::PromisesCompression) {
+            true => Cow::Owned(raw_instead_of_zrle(bytes)),
+            false => Cow::Borrowed(bytes),
+        };
         match &mut self.inner {
-            Some(inner) => Pin::new(inner).poll_write(context, bytes),
+            Some(inner) => Pin::new(inner).poll_write(context, &bytes),
             None => Poll::Ready(Err(closed())),
         }
     }
