@@ -185,7 +185,7 @@ pub(super) fn unpack(
         }
         (rest, Packing::Xz | Packing::Zstd) => {
             let rest = durable::human(rest);
-            let found = format!("expected a {packing} file, but found {rest} of other data after its end");
+            let found = format!("expected only {packing} data, but found {rest} of other data after its end");
             return Err(Error::new(ErrorKind::InvalidImage, found)
                 .with_help("check that the file is unmodified, or pack it again"));
         }
