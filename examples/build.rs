@@ -31,10 +31,10 @@ mod screen;
 #[path = "build/signals.rs"]
 mod signals;
 
-use by_hand::{ByHand, Said};
+use by_hand::{ByHand, Input};
 use clap::{Parser, ValueEnum};
 use hypervisor::Hypervisor;
-use output::{Unwritten, print, tell};
+use output::{Unwritten, print, report};
 use rudder::{
     Error, ErrorKind, Result,
     build::{Build, BuildFailure, FailurePolicy},
@@ -96,7 +96,7 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(End { code, message }) => {
             if !message.is_empty() {
-                tell(message.trim_end());
+                report(message.trim_end());
             }
             ExitCode::from(code)
         }
@@ -123,7 +123,7 @@ impl From<Error> for End {
 
 impl From<Unwritten> for End {
     fn from(error: Unwritten) -> Self {
-        Self { code: error.tell(FAILED), message: String::new() }
+        Self { code: error.report(FAILED), message: String::new() }
     }
 }
 
@@ -145,7 +145,7 @@ async fn run(args: Args) -> Result<(), End> {
     // All documents are checked before the first one is built.
     let unknown_keys = if args.strict { UnknownKeys::Refuse } else { UnknownKeys::Warn };
     let parsed = parse_with(&file.name, &file.text, unknown_keys);
-    file.judge(&parsed.diagnostics)?;
+    file.report_findings(&parsed.diagnostics)?;
     let mut context = PlanContext::new(backend.capabilities())
         .with_modules(backend.modules().await?)
         .with_damaged_modules(backend.damaged_modules().await?)
@@ -157,9 +157,9 @@ async fn run(args: Args) -> Result<(), End> {
         let found = plan(document, &context).diagnostics;
         findings.extend(found.into_iter().filter(|finding| !to_come(finding)));
     }
-    file.judge(&findings)?;
+    file.report_findings(&findings)?;
     if parsed.documents.is_empty() {
-        return Err(End::refused(format!("error: {} holds no manifest", file.name)));
+        return Err(End::refused(format!("error: {} contains no manifest", file.name)));
     }
 
     for document in &parsed.documents {
@@ -201,13 +201,13 @@ async fn follow(build: Build, format: Option<EventFormat>, signals: &Signals) ->
     loop {
         let event = tokio::select! {
             event = events.next() => event,
-            said = by_hand.said() => {
-                match said {
-                    Said::Tell(text) => screen.say(&text),
+            next = by_hand.next() => {
+                match next {
+                    Input::Show(text) => screen.say(&text),
                     // The build may have failed in the meantime, which the next events report.
-                    Said::Done(vm) => drop(build.resume(&vm)),
-                    Said::Nobody => {
-                        screen.say("cancelling: standard input has ended, so nobody can say when to go on");
+                    Input::Done(vm) => drop(build.resume(&vm)),
+                    Input::Closed => {
+                        screen.say("cancelling: standard input has ended, so no one can resume the build");
                         build.cancel();
                         by_hand = ByHand::default();
                     }
@@ -228,8 +228,8 @@ async fn follow(build: Build, format: Option<EventFormat>, signals: &Signals) ->
         match &event.kind {
             EventKind::Paused { .. } => screen.say(&by_hand.begin(&build, vm).await),
             EventKind::Resumed { .. } => {
-                if let Some(question) = by_hand.end(vm) {
-                    screen.say(&question);
+                if let Some(prompt) = by_hand.end(vm) {
+                    screen.say(&prompt);
                 }
             }
             _ => {}
@@ -250,7 +250,7 @@ fn earlier<'c>(context: &'c PlanContext, name: &str) -> Result<&'c Module> {
         return Err(Error::new(ErrorKind::InvalidInput, message).with_help(reason.clone()));
     }
     context.modules.get(name).ok_or_else(|| {
-        let message = format!("expected an earlier module {name} to lock the build to, but there is none");
+        let message = format!("expected an earlier module {name} to lock the build to, but found none");
         Error::new(ErrorKind::NotFound, message).with_help("build once without `--locked`")
     })
 }
@@ -267,13 +267,13 @@ impl Source {
     }
 
     /// Shows the diagnostics, and refuses the file if one of them is an error.
-    fn judge(&self, diagnostics: &[Diagnostic]) -> Result<(), End> {
+    fn report_findings(&self, diagnostics: &[Diagnostic]) -> Result<(), End> {
         let shown = render(diagnostics, &self.name, &self.text());
         if diagnostics.iter().any(Diagnostic::is_error) {
             return Err(End::refused(shown));
         }
         if !shown.is_empty() {
-            tell(shown.trim_end());
+            report(shown.trim_end());
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ mod output;
 
 use clap::{Parser, Subcommand};
 use hypervisor::Hypervisor;
-use output::{print, tell};
+use output::{print, report};
 use rudder::{
     Error, ErrorKind, Result,
     backend::{Backend, LabId},
@@ -76,14 +76,14 @@ async fn main() -> ExitCode {
     let Done { shown, failed } = match run(Arguments::parse()).await {
         Ok(done) => done,
         Err(error) => {
-            tell(format_args!("error: {}", error.report()));
+            report(format_args!("error: {}", error.report()));
             return ExitCode::FAILURE;
         }
     };
     if !shown.is_empty()
         && let Err(unwritten) = print(shown.trim_end())
     {
-        return unwritten.tell(1).into();
+        return unwritten.report(1).into();
     }
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
@@ -119,15 +119,15 @@ async fn run(arguments: Arguments) -> Result<Done> {
 
 async fn repair(store: &Store, name: &str, digest: &str) -> Result<Done> {
     let module = store.repair_module(name, digest).await?;
-    tell(format_args!("the version of module {name} is {} now", module.digest.short()));
+    report(format_args!("module {name} now refers to version {}", module.digest.short()));
     Ok(Done::default())
 }
 
 /// Reports the modules that cannot be used; returns whether there are any.
-async fn tell_damaged(backend: &dyn Backend) -> Result<bool> {
+async fn report_damaged(backend: &dyn Backend) -> Result<bool> {
     let damaged = backend.damaged_modules().await?;
     for module in &damaged {
-        tell(format_args!("error: module {} cannot be used: {}", module.name, module.reason));
+        report(format_args!("error: module {} cannot be used: {}", module.name, module.reason));
     }
     Ok(!damaged.is_empty())
 }
@@ -136,7 +136,7 @@ async fn list(backend: &dyn Backend) -> Result<Done> {
     let mut done = Done::default();
     let modules = backend.modules().await?;
     if modules.is_empty() && backend.damaged_modules().await?.is_empty() {
-        tell("no modules yet: build one with `cargo run --example build -- FILE`");
+        report("no modules yet: build one with `cargo run --example build -- FILE`");
     }
     for module in modules {
         let size: u64 = module
@@ -162,19 +162,19 @@ async fn list(backend: &dyn Backend) -> Result<Done> {
             line!(done, "    {access}");
         }
     }
-    done.failed = tell_damaged(backend).await?;
+    done.failed = report_damaged(backend).await?;
     Ok(done)
 }
 
 async fn show(backend: &dyn Backend, name: &str, json: bool) -> Result<Done> {
     if let Some(module) = backend.damaged_modules().await?.into_iter().find(|module| module.name == name) {
-        tell(format_args!("error: module {name} cannot be used: {}", module.reason));
+        report(format_args!("error: module {name} cannot be used: {}", module.reason));
         return Ok(Done { failed: true, ..Done::default() });
     }
     let module = backend.modules().await?.into_iter().find(|module| module.name == name);
     let module = module.ok_or_else(|| {
         Error::new(ErrorKind::NotFound, format!("there is no module {name:?}"))
-            .with_help("`modules list` shows those that are there")
+            .with_help("run `modules list` to see the existing modules")
     })?;
     if json {
         return Ok(Done { shown: module.to_record()?.trim_end().to_owned(), ..Done::default() });
@@ -221,28 +221,28 @@ async fn remove(backend: &dyn Backend, name: &str) -> Result<Done> {
         && backend.kept_labs().await?.iter().any(|lab| lab.id == id)
     {
         backend.remove_lab(&id).await?;
-        tell(format_args!("removed lab {id}"));
+        report(format_args!("removed lab {id}"));
     } else {
         backend.remove_module(name).await?;
-        tell(format_args!("removed module {name}"));
+        report(format_args!("removed module {name}"));
     }
     Ok(Done::default())
 }
 
 async fn gc(backend: &dyn Backend) -> Result<Done> {
-    let mut report = backend.reap().await?;
-    report.merge(backend.collect().await?);
-    let mut done = Done { failed: !report.failed.is_empty(), ..Done::default() };
-    for removed in &report.removed {
+    let mut reaped = backend.reap().await?;
+    reaped.merge(backend.collect().await?);
+    let mut done = Done { failed: !reaped.failed.is_empty(), ..Done::default() };
+    for removed in &reaped.removed {
         line!(done, "removed {removed}");
     }
-    for failed in &report.failed {
-        tell(format_args!("could not remove {failed}"));
+    for failed in &reaped.failed {
+        report(format_args!("could not remove {failed}"));
     }
-    for warning in &report.warnings {
-        tell(format_args!("warning: {warning}"));
+    for warning in &reaped.warnings {
+        report(format_args!("warning: {warning}"));
     }
-    line!(done, "{} freed", human_bytes(report.freed));
+    line!(done, "{} freed", human_bytes(reaped.freed));
     done.failed |= !backend.damaged_modules().await?.is_empty();
     Ok(done)
 }

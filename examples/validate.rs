@@ -13,7 +13,7 @@
 mod output;
 
 use clap::{ColorChoice, Parser};
-use output::{Unwritten, print, tell};
+use output::{Unwritten, print, report};
 use rudder::{
     Error, Result,
     check::check,
@@ -64,16 +64,16 @@ fn main() -> ExitCode {
         match read(file) {
             Ok(bytes) => {
                 if let Err(unwritten) = validate(&arguments, &name, &bytes, &mut totals) {
-                    return unwritten.tell(2).into();
+                    return unwritten.report(2).into();
                 }
             }
             Err(error) => {
-                tell(format_args!("error: {}", error.report()));
+                report(format_args!("error: {}", error.report()));
                 totals.unreadable += 1;
             }
         }
     }
-    tell(summary(&totals, arguments.files.len()));
+    report(summary(&totals, arguments.files.len()));
     match totals {
         Totals { unreadable: 1.., .. } => ExitCode::from(2),
         Totals { errors: 1.., .. } => ExitCode::FAILURE,

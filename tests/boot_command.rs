@@ -30,8 +30,8 @@ fn failed(bench: &Bench, manifest: &str, kind: &str) -> (Ended, Value) {
     let outcome = ended.outcome().clone();
     assert_eq!(outcome["phase"], "BootCommand");
     assert_eq!(outcome["kind"], kind);
-    let picture = fs::read(outcome["screenshot"].as_str().expect("a picture of the screen")).unwrap();
-    assert!(picture.starts_with(b"\x89PNG"));
+    let screenshot = fs::read(outcome["screenshot"].as_str().expect("a screenshot")).unwrap();
+    assert!(screenshot.starts_with(b"\x89PNG"));
     assert!(!format!("{}{}", ended.stdout, ended.stderr).contains("hunter2"));
     (ended, outcome)
 }
@@ -41,7 +41,7 @@ fn screen(outcome: &Value) -> String {
 }
 
 #[test]
-fn a_text_that_never_appears() {
+fn a_text_that_never_appears_fails_with_the_screen() {
     let bench = Bench::new();
     let command = [
         "<waitText 'for a command-line' 3m>c<waitText 'grub>' 1m>",
@@ -58,11 +58,11 @@ fn a_text_that_never_appears() {
     let screen = screen(&outcome);
     assert!(screen.contains("grub> echo I am vm, ***\nI am vm, ***\n"), "{screen}");
     let typed = ended.event(|event| event["doing"] == "type \"echo I am vm, ***\"");
-    assert_eq!(typed.expect("what is typed is told")["action"], 4);
+    assert_eq!(typed.expect("typing is reported")["action"], 4);
 }
 
 #[test]
-fn an_installer_that_starts_over_and_over() {
+fn a_looping_installer_is_reported_with_its_requests() {
     let bench = Bench::new();
     let more = "files:\n  - name: boot.ipxe\n    inline: |\n      #!ipxe\n      echo The installer starts\n      sleep 2\n      \
                 chain boot.ipxe\n  - {name: answers.cfg, inline: none}\n\
@@ -75,7 +75,7 @@ fn an_installer_that_starts_over_and_over() {
     ended.expect_text(&[
         "expected an SSH login within 15 s",
         "served files:",
-        "answers.cfg: never asked for",
+        "answers.cfg: never requested",
     ]);
     let served = outcome["served"].as_array().unwrap();
     assert_eq!(served[0]["name"], "boot.ipxe");

@@ -35,14 +35,14 @@ async fn publish(bench: &Bench, name: &str, content: &[u8]) -> Module {
 }
 
 #[tokio::test]
-async fn a_damaged_module_is_named_by_every_command_and_the_others_stay_usable() {
+async fn a_damaged_module_is_reported_and_others_stay_usable() {
     let bench = Bench::new();
     let record = publish(&bench, "base", b"one").await.path.unwrap();
     let text = fs::read_to_string(&record).unwrap();
     for (damaged, reason) in [
         (text.replace("\"format\": 1", "\"format\": 3"), "found format 3"),
         (text.replace("vm.root.raw", "../../x"), "../../x"),
-        ("{".to_owned(), "not what was written"),
+        ("{".to_owned(), "it cannot be parsed"),
     ] {
         fs::write(&record, damaged).unwrap();
         let file = record.to_str().unwrap();
@@ -67,7 +67,7 @@ async fn a_damaged_module_is_named_by_every_command_and_the_others_stay_usable()
 }
 
 #[tokio::test]
-async fn a_lost_pointer_is_repaired_by_saying_which_version_it_is() {
+async fn a_lost_pointer_is_repaired_by_naming_the_version() {
     let bench = Bench::new();
     let first = publish(&bench, "base", b"one").await;
     let (_, lease) = Store::open(bench.store()).unwrap().lease_module("base", &first.digest).unwrap();
@@ -90,7 +90,7 @@ async fn a_lost_pointer_is_repaired_by_saying_which_version_it_is() {
 }
 
 #[test]
-fn a_build_and_gc_refuse_a_directory_that_is_no_store() {
+fn builds_and_gc_refuse_a_directory_that_is_not_a_store() {
     for backend in ["qemu", "memory"] {
         let bench = Bench::new();
         let (thesis, hidden) =

@@ -56,13 +56,13 @@ fn secure(name: &str, source: &str, lines: &[&str]) -> String {
     )
 }
 
-fn said(ended: &Ended) -> Vec<&str> {
+fn printed(ended: &Ended) -> Vec<&str> {
     let outputs = ended.events.iter().filter(|event| event["event"] == "step_output");
     outputs.filter_map(|event| event["line"].as_str()).collect()
 }
 
 #[test]
-fn secure_boot_is_on_and_variables_and_tpm_live_on_in_the_layer() {
+fn secure_boot_is_on_and_variables_and_tpm_persist_in_the_layer() {
     let bench = Bench::new();
     let base = bench.build(&secure(
         "base",
@@ -78,7 +78,7 @@ fn secure_boot_is_on_and_variables_and_tpm_live_on_in_the_layer() {
         ],
     ));
     base.expect_code(0);
-    let lines = said(&base);
+    let lines = printed(&base);
     for line in ["SecureBoot enabled", "none [integrity] confidentiality", "TPM version 2"] {
         assert!(lines.contains(&line), "{line}: {lines:?}");
     }
@@ -90,7 +90,7 @@ fn secure_boot_is_on_and_variables_and_tpm_live_on_in_the_layer() {
         &["mokutil --sb-state", "python3 /tmp/tpm.py read", &format!("cat {VARIABLE} | tail -c +5; echo")],
     ));
     layer.expect_code(0);
-    assert_eq!(said(&layer), ["SecureBoot enabled", "kept by the TPM", "kept by the firmware"]);
+    assert_eq!(printed(&layer), ["SecureBoot enabled", "kept by the TPM", "kept by the firmware"]);
     bench.expect_clean();
 
     // Both are in the module, and the versions of their programs are in its provenance.
@@ -138,16 +138,16 @@ fn unsigned(bench: &Bench) -> PathBuf {
 fn an_unsigned_loader_boots_unless_secure_boot_is_on() {
     let bench = Bench::new();
     let source = format!("{{url: 'file://{}'}}", unsigned(&bench).display());
-    let look = "- {type: shell, shell: {inline: 'test -d /sys/firmware/efi && echo it booted'}}";
+    let check = "- {type: shell, shell: {inline: 'test -d /sys/firmware/efi && echo it booted'}}";
     let with = |firmware: &str| {
         // With less memory GRUB does not load a kernel.
-        one_vm("unsigned", &source, look)
+        one_vm("unsigned", &source, check)
             .replace("256Mi", "512Mi")
             .replace("    cloudInit", &format!("    {firmware}\n    tpm: false\n    cloudInit"))
     };
     let ended = bench.build(&with("efiFirmware: {}"));
     ended.expect_code(0);
-    assert_eq!(said(&ended), ["it booted"]);
+    assert_eq!(printed(&ended), ["it booted"]);
 
     let ended = bench.build(&with("efiFirmware: {secureBoot: true}").replace("3m", "1m"));
     ended.expect_code(1).expect_text(&["vm vm", "Access Denied"]);
@@ -220,10 +220,10 @@ fn has_tpm(bench: &Bench) -> bool {
 fn a_tpm_ends_with_its_builder() {
     for (signal, code) in [(Signal::INT, 130), (Signal::KILL, -1)] {
         let bench = Bench::new();
-        let manifest = tiny_manifest("ended", "- {type: shell, shell: {inline: 'echo begun; sleep 600'}}")
+        let manifest = tiny_manifest("ended", "- {type: shell, shell: {inline: 'echo started; sleep 600'}}")
             .replace("    cloudInit", "    tpm: true\n    cloudInit");
         let mut running = Running::start(bench.command(&manifest));
-        running.until_output("begun");
+        running.until_output("started");
         assert!(has_tpm(&bench));
         running.signal(signal);
         running.end().expect_code(code);

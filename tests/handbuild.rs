@@ -24,7 +24,7 @@ use tokio::io::AsyncReadExt as _;
 const BY_HAND: &str = "- {type: handbuild, name: by hand, handbuild: {instructions: Type something.}}";
 
 #[tokio::test]
-async fn a_program_goes_on_with_a_paused_build() {
+async fn a_program_resumes_a_paused_build() {
     let bench = Bench::new();
     let backend: Arc<dyn Backend> =
         Arc::new(QemuBackend::builder(Store::open(bench.store()).unwrap()).build());
@@ -34,7 +34,7 @@ async fn a_program_goes_on_with_a_paused_build() {
     let plans = prepare("manifest.yaml", manifest.as_bytes(), &context).into_plans().unwrap();
     let build = Build::new(plans.into_iter().next().unwrap(), backend).start();
     let mut events = build.events();
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     while let Some(event) = events.next().await {
         if let EventKind::Paused { step: 1, instructions, access } = &event.kind {
             assert_eq!(instructions, "Type something.");
@@ -46,14 +46,14 @@ async fn a_program_goes_on_with_a_paused_build() {
             assert_eq!(&greeting, b"RFB ");
             build.resume("vm").unwrap();
         }
-        told.push(event.kind);
+        reported.push(event.kind);
     }
     let module = build.outcome().await.unwrap_or_else(|failure| panic!("{}", failure.report));
     let why = "VM vm has a handbuild step, which needs a person".to_owned();
     assert!(module.provenance.not_repeatable.contains(&why), "{:?}", module.provenance.not_repeatable);
     let written = fs::read_to_string(module.path.unwrap()).unwrap();
     assert!(written.contains(&why), "{written}");
-    assert!(told.iter().any(|kind| matches!(kind, EventKind::Resumed { step: 1, .. })));
+    assert!(reported.iter().any(|kind| matches!(kind, EventKind::Resumed { step: 1, .. })));
     bench.expect_clean();
 }
 
@@ -94,14 +94,14 @@ fn paused(bench: &Bench, manifest: &str) -> (Running, SocketAddr, String) {
     let mut build = Running::start(command);
     let event = build.until("a pause", |event| event["event"] == "paused");
     assert_eq!(event["instructions"], "Type something.");
-    let line = build.until_said("vm: display: vncviewer 127.");
+    let line = build.until_printed("vm: display: vncviewer 127.");
     let (address, rest) = line.split_once(", password ").unwrap();
     let address = format!("127.{}", address.replace("::", ":")).parse().unwrap();
     (build, address, rest.split_once(' ').unwrap().0.to_owned())
 }
 
 #[test]
-fn a_person_types_over_vnc_and_goes_on() {
+fn a_person_types_over_vnc_and_resumes_the_build() {
     let bench = Bench::new();
     // A shell on the console instead of a login, which would drop what is typed before its prompt.
     let steps = format!(
@@ -124,7 +124,7 @@ fn a_person_types_over_vnc_and_goes_on() {
     let (mut build, address, password) = paused(&bench, &tiny_manifest("hands", &steps));
     type_by_vnc(address, &password, "echo 'Typed: BY hand & more' >/by-hand\n");
     // The viewer has disconnected: the next one needs a new password.
-    build.until_said("(works once)\n");
+    build.until_printed("(works once)\n");
     build.press_enter();
     build.until("the end of the pause", |event| event["event"] == "resumed");
     let ended = build.end();
@@ -134,8 +134,8 @@ fn a_person_types_over_vnc_and_goes_on() {
     let path = ended.stdout.lines().last().unwrap().to_owned();
     assert!(fs::read_to_string(path).unwrap().contains("which needs a person"));
 
-    let look = "- {type: shell, shell: {inline: [cat /by-hand]}}";
-    let layered = bench.build(&one_vm("look", "{buildRef: {name: hands}}", look));
+    let check = "- {type: shell, shell: {inline: [cat /by-hand]}}";
+    let layered = bench.build(&one_vm("look", "{buildRef: {name: hands}}", check));
     layered.expect_code(0);
     let line = layered.event(|event| event["event"] == "step_output").unwrap();
     assert_eq!(line["line"], "Typed: BY hand & more");
@@ -143,7 +143,7 @@ fn a_person_types_over_vnc_and_goes_on() {
 }
 
 #[test]
-fn a_paused_build_can_be_interrupted_and_needs_somebody() {
+fn a_paused_build_can_be_interrupted_and_needs_an_interactive_input() {
     let bench = Bench::new();
     let manifest = tiny_manifest("paused", BY_HAND);
     let (build, address, _) = paused(&bench, &manifest);

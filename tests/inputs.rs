@@ -22,7 +22,7 @@ fn from_url(url: &str, more: &str) -> String {
 }
 
 #[test]
-fn an_image_that_is_not_there() {
+fn a_missing_image_is_reported() {
     let bench = Bench::new();
     let server = Server::start(Answer::Status(404, "Not Found"));
     let url = server.url("gone.qcow2");
@@ -34,7 +34,7 @@ fn an_image_that_is_not_there() {
 }
 
 #[test]
-fn a_wrong_checksum_is_refused_and_its_correction_needs_no_second_download() {
+fn a_corrected_checksum_needs_no_second_download() {
     let bench = Bench::new();
     let image = image();
     let digest = rudder::digest::Digest::of(&image).to_string();
@@ -56,7 +56,7 @@ fn a_wrong_checksum_is_refused_and_its_correction_needs_no_second_download() {
 }
 
 #[test]
-fn a_connection_that_is_cut_is_resumed_where_it_broke() {
+fn an_interrupted_download_is_resumed() {
     let bench = Bench::new();
     let image = image();
     let half = image.len() / 2;
@@ -74,7 +74,7 @@ fn a_connection_that_is_cut_is_resumed_where_it_broke() {
 }
 
 #[test]
-fn a_page_of_html_is_not_a_disk() {
+fn an_html_page_is_refused_as_a_disk() {
     let bench = Bench::new();
     let page = "<!DOCTYPE html><html><body>Please log in</body></html>\n".repeat(40);
     let server = Server::start(Answer::Bytes(page.into_bytes().into()));
@@ -86,7 +86,7 @@ fn a_page_of_html_is_not_a_disk() {
 }
 
 #[test]
-fn an_image_larger_than_its_disk() {
+fn an_image_larger_than_its_disk_is_refused() {
     let bench = Bench::new();
     let manifest = tiny_manifest("input", "")
         .replace("    cloudInit", "    disks: [{name: rootdisk, size: 1Mi}]\n    cloudInit");
@@ -97,7 +97,7 @@ fn an_image_larger_than_its_disk() {
 }
 
 #[test]
-fn a_parent_that_was_never_built() {
+fn an_unknown_parent_is_reported() {
     let bench = Bench::new();
     let ended = bench.build(&one_vm("child", "{buildRef: {name: nobody}}", ""));
     ended.expect_code(2).expect_text(&["manifest.yaml:4:", "nobody", "help"]);
@@ -105,7 +105,7 @@ fn a_parent_that_was_never_built() {
 }
 
 #[test]
-fn what_qemu_cannot_do_yet_is_refused_at_its_line() {
+fn unsupported_features_are_refused_at_their_line() {
     let bench = Bench::new();
     let manifest = tiny_manifest("refused", "- {type: windows-update}");
     let ended = bench.build(&manifest);
@@ -114,8 +114,8 @@ fn what_qemu_cannot_do_yet_is_refused_at_its_line() {
 }
 
 #[test]
-fn a_store_whose_disk_is_full() {
-    if !may_mount("a_store_whose_disk_is_full") {
+fn a_full_disk_of_the_store_is_reported() {
+    if !may_mount("a_full_disk_of_the_store_is_reported") {
         return;
     }
     let bench = Bench::new();
@@ -128,8 +128,8 @@ fn a_store_whose_disk_is_full() {
 }
 
 #[test]
-fn a_disk_of_the_host_that_fills_while_the_machine_runs() {
-    if !may_mount("a_disk_of_the_host_that_fills_while_the_machine_runs") {
+fn a_host_disk_that_fills_while_a_machine_runs_is_reported() {
+    if !may_mount("a_host_disk_that_fills_while_a_machine_runs_is_reported") {
         return;
     }
     let bench = Bench::new();
@@ -148,7 +148,7 @@ fn a_disk_of_the_host_that_fills_while_the_machine_runs() {
 }
 
 #[test]
-fn two_builds_at_once_share_one_download() {
+fn concurrent_builds_share_one_download() {
     let bench = Bench::new();
     let server = Server::start(Answer::Bytes(image()));
     let url = server.url("tiny.qcow2");

@@ -9,7 +9,7 @@ use std::fs;
 use support::{Bench, install};
 
 #[test]
-fn debian_is_installed_with_uefi_and_starts_afresh_from_what_it_wrote_into_the_variables() {
+fn debian_installed_with_uefi_boots_from_its_variables() {
     let (_bench, record, lines) = install::installs(&install::UEFI, &Bench::build);
     install::expect_entry(&lines);
     let inputs = record["provenance"]["inputs"].as_array().unwrap();
@@ -22,7 +22,7 @@ fn debian_is_installed_with_uefi_and_starts_afresh_from_what_it_wrote_into_the_v
 }
 
 #[test]
-fn an_installer_that_gives_up_is_shown() {
+fn a_failed_installer_is_reported_with_its_screen() {
     let bench = Bench::new();
     let manifest = install::manifest("install.yaml")
         .replace("archive         debian.tar.zst", "archive         absent.tar.zst")
@@ -36,13 +36,13 @@ fn an_installer_that_gives_up_is_shown() {
     ]);
     assert_eq!(ended.outcome()["phase"], "BootCommand");
     assert_eq!(install::requests(&ended).last().unwrap(), &("/absent.tar.zst".to_owned(), 404));
-    let picture = ended.outcome()["screenshot"].as_str().expect("a picture of the screen");
-    assert!(fs::read(picture).unwrap().starts_with(b"\x89PNG"));
+    let screenshot = ended.outcome()["screenshot"].as_str().expect("a screenshot");
+    assert!(fs::read(screenshot).unwrap().starts_with(b"\x89PNG"));
     bench.expect_clean();
 }
 
 #[test]
-fn an_installer_that_starts_over_and_over() {
+fn a_looping_installer_is_reported() {
     let bench = Bench::new();
     let iso = bench.path("loops.iso");
     fs::write(&iso, looping_iso()).unwrap();

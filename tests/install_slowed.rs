@@ -14,18 +14,18 @@ use std::{
 use support::{Bench, Ended, Running, install};
 
 /// Number of programs that compute on the same core as the build.
-const RIVALS: usize = 3;
+const COMPETITORS: usize = 3;
 
 /// The programs that keep a core busy. They end with this program, however it ends.
 struct Load(Vec<Child>);
 
 impl Load {
     fn on(core: &str) -> Self {
-        let rival = || {
+        let competitor = || {
             let args = ["--pdeathsig", "KILL", "taskset", "-c", core, "sh", "-c", "while :; do :; done"];
             Command::new("setpriv").args(args).stdin(Stdio::null()).spawn().unwrap()
         };
-        Self((0..RIVALS).map(|_| rival()).collect())
+        Self((0..COMPETITORS).map(|_| competitor()).collect())
     }
 }
 
@@ -96,13 +96,13 @@ fn up_to_the_installer(manifest: &str, name: &str) -> String {
 }
 
 #[test]
-fn debian_is_installed_with_bios_and_starts_afresh() {
+fn debian_is_installed_with_bios_and_boots() {
     let (_bench, _record, lines) = install::installs(&install::BIOS, &Bench::build);
     assert_eq!(lines.last().unwrap(), "started by BIOS");
 }
 
 #[test]
-fn waits_for_text_work_where_waits_for_time_fail() {
+fn waiting_for_text_works_where_fixed_waits_fail() {
     let bench = Bench::new();
     // Nothing in this manifest depends on the speed of the machine, except its limits.
     let manifest = install::manifest("install.yaml")

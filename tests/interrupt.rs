@@ -12,10 +12,10 @@ use support::{
     one_vm, tiny_manifest,
 };
 
-const STEP: &str = "- {type: shell, name: work, shell: {inline: 'echo begun; sleep 600'}}";
+const STEP: &str = "- {type: shell, name: work, shell: {inline: 'echo started; sleep 600'}}";
 
 /// Starts a build and waits until it is in a phase; also returns the server that must live as long as the build.
-fn bring_into(bench: &Bench, phase: &str) -> (Running, Option<Server>) {
+fn start_until(bench: &Bench, phase: &str) -> (Running, Option<Server>) {
     let mut server = None;
     let manifest = match phase {
         "SourceImporting" => {
@@ -31,7 +31,7 @@ fn bring_into(bench: &Bench, phase: &str) -> (Running, Option<Server>) {
     let mut running = Running::start(bench.command(&manifest));
     match phase {
         "SourceImporting" => running.until("bytes of the download", |event| event["event"] == "progress"),
-        "Provisioning" => running.until_output("begun"),
+        "Provisioning" => running.until_output("started"),
         phase => running.until_phase(phase),
     };
     (running, server)
@@ -39,7 +39,7 @@ fn bring_into(bench: &Bench, phase: &str) -> (Running, Option<Server>) {
 
 fn interrupted(phase: &str) {
     let bench = Bench::new();
-    let (running, _server) = bring_into(&bench, phase);
+    let (running, _server) = start_until(&bench, phase);
     running.signal(Signal::INT);
     let ended = running.end();
     let (_, modules, _) = bench.run("modules", &["list"]);
@@ -57,7 +57,7 @@ fn interrupted(phase: &str) {
 
 fn killed(phase: &str) {
     let bench = Bench::new();
-    let (running, server) = bring_into(&bench, phase);
+    let (running, server) = start_until(&bench, phase);
     running.signal(Signal::KILL);
     running.end();
     bench.expect_no_process_within(Duration::from_secs(5));
@@ -94,7 +94,7 @@ in_each_phase! {
 #[test]
 fn the_next_build_removes_what_a_killed_one_left() {
     let bench = Bench::new();
-    let (running, _) = bring_into(&bench, "Provisioning");
+    let (running, _) = start_until(&bench, "Provisioning");
     running.signal(Signal::KILL);
     running.end();
     bench.expect_no_process_within(Duration::from_secs(5));

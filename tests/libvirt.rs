@@ -16,16 +16,16 @@ use std::{
 };
 use support::{Bench, Running, alike::expect_alike, one_vm, rescue, tiny_manifest};
 
-const WAITS: &str = "- {type: shell, name: work, shell: {inline: 'echo begun; sleep 600'}}";
+const WAITS: &str = "- {type: shell, name: work, shell: {inline: 'echo started; sleep 600'}}";
 
 /// A bench, and a libvirtd whose files are in it.
-struct Place {
+struct TestHost {
     scope: Scope,
     daemon: Daemon,
     bench: Bench,
 }
 
-impl Place {
+impl TestHost {
     fn new() -> Self {
         Self::of(Scope::Session)
     }
@@ -71,8 +71,8 @@ impl Place {
 }
 
 /// Queries everything that exists repeatedly, with libvirt's own tool.
-fn look(daemon: &Daemon, enough: &AtomicBool) -> usize {
-    let mut looks = 0;
+fn watch(daemon: &Daemon, enough: &AtomicBool) -> usize {
+    let mut checks = 0;
     while !enough.load(Ordering::Relaxed) {
         for domain in daemon.domains() {
             for about in
@@ -86,14 +86,14 @@ fn look(daemon: &Daemon, enough: &AtomicBool) -> usize {
         }
         daemon.try_virsh(&["net-list", "--all"]);
         daemon.try_virsh(&["pool-list", "--all"]);
-        looks += 1;
+        checks += 1;
     }
-    looks
+    checks
 }
 
 #[test]
-fn modules_go_from_one_hypervisor_to_the_other_while_somebody_looks() {
-    let place = Place::new();
+fn modules_move_between_hypervisors_while_others_watch() {
+    let host = TestHost::new();
     let said = |ended: &support::Ended, text: &str| {
         assert!(ended.event(|event| event["line"] == text).is_some(), "{text}; {}", ended.stdout);
     };
@@ -103,94 +103,94 @@ fn modules_go_from_one_hypervisor_to_the_other_while_somebody_looks() {
     let base = tiny_manifest("base", &step("on-libvirt"));
     let enough = AtomicBool::new(false);
     let built = thread::scope(|scope| {
-        let looking = scope.spawn(|| look(&place.daemon, &enough));
-        let built = place.build(&base);
+        let watcher = scope.spawn(|| watch(&host.daemon, &enough));
+        let built = host.build(&base);
         enough.store(true, Ordering::Relaxed);
-        assert!(looking.join().unwrap() > 0);
+        assert!(watcher.join().unwrap() > 0);
         built
     });
     built.expect_code(0);
-    place.expect_clean();
-    assert_eq!(place.daemon.domains(), ["base.vm"]);
+    host.expect_clean();
+    assert_eq!(host.daemon.domains(), ["base.vm"]);
     let elsewhere = Bench::new();
     expect_alike(&built, &elsewhere.build(&base), |_| true);
 
-    let ended = place.bench.build(&one_vm("middle", "{buildRef: {name: base}}", &step("on-qemu")));
+    let ended = host.bench.build(&one_vm("middle", "{buildRef: {name: base}}", &step("on-qemu")));
     ended.expect_code(0);
     said(&ended, "on-libvirt");
-    place.expect_clean();
+    host.expect_clean();
 
-    let ended = place.build(&one_vm("top", "{buildRef: {name: middle}}", &step("on-libvirt-again")));
+    let ended = host.build(&one_vm("top", "{buildRef: {name: middle}}", &step("on-libvirt-again")));
     ended.expect_code(0);
     said(&ended, "on-qemu");
-    place.expect_clean();
+    host.expect_clean();
     // Modules built on QEMU have no domains.
-    assert_eq!(place.daemon.domains(), ["base.vm", "top.vm"]);
-    assert!(place.modules(&["show", "top"]).contains("version  libvirt"));
+    assert_eq!(host.daemon.domains(), ["base.vm", "top.vm"]);
+    assert!(host.modules(&["show", "top"]).contains("version  libvirt"));
     for module in ["top", "middle", "base"] {
-        place.modules(&["remove", module]);
+        host.modules(&["remove", module]);
     }
-    assert_eq!(place.daemon.domains(), Vec::<String>::new());
+    assert_eq!(host.daemon.domains(), Vec::<String>::new());
 }
 
 #[test]
-fn a_step_that_fails_is_told_as_on_qemu() {
-    let place = Place::new();
+fn a_failed_step_is_reported_as_on_qemu() {
+    let host = TestHost::new();
     let manifest =
         tiny_manifest("broken", "- {type: shell, name: bad, shell: {inline: 'echo to-be-read; exit 9'}}");
-    let ended = place.build(&manifest);
+    let ended = host.build(&manifest);
     ended.expect_code(1).expect_text(&["bad", "9", "to-be-read"]);
-    place.expect_clean();
-    let on_qemu = place.bench.build(&manifest);
-    let told = |ended: &support::Ended| {
+    host.expect_clean();
+    let on_qemu = host.bench.build(&manifest);
+    let reported = |ended: &support::Ended| {
         let outcome = ended.outcome();
         ["kind", "message", "phase", "step", "exit_code", "output_tail"].map(|key| outcome[key].clone())
     };
-    assert_eq!(told(&ended), told(&on_qemu));
-    assert!(told(&ended)[0].is_string(), "{:?}", told(&ended));
+    assert_eq!(reported(&ended), reported(&on_qemu));
+    assert!(reported(&ended)[0].is_string(), "{:?}", reported(&ended));
 }
 
 /// Boots from a CD-ROM as a floppy directs, types, waits for texts on the screen, and downloads a served file.
 #[test]
-fn a_disk_is_mended_from_a_cd_and_starts_afresh_on_qemu() {
-    mended(&Place::new());
+fn a_disk_repaired_from_a_cd_boots_on_qemu() {
+    repaired(&TestHost::new());
 }
 
 #[test]
-fn on_the_systems_libvirt_a_disk_is_mended_from_a_cd() {
-    if in_namespaces("on_the_systems_libvirt_a_disk_is_mended_from_a_cd") {
-        mended(&Place::of(Scope::System));
+fn on_system_libvirt_a_disk_is_repaired_from_a_cd() {
+    if in_namespaces("on_system_libvirt_a_disk_is_repaired_from_a_cd") {
+        repaired(&TestHost::of(Scope::System));
     }
 }
 
-fn mended(place: &Place) {
-    let ended = place.build(&rescue::manifest(&place.bench));
+fn repaired(host: &TestHost) {
+    let ended = host.build(&rescue::manifest(&host.bench));
     ended.expect_code(0);
     let asked = ended.event(|event| event["event"] == "http_request").expect("a served file was asked for");
     assert_eq!((&asked["path"], &asked["status"]), (&"/boot.bin".into(), &200.into()));
-    place.expect_clean();
-    let ended = place.bench.build(&one_vm("child", "{buildRef: {name: rescued}}", rescue::LOOK));
+    host.expect_clean();
+    let ended = host.bench.build(&one_vm("child", "{buildRef: {name: rescued}}", rescue::CHECK));
     ended.expect_code(0);
-    assert!(ended.event(|event| event["line"] == "mended").is_some(), "{}", ended.stdout);
-    place.expect_clean();
+    assert!(ended.event(|event| event["line"] == "repaired").is_some(), "{}", ended.stdout);
+    host.expect_clean();
 }
 
 #[test]
-fn a_libvirtd_that_is_killed_ends_the_build_with_an_error_that_says_so() {
-    libvirtd_is_killed(Place::new());
+fn a_killed_libvirtd_fails_the_build_with_its_cause() {
+    libvirtd_is_killed(TestHost::new());
 }
 
 #[test]
-fn a_libvirtd_of_the_system_that_is_killed_leaves_networks_that_are_reaped() {
-    if in_namespaces("a_libvirtd_of_the_system_that_is_killed_leaves_networks_that_are_reaped") {
-        libvirtd_is_killed(Place::of(Scope::System));
+fn networks_left_by_a_killed_system_libvirtd_are_reaped() {
+    if in_namespaces("networks_left_by_a_killed_system_libvirtd_are_reaped") {
+        libvirtd_is_killed(TestHost::of(Scope::System));
     }
 }
 
-fn libvirtd_is_killed(mut place: Place) {
-    let mut running = Running::start(place.command(&tiny_manifest("victim", WAITS)));
-    running.until_output("begun");
-    place.daemon.kill();
+fn libvirtd_is_killed(mut host: TestHost) {
+    let mut running = Running::start(host.command(&tiny_manifest("victim", WAITS)));
+    running.until_output("started");
+    host.daemon.kill();
     let killed = Instant::now();
     let ended = running.end();
     // Libvirt may be unreachable for three seconds; the rest is a margin for a busy host.
@@ -201,10 +201,10 @@ fn libvirtd_is_killed(mut place: Place) {
     assert_eq!((&outcome["vm"], &outcome["phase"]), (&"vm".into(), &"Provisioning".into()), "{outcome}");
     assert_eq!(
         (&outcome["step"], &outcome["output_tail"]),
-        (&"1 (work)".into(), &serde_json::json!(["begun"]))
+        (&"1 (work)".into(), &serde_json::json!(["started"]))
     );
     let message = outcome["message"].as_str().unwrap();
-    let uri = place.daemon.uri();
+    let uri = host.daemon.uri();
     for part in [
         "build victim: vm vm: step 1 (work): ",
         &format!("libvirt is out of reach: uri {uri}: cannot connect to libvirt: "),
@@ -212,59 +212,59 @@ fn libvirtd_is_killed(mut place: Place) {
     ] {
         assert!(message.contains(part), "expected {part:?}, but found {message}");
     }
-    place.daemon.restart();
-    place.modules(&["gc"]);
-    place.expect_clean();
+    host.daemon.restart();
+    host.modules(&["gc"]);
+    host.expect_clean();
     // The next build is not affected.
-    place.build(&tiny_manifest("after", "")).expect_code(0);
-    place.expect_clean();
+    host.build(&tiny_manifest("after", "")).expect_code(0);
+    host.expect_clean();
 }
 
 #[test]
-fn a_builder_that_is_killed_leaves_nothing_that_the_next_does_not_remove() {
-    let place = Place::new();
-    let mut running = Running::start(place.command(&tiny_manifest("victim", WAITS)));
-    running.until_output("begun");
+fn the_next_build_removes_what_a_killed_builder_left() {
+    let host = TestHost::new();
+    let mut running = Running::start(host.command(&tiny_manifest("victim", WAITS)));
+    running.until_output("started");
     running.signal(Signal::KILL);
     drop(running.end());
     let deadline = Instant::now() + Duration::from_secs(30);
-    while !place.bench.machines().is_empty() {
+    while !host.bench.machines().is_empty() {
         assert!(Instant::now() < deadline, "libvirt does not end what its owner left");
         thread::sleep(Duration::from_millis(50));
     }
-    place.modules(&["gc"]);
-    place.expect_clean();
+    host.modules(&["gc"]);
+    host.expect_clean();
 }
 
 #[test]
-fn on_the_systems_libvirt_machines_are_on_a_bridge() {
-    if !in_namespaces("on_the_systems_libvirt_machines_are_on_a_bridge") {
+fn on_system_libvirt_machines_are_on_a_bridge() {
+    if !in_namespaces("on_system_libvirt_machines_are_on_a_bridge") {
         return;
     }
-    let place = Place::of(Scope::System);
+    let host = TestHost::of(Scope::System);
     let step = "- {type: shell, name: look, shell: {inline: 'echo on-a-bridge > /notes; sync; ip -o -4 addr show; sleep 2'}}";
-    let mut running = Running::start(place.command(&tiny_manifest("base", step)));
+    let mut running = Running::start(host.command(&tiny_manifest("base", step)));
     let leased = running.until_output("scope global");
     let line = leased["line"].as_str().unwrap();
     let address = line.split_whitespace().find(|word| word.contains("/24")).unwrap();
-    let networks = place.daemon.networks();
+    let networks = host.daemon.networks();
     assert_eq!(networks.len(), 1, "{networks:?}");
-    assert!(place.daemon.virsh(&["net-dhcp-leases", &networks[0]]).contains(address), "{line}");
+    assert!(host.daemon.virsh(&["net-dhcp-leases", &networks[0]]).contains(address), "{line}");
     running.end().expect_code(0);
-    place.expect_clean();
-    assert_eq!(place.daemon.domains(), ["base.vm"]);
+    host.expect_clean();
+    assert_eq!(host.daemon.domains(), ["base.vm"]);
     // Two labs at once, each with its own address range.
     let layer =
         |name: &str| one_vm(name, "{buildRef: {name: base}}", "- {type: shell, shell: {inline: cat /notes}}");
-    let other = place.bench.write("other.yaml", &layer("two"));
+    let other = host.bench.write("other.yaml", &layer("two"));
     let mut second = Command::new(support::example("build"));
-    second.args(["--backend", "libvirt", "--events", "json", "--store"]).arg(place.bench.store()).arg(other);
-    second.env("LIBVIRT_DEFAULT_URI", place.daemon.uri());
+    second.args(["--backend", "libvirt", "--events", "json", "--store"]).arg(host.bench.store()).arg(other);
+    second.env("LIBVIRT_DEFAULT_URI", host.daemon.uri());
     let second = Running::start(second);
-    let first = place.build(&layer("one"));
+    let first = host.build(&layer("one"));
     for ended in [first, second.end()] {
         ended.expect_code(0);
         assert!(ended.event(|event| event["line"] == "on-a-bridge").is_some(), "{}", ended.stdout);
     }
-    place.expect_clean();
+    host.expect_clean();
 }

@@ -29,16 +29,16 @@ fn build(bench: &Bench, daemon: &Daemon, manifest: &str) -> Ended {
 }
 
 /// Returns whether a line is the same in every build, unlike some output of apt.
-fn stays(line: &str) -> bool {
+fn persists(line: &str) -> bool {
     !["Get:", "Hit:", "Ign:", "Fetched "].iter().any(|start| line.starts_with(start))
 }
 
 #[test]
-fn the_demo_starts_on_one_what_was_built_on_the_other() {
-    let place = Bench::new();
-    let daemon = Daemon::start(&place.path("libvirt"));
+fn the_demo_boots_modules_of_the_other_hypervisor() {
+    let host = Bench::new();
+    let daemon = Daemon::start(&host.path("libvirt"));
     let (here, there) = (Bench::new(), Bench::new());
-    expect_alike(&build(&here, &daemon, &demo("base.yaml")), &there.build(&demo("base.yaml")), stays);
+    expect_alike(&build(&here, &daemon, &demo("base.yaml")), &there.build(&demo("base.yaml")), persists);
     assert_eq!(daemon.domains(), ["demo-base.debian"]);
 
     let layer = demo("layer.yaml");
@@ -51,18 +51,18 @@ fn the_demo_starts_on_one_what_was_built_on_the_other() {
 }
 
 #[test]
-fn debian_is_installed_with_bios_on_libvirt_and_starts_afresh_on_qemu() {
-    let place = Bench::new();
-    let daemon = Daemon::start(&place.path("libvirt"));
+fn debian_installed_with_bios_on_libvirt_boots_on_qemu() {
+    let host = Bench::new();
+    let daemon = Daemon::start(&host.path("libvirt"));
     let on_libvirt = |bench: &Bench, manifest: &str| build(bench, &daemon, manifest);
     let (_bench, _, lines) = install::installs(&install::BIOS, &on_libvirt);
     assert_eq!(lines.last().unwrap(), "started by BIOS");
 }
 
 #[test]
-fn debian_is_installed_with_uefi_on_libvirt_and_starts_on_qemu_from_the_same_variables() {
-    let place = Bench::new();
-    let daemon = Daemon::start(&place.path("libvirt"));
+fn debian_installed_with_uefi_on_libvirt_boots_on_qemu() {
+    let host = Bench::new();
+    let daemon = Daemon::start(&host.path("libvirt"));
     let on_libvirt = |bench: &Bench, manifest: &str| build(bench, &daemon, manifest);
     let (_bench, _, lines) = install::installs(&install::UEFI, &on_libvirt);
     install::expect_entry(&lines);

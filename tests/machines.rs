@@ -10,7 +10,7 @@ use std::{
 use support::{Bench, Running, one_vm, tiny, tiny_manifest};
 
 #[test]
-fn qemu_is_missing() {
+fn a_missing_qemu_is_reported() {
     let bench = Bench::new();
     let mut command = bench.command(&tiny_manifest("broken", ""));
     command.env("PATH", bench.path("empty"));
@@ -20,7 +20,7 @@ fn qemu_is_missing() {
 }
 
 #[test]
-fn qemu_refuses_to_start() {
+fn a_qemu_that_does_not_start_is_reported() {
     let bench = Bench::new();
     let bin = bench.path("bin");
     fs::create_dir_all(&bin).unwrap();
@@ -56,7 +56,7 @@ fn kill_the_machine(bench: &Bench) {
 }
 
 #[test]
-fn qemu_is_killed_while_it_boots() {
+fn a_qemu_killed_while_booting_is_reported() {
     let bench = Bench::new();
     let mut running = Running::start(bench.command(&tiny_manifest("broken", "")));
     running.until_phase("Booting");
@@ -76,23 +76,23 @@ fn qemu_is_killed_while_it_boots() {
 }
 
 #[test]
-fn qemu_is_killed_in_a_step() {
+fn a_qemu_killed_in_a_step_is_reported() {
     let bench = Bench::new();
     let manifest =
-        tiny_manifest("broken", "- {type: shell, name: long, shell: {inline: 'echo begun; sleep 600'}}");
+        tiny_manifest("broken", "- {type: shell, name: long, shell: {inline: 'echo started; sleep 600'}}");
     let mut running = Running::start(bench.command(&manifest));
-    running.until_output("begun");
+    running.until_output("started");
     kill_the_machine(&bench);
     let ended = running.end();
     ended.expect_code(1).expect_text(&["step 1 (long)", "SIGKILL"]);
     assert_eq!(ended.outcome()["kind"], "machine_died");
-    assert_eq!(ended.outcome()["output_tail"][0], "begun");
+    assert_eq!(ended.outcome()["output_tail"][0], "started");
     assert!(!ended.outcome()["serial_tail"].as_array().unwrap().is_empty(), "the serial console spoke");
     bench.expect_clean();
 }
 
 #[test]
-fn a_guest_that_panics() {
+fn a_guest_that_panics_is_reported() {
     let bench = Bench::new();
     let manifest = tiny_manifest(
         "broken",
@@ -107,19 +107,19 @@ fn a_guest_that_panics() {
 }
 
 #[test]
-fn a_guest_that_never_answers() {
+fn a_silent_guest_is_reported() {
     let bench = Bench::new();
     let manifest = one_vm("broken", "{blank: true}", "").replace("sshTimeout: 3m", "sshTimeout: 6s");
     let ended = bench.build(&manifest);
     ended.expect_code(1).expect_text(&["vm vm", "6 s", "sshTimeout"]);
     assert_eq!(ended.outcome()["kind"], "guest_unreachable");
-    let screenshot = ended.outcome()["screenshot"].as_str().expect("a picture of the screen");
+    let screenshot = ended.outcome()["screenshot"].as_str().expect("a screenshot");
     assert!(fs::read(screenshot).unwrap().starts_with(b"\x89PNG"));
     bench.expect_clean();
 }
 
 #[test]
-fn a_guest_that_refuses_the_credentials() {
+fn refused_credentials_are_reported() {
     let bench = Bench::new();
     let manifest = format!(
         "name: broken\nvms:\n  - name: vm\n    source: {{url: '{}'}}\n    resources: {{cpu: 1, memory: 256Mi}}\n    communicator: \
@@ -137,7 +137,7 @@ fn a_guest_that_refuses_the_credentials() {
 }
 
 #[test]
-fn a_machine_too_large_for_the_host_fails_as_what_it_is() {
+fn a_machine_too_large_for_the_host_is_reported() {
     let bench = Bench::new();
     let ended = bench.build(&tiny_manifest("broken", "").replace("256Mi", "64Ti"));
     ended.expect_code(1).expect_text(&["vm vm", "memory"]);
@@ -146,7 +146,7 @@ fn a_machine_too_large_for_the_host_fails_as_what_it_is() {
 }
 
 #[test]
-fn a_guest_and_the_other_users_of_the_host_do_not_reach_each_other() {
+fn guests_and_other_users_of_the_host_cannot_reach_each_other() {
     let bench = Bench::new();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();

@@ -45,7 +45,7 @@ fn sent(server: &Server) -> usize {
 }
 
 #[test]
-fn what_is_attached_and_served_is_in_the_guest_byte_for_byte() {
+fn attached_and_served_files_arrive_byte_for_byte() {
     const LONG: &str = "A long name, with blanks and ümläuts - 0123456789.config.xml";
     let bench = Bench::new();
     let (first, second) = (noise(2048 * 700, 1), noise(2048 * 3, 2));
@@ -118,20 +118,20 @@ files:
 }
 
 #[test]
-fn what_a_boot_command_starts_from_the_cd_boots_from_the_disk_once_it_is_mended() {
+fn a_disk_repaired_from_a_cd_boots() {
     let bench = Bench::new();
     bench.built(&rescue::manifest(&bench));
     bench.expect_clean();
 
     // The captured disk boots by itself.
-    let ended = bench.build(&one_vm("child", "{buildRef: {name: rescued}}", rescue::LOOK));
+    let ended = bench.build(&one_vm("child", "{buildRef: {name: rescued}}", rescue::CHECK));
     ended.expect_code(0);
-    assert_eq!(output(&ended), ["mended"]);
+    assert_eq!(output(&ended), ["repaired"]);
     bench.expect_clean();
 }
 
 #[test]
-fn an_iso_with_a_wrong_checksum_is_refused_and_its_correction_needs_no_second_download() {
+fn a_corrected_iso_checksum_needs_no_second_download() {
     let bench = Bench::new();
     let iso = noise(2048 * 50, 4);
     let digest = Digest::of(&iso).to_string();
@@ -150,7 +150,7 @@ fn an_iso_with_a_wrong_checksum_is_refused_and_its_correction_needs_no_second_do
 }
 
 #[test]
-fn two_builds_at_once_share_the_download_of_an_iso_and_it_stays_for_its_time() {
+fn concurrent_builds_share_an_iso_that_stays_cached_for_its_ttl() {
     let bench = Bench::new();
     let iso = noise(2048 * 20_000, 5);
     let digest = Digest::of(&iso);
@@ -200,7 +200,7 @@ fn a_served_file_that_is_missing_from_files_is_refused_at_its_line() {
 }
 
 #[test]
-fn a_floppy_that_is_too_large_says_by_how_much() {
+fn a_floppy_that_is_too_large_is_refused_with_the_excess() {
     let bench = Bench::new();
     fs::write(bench.path("driver.sys"), noise(1_500_000, 6)).unwrap();
     let ended = bench.build(&manifest(

@@ -8,7 +8,7 @@ use std::{fs, process::Command};
 use support::{Bench, Running, debian, one_vm, tiny_manifest};
 
 #[test]
-fn a_package_installed_in_the_base_and_a_file_uploaded_in_the_layer_are_both_in_the_disk() {
+fn a_layer_contains_its_own_changes_and_those_of_its_base() {
     let bench = Bench::new();
     let base = format!(
         "name: base\nvms:\n  - name: web\n    source: {{url: '{}'}}\n    resources: {{cpu: 2, memory: 1Gi}}\n    cloudInit: {{}}\n    \
@@ -28,13 +28,13 @@ fn a_package_installed_in_the_base_and_a_file_uploaded_in_the_layer_are_both_in_
     let check = Command::new("qemu-img").arg("info").arg("--output=json").arg(&disk).output().unwrap();
     let info: Value = serde_json::from_slice(&check.stdout).unwrap();
     assert!(info.get("backing-filename").is_none(), "self-contained: {info}");
-    let look = one_vm(
+    let check = one_vm(
         "look",
         &format!("{{url: 'file://{disk}'}}"),
         "- {type: shell, name: look, shell: {inline: [hello, cat /srv/note.txt]}}",
     )
     .replace("256Mi", "1Gi");
-    let ended = bench.build(&look);
+    let ended = bench.build(&check);
     ended.expect_code(0);
     let said: Vec<&str> = ended
         .events
@@ -105,7 +105,7 @@ fn a_locked_build_refuses_an_input_that_changed() {
 }
 
 #[test]
-fn a_failed_build_is_kept_when_asked_and_can_be_entered_and_removed() {
+fn a_failed_build_can_be_kept_entered_and_removed() {
     let bench = Bench::new();
     let mut command = bench.command(&tiny_manifest(
         "kept",

@@ -112,7 +112,7 @@ fn a_build_whose_events_cannot_be_written_is_cancelled() {
 }
 
 #[test]
-fn a_reader_that_wants_one_line_ends_the_build() {
+fn a_reader_that_closes_after_one_line_ends_the_build() {
     let bench = Bench::new();
     let mut command = build(&bench, &pausing());
     let mut child =
@@ -137,7 +137,7 @@ fn a_build_does_not_need_standard_error() {
 }
 
 #[test]
-fn a_module_whose_path_cannot_be_written_stands_all_the_same() {
+fn a_module_is_kept_although_its_path_cannot_be_written() {
     for (stdout, code) in [(Stdio::from(full()), 1), (unread(), 141)] {
         let bench = Bench::new();
         expect(&run(build(&bench, &quick()).stdout(stdout).stderr(Stdio::piped())), code);
@@ -159,7 +159,7 @@ fn validate(bench: &Bench, arguments: &[&str]) -> Command {
 }
 
 #[test]
-fn modules_and_validate_say_what_they_could_not_write() {
+fn modules_and_validate_report_failed_writes() {
     let bench = Bench::new();
     expect(&run(&mut build(&bench, &quick())), 0);
     for arguments in [&["list"][..], &["show", "quick"], &["show", "--json", "quick"], &["gc"]] {
@@ -220,7 +220,7 @@ fn every_signal_cancels_the_build_and_cleans_up() {
 }
 
 #[test]
-fn a_signal_cancels_although_nothing_can_be_printed_any_more() {
+fn a_signal_cancels_when_nothing_can_be_printed() {
     let bench = Bench::new();
     // Its standard error is gone by the time the signal arrives.
     let mut child = build(&bench, &pausing()).stdout(full()).stderr(Stdio::piped()).spawn().unwrap();
@@ -234,7 +234,7 @@ fn a_signal_cancels_although_nothing_can_be_printed_any_more() {
 }
 
 #[test]
-fn signals_end_a_build_whose_output_nobody_takes() {
+fn signals_end_a_build_whose_output_is_not_read() {
     let bench = Bench::new();
     // More events than a pipe holds.
     let lines = "      - {type: shell, shell: {inline: 'true'}}\n".repeat(500);
@@ -319,7 +319,7 @@ fn embed(bench: &Bench, manifest: &str) -> Command {
 }
 
 #[test]
-fn the_program_of_the_readme_shows_mistakes_and_warnings_as_they_are() {
+fn the_program_of_the_readme_renders_errors_and_warnings() {
     let bench = Bench::new();
     let output = run(&mut embed(&bench, "name: wrong\nvms:\n  - {name: vm, source: {url: 'file:a b'}}\n"));
     expect(&output, 1);
@@ -339,13 +339,13 @@ fn the_program_of_the_readme_shows_mistakes_and_warnings_as_they_are() {
 
 #[test]
 fn the_program_of_the_readme_cleans_up() {
-    let hangs = tiny_manifest("hangs", "- {type: shell, shell: {inline: 'echo begun; sleep 600'}}");
+    let hangs = tiny_manifest("hangs", "- {type: shell, shell: {inline: 'echo started; sleep 600'}}");
     for kind in [Some(Signal::TERM), Some(Signal::HUP), None] {
         let bench = Bench::new();
         let mut child = embed(&bench, &hangs).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::with_capacity(1, child.stdout.take().unwrap());
         let mut seen = String::new();
-        let wanted = if kind.is_some() { "| begun" } else { "vm: Booting" };
+        let wanted = if kind.is_some() { "| started" } else { "vm: Booting" };
         while !seen.contains(wanted) {
             assert!(lines.read_line(&mut seen).unwrap() > 0, "{seen}");
         }

@@ -6,7 +6,7 @@ mod support;
 use support::{Bench, tiny, tiny_manifest};
 
 #[test]
-fn a_step_that_exits_3() {
+fn a_failed_step_reports_its_exit_code() {
     let bench = Bench::new();
     let steps = "- {type: shell, name: good, shell: {inline: 'echo fine'}}\n- {type: shell, name: bad, shell: {inline: 'echo almost; echo oh no >&2; exit 3'}}\n- {type: shell, name: never, shell: {inline: 'echo never'}}";
     let ended = bench.build(&tiny_manifest("steps", steps));
@@ -18,17 +18,17 @@ fn a_step_that_exits_3() {
 }
 
 #[test]
-fn a_step_that_takes_too_long() {
+fn a_step_over_its_limit_fails() {
     let bench = Bench::new();
-    let steps = "- {type: shell, name: slow, stepTimeout: 4s, shell: {inline: 'echo begun; sleep 600'}}";
+    let steps = "- {type: shell, name: slow, stepTimeout: 4s, shell: {inline: 'echo started; sleep 600'}}";
     let ended = bench.build(&tiny_manifest("steps", steps));
-    ended.expect_code(1).expect_text(&["step 1 (slow)", "4 s", "stepTimeout", "begun"]);
+    ended.expect_code(1).expect_text(&["step 1 (slow)", "4 s", "stepTimeout", "started"]);
     assert_eq!(ended.outcome()["kind"], "timed_out");
     bench.expect_clean();
 }
 
 #[test]
-fn a_guest_that_powers_off_inside_a_step() {
+fn a_guest_that_powers_off_in_a_step_is_reported() {
     let bench = Bench::new();
     let ended = bench
         .build(&tiny_manifest("steps", "- {type: shell, name: off, shell: {inline: 'poweroff; sleep 600'}}"));
@@ -38,9 +38,9 @@ fn a_guest_that_powers_off_inside_a_step() {
 }
 
 #[test]
-fn a_build_that_takes_too_long() {
+fn a_build_over_its_limit_fails() {
     let bench = Bench::new();
-    let steps = "- {type: shell, name: slow, shell: {inline: 'echo begun; sleep 600'}}";
+    let steps = "- {type: shell, name: slow, shell: {inline: 'echo started; sleep 600'}}";
     let ended = bench.build(&format!("{}timeout: 40s\n", tiny_manifest("steps", steps)));
     ended.expect_code(1).expect_text(&["40s", "timeout"]);
     assert_eq!(ended.outcome()["kind"], "timed_out");
@@ -48,7 +48,7 @@ fn a_build_that_takes_too_long() {
 }
 
 #[test]
-fn two_machines_are_provisioned_side_by_side() {
+fn two_machines_are_provisioned_concurrently() {
     let bench = Bench::new();
     let vm = |name: &str| {
         format!(

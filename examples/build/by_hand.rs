@@ -27,13 +27,13 @@ struct Pause {
 }
 
 /// What can happen while VMs are paused.
-pub(crate) enum Said {
+pub(crate) enum Input {
     /// The person has finished with this VM.
     Done(String),
     /// Standard input has ended, so that no step can be finished any more.
-    Nobody,
+    Closed,
     /// A message for the person.
-    Tell(String),
+    Show(String),
 }
 
 /// Returns why no person could finish a step of this plan; `None` if one can, or if there is no such step.
@@ -67,30 +67,30 @@ impl ByHand {
             // Lines typed before the first question are meaningless.
             while lines.try_recv().is_ok() {}
         }
-        let (viewer, told) = match Viewer::open(paused.machine().clone()).await {
+        let (viewer, text) = match Viewer::open(paused.machine().clone()).await {
             Ok(viewer) => {
-                let told = invitation(vm, &viewer);
-                (Some(viewer), told)
+                let text = viewer_line(vm, &viewer);
+                (Some(viewer), text)
             }
             Err(error) => (None, format!("{vm}: no display for VNC viewers: {}", error.report())),
         };
         self.pauses.push_back(Pause { vm: vm.to_owned(), viewer });
-        format!("{told}\n{}", self.question())
+        format!("{text}\n{}", self.prompt())
     }
 
     /// Ends the pause of a VM: closes its display. Returns the question about the next paused VM.
     pub(crate) fn end(&mut self, vm: &str) -> Option<String> {
         self.pauses.retain(|pause| pause.vm != vm);
-        (!self.pauses.is_empty()).then(|| self.question())
+        (!self.pauses.is_empty()).then(|| self.prompt())
     }
 
-    fn question(&self) -> String {
+    fn prompt(&self) -> String {
         let next = self.pauses.front().map_or("", |pause| pause.vm.as_str());
         format!("{next}: press Enter when you are done; Ctrl-C cancels the build")
     }
 
     /// Waits for the person or for a change of a viewer; never completes while nothing is paused.
-    pub(crate) async fn said(&mut self) -> Said {
+    pub(crate) async fn next(&mut self) -> Input {
         let (Some(lines), Some(first)) = (&mut self.lines, self.pauses.front()) else {
             return std::future::pending().await;
         };
@@ -100,7 +100,7 @@ impl ByHand {
             Some(Box::pin(async move {
                 viewer.changed().await;
                 match viewer.password() {
-                    Some(_) => invitation(vm, viewer),
+                    Some(_) => viewer_line(vm, viewer),
                     None => format!("{vm}: a viewer is connected"),
                 }
             }))
@@ -113,25 +113,25 @@ impl ByHand {
                 futures::future::select_all(viewers).await.0
             }
         };
-        let said = {
+        let next = {
             let (mut any, mut line) = (pin!(any), pin!(lines.recv()));
             tokio::select! {
-                told = &mut any => Said::Tell(told),
+                text = &mut any => Input::Show(text),
                 line = &mut line => match line {
-                    Some(()) => Said::Done(done),
-                    None => Said::Nobody,
+                    Some(()) => Input::Done(done),
+                    None => Input::Closed,
                 },
             }
         };
-        if let Said::Done(_) = said {
+        if let Input::Done(_) = next {
             // Standard input may end right after the line, which no longer concerns this VM.
             self.pauses.pop_front();
         }
-        said
+        next
     }
 }
 
-fn invitation(vm: &str, viewer: &Viewer) -> String {
+fn viewer_line(vm: &str, viewer: &Viewer) -> String {
     let (address, password) = (viewer.address(), viewer.password().unwrap_or_default());
     let (ip, port) = (address.ip(), address.port());
     format!("{vm}: display: vncviewer {ip}::{port}, password {password} (works once)")

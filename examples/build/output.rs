@@ -7,10 +7,10 @@ use std::{
 };
 
 /// The exit code that a shell reports for a program ended by SIGPIPE: its output has no reader any more (`| head -1`).
-const NOBODY_READS: u8 = 141;
+const NO_READER: u8 = 141;
 
 /// Writes lines for people to standard error. Failures are ignored: no one is there to read them.
-pub(crate) fn tell(text: impl Display) {
+pub(crate) fn report(text: impl Display) {
     // Control characters in the output of guests and servers are made visible, so that a terminal does not obey them.
     let _ = writeln!(stderr().lock(), "{}", visible(&text.to_string()));
 }
@@ -30,11 +30,11 @@ pub(crate) struct Unwritten(pub(crate) io::Error);
 
 impl Unwritten {
     /// Reports the error, and returns the exit code: `otherwise`, unless a reader just closed its end.
-    pub(crate) fn tell(&self, otherwise: u8) -> u8 {
+    pub(crate) fn report(&self, otherwise: u8) -> u8 {
         if self.0.kind() == ErrorKind::BrokenPipe {
-            return NOBODY_READS;
+            return NO_READER;
         }
-        tell(format_args!("error: cannot write to standard output: {}", self.0));
+        report(format_args!("error: cannot write to standard output: {}", self.0));
         otherwise
     }
 }

@@ -1,7 +1,7 @@
 //! SIGINT, SIGTERM and SIGHUP: the first one cancels the build before anything is printed, and the program ends when
 //! the build has cleaned up, whether or not its output is still read.
 
-use crate::output::tell;
+use crate::output::report;
 use futures::{Stream, StreamExt as _, stream};
 use rudder::build::Canceller;
 use std::{
@@ -20,7 +20,7 @@ use tokio::{
 /// The exit code of a cancelled build.
 pub(crate) const CANCELLED: u8 = 130;
 /// How long printing the end of a cancelled build may take. Only a stream that is not read takes that long.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const FINAL_OUTPUT_LIMIT: Duration = Duration::from_secs(2);
 
 /// Listens for signals during the whole life of the program.
 pub(crate) struct Signals(Arc<Mutex<Option<Canceller>>>);
@@ -38,7 +38,7 @@ impl Signals {
         let heard: Vec<_> = heard.map(signal).collect::<io::Result<_>>()?;
         let heard = heard.into_iter().map(|mut signal| stream::poll_fn(move |cx| signal.poll_recv(cx)));
         let building = Arc::default();
-        tokio::spawn(obey(stream::select_all(heard), Arc::clone(&building)));
+        tokio::spawn(handle_signals(stream::select_all(heard), Arc::clone(&building)));
         Ok(Self(building))
     }
 
@@ -48,7 +48,10 @@ impl Signals {
     }
 }
 
-async fn obey(mut signals: impl Stream<Item = ()> + Unpin, building: Arc<Mutex<Option<Canceller>>>) {
+async fn handle_signals(
+    mut signals: impl Stream<Item = ()> + Unpin,
+    building: Arc<Mutex<Option<Canceller>>>,
+) {
     if signals.next().await.is_none() {
         // All of them are ignored.
         return;
@@ -56,10 +59,10 @@ async fn obey(mut signals: impl Stream<Item = ()> + Unpin, building: Arc<Mutex<O
     let build = building.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some(build) = build else { exit(CANCELLED.into()) };
     build.cancel();
-    tell_aside("cancelling: machines are ended and removed");
+    report_from_thread("cancelling: machines are ended and removed");
     let mut ended = pin!(async {
         build.ended().await;
-        sleep(LAST_WORDS).await;
+        sleep(FINAL_OUTPUT_LIMIT).await;
     });
     for further in 1.. {
         tokio::select! {
@@ -69,14 +72,16 @@ async fn obey(mut signals: impl Stream<Item = ()> + Unpin, building: Arc<Mutex<O
         if further > 1 {
             break;
         }
-        tell_aside("still cleaning up; once more leaves at once, and the rest to the next start");
+        report_from_thread(
+            "still cleaning up; one more signal exits at once and leaves the rest to the next start",
+        );
     }
     exit(CANCELLED.into())
 }
 
 /// Prints a text from a thread of its own: a stream that is stuck must not delay the handling of signals.
-fn tell_aside(text: &'static str) {
-    thread::spawn(move || tell(text));
+fn report_from_thread(text: &'static str) {
+    thread::spawn(move || report(text));
 }
 
 /// Returns the signals that this process ignores, bit `n - 1` for signal `n`: `SigIgn` of proc_pid_status(5).

@@ -413,7 +413,7 @@ impl fmt::Display for EventKind {
                 }
             }
             Self::Paused { step, instructions, access } => {
-                write!(f, "step {step} is paused for a person to do this:")?;
+                write!(f, "step {step} is paused until a person has done the following:")?;
                 instructions
                     .trim_end()
                     .lines()
@@ -421,16 +421,16 @@ impl fmt::Display for EventKind {
                 access.iter().try_for_each(|line| write!(f, "\n  {}", visible_line(line)))
             }
             Self::Resumed { step, millis } => {
-                write!(f, "step {step} goes on after {}", human_millis(*millis))
+                write!(f, "step {step} resumed after {}", human_millis(*millis))
             }
             Self::Retrying { attempt, of, reason } => {
-                write!(f, "starting attempt {attempt} of {of}; the one before failed: {reason}")
+                write!(f, "starting attempt {attempt} of {of}; the previous one failed: {reason}")
             }
             Self::Kept { lab, access } => {
                 write!(f, "kept for inspection as lab {}", visible_line(lab))?;
                 access.iter().try_for_each(|line| write!(f, "\n  {}", visible_line(line)))
             }
-            Self::Lagged { missed } => write!(f, "… {missed} events left out …"),
+            Self::Lagged { missed } => write!(f, "… {missed} events omitted …"),
             Self::Finished { outcome, .. } => match outcome {
                 Outcome::Built { module, path: Some(path) } => {
                     let path = path.display().to_string();
@@ -469,7 +469,7 @@ impl fmt::Display for FailureReport {
         for ServedFile { name, requests } in &self.served {
             let name = visible_line(name);
             match requests {
-                0 => write!(f, "\n    | {name}: never asked for")?,
+                0 => write!(f, "\n    | {name}: never requested")?,
                 1 => write!(f, "\n    | {name}: once")?,
                 _ => write!(f, "\n    | {name}: {requests} times")?,
             }

@@ -79,7 +79,7 @@ impl Frame {
 pub(crate) struct Cutter {
     begin: Vec<u8>,
     end: Vec<u8>,
-    place: Place,
+    position: Position,
     /// Before: a possible beginning of the first mark. Within: a possible beginning of the second mark. After: what
     /// followed the second mark.
     held: Vec<u8>,
@@ -87,7 +87,7 @@ pub(crate) struct Cutter {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum Position {
     Before,
     Within,
     After,
@@ -98,7 +98,7 @@ impl Cutter {
         Self {
             begin: format!("{stream}{}\n", frame.begin).into_bytes(),
             end: format!("{stream}{}", frame.end).into_bytes(),
-            place: Place::Before,
+            position: Position::Before,
             held: Vec::new(),
             noise: Vec::new(),
         }
@@ -106,18 +106,18 @@ impl Cutter {
 
     /// Whether the script has begun.
     pub(crate) fn has_begun(&self) -> bool {
-        self.place != Place::Before
+        self.position != Position::Before
     }
 
     /// Whether the script has ended.
     pub(crate) fn has_ended(&self) -> bool {
-        self.place == Place::After
+        self.position == Position::After
     }
 
     /// Takes received bytes, and returns those of the script among them and the bytes that were held back.
     pub(crate) fn push(&mut self, chunk: &[u8]) -> Vec<u8> {
         self.held.extend_from_slice(chunk);
-        if self.place == Place::Before {
+        if self.position == Position::Before {
             let Some(at) = find(&self.held, &self.begin) else {
                 let kept = beginning(&self.held, &self.begin);
                 self.noise.extend(self.held.drain(..self.held.len() - kept));
@@ -126,14 +126,14 @@ impl Cutter {
             };
             self.noise.extend_from_slice(&self.held[..at]);
             self.held.drain(..at + self.begin.len());
-            self.place = Place::Within;
+            self.position = Position::Within;
         }
-        if self.place == Place::After {
+        if self.position == Position::After {
             self.held.truncate(MAX_NOISE);
             return Vec::new();
         }
         if let Some(at) = find(&self.held, &self.end) {
-            self.place = Place::After;
+            self.position = Position::After;
             let rest = self.held.split_off(at);
             return std::mem::replace(&mut self.held, rest[self.end.len()..].to_vec());
         }
@@ -144,7 +144,7 @@ impl Cutter {
 
     /// Returns the held back bytes of the script's output, once nothing more arrives.
     pub(crate) fn rest(&mut self) -> Vec<u8> {
-        if self.place == Place::Within { std::mem::take(&mut self.held) } else { Vec::new() }
+        if self.position == Position::Within { std::mem::take(&mut self.held) } else { Vec::new() }
     }
 
     /// Returns what the login shell wrote before the script began.
@@ -155,7 +155,7 @@ impl Cutter {
 
     /// Returns the exit status of the script, if it was received.
     pub(crate) fn status(&self) -> Option<ExitStatus> {
-        if self.place != Place::After {
+        if self.position != Position::After {
             return None;
         }
         let text = &self.held[..find(&self.held, &self.end)?];
@@ -271,7 +271,7 @@ mod tests {
 
     #[test]
     #[cfg(feature = "memory")]
-    fn both_ends_understand_each_other() {
+    fn the_guest_side_understands_the_line() {
         let frame = Frame::new();
         let served = Served::read(&frame.line()).unwrap();
         assert_eq!(served.begin, frame.begin);
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn how_it_ended_stands_behind_the_mark() {
+    fn the_exit_status_follows_the_end_mark() {
         for (said, expected) in [
             ("0", Some(ExitStatus::Code(0))),
             ("137", Some(ExitStatus::Code(137))),
@@ -306,7 +306,7 @@ mod tests {
         /// The script's output is extracted whatever a login shell writes around it, and however it is split into
         /// chunks.
         #[test]
-        fn the_output_is_cut_out_of_any_noise(
+        fn the_output_is_extracted_from_any_noise(
             before in prop::collection::vec(any::<u8>(), 0..200),
             text in prop::collection::vec(any::<u8>(), 0..200),
             after in prop::collection::vec(any::<u8>(), 0..200),

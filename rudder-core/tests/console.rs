@@ -62,7 +62,7 @@ fn printable(count: usize) -> String {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_is_slow_gets_every_character() {
+async fn a_slow_guest_receives_every_character() {
     // The keyboard buffers 16 events. The guest takes about eight characters a second, then two.
     for (interval, count) in [(50, 190), (200, 95)] {
         let rig = Rig::new(|guest| guest.takes_keys_every(Duration::from_millis(interval))).await;
@@ -76,14 +76,14 @@ async fn a_guest_that_is_slow_gets_every_character() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_not_echoed_arrives_too() {
+async fn text_that_is_not_echoed_arrives() {
     let rig = Rig::new(|guest| guest.hides_typing().takes_keys_every(Duration::from_millis(40))).await;
     rig.console.type_text("Correct Horse Battery Staple\n").await.unwrap();
     assert_eq!(rig.typed().await.lines, ["Correct Horse Battery Staple"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_line_is_answered_on_the_screen() {
+async fn the_answer_to_a_line_appears_on_the_screen() {
     let script = |guest: Guest| guest.screen("Welcome\nboot:").on_line("linux", "Loading linux...\nready");
     let rig = Rig::new(script).await;
     rig.console.wait_text("boot:", Duration::from_secs(1)).await.unwrap();
@@ -106,7 +106,7 @@ async fn a_character_without_a_key_is_refused_before_anything_is_typed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_who_type_do_not_mix() {
+async fn concurrent_callers_do_not_interleave_keys() {
     let rig = Rig::new(|guest| guest.takes_keys_every(Duration::from_millis(10))).await;
     let (one, two) =
         tokio::join!(rig.console.type_text("first line\n"), rig.console.type_text("SECOND LINE\n"));
@@ -142,7 +142,7 @@ async fn interrupted(every: usize, script: impl Fn(Guest) -> Guest) -> usize {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_connection_types_on_or_fails_and_types_nothing_twice() {
+async fn nothing_is_typed_twice_over_a_lost_connection() {
     // If the screen shows that the last key before the break arrived, typing continues.
     assert!(interrupted(1, |guest| guest).await >= 4);
     // Also if the guest reads it later.
@@ -152,7 +152,7 @@ async fn a_lost_connection_types_on_or_fails_and_types_nothing_twice() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_display_that_is_gone_fails() {
+async fn typing_on_an_ended_display_fails() {
     // Shift counts as a key.
     let rig = Rig::new(|guest| guest.loses_display_after(10)).await;
     let error = rig.console.type_text(TEXT).await.unwrap_err();
@@ -192,7 +192,7 @@ async fn held_keys_are_released_when_typing_fails() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_modifier_is_held_on_over_a_lost_connection() {
+async fn a_held_modifier_survives_a_lost_connection() {
     let rig = Rig::new(|guest| guest.breaks_display_after(2)).await;
     rig.console.hold(key("leftCtrl")).await.unwrap();
     // The connection breaks with this key; it is unknown whether it arrived.
@@ -206,7 +206,7 @@ async fn a_modifier_is_held_on_over_a_lost_connection() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_stops_in_the_middle_leaves_no_key_down() {
+async fn a_dropped_call_leaves_no_key_down() {
     for millis in (0..1200).step_by(97) {
         let rig = Rig::new(|guest| guest.takes_keys_every(Duration::from_millis(15))).await;
         let cut = timeout(Duration::from_millis(millis), rig.console.type_text(TEXT)).await.is_err();

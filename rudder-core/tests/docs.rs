@@ -73,7 +73,7 @@ fn every_diagnostic_is_in_the_reference() {
 }
 
 #[test]
-fn the_table_of_backends_says_what_the_memory_backend_says() {
+fn the_table_of_backends_matches_the_memory_backend() {
     let page = read("docs/backends.md");
     let rows = page.lines().filter_map(|line| {
         let cells: Vec<&str> = line.strip_prefix("| `")?.split(" | ").collect();
@@ -125,7 +125,7 @@ fn the_readme_shows_the_embed_example() {
 }
 
 #[test]
-fn the_guide_shows_the_test_and_the_profile_as_they_are() {
+fn the_guide_quotes_the_test_and_the_profile() {
     let guide = read("docs/guide.md");
     let test = read("tests/embedding.rs");
     assert!(
@@ -212,7 +212,7 @@ fn every_manifest_of_the_recipes_is_planned_without_a_finding() {
 }
 
 #[test]
-fn what_the_guide_shows_of_a_backend_is_in_the_example() {
+fn the_guide_quotes_the_example_backend() {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../rudder-local/examples/backend");
     let files =
         ["main.rs", "processes/mod.rs", "processes/lab.rs", "processes/machine.rs", "processes/adapter.rs"];

@@ -53,7 +53,7 @@ impl Asked for () {
 }
 
 #[tokio::test]
-async fn the_macro_of_the_contract_works_through_here() {
+async fn the_macro_of_the_contract_works_through_the_facade() {
     assert!(().asked().await);
 }
 

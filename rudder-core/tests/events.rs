@@ -59,7 +59,7 @@ fn constants(schema: &Value, name: &str, found: &mut BTreeSet<String>) {
 }
 
 #[test]
-fn every_kind_of_event_and_outcome_has_an_example_and_its_line() {
+fn every_kind_of_event_and_outcome_has_an_example() {
     let (page, examples) = (docs("events.md"), examples());
     for name in ["event", "result"] {
         let mut known = BTreeSet::new();
@@ -100,7 +100,7 @@ fn the_types_and_the_schema_agree_on_every_example() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_events_of_builds_are_as_the_schema_says() {
+async fn the_events_of_builds_match_the_schema() {
     const MANIFEST: &[u8] = b"
 name: site
 retries: 1

@@ -101,8 +101,7 @@ fn a_module_of_a_later_format_is_refused_whatever_it_contains() {
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert_eq!(
             error.report(),
-            "expected a module of format 2 or earlier in store/web/module.json, but found format 3\n  help: a later version of \
-             Rudder made this module: use that version, or build the module again"
+            "expected a module of format 2 or earlier in store/web/module.json, but found format 3\n  help: a later version of Rudder created this module: use that version, or build the module again"
         );
     }
 }
@@ -110,21 +109,21 @@ fn a_module_of_a_later_format_is_refused_whatever_it_contains() {
 #[test]
 fn an_invalid_record_is_refused_with_its_file_name() {
     let cases = [
-        ("{".to_owned(), "it is not what was written"),
+        ("{".to_owned(), "it cannot be parsed"),
         ("{}".to_owned(), "it has no format number"),
         (changed(|record| record["format"] = json!(0)), "it has no format number"),
-        (changed(|record| record["machines"] = json!(1)), "it is not what was written"),
+        (changed(|record| record["machines"] = json!(1)), "it cannot be parsed"),
         (
             changed(|record| record["machines"][0]["disks"][0]["file"] = json!("../x")),
-            "it names the file \"../x\", which is not beside it",
+            "it refers to the file \"../x\", which is not in its directory",
         ),
         (
             changed(|record| record["machines"][0]["state"][1]["file"] = json!("..")),
-            "it names the file \"..\", which is not beside it",
+            "it refers to the file \"..\", which is not in its directory",
         ),
         (
             changed(|record| record["machines"][1]["disks"][0]["format"] = json!("raw,x=y")),
-            "it names the format \"raw,x=y\"",
+            "it contains the invalid format name \"raw,x=y\"",
         ),
     ];
     for (record, found) in cases {

@@ -10,21 +10,21 @@ pub struct Example {
     file: &'static str,
     module: &'static str,
     firmware: &'static str,
-    look: &'static str,
+    check: &'static str,
 }
 
 pub const BIOS: Example = Example {
     file: "install.yaml",
     module: "installed",
     firmware: "",
-    look: "test ! -d /sys/firmware/efi && echo started by BIOS",
+    check: "test ! -d /sys/firmware/efi && echo started by BIOS",
 };
 
 pub const UEFI: Example = Example {
     file: "install-uefi.yaml",
     module: "installed-uefi",
     firmware: "    efiFirmware: {}\n",
-    look: "sudo efibootmgr",
+    check: "sudo efibootmgr",
 };
 
 /// Returns the manifest of an example, with the guests of these tests.
@@ -55,7 +55,7 @@ fn said(ended: &Ended) -> Vec<&str> {
 /// Builds an example, and starts the captured disk afresh on QEMU: a layer on the module, whose only step inspects it.
 /// Returns the bench, the `module.json`, and the output of the step.
 pub fn installs(example: &Example, build: &dyn Fn(&Bench, &str) -> Ended) -> (Bench, Value, Vec<String>) {
-    let Example { file, module, firmware, look } = example;
+    let Example { file, module, firmware, check } = example;
     let bench = Bench::new();
     let ended = build(&bench, &manifest(file));
     ended.expect_code(0);
@@ -73,7 +73,7 @@ pub fn installs(example: &Example, build: &dyn Fn(&Bench, &str) -> Ended) -> (Be
     let layer = format!(
         "name: afresh\nvms:\n  - name: debian\n    source: {{buildRef: {{name: {module}}}}}\n{firmware}    resources: {{cpu: 2, memory: 1Gi}}\n    \
          communicator: {{sshUsername: admin, sshPassword: fresh from the disc, sshTimeout: 10m}}\n    \
-         provisioners: [{{type: shell, shell: {{inline: ['cat /etc/motd', hostname, '{look}']}}}}]\n"
+         provisioners: [{{type: shell, shell: {{inline: ['cat /etc/motd', hostname, '{check}']}}}}]\n"
     );
     let ended = bench.build(&layer);
     ended.expect_code(0);

@@ -339,7 +339,7 @@ impl Running {
 
     /// Waits until the messages for people contain a text; returns the rest of that line.
     #[track_caller]
-    pub fn until_said(&self, text: &str) -> String {
+    pub fn until_printed(&self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let said = self.said.lock().unwrap().clone();

@@ -10,7 +10,7 @@ use std::{
 };
 
 /// A step for a layer on the module: the captured disk boots by itself, without the CD-ROM.
-pub const LOOK: &str = "- {type: shell, shell: {inline: 'test ! -e /dev/sr0 && cat /etc/motd'}}";
+pub const CHECK: &str = "- {type: shell, shell: {inline: 'test ! -e /dev/sr0 && cat /etc/motd'}}";
 
 /// Returns the manifest of the module `rescued`; its disk and the served files are in the bench.
 pub fn manifest(bench: &Bench) -> String {
@@ -62,7 +62,7 @@ vms:
             - sync
       - type: reboot
       - type: shell
-        shell: {{inline: test -b /dev/sr0 && echo mended > /etc/motd}}
+        shell: {{inline: test -b /dev/sr0 && echo repaired > /etc/motd}}
 "#
     )
 }

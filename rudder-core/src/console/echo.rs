@@ -69,9 +69,9 @@ pub(super) fn reads(before: &Framebuffer, now: &Framebuffer, typed: &str) -> boo
     let (before, now) = (text::read(before), text::read(now));
     let Some((old, new)) = before.rows().zip(now.rows()).find(|(old, new)| old != new) else { return false };
     let first = old.iter().zip(new).position(|(old, new)| old != new).unwrap_or(old.len());
-    let blanks = typed.chars().take_while(|character| *character == ' ').count();
+    let spaces = typed.chars().take_while(|character| *character == ' ').count();
     // Spaces change nothing, unless a cursor was there.
-    [first.checked_sub(blanks), Some(first)].into_iter().flatten().any(|start| {
+    [first.checked_sub(spaces), Some(first)].into_iter().flatten().any(|start| {
         let mut shown = new[start..].iter();
         typed.chars().all(|character| shown.next().is_some_and(|cell| *cell == character))
     })
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn an_echo_is_as_wide_as_what_was_typed() {
+    fn an_echo_is_as_wide_as_the_typed_text() {
         let before = Framebuffer::new(640, 400);
         assert_eq!(compare(&before, &before, 3), Echo::Nothing);
         let mut now = before.clone();
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_typed_is_read_to_the_last_character() {
+    fn an_echo_is_compared_to_the_last_character() {
         let before = screen("> one t");
         assert!(reads(&before, &screen("> one two"), "wo"));
         // A cursor was where the text continues, and is now behind it.
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_screen_that_scrolls_is_no_echo() {
+    fn a_scrolled_screen_is_not_an_echo() {
         let before = Framebuffer::new(640, 400);
         let mut now = before.clone();
         ink(&mut now, 16, 30, 600);

@@ -24,26 +24,26 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout_at};
 
 /// Bytes of a PS/2 keyboard's queue that a burst may use: half of the queue, so that one burst may still be in it.
-const BURST: usize = 8;
+const BURST_BYTES: usize = 8;
 /// How long to wait for an echo where earlier keys were not echoed. That is about as slow as other tools always type.
-const SILENT: Duration = Duration::from_millis(700);
+const SILENT_WAIT: Duration = Duration::from_millis(700);
 /// How long to wait for an echo where it is not yet known whether keys are echoed.
-const UNKNOWN: Duration = Duration::from_secs(2);
+const UNKNOWN_WAIT: Duration = Duration::from_secs(2);
 /// How long to wait for an echo where earlier keys were echoed, or the echo has begun.
-const ECHOING: Duration = Duration::from_secs(6);
+const ECHO_WAIT: Duration = Duration::from_secs(6);
 /// How long a key that is not a character may take to have an effect on the screen.
-const PRESSED: Duration = Duration::from_millis(150);
+const KEY_WAIT: Duration = Duration::from_millis(150);
 /// How long the screen must remain unchanged after something other than an echo was drawn. A server that draws thirty
 /// times a second has sent an update within that time.
-const STILL: Duration = Duration::from_millis(70);
+const STILL_AFTER: Duration = Duration::from_millis(70);
 /// How long a screen that changes all the time delays a burst.
-const RESTLESS: Duration = Duration::from_millis(500);
+const RESTLESS_LIMIT: Duration = Duration::from_millis(500);
 /// When the server is probed if the screen shows no reaction.
-const PROBE: Duration = Duration::from_millis(100);
+const PROBE_AFTER: Duration = Duration::from_millis(100);
 /// How long the server may take to answer a probe.
-const DELIVERY: Duration = Duration::from_secs(10);
+const DELIVERY_LIMIT: Duration = Duration::from_secs(10);
 /// How often a burst of which nothing was written is sent again on a new connection.
-const TRIES: usize = 3;
+const MAX_SENDS: usize = 3;
 
 /// State that is kept between keys.
 #[derive(Debug, Default)]
@@ -107,7 +107,7 @@ fn bursts(text: &str) -> Result<Vec<Burst>> {
     let mut bursts = Vec::new();
     let mut rest = strokes.as_slice();
     while !rest.is_empty() {
-        let mut count = longest(rest);
+        let mut count = longest_burst(rest);
         let blank = |(character, _): &(char, Stroke)| *character == ' ';
         if let Some(last) = rest[..count].iter().rposition(|stroke| !blank(stroke)) {
             count = last + 1;
@@ -121,13 +121,13 @@ fn bursts(text: &str) -> Result<Vec<Burst>> {
 
 /// Returns how many strokes fit into a burst. The effect of newlines and tabs is known only to the guest, so each is a
 /// burst of its own.
-fn longest(strokes: &[(char, Stroke)]) -> usize {
+fn longest_burst(strokes: &[(char, Stroke)]) -> usize {
     let (mut bytes, mut shifted) = (0, false);
     let mut count = 0;
     for (character, stroke) in strokes {
         bytes += 2 + usize::from(stroke.shift != shifted);
         shifted = stroke.shift;
-        if count > 0 && (character.is_control() || bytes + usize::from(shifted) > BURST) {
+        if count > 0 && (character.is_control() || bytes + usize::from(shifted) > BURST_BYTES) {
             break;
         }
         count += 1;
@@ -157,7 +157,7 @@ fn burst(strokes: &[(char, Stroke)]) -> Burst {
         events,
         text: strokes.iter().map(|(character, _)| character).collect(),
         span: span.map(|(first, last)| last + 1 - first),
-        patience: SILENT,
+        patience: SILENT_WAIT,
     }
 }
 
@@ -191,7 +191,7 @@ impl Console {
     /// The same errors as [`type_text`](Self::type_text).
     pub async fn press(&self, keysym: u32) -> Result<()> {
         let mut keyboard = self.keyboard.lock().await;
-        self.play(&mut keyboard, &Burst::keys(vec![down(keysym), up(keysym)], PRESSED)).await
+        self.play(&mut keyboard, &Burst::keys(vec![down(keysym), up(keysym)], KEY_WAIT)).await
     }
 
     /// Presses a key and holds it until [`release`](Self::release), an error of the keyboard, or the end of the
@@ -254,9 +254,11 @@ impl Console {
             keyboard.last = burst.events.iter().map(|event| event.keysym).collect();
             keyboard.last.dedup();
             match link.send(burst.events.clone()).await {
-                Sent::Not if tries < TRIES => tries += 1,
+                Sent::Not if tries < MAX_SENDS => tries += 1,
                 Sent::Not => return link.check(),
-                Sent::Written | Sent::Unknown => return self.taken(keyboard, burst, link, &before).await,
+                Sent::Written | Sent::Unknown => {
+                    return self.wait_until_taken(keyboard, burst, link, &before).await;
+                }
             }
         }
     }
@@ -282,7 +284,7 @@ impl Console {
 
     /// Waits until the screen shows that the guest took a burst. If the screen does not show it, waits until the server
     /// has confirmed the burst and the guest has had time to process it.
-    async fn taken(
+    async fn wait_until_taken(
         &self,
         keyboard: &mut Keyboard,
         burst: &Burst,
@@ -291,9 +293,9 @@ impl Console {
     ) -> Result<()> {
         let mut patience = match (burst.span, keyboard.echoes) {
             (None, _) => burst.patience,
-            (Some(_), None) => UNKNOWN,
-            (Some(_), Some(true)) => ECHOING,
-            (Some(_), Some(false)) => SILENT,
+            (Some(_), None) => UNKNOWN_WAIT,
+            (Some(_), Some(true)) => ECHO_WAIT,
+            (Some(_), Some(false)) => SILENT_WAIT,
         };
         let mut sent = Instant::now();
         let mut progress = link.progress();
@@ -306,7 +308,7 @@ impl Console {
                 let echo = link.with_frame(|frame| echo::compare(before, frame, burst.span.unwrap_or(1)));
                 match (echo, burst.span) {
                     (Echo::Nothing | Echo::Cell, Some(_)) | (Echo::Nothing, None) => {}
-                    (Echo::Part, Some(_)) => patience = ECHOING,
+                    (Echo::Part, Some(_)) => patience = ECHO_WAIT,
                     (Echo::All, Some(span)) if broke.is_none() => {
                         if span > 1 {
                             keyboard.echoes = Some(true);
@@ -336,7 +338,7 @@ impl Console {
                 (seen, changed, sent) = (None, None, Instant::now());
                 continue;
             }
-            let until = changed.map_or(sent + patience, |at| (at + STILL).min(sent + RESTLESS));
+            let until = changed.map_or(sent + patience, |at| (at + STILL_AFTER).min(sent + RESTLESS_LIMIT));
             if now >= until {
                 if let Some(error) = broke {
                     return Err(lost(&error));
@@ -347,27 +349,28 @@ impl Console {
                     }
                     return Ok(());
                 }
-                if now >= sent + DELIVERY {
+                if now >= sent + DELIVERY_LIMIT {
                     let message = "expected the display to answer within 10 s, but it did not";
                     return Err(Error::new(ErrorKind::TimedOut, message));
                 }
             }
-            let probe = if changed.is_some() { sent } else { sent + PROBE.min(patience) };
+            let probe = if changed.is_some() { sent } else { sent + PROBE_AFTER.min(patience) };
             if now >= probe {
                 delivery.ask(&link, state.updates);
             }
-            let wakes = [probe, until, sent + DELIVERY].into_iter().filter(|at| *at > now);
+            let wakes = [probe, until, sent + DELIVERY_LIMIT].into_iter().filter(|at| *at > now);
             // A link that is gone has already reported its end.
-            let _ = timeout_at(wakes.min().unwrap_or(sent + DELIVERY), progress.changed()).await;
+            let _ = timeout_at(wakes.min().unwrap_or(sent + DELIVERY_LIMIT), progress.changed()).await;
         }
     }
 }
 
 fn lost(error: &Arc<Error>) -> Error {
-    let message = "the connection to the display broke while keys were on their way, and the screen does not tell whether the guest got them";
+    let message = "the connection to the display broke while keys were in transit, and the screen does not \
+         show whether the guest received them";
     Error::new(ErrorKind::Protocol, message)
         .with_source(error.clone())
-        .with_help("nothing is typed twice, so typing has to begin anew from a place that the guest knows")
+        .with_help("bring the guest into a known state and type again from there: nothing is typed twice")
 }
 
 /// Determines whether a server has read what was sent.
@@ -376,7 +379,7 @@ fn lost(error: &Arc<Error>) -> Error {
 /// still be in transit: only the second update after the request certainly follows it.
 #[derive(Debug, Default)]
 struct Delivery {
-    questions: u8,
+    requests: u8,
     /// The number of updates received when the last request was sent.
     updates: u64,
     answers: u8,
@@ -384,7 +387,7 @@ struct Delivery {
 
 impl Delivery {
     fn heard(&mut self, updates: u64) {
-        if self.questions > self.answers && updates > self.updates {
+        if self.requests > self.answers && updates > self.updates {
             self.answers += 1;
         }
     }
@@ -394,8 +397,8 @@ impl Delivery {
     }
 
     fn ask(&mut self, link: &Link, updates: u64) {
-        if self.questions == self.answers && self.questions < 2 {
-            self.questions += 1;
+        if self.requests == self.answers && self.requests < 2 {
+            self.requests += 1;
             self.updates = updates;
             link.probe();
         }
@@ -411,7 +414,7 @@ mod tests {
     fn typed(bursts: &[Burst]) -> String {
         let mut text = String::new();
         for burst in bursts {
-            assert!(burst.events.len() <= BURST);
+            assert!(burst.events.len() <= BURST_BYTES);
             let mut held = Vec::new();
             for event in &burst.events {
                 if event.down {
@@ -435,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn bursts_are_the_text_and_fit_the_queue() {
+    fn bursts_type_the_text_and_fit_the_queue() {
         for text in ["", "a", "hello WORLD  \n\tx", "    ", "~!@#$%^&*()_+{}|:\"<>?", "aBcDeF gH\n\n"] {
             assert_eq!(typed(&bursts(text).unwrap()), text);
         }
@@ -445,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn no_burst_ends_with_a_blank_that_hides() {
+    fn no_burst_ends_with_an_invisible_space() {
         let cut = bursts("ab  cd e\nx").unwrap();
         let spans: Vec<_> = cut.iter().map(|burst| (burst.text.len(), burst.span)).collect();
         assert_eq!(spans, [(2, Some(2)), (4, Some(2)), (2, Some(1)), (1, None), (1, Some(1))]);

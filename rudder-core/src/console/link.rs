@@ -23,11 +23,11 @@ use tokio::{
 };
 
 /// How long a server may take for the handshake, and for its first update.
-const GREETING: Duration = Duration::from_secs(10);
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a server may leave what is sent unread.
-const SENDING: Duration = Duration::from_secs(10);
+const SEND_LIMIT: Duration = Duration::from_secs(10);
 /// How long releasing keys may delay the end of a connection.
-const FAREWELL: Duration = Duration::from_secs(1);
+const RELEASE_LIMIT: Duration = Duration::from_secs(1);
 
 /// A key that is pressed or released.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,12 +78,12 @@ impl Shared {
 pub(super) struct Link {
     number: u64,
     shared: Arc<Shared>,
-    orders: mpsc::UnboundedSender<Order>,
+    commands: mpsc::UnboundedSender<Command>,
 }
 
 /// What the task is asked to send.
 #[derive(Debug)]
-enum Order {
+enum Command {
     Keys(Keys),
     /// Requests a pixel, whether it changed or not: the answer shows that the server has read everything sent before.
     Probe,
@@ -112,18 +112,18 @@ impl Link {
         number: u64,
     ) -> Result<Self> {
         let late = |_| Error::new(ErrorKind::TimedOut, "the display did not answer within 10 s");
-        let size = timeout(GREETING, rfb::shake_hands(&mut stream)).await.map_err(late)??;
+        let size = timeout(HANDSHAKE_LIMIT, rfb::shake_hands(&mut stream)).await.map_err(late)??;
         let shared = Arc::new(Shared {
             progress: watch::Sender::default(),
             frame: Mutex::new(Framebuffer::new(size.0, size.1)),
             extended_keys: AtomicBool::new(false),
         });
-        let (orders, received) = mpsc::unbounded_channel();
+        let (commands, received) = mpsc::unbounded_channel();
         tokio::spawn(serve(stream, preferred, shared.clone(), received));
-        let link = Self { number, shared, orders };
+        let link = Self { number, shared, commands };
         let mut progress = link.progress();
         let drawn = progress.wait_for(|progress| progress.drawn || progress.ended.is_some());
-        timeout(GREETING, drawn).await.map_err(late)?.map_err(|_| gone())?;
+        timeout(HANDSHAKE_LIMIT, drawn).await.map_err(late)?.map_err(|_| closed())?;
         link.check()?;
         Ok(link)
     }
@@ -136,7 +136,7 @@ impl Link {
     /// Fails with the reason if the connection has ended.
     pub(super) fn check(&self) -> Result<()> {
         match &self.shared.progress.borrow().ended {
-            Some(error) => Err(again(error)),
+            Some(error) => Err(repeated(error)),
             None => Ok(()),
         }
     }
@@ -151,16 +151,16 @@ impl Link {
     }
 
     /// Calls a function with what the screen shows now.
-    pub(super) fn with_frame<T>(&self, look: impl FnOnce(&Framebuffer) -> T) -> T {
-        look(&self.shared.frame())
+    pub(super) fn with_frame<T>(&self, inspect: impl FnOnce(&Framebuffer) -> T) -> T {
+        inspect(&self.shared.frame())
     }
 
     /// Sends key events, each at most once.
     pub(super) async fn send(&self, events: Vec<KeyEvent>) -> Sent {
         let (done, sent) = oneshot::channel();
         // An order that cannot be handed over is dropped, and reports that itself.
-        let _ = self.orders.send(Order::Keys(Keys { events, done: Some(done) }));
-        match timeout(SENDING, sent).await {
+        let _ = self.commands.send(Command::Keys(Keys { events, done: Some(done) }));
+        match timeout(SEND_LIMIT, sent).await {
             Ok(Ok(sent)) => sent,
             Ok(Err(_)) | Err(_) => Sent::Unknown,
         }
@@ -169,16 +169,16 @@ impl Link {
     /// Makes the server send an update.
     pub(super) fn probe(&self) {
         // If the connection is over, its end is the answer.
-        let _ = self.orders.send(Order::Probe);
+        let _ = self.commands.send(Command::Probe);
     }
 }
 
-fn gone() -> Error {
-    rfb::mistake("the connection to the display is over")
+fn closed() -> Error {
+    rfb::mistake("the connection to the display has ended")
 }
 
 /// Wraps an error that is reported several times.
-fn again(error: &Arc<Error>) -> Error {
+fn repeated(error: &Arc<Error>) -> Error {
     Error::new(error.kind(), error.to_string()).with_source(error.clone())
 }
 
@@ -186,13 +186,13 @@ async fn serve(
     stream: BoxedStream,
     preferred: DisplayEncoding,
     shared: Arc<Shared>,
-    orders: mpsc::UnboundedReceiver<Order>,
+    commands: mpsc::UnboundedReceiver<Command>,
 ) {
     let (reader, writer) = tokio::io::split(stream);
     let (requests, requested) = mpsc::unbounded_channel();
     let ended = tokio::select! {
         error = read(reader, &shared, &requests) => error,
-        error = write(writer, preferred, &shared, orders, requested) => error,
+        error = write(writer, preferred, &shared, commands, requested) => error,
     };
     shared.progress.send_modify(|progress| progress.ended = Some(Arc::new(ended)));
 }
@@ -210,7 +210,7 @@ async fn read(
     loop {
         // Incremental requests return what has changed; after a change of size, that is everything.
         if requests.send(rfb::update_request(whole, frame.width(), frame.height())).is_err() {
-            return gone();
+            return closed();
         }
         let update = match rfb::read_update(&mut stream, &mut frame, &mut zrle).await {
             Ok(update) => update,
@@ -252,7 +252,7 @@ async fn write(
     mut stream: WriteHalf<BoxedStream>,
     preferred: DisplayEncoding,
     shared: &Shared,
-    mut orders: mpsc::UnboundedReceiver<Order>,
+    mut commands: mpsc::UnboundedReceiver<Command>,
     mut requests: mpsc::UnboundedReceiver<[u8; 10]>,
 ) -> Error {
     let mut pressed = Vec::new();
@@ -262,9 +262,9 @@ async fn write(
     loop {
         let written = tokio::select! {
             biased;
-            order = orders.recv() => match order {
-                Some(Order::Probe) => put(&mut stream, &rfb::update_request(false, 1, 1)).await,
-                Some(Order::Keys(mut keys)) => {
+            command = commands.recv() => match command {
+                Some(Command::Probe) => put(&mut stream, &rfb::update_request(false, 1, 1)).await,
+                Some(Command::Keys(mut keys)) => {
                     let done = keys.done.take();
                     let written = put(&mut stream, &bytes(&keys.events, shared, &mut pressed)).await;
                     if let (Some(done), Ok(())) = (done, &written) {
@@ -275,11 +275,11 @@ async fn write(
                 None => {
                     let events: Vec<_> = pressed.iter().rev().map(|&keysym| KeyEvent { keysym, down: false }).collect();
                     let farewell = bytes(&events, shared, &mut pressed);
-                    let _ = timeout(FAREWELL, async {
+                    let _ = timeout(RELEASE_LIMIT, async {
                         put(&mut stream, &farewell).await?;
                         stream.shutdown().await.map_err(|error| Error::io("end the connection to the display", error))
                     }).await;
-                    return gone();
+                    return closed();
                 }
             },
             Some(request) = requests.recv() => put(&mut stream, &request).await,

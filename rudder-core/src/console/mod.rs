@@ -20,9 +20,9 @@ mod echo;
 mod framebuffer;
 mod keyboard;
 mod link;
-mod picture;
 mod rfb;
 mod scancode;
+mod screenshot;
 mod serial;
 pub mod text;
 mod viewer;
@@ -144,7 +144,7 @@ impl Console {
         let shown = match shown.map(|screen| screen.to_string()) {
             Some(screen) if !screen.trim().is_empty() => format!("it shows:\n{}", screen.trim_end()),
             Some(_) => "it shows no text that can be read".to_owned(),
-            None => "it could not be seen".to_owned(),
+            None => "it could not be read".to_owned(),
         };
         let message =
             format!("expected {text:?} on the screen within {} s, but {shown}", limit.as_secs_f32());

@@ -61,7 +61,7 @@ mod tests {
     use crate::keys::{named_key, us_stroke};
 
     #[test]
-    fn every_key_of_a_us_keyboard_has_its_place() {
+    fn every_key_of_a_us_keyboard_has_a_scancode() {
         // From the table of scan codes in the PC/XT technical reference.
         let known = [
             ('1', 0x02),
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn no_two_keys_share_a_place() {
+    fn no_two_keys_share_a_scancode() {
         let mut codes: Vec<_> = (0x20..0x1_0000)
             .filter(|keysym| !(0x41..=0x5a).contains(keysym))
             .filter(|&keysym| char::from_u32(keysym).is_none_or(|c| !"~!@#$%^&*()_+{}|:\"<>?".contains(c)))

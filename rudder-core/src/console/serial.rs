@@ -15,23 +15,23 @@ use tokio::{
 };
 
 /// Interval between checks whether a machine that has ended, or was never started, was powered on.
-const POWERED_ON: Duration = Duration::from_millis(500);
+const POWER_ON_INTERVAL: Duration = Duration::from_millis(500);
 /// How much text is kept, in bytes.
-const REMEMBERED: usize = 1 << 20;
+const MAX_KEPT: usize = 1 << 20;
 /// How many of the last lines an error shows.
-const SHOWN: usize = 20;
+const SHOWN_LINES: usize = 20;
 
 /// The output of a serial console, without control sequences, and the position up to which it was waited for.
 #[derive(Default)]
 pub(super) struct SerialLine {
     source: Source,
     parser: vte::Parser,
-    said: Said,
+    output: Output,
 }
 
 impl std::fmt::Debug for SerialLine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SerialLine").field("waited", &self.said.waited).finish_non_exhaustive()
+        f.debug_struct("SerialLine").field("matched", &self.output.matched).finish_non_exhaustive()
     }
 }
 
@@ -47,13 +47,13 @@ struct Source {
 }
 
 #[derive(Default)]
-struct Said {
+struct Output {
     text: String,
     /// The end of the text that the last successful wait matched.
-    waited: usize,
+    matched: usize,
 }
 
-impl vte::Perform for Said {
+impl vte::Perform for Output {
     fn print(&mut self, character: char) {
         self.text.push(character);
     }
@@ -65,43 +65,43 @@ impl vte::Perform for Said {
     }
 }
 
-impl Said {
+impl Output {
     /// Whether a text was written since the last successful wait; if so, this becomes the last one.
     fn take(&mut self, text: &str) -> bool {
-        let Some(at) = self.text[self.waited..].find(text) else { return false };
-        self.waited += at + text.len();
+        let Some(at) = self.text[self.matched..].find(text) else { return false };
+        self.matched += at + text.len();
         true
     }
 
     fn forget(&mut self) {
-        let over = self.text.len().saturating_sub(REMEMBERED);
-        if over > REMEMBERED / 4 {
+        let over = self.text.len().saturating_sub(MAX_KEPT);
+        if over > MAX_KEPT / 4 {
             let over = (over..).find(|at| self.text.is_char_boundary(*at)).unwrap_or(over);
             self.text.drain(..over);
-            self.waited = self.waited.saturating_sub(over);
+            self.matched = self.matched.saturating_sub(over);
         }
     }
 
     fn last_lines(&self) -> String {
         let lines: Vec<_> = self.text.lines().filter(|line| !line.trim().is_empty()).collect();
-        lines[lines.len().saturating_sub(SHOWN)..].join("\n")
+        lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
     }
 }
 
 impl SerialLine {
-    fn take_in(&mut self, bytes: &[u8]) {
-        self.parser.advance(&mut self.said, bytes);
-        self.said.forget();
+    fn push(&mut self, bytes: &[u8]) {
+        self.parser.advance(&mut self.output, bytes);
+        self.output.forget();
     }
 
     /// Reads new output, or waits for it until the deadline at most.
-    async fn listen(&mut self, machine: &dyn Machine, deadline: Instant) -> Result<()> {
+    async fn read_more(&mut self, machine: &dyn Machine, deadline: Instant) -> Result<()> {
         let mut buffer = [0; 4096];
         let Some(log) = &mut self.source.open else { return self.open(machine, deadline).await };
         match timeout_at(deadline, log.stream.read(&mut buffer)).await {
             Ok(Ok(count @ 1..)) => {
                 self.source.read += count as u64;
-                self.take_in(&buffer[..count]);
+                self.push(&buffer[..count]);
             }
             // The machine has ended, or the connection broke.
             Ok(_) => self.source.open = None,
@@ -118,10 +118,10 @@ impl SerialLine {
             if log.start > 0 && self.source.read > 0 {
                 log = machine.serial_log(0).await?;
             }
-            self.said = Said::default();
+            self.output = Output::default();
             self.parser = vte::Parser::new();
         } else if log.end == self.source.read {
-            sleep_until(deadline.min(Instant::now() + POWERED_ON)).await;
+            sleep_until(deadline.min(Instant::now() + POWER_ON_INTERVAL)).await;
         }
         self.source = Source { power_on: log.power_on, read: log.start, open: Some(log) };
         Ok(())
@@ -142,20 +142,23 @@ impl Console {
         let mut last = String::new();
         if let Ok(mut serial) = timeout_at(deadline, self.serial.lock()).await {
             loop {
-                if serial.said.take(text) {
+                if serial.output.take(text) {
                     return Ok(());
                 }
                 if Instant::now() >= deadline {
                     break;
                 }
-                serial.listen(&*self.machine, deadline).await?;
+                serial.read_more(&*self.machine, deadline).await?;
             }
-            last = serial.said.last_lines();
+            last = serial.output.last_lines();
         }
-        let last =
-            if last.is_empty() { "it said nothing".to_owned() } else { format!("it said last:\n{last}") };
+        let last = if last.is_empty() {
+            "it wrote nothing".to_owned()
+        } else {
+            format!("its last output was:\n{last}")
+        };
         let message =
-            format!("expected {text:?} on the serial line within {} s, but {last}", limit.as_secs_f32());
+            format!("expected {text:?} on the serial console within {} s, but {last}", limit.as_secs_f32());
         Err(Error::new(ErrorKind::TimedOut, message))
     }
 }

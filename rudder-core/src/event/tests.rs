@@ -74,5 +74,5 @@ fn a_value_cannot_break_its_line_and_colours_are_removed() {
     let output = EventKind::StepOutput { step: 0, stream: OutputStream::Stdout, line };
     assert_eq!(output.to_string(), "| ok ␛[2Jx");
     let paused = EventKind::Paused { step: 1, instructions: "one\r\n\x07two".into(), access: vec![] };
-    assert_eq!(paused.to_string(), "step 1 is paused for a person to do this:\n  one\n  ␇two");
+    assert_eq!(paused.to_string(), "step 1 is paused until a person has done the following:\n  one\n  ␇two");
 }

@@ -4,7 +4,7 @@
 use super::{
     Guest, cuttable_stream,
     login::{Endpoint, HostKeyPin, Login},
-    pace::{Pace, Setback},
+    pace::{AttemptFailure, Pace},
 };
 use crate::{Error, ErrorKind};
 use russh::{
@@ -23,32 +23,32 @@ use tokio::{
 
 /// How long a server that has sent a byte may take for the key exchange, and then for each round of credentials.
 /// Emulated guests under load take a minute; OpenSSH hangs up after two (sshd_config, `LoginGraceTime`).
-const STAGE: Duration = Duration::from_secs(150);
+const STAGE_LIMIT: Duration = Duration::from_secs(150);
 /// A server that is silent for this long may be gone: other attempts are made beside this one.
-const STALLED: Duration = Duration::from_secs(20);
+const STALLED_AFTER: Duration = Duration::from_secs(20);
 /// How often credentials are tried on one connection: OpenSSH hangs up after 6 failures (sshd_config, `MaxAuthTries`),
 /// and new connections would earn penalties (sshd_config, `PerSourcePenalties`).
 const MAX_TRIES: u32 = 5;
 
 /// How an attempt ended.
-pub(super) enum Ended {
+pub(super) enum AttemptEnd {
     LoggedIn(Box<Guest>),
-    Failed(Setback),
+    Failed(AttemptFailure),
     Fatal(Error),
 }
 
 /// State shared by the attempts of one wait.
 #[derive(Debug)]
-pub(super) struct Tries {
+pub(super) struct Attempts {
     pub(super) pace: Mutex<Pace>,
     /// Notified when an attempt receives something, falls silent or ends.
     pub(super) changed: Notify,
-    sight: Mutex<Sight>,
+    observations: Mutex<Observations>,
 }
 
 /// What was seen of a guest that has not let the build in.
 #[derive(Debug, Default)]
-struct Sight {
+struct Observations {
     /// A description that follows "last seen: ".
     last: Option<String>,
     refused: Option<MethodSet>,
@@ -58,18 +58,18 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Tries {
+impl Attempts {
     pub(super) fn new(pace: Pace) -> Self {
-        Self { pace: Mutex::new(pace), changed: Notify::new(), sight: Mutex::default() }
+        Self { pace: Mutex::new(pace), changed: Notify::new(), observations: Mutex::default() }
     }
 
-    pub(super) fn end(&self, number: u64, setback: Setback) {
-        lock(&self.pace).end(number, setback, Instant::now());
+    pub(super) fn end(&self, number: u64, failure: AttemptFailure) {
+        lock(&self.pace).end(number, failure, Instant::now());
         self.changed.notify_waiters();
     }
 
-    fn heard(&self, number: u64) {
-        lock(&self.pace).heard(number, Instant::now());
+    fn data_arrived(&self, number: u64) {
+        lock(&self.pace).data_arrived(number, Instant::now());
         self.changed.notify_waiters();
     }
 
@@ -78,14 +78,14 @@ impl Tries {
         self.changed.notify_waiters();
     }
 
-    fn saw(&self, what: impl Into<String>) {
-        lock(&self.sight).last = Some(what.into());
+    fn observed(&self, what: impl Into<String>) {
+        lock(&self.observations).last = Some(what.into());
     }
 
     /// Returns the error of a wait that timed out.
     pub(super) fn error(&self, user: &str, password: bool, waited: Duration) -> Error {
-        let (seconds, sight) = (waited.as_secs_f64(), lock(&self.sight));
-        if let Some(methods) = &sight.refused {
+        let (seconds, observations) = (waited.as_secs_f64(), lock(&self.observations));
+        if let Some(methods) = &observations.refused {
             let tried = if password { "the build's key and the password" } else { "the build's key" };
             let offered: Vec<&str> = methods.iter().map(<&str>::from).collect();
             let offered = if offered.is_empty() { "nothing more".to_owned() } else { offered.join(", ") };
@@ -97,10 +97,10 @@ impl Tries {
             )
             .with_help(
                 "let cloud-init authorise the key (`cloudInit: {}` and the right `sshUsername`), \
-                 or give `sshPassword` or `sshPrivateKeySecret` that the image knows",
+                 or set `sshPassword` or `sshPrivateKeySecret` to credentials that the image accepts",
             );
         }
-        let last = sight.last.as_deref().unwrap_or("no connection could be made");
+        let last = observations.last.as_deref().unwrap_or("no connection could be made");
         let times = match lock(&self.pace).attempts() {
             1 => "1 attempt".to_owned(),
             attempts => format!("{attempts} attempts"),
@@ -110,7 +110,8 @@ impl Tries {
             format!("expected an SSH login within {seconds:.0} s, but the guest did not answer ({times}; last seen: {last})"),
         )
         .with_help(
-            "look at the serial console and the screenshot; does the image start an SSH server on `sshPort`, and is `sshTimeout` long enough?",
+            "check the serial console and the screenshot, whether the image starts an SSH server on \
+             `sshPort`, and whether `sshTimeout` is long enough",
         )
     }
 }
@@ -119,17 +120,17 @@ impl Tries {
 pub(super) async fn attempt(
     login: Login,
     endpoint: Endpoint,
-    tries: Arc<Tries>,
+    tries: Arc<Attempts>,
     number: u64,
     patience: Duration,
-) -> Ended {
-    let failed = |setback: Setback, what: String| {
-        tries.saw(what);
-        Ended::Failed(setback)
+) -> AttemptEnd {
+    let failed = |failure: AttemptFailure, what: String| {
+        tries.observed(what);
+        AttemptEnd::Failed(failure)
     };
     let given_up_for = |why: Option<String>| {
-        why.into_iter().for_each(|why| tries.saw(why));
-        Ended::Failed(Setback::GivenUp)
+        why.into_iter().for_each(|why| tries.observed(why));
+        AttemptEnd::Failed(AttemptFailure::GivenUp)
     };
     let end = Instant::now() + patience;
     let dialled = tokio::select! {
@@ -139,39 +140,43 @@ pub(super) async fn attempt(
     let stream = match dialled {
         Ok(stream) => stream,
         Err(error) if error.kind() == ErrorKind::GuestUnreachable || error.is_retryable() => {
-            return failed(Setback::Closed, first_cause(&error));
+            return failed(AttemptFailure::Closed, first_cause(&error));
         }
-        Err(error) => return Ended::Fatal(error),
+        Err(error) => return AttemptEnd::Fatal(error),
     };
     let (stream, watch) = cuttable_stream::cuttable(stream);
     let received = watch.received();
-    let seen = Arc::new(Seen::default());
-    let handler = Handler { pin: login.pin.clone(), seen: Arc::clone(&seen) };
+    let state = Arc::new(ConnectionState::default());
+    let handler = Handler { pin: login.pin.clone(), state: Arc::clone(&state) };
     let connecting = client::connect_stream(Arc::new(config()), stream, handler);
     let mut handle = tokio::select! {
         connected = connecting => match connected {
             Ok(handle) => handle,
-            Err(_) if lock(&seen.changed).is_some() => return Ended::Fatal(changed_key(&seen)),
+            Err(_) if lock(&state.changed).is_some() => return AttemptEnd::Fatal(changed_key(&state)),
             Err(error) => {
                 let silent = *received.borrow() == 0;
                 return match (error, watch.text()) {
                     (russh::Error::Disconnect | russh::Error::HUP | russh::Error::IO(_), _) if silent => {
-                        failed(Setback::Closed, "the connection was closed before the server said anything".to_owned())
+                        failed(AttemptFailure::Closed, "the connection was closed before the server sent \
+                             anything".to_owned())
                     }
                     (error, _) if silent => {
-                        failed(Setback::Closed, format!("the connection failed before the server said anything: {error}"))
+                        failed(AttemptFailure::Closed, format!("the connection failed before the server sent \
+                             anything: {error}"))
                     }
-                    (_, Some(text)) => failed(Setback::Broke, format!("the server hung up, and said: {text}")),
+                    (_, Some(text)) => failed(AttemptFailure::Broke, format!("the server closed the \
+                         connection and sent: {text}")),
                     (error, None) => {
-                        failed(Setback::Broke, format!("the server answered, but the key exchange failed: {error}"))
+                        failed(AttemptFailure::Broke, format!("the server answered, but the key exchange \
+                             failed: {error}"))
                     }
                 };
             }
         },
         why = silence(received.clone(), &tries, number, end, "the key exchange") => return given_up_for(why),
     };
-    lock(&tries.pace).greeted();
-    tries.saw("the SSH server answered, but the login was not finished");
+    lock(&tries.pace).key_exchange_ended();
+    tries.observed("the SSH server answered, but the login did not complete");
     let mut count = 0;
     loop {
         let authenticating = authenticate(&mut handle, &login, &mut count);
@@ -180,33 +185,34 @@ pub(super) async fn attempt(
                 Ok(None) => break,
                 Ok(Some(methods)) => methods,
                 Err(error) => {
-                    return failed(Setback::Broke, format!("the connection broke during the login: {error}"));
+                    return failed(AttemptFailure::Broke, format!("the connection broke during the login: \
+                         {error}"));
                 }
             },
             why = silence(received.clone(), &tries, number, end, "the login") => return given_up_for(why),
         };
         {
-            let mut sight = lock(&tries.sight);
+            let mut observations = lock(&tries.observations);
             // A server that hangs up does not list its methods: those it listed before are kept.
-            if !refused.is_empty() || sight.refused.is_none() {
-                sight.refused = Some(refused);
+            if !refused.is_empty() || observations.refused.is_none() {
+                observations.refused = Some(refused);
             }
         }
         if count >= MAX_TRIES || handle.is_closed() {
-            return Ended::Failed(Setback::Refused);
+            return AttemptEnd::Failed(AttemptFailure::Refused);
         }
         let pause = lock(&tries.pace).refused(Instant::now());
         tokio::time::sleep(pause).await;
     }
-    if let Some(key) = lock(&seen.key).as_deref() {
+    if let Some(key) = lock(&state.key).as_deref() {
         login.pin.pin(key);
     }
-    Ended::LoggedIn(Box::new(Guest::new(handle, watch, seen, login.username.clone())))
+    AttemptEnd::LoggedIn(Box::new(Guest::new(handle, watch, state, login.username.clone())))
 }
 
 /// Completes when an attempt on which nothing arrived should end: its time is over, which is reported, or the server
 /// answers on another attempt.
-async fn given_up(tries: &Tries, number: u64, end: Instant) -> Option<String> {
+async fn given_up(tries: &Attempts, number: u64, end: Instant) -> Option<String> {
     loop {
         let changed = tries.changed.notified();
         if lock(&tries.pace).is_overtaken(number) {
@@ -215,7 +221,7 @@ async fn given_up(tries: &Tries, number: u64, end: Instant) -> Option<String> {
         tokio::select! {
             () = changed => {}
             () = tokio::time::sleep_until(end) => {
-                return Some("the connection was accepted, but the server said nothing".to_owned());
+                return Some("the connection was accepted, but the server sent nothing".to_owned());
             }
         }
     }
@@ -224,7 +230,7 @@ async fn given_up(tries: &Tries, number: u64, end: Instant) -> Option<String> {
 /// Completes when an attempt should end: nothing has arrived until `end`, or a stage takes longer than it may.
 async fn silence(
     mut received: watch::Receiver<u64>,
-    tries: &Tries,
+    tries: &Attempts,
     number: u64,
     end: Instant,
     stage: &str,
@@ -240,8 +246,8 @@ async fn silence(
     }
     let talk = async {
         loop {
-            tries.heard(number);
-            match timeout(STALLED, received.changed()).await {
+            tries.data_arrived(number);
+            match timeout(STALLED_AFTER, received.changed()).await {
                 Ok(Ok(())) => continue,
                 Ok(Err(_)) => {}
                 Err(_) => {
@@ -254,8 +260,8 @@ async fn silence(
             std::future::pending::<()>().await;
         }
     };
-    let _ = timeout(STAGE, talk).await;
-    Some(format!("the server answered, but {stage} did not end within {} s", STAGE.as_secs()))
+    let _ = timeout(STAGE_LIMIT, talk).await;
+    Some(format!("the server answered, but {stage} did not end within {} s", STAGE_LIMIT.as_secs()))
 }
 
 /// Tries all credentials once. Returns `None` if they were accepted, else the methods that the server would still
@@ -315,7 +321,7 @@ fn config() -> client::Config {
 
 /// What is known of a connection: shared between its handler, which the SSH library owns, and its guest.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub(super) struct ConnectionState {
     // The host key, in wire format.
     key: Mutex<Option<Vec<u8>>>,
     // The fingerprint of the host key, if it is not the pinned one.
@@ -324,14 +330,15 @@ pub(super) struct Seen {
     pub(super) ended: Mutex<Option<String>>,
 }
 
-fn changed_key(seen: &Seen) -> Error {
-    let fingerprint = lock(&seen.changed).clone().unwrap_or_default();
+fn changed_key(state: &ConnectionState) -> Error {
+    let fingerprint = lock(&state.changed).clone().unwrap_or_default();
     Error::new(
         ErrorKind::Protocol,
-        format!("expected the host key that the guest showed before, but found another ({fingerprint})"),
+        format!("expected the host key that the guest presented before, but found another ({fingerprint})"),
     )
     .with_help(
-        "did a step make new host keys, or does another machine answer? Make host keys before the first login, or not at all",
+        "generate host keys before the first login, or not at all; otherwise another machine may be \
+         answering",
     )
     .with_retryable(false)
 }
@@ -339,7 +346,7 @@ fn changed_key(seen: &Seen) -> Error {
 /// The client side of a connection.
 pub(super) struct Handler {
     pin: HostKeyPin,
-    seen: Arc<Seen>,
+    state: Arc<ConnectionState>,
 }
 
 impl client::Handler for Handler {
@@ -352,10 +359,10 @@ impl client::Handler for Handler {
         };
         let bytes = key.to_bytes()?;
         if !self.pin.allows(&bytes) {
-            *lock(&self.seen.changed) = Some(key.fingerprint(russh::keys::HashAlg::Sha256).to_string());
+            *lock(&self.state.changed) = Some(key.fingerprint(russh::keys::HashAlg::Sha256).to_string());
             return Ok(false);
         }
-        *lock(&self.seen.key) = Some(bytes);
+        *lock(&self.state.key) = Some(bytes);
         Ok(true)
     }
 
@@ -363,13 +370,13 @@ impl client::Handler for Handler {
         &mut self,
         reason: client::DisconnectReason<Self::Error>,
     ) -> Result<(), Self::Error> {
-        let (words, result) = match reason {
+        let (reason, result) = match reason {
             client::DisconnectReason::ReceivedDisconnect(info) => {
-                (format!("the server hung up: {}", info.message), Ok(()))
+                (format!("the server closed the connection: {}", info.message), Ok(()))
             }
             client::DisconnectReason::Error(error) => (error.to_string(), Err(error)),
         };
-        *lock(&self.seen.ended) = Some(words);
+        *lock(&self.state.ended) = Some(reason);
         result
     }
 }

@@ -22,7 +22,7 @@ impl ClosingChannels {
     }
 
     /// Waits until none is left, for not much longer than [`LIMIT`].
-    pub(super) async fn over(&self) {
+    pub(super) async fn all_closed(&self) {
         let mut count = self.0.subscribe();
         let _ = tokio::time::timeout(2 * LIMIT, count.wait_for(|count| *count == 0)).await;
     }

@@ -7,8 +7,8 @@
 use super::{
     exec::is_plain,
     power::{BOOT_IDENTITY, POWER_OFF},
-    script::{CLEAN_UP, Place, Script, clean_up_script},
-    upload::{as_root, create, place, remove},
+    script::{CLEAN_UP, RunDirectory, Script, clean_up_script},
+    upload::{as_root, create, remove, write_and_verify},
 };
 use std::collections::BTreeMap;
 
@@ -59,10 +59,10 @@ fn read_run(bootstrap: &str, bundle: &[u8]) -> Option<CoreScript> {
     let dir = bootstrap.strip_prefix("u=$(umask); umask 077; mkdir ")?.split(' ').next()?;
     let (parent, token) = dir.rsplit_once("/rudder-")?;
     let bundle = std::str::from_utf8(bundle).ok()?;
-    let mut place = Place::new(parent, token, false);
+    let mut directory = RunDirectory::new(parent, token, false);
     let hidden = bundle.strip_prefix(&format!("mkdir {dir}/")).and_then(|rest| rest.split(' ').next());
-    place.hidden = hidden.map(str::to_owned);
-    if place.bootstrap(bundle.len()) != bootstrap {
+    directory.hidden = hidden.map(str::to_owned);
+    if directory.bootstrap(bundle.len()) != bootstrap {
         return None;
     }
     // The number of the line at which the script begins.
@@ -85,10 +85,10 @@ fn read_run(bootstrap: &str, bundle: &[u8]) -> Option<CoreScript> {
     let execute_command = hidden.and_then(|_| {
         let (_, command) = prelude.split_once(&format!("cat >{dir}/command <<'END_{token}'\n"))?;
         let (command, _) = command.split_once(&format!("\nEND_{token}\n"))?;
-        Some(command.replace(&format!("{}/run", place.inner()), "{{.Command}}"))
+        Some(command.replace(&format!("{}/run", directory.inner()), "{{.Command}}"))
     });
     let script = Script::new(text).with_env(env).with_execute_command(execute_command);
-    (script.bundle(&place).ok()? == bundle).then_some(CoreScript::Run(script))
+    (script.bundle(&directory).ok()? == bundle).then_some(CoreScript::Run(script))
 }
 
 fn read_clean_up(script: &str) -> Option<CoreScript> {
@@ -102,23 +102,23 @@ fn read_create(script: &str) -> Option<CoreScript> {
 }
 
 fn read_write(script: &str) -> Option<CoreScript> {
-    let (source, path) = read_place(script)?;
+    let (source, path) = read_write_and_verify(script)?;
     (source == "cat").then_some(CoreScript::Write(path))
 }
 
 fn read_copy(script: &str) -> Option<CoreScript> {
     let (inner, _) = unquote(script.strip_prefix("sudo -n /bin/sh -c ")?)?;
-    let (source, to) = read_place(&inner)?;
+    let (source, to) = read_write_and_verify(&inner)?;
     let from = source.strip_prefix("cat ")?.to_owned();
     (as_root(&inner) == script).then_some(CoreScript::Copy { from, to })
 }
 
 /// Returns the command whose output is written, and the path of the file.
-fn read_place(script: &str) -> Option<(String, String)> {
+fn read_write_and_verify(script: &str) -> Option<(String, String)> {
     let (path, _) = unquote(script.strip_prefix("f=")?)?;
     let source = script.lines().rev().nth(1)?.split_once(" >\"$f\"")?.0;
     let size = script.rsplit_once(" -eq ")?.1.split(' ').next()?.parse().ok()?;
-    (place(source, &path, size) == script).then(|| (source.to_owned(), path))
+    (write_and_verify(source, &path, size) == script).then(|| (source.to_owned(), path))
 }
 
 fn read_remove(script: &str) -> Option<CoreScript> {
@@ -190,9 +190,9 @@ mod tests {
         fn scripts_with_any_path_are_recognised(
             path in "/[ -~é\n]{1,30}", directories in prop::collection::vec("/[ -~]{1,20}", 0..3), size: u64,
         ) {
-            let CoreScript::Write(read) = CoreScript::read(&place("cat", &path, size), b"").unwrap() else { panic!() };
+            let CoreScript::Write(read) = CoreScript::read(&write_and_verify("cat", &path, size), b"").unwrap() else { panic!() };
             prop_assert_eq!(&read, &path);
-            let copy = as_root(&place("cat /tmp/rudder-1", &path, size));
+            let copy = as_root(&write_and_verify("cat /tmp/rudder-1", &path, size));
             let CoreScript::Copy { from, to } = CoreScript::read(&copy, b"").unwrap() else { panic!() };
             prop_assert_eq!((from.as_str(), &to), ("/tmp/rudder-1", &path));
             let CoreScript::Remove(file, read) = CoreScript::read(&remove(&path, &directories), b"").unwrap() else { panic!() };
@@ -206,13 +206,13 @@ mod tests {
             execute_command in prop::option::of("[ -~]{0,10}\\{\\{\\.Command\\}\\}[ -~\n]{0,10}|export A='b'|sudo"),
         ) {
             let script = Script::new(text.as_str()).with_env(env.clone()).with_execute_command(execute_command.clone());
-            let place = Place::new("/var/tmp", "0123456789abcdef", execute_command.is_some());
-            let bundle = script.bundle(&place).unwrap();
-            let Some(CoreScript::Run(read)) = CoreScript::read(&place.bootstrap(bundle.len()), &bundle) else { panic!() };
+            let directory = RunDirectory::new("/var/tmp", "0123456789abcdef", execute_command.is_some());
+            let bundle = script.bundle(&directory).unwrap();
+            let Some(CoreScript::Run(read)) = CoreScript::read(&directory.bootstrap(bundle.len()), &bundle) else { panic!() };
             prop_assert_eq!(&*read.text, text);
             prop_assert_eq!((read.env, read.execute_command), (env, execute_command));
             // A truncated bundle is not recognised.
-            prop_assert!(CoreScript::read(&place.bootstrap(bundle.len()), &bundle[1..]).is_none());
+            prop_assert!(CoreScript::read(&directory.bootstrap(bundle.len()), &bundle[1..]).is_none());
         }
     }
 }

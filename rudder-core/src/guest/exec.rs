@@ -23,9 +23,9 @@ const STDERR: u32 = 1;
 /// 2024.86 closes a session at once when a process of another session ends between its opening and its request.
 const MAX_STARTS: usize = 8;
 /// How long a server may be silent after it closed a session, before it is considered gone.
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How long a login shell may take before it runs what was requested. One that waits for input never does.
-const BEGIN: Duration = Duration::from_secs(120);
+const BEGIN_LIMIT: Duration = Duration::from_secs(120);
 /// How much of the output of [`Guest::command`] is kept of each stream, in bytes.
 const MAX_KEPT: usize = 256 * 1024;
 
@@ -104,7 +104,7 @@ impl Guest {
     /// Opens a session and makes a request in it. Returns once the request has begun, or was not accepted.
     pub(super) async fn start(&self, what: &str, request: Request<'_>) -> Result<Start<'_>> {
         for _ in 0..MAX_STARTS {
-            self.shared.closing.over().await;
+            self.shared.closing.all_closed().await;
             let (mut reader, writer) = self.open_channel(what).await?.split();
             let open = OpenChannel { guest: self, writer: Some(writer) };
             let Some(writer) = &open.writer else { return Err(self.broken(what, None)) };
@@ -162,17 +162,19 @@ impl Guest {
                     "the guest's SSH server refused to run a command",
                 )
                 .with_help(
-                    "the user may be restricted to SFTP or to one command (sshd_config, ForceCommand)",
+                    "check whether the user is restricted to SFTP or to one command (sshd_config, \
+                     ForceCommand)",
                 ));
             }
             Start::Closed => {
                 return Err(Error::new(
                     ErrorKind::Protocol,
                     format!(
-                        "the guest's SSH server closed {MAX_STARTS} sessions one after the other before it ran anything in them"
+                        "the guest's SSH server closed {MAX_STARTS} consecutive sessions before it ran \
+                         anything in them"
                     ),
                 )
-                .with_help("look at the log of the guest's SSH server"));
+                .with_help("check the log of the guest's SSH server"));
             }
         };
         let Some(writer) = &open.writer else { return Err(self.broken(what, None)) };
@@ -212,14 +214,14 @@ impl Guest {
         let mut status = None;
         let mut last = None;
         let mut closed = false;
-        let begin = Instant::now() + BEGIN;
+        let begin = Instant::now() + BEGIN_LIMIT;
         loop {
             let message = match (first.take(), last) {
                 (Some(first), _) => Some(first),
                 (None, None) if stdout.0.has_begun() => reader.wait().await,
                 (None, None) => match tokio::time::timeout_at(begin, reader.wait()).await {
                     Ok(message) => message,
-                    Err(_) => return Err(self.not_begun(None, &[&stdout.0, &stderr.0])),
+                    Err(_) => return Err(self.not_begun_error(None, &[&stdout.0, &stderr.0])),
                 },
                 (None, Some(last)) => {
                     let until = (Instant::now() + GRACE).min(last);
@@ -266,20 +268,22 @@ impl Guest {
         let has_begun = stdout.0.has_begun();
         match stdout.0.status().or(status) {
             Some(status) if has_begun => Ok(status),
-            Some(status) => Err(self.not_begun(Some(&status), &[&stdout.0, &stderr.0])),
+            Some(status) => Err(self.not_begun_error(Some(&status), &[&stdout.0, &stderr.0])),
             None if closed && self.answers().await => Err(Error::new(
                 ErrorKind::Protocol,
                 format!(
-                    "the guest's SSH server closed the session while {what}, and did not say how it ended"
+                    "the guest's SSH server closed the session while {what}, and did not report how it ended"
                 ),
             )
-            .with_help("did the step stop the SSH server? Look at the log of the guest's SSH server")),
+            .with_help(
+                "check whether the step stopped the SSH server, and the log of the guest's SSH server",
+            )),
             None => Err(self.broken(what, None)),
         }
     }
 
     /// Returns the error of a login shell that did not run what was requested.
-    fn not_begun(&self, status: Option<&ExitStatus>, streams: &[&Cutter]) -> Error {
+    fn not_begun_error(&self, status: Option<&ExitStatus>, streams: &[&Cutter]) -> Error {
         let said: Vec<String> =
             streams.iter().map(|cutter| cutter.noise()).filter(|said| !said.is_empty()).collect();
         let said = if said.is_empty() {
@@ -289,7 +293,7 @@ impl Guest {
         };
         let ended = match status {
             Some(status) => format!("it ended with {status}"),
-            None => format!("it did not within {} s", BEGIN.as_secs()),
+            None => format!("it did not within {} s", BEGIN_LIMIT.as_secs()),
         };
         Error::new(
             ErrorKind::Protocol,
@@ -303,7 +307,7 @@ impl Guest {
 
     /// Whether the connection still works.
     async fn answers(&self) -> bool {
-        let ping = tokio::time::timeout(ANSWER, self.shared.handle.send_ping());
+        let ping = tokio::time::timeout(ANSWER_LIMIT, self.shared.handle.send_ping());
         !self.is_closed() && matches!(ping.await, Ok(Ok(())))
     }
 }

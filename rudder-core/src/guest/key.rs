@@ -31,12 +31,13 @@ impl BuildKey {
     /// (RSA) or SEC1.
     ///
     /// # Errors
-    /// `InvalidInput` when the text is not a private key, or is one that is protected by a password.
+    /// `InvalidInput` when the text is not a private key, or is one that is protected by a passphrase.
     pub fn import(text: &Secret) -> Result<Self> {
         let invalid = |what: &'static str| Error::new(ErrorKind::InvalidInput, what);
         let protected = || {
-            invalid("the SSH private key is protected by a password")
-                .with_help("give a key without one: `ssh-keygen -p -N '' -f COPY_OF_KEY` takes it off a copy")
+            invalid("the SSH private key is protected by a passphrase").with_help(
+                "use a key without a passphrase: `ssh-keygen -p -N '' -f COPY_OF_KEY` removes it from a copy",
+            )
         };
         let text = text.expose().replace("\r\n", "\n");
         let text = text.trim_start();
@@ -52,8 +53,8 @@ impl BuildKey {
             Err(russh::keys::Error::KeyIsEncrypted) => Err(protected()),
             // The cause is left out, since it may quote parts of the key.
             Err(_) => {
-                Err(invalid("expected an SSH private key in OpenSSH or PEM form, but could not read it")
-                    .with_help("check that the whole file was given, with its BEGIN and END lines"))
+                Err(invalid("expected an SSH private key in OpenSSH or PEM form, but it could not be parsed")
+                    .with_help("provide the whole file, including its BEGIN and END lines"))
             }
         }
     }
@@ -77,7 +78,7 @@ impl BuildKey {
         })?;
         let failed = |error: std::io::Error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => {
-                Error::new(ErrorKind::Conflict, format!("{} is there already", path.display()))
+                Error::new(ErrorKind::Conflict, format!("{} already exists", path.display()))
             }
             _ => Error::io(format_args!("write the build's key to {}", path.display()), error),
         };

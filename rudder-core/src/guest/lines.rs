@@ -9,7 +9,7 @@ use tokio::time::Instant;
 pub const MAX_LINE: usize = 8 * 1024;
 
 /// Interval between delivered states of a line that is redrawn with carriage returns.
-const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Splits one stream of output into lines.
 ///
@@ -120,7 +120,7 @@ impl Lines {
     }
 
     fn draw_over(&mut self, output: &mut dyn FnMut(OutputStream, &str)) {
-        let due = self.last_progress.is_none_or(|last| last.elapsed() >= PROGRESS_PAUSE);
+        let due = self.last_progress.is_none_or(|last| last.elapsed() >= PROGRESS_INTERVAL);
         if self.pieces || due && !self.text.is_empty() {
             output(self.stream, &self.text);
             self.last_progress = Some(Instant::now());

@@ -7,7 +7,7 @@
 
 use super::{
     BuildKey, Guest,
-    attempt::{Ended, Tries, attempt, lock},
+    attempt::{AttemptEnd, Attempts, attempt, lock},
     pace::Pace,
 };
 use crate::{
@@ -115,15 +115,15 @@ impl Login {
     pub async fn connect(&self, endpoint: &Endpoint, timeout: Duration) -> Result<Guest> {
         crate::runtime::check()?;
         let start = Instant::now();
-        let tries = Arc::new(Tries::new(Pace::new(start)));
+        let tries = Arc::new(Attempts::new(Pace::new(start)));
         match tokio::time::timeout(timeout, self.keep_trying(endpoint, &tries)).await {
             Ok(result) => result,
             Err(_) => Err(tries.error(&self.username, self.password.is_some(), start.elapsed())),
         }
     }
 
-    async fn keep_trying(&self, endpoint: &Endpoint, tries: &Arc<Tries>) -> Result<Guest> {
-        let mut attempts: FuturesUnordered<BoxFuture<'static, (u64, Ended)>> = FuturesUnordered::new();
+    async fn keep_trying(&self, endpoint: &Endpoint, tries: &Arc<Attempts>) -> Result<Guest> {
+        let mut attempts: FuturesUnordered<BoxFuture<'static, (u64, AttemptEnd)>> = FuturesUnordered::new();
         loop {
             let changed = tries.changed.notified();
             let next = lock(&tries.pace).next(Instant::now());
@@ -142,9 +142,9 @@ impl Login {
                     }));
                 }
                 Some((number, ended)) = attempts.next() => match ended {
-                    Ended::LoggedIn(guest) => return Ok(*guest),
-                    Ended::Fatal(error) => return Err(error),
-                    Ended::Failed(setback) => tries.end(number, setback),
+                    AttemptEnd::LoggedIn(guest) => return Ok(*guest),
+                    AttemptEnd::Fatal(error) => return Err(error),
+                    AttemptEnd::Failed(failure) => tries.end(number, failure),
                 },
                 // The time of the next attempt may have changed.
                 () = changed => {}

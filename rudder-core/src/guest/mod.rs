@@ -35,7 +35,7 @@ pub use upload::Content;
 pub(crate) use upload::{DENIED, IS_DIRECTORY, NOT_WRITTEN};
 
 use crate::{Error, ErrorKind};
-use attempt::{Handler, Seen};
+use attempt::{ConnectionState, Handler};
 use channel_close::ClosingChannels;
 use cuttable_stream::StreamWatch;
 use russh::client::Handle;
@@ -54,7 +54,7 @@ pub struct Guest {
 
 struct Shared {
     handle: Handle<Handler>,
-    seen: Arc<Seen>,
+    state: Arc<ConnectionState>,
     user: String,
     cleanups: TaskTracker,
     closing: ClosingChannels,
@@ -63,11 +63,11 @@ struct Shared {
 }
 
 impl Guest {
-    fn new(handle: Handle<Handler>, watch: StreamWatch, seen: Arc<Seen>, user: String) -> Self {
+    fn new(handle: Handle<Handler>, watch: StreamWatch, state: Arc<ConnectionState>, user: String) -> Self {
         Self {
             shared: Arc::new(Shared {
                 handle,
-                seen,
+                state,
                 user,
                 cleanups: TaskTracker::new(),
                 closing: ClosingChannels::default(),
@@ -90,7 +90,7 @@ impl Guest {
 
     /// Waits until the connection is gone. Checks every second whether the guest still answers; without an answer for
     /// `patience`, the connection is considered gone.
-    pub async fn gone(&self, patience: Duration) {
+    pub async fn closed(&self, patience: Duration) {
         loop {
             let closed = async {
                 while !self.is_closed() {
@@ -131,8 +131,8 @@ impl Guest {
 
     /// Returns the error of a connection that broke during `what`.
     fn broken(&self, what: &str, cause: Option<russh::Error>) -> Error {
-        let seen = self.shared.seen.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let why = seen
+        let ended = self.shared.state.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let why = ended
             .or_else(|| cause.map(|cause| cause.to_string()))
             .unwrap_or_else(|| "the connection was closed".to_owned());
         Error::new(
@@ -140,7 +140,8 @@ impl Guest {
             format!("the connection to the guest broke while {what}: {why}"),
         )
         .with_help(
-            "did the step restart the guest, its network or its SSH server? Use a `reboot` step for restarts",
+            "check whether the step restarted the guest, its network or its SSH server; use a `reboot` step \
+             for restarts",
         )
     }
 }

@@ -18,13 +18,13 @@ const MAX_UNAUTHENTICATED: usize = 6;
 const BURST: u64 = 4;
 /// How long one attempt, the oldest, may wait for its first byte; OpenSSH itself hangs up after that time (sshd_config,
 /// `LoginGraceTime`).
-const PATIENT: Duration = Duration::from_secs(120);
+const FIRST_BYTE_LIMIT: Duration = Duration::from_secs(120);
 /// The pause before another attempt beside one that the guest may still be working on.
-const COMPANY: Duration = Duration::from_secs(20);
+const CONCURRENT_PAUSE: Duration = Duration::from_secs(20);
 
 /// Why an attempt ended without a login.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Setback {
+pub(super) enum AttemptFailure {
     /// No connection, or one that was closed before the server sent anything: no process listens yet.
     Closed,
     /// The attempt was given up here.
@@ -46,19 +46,19 @@ pub(super) struct Pace {
     open: usize,
     /// Until when attempts that were given up may still occupy the guest.
     given_up: VecDeque<Instant>,
-    patient: Option<u64>,
+    oldest: Option<u64>,
     /// The attempt on which the server is answering.
-    speaker: Option<u64>,
+    answering: Option<u64>,
     /// Attempts on which the server answered, and then fell silent.
     stalled: BTreeSet<u64>,
-    last_heard: Option<Instant>,
+    last_data: Option<Instant>,
     breaking_since: Option<Instant>,
     refused_since: Option<Instant>,
 }
 
 /// Returns a pause proportional to the time waited so far.
-fn share(waited: Duration, share: u32, least: Duration, most: Duration) -> Duration {
-    (waited / share).clamp(least, most)
+fn proportional(waited: Duration, divisor: u32, lower: Duration, upper: Duration) -> Duration {
+    (waited / divisor).clamp(lower, upper)
 }
 
 const fn millis(millis: u64) -> Duration {
@@ -74,10 +74,10 @@ impl Pace {
             attempts: 0,
             open: 0,
             given_up: VecDeque::new(),
-            patient: None,
-            speaker: None,
+            oldest: None,
+            answering: None,
             stalled: BTreeSet::new(),
-            last_heard: None,
+            last_data: None,
             breaking_since: None,
             refused_since: None,
         }
@@ -90,7 +90,7 @@ impl Pace {
 
     /// Returns when the next attempt may begin; `None` if not before something changes.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
-        if self.speaker.is_some() || self.open >= MAX_UNAUTHENTICATED {
+        if self.answering.is_some() || self.open >= MAX_UNAUTHENTICATED {
             return None;
         }
         let mut lingering = self.given_up.iter().copied().filter(|end| *end > now);
@@ -107,88 +107,88 @@ impl Pace {
         self.given_up.retain(|end| *end > now);
         let patience = self.patience(now);
         let pause = match self.attempts {
-            _ if !self.stalled.is_empty() => COMPANY,
+            _ if !self.stalled.is_empty() => CONCURRENT_PAUSE,
             ..=BURST => millis(500),
             // As often as there is capacity for another, so that attempts are evenly spaced.
             _ => (patience + self.linger(now)) / MAX_UNAUTHENTICATED as u32,
         };
         self.not_before = now + pause;
-        if self.patient.is_none() {
-            self.patient = Some(self.attempts);
-            return (self.attempts, PATIENT);
+        if self.oldest.is_none() {
+            self.oldest = Some(self.attempts);
+            return (self.attempts, FIRST_BYTE_LIMIT);
         }
         (self.attempts, patience)
     }
 
     /// Returns how long an attempt may wait for its first byte: a guest that is slow to boot is slow to answer.
     fn patience(&self, now: Instant) -> Duration {
-        share(now - self.start, 2, millis(5000), millis(60_000))
+        proportional(now - self.start, 2, millis(5000), millis(60_000))
     }
 
     /// Returns how long the guest may take to notice that an attempt was given up.
     fn linger(&self, now: Instant) -> Duration {
-        share(now - self.start, 4, millis(2000), millis(20_000))
+        proportional(now - self.start, 4, millis(2000), millis(20_000))
     }
 
     /// Records that data arrived on this attempt.
-    pub(super) fn heard(&mut self, number: u64, now: Instant) {
+    pub(super) fn data_arrived(&mut self, number: u64, now: Instant) {
         self.stalled.remove(&number);
-        self.speaker.get_or_insert(number);
-        self.last_heard = Some(now);
+        self.answering.get_or_insert(number);
+        self.last_data = Some(now);
     }
 
     /// Records that nothing arrived on this attempt for a while: the guest may have restarted, so others may be tried
     /// beside it.
     pub(super) fn stalls(&mut self, number: u64) {
-        if self.speaker == Some(number) {
-            self.speaker = None;
+        if self.answering == Some(number) {
+            self.answering = None;
         }
         self.stalled.insert(number);
     }
 
     /// Whether the server is answering on another attempt than this.
     pub(super) fn is_overtaken(&self, number: u64) -> bool {
-        self.speaker.is_some_and(|speaker| speaker != number)
+        self.answering.is_some_and(|answering| answering != number)
     }
 
     /// Records that the key exchange of an attempt has ended.
-    pub(super) fn greeted(&mut self) {
+    pub(super) fn key_exchange_ended(&mut self) {
         self.breaking_since = None;
     }
 
     /// Returns how long to wait after credentials were refused.
     pub(super) fn refused(&mut self, now: Instant) -> Duration {
         let since = *self.refused_since.get_or_insert(now);
-        share(now - since, 4, millis(1000), millis(20_000))
+        proportional(now - since, 4, millis(1000), millis(20_000))
     }
 
     /// Records that an attempt ended without a login.
-    pub(super) fn end(&mut self, number: u64, setback: Setback, now: Instant) {
+    pub(super) fn end(&mut self, number: u64, failure: AttemptFailure, now: Instant) {
         self.open -= 1;
         self.stalled.remove(&number);
-        if self.speaker == Some(number) {
-            self.speaker = None;
+        if self.answering == Some(number) {
+            self.answering = None;
         }
-        if self.patient == Some(number) {
-            self.patient = None;
+        if self.oldest == Some(number) {
+            self.oldest = None;
         }
-        match setback {
-            Setback::Closed => {
-                let pause = match self.last_heard {
+        match failure {
+            AttemptFailure::Closed => {
+                let pause = match self.last_data {
                     // The guest is booting: the usual case, which must not cost time.
-                    None => share(now - self.start, 100, millis(100), millis(1000)),
+                    None => proportional(now - self.start, 100, millis(100), millis(1000)),
                     // The guest is restarting, or refuses connections for a while.
-                    Some(heard) => share(now - heard, 20, millis(100), millis(5000)),
+                    Some(last) => proportional(now - last, 20, millis(100), millis(5000)),
                 };
                 self.not_before = self.not_before.min(now + pause);
             }
-            Setback::GivenUp => self.given_up.push_back(now + self.linger(now)),
-            Setback::Broke => {
+            AttemptFailure::GivenUp => self.given_up.push_back(now + self.linger(now)),
+            AttemptFailure::Broke => {
                 let since = *self.breaking_since.get_or_insert(now);
-                let pause = share(now - since, 4, millis(1000), millis(20_000));
+                let pause = proportional(now - since, 4, millis(1000), millis(20_000));
                 self.held_until = self.held_until.max(now + pause);
             }
-            Setback::Refused => {
+            AttemptFailure::Refused => {
                 let pause = self.refused(now);
                 self.held_until = self.held_until.max(now + pause);
             }
@@ -202,7 +202,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// Returns how many attempts there are in this many seconds, if all end in one way after a while.
-    fn attempts(setback: Setback, takes: Duration, seconds: u64) -> u64 {
+    fn attempts(failure: AttemptFailure, takes: Duration, seconds: u64) -> u64 {
         let start = Instant::now();
         let (mut pace, mut now) = (Pace::new(start), start);
         while let Some(next) = pace.next(now)
@@ -211,27 +211,27 @@ mod tests {
             now = next;
             let (number, _) = pace.begin(now);
             now += takes;
-            if setback != Setback::Closed {
-                pace.heard(number, now);
+            if failure != AttemptFailure::Closed {
+                pace.data_arrived(number, now);
             }
-            pace.end(number, setback, now);
+            pace.end(number, failure, now);
         }
         pace.attempts()
     }
 
     #[test]
-    fn attempts_are_few_where_the_guest_pays_for_them() {
+    fn attempts_are_few_if_each_costs_the_guest_a_process() {
         let moment = millis(1);
-        assert!((15..30).contains(&attempts(Setback::Broke, moment, 300)));
-        assert!((15..30).contains(&attempts(Setback::Refused, moment, 300)));
-        let closed = attempts(Setback::Closed, moment, 30);
+        assert!((15..30).contains(&attempts(AttemptFailure::Broke, moment, 300)));
+        assert!((15..30).contains(&attempts(AttemptFailure::Refused, moment, 300)));
+        let closed = attempts(AttemptFailure::Closed, moment, 30);
         assert!(closed > 150, "a port that refuses is tried often: {closed} times");
     }
 
     proptest! {
         /// Whatever happens, and in whatever order.
         #[test]
-        fn a_guest_never_has_many_connections_without_a_login(
+        fn a_guest_never_has_many_unauthenticated_connections(
             steps in prop::collection::vec((0u64..4000, 0usize..8, 0u8..6), 1..400),
         ) {
             let start = Instant::now();
@@ -249,14 +249,14 @@ mod tests {
                 let place = which % open.len();
                 let number = open[place];
                 match what {
-                    0 => pace.heard(number, now),
+                    0 => pace.data_arrived(number, now),
                     1 => pace.stalls(number),
                     what => {
                         open.remove(place);
-                        let setback = [Setback::Closed, Setback::GivenUp, Setback::Broke, Setback::Refused];
-                        let setback = setback[usize::from(what - 2)];
-                        if setback == Setback::GivenUp { given_up.push(now) }
-                        pace.end(number, setback, now);
+                        let failure = [AttemptFailure::Closed, AttemptFailure::GivenUp, AttemptFailure::Broke, AttemptFailure::Refused];
+                        let failure = failure[usize::from(what - 2)];
+                        if failure == AttemptFailure::GivenUp { given_up.push(now) }
+                        pace.end(number, failure, now);
                     }
                 }
                 // Progress is always possible: an attempt is open, or the next one has a time.

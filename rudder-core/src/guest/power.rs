@@ -33,7 +33,7 @@ impl Guest {
         }
         Err(Error::new(
             ErrorKind::Unsupported,
-            format!("expected the guest to say which boot this is, but it could not: {}", output.text()),
+            format!("expected the guest to report its boot identity, but it could not: {}", output.text()),
         ))
     }
 
@@ -44,8 +44,8 @@ impl Guest {
     /// `StepFailed` when no way of doing it worked; the message contains the guest's output.
     pub async fn power_off(&self) -> Result<()> {
         // A guest on its way down may neither answer nor hang up.
-        let told = tokio::time::timeout(Duration::from_secs(10), self.command(POWER_OFF)).await;
-        match told {
+        let output = tokio::time::timeout(Duration::from_secs(10), self.command(POWER_OFF)).await;
+        match output {
             Err(_) => Ok(()),
             Ok(Ok(CommandOutput { status, .. })) if status.success() => Ok(()),
             Ok(Ok(output)) => {
@@ -54,7 +54,7 @@ impl Guest {
                 }
                 Err(Error::new(
                     ErrorKind::StepFailed,
-                    format!("the guest cannot be switched off by user {:?}: {}", self.user(), output.text()),
+                    format!("the guest cannot be powered off by user {:?}: {}", self.user(), output.text()),
                 )
                 .with_help("let the user run `sudo -n poweroff`, or log in as root"))
             }
@@ -69,6 +69,6 @@ impl Guest {
     /// the guest stay up.
     async fn went_down(&self) -> bool {
         let limit = Duration::from_secs(2);
-        tokio::time::timeout(limit, self.gone(limit)).await.is_ok()
+        tokio::time::timeout(limit, self.closed(limit)).await.is_ok()
     }
 }

@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, fmt::Write as _, sync::Arc, time::Duration};
 
 /// Parents for a private directory, tried in this order: a file system may be read-only, full, or mounted `noexec`. The
 /// user's home is tried last.
-const PLACES: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
+const PARENTS: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 
 /// A script and how it is run. `Debug` shows neither the text nor the values of the environment.
 #[derive(Clone)]
@@ -61,7 +61,7 @@ impl Script {
     }
 
     /// Returns what is sent: shell lines, followed by the script.
-    pub(super) fn bundle(&self, place: &Place) -> Result<Bytes> {
+    pub(super) fn bundle(&self, directory: &RunDirectory) -> Result<Bytes> {
         let text = self.unix_text();
         let mut exports = String::new();
         for (name, value) in &self.env {
@@ -86,7 +86,7 @@ impl Script {
             }
             let _ = writeln!(exports, "export {name}={}", single_quote(value));
         }
-        let (dir, inner, marker) = (&place.dir, place.inner(), &place.marker);
+        let (dir, inner, marker) = (&directory.dir, directory.inner(), &directory.marker);
         let (script, pid) = (format!("{inner}/script"), format!("{dir}/pid"));
         // Whatever the script's environment must not affect (through PATH, for instance) is looked up before the
         // environment is exported.
@@ -107,7 +107,7 @@ impl Script {
             Some(command) => {
                 let command = command.replace("{{ .Command }}", "{{.Command}}");
                 let command = command.replace("{{.Command}}", &format!("{inner}/run"));
-                let end = format!("END_{}", place.token);
+                let end = format!("END_{}", directory.token);
                 format!(
                     "{{\ncat >{inner}/run <<'{end}'\n#!/bin/sh\n{shell}s=$(command -v \"$s\")\n{exports}{run} \"$@\"\n{end}\n\
                      }} || {failed}\n\
@@ -143,7 +143,7 @@ impl Script {
 }
 
 /// The private directory of a run.
-pub(super) struct Place {
+pub(super) struct RunDirectory {
     token: String,
     dir: String,
     // With an execute command: an inner directory whose name other users cannot list.
@@ -152,7 +152,7 @@ pub(super) struct Place {
     marker: String,
 }
 
-impl Place {
+impl RunDirectory {
     pub(super) fn new(parent: &str, token: &str, hidden: bool) -> Self {
         Self {
             token: token.to_owned(),
@@ -219,12 +219,12 @@ rm -rf "$d" 2>/dev/null
 "#;
 
 /// Ends a run and removes its directory when dropped before it was finished.
-struct Leftover {
+struct CleanUpOnDrop {
     guest: Guest,
     dir: Option<String>,
 }
 
-impl Leftover {
+impl CleanUpOnDrop {
     async fn remove(mut self) {
         if let Some(dir) = self.dir.take() {
             clean_up(self.guest.clone(), dir, "leave").await;
@@ -232,7 +232,7 @@ impl Leftover {
     }
 }
 
-impl Drop for Leftover {
+impl Drop for CleanUpOnDrop {
     fn drop(&mut self) {
         if let Some(dir) = self.dir.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
@@ -277,8 +277,8 @@ impl Guest {
     ) -> Result<ExitStatus> {
         let token = format!("{:016x}", rand::random::<u64>());
         let mut why = Vec::new();
-        for place in PLACES {
-            if let Some(status) = self.run_in(place, &token, script, &mut output, &mut why).await? {
+        for parent in PARENTS {
+            if let Some(status) = self.run_in(parent, &token, script, &mut output, &mut why).await? {
                 return Ok(status);
             }
         }
@@ -293,10 +293,13 @@ impl Guest {
         }
         Err(Error::new(
             ErrorKind::StepFailed,
-            format!("the guest has no directory where user {:?} can put a script and run it", self.user()),
+            format!("the guest has no directory in which user {:?} can create and run a script", self.user()),
         )
         .with_source(Error::new(ErrorKind::StepFailed, why.join("; ")))
-        .with_help("is its disk full, or are /tmp, /var/tmp and the home read-only or mounted noexec?"))
+        .with_help(
+            "check whether its disk is full, or whether /tmp, /var/tmp and the home directory are \
+             read-only or mounted noexec",
+        ))
     }
 
     /// Runs a script in a directory below `parent`. Returns `None` if that cannot be used, with the reason in `why`.
@@ -308,19 +311,19 @@ impl Guest {
         output: &mut (impl FnMut(OutputStream, &str) + Send),
         why: &mut Vec<String>,
     ) -> Result<Option<ExitStatus>> {
-        let place = Place::new(parent, token, script.execute_command.is_some());
-        let bundle = script.bundle(&place)?;
-        let bootstrap = place.bootstrap(bundle.len());
-        let leftover = Leftover { guest: self.clone(), dir: Some(place.dir.clone()) };
+        let directory = RunDirectory::new(parent, token, script.execute_command.is_some());
+        let bundle = script.bundle(&directory)?;
+        let bootstrap = directory.bootstrap(bundle.len());
+        let clean_up_on_drop = CleanUpOnDrop { guest: self.clone(), dir: Some(directory.dir.clone()) };
         let mut ours = None;
         // Until the bundle is complete, output is about the directory; afterwards it is the script's.
         let mut said = Vec::new();
-        let prefix = format!("{}: ", place.marker);
+        let prefix = format!("{}: ", directory.marker);
         let status = self
             .shell("a script ran", &bootstrap, bundle, &mut |stream, text| {
                 if let Some(message) = text.strip_prefix(&prefix) {
                     ours = Some(message.to_owned());
-                } else if stream == OutputStream::Stderr && text.contains(&place.dir) && ours.is_none() {
+                } else if stream == OutputStream::Stderr && text.contains(&directory.dir) && ours.is_none() {
                     // This may be the reason why the directory cannot be used. It is passed on in case it is the
                     // script's own output.
                     said.push(text.to_owned());
@@ -332,16 +335,16 @@ impl Guest {
             .await?;
         match ours.as_deref() {
             None => {
-                leftover.remove().await;
+                clean_up_on_drop.remove().await;
                 Ok(Some(status))
             }
             Some("cut") => Err(Error::new(
                 ErrorKind::StepFailed,
                 format!("the script could not be written to {parent} in the guest: {}", said.join("; ")),
             )
-            .with_help("is its disk full?")),
+            .with_help("check whether its disk is full")),
             Some(_) => {
-                leftover.remove().await;
+                clean_up_on_drop.remove().await;
                 why.push(if said.is_empty() { format!("{parent} cannot be used") } else { said.join("; ") });
                 Ok(None)
             }

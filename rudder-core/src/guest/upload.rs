@@ -26,7 +26,7 @@ const CHUNK: usize = 32 * 1024;
 const IN_FLIGHT: usize = 64;
 
 /// How long removing the remains of a failed upload may take.
-const TIDY: Duration = Duration::from_secs(10);
+const REMOVE_LIMIT: Duration = Duration::from_secs(10);
 /// Exit codes of scripts that write a file, after sysexits.h: the destination is a directory; it cannot be written; the
 /// user lacks permission.
 pub(crate) const IS_DIRECTORY: u32 = 73;
@@ -89,34 +89,39 @@ impl Guest {
         };
         if uploaded.is_err() && !self.is_closed() {
             // An incomplete file is removed before anyone can see it.
-            self.settle(TIDY).await;
+            self.settle(REMOVE_LIMIT).await;
         }
         uploaded.map_err(|error| error.with_context("file", destination))
     }
 
-    async fn upload_over(&self, way: &impl Way, content: Content<'_>, destination: &str) -> Result<()> {
-        match way.put(content, destination).await {
+    async fn upload_over(
+        &self,
+        method: &impl WriteMethod,
+        content: Content<'_>,
+        destination: &str,
+    ) -> Result<()> {
+        match method.put(content, destination).await {
             Ok(()) => return Ok(()),
             Err(Refusal::Failed(error)) => return Err(error),
             Err(Refusal::Denied) => {}
         }
-        let (leftover, temporary) = self.temporary().await?;
-        match way.put(content, &temporary).await {
+        let (remains, temporary) = self.temporary().await?;
+        match method.put(content, &temporary).await {
             Ok(()) => {}
             Err(Refusal::Failed(error)) => return Err(error),
             Err(Refusal::Denied) => return Err(failed(format!("the guest refused to write {temporary}"))),
         }
         // `cat` keeps owner and mode of an existing file, and follows links as SFTP does.
         let size = content.open().await?.1;
-        let script = place(&format!("cat {temporary}"), destination, size);
+        let script = write_and_verify(&format!("cat {temporary}"), destination, size);
         let placed = self.command(&as_root(&script)).await?;
-        leftover.remove().await;
+        remains.remove().await;
         match placed.status {
             ExitStatus::Code(0) => Ok(()),
             ExitStatus::Code(IS_DIRECTORY) => Err(is_directory(destination)),
             ExitStatus::Code(NOT_WRITTEN) => Err(not_written(destination, size, &placed)),
             _ => Err(failed(format!(
-                "user {:?} may not write {destination}, and sudo could not either: {}",
+                "user {:?} cannot write {destination}, and neither can sudo: {}",
                 self.user(),
                 placed.text()
             ))
@@ -126,19 +131,19 @@ impl Guest {
 
     /// Makes a file that only its owner can read, in a directory that the user may write to. Its name is chosen here,
     /// so that nothing has to be read to know it.
-    async fn temporary(&self) -> Result<(Leftover, String)> {
+    async fn temporary(&self) -> Result<(RemoveOnDrop, String)> {
         let mut why = String::new();
         for directory in ["/tmp", "/var/tmp"] {
             let path = format!("{directory}/rudder-{:016x}", rand::random::<u64>());
-            let leftover = Leftover::new(self, &path, Vec::new());
+            let remains = RemoveOnDrop::new(self, &path, Vec::new());
             // Fails if the file exists.
             let made = self.command(&create(&path)).await?;
             if made.status.success() {
-                return Ok((leftover, path));
+                return Ok((remains, path));
             }
             why = made.text();
         }
-        Err(failed(format!("the guest has no room for a temporary file: {why}")))
+        Err(failed(format!("the guest has no space for a temporary file: {why}")))
     }
 
     /// Starts an SFTP session; `None` when the server has no SFTP.
@@ -228,7 +233,7 @@ impl Greeting {
 }
 
 /// A way to write a file as the user.
-trait Way {
+trait WriteMethod {
     async fn put(&self, content: Content<'_>, path: &str) -> Result<(), Refusal>;
 }
 
@@ -285,7 +290,7 @@ impl Sftp<'_> {
     }
 
     /// Makes the parent directories of a file. Returns those that it made, the innermost first.
-    async fn make_parents(&self, path: &str) -> Result<Vec<String>, Refusal> {
+    async fn create_parents(&self, path: &str) -> Result<Vec<String>, Refusal> {
         let mut missing = Vec::new();
         let mut next = parent(path);
         while next != "/" {
@@ -295,19 +300,19 @@ impl Sftp<'_> {
                     missing.push(next);
                     next = parent(next);
                 }
-                Err(error) => return Err(self.refusal(&format!("look at {next}"), error)),
+                Err(error) => return Err(self.refusal(&format!("check {next}"), error)),
             }
         }
         for directory in missing.iter().rev() {
             if let Err(error) = self.session.mkdir(*directory, FileAttributes::empty()).await {
-                return Err(self.refusal(&format!("make the directory {directory}"), error));
+                return Err(self.refusal(&format!("create the directory {directory}"), error));
             }
         }
         Ok(missing.into_iter().map(str::to_owned).collect())
     }
 }
 
-impl Way for Sftp<'_> {
+impl WriteMethod for Sftp<'_> {
     async fn put(&self, content: Content<'_>, path: &str) -> Result<(), Refusal> {
         let what = format!("write {path}");
         // Whatever exists there belongs to someone else, including a dangling link.
@@ -319,18 +324,18 @@ impl Way for Sftp<'_> {
                 Err(SftpError::Status(status)) if status.status_code == StatusCode::NoSuchFile
             ),
         };
-        let mut leftover = None;
+        let mut remains = None;
         let opened = match self.open(path).await {
             Err(SftpError::Status(status)) if status.status_code == StatusCode::NoSuchFile => {
-                let made = self.make_parents(path).await?;
-                leftover = Some(Leftover::new(self.guest, path, made));
+                let made = self.create_parents(path).await?;
+                remains = Some(RemoveOnDrop::new(self.guest, path, made));
                 self.open(path).await
             }
             opened => opened,
         };
         let handle = opened.map_err(|error| self.refusal(&what, error))?;
-        if is_new && leftover.is_none() {
-            leftover = Some(Leftover::new(self.guest, path, Vec::new()));
+        if is_new && remains.is_none() {
+            remains = Some(RemoveOnDrop::new(self.guest, path, Vec::new()));
         }
         let (mut reader, size) = content.open().await?;
         let mut writes = FuturesUnordered::new();
@@ -363,7 +368,7 @@ impl Way for Sftp<'_> {
         let attrs = self.session.fstat(handle.clone()).await.map_err(|error| self.refusal(&what, error))?;
         self.session.close(handle).await.map_err(|error| self.refusal(&what, error))?;
         verify(path, size.max(offset), attrs.attrs.size)?;
-        leftover.into_iter().for_each(Leftover::keep);
+        remains.into_iter().for_each(RemoveOnDrop::keep);
         Ok(())
     }
 }
@@ -372,12 +377,12 @@ struct Cat<'a> {
     guest: &'a Guest,
 }
 
-impl Way for Cat<'_> {
+impl WriteMethod for Cat<'_> {
     async fn put(&self, content: Content<'_>, path: &str) -> Result<(), Refusal> {
         let (mut reader, size) = content.open().await?;
         let mut bytes = Vec::new();
         reader.read_to_end(&mut bytes).await.map_err(|error| Error::io("read the file to upload", error))?;
-        let script = place("cat", path, size);
+        let script = write_and_verify("cat", path, size);
         let output = self.guest.command_with_input(&script, Bytes::from(bytes)).await?;
         match output.status {
             ExitStatus::Code(0) => Ok(()),
@@ -390,7 +395,7 @@ impl Way for Cat<'_> {
 
 /// Returns a script that writes the output of `source` to a file, makes its parent directories, and checks the size. If
 /// it fails, it removes what it made.
-pub(super) fn place(source: &str, path: &str, size: u64) -> String {
+pub(super) fn write_and_verify(source: &str, path: &str, size: u64) -> String {
     let (file, directory) = (quote(path), quote(parent(path)));
     format!(
         r#"f={file}; d={directory}
@@ -425,12 +430,12 @@ pub(super) fn as_root(script: &str) -> String {
 }
 
 /// What is removed from the guest unless kept: a file, and the directories that were made for it.
-struct Leftover {
+struct RemoveOnDrop {
     guest: Guest,
     remove: Option<String>,
 }
 
-impl Leftover {
+impl RemoveOnDrop {
     fn new(guest: &Guest, path: &str, directories: Vec<String>) -> Self {
         Self { guest: guest.clone(), remove: Some(remove(path, &directories)) }
     }
@@ -446,7 +451,7 @@ impl Leftover {
     }
 }
 
-impl Drop for Leftover {
+impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
         if let Some(remove) = self.remove.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
@@ -462,7 +467,7 @@ impl Drop for Leftover {
 
 fn not_written(path: &str, size: u64, output: &CommandOutput) -> Error {
     failed(format!("the guest could not write {size} bytes to {path}: {}", output.text()))
-        .with_help("is the guest's disk full?")
+        .with_help("check whether the guest's disk is full")
 }
 
 fn verify(path: &str, expected: u64, found: Option<u64>) -> Result<()> {
@@ -471,7 +476,7 @@ fn verify(path: &str, expected: u64, found: Option<u64>) -> Result<()> {
     }
     let found = found.map_or(Cow::Borrowed("no size"), |found| format!("{found} bytes").into());
     Err(failed(format!("expected {expected} bytes in {path} after the upload, but found {found}"))
-        .with_help("is the guest's disk full?"))
+        .with_help("check whether the guest's disk is full"))
 }
 
 fn failed(message: String) -> Error {
@@ -479,8 +484,8 @@ fn failed(message: String) -> Error {
 }
 
 fn is_directory(path: &str) -> Error {
-    failed(format!("expected {path} to be a file or nothing, but found a directory"))
-        .with_help("give the whole path of the file as `destination`")
+    failed(format!("expected a file or nothing at {path}, but found a directory"))
+        .with_help("set `destination` to the full path of the file")
 }
 
 fn parent(path: &str) -> &str {

@@ -91,7 +91,7 @@ pub fn seed(instance_id: &str, hostname: &str, login: &SeedLogin, config: &Plann
         files.push(("network-config", network.as_bytes()));
     }
     let image = medium(&files).map_err(|error| {
-        Error::new(ErrorKind::Internal, "cannot make the medium of the seed").with_source(error)
+        Error::new(ErrorKind::Internal, "cannot create the medium of the seed").with_source(error)
     })?;
     Ok(Seed::new(meta_data, user_data, network_config, image))
 }
@@ -106,7 +106,7 @@ fn plain(text: &str) -> String {
 
 /// How Rudder's own part adds the key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum KeySetup {
     /// Sets `disable_root: false`.
     Root,
     /// Defines `users` with the distribution's default user and this one.
@@ -119,36 +119,36 @@ enum Way {
     Script,
 }
 
-fn way(username: &str, authors: Option<&str>) -> Way {
+fn key_setup(username: &str, authors: Option<&str>) -> KeySetup {
     if username == "root" {
-        return Way::Root;
+        return KeySetup::Root;
     }
-    let Some(text) = authors else { return Way::NewList };
+    let Some(text) = authors else { return KeySetup::NewList };
     if text.starts_with("#!") || text.starts_with("#cloud-boothook") {
-        return Way::NewList;
+        return KeySetup::NewList;
     }
     let is_config = text
         .strip_prefix("#cloud-config")
         .is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace));
     if !is_config || is_mime(text) {
-        return Way::Script;
+        return KeySetup::Script;
     }
     let users = match serde_yaml::from_str::<Value>(text) {
         Ok(Value::Mapping(config)) => config.get("users").cloned(),
         Ok(Value::Null) => None,
-        _ => return Way::Script,
+        _ => return KeySetup::Script,
     };
     let users = match users {
-        None => return Way::NewList,
+        None => return KeySetup::NewList,
         Some(Value::Sequence(users)) => users,
-        Some(_) => return Way::Script,
+        Some(_) => return KeySetup::Script,
     };
     let mut named = false;
     for user in &users {
         match user {
             Value::Mapping(user) if user.get("name").and_then(Value::as_str) == Some(username) => {
                 if user.contains_key("ssh_authorized_keys") || user.contains_key("ssh-authorized-keys") {
-                    return Way::Script;
+                    return KeySetup::Script;
                 }
                 named = true;
             }
@@ -156,7 +156,7 @@ fn way(username: &str, authors: Option<&str>) -> Way {
             _ => {}
         }
     }
-    if named { Way::AppendKeys } else { Way::Append }
+    if named { KeySetup::AppendKeys } else { KeySetup::Append }
 }
 
 fn user_data(login: &SeedLogin, authors: Option<&str>) -> Vec<u8> {
@@ -169,22 +169,22 @@ fn user_data(login: &SeedLogin, authors: Option<&str>) -> Vec<u8> {
     // The password of a user that exists in the image must not be locked by Rudder; a new user has no password to log
     // in with.
     let keep = "    lock_passwd: false\n";
-    let way = way(username, authors);
-    let (kind, ours) = match way {
-        Way::Root => (
+    let key_setup = key_setup(username, authors);
+    let (kind, ours) = match key_setup {
+        KeySetup::Root => (
             "text/cloud-config",
             "#cloud-config\nmerge_how:\n  - name: dict\n    settings: [replace]\ndisable_root: false\n"
                 .to_owned(),
         ),
-        Way::NewList => (
+        KeySetup::NewList => (
             "text/cloud-config",
             format!(
                 "#cloud-config\n{append}users:\n  - default\n{entry}{keep}    shell: /bin/bash\n    sudo: ALL=(ALL) NOPASSWD:ALL\n"
             ),
         ),
-        Way::Append => ("text/cloud-config", format!("#cloud-config\n{append}users:\n{entry}{keep}")),
-        Way::AppendKeys => ("text/cloud-config", format!("#cloud-config\n{append}users:\n{entry}")),
-        Way::Script => ("text/x-shellscript", authorise(username, key)),
+        KeySetup::Append => ("text/cloud-config", format!("#cloud-config\n{append}users:\n{entry}{keep}")),
+        KeySetup::AppendKeys => ("text/cloud-config", format!("#cloud-config\n{append}users:\n{entry}")),
+        KeySetup::Script => ("text/x-shellscript", authorise(username, key)),
     };
     let Some(authors) = authors else { return ours.into_bytes() };
     let digest = crate::digest::Digest::of(authors.as_bytes()).short();
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn the_medium_holds_the_same_as_the_texts() {
+    fn the_medium_contains_the_texts_of_the_seed() {
         let seed = made("root", Some("#cloud-config\n{}\n"));
         let system =
             fatfs::FileSystem::new(Cursor::new(seed.image.to_vec()), fatfs::FsOptions::new()).unwrap();
@@ -312,28 +312,36 @@ mod tests {
     }
 
     #[test]
-    fn what_our_part_does_depends_on_what_the_author_wrote() {
+    fn the_added_part_depends_on_the_user_data_of_the_author() {
         let cases = [
-            ("root", Some("#cloud-config\nusers: [default]\n"), Way::Root),
-            ("deb", None, Way::NewList),
-            ("deb", Some("#cloud-config\npackages: [vim]\n"), Way::NewList),
-            ("deb", Some("#!/bin/sh\necho\n"), Way::NewList),
-            ("deb", Some("#cloud-config\nusers: [default, {name: other}]\n"), Way::Append),
-            ("deb", Some("#cloud-config\nusers: [{name: deb, sudo: x}]\n"), Way::AppendKeys),
-            ("deb", Some("#cloud-config\nusers: [{name: deb, ssh_authorized_keys: [x]}]\n"), Way::Script),
-            ("deb", Some("#cloud-config\nusers: {deb: true}\n"), Way::Script),
-            ("deb", Some("#cloud-config\n: ["), Way::Script),
-            ("deb", Some("## template: jinja\n#cloud-config\nusers: []\n"), Way::Script),
-            ("deb", Some("#cloud-config-archive\n- x\n"), Way::Script),
-            ("deb", Some("MIME-Version: 1.0\nContent-Type: text/x-shellscript\n\n#!/bin/sh\n"), Way::Script),
+            ("root", Some("#cloud-config\nusers: [default]\n"), KeySetup::Root),
+            ("deb", None, KeySetup::NewList),
+            ("deb", Some("#cloud-config\npackages: [vim]\n"), KeySetup::NewList),
+            ("deb", Some("#!/bin/sh\necho\n"), KeySetup::NewList),
+            ("deb", Some("#cloud-config\nusers: [default, {name: other}]\n"), KeySetup::Append),
+            ("deb", Some("#cloud-config\nusers: [{name: deb, sudo: x}]\n"), KeySetup::AppendKeys),
+            (
+                "deb",
+                Some("#cloud-config\nusers: [{name: deb, ssh_authorized_keys: [x]}]\n"),
+                KeySetup::Script,
+            ),
+            ("deb", Some("#cloud-config\nusers: {deb: true}\n"), KeySetup::Script),
+            ("deb", Some("#cloud-config\n: ["), KeySetup::Script),
+            ("deb", Some("## template: jinja\n#cloud-config\nusers: []\n"), KeySetup::Script),
+            ("deb", Some("#cloud-config-archive\n- x\n"), KeySetup::Script),
+            (
+                "deb",
+                Some("MIME-Version: 1.0\nContent-Type: text/x-shellscript\n\n#!/bin/sh\n"),
+                KeySetup::Script,
+            ),
         ];
         for (user, authors, expected) in cases {
-            assert_eq!(way(user, authors), expected, "{authors:?}");
+            assert_eq!(key_setup(user, authors), expected, "{authors:?}");
         }
     }
 
     #[test]
-    fn a_name_cannot_leave_its_line() {
+    fn a_name_with_a_line_break_is_refused() {
         for bad in ["a\nb", "a'b", ""] {
             let config = PlannedCloudInit::default();
             let error = seed("i", "h", &SeedLogin::new(bad, KEY), &config).unwrap_err();

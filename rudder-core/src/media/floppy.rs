@@ -43,7 +43,7 @@ pub fn image(files: &[(&str, &[u8])]) -> Result<Arc<[u8]>> {
     }
     let mut disk = Cursor::new(vec![0u8; SIZE]);
     let failed =
-        |error| Error::new(ErrorKind::Internal, "cannot make the image of a floppy").with_source(error);
+        |error| Error::new(ErrorKind::Internal, "cannot create the image of a floppy").with_source(error);
     fatfs::format_volume(&mut disk, geometry()).map_err(failed)?;
     {
         let system = fatfs::FileSystem::new(&mut disk, fatfs::FsOptions::new()).map_err(failed)?;
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_on_it_with_their_long_names() {
+    fn files_keep_their_long_names() {
         let noise: Vec<u8> =
             (0..20_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
         let given: [(&str, &[u8]); 5] = [
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn it_has_the_layout_of_a_high_density_disk() {
+    fn the_image_has_the_layout_of_a_high_density_disk() {
         let made = image(&[]).unwrap();
         let word = |at: usize| u16::from_le_bytes([made[at], made[at + 1]]);
         // BIOS parameter block (ECMA-107, 9.2): sector, cluster, reserved, tables, entries, sectors, medium, table,
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_filled_to_the_last_sector_and_no_further() {
+    fn the_image_can_be_filled_to_the_last_sector() {
         let most = vec![7u8; 2847 * 512];
         assert_eq!(files(&image(&[("full", &most)]).unwrap()), [("full".to_owned(), most.clone())]);
         let error = image(&[("full", &most), ("one", b"x")]).unwrap_err();
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn its_directory_is_filled_to_the_last_entry_and_no_further() {
+    fn the_directory_can_be_filled_to_the_last_entry() {
         let names: Vec<String> = (0..112).map(|n| format!("{n:03}")).collect();
         let all: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), b"".as_slice())).collect();
         assert_eq!(files(&image(&all[..111]).unwrap()).len(), 111);
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fat_cannot_hold_is_refused() {
+    fn names_that_fat_cannot_store_are_refused() {
         for name in ["a:b", "a\\b", "smile \u{1f600}", "what?"] {
             assert_eq!(image(&[(name, b"")]).unwrap_err().kind(), ErrorKind::InvalidInput, "{name}");
         }

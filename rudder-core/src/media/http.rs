@@ -54,7 +54,7 @@ const IDLE: Duration = Duration::from_secs(300);
 /// How much of a file is read at a time, in bytes.
 const CHUNK: usize = 64 * 1024;
 /// How much of a request's target is reported, in characters.
-const TOLD: usize = 256;
+const MAX_REPORTED: usize = 256;
 
 /// Both ends of a new connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,7 +171,7 @@ async fn admitted(
         Admission::Machine(name) => Some(name),
         Admission::Welcome => None,
         Admission::Refused => {
-            tracing::debug!(%peer, "hung up on a caller that is none of the lab's machines");
+            tracing::debug!(%peer, "closed a connection that is not from a machine of the lab");
             return None;
         }
     };
@@ -182,12 +182,12 @@ async fn admitted(
 /// Answers the requests on a connection, which comes from this machine, until it ends or is idle for five minutes. For
 /// backends that accept connections themselves; [`Server`] does it for those of a port.
 pub async fn answer(site: Arc<Site>, machine: Option<String>, stream: impl Stream) {
-    let pulse = Pulse::default();
+    let activity = Activity::default();
     let service = {
-        let pulse = pulse.clone();
+        let activity = activity.clone();
         service_fn(move |request: Request<Incoming>| {
-            let (site, machine, pulse) = (Arc::clone(&site), machine.clone(), pulse.clone());
-            async move { Ok::<_, Infallible>(respond(site, machine, pulse, &request).await) }
+            let (site, machine, activity) = (Arc::clone(&site), machine.clone(), activity.clone());
+            async move { Ok::<_, Infallible>(respond(site, machine, activity, &request).await) }
         })
     };
     let connection = http1::Builder::new()
@@ -196,7 +196,7 @@ pub async fn answer(site: Arc<Site>, machine: Option<String>, stream: impl Strea
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     loop {
-        let last = pulse.last();
+        let last = activity.last();
         tokio::select! {
             ended = &mut connection => {
                 if let Err(error) = ended {
@@ -204,27 +204,27 @@ pub async fn answer(site: Arc<Site>, machine: Option<String>, stream: impl Strea
                 }
                 return;
             }
-            () = sleep_until(last + IDLE) => if pulse.last() == last { return },
+            () = sleep_until(last + IDLE) => if activity.last() == last { return },
         }
     }
 }
 
 /// The time of the last activity on a connection.
 #[derive(Debug, Clone)]
-struct Pulse(Arc<Mutex<Instant>>);
+struct Activity(Arc<Mutex<Instant>>);
 
-impl Default for Pulse {
+impl Default for Activity {
     fn default() -> Self {
         Self(Arc::new(Mutex::new(Instant::now())))
     }
 }
 
-impl Pulse {
+impl Activity {
     fn last(&self) -> Instant {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn beat(&self) {
+    fn touch(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 }
@@ -232,12 +232,13 @@ impl Pulse {
 async fn respond(
     site: Arc<Site>,
     machine: Option<String>,
-    pulse: Pulse,
+    activity: Activity,
     request: &Request<Incoming>,
 ) -> Response<Reply> {
-    pulse.beat();
-    let target: String = request.uri().to_string().chars().filter(|c| !c.is_control()).take(TOLD).collect();
-    let told = SiteRequest::new(machine, request.method().as_str(), target, 0, 0);
+    activity.touch();
+    let target: String =
+        request.uri().to_string().chars().filter(|c| !c.is_control()).take(MAX_REPORTED).collect();
+    let reported = SiteRequest::new(machine, request.method().as_str(), target, 0, 0);
     let mut response = match find(&site, request) {
         Ok(file) => send(file, request).await.unwrap_or_else(|error| {
             tracing::warn!(%error, "cannot read a file that is served");
@@ -246,7 +247,8 @@ async fn respond(
         Err(refused) => *refused,
     };
     let status = response.status().as_u16();
-    response.body_mut().ledger = Some(Ledger { site, pulse, told: SiteRequest { status, ..told } });
+    response.body_mut().report =
+        Some(RequestReport { site, activity, reported: SiteRequest { status, ..reported } });
     response
 }
 
@@ -264,7 +266,7 @@ fn find<'s>(site: &'s Site, request: &Request<Incoming>) -> Result<&'s SiteFile,
     };
     let name = name.strip_prefix(b"/").and_then(|name| std::str::from_utf8(name).ok());
     name.and_then(|name| site.files.get(name))
-        .ok_or_else(|| Box::new(refusal(StatusCode::NOT_FOUND, "no file of this name is served\n")))
+        .ok_or_else(|| Box::new(refusal(StatusCode::NOT_FOUND, "no file with this name is served\n")))
 }
 
 /// Responds with the file, or the requested part of it.
@@ -296,14 +298,14 @@ async fn send(file: &SiteFile, request: &Request<Incoming>) -> io::Result<Respon
     }
     let opened = file.open(start).await?;
     let source = Source::File(ReaderStream::with_capacity(opened.take(length), CHUNK));
-    *response.body_mut() = Reply { source, left: length, is_file: true, ledger: None };
+    *response.body_mut() = Reply { source, left: length, is_file: true, report: None };
     Ok(response)
 }
 
 /// Returns a response that is not a file.
 fn refusal(status: StatusCode, why: &'static str) -> Response<Reply> {
     let source = Source::Text(why);
-    let mut response = Response::new(Reply { source, left: why.len() as u64, is_file: false, ledger: None });
+    let mut response = Response::new(Reply { source, left: why.len() as u64, is_file: false, report: None });
     *response.status_mut() = status;
     response
         .headers_mut()
@@ -335,7 +337,7 @@ struct Reply {
     left: u64,
     /// Whether the bytes are those of a file.
     is_file: bool,
-    ledger: Option<Ledger>,
+    report: Option<RequestReport>,
 }
 
 /// Where the bytes of a response come from.
@@ -348,16 +350,16 @@ enum Source {
 }
 
 /// Reports a request when its response is over, however it ends.
-struct Ledger {
+struct RequestReport {
     site: Arc<Site>,
-    pulse: Pulse,
-    told: SiteRequest,
+    activity: Activity,
+    reported: SiteRequest,
 }
 
-impl Drop for Ledger {
+impl Drop for RequestReport {
     fn drop(&mut self) {
-        self.pulse.beat();
-        self.site.answered(self.told.clone());
+        self.activity.touch();
+        self.site.answered(self.reported.clone());
     }
 }
 
@@ -387,10 +389,10 @@ impl Body for Reply {
         };
         let count = chunk.len() as u64;
         reply.left = reply.left.saturating_sub(count);
-        if let Some(ledger) = &mut reply.ledger {
-            ledger.pulse.beat();
+        if let Some(report) = &mut reply.report {
+            report.activity.touch();
             if reply.is_file {
-                ledger.told.bytes += count;
+                report.reported.bytes += count;
             }
         }
         Poll::Ready(Some(Ok(Frame::data(chunk))))

@@ -297,7 +297,7 @@ async fn streams_break_and_commands_hang() {
     let rig = started(|guest| guest.breaks_streams_after(10_000)).await;
     let guest = rig.login().await;
     guest.upload(Content::Bytes(&[0; 100_000]), "/tmp/big").await.unwrap_err();
-    guest.gone(MINUTE).await;
+    guest.closed(MINUTE).await;
     rig.finish().await;
 }
 

@@ -137,7 +137,7 @@ impl<'c> Support<'c> {
             let (tokens, _) = parse_boot_command(vm.boot_command.iter().map(String::as_str));
             let waits = tokens.iter().any(|token| matches!(token, BootToken::WaitSerial { .. }));
             if waits && self.has(C::BootCommand) {
-                self.need(findings, C::Serial, &at, "wait for text on the serial line");
+                self.need(findings, C::Serial, &at, "wait for text on the serial console");
             }
         }
         if let Some(firmware) = &vm.efi_firmware {

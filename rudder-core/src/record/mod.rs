@@ -25,8 +25,8 @@ impl Module {
     /// `Unsupported` for a later format; `InvalidInput` for bytes that are not a record, and for a record that names files
     /// elsewhere.
     pub fn from_record(path: &Path, bytes: &[u8]) -> Result<Self> {
-        let no_record = |error| Self::damaged(path, "it is not what was written").with_source(error);
-        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_record)?;
+        let not_a_record = |error| Self::damaged(path, "it cannot be parsed").with_source(error);
+        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(not_a_record)?;
         // The format number is checked first: this version cannot judge what else a later version writes.
         match value.get("format").and_then(serde_json::Value::as_u64) {
             None | Some(0) => return Err(Self::damaged(path, "it has no format number")),
@@ -37,13 +37,14 @@ impl Module {
                     path.display()
                 );
                 return Err(Error::new(ErrorKind::Unsupported, message).with_help(
-                    "a later version of Rudder made this module: use that version, or build the module again",
+                    "a later version of Rudder created this module: use that version, or build the module \
+                     again",
                 ));
             }
             Some(_) => {}
         }
-        let record: ModuleRecord = serde_json::from_value(value).map_err(no_record)?;
-        record.try_into().map_err(|found: module::Unusable| Self::damaged(path, &found.to_string()))
+        let record: ModuleRecord = serde_json::from_value(value).map_err(not_a_record)?;
+        record.try_into().map_err(|found: module::InvalidRecord| Self::damaged(path, &found.to_string()))
     }
 
     /// Encodes the module as its record: JSON that ends with a line feed. [`path`](Self::path) is not part of it.

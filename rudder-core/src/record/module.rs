@@ -18,12 +18,12 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 
 /// Reason why a record is not a valid module: completes "expected the record of a module, but …".
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Unusable {
+pub(super) enum InvalidRecord {
     /// A file that is not in the module's directory.
-    #[error("it names the file {0:?}, which is not beside it")]
+    #[error("it refers to the file {0:?}, which is not in its directory")]
     Elsewhere(String),
     /// A format of a file that is not a plain name.
-    #[error("it names the format {0:?}")]
+    #[error("it contains the invalid format name {0:?}")]
     Format(String),
 }
 
@@ -234,19 +234,19 @@ impl From<Module> for ModuleRecord {
 }
 
 impl TryFrom<ModuleRecord> for Module {
-    type Error = Unusable;
+    type Error = InvalidRecord;
 
-    fn try_from(record: ModuleRecord) -> Result<Self, Unusable> {
+    fn try_from(record: ModuleRecord) -> Result<Self, InvalidRecord> {
         let ModuleRecord { format: _, name, digest, created, machines, network, provenance } = record;
         for machine in &machines {
             let disks = machine.disks.iter().map(|disk| (&disk.file, &disk.format));
             let state = machine.state.iter().map(|state| (&state.file, &state.format));
             for (file, format) in disks.chain(state) {
                 if !is_file_name(file) {
-                    return Err(Unusable::Elsewhere(file.clone()));
+                    return Err(InvalidRecord::Elsewhere(file.clone()));
                 }
                 if !is_name(format) {
-                    return Err(Unusable::Format(format.clone()));
+                    return Err(InvalidRecord::Format(format.clone()));
                 }
             }
         }

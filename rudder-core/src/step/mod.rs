@@ -107,15 +107,15 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
     let mut masked = |stream: OutputStream, line: &str| lines.push(stream, line);
     // A dropped step leaves behind either the previous session or the new one, never none.
     let before = session.guest().clone();
-    let seen = reboot::Seen::default();
+    let observation = reboot::Observation::default();
     let ended = {
-        let given = Given { variables, fetched, person };
-        let working = act(&step.action, session, &mut masked, given, &seen);
+        let inputs = StepInputs { variables, fetched, person };
+        let working = perform(&step.action, session, &mut masked, inputs, &observation);
         tokio::select! {
             outcome = working => Ok(outcome),
             () = cancel.cancelled() => Err(Error::new(ErrorKind::Cancelled, "the step was cancelled")),
-            () = deadline => Err(timed_out(None, &seen)),
-            () = sleep_until(limit) => Err(timed_out(step.timeout, &seen)),
+            () = deadline => Err(timed_out(None, &observation)),
+            () = sleep_until(limit) => Err(timed_out(step.timeout, &observation)),
         }
     };
     drop(lines);
@@ -153,30 +153,30 @@ impl Drop for MaskedLines<'_, '_> {
 }
 
 /// Inputs that only some kinds of step take.
-struct Given<'a> {
+struct StepInputs<'a> {
     variables: BTreeMap<String, String>,
     fetched: Option<PathBuf>,
     person: Option<Person<'a>>,
 }
 
-async fn act(
+async fn perform(
     action: &StepAction,
     session: &mut Session,
     output: &mut (dyn FnMut(OutputStream, &str) + Send),
-    given: Given<'_>,
-    seen: &reboot::Seen,
+    inputs: StepInputs<'_>,
+    observation: &reboot::Observation,
 ) -> StepOutcome {
     match action {
         StepAction::Shell { script, env, execute_command } => {
-            let mut variables = given.variables;
+            let mut variables = inputs.variables;
             variables.extend(env.clone());
             shell::run(session.guest(), script, variables, execute_command.as_deref(), output).await
         }
         StepAction::File { content, label, destination } => {
-            file::run(session.guest(), content, given.fetched.as_deref(), label, destination).await.into()
+            file::run(session.guest(), content, inputs.fetched.as_deref(), label, destination).await.into()
         }
-        StepAction::Reboot { command } => reboot::run(session, command, output, seen).await,
-        StepAction::Handbuild { .. } => handbuild::run(session, given.person).await.into(),
+        StepAction::Reboot { command } => reboot::run(session, command, output, observation).await,
+        StepAction::Handbuild { .. } => handbuild::run(session, inputs.person).await.into(),
         StepAction::WindowsUpdate { .. } => Err(Error::new(
             ErrorKind::Unsupported,
             "expected a shell, file, reboot or handbuild step, but found windows-update",
@@ -193,20 +193,20 @@ async fn sleep_until(until: Option<Instant>) {
 }
 
 /// Returns the error for a step that was stopped at its own limit or (`None`) at the build's.
-fn timed_out(own: Option<Duration>, seen: &reboot::Seen) -> Error {
+fn timed_out(own: Option<Duration>, observation: &reboot::Observation) -> Error {
     let limit = match own {
         Some(timeout) => format!("its limit of {} s", timeout.as_secs_f64()),
-        None => "the build's deadline".to_owned(),
+        None => "the time limit of the build".to_owned(),
     };
     let error = Error::new(
         ErrorKind::TimedOut,
-        match seen.words() {
-            Some(words) => format!("the step did not end within {limit}: {words}"),
+        match observation.description() {
+            Some(description) => format!("the step did not end within {limit}: {description}"),
             None => format!("the step did not end within {limit}, and was stopped"),
         },
     );
     if own.is_some() {
-        error.with_help("give the step a longer `stepTimeout`, or look at its last lines of output")
+        error.with_help("increase `stepTimeout`, or check the last lines of output")
     } else {
         error
     }

@@ -16,24 +16,24 @@ use std::{
 
 /// A guest that has not answered for this long on the old connection is considered down. Trying new connections costs a guest that
 /// is still up little; a connection to a guest that lost its power never ends by itself.
-const PATIENCE: Duration = Duration::from_secs(2);
+const CONSIDERED_DOWN: Duration = Duration::from_secs(2);
 /// Time limit of one wait for a login; waits are repeated until the step's deadline.
-const WAIT: Duration = Duration::from_secs(600);
+const LOGIN_LIMIT: Duration = Duration::from_secs(600);
 /// Interval between checks of a guest that still has its old identity.
-const PAUSE: Duration = Duration::from_millis(500);
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// How long after a failed command the guest may take to go down; if it still answers after this, it was not restarted.
-const DOWN: Duration = Duration::from_secs(2);
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(2);
 
 /// What was last observed, for the error at the deadline.
 #[derive(Debug, Default)]
-pub(super) struct Seen(Mutex<Option<&'static str>>);
+pub(super) struct Observation(Mutex<Option<&'static str>>);
 
-impl Seen {
-    fn set(&self, words: &'static str) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(words);
+impl Observation {
+    fn set(&self, description: &'static str) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(description);
     }
 
-    pub(super) fn words(&self) -> Option<&'static str> {
+    pub(super) fn description(&self) -> Option<&'static str> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -42,10 +42,10 @@ pub(super) async fn run(
     session: &mut Session,
     command: &str,
     output: &mut (dyn FnMut(OutputStream, &str) + Send),
-    seen: &Seen,
+    observation: &Observation,
 ) -> StepOutcome {
     let mut exit = None;
-    let result = restart(session, command, output, seen, &mut exit).await;
+    let result = restart(session, command, output, observation, &mut exit).await;
     StepOutcome { exit, result }
 }
 
@@ -53,12 +53,12 @@ async fn restart(
     session: &mut Session,
     command: &str,
     output: &mut (dyn FnMut(OutputStream, &str) + Send),
-    seen: &Seen,
+    observation: &Observation,
     exit: &mut Option<ExitStatus>,
 ) -> Result<()> {
     let old = session.guest().boot_id().await?;
     let guest = session.guest().clone();
-    seen.set("the reboot command did not end, and the guest still runs");
+    observation.set("the reboot command did not end, and the guest is still running");
     let mut last = String::new();
     let line = as_root(command);
     let ended = {
@@ -69,34 +69,37 @@ async fn restart(
         // The command may leave a connection on which nothing answers any more.
         tokio::select! {
             ended = guest.shell_line(&line, &mut heard) => ended,
-            () = guest.gone(PATIENCE) => Err(Error::new(ErrorKind::GuestUnreachable, "the guest went down")),
+            () = guest.closed(CONSIDERED_DOWN) => Err(Error::new(ErrorKind::GuestUnreachable, "the guest \
+                 went down")),
         }
     };
     match ended {
         // 126 and 127: the shell could not even start the command.
-        Ok(status @ ExitStatus::Code(126 | 127)) => return Err(refused(command, exit.insert(status), &last)),
+        Ok(status @ ExitStatus::Code(126 | 127)) => {
+            return Err(not_restarted(command, exit.insert(status), &last));
+        }
         Ok(status @ ExitStatus::Code(1..)) => {
             // Killed by the shutdown that it started, or unable to start one.
             let status = exit.insert(status).clone();
-            let down = tokio::time::timeout(DOWN, guest.gone(PATIENCE)).await.is_ok();
+            let down = tokio::time::timeout(SHUTDOWN_LIMIT, guest.closed(CONSIDERED_DOWN)).await.is_ok();
             if !down && guest.boot_id().await.is_ok_and(|now| now == old) {
-                return Err(refused(command, &status, &last));
+                return Err(not_restarted(command, &status, &last));
             }
         }
         Ok(status) => *exit = Some(status),
         Err(error) if matches!(error.kind(), ErrorKind::GuestUnreachable) => {}
         // The session was closed while the server still answered; the guest may be going down.
         Err(error) => {
-            if tokio::time::timeout(DOWN, guest.gone(PATIENCE)).await.is_err() {
+            if tokio::time::timeout(SHUTDOWN_LIMIT, guest.closed(CONSIDERED_DOWN)).await.is_err() {
                 return Err(error);
             }
         }
     }
-    seen.set("the guest still answers with its old boot identity: the reboot command did not restart it");
-    guest.gone(PATIENCE).await;
+    observation.set("the boot identity of the guest has not changed: the reboot command did not restart it");
+    guest.closed(CONSIDERED_DOWN).await;
     loop {
-        seen.set("the guest went down, and nothing has answered since");
-        match session.reconnect(WAIT).await {
+        observation.set("the guest went down, and has not answered since");
+        match session.reconnect(LOGIN_LIMIT).await {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::GuestUnreachable => continue,
             Err(error) => return Err(error),
@@ -105,12 +108,14 @@ async fn restart(
             Ok(now) if now != old => return Ok(()),
             // The old server, which may or may not be going down.
             Ok(_) => {
-                seen.set("the guest still answers with its old boot identity: the reboot command did not restart it");
-                let _ = tokio::time::timeout(PAUSE, session.guest().gone(PATIENCE)).await;
+                observation.set(
+                    "the boot identity of the guest has not changed: the reboot command did not restart it",
+                );
+                let _ = tokio::time::timeout(CHECK_INTERVAL, session.guest().closed(CONSIDERED_DOWN)).await;
             }
             Err(error) if error.kind() == ErrorKind::GuestUnreachable => {}
             // A server that is shutting down may refuse to run anything; it is not the new one.
-            Err(error) if error.kind() == ErrorKind::Protocol => tokio::time::sleep(PAUSE).await,
+            Err(error) if error.kind() == ErrorKind::Protocol => tokio::time::sleep(CHECK_INTERVAL).await,
             Err(error) => return Err(error),
         }
     }
@@ -131,11 +136,11 @@ pub(crate) fn command_of(script: &str) -> &str {
     script.strip_prefix(WITHOUT_SUDO).unwrap_or(script)
 }
 
-fn refused(command: &str, status: &ExitStatus, last: &str) -> Error {
-    let said = if last.is_empty() { "it said nothing".to_owned() } else { format!("it said: {last}") };
+fn not_restarted(command: &str, status: &ExitStatus, last: &str) -> Error {
+    let said = if last.is_empty() { "it wrote nothing".to_owned() } else { format!("it wrote: {last}") };
     Error::new(
         ErrorKind::StepFailed,
         format!("`{command}` did not restart the guest: it ended with {status}; {said}"),
     )
-    .with_help("give `reboot.command` a command that this user may run")
+    .with_help("set `reboot.command` to a command that this user may run")
 }

@@ -33,12 +33,21 @@ fn failed(status: &ExitStatus) -> Error {
         format!("expected the script to end with exit code 0, but found {status}"),
     );
     match status {
-        ExitStatus::Code(126) => error.with_help("126 means: found, but not allowed to run"),
-        ExitStatus::Code(127) => {
-            error.with_help("127 means: a command or the interpreter of the script was not found")
+        ExitStatus::Code(126) => error.with_help(
+            "check the permissions: exit code 126 means that the \
+             command was found, but could not be executed",
+        ),
+        ExitStatus::Code(127) => error.with_help(
+            "install the command: exit code 127 means that a command or the interpreter of \
+                 the script was not found",
+        ),
+        ExitStatus::Code(137) => error.with_help(
+            "check the memory of the guest: exit code 137 means that \
+             the process was killed",
+        ),
+        ExitStatus::Signal(name) if name == "KILL" => {
+            error.with_help("check whether the guest ran out of memory")
         }
-        ExitStatus::Code(137) => error.with_help("137 means: killed; was the guest out of memory?"),
-        ExitStatus::Signal(name) if name == "KILL" => error.with_help("was the guest out of memory?"),
         _ => error,
     }
 }

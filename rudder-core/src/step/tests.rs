@@ -74,7 +74,7 @@ async fn perform(
 }
 
 #[tokio::test]
-async fn a_failed_script_tells_its_code_and_no_secret() {
+async fn a_failed_script_reports_its_exit_code_and_no_secret() {
     let server = server().await;
     let script = "echo \"it is $SECRET at $ADDRESS\"; exit 3";
     let (outcome, lines) = perform(&server, &step(shell(script), None), CancellationToken::new()).await;
@@ -85,7 +85,7 @@ async fn a_failed_script_tells_its_code_and_no_secret() {
 }
 
 #[tokio::test]
-async fn a_step_ends_at_its_limit_and_its_processes_with_it() {
+async fn a_step_and_its_processes_end_at_its_limit() {
     let server = server().await;
     let (outcome, lines) =
         perform(&server, &step(shell("echo $$; sleep 1000"), Some(2)), CancellationToken::new()).await;
@@ -118,7 +118,7 @@ async fn a_cancelled_step_ends_its_processes_before_it_returns() {
 }
 
 #[tokio::test]
-async fn a_reboot_is_over_when_another_boot_answers() {
+async fn a_reboot_ends_when_the_guest_answers_with_another_boot_identity() {
     let server = server().await;
     let dir = server.dir.path().display();
     // The old server keeps answering for two seconds after its connection is cut.
@@ -130,7 +130,7 @@ async fn a_reboot_is_over_when_another_boot_answers() {
 }
 
 #[tokio::test]
-async fn a_reboot_that_does_not_happen_is_told() {
+async fn a_reboot_that_does_not_happen_is_an_error() {
     let server = server().await;
     let missing = StepAction::Reboot { command: "no-such-reboot".into() };
     let (outcome, lines) = perform(&server, &step(missing, Some(60)), CancellationToken::new()).await;
@@ -146,5 +146,5 @@ async fn a_reboot_that_does_not_happen_is_told() {
     let (outcome, _) = perform(&server, &step(idle, Some(3)), CancellationToken::new()).await;
     let error = outcome.result.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
-    assert!(error.to_string().contains("still answers with its old boot identity"), "{error}");
+    assert!(error.to_string().contains("the boot identity of the guest has not changed"), "{error}");
 }

@@ -63,7 +63,7 @@ async fn reacting(
     ended
 }
 
-fn doings(ended: &Ended) -> Vec<&str> {
+fn actions_done(ended: &Ended) -> Vec<&str> {
     let of = |event| match event {
         &Event { kind: EventKind::BootAction { ref doing, .. }, .. } => Some(doing.as_str()),
         _ => None,
@@ -109,9 +109,9 @@ async fn a_boot_command_is_typed_before_the_login() {
         "wait 1m30s500ms",
         "wait up to 1m for \"in memory\" on the serial line",
     ];
-    let doings = doings(&ended);
-    assert_eq!(&doings[..9], expected);
-    assert_eq!(doings[9], format!("type \"port {port}\\n\""));
+    let actions_done = actions_done(&ended);
+    assert_eq!(&actions_done[..9], expected);
+    assert_eq!(actions_done[9], format!("type \"port {port}\\n\""));
     let done = ended.place(|event| matches!(event.kind, EventKind::BootCommandDone { millis: 90_500.. }));
     let ready = ended.place(|event| matches!(event.kind, EventKind::GuestReady { millis: 90_500.. }));
     assert!(done < ready);
@@ -143,7 +143,7 @@ async fn a_text_that_never_appears_fails_with_the_screen() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_never_answers_after_its_boot_command_shows_its_screen() {
+async fn a_timeout_after_the_boot_command_shows_the_screen() {
     let display = Display::showing("Choose a language:");
     let backend =
         MemoryBackend::new().machine("a", |guest| guest.never_answers(rudder_core::memory::Silence::Refuses));
@@ -163,7 +163,7 @@ async fn a_guest_that_never_answers_after_its_boot_command_shows_its_screen() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_boot_command_ends_with_the_build_and_with_its_machine() {
+async fn a_boot_command_ends_when_the_build_or_its_machine_ends() {
     let display = Display::showing("boot:");
     let actions = || booting(json!([{"hold": CTRL}, {"type": "x"}, wait_text("never", 1000)]));
     let ended = reacting(
@@ -190,7 +190,7 @@ async fn a_boot_command_ends_with_the_build_and_with_its_machine() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_display_that_is_lost_in_the_middle_of_typing_is_typed_on_once_or_not_at_all() {
+async fn after_a_lost_display_each_key_is_typed_at_most_once() {
     let text = "the quick brown fox jumps over 13 lazy dogs";
     let actions = || booting(json!([{"type": text}, {"press": ENTER}]));
     for keys in (1..=text.len()).step_by(5) {
@@ -209,7 +209,7 @@ async fn a_display_that_is_lost_in_the_middle_of_typing_is_typed_on_once_or_not_
         }
     }
 
-    let display = Display::showing("boot:").breaks_after(9).for_good();
+    let display = Display::showing("boot:").breaks_after(9).permanently();
     let ended = on(&display, &MemoryBackend::new(), actions()).await;
     let report = &ended.failure().report;
     assert!(report.to_string().contains("the display is gone"), "{report}");
@@ -217,8 +217,8 @@ async fn a_display_that_is_lost_in_the_middle_of_typing_is_typed_on_once_or_not_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_boot_that_fails_is_told_with_what_the_guest_fetched() {
-    let display = Display::showing("Loading the answers").breaks_after(1).for_good();
+async fn a_failed_boot_reports_which_files_the_guest_requested() {
+    let display = Display::showing("Loading the answers").breaks_after(1).permanently();
     let mut plan = booting(json!([wait_text("Loading the tool", 600), {"press": ENTER}, {"press": ENTER}]));
     plan["http_files"] = json!(["answers.cfg", "tool"]);
     plan["files"] = json!([
@@ -237,12 +237,12 @@ async fn a_boot_that_fails_is_told_with_what_the_guest_fetched() {
     let ended = reacting(&display, &MemoryBackend::new(), plan, |build| build, react).await;
     let report = &ended.failure().report;
     assert_eq!(report.served, [ServedFile::new("answers.cfg", 0), ServedFile::new("tool", 2)]);
-    let told = "\n  served files:\n    | answers.cfg: never asked for\n    | tool: 2 times";
+    let told = "\n  served files:\n    | answers.cfg: never requested\n    | tool: 2 times";
     assert!(report.to_string().contains(told), "{report}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_boot_command_needs_is_there_before_anything_is_powered_on() {
+async fn everything_a_boot_command_needs_exists_before_power_on() {
     let display = Display::showing("boot:");
     let actions = json!([{"type": "http://{{ .HTTPIP }}/"}]);
     let ended = on(&display, &MemoryBackend::new(), booting(actions)).await;

@@ -49,7 +49,7 @@ async fn a_build_can_be_cancelled_in_every_phase() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cancellation_while_the_module_is_published_comes_too_late() {
+async fn a_cancellation_while_the_module_is_published_has_no_effect() {
     let backend = MemoryBackend::new();
     let ended = run(
         &backend,

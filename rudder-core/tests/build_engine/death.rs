@@ -18,7 +18,7 @@ fn took(ended: &Ended, phase: &str) -> u64 {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_machine_that_dies_in_a_step_is_told_as_what_it_is() {
+async fn a_machine_that_dies_in_a_step_is_reported_with_its_cause() {
     for (cause, words, kind) in [
         (
             Death::Hypervisor,
@@ -46,7 +46,7 @@ async fn a_machine_that_dies_in_a_step_is_told_as_what_it_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_that_only_the_serial_console_tells_of_is_told_at_once() {
+async fn a_panic_on_the_serial_console_is_reported_at_once() {
     let console = "[    0.1] Kernel panic - not syncing: IO-APIC + timer doesn't work!\r\n";
     let backend =
         MemoryBackend::new().machine("a", |guest| guest.serial(console).never_answers(Silence::Accepts));
@@ -59,7 +59,7 @@ async fn a_panic_that_only_the_serial_console_tells_of_is_told_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_switches_itself_off_inside_a_step_is_a_failure_that_says_so() {
+async fn a_guest_that_powers_off_in_a_step_is_reported_as_such() {
     let backend =
         MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("bye\n").powers_off()));
     let ended =
@@ -71,7 +71,7 @@ async fn a_guest_that_switches_itself_off_inside_a_step_is_a_failure_that_says_s
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_machine_that_dies_while_booting_does_not_wait_for_ssh() {
+async fn a_machine_that_dies_while_booting_fails_without_waiting_for_ssh() {
     let backend = MemoryBackend::new().machine("a", |guest| {
         guest
             .boot_delay(Duration::from_secs(60))
@@ -85,7 +85,7 @@ async fn a_machine_that_dies_while_booting_does_not_wait_for_ssh() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_machine_that_dies_while_it_waits_for_the_others_or_shuts_down() {
+async fn a_machine_that_dies_at_a_barrier_or_while_shutting_down_is_reported() {
     let backend = MemoryBackend::new()
         .machine("a", |guest| guest.dies_after_power_on(Death::Hypervisor, Duration::from_secs(30)))
         .machine("b", |guest| guest.on("work", Response::ok("").wait(Duration::from_secs(60))));

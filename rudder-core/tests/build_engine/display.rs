@@ -38,8 +38,8 @@ struct State {
     /// Number of keys after which the connection breaks, once.
     breaks_after: Option<usize>,
     /// Whether further connections fail.
-    gone: bool,
-    stays_gone: bool,
+    closed: bool,
+    stays_closed: bool,
 }
 
 impl Display {
@@ -63,8 +63,8 @@ impl Display {
     }
 
     /// Refuses further connections after the break.
-    pub fn for_good(self) -> Self {
-        self.with(|state| state.stays_gone = true);
+    pub fn permanently(self) -> Self {
+        self.with(|state| state.stays_closed = true);
         self
     }
 
@@ -95,7 +95,7 @@ impl Display {
 
     /// Connects to the display.
     pub fn connect(&self) -> Result<BoxedStream> {
-        if self.with(|state| state.gone) {
+        if self.with(|state| state.closed) {
             return Err(Error::new(ErrorKind::NotFound, "the display is gone"));
         }
         let (near, far) = tokio::io::duplex(1 << 20);
@@ -133,7 +133,7 @@ impl Display {
             state.breaks_after = None;
             // As for any viewer that has disconnected.
             state.held.clear();
-            state.gone = state.stays_gone;
+            state.closed = state.stays_closed;
             true
         });
         self.0.changed.send_replace(());

@@ -8,7 +8,7 @@ use rudder_core::{
 };
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_step_tells_everything_and_stops_the_others() {
+async fn a_failed_step_is_fully_reported_and_stops_the_other_machines() {
     let say = Response::ok("Reading package lists...\n").stderr("E: no such package\n").exit(3);
     let console = "\x1b[2J\x1b[0mDebian GNU/Linux\r\nlogin: ";
     let backend = MemoryBackend::new()
@@ -31,7 +31,7 @@ async fn a_failed_step_tells_everything_and_stops_the_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_operation_of_the_backend_may_fail() {
+async fn every_operation_of_the_backend_can_fail() {
     use Operation as O;
     for (operation, last) in [
         (O::OpenLab, V::Pending),
@@ -56,7 +56,7 @@ async fn every_operation_of_the_backend_may_fail() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bug_of_a_backend_is_a_failure_like_others() {
+async fn a_bug_in_a_backend_is_an_ordinary_failure() {
     use Operation as O;
     for operation in [O::OpenLab, O::Import, O::Start, O::Capture, O::Publish] {
         let backend = MemoryBackend::new();
@@ -69,7 +69,7 @@ async fn a_bug_of_a_backend_is_a_failure_like_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_image_larger_than_its_disk_says_both_sizes() {
+async fn an_image_larger_than_its_disk_is_reported_with_both_sizes() {
     let backend =
         MemoryBackend::new().source("http://images.test/base.qcow2", |source| source.virtual_size(40 << 30));
     let ended = build(&backend, plan(vec![vm("a", vec![])])).await;
@@ -80,7 +80,7 @@ async fn an_image_larger_than_its_disk_says_both_sizes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_never_answers_or_refuses_us_says_which() {
+async fn silence_and_refused_logins_are_distinguished() {
     for how in [Silence::Refuses, Silence::Accepts] {
         let backend = MemoryBackend::new().machine("a", |guest| guest.never_answers(how));
         let ended = build(&backend, plan(vec![vm("a", vec![])])).await;

@@ -43,7 +43,7 @@ async fn kept(backend: &MemoryBackend, plan: serde_json::Value) -> Box<BuildFail
 }
 
 #[tokio::test(start_paused = true)]
-async fn kept_labs_name_the_key_which_goes_with_the_lab() {
+async fn a_kept_lab_names_its_key_which_is_removed_with_it() {
     let backend = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::fails(3, "no\n")));
     let failure = kept(&backend, plan(vec![vm("a", vec![shell("work", "work")])])).await;
     let lab = failure.kept.clone().unwrap();
@@ -64,7 +64,7 @@ async fn kept_labs_name_the_key_which_goes_with_the_lab() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_program_reaches_the_machines_of_a_kept_lab() {
+async fn a_program_can_reach_the_machines_of_a_kept_lab() {
     let backend = MemoryBackend::new().machine("a", |guest| {
         guest
             .screen("a kept screen")
@@ -86,14 +86,14 @@ async fn a_program_reaches_the_machines_of_a_kept_lab() {
         guest.close().await;
     }
     backend.remove_lab(&lab.id).await.unwrap();
-    let gone = found[0].guest(Duration::from_secs(60)).await.unwrap_err();
-    assert_eq!(gone.kind(), ErrorKind::MachineDied, "{gone:?}");
+    let closed = found[0].guest(Duration::from_secs(60)).await.unwrap_err();
+    assert_eq!(closed.kind(), ErrorKind::MachineDied, "{closed:?}");
     assert_eq!(kept_machines(&backend, &lab).await.unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(backend.leftovers().await, Vec::<String>::new());
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_kept_of_what_nobody_can_look_at() {
+async fn nothing_is_kept_without_a_machine_to_inspect() {
     let keep = |build: Build| build.on_failure(FailurePolicy::Keep);
     // No machine was ever started.
     let fault = Fault::new(rudder_core::ErrorKind::Download, "404");
@@ -114,7 +114,7 @@ async fn nothing_is_kept_of_what_nobody_can_look_at() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_kept_is_removed_and_that_is_told() {
+async fn a_lab_that_cannot_be_kept_is_removed_with_a_warning() {
     let backend = MemoryBackend::new()
         .machine("a", |guest| guest.on("work", Response::fails(3, "no\n")))
         .fails(Operation::Keep, Fault::new(rudder_core::ErrorKind::Unsupported, "not here"));

@@ -9,7 +9,7 @@ use serde_json::json;
 use std::time::Duration;
 
 #[tokio::test(start_paused = true)]
-async fn a_step_over_its_limit_is_ended_in_the_guest_too() {
+async fn a_step_over_its_limit_is_ended_in_the_guest() {
     let backend =
         MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("started\n").hangs()));
     let mut step = shell("work", "work");
@@ -26,7 +26,7 @@ async fn a_step_over_its_limit_is_ended_in_the_guest_too() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_build_over_its_limit_says_so_wherever_it_is() {
+async fn a_build_over_its_limit_fails_in_every_phase() {
     let hanging = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("").hangs()));
     let silent = MemoryBackend::new().machine("a", |guest| guest.never_answers(Silence::Accepts));
     let well = MemoryBackend::new();

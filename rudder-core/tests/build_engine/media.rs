@@ -105,7 +105,7 @@ async fn files_are_served_to_the_machines_while_they_provision() {
 }
 
 #[tokio::test]
-async fn a_plan_that_serves_what_it_has_not_is_refused() {
+async fn a_plan_that_serves_an_undeclared_file_is_refused() {
     let mut plan = serving(Vec::new());
     plan["http_files"] = json!(["other.cfg"]);
     let ended = build(&MemoryBackend::new(), plan).await;
@@ -130,7 +130,7 @@ fn installing() -> Value {
 }
 
 #[tokio::test(start_paused = true)]
-async fn cd_roms_and_floppies_are_there_when_a_machine_is_defined() {
+async fn cd_roms_and_floppies_exist_when_a_machine_is_defined() {
     let backend = MemoryBackend::new()
         .source("http://files.test/os.iso", |source| source.contents("the system"))
         .source("http://files.test/drivers.iso", |source| source.contents("drivers"))
@@ -151,7 +151,7 @@ async fn cd_roms_and_floppies_are_there_when_a_machine_is_defined() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_floppy_whose_files_turn_out_too_large_fails_the_build_and_says_by_how_much() {
+async fn a_floppy_with_too_large_files_fails_with_the_excess() {
     let large = "x".repeat(2 << 20);
     let backend =
         MemoryBackend::new().source("http://files.test/driver.sys", |source| source.contents(large.as_str()));

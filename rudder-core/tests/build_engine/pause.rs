@@ -39,7 +39,7 @@ async fn with_person(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_program_resumes_a_paused_vm_and_the_limit_stands_still_meanwhile() {
+async fn the_limit_of_a_build_is_suspended_while_a_vm_is_paused() {
     let backend = MemoryBackend::new().every_machine(|guest| {
         guest.answers(|execution| {
             let name = execution.script.strip_prefix("done by ")?;
@@ -89,7 +89,7 @@ async fn a_program_resumes_a_paused_vm_and_the_limit_stands_still_meanwhile() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_limit_runs_in_a_pause_when_the_program_wants_it() {
+async fn the_limit_can_be_kept_running_during_a_pause() {
     let ended = with_person(
         &MemoryBackend::new(),
         plan(vec![vm("a", vec![handbuild("wait")])]),
@@ -103,7 +103,7 @@ async fn the_limit_runs_in_a_pause_when_the_program_wants_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_limit_of_the_step_ends_a_pause() {
+async fn a_pause_ends_at_the_limit_of_its_step() {
     let mut step = handbuild("wait");
     step["timeout"] = json!(60_000);
     let plan = plan(vec![vm("a", vec![step])]);
@@ -114,7 +114,7 @@ async fn the_limit_of_the_step_ends_a_pause() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pause_can_be_cancelled_and_ends_with_its_machine() {
+async fn a_pause_ends_on_cancellation_and_with_its_machine() {
     let build = || plan(vec![vm("a", vec![handbuild("wait")]), vm("b", vec![shell("work", "true")])]);
     let cancelled = with_person(
         &MemoryBackend::new(),
@@ -137,7 +137,7 @@ async fn a_pause_can_be_cancelled_and_ends_with_its_machine() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_locked_build_warns_of_what_it_cannot_lock() {
+async fn a_locked_build_warns_about_inputs_it_cannot_lock() {
     let backend = MemoryBackend::new();
     let resume = async |handle: &BuildHandle, event: &Event| {
         handle.resume(event.vm.as_deref().unwrap()).unwrap();

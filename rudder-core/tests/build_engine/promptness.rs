@@ -22,7 +22,7 @@ type Since = fn(&EventKind) -> bool;
 
 /// When a failing build reports its failure.
 #[derive(Debug)]
-struct Told {
+struct Report {
     /// Time from the event that starts the limit to the first event of a failed VM.
     failed: Option<Duration>,
     /// Time from that event to the outcome.
@@ -37,7 +37,7 @@ async fn time(
     plan: Value,
     policy: FailurePolicy,
     since: impl Fn(&EventKind) -> bool,
-) -> Told {
+) -> Report {
     let backend: Arc<dyn Backend> = Arc::new(hooked);
     let mut begin = Instant::now();
     let handle = Build::new(read(plan), backend).on_failure(policy).start();
@@ -54,7 +54,12 @@ async fn time(
         }
     }
     let failure = handle.outcome().await.unwrap_err();
-    Told { failed, outcome: begin.elapsed(), kind: failure.error.kind(), report: failure.report.to_string() }
+    Report {
+        failed,
+        outcome: begin.elapsed(),
+        kind: failure.error.kind(),
+        report: failure.report.to_string(),
+    }
 }
 
 /// From the start of the build.
@@ -84,7 +89,7 @@ fn waits(actions: Value) -> Value {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_limit_is_told_within_a_second() {
+async fn every_exceeded_limit_is_reported_within_a_second() {
     let silent = |how| MemoryBackend::new().machine("a", move |guest| guest.never_answers(how));
     let hangs = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("").hangs()));
     let idle = MemoryBackend::new().machine("a", |guest| guest.on("idle", Response::ok("")));
@@ -142,7 +147,7 @@ async fn every_limit_is_told_within_a_second() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_login_after_a_person_has_its_limit_too() {
+async fn the_login_after_manual_work_has_a_limit() {
     let by_hand =
         json!({"name": "by hand", "timeout": null, "action": {"handbuild": {"instructions": "do"}}});
     let hooked = Hooked::new(&MemoryBackend::new(), &[]);
@@ -154,12 +159,12 @@ async fn a_login_after_a_person_has_its_limit_too() {
     };
     let told = time(hooked, logs_in_within(3000, vec![by_hand]), FailurePolicy::Destroy, since).await;
     assert_eq!(told.kind, ErrorKind::TimedOut, "{told:?}");
-    assert!(told.report.contains("after the person was done"), "{told:?}");
+    assert!(told.report.contains("after the person has finished"), "{told:?}");
     assert!(told.outcome >= 3 * SECOND && told.outcome <= 4 * SECOND, "{told:?}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn evidence_that_does_not_come_holds_up_no_failure() {
+async fn a_failure_does_not_wait_for_missing_evidence() {
     let silent = MemoryBackend::new().machine("a", |guest| guest.never_answers(Silence::Accepts));
     let hangs = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok("").hangs()));
     let limited = plan(vec![vm("a", vec![limited(4000, shell("work", "work")["action"].clone())])]);

@@ -11,7 +11,7 @@ use serde_json::json;
 use std::time::Duration;
 
 #[tokio::test(start_paused = true)]
-async fn a_build_is_started_again_and_succeeds() {
+async fn a_retried_build_can_succeed() {
     let backend = MemoryBackend::new().machine("a", |guest| {
         guest
             .boot_delay(Duration::from_secs(9))
@@ -37,7 +37,7 @@ async fn a_build_is_started_again_and_succeeds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_build_gives_up_after_its_retries_and_at_once_when_they_cannot_help() {
+async fn a_build_fails_after_its_retries_or_at_once_if_they_cannot_help() {
     for (kind, attempts) in [(ErrorKind::LaunchFailed, 3), (ErrorKind::HostMissing, 1)] {
         let backend = MemoryBackend::new().fails(Operation::Start, Fault::new(kind, "no"));
         let mut plan = plan(vec![vm("a", vec![])]);

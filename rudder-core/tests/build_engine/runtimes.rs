@@ -34,7 +34,7 @@ fn says(error: &Error, missing: &str) {
 }
 
 #[test]
-fn a_build_says_what_its_runtime_lacks() {
+fn a_build_reports_what_its_runtime_lacks() {
     let build = || async {
         let backend = Arc::new(MemoryBackend::new());
         let handle = Build::new(read(plan(vec![vm("a", vec![])])), backend).start();
@@ -55,7 +55,7 @@ fn a_build_says_what_its_runtime_lacks() {
 }
 
 #[test]
-fn logging_in_and_labs_say_it_too() {
+fn logins_and_labs_report_what_their_runtime_lacks() {
     let login = || async {
         let endpoint = Endpoint::new(|| unreachable!("nobody dials"));
         let login = Login::new("root", BuildKey::generate());

@@ -10,7 +10,7 @@ use rudder_core::{
 const SECRET: &str = "hunter2";
 
 #[tokio::test(start_paused = true)]
-async fn a_secret_shows_nowhere_when_a_build_fails() {
+async fn a_failed_build_shows_no_secret() {
     let leak = Response::ok("the password is hunter2\nencoded aHVudGVyMg==\n").stderr("hunter2!\n").exit(1);
     let backend = MemoryBackend::new()
         .machine("a", |guest| guest.on("work", leak).serial("login with hunter2\nlogin:"));
@@ -28,7 +28,7 @@ async fn a_secret_shows_nowhere_when_a_build_fails() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_secret_shows_nowhere_when_a_build_succeeds_or_its_backend_talks() {
+async fn a_successful_build_and_its_backend_show_no_secret() {
     let backend = MemoryBackend::new();
     let ended = build(&backend, plan(vec![vm("a", vec![])])).await;
     let record = ended.module().to_record().unwrap();
@@ -43,7 +43,7 @@ async fn a_secret_shows_nowhere_when_a_build_succeeds_or_its_backend_talks() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_secret_in_pieces_shows_in_no_event_and_no_line_is_lost() {
+async fn a_secret_split_over_pieces_is_masked_without_losing_lines() {
     let output = "one hun\nter2 two\n\x1b[31mhun\x1b[0mter2\n68 75 6e 74 65 72 32\n00000000: 6875 6e74  hunt\n00000004: 6572 32    er2\n\
                   plain\nthe last hunt";
     let backend = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::ok(output)));
@@ -66,7 +66,7 @@ async fn a_secret_in_pieces_shows_in_no_event_and_no_line_is_lost() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_authorises_in_a_url_shows_nowhere_and_the_input_is_still_named() {
+async fn credentials_in_a_url_are_masked_but_the_input_is_named() {
     let backend = MemoryBackend::new();
     let url = "https://me:pw0rd99@images.test/base.qcow2?X-Amz-Signature=s1gnature&arch=arm64";
     let mut machine = vm("a", vec![]);

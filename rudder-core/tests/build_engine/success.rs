@@ -9,7 +9,7 @@ use serde_json::json;
 use std::time::Duration;
 
 #[tokio::test(start_paused = true)]
-async fn a_build_goes_through_its_phases_and_leaves_a_module_and_nothing_else() {
+async fn a_build_runs_its_phases_and_leaves_only_a_module() {
     let backend = MemoryBackend::new()
         .machine("a", |guest| guest.on("make x", Response::ok("").writes("/opt/x", "hello\n")));
     let steps = vec![shell("write", "#!/bin/sh\nmake x\n"), file("http://files.test/tool", "/opt/tool")];
@@ -57,7 +57,7 @@ async fn a_build_goes_through_its_phases_and_leaves_a_module_and_nothing_else() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn vms_are_provisioned_side_by_side_and_stay_on_for_each_other() {
+async fn vms_are_provisioned_concurrently_and_shut_down_together() {
     let takes = |seconds| Response::ok("").wait(Duration::from_secs(seconds));
     let backend = MemoryBackend::new()
         .every_machine(|guest| guest.on("work slowly", takes(10)).on("work more slowly", takes(20)));
@@ -81,7 +81,7 @@ async fn vms_are_provisioned_side_by_side_and_stay_on_for_each_other() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_does_not_shut_down_is_killed_and_that_is_recorded() {
+async fn a_guest_that_does_not_shut_down_is_killed_with_a_warning() {
     let backend = MemoryBackend::new().machine("a", Guest::ignores_shutdown);
     let ended = build(&backend, plan(vec![vm("a", vec![])])).await;
     let [warning] = ended.warnings()[..] else { panic!("expected one warning: {:?}", ended.warnings()) };
@@ -90,7 +90,7 @@ async fn a_guest_that_does_not_shut_down_is_killed_and_that_is_recorded() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_its_last_step_switches_off_is_where_it_should_be() {
+async fn a_guest_may_be_powered_off_by_its_last_step() {
     let minute = Response::ok("").wait(Duration::from_secs(60));
     let backend = MemoryBackend::new().machine("b", |guest| guest.on("work", minute));
     let plan = plan(vec![vm("a", vec![shell("last", "poweroff")]), vm("b", vec![shell("slow", "work")])]);
@@ -98,7 +98,7 @@ async fn a_guest_that_its_last_step_switches_off_is_where_it_should_be() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lab_that_cannot_be_removed_does_not_hide_the_module() {
+async fn a_lab_that_cannot_be_removed_does_not_fail_the_build() {
     let fault = Fault::new(rudder_core::ErrorKind::Io, "the directory is busy");
     let backend = MemoryBackend::new().fails(Operation::Destroy, fault);
     let ended = super::run(&backend, plan(vec![vm("a", vec![])]), |build| build, &[], |_, _| {}).await;
@@ -108,7 +108,7 @@ async fn a_lab_that_cannot_be_removed_does_not_hide_the_module() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reader_that_comes_late_and_reads_slowly_sees_what_matters() {
+async fn a_late_and_slow_reader_gets_all_important_events() {
     let noise: String = (0..500).map(|n| format!("line {n}\n")).collect();
     let backend = MemoryBackend::new().machine("a", |guest| guest.on("noise", Response::ok(noise)));
     let hooked = std::sync::Arc::new(super::Hooked::new(&backend, &[]));
@@ -149,7 +149,7 @@ async fn early_end(build: rudder_core::build::BuildHandle) -> rudder_core::build
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_locked_build_refuses_other_bytes_before_it_boots() {
+async fn a_locked_build_refuses_changed_inputs_before_it_boots() {
     let backend = MemoryBackend::new();
     let manifest = || plan(vec![vm("a", vec![])]);
     let first = build(&backend, manifest()).await;
@@ -165,7 +165,7 @@ async fn a_locked_build_refuses_other_bytes_before_it_boots() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_engine_cannot_do_is_refused_before_anything_starts() {
+async fn unsupported_steps_are_refused_before_anything_starts() {
     let backend = MemoryBackend::new();
     let mut machine = vm("a", vec![]);
     machine["communicator"]["shell"] = json!("powershell");

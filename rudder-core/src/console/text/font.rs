@@ -14,13 +14,13 @@ pub(super) struct Size {
 }
 
 /// Maximum width of a cell.
-pub(super) const WIDEST: usize = 16;
+pub(super) const MAX_WIDTH: usize = 16;
 
 /// Maximum height of a cell.
-pub(super) const TALLEST: usize = 32;
+pub(super) const MAX_HEIGHT: usize = 32;
 
 /// The pixels of a cell: one number per row from the top, with the leftmost pixel in the highest of `width` bits.
-pub(super) type Bitmap = [u16; TALLEST];
+pub(super) type Bitmap = [u16; MAX_HEIGHT];
 
 /// A way to read a glyph.
 #[derive(Debug, Clone, Copy)]
@@ -92,7 +92,7 @@ static FONTS: &[Font] = &fonts![
 /// All glyphs of one cell size.
 pub(super) struct Shapes {
     pub(super) size: Size,
-    known: HashMap<Bitmap, Vec<Reading>, BuildHasherDefault<Mix>>,
+    known: HashMap<Bitmap, Vec<Reading>, BuildHasherDefault<GlyphHasher>>,
     /// Digests of the glyphs, as a bit set.
     digests: Vec<u64>,
 }
@@ -100,12 +100,12 @@ pub(super) struct Shapes {
 /// A hash of a few multiplications, because hundreds of thousands of glyphs are looked up to find the cells of a
 /// screen. The keys are in the tables, so that they cannot be chosen to collide.
 #[derive(Default)]
-pub(super) struct Mix(u64);
+pub(super) struct GlyphHasher(u64);
 
 /// 2⁶⁴ divided by the golden ratio: multiplying by it moves small differences to the upper bits.
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
-impl Hasher for Mix {
+impl Hasher for GlyphHasher {
     fn write(&mut self, bytes: &[u8]) {
         for part in bytes.chunks(8) {
             let mut word = [0; 8];
@@ -171,10 +171,10 @@ static SHAPES_OF: LazyLock<HashMap<char, Vec<usize>>> = LazyLock::new(|| {
 });
 
 /// Whether a character that was read may stand for the wanted one, because they share a glyph.
-pub(super) fn alike(read: char, wanted: char) -> bool {
+pub(super) fn alike(read: char, expected: char) -> bool {
     let shapes = |char| SHAPES_OF.get(char).map_or(&[][..], Vec::as_slice);
-    read == wanted
-        || (!wanted.is_ascii() && shapes(&read).iter().any(|shape| shapes(&wanted).contains(shape)))
+    read == expected
+        || (!expected.is_ascii() && shapes(&read).iter().any(|shape| shapes(&expected).contains(shape)))
 }
 
 /// Returns the number of fonts.
@@ -204,7 +204,7 @@ impl Font {
         self.table.lines().map(|line| {
             let glyph = glyph(line, self.size);
             debug_assert!(glyph.is_some(), "{} {:?}: {line}", self.name, self.size);
-            glyph.unwrap_or((Vec::new(), [0; TALLEST]))
+            glyph.unwrap_or((Vec::new(), [0; MAX_HEIGHT]))
         })
     }
 }
@@ -218,7 +218,7 @@ fn glyph(line: &str, size: Size) -> Option<(Vec<char>, Bitmap)> {
         .map(|code| char::from_u32(u32::from_str_radix(code, 16).ok()?))
         .collect::<Option<_>>()?;
     let bytes = size.width.div_ceil(8);
-    let mut bitmap = [0; TALLEST];
+    let mut bitmap = [0; MAX_HEIGHT];
     for (row, digits) in bitmap.iter_mut().zip(rows.as_bytes().chunks(2 * bytes)) {
         *row = u16::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()? >> (8 * bytes - size.width);
     }
@@ -233,7 +233,7 @@ impl Shapes {
         let Some(&char) = chars.first() else { return };
         let digest = self.digest(&bitmap);
         self.digests[digest / 64] |= 1 << (digest % 64);
-        let (bitmap, corner) = self.size.turned(bitmap);
+        let (bitmap, corner) = self.size.inverted(bitmap);
         self.known.entry(bitmap).or_default().push(Reading { font, char, corner });
     }
 
@@ -257,7 +257,7 @@ impl Shapes {
 
     /// Returns how pixels of a character's colour can be read, whatever the background.
     pub(super) fn drawn(&self, bitmap: Bitmap) -> impl Iterator<Item = &Reading> {
-        let (bitmap, corner) = self.size.turned(bitmap);
+        let (bitmap, corner) = self.size.inverted(bitmap);
         self.readings(&bitmap).iter().filter(move |reading| reading.corner == corner)
     }
 
@@ -269,7 +269,7 @@ impl Shapes {
 
 impl Size {
     /// Returns the same glyph with 0 at the top left, and whether ones and zeros were exchanged for that.
-    pub(super) fn turned(self, mut bitmap: Bitmap) -> (Bitmap, bool) {
+    pub(super) fn inverted(self, mut bitmap: Bitmap) -> (Bitmap, bool) {
         let corner = bitmap[0] >> (self.width - 1) & 1 == 1;
         if corner {
             let full = self.full_row();
@@ -287,7 +287,7 @@ impl Size {
 /// Draws a line of text the way a PC's BIOS does, in cells of 8 × 16 pixels with the first one at `(x, y)`: screens for
 /// tests and for simulated machines. A character without a glyph in the BIOS font is left empty; what exceeds the
 /// screen is clipped.
-pub fn draw(screen: &mut Framebuffer, (x, y): (usize, usize), text: &str, ink: [u8; 3], paper: [u8; 3]) {
+pub fn draw(screen: &mut Framebuffer, (x, y): (usize, usize), text: &str, ink: [u8; 3], background: [u8; 3]) {
     static BIOS: LazyLock<HashMap<char, Bitmap>> = LazyLock::new(|| {
         FONTS[0]
             .glyphs()
@@ -299,9 +299,9 @@ pub fn draw(screen: &mut Framebuffer, (x, y): (usize, usize), text: &str, ink: [
             screen,
             (x + 8 * at, y),
             Size { width: 8, height: 16 },
-            &BIOS.get(&char).copied().unwrap_or([0; TALLEST]),
+            &BIOS.get(&char).copied().unwrap_or([0; MAX_HEIGHT]),
             ink,
-            paper,
+            background,
         );
     }
 }
@@ -313,13 +313,13 @@ pub(super) fn paint(
     size: Size,
     bitmap: &Bitmap,
     ink: [u8; 3],
-    paper: [u8; 3],
+    background: [u8; 3],
 ) {
     let rows = screen.height().saturating_sub(y).min(size.height);
     for (down, bits) in bitmap[..rows].iter().enumerate() {
         let cell = screen.row_mut(y + down).iter_mut().skip(x).take(size.width);
         for (right, pixel) in cell.enumerate() {
-            *pixel = if bits >> (size.width - 1 - right) & 1 == 1 { ink } else { paper };
+            *pixel = if bits >> (size.width - 1 - right) & 1 == 1 { ink } else { background };
         }
     }
 }

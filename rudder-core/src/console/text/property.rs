@@ -1,7 +1,7 @@
 //! Any text in any known font is read back, at any position and in any colours.
 #![allow(clippy::unwrap_used)]
 
-use super::font::{self, Bitmap, Size, TALLEST};
+use super::font::{self, Bitmap, MAX_HEIGHT, Size};
 use super::{ScreenText, read};
 use crate::console::Framebuffer;
 use proptest::prelude::*;
@@ -23,8 +23,8 @@ fn draw(
 
 /// Whether the characters appear side by side somewhere on the screen.
 fn shows(text: &ScreenText, line: &[(char, Bitmap)]) -> bool {
-    let same = |(read, (wanted, _)): (&char, &(char, Bitmap))| {
-        font::alike(*read, *wanted) || (*read == ' ' && ['█', '▁'].contains(wanted)) // as `read` says
+    let same = |(read, (expected, _)): (&char, &(char, Bitmap))| {
+        font::alike(*read, *expected) || (*read == ' ' && ['█', '▁'].contains(expected)) // as `read` says
     };
     text.rows().any(|row| row.windows(line.len()).any(|cells| cells.iter().zip(line).all(same)))
 }
@@ -43,11 +43,11 @@ proptest! {
         (x, y) in (0..80usize, 0..60usize),
         chosen in prop::collection::vec(any::<prop::sample::Index>(), 1..30),
         inverse in any::<bool>(),
-        colours in [colour(), colour()].prop_filter("two colours", |[ink, paper]| ink != paper),
-        more in [colour(), colour()].prop_filter("two colours", |[ink, paper]| ink != paper),
+        colours in [colour(), colour()].prop_filter("two colours", |[ink, background]| ink != background),
+        more in [colour(), colour()].prop_filter("two colours", |[ink, background]| ink != background),
     ) {
         let (size, glyphs) = font::glyphs(font, in_text_mode);
-        let blank = (' ', [0; TALLEST]);
+        let blank = (' ', [0; MAX_HEIGHT]);
         let ascii: Vec<_> = glyphs.iter().filter(|(char, _)| char.is_ascii()).copied().collect();
         let chosen: Vec<_> =
             chosen.iter().map(|index| *index.get(&glyphs)).chain([blank]).collect();
@@ -66,8 +66,8 @@ proptest! {
         }
         let text = read(&screen);
         for (line, _) in lines {
-            let wanted = line.iter().map(|(char, _)| char).collect::<String>();
-            prop_assert!(shows(&text, line), "expected {:?}, but read\n{}", wanted, text);
+            let expected = line.iter().map(|(char, _)| char).collect::<String>();
+            prop_assert!(shows(&text, line), "expected {:?}, but read\n{}", expected, text);
         }
     }
 
@@ -77,7 +77,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(8))]
 
     #[test]
-    fn text_in_front_of_a_picture_is_read(
+    fn text_in_front_of_an_image_is_read(
         (x, y) in (0..80usize, 0..60usize),
         noise in any::<[u8; 6]>(),
         shadow in any::<bool>(),
@@ -92,7 +92,7 @@ proptest! {
         }
         let line: Vec<_> = "Debian GNU/Linux installer menu"
             .chars()
-            .map(|wanted| glyphs.iter().find(|(char, _)| *char == wanted).copied().unwrap_or((' ', [0; TALLEST])))
+            .map(|expected| glyphs.iter().find(|(char, _)| *char == expected).copied().unwrap_or((' ', [0; MAX_HEIGHT])))
             .collect();
         for (offset, colour) in [(1, [0, 0, 0]), (0, [255; 3])].into_iter().skip(usize::from(!shadow)) {
             for (at, (_, bitmap)) in line.iter().enumerate() {

@@ -1,15 +1,15 @@
 //! Converts cells to characters.
 
-use super::font::{self, Bitmap, Reading, Shapes, TALLEST};
+use super::font::{self, Bitmap, MAX_HEIGHT, Reading, Shapes};
 use super::grid::{self, Cell, Grid};
-use super::overlay::{self, Front};
+use super::overlay::{self, Foreground};
 use super::screen::{ScreenText, UNREAD};
 use crate::console::Framebuffer;
 use std::cmp::{Ordering, Reverse};
 
 /// Maximum number of unknown cells that are examined for a cursor over a character; a screen with more of them shows an
 /// image.
-const CURSORS: usize = 24;
+const MAX_CURSOR_CELLS: usize = 24;
 
 /// Reads what a screen shows as text.
 ///
@@ -42,18 +42,19 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
         }
     }
     let inks = overlay::inks(screen, grid, &cells);
-    let everywhere = Papers::of(&cells, grid.shapes);
+    let everywhere = Backgrounds::of(&cells, grid.shapes);
     let mut chars = Vec::with_capacity(cells.len());
     let mut unknown = Vec::new();
     for (row, line) in cells.chunks(grid.columns.max(1)).enumerate() {
-        let here = Papers::of(line, grid.shapes);
+        let here = Backgrounds::of(line, grid.shapes);
         for (column, cell) in line.iter().enumerate() {
             let best = match cell {
                 Cell::Blank(_) => Some(' '),
                 Cell::Shape { bitmap, corner, other } => {
                     // Inverted, some glyphs are another character: the background of the surrounding text decides.
-                    let turned = here.turned(*corner, *other).or_else(|| everywhere.turned(*corner, *other));
-                    match choose(grid.shapes.readings(bitmap), &votes, turned) {
+                    let inverted =
+                        here.inverted(*corner, *other).or_else(|| everywhere.inverted(*corner, *other));
+                    match choose(grid.shapes.readings(bitmap), &votes, inverted) {
                         Some(best) => {
                             let ink = if best.corner { *corner } else { *other };
                             Some(if overlay::is_text(best.char, ink, &inks) { best.char } else { ' ' })
@@ -62,10 +63,10 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
                             .then_some(' '),
                     }
                 }
-                Cell::Picture => match overlay::front(screen, grid, (column, row), &inks) {
-                    Front::Nothing => Some(' '),
-                    Front::Character(readings) => choose(readings, &votes, None).map(|best| best.char),
-                    Front::Unknown => None,
+                Cell::Image => match overlay::foreground(screen, grid, (column, row), &inks) {
+                    Foreground::Nothing => Some(' '),
+                    Foreground::Character(readings) => choose(readings, &votes, None).map(|best| best.char),
+                    Foreground::Unknown => None,
                 },
             };
             if best.is_none() {
@@ -74,7 +75,7 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
             chars.push(best.unwrap_or(UNREAD));
         }
     }
-    let few = unknown.len() <= CURSORS;
+    let few = unknown.len() <= MAX_CURSOR_CELLS;
     for index in unknown {
         if let Some(char) = under_cursor(screen, grid, index, few.then_some(&votes)) {
             chars[index] = char;
@@ -92,49 +93,52 @@ fn read_grid(screen: &Framebuffer, grid: &Grid) -> ScreenText {
 fn choose<'a>(
     readings: impl IntoIterator<Item = &'a Reading>,
     votes: &[usize],
-    turned: Option<bool>,
+    inverted: Option<bool>,
 ) -> Option<&'a Reading> {
     readings.into_iter().min_by_key(|reading| {
-        let unlikely = turned.is_some_and(|turned| turned != reading.corner);
+        let unlikely = inverted.is_some_and(|inverted| inverted != reading.corner);
         (Reverse(votes[reading.font]), reading.font, unlikely)
     })
 }
 
 /// The background colours of text, derived from glyphs that are not another character when inverted.
-struct Papers {
+struct Backgrounds {
     /// How often something is written in the second colour on the first.
     pairs: Vec<([[u8; 3]; 2], usize)>,
-    blanks: Vec<([u8; 3], usize)>,
+    blank_cells: Vec<([u8; 3], usize)>,
 }
 
-impl Papers {
+impl Backgrounds {
     /// A screen with more colours than this shows an image.
-    const MOST: usize = 32;
+    const MAX_COLOURS: usize = 32;
 
     fn of(cells: &[Cell], shapes: &Shapes) -> Self {
-        let mut papers = Self { pairs: Vec::new(), blanks: Vec::new() };
+        let mut backgrounds = Self { pairs: Vec::new(), blank_cells: Vec::new() };
         for cell in cells {
             match cell {
-                Cell::Blank(colour) => count(&mut papers.blanks, *colour),
+                Cell::Blank(colour) => count(&mut backgrounds.blank_cells, *colour),
                 Cell::Shape { bitmap, corner, other } => {
                     let mut corners = shapes.readings(bitmap).iter().map(|reading| reading.corner);
                     if let Some(first) = corners.next()
                         && corners.all(|corner| corner == first)
                     {
-                        count(&mut papers.pairs, if first { [*other, *corner] } else { [*corner, *other] });
+                        count(
+                            &mut backgrounds.pairs,
+                            if first { [*other, *corner] } else { [*corner, *other] },
+                        );
                     }
                 }
-                Cell::Picture => {}
+                Cell::Image => {}
             }
         }
-        papers
+        backgrounds
     }
 
     /// Whether the pixel at the top left belongs to the character, judged by its colour and the other colour of its
     /// cell.
-    fn turned(&self, corner: [u8; 3], other: [u8; 3]) -> Option<bool> {
+    fn inverted(&self, corner: [u8; 3], other: [u8; 3]) -> Option<bool> {
         let pairs = seen(&self.pairs, [corner, other]).cmp(&seen(&self.pairs, [other, corner]));
-        match pairs.then(seen(&self.blanks, corner).cmp(&seen(&self.blanks, other))) {
+        match pairs.then(seen(&self.blank_cells, corner).cmp(&seen(&self.blank_cells, other))) {
             Ordering::Greater => Some(false),
             Ordering::Less => Some(true),
             Ordering::Equal => None,
@@ -145,7 +149,7 @@ impl Papers {
 fn count<T: PartialEq>(counts: &mut Vec<(T, usize)>, value: T) {
     match counts.iter().position(|(known, _)| *known == value) {
         Some(index) => counts[index].1 += 1,
-        None if counts.len() < Papers::MOST => counts.push((value, 1)),
+        None if counts.len() < Backgrounds::MAX_COLOURS => counts.push((value, 1)),
         None => {}
     }
 }
@@ -170,7 +174,7 @@ fn under_cursor(screen: &Framebuffer, grid: &Grid, index: usize, votes: Option<&
         }
         // The rest of the cell must not have more than two colours.
         let mut other = None;
-        let mut bitmap = [0; TALLEST];
+        let mut bitmap = [0; MAX_HEIGHT];
         let mut plain = true;
         for down in (0..first).chain(last..size.height) {
             for &pixel in line(down) {
@@ -221,7 +225,7 @@ mod tests {
     const BLACK: [u8; 3] = [0; 3];
 
     #[test]
-    fn a_screen_is_read_at_any_offset_and_in_any_colours() {
+    fn text_is_read_at_any_offset_and_in_any_colours() {
         for (x, y) in [(0, 0), (3, 5), (240, 105)] {
             let mut screen = Framebuffer::new(1024, 768);
             draw(&mut screen, (x, y), "localhost login: root", GREY, BLACK);
@@ -241,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cursor_hides_nothing() {
+    fn text_under_a_cursor_is_read() {
         for (char, colour) in [(' ', GREY), ('e', GREY), ('k', [255, 0, 0])] {
             let mut screen = Framebuffer::new(640, 480);
             draw(&mut screen, (0, 0), "the prompt and its cursor:", GREY, BLACK);
@@ -264,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_is_not_text() {
+    fn an_image_is_not_read_as_text() {
         let mut screen = Framebuffer::new(320, 200);
         assert_eq!(read(&screen).to_string(), "");
         assert_eq!(read(&Framebuffer::new(0, 0)).columns(), 0);

@@ -69,17 +69,17 @@ impl ScreenText {
         // A full block fills its cell with one colour, as a blank does.
         let words =
             text.split(|char: char| char.is_whitespace() || char == '█').filter(|word| !word.is_empty());
-        let wanted: Vec<char> = words.collect::<Vec<_>>().join(" ").chars().collect();
-        let stands = |rows: &[&[char]]| {
+        let expected: Vec<char> = words.collect::<Vec<_>>().join(" ").chars().collect();
+        let matches = |rows: &[&[char]]| {
             let flow = flow(rows);
-            (0..=flow.len()).any(|start| stands_at(&flow[start..], &wanted))
+            (0..=flow.len()).any(|start| matches_at(&flow[start..], &expected))
         };
-        stands(&self.whole()) || self.columns_of_text().iter().any(|rows| stands(rows))
+        matches(&self.trimmed_rows()) || self.columns_of_text().iter().any(|rows| matches(rows))
     }
 
     /// Returns the rows without the columns that are blank in every row: a console may leave columns at both sides
     /// free.
-    fn whole(&self) -> Vec<&[char]> {
+    fn trimmed_rows(&self) -> Vec<&[char]> {
         let left = self.rows().filter_map(|row| row.iter().position(|char| *char != ' ')).min().unwrap_or(0);
         self.rows().map(|row| row[..used(row)].get(left..).unwrap_or_default()).collect()
     }
@@ -152,14 +152,14 @@ enum Symbol {
 }
 
 /// Whether a text, in which blanks are single, is at the start of a sequence.
-fn stands_at(mut stream: &[Symbol], wanted: &[char]) -> bool {
-    for &char in wanted {
+fn matches_at(mut stream: &[Symbol], expected: &[char]) -> bool {
+    for &char in expected {
         if char == ' ' {
-            let blanks = stream.iter().take_while(|symbol| !matches!(symbol, Symbol::Char(_))).count();
-            if blanks == 0 {
+            let spaces = stream.iter().take_while(|symbol| !matches!(symbol, Symbol::Char(_))).count();
+            if spaces == 0 {
                 return false;
             }
-            stream = &stream[blanks..];
+            stream = &stream[spaces..];
             continue;
         }
         if let [Symbol::Edge, rest @ ..] = stream {
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn blanks_match_blanks_and_the_ends_of_rows() {
+    fn spaces_match_spaces_and_the_ends_of_rows() {
         let screen = screen(20, &["Press  ENTER to", "   continue", "", "login:"]);
         assert!(screen.contains("Press ENTER to continue"));
         assert!(screen.contains("ENTER\n  to"));
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_goes_over_the_edge() {
+    fn text_may_wrap_at_the_edge_of_the_screen() {
         let wrapped = screen(8, &["Welcome ", "to insta", "ller 2", "ok"]);
         assert!(wrapped.contains("to installer 2 ok"));
         assert!(wrapped.contains("Welcome to"));
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_wrapped_in_a_column_or_a_frame() {
+    fn text_may_wrap_in_a_column_or_a_frame() {
         let dialogue = screen(
             48,
             &[
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn what_looks_alike_is_found() {
+    fn characters_that_look_alike_match() {
         let cyrillic = screen(10, &["HOBO"]); // read as Latin
         assert!(cyrillic.contains("НОВО"));
         assert!(!screen(10, &["НОВО"]).contains("HOBO"));
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_shown_without_blanks_and_pictures() {
+    fn surrounding_spaces_and_images_are_not_shown() {
         let screen = screen(12, &["", "\u{fffd}|\u{fffd}-", "  Title  ", "", "", "a\u{fffd}b", "", ""]);
         assert_eq!(screen.to_string(), "  Title\n\na\u{fffd}b");
         assert_eq!((screen.written(), screen.unread()), (12, 3));

@@ -1,13 +1,13 @@
 //! The surroundings of a position on the screen, as bits: all cells that may contain the position, of every size and at
 //! every offset, are extracted from it without reading the screen again.
 
-use super::font::{Bitmap, Shapes, Size, TALLEST, WIDEST};
-use super::grid::TELLING;
+use super::font::{Bitmap, MAX_HEIGHT, MAX_WIDTH, Shapes, Size};
+use super::grid::MIN_PIXELS;
 use crate::console::Framebuffer;
 
 /// Number of columns to the left of the position, and as many to its right; the same for rows.
-const ASIDE: usize = WIDEST - 1;
-const ABOVE: usize = TALLEST - 1;
+const ASIDE: usize = MAX_WIDTH - 1;
+const ABOVE: usize = MAX_HEIGHT - 1;
 
 /// The pixels around a position that have its colour, and those that have the colour to its left.
 pub(super) struct Window {
@@ -60,11 +60,11 @@ impl Window {
 /// Whether one of the colours of a cell is that of a character.
 fn is_character(shapes: &Shapes, cells: [&[u16]; 2]) -> bool {
     let cells = cells.map(|rows| {
-        let mut bitmap: Bitmap = [0; TALLEST];
+        let mut bitmap: Bitmap = [0; MAX_HEIGHT];
         bitmap[..rows.len()].copy_from_slice(rows);
         (bitmap, rows.iter().map(|row| row.count_ones()).sum::<u32>())
     });
     let all = cells[0].1 + cells[1].1 == (shapes.size.width * shapes.size.height) as u32;
     let mut cells = cells.into_iter();
-    cells.any(|(bitmap, pixels)| (pixels >= TELLING || all) && shapes.drawn(bitmap).next().is_some())
+    cells.any(|(bitmap, pixels)| (pixels >= MIN_PIXELS || all) && shapes.drawn(bitmap).next().is_some())
 }

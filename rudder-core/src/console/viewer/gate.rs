@@ -32,7 +32,7 @@ impl Version {
             (true, Some(3), Some(7)) => Ok(Self::V3_7),
             (true, Some(3), Some(..7)) => Ok(Self::V3_3),
             (true, Some(3..), Some(_)) => Ok(Self::V3_8),
-            _ => Err(Error::new(ErrorKind::InvalidData, "the other side does not speak RFB")),
+            _ => Err(Error::new(ErrorKind::InvalidData, "the peer does not speak RFB")),
         }
     }
 
@@ -45,13 +45,13 @@ impl Version {
 
 /// A viewer that has answered the challenge and waits for the result.
 #[derive(Debug)]
-pub(super) struct Asking {
+pub(super) struct PendingViewer {
     version: Version,
     pub(super) response: Challenge,
 }
 
 /// Asks a viewer to prove that it knows the password.
-pub(super) async fn ask<S>(viewer: &mut S, challenge: &Challenge) -> Result<Asking>
+pub(super) async fn ask<S>(viewer: &mut S, challenge: &Challenge) -> Result<PendingViewer>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -66,7 +66,7 @@ where
         if chosen != VNC_AUTHENTICATION {
             return Err(Error::new(
                 ErrorKind::InvalidData,
-                "the viewer chose a security type it was not offered",
+                "the viewer chose a security type that was not offered",
             ));
         }
     }
@@ -74,10 +74,10 @@ where
     viewer.flush().await?;
     let mut response = [0; 16];
     viewer.read_exact(&mut response).await?;
-    Ok(Asking { version, response })
+    Ok(PendingViewer { version, response })
 }
 
-impl Asking {
+impl PendingViewer {
     /// Lets the viewer in, up to and including its first message (ClientInit).
     pub(super) async fn admit<S: AsyncRead + AsyncWrite + Unpin>(self, viewer: &mut S) -> Result<()> {
         viewer.write_u32(0).await?;
@@ -124,7 +124,7 @@ pub(super) async fn enter<S: AsyncRead + AsyncWrite + Unpin>(display: &mut S) ->
     let version = Version::read(display).await?;
     version.write(display).await?;
     let closed =
-        || Error::new(ErrorKind::PermissionDenied, "the display wants a password, or lets nobody in");
+        || Error::new(ErrorKind::PermissionDenied, "the display requires a password, or refuses all viewers");
     if version == Version::V3_3 {
         if display.read_u32().await? != u32::from(NONE) {
             return Err(closed());

@@ -30,13 +30,13 @@ use tokio::{
 };
 
 /// How long a person may take to type the password.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PASSWORD_LIMIT: Duration = Duration::from_secs(180);
 /// How long the display may take to answer.
-const DISPLAY: Duration = Duration::from_secs(10);
+const DISPLAY_LIMIT: Duration = Duration::from_secs(10);
 /// Delay after a wrong password, so that guessing one of 2⁴⁶ is not feasible.
 const PENALTY: Duration = Duration::from_secs(1);
 /// Maximum number of concurrent connections.
-const CROWD: usize = 16;
+const MAX_CONNECTIONS: usize = 16;
 
 /// A display behind a password, for VNC viewers on this host. Dropping it closes it and disconnects its viewer.
 pub struct Viewer {
@@ -49,7 +49,7 @@ pub struct Viewer {
 type Dial = Box<dyn Fn() -> BoxFuture<'static, Result<BoxedStream>> + Send + Sync>;
 
 /// State shared by the connections.
-struct House {
+struct Shared {
     dial: Dial,
     /// The only seat, held by the connected viewer.
     seat: Arc<Mutex<()>>,
@@ -59,7 +59,7 @@ struct House {
 
 /// The taken seat. When it is dropped, a new password is generated.
 struct Seat {
-    house: Arc<House>,
+    shared: Arc<Shared>,
     _taken: OwnedMutexGuard<()>,
 }
 
@@ -84,8 +84,8 @@ impl Viewer {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let (password, known) = watch::channel(Some(Password::new()));
-        let house = Arc::new(House { dial, seat: Arc::default(), password });
-        let task = tokio::spawn(keep_open(listener, house));
+        let shared = Arc::new(Shared { dial, seat: Arc::default(), password });
+        let task = tokio::spawn(keep_open(listener, shared));
         Ok(Self { address, password: known, task })
     }
 
@@ -124,22 +124,22 @@ impl Drop for Viewer {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.house.password.send_replace(Some(Password::new()));
+        self.shared.password.send_replace(Some(Password::new()));
     }
 }
 
 /// Accepts viewers. Dropping the future disconnects them.
-async fn keep_open(listener: TcpListener, house: Arc<House>) {
+async fn keep_open(listener: TcpListener, shared: Arc<Shared>) {
     let mut visitors = JoinSet::new();
     loop {
         tokio::select! {
             Some(_) = visitors.join_next() => {}
-            accepted = listener.accept(), if visitors.len() < CROWD => match accepted {
+            accepted = listener.accept(), if visitors.len() < MAX_CONNECTIONS => match accepted {
                 Ok((stream, from)) => {
-                    let house = Arc::clone(&house);
+                    let shared = Arc::clone(&shared);
                     visitors.spawn(async move {
-                        if let Err(error) = receive(&house, stream).await {
-                            tracing::debug!(%from, %error, "a VNC viewer left");
+                        if let Err(error) = receive(&shared, stream).await {
+                            tracing::debug!(%from, %error, "a VNC viewer disconnected");
                         }
                     });
                 }
@@ -150,36 +150,36 @@ async fn keep_open(listener: TcpListener, house: Arc<House>) {
     }
 }
 
-async fn receive(house: &Arc<House>, mut viewer: TcpStream) -> io::Result<()> {
+async fn receive(shared: &Arc<Shared>, mut viewer: TcpStream) -> io::Result<()> {
     viewer.set_nodelay(true)?;
     let entering = async {
-        if house.seat.try_lock().is_err() {
-            gate::turn_away(&mut viewer, "somebody else looks at this display").await?;
+        if shared.seat.try_lock().is_err() {
+            gate::turn_away(&mut viewer, "another viewer is connected to this display").await?;
             return Ok(None);
         }
         let challenge: Challenge = rand::random();
-        let asking = gate::ask(&mut viewer, &challenge).await?;
-        let Some(seat) = take_seat(house, &challenge, &asking.response) else {
+        let pending = gate::ask(&mut viewer, &challenge).await?;
+        let Some(seat) = take_seat(shared, &challenge, &pending.response) else {
             sleep(PENALTY).await;
-            asking.refuse(&mut viewer, "the password is wrong, or was used before").await?;
+            pending.refuse(&mut viewer, "the password is wrong, or was used before").await?;
             return Ok(None);
         };
-        match timeout(DISPLAY, display(house)).await {
+        match timeout(DISPLAY_LIMIT, display(shared)).await {
             Ok(Ok(display)) => {
-                asking.admit(&mut viewer).await?;
+                pending.admit(&mut viewer).await?;
                 Ok(Some((seat, display)))
             }
             Ok(Err(error)) => {
-                asking.refuse(&mut viewer, &format!("the display cannot be reached: {error}")).await?;
+                pending.refuse(&mut viewer, &format!("the display cannot be reached: {error}")).await?;
                 Err(error)
             }
             Err(late) => {
-                asking.refuse(&mut viewer, "the display did not answer").await?;
+                pending.refuse(&mut viewer, "the display did not answer").await?;
                 Err(late.into())
             }
         }
     };
-    let Some((_seat, display)) = timeout(PATIENCE, entering).await?? else { return Ok(()) };
+    let Some((_seat, display)) = timeout(PASSWORD_LIMIT, entering).await?? else { return Ok(()) };
     // When either side ends, both end.
     let ((mut from_viewer, mut to_viewer), (mut from_display, mut to_display)) =
         (split(viewer), split(display));
@@ -191,21 +191,21 @@ async fn receive(house: &Arc<House>, mut viewer: TcpStream) -> io::Result<()> {
 }
 
 /// Spends the password, if the response proves knowledge of it and the seat is still free.
-fn take_seat(house: &Arc<House>, challenge: &Challenge, response: &Challenge) -> Option<Seat> {
-    let taken = Arc::clone(&house.seat).try_lock_owned().ok()?;
-    let mut proven = false;
-    house.password.send_if_modified(|password| {
-        proven = password.as_ref().is_some_and(|password| password.proven(challenge, response));
-        if proven {
+fn take_seat(shared: &Arc<Shared>, challenge: &Challenge, response: &Challenge) -> Option<Seat> {
+    let taken = Arc::clone(&shared.seat).try_lock_owned().ok()?;
+    let mut is_proof = false;
+    shared.password.send_if_modified(|password| {
+        is_proof = password.as_ref().is_some_and(|password| password.is_proof(challenge, response));
+        if is_proof {
             *password = None;
         }
-        proven
+        is_proof
     });
-    proven.then(|| Seat { house: Arc::clone(house), _taken: taken })
+    is_proof.then(|| Seat { shared: Arc::clone(shared), _taken: taken })
 }
 
-async fn display(house: &House) -> io::Result<BoxedStream> {
-    let mut display = (house.dial)().await.map_err(io::Error::other)?;
+async fn display(shared: &Shared) -> io::Result<BoxedStream> {
+    let mut display = (shared.dial)().await.map_err(io::Error::other)?;
     gate::enter(&mut display).await?;
     Ok(display)
 }

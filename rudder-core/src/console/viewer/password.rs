@@ -37,7 +37,7 @@ impl Password {
     }
 
     /// Whether the response is the challenge encrypted with the password, compared in constant time.
-    pub(super) fn proven(&self, challenge: &Challenge, response: &Challenge) -> bool {
+    pub(super) fn is_proof(&self, challenge: &Challenge, response: &Challenge) -> bool {
         self.encrypt(challenge).ct_eq(response).into()
     }
 
@@ -74,8 +74,8 @@ mod tests {
             [0x23, 0xc4, 0x81, 0x08, 0x42, 0xc0, 0x39, 0x94, 0xab, 0x49, 0x6f, 0xc4, 0x67, 0x5c, 0xf3, 0xdc];
         let (password, challenge) = (Password(*b"hunter2x"), std::array::from_fn(|at| at as u8));
         assert_eq!(password.encrypt(&challenge), expected);
-        assert!(password.proven(&challenge, &expected));
-        assert!(!Password(*b"hunter2y").proven(&challenge, &expected));
+        assert!(password.is_proof(&challenge, &expected));
+        assert!(!Password(*b"hunter2y").is_proof(&challenge, &expected));
     }
 
     #[test]

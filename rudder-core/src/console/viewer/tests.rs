@@ -39,20 +39,20 @@ async fn viewer(version: &'static str) -> Viewer {
 
 /// The answer to a viewer.
 #[derive(Debug)]
-enum Told {
+enum Answer {
     In(TcpStream),
     Refused(String),
     TurnedAway(String),
 }
 
-impl PartialEq<&str> for Told {
+impl PartialEq<&str> for Answer {
     fn eq(&self, other: &&str) -> bool {
         matches!(self, Self::Refused(why) | Self::TurnedAway(why) if why == other)
     }
 }
 
 /// Connects as a viewer of this version, with this password.
-async fn come(viewer: &Viewer, version: &str, password: &str) -> Told {
+async fn connect(viewer: &Viewer, version: &str, password: &str) -> Answer {
     let mut stream = TcpStream::connect(viewer.address()).await.unwrap();
     let mut greeting = [0; 12];
     stream.read_exact(&mut greeting).await.unwrap();
@@ -61,7 +61,7 @@ async fn come(viewer: &Viewer, version: &str, password: &str) -> Told {
     let old = !matches!(version, "003.007" | "003.008" | "003.889");
     let offered = if old { stream.read_u32().await.unwrap() } else { stream.read_u8().await.unwrap().into() };
     if offered == 0 {
-        return Told::TurnedAway(rest(stream).await);
+        return Answer::TurnedAway(rest(stream).await);
     }
     if !old {
         assert_eq!((offered, stream.read_u8().await.unwrap()), (1, 2));
@@ -75,7 +75,7 @@ async fn come(viewer: &Viewer, version: &str, password: &str) -> Told {
     key[..password.len()].copy_from_slice(password.as_bytes());
     stream.write_all(&Password::of(key).encrypt(&challenge)).await.unwrap();
     if stream.read_u32().await.unwrap() == 1 {
-        return Told::Refused(rest(stream).await);
+        return Answer::Refused(rest(stream).await);
     }
     stream.write_u8(0).await.unwrap();
     let mut hello = [0; 5];
@@ -85,7 +85,7 @@ async fn come(viewer: &Viewer, version: &str, password: &str) -> Told {
     let mut key = [0; 3];
     stream.read_exact(&mut key).await.unwrap();
     assert_eq!(&key, b"key");
-    Told::In(stream)
+    Answer::In(stream)
 }
 
 /// Returns the reason that the viewer receives, with its length before it, or nothing if the version has no field for
@@ -102,63 +102,63 @@ async fn rest(mut stream: TcpStream) -> String {
 }
 
 #[tokio::test]
-async fn viewers_of_every_version_see_displays_of_every_version() {
+async fn viewers_of_every_version_work_with_displays_of_every_version() {
     for display in ["003.003", "003.007", "003.008"] {
         let viewer = viewer(display).await;
         for version in ["003.003", "003.005", "003.007", "003.008", "003.889"] {
             while viewer.password().is_none() {
                 tokio::task::yield_now().await;
             }
-            let told = come(&viewer, version, &viewer.password().unwrap()).await;
-            assert!(matches!(told, Told::In(_)), "{version} on {display}: {told:?}");
+            let answer = connect(&viewer, version, &viewer.password().unwrap()).await;
+            assert!(matches!(answer, Answer::In(_)), "{version} on {display}: {answer:?}");
         }
     }
 }
 
 #[tokio::test]
-async fn a_password_lets_one_in_once() {
+async fn a_password_admits_one_viewer_once() {
     let mut viewer = viewer("003.008").await;
     let first = viewer.password().unwrap();
-    assert_eq!(come(&viewer, "003.008", "wrong").await, "the password is wrong, or was used before");
-    assert_eq!(come(&viewer, "003.003", "wrong").await, "");
+    assert_eq!(connect(&viewer, "003.008", "wrong").await, "the password is wrong, or was used before");
+    assert_eq!(connect(&viewer, "003.003", "wrong").await, "");
     assert_eq!(viewer.password().as_ref(), Some(&first), "a wrong one spends nothing");
 
-    let inside = come(&viewer, "003.008", &first).await;
-    assert!(matches!(inside, Told::In(_)), "{inside:?}");
+    let inside = connect(&viewer, "003.008", &first).await;
+    assert!(matches!(inside, Answer::In(_)), "{inside:?}");
     viewer.changed().await;
     assert_eq!(viewer.password(), None);
     for version in ["003.003", "003.007", "003.008"] {
-        assert_eq!(come(&viewer, version, &first).await, "somebody else looks at this display");
+        assert_eq!(connect(&viewer, version, &first).await, "another viewer is connected to this display");
     }
 
     drop(inside);
     viewer.changed().await;
     let second = viewer.password().unwrap();
     assert_ne!(second, first);
-    assert_eq!(come(&viewer, "003.008", &first).await, "the password is wrong, or was used before");
-    let told = come(&viewer, "003.007", &second).await;
-    assert!(matches!(told, Told::In(_)), "{told:?}");
+    assert_eq!(connect(&viewer, "003.008", &first).await, "the password is wrong, or was used before");
+    let answer = connect(&viewer, "003.007", &second).await;
+    assert!(matches!(answer, Answer::In(_)), "{answer:?}");
 }
 
 #[tokio::test]
-async fn closing_cuts_off_who_looks_on() {
+async fn closing_disconnects_the_viewer() {
     let viewer = viewer("003.008").await;
     let address = viewer.address();
-    let told = come(&viewer, "003.008", &viewer.password().unwrap()).await;
-    let Told::In(mut inside) = told else { panic!("{told:?}") };
+    let answer = connect(&viewer, "003.008", &viewer.password().unwrap()).await;
+    let Answer::In(mut inside) = answer else { panic!("{answer:?}") };
     drop(viewer);
     assert_eq!(inside.read(&mut [0; 1]).await.unwrap_or(0), 0);
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }
 
 #[tokio::test]
-async fn a_display_that_cannot_be_reached_is_told() {
+async fn an_unreachable_display_is_reported_to_the_viewer() {
     let gone = || -> BoxFuture<'static, Result<BoxedStream>> {
         Box::pin(async { Err(Error::new(ErrorKind::Conflict, "the machine does not run")) })
     };
     let mut viewer = Viewer::behind(Box::new(gone)).await.unwrap();
-    let told = come(&viewer, "003.008", &viewer.password().unwrap()).await;
-    assert_eq!(told, "the display cannot be reached: the machine does not run");
+    let answer = connect(&viewer, "003.008", &viewer.password().unwrap()).await;
+    assert_eq!(answer, "the display cannot be reached: the machine does not run");
     viewer.changed().await;
 
     let password = || -> BoxFuture<'static, Result<BoxedStream>> {
@@ -173,12 +173,15 @@ async fn a_display_that_cannot_be_reached_is_told() {
         })
     };
     let viewer = Viewer::behind(Box::new(password)).await.unwrap();
-    let told = come(&viewer, "003.008", &viewer.password().unwrap()).await;
-    assert_eq!(told, "the display cannot be reached: the display wants a password, or lets nobody in");
+    let answer = connect(&viewer, "003.008", &viewer.password().unwrap()).await;
+    assert_eq!(
+        answer,
+        "the display cannot be reached: the display requires a password, or refuses all viewers"
+    );
 }
 
 #[tokio::test]
-async fn what_is_not_rfb_is_hung_up_on() {
+async fn a_connection_that_does_not_speak_rfb_is_closed() {
     let viewer = viewer("003.008").await;
     let mut stream = TcpStream::connect(viewer.address()).await.unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();

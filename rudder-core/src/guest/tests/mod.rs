@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-mod odd;
 mod openssh;
-mod patience;
 mod shells;
+mod slow_servers;
 pub(crate) mod sshd;
+mod unusual_servers;

@@ -42,7 +42,7 @@ fn directory(out: &[String]) -> String {
 }
 
 #[tokio::test]
-async fn a_script_runs_as_a_file_and_leaves_nothing() {
+async fn a_script_runs_as_a_file_and_leaves_nothing_behind() {
     let server = Sshd::new("").await;
     let guest = server.guest().await;
     let env = BTreeMap::from([
@@ -75,7 +75,7 @@ async fn a_file_is_uploaded_and_verified() {
 }
 
 #[tokio::test]
-async fn a_dropped_run_ends_in_the_guest_too() {
+async fn dropping_a_run_ends_it_in_the_guest() {
     let server = Sshd::new("").await;
     let guest = server.guest().await;
     let (said, mut heard) = tokio::sync::mpsc::unbounded_channel();
@@ -93,7 +93,7 @@ async fn a_dropped_run_ends_in_the_guest_too() {
 }
 
 #[tokio::test]
-async fn the_first_line_and_the_execute_command_decide_what_runs() {
+async fn the_first_line_and_the_execute_command_select_the_interpreter() {
     let server = Sshd::new("").await;
     let guest = server.guest().await;
     let (status, out, _) =
@@ -116,7 +116,7 @@ async fn the_first_line_and_the_execute_command_decide_what_runs() {
 }
 
 #[tokio::test]
-async fn signals_background_processes_and_binary_output_are_survived() {
+async fn signals_background_processes_and_binary_output_are_handled() {
     let server = Sshd::new("").await;
     let guest = server.guest().await;
     let (status, ..) = run(&guest, &Script::new("kill -KILL $$")).await;
@@ -139,7 +139,7 @@ async fn signals_background_processes_and_binary_output_are_survived() {
 }
 
 #[tokio::test]
-async fn a_large_script_arrives_whole() {
+async fn a_large_script_arrives_complete() {
     let server = Sshd::new("").await;
     let guest = server.guest().await;
     let script = format!("{}\necho end\n", ": 'it is long'\n".repeat(200_000));
@@ -147,7 +147,7 @@ async fn a_large_script_arrives_whole() {
 }
 
 #[tokio::test]
-async fn files_arrive_without_sftp_too() {
+async fn files_are_uploaded_without_sftp() {
     let server = Sshd::new("Subsystem sftp /nonexistent").await;
     let guest = server.guest().await;
     let path = server.dir.path().join("new/file");
@@ -156,7 +156,7 @@ async fn files_arrive_without_sftp_too() {
 }
 
 #[tokio::test]
-async fn wrong_credentials_and_silence_are_told_apart() {
+async fn wrong_credentials_are_distinguished_from_silence() {
     let server = Sshd::new("").await;
     std::fs::write(server.dir.path().join("authorized"), "").unwrap();
     let error = server.login().connect(&server.endpoint(), Duration::from_secs(4)).await.unwrap_err();
@@ -184,7 +184,7 @@ async fn wrong_credentials_and_silence_are_told_apart() {
 
 /// A guest under load needs longer for its first byte than most attempts wait for it.
 #[tokio::test]
-async fn a_server_may_take_its_time_to_speak() {
+async fn a_server_that_is_slow_to_send_its_banner_is_waited_for() {
     let server = Sshd::new("").await;
     let inner = server.endpoint();
     let slow = crate::guest::Endpoint::new(move || {
@@ -204,7 +204,7 @@ async fn a_server_may_take_its_time_to_speak() {
 }
 
 #[tokio::test]
-async fn the_key_may_come_late_and_the_host_key_may_not_change() {
+async fn the_key_may_be_authorised_late_but_the_host_key_may_not_change() {
     let server = Sshd::new("").await;
     let authorized = server.dir.path().join("authorized");
     let line = std::fs::read_to_string(&authorized).unwrap();
@@ -221,5 +221,5 @@ async fn the_key_may_come_late_and_the_host_key_may_not_change() {
     std::fs::remove_file(server.dir.path().join("host")).unwrap();
     crate::guest::BuildKey::generate().write(&server.dir.path().join("host")).await.unwrap();
     let error = login.connect(&endpoint, Duration::from_secs(60)).await.unwrap_err();
-    assert!(error.to_string().contains("expected the host key that the guest showed before"), "{error}");
+    assert!(error.to_string().contains("expected the host key that the guest presented before"), "{error}");
 }

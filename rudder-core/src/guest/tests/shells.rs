@@ -99,7 +99,7 @@ async fn use_it(guest: &Guest, dir: &Path, name: &str) {
 }
 
 #[tokio::test]
-async fn nothing_depends_on_the_login_shell_or_on_what_it_says() {
+async fn nothing_depends_on_the_login_shell_or_its_output() {
     assert!(
         Path::new(SFTP_SERVER).exists(),
         "this test needs {SFTP_SERVER}: apt-get install openssh-sftp-server"
@@ -119,7 +119,7 @@ async fn nothing_depends_on_the_login_shell_or_on_what_it_says() {
 }
 
 #[tokio::test]
-async fn a_dropped_run_is_ended_under_any_login_shell() {
+async fn dropping_a_run_ends_it_under_any_login_shell() {
     for shell in ["fish", "tcsh", "{dir}/wrapper"] {
         let server = server(shell, "", SFTP_SERVER).await;
         let guest = server.guest().await;
@@ -137,7 +137,7 @@ async fn a_dropped_run_is_ended_under_any_login_shell() {
 }
 
 #[tokio::test]
-async fn a_login_shell_that_runs_nothing_is_named() {
+async fn a_login_shell_that_runs_nothing_is_reported() {
     for (shell, says) in [
         ("/usr/sbin/nologin", "not available"),
         ("bash -r", "restricted"),
@@ -160,7 +160,7 @@ async fn a_login_shell_that_runs_nothing_is_named() {
 }
 
 #[tokio::test]
-async fn a_file_that_cannot_be_written_leaves_nothing() {
+async fn a_failed_upload_leaves_nothing_behind() {
     for sftp in [SFTP_SERVER, "/nonexistent"] {
         // No file may become larger than this, which is equivalent to a full disk.
         let server = server("sh", "ulimit -f 64;", sftp).await;

@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_of_a_child_is_not_its_parents() {
+    fn a_connection_of_a_child_is_not_attributed_to_its_parent() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port}; read line");
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_the_table_is_found_by_both_its_ends() {
+    fn a_socket_is_found_by_both_of_its_addresses() {
         let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
                      0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 41 1 0 100 0 0 10 0\n   \
                      1: 0100007F:C350 0100007F:1F90 01 00000000:00000000 00:00000000 00000000  1000        0 42 1 0 20 4 30 10 -1\n   \

@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_behind_the_end_cannot_be_satisfied() {
+    fn a_range_beyond_the_end_is_unsatisfiable() {
         for range in ["bytes=10-", "bytes=10-20", "bytes=-0", "bytes=99999999999999999999999-"] {
             assert_eq!(of(range, 10), Part::Unsatisfiable, "{range}");
         }
@@ -75,13 +75,13 @@ mod tests {
     }
 
     #[test]
-    fn of_several_ranges_those_behind_the_end_do_not_count() {
+    fn ranges_beyond_the_end_are_ignored_among_several() {
         assert_eq!(of("bytes=0-1,99-", 10), Part::Range { start: 0, length: 2 });
         assert_eq!(of("bytes=10-,20-30", 10), Part::Unsatisfiable);
     }
 
     #[test]
-    fn what_need_not_be_understood_gets_the_whole_file() {
+    fn unsupported_ranges_return_the_whole_file() {
         for range in [
             "bytes=0-1,3-4",
             "bytes=5-2",

@@ -87,7 +87,7 @@ async fn files_are_served_by_their_exact_names() {
     ] {
         let (status, head, body) = bench.ask("GET", target, "").await;
         assert_eq!(status, 404, "{target}: {head}");
-        assert_eq!(body, b"no file of this name is served\n");
+        assert_eq!(body, b"no file with this name is served\n");
     }
     assert_eq!(bench.ask("GET", "/%zz", "").await.0, 400);
     assert_eq!(bench.ask("GET", "/gone", "").await.0, 500);
@@ -127,7 +127,7 @@ async fn parts_of_files_are_served() {
 }
 
 #[tokio::test]
-async fn a_connection_takes_many_requests() {
+async fn a_connection_carries_many_requests() {
     let bench = Bench::new();
     let (mut client, server) = bench.connect();
     for _ in 0..3 {
@@ -143,12 +143,12 @@ async fn a_connection_takes_many_requests() {
 }
 
 #[tokio::test]
-async fn requests_are_told_once_they_are_answered() {
+async fn requests_are_reported_after_they_are_answered() {
     let bench = Bench::new();
     bench.ask("GET", "/a%20b.txt", "Range: bytes=2-4\r\n").await;
     bench.ask("HEAD", "/big.img", "").await;
     bench.ask("GET", &format!("/{}", "x".repeat(1000)), "").await;
-    let long = format!("/{}", "x".repeat(TOLD - 1));
+    let long = format!("/{}", "x".repeat(MAX_REPORTED - 1));
     assert_eq!(
         bench.told(),
         [
@@ -170,7 +170,7 @@ async fn requests_are_told_once_they_are_answered() {
 }
 
 #[tokio::test]
-async fn what_is_no_request_is_hung_up_on() {
+async fn a_connection_without_a_valid_request_is_closed() {
     let bench = Bench::new();
     let answer = bench.raw(b"\x16\x03\x01 hello\r\n\r\n").await;
     assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"), "{answer:?}");
@@ -187,7 +187,7 @@ async fn what_is_no_request_is_hung_up_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_does_nothing_is_closed() {
+async fn an_idle_connection_is_closed() {
     let bench = Bench::new();
     let start = Instant::now();
     let (mut client, server) = bench.connect();
@@ -197,7 +197,7 @@ async fn a_connection_that_does_nothing_is_closed() {
 }
 
 #[tokio::test]
-async fn only_who_is_admitted_is_answered() {
+async fn only_admitted_callers_are_answered() {
     let bench = Bench::new();
     let open = Arc::new(Mutex::new(Admission::Refused));
     let site = Site::clone(&bench.site);

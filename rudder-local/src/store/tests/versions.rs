@@ -156,7 +156,7 @@ async fn a_damaged_record_is_an_error_and_other_modules_stay_usable() {
         ("found format 4294967297", ErrorKind::Unsupported, |r| r["format"] = json!(4_294_967_297_u64)),
         ("no format number", ErrorKind::InvalidInput, |r| r["format"] = json!("1")),
         ("no format number", ErrorKind::InvalidInput, |r| *r = json!([])),
-        ("not what was written", ErrorKind::InvalidInput, |r| *r = json!({"format": 1})),
+        ("it cannot be parsed", ErrorKind::InvalidInput, |r| *r = json!({"format": 1})),
         ("\"../../x\"", ErrorKind::InvalidInput, |r| r["machines"][0]["disks"][0]["file"] = json!("../../x")),
         ("\"/etc/shadow\"", ErrorKind::InvalidInput, |r| {
             r["machines"][0]["disks"][0]["file"] = json!("/etc/shadow");

@@ -10,7 +10,7 @@ impl Framebuffer {
     /// `InvalidInput` when there is nothing to show: a width or a height of zero.
     pub fn to_png(&self) -> Result<Vec<u8>> {
         let failed = |error: png::EncodingError| {
-            let message = format!("cannot make a picture of a screen of {}×{}", self.width(), self.height());
+            let message = format!("cannot encode a screenshot of {}×{} pixels", self.width(), self.height());
             Error::new(ErrorKind::InvalidInput, message).with_source(error.to_string())
         };
         let [width, height] =
@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_picture_shows_every_pixel() {
+    fn a_screenshot_contains_every_pixel() {
         let mut frame = Framebuffer::new(3, 2);
         frame.row_mut(1)[2] = [1, 2, 3];
         let bytes = frame.to_png().unwrap();

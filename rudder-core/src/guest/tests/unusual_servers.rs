@@ -24,7 +24,7 @@ use tokio::io::DuplexStream;
 
 /// How a server misbehaves.
 #[derive(Clone, Default)]
-pub(super) struct Odd {
+pub(super) struct UnusualServer {
     /// Number of sessions that are closed without an answer when a request is made in them. dropbear does that when a
     /// process of another session ends at that moment.
     closes: Arc<AtomicUsize>,
@@ -44,7 +44,7 @@ pub(super) struct Odd {
     pub(super) shut: Arc<AtomicBool>,
 }
 
-impl Odd {
+impl UnusualServer {
     fn endpoint(&self) -> Endpoint {
         let server = self.clone();
         let key = BuildKey::generate();
@@ -100,7 +100,7 @@ impl Odd {
     }
 }
 
-impl server::Handler for Odd {
+impl server::Handler for UnusualServer {
     type Error = russh::Error;
 
     async fn auth_publickey_offered(&mut self, _: &str, _: PublicKeyOffer<'_>) -> Result<Auth, Self::Error> {
@@ -191,8 +191,8 @@ impl server::Handler for Odd {
 }
 
 #[tokio::test]
-async fn a_session_that_the_server_closes_before_it_began_is_opened_anew() {
-    let server = Odd::default();
+async fn a_session_that_is_closed_before_it_begins_is_opened_again() {
+    let server = UnusualServer::default();
     let guest = server.guest().await;
     server.closes.store(3, SeqCst);
     let output = guest.command("anything").await.unwrap();
@@ -207,27 +207,30 @@ async fn a_session_that_the_server_closes_before_it_began_is_opened_anew() {
     server.closes.store(usize::MAX, SeqCst);
     let error = guest.command("anything").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Protocol);
-    assert!(error.to_string().contains("closed 8 sessions one after the other"), "{error}");
+    assert!(error.to_string().contains("closed 8 consecutive sessions"), "{error}");
     assert!(!guest.is_closed());
 }
 
 #[tokio::test]
-async fn a_closed_session_and_a_broken_connection_are_told_apart() {
-    let guest = Odd { mute: true, ..Odd::default() }.guest().await;
+async fn a_closed_session_is_distinguished_from_a_broken_connection() {
+    let guest = UnusualServer { mute: true, ..UnusualServer::default() }.guest().await;
     let error = guest.run(&Script::new("anything"), |_, _| {}).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Protocol);
-    assert!(error.to_string().contains("closed the session while a script ran, and did not say"), "{error}");
+    assert!(
+        error.to_string().contains("closed the session while a script ran, and did not report"),
+        "{error}"
+    );
     assert!(!guest.is_closed());
 
-    let guest = Odd { breaks: true, ..Odd::default() }.guest().await;
+    let guest = UnusualServer { breaks: true, ..UnusualServer::default() }.guest().await;
     let error = guest.run(&Script::new("anything"), |_, _| {}).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::GuestUnreachable);
     assert!(error.to_string().contains("the connection to the guest broke while a script ran"), "{error}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_login_shell_that_waits_for_something_is_told() {
-    let guest = Odd { waits: true, ..Odd::default() }.guest().await;
+async fn a_login_shell_that_waits_for_input_is_reported() {
+    let guest = UnusualServer { waits: true, ..UnusualServer::default() }.guest().await;
     let error = guest.command("anything").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Protocol);
     let text = error.to_string();
@@ -238,9 +241,9 @@ async fn a_login_shell_that_waits_for_something_is_told() {
 }
 
 #[tokio::test]
-async fn a_password_opens_what_the_key_does_not() {
+async fn the_password_is_tried_when_the_key_is_refused() {
     for way in [MethodKind::Password, MethodKind::KeyboardInteractive] {
-        let server = Odd { way: Some(way), ..Odd::default() };
+        let server = UnusualServer { way: Some(way), ..UnusualServer::default() };
         assert_eq!(server.guest().await.command("anything").await.unwrap().status, ExitStatus::Code(3));
 
         let wrong = server.login().with_password(Some(Secret::new("wrong word")));
@@ -255,20 +258,20 @@ async fn a_password_opens_what_the_key_does_not() {
 }
 
 #[test]
-fn keys_that_cannot_be_used_are_told_apart() {
+fn unusable_keys_are_distinguished() {
     let import = |text: &str| BuildKey::import(&Secret::new(text)).unwrap_err();
     let cases = [
         ("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI", "found a public key"),
         (
             "-----BEGIN ENCRYPTED PRIVATE KEY-----\nTUlJ\n-----END ENCRYPTED PRIVATE KEY-----\n",
-            "protected by a password",
+            "protected by a passphrase",
         ),
         (
             "-----BEGIN OPENSSH PRIVATE KEY-----\nc2VjcmV0\n-----END OPENSSH PRIVATE KEY-----\n",
-            "could not read it",
+            "could not be parsed",
         ),
-        ("not a key: c2VjcmV0", "could not read it"),
-        ("", "could not read it"),
+        ("not a key: c2VjcmV0", "could not be parsed"),
+        ("", "could not be parsed"),
     ];
     for (text, expected) in cases {
         let error = import(text);

@@ -64,7 +64,7 @@ async fn events_and_reports_name_their_build() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_reader_learns_which_build_it_missed_events_of() {
+async fn a_slow_reader_is_told_which_build_lost_events() {
     let output: String = (0..50).map(|n| format!("line {n}\n")).collect();
     let backend = MemoryBackend::new().every_machine(|guest| guest.on("work", Response::ok(output)));
     let plan = read(plan(vec![vm("a", vec![shell("work", "work")])]));
@@ -80,7 +80,7 @@ async fn a_slow_reader_learns_which_build_it_missed_events_of() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_program_looks_into_a_machine_of_a_running_build() {
+async fn a_program_can_access_a_machine_of_a_running_build() {
     let backend = hanging();
     let build = start(&backend, hangs_in_work());
     assert_eq!(build.machine("a").unwrap_err().kind(), ErrorKind::NotFound);
@@ -104,7 +104,7 @@ async fn a_program_looks_into_a_machine_of_a_running_build() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_program_may_log_in_while_the_guest_still_boots() {
+async fn a_program_can_log_in_while_the_guest_is_booting() {
     let slow = |guest: Guest| guest.boot_delay(Duration::from_secs(20));
     let backend = hanging().every_machine(slow);
     let build = start(&backend, hangs_in_work());
@@ -116,7 +116,7 @@ async fn a_program_may_log_in_while_the_guest_still_boots() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_end_of_a_clean_up_can_be_awaited_after_the_handle_is_dropped() {
+async fn the_end_of_the_clean_up_can_be_awaited_after_the_handle_is_dropped() {
     let backend = hanging();
     let build = start(&backend, hangs_in_work());
     until(&build, |kind| matches!(kind, EventKind::StepStarted { step: 2, .. })).await;
@@ -138,7 +138,7 @@ async fn the_end_of_a_clean_up_can_be_awaited_after_the_handle_is_dropped() {
 }
 
 #[test]
-fn a_build_has_ended_when_its_runtime_is_gone() {
+fn a_build_has_ended_once_its_runtime_is_dropped() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let backend = hanging();
     let canceller = runtime.block_on(async {

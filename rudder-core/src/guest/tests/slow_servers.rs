@@ -1,7 +1,7 @@
 //! Slow, overloaded or strict servers, each of which lets in a patient client. Time is paused: it passes only when
 //! nothing else can happen.
 
-use super::odd::Odd;
+use super::unusual_servers::UnusualServer;
 use crate::{
     Error, ErrorKind, Result,
     backend::BoxedStream,
@@ -28,7 +28,7 @@ fn seconds(seconds: u64) -> Duration {
 
 /// A server whose connections are handled by the test, with the counts that a guest would keep.
 struct Server {
-    odd: Odd,
+    odd: UnusualServer,
     key: BuildKey,
     dials: AtomicUsize,
     open: AtomicUsize,
@@ -37,7 +37,7 @@ struct Server {
 
 impl Server {
     fn new() -> Arc<Self> {
-        let (odd, key) = (Odd::default(), BuildKey::generate());
+        let (odd, key) = (UnusualServer::default(), BuildKey::generate());
         let counts = || AtomicUsize::new(0);
         Arc::new(Self { odd, key, dials: counts(), open: counts(), most: counts() })
     }
@@ -130,7 +130,7 @@ async fn a_server_that_is_slow_in_the_key_exchange_is_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_banner_that_comes_letter_by_letter_is_waited_for() {
+async fn a_banner_that_arrives_byte_by_byte_is_waited_for() {
     let server = Server::new();
     let sent = Arc::new(AtomicUsize::new(0));
     let endpoint = server.endpoint(move |server, stream| {
@@ -156,12 +156,12 @@ async fn a_banner_that_comes_letter_by_letter_is_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_server_is_not_flooded() {
+async fn a_silent_server_gets_few_connections() {
     let server = Server::new();
     let endpoint = server.endpoint(|_, stream| hang_on(stream));
     let error = server.log_in(&endpoint, 5 * MINUTE).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::GuestUnreachable);
-    assert!(error.to_string().contains("the server said nothing"), "{error}");
+    assert!(error.to_string().contains("the server sent nothing"), "{error}");
     assert!(server.dials() <= 60, "{} connections", server.dials());
     assert!(server.most.load(SeqCst) <= 6, "fewer than `MaxStartups` at once");
 }
@@ -169,7 +169,7 @@ async fn a_silent_server_is_not_flooded() {
 /// A guest that listens after a minute, with a processor that does one thing at a time, in order. Starting a connection
 /// and handling a message take time, and a client that has hung up is noticed only when its turn comes.
 #[tokio::test(start_paused = true)]
-async fn a_guest_under_load_lets_in_who_does_not_add_to_it() {
+async fn a_guest_under_load_is_logged_in_to_without_adding_to_the_load() {
     let (server, listens) = (Server::new(), Instant::now() + MINUTE);
     let processor = Arc::new(tokio::sync::Mutex::new(()));
     let (unauthenticated, dropped) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
@@ -237,7 +237,7 @@ async fn refusing(text: &'static [u8]) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refusals_are_answered_with_growing_pauses() {
+async fn pauses_grow_while_the_server_refuses() {
     // MaxStartups, PerSourcePenalties of OpenSSH 9.8, and a server whose host keys do not exist yet.
     refusing(b"Exceeded MaxStartups\r\n").await;
     refusing(b"Not allowed at this time\r\n").await;
@@ -245,7 +245,7 @@ async fn refusals_are_answered_with_growing_pauses() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_port_that_refuses_or_swallows_is_found_soon_after_it_opens() {
+async fn a_port_is_reached_soon_after_it_opens() {
     let (server, opens) = (Server::new(), Instant::now() + seconds(25));
     let open = server.endpoint(|server, stream| async move {
         relay(stream, server.inner(), 1 << 15, || async {}).await;
@@ -279,7 +279,7 @@ async fn a_port_that_refuses_or_swallows_is_found_soon_after_it_opens() {
 /// client with more than 15 is dropped until they have passed. fail2ban: after five failures, the port refuses for ten
 /// minutes.
 #[tokio::test(start_paused = true)]
-async fn a_key_that_comes_late_earns_no_ban() {
+async fn a_key_that_is_authorised_late_causes_no_penalty() {
     let server = Server::new();
     server.odd.shut.store(true, SeqCst);
     let penalty = Arc::new(Mutex::new(Instant::now()));
