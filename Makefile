@@ -1,4 +1,4 @@
-# The commands of this project. Each sets up what it needs, says what it installs, and is quick when nothing is to do.
+# The commands of this project. Each installs what it needs, reports what it installs, and is quick if there is nothing to do.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,30 +10,30 @@ STORE := target/demo-store
 # Where the demo builds its first layer, and its second if that is elsewhere: "libvirt", "libvirt qemu", "qemu libvirt".
 BACKENDS ?= qemu
 
-# Tests that take too long for every day.
+# Tests that are too slow for `make test`.
 SLOW := --test install_slowed --test libvirt_debian
 
-# "timed NAME COMMAND": runs it, and says how long it took.
+# timed NAME,COMMAND: runs a command and prints how long it took.
 timed = s=$$SECONDS; $(2); echo "$(1): $$((SECONDS - s)) s"
 
-help: ## What can be done here
+help: ## Show this help
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: guests ## Build a module from a real Debian guest, then a second one on top of it; BACKENDS="libvirt qemu"
 	@tools/setup build $(if $(findstring libvirt,$(BACKENDS)),headers libvirt)
 	@tools/demo "$(STORE)" $(BACKENDS)
 
-test: guests ## Every test, those with real guests included
+test: guests ## Run all tests, including those with real guests
 	@tools/setup build headers qemu libvirt isos test
 	@$(call timed,test: compiling,cargo test --workspace --features libvirt --no-run --quiet)
 	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace --features libvirt --no-fail-fast)
 
-test-slow: guests ## Installing on a machine slowed down, where fixed waits fail, and whole Debians on libvirt: about 45 minutes without hardware acceleration
+test-slow: guests ## Run the slow tests: installations on a slowed-down machine, where fixed waits fail, and Debian on libvirt (about 45 minutes without hardware acceleration)
 	@tools/setup build headers qemu libvirt test
 	@$(call timed,test-slow: compiling,cargo build --quiet --examples --features libvirt && cargo test --quiet --no-run --features libvirt $(SLOW))
 	@$(call timed,test-slow: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --features libvirt --no-fail-fast $(SLOW) -- --nocapture --test-threads 1)
 
-check: ## Format, structure, lints, other targets, documentation, licences and sources of dependencies, the oldest Rust: what must be green before a change lands
+check: ## Check format, structure, lints, other targets, documentation, licences and sources of dependencies, and the oldest supported Rust; must pass before a change lands
 	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
 	@$(call timed,check: structure,tools/structure --check)
@@ -44,13 +44,13 @@ check: ## Format, structure, lints, other targets, documentation, licences and s
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
 	@$(call timed,check: oldest Rust,tools/msrv)
 
-guests: ## The guests of the tests and the demo, from Debian's packages, into target/guests
+guests: ## Build the guests of the tests and the demo from Debian's packages, in target/guests
 	@tools/setup qemu guests
 	@tools/guests/make --out $(GUESTS) debian-12 tiny installer
 
 RUNS ?= 5
 
-bench: guests ## Whole builds on QEMU and libvirt against the floor and Packer, capture, typing, displays, planning; RUNS=5
+bench: guests ## Measure whole builds on QEMU and libvirt (compared with plain QEMU and Packer), capture, typing, displays and planning; RUNS=5
 	@tools/setup build headers qemu libvirt bench
 	@cargo build --release --quiet --examples --features libvirt
 	@cargo bench --quiet --package rudder-core

@@ -55,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn a_domain_that_is_off_says_why() {
+    fn a_domain_that_is_off_reports_why() {
         let off = |reason: u32| match observed(sys::VIR_DOMAIN_SHUTOFF, reason) {
             DomainState::Observed(Observation::Off { powered_off, detail }) => (powered_off, detail),
             other => panic!("{other:?}"),
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn a_paused_machine_is_in_trouble_only_for_some_reasons() {
+    fn a_paused_machine_has_failed_only_for_some_reasons() {
         let paused = |reason: u32| observed(sys::VIR_DOMAIN_PAUSED, reason);
         assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_IOERROR), DomainState::DiskFailed);
         assert_eq!(paused(sys::VIR_DOMAIN_PAUSED_CRASHED), DomainState::Observed(Observation::Panicked));

@@ -148,7 +148,7 @@ mod tests {
         <mode name='host-model' supported='yes'/></cpu></domainCapabilities>";
 
     #[test]
-    fn what_is_offered_is_used() {
+    fn offered_features_are_used() {
         let told = elements(TOLD);
         assert_eq!(text(&told, &["domainCapabilities", "path"]).as_deref(), Some("/usr/bin/qemu"));
         assert_eq!(text(&told, &["domainCapabilities", "machine"]).as_deref(), Some("pc-i440fx-7.2"));

@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_label_is_read_as_it_was_written() {
+    fn a_label_is_read_back_as_it_was_written() {
         let store = StoreLabel { path: "/a \"b\" & <c>".to_owned(), mark: "1/2/3".to_owned() };
         let lab = Label::Lab {
             store: store.clone(),
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_whole_is_no_label() {
+    fn an_incomplete_label_is_ignored() {
         assert_eq!(Label::read("<other/>"), None);
         assert_eq!(Label::read("<lab store='/x' vm='a' id='../x' owner='1'/>"), None);
         assert_eq!(Label::read(""), None);
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_label_is_of_the_very_store_and_of_no_other_at_its_path() {
+    fn a_label_belongs_to_one_store_and_to_no_other_at_its_path() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store");
         let open = || Owner::new(&Store::open(&path).unwrap());

@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_says_whose_it_is_and_what_it_hands_out() {
+    fn a_network_names_its_owner_and_its_dhcp_range() {
         let label = Label::Lab {
             store: StoreLabel { path: "/a&b".to_owned(), mark: "m".to_owned() },
             lab: LabId::parse("web-0123456789ab").unwrap(),
@@ -252,13 +252,13 @@ mod tests {
     }
 
     #[test]
-    fn a_network_of_somebody_else_has_no_label_of_ours() {
+    fn a_foreign_network_has_no_label() {
         let theirs = "<network><metadata><x:lab xmlns:x='urn:x' id='web-0123456789ab' vm='' store='/s' owner='1'/></metadata></network>";
         assert_eq!(Label::of_network(theirs), None);
     }
 
     #[test]
-    fn ranges_are_private_and_whole() {
+    fn ranges_are_private_and_aligned() {
         let all: Cidr = "10.128.0.0/9".parse().unwrap();
         for _ in 0..100 {
             let range = any_range().unwrap();

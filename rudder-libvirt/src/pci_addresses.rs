@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn disks_are_named_beyond_the_alphabet() {
+    fn disk_names_continue_after_the_alphabet() {
         let mut places = Places::new(Chipset::I440Fx);
         let names: Vec<String> = (0..64).map(|_| places.take(Bus::Virtio).unwrap().target).collect();
         assert_eq!((names[0].as_str(), names[25].as_str(), names[26].as_str()), ("vda", "vdz", "vdaa"));

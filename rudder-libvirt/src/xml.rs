@@ -139,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_written_is_read_again_whatever_it_is() {
+    fn any_text_is_read_back_as_it_was_written() {
         let nasty = r#"a "b" <c> & 'd', ä\"#;
         let mut xml = Xml::new();
         xml.element("x:one", &[("xmlns:x", "urn:x"), ("a", nasty)], |xml| {
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_xml_gives_what_could_be_read() {
+    fn malformed_xml_yields_what_could_be_read() {
         assert_eq!(elements("nothing"), []);
         assert_eq!(elements("<a><b").len(), 1);
     }

@@ -90,8 +90,8 @@ impl Adapter for LibvirtAdapter {
             .into_iter()
             .map(|pid| format!("process {pid}: {}", command_line(pid)))
             .collect();
-        for place in ["labs", "modules"] {
-            let entries = fs::read_dir(self.store.join(place)).into_iter().flatten().flatten();
+        for directory in ["labs", "modules"] {
+            let entries = fs::read_dir(self.store.join(directory)).into_iter().flatten().flatten();
             traces.extend(entries.map(|entry| entry.path().display().to_string()));
         }
         let domains = self.list(&["list", "--all", "--name"]);
@@ -172,16 +172,16 @@ async fn keeps_the_contract(test: &'static str, scope: Scope, only: Option<&str>
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_libvirt_backend_keeps_the_contract() {
-    const TEST: &str = "the_libvirt_backend_keeps_the_contract";
+async fn the_libvirt_backend_fulfils_the_contract() {
+    const TEST: &str = "the_libvirt_backend_fulfils_the_contract";
     owner(TEST).await;
     keeps_the_contract(TEST, Scope::Session, None).await;
 }
 
 /// Covers what is specific to the system's libvirt: networks, how guests are reached, and what owners leave behind.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_libvirt_backend_of_the_system_keeps_the_contract() {
-    const TEST: &str = "the_libvirt_backend_of_the_system_keeps_the_contract";
+async fn the_libvirt_backend_fulfils_the_contract_on_a_system_daemon() {
+    const TEST: &str = "the_libvirt_backend_fulfils_the_contract_on_a_system_daemon";
     owner(TEST).await;
     if in_namespaces(TEST) {
         keeps_the_contract(TEST, Scope::System, Some("labs: |owners: |streams: |served: ")).await;

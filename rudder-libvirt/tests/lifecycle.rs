@@ -6,7 +6,7 @@ mod common;
 #[path = "../../rudder-qemu/tests/common/sector.rs"]
 mod sector;
 
-use common::{Place, backend, blank_machine, daemon::orphans, eventually, qemus_of, sector_machine};
+use common::{Fixture, backend, blank_machine, daemon::orphans, eventually, qemus_of, sector_machine};
 use rudder_core::{
     ErrorKind,
     backend::{Backend, Death, Exit, LabSpec, Machine, ModuleDraft, Progress, Retention, Stop},
@@ -34,11 +34,11 @@ async fn ready(machine: &dyn Machine) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_starts_stops_and_starts_again() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
     let machine = lab.create_machine(&spec).await.unwrap();
-    assert_eq!(place.daemon.domains(), [format!("rudder.{}.web", lab.id())]);
+    assert_eq!(fixture.daemon.domains(), [format!("rudder.{}.web", lab.id())]);
     assert_eq!(machine.wait().await.unwrap_err().kind(), ErrorKind::Conflict);
     assert_eq!(machine.stop(Stop::Kill).await.unwrap_err().kind(), ErrorKind::Conflict);
     assert_eq!(machine.dial(22).await.map(drop).unwrap_err().kind(), ErrorKind::Conflict);
@@ -59,13 +59,13 @@ async fn a_machine_starts_stops_and_starts_again() {
     lab.destroy().await.unwrap();
     assert_eq!(machine.start().await.unwrap_err().kind(), ErrorKind::Conflict);
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn disks_sit_on_every_bus() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+async fn machines_start_with_disks_on_every_bus() {
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     for first in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
         let buses = [first, Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide];
         let mut spec = blank_machine(&*lab, &format!("vm, \"{first:?}\" ü"), &buses).await;
@@ -81,13 +81,13 @@ async fn disks_sit_on_every_bus() {
     }
     lab.destroy().await.unwrap();
     drop(lab);
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_reach_port_display_and_serial_console() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     // This guest never configures its address.
@@ -108,15 +108,15 @@ async fn streams_reach_port_display_and_serial_console() {
     assert_eq!(machine.access().len(), 3);
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_end_is_told_from_the_others() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+async fn every_exit_reason_is_distinguished() {
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let mut machines = Vec::new();
-    let guests = [sector::power_off("bye"), sector::power_off_on_button(), sector::panic(), sector::rest()];
+    let guests = [sector::power_off("bye"), sector::power_off_on_button(), sector::panic(), sector::idle()];
     for (index, guest) in guests.into_iter().enumerate() {
         let mut spec = sector_machine(&*lab, &guest, Bus::Virtio, 1 << 20).await;
         spec.name = format!("guest{index}");
@@ -136,41 +136,41 @@ async fn every_end_is_told_from_the_others() {
     panic.start().await.unwrap();
     let exit = panic.wait().await.unwrap();
     assert!(matches!(exit, Exit::Died { cause: Death::GuestPanic, .. }), "{exit:?}");
-    assert!(panic.screenshot().await.unwrap().starts_with(b"\x89PNG"), "a last picture is kept");
+    assert!(panic.screenshot().await.unwrap().starts_with(b"\x89PNG"), "a last screenshot is kept");
 
     rest.start().await.unwrap();
-    let [qemu] = qemus_of(place.dir.path())[..] else { panic!("expected one QEMU") };
+    let [qemu] = qemus_of(fixture.dir.path())[..] else { panic!("expected one QEMU") };
     kill_process(Pid::from_raw(qemu).unwrap(), Signal::KILL).unwrap();
     let exit = rest.wait().await.unwrap();
     assert!(matches!(exit, Exit::Died { cause: Death::Hypervisor, .. }), "{exit:?}");
     rest.start().await.unwrap();
-    place.daemon.virsh(&["destroy", &format!("rudder.{}.guest3", lab.id())]);
+    fixture.daemon.virsh(&["destroy", &format!("rudder.{}.guest3", lab.id())]);
     let exit = rest.wait().await.unwrap();
     assert!(matches!(&exit, Exit::Died { detail, .. } if detail.contains("somebody destroyed")), "{exit:?}");
 
     lab.destroy().await.unwrap();
     drop((machines, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 /// The processes of machines are orphans, and libvirt waits until the host's init has reaped them.
 #[tokio::test(flavor = "multi_thread")]
-async fn ends_are_told_when_the_hosts_init_is_slow() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+async fn exit_reasons_are_reported_when_the_init_of_the_host_is_slow() {
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let qemu = || {
-        let [qemu] = qemus_of(place.dir.path())[..] else { panic!("expected one QEMU") };
-        orphans::leave(qemu);
+        let [qemu] = qemus_of(fixture.dir.path())[..] else { panic!("expected one QEMU") };
+        orphans::hold(qemu);
         qemu
     };
     let is_held = |name: &str| {
         // A query through libvirt would block, too.
         let status =
-            place.dir.path().join(format!("libvirt/run/libvirt/qemu/run/rudder.{}.{name}.xml", lab.id()));
-        assert!(status.exists(), "expected libvirt not to have let go of {name} yet");
+            fixture.dir.path().join(format!("libvirt/run/libvirt/qemu/run/rudder.{}.{name}.xml", lab.id()));
+        assert!(status.exists(), "expected libvirt not to have released {name} yet");
     };
 
-    let rest = sector_machine(&*lab, &sector::rest(), Bus::Virtio, 1 << 20).await;
+    let rest = sector_machine(&*lab, &sector::idle(), Bus::Virtio, 1 << 20).await;
     let rest = lab.create_machine(&rest).await.unwrap();
     rest.start().await.unwrap();
     let pid = qemu();
@@ -190,12 +190,12 @@ async fn ends_are_told_when_the_hosts_init_is_slow() {
     });
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(!again.is_finished(), "expected the start to wait");
-    orphans::let_go(pid);
+    orphans::release(pid);
     again.await.unwrap().unwrap();
     let pid = qemu();
     assert!(killed(&rest.stop(Stop::Kill).await.unwrap()));
     is_held("guest");
-    orphans::let_go(pid);
+    orphans::release(pid);
 
     // A guest that powers off is not dead, however late libvirt reports it.
     let mut off = sector_machine(&*lab, &sector::power_off_on_button(), Bus::Virtio, 1 << 20).await;
@@ -206,7 +206,7 @@ async fn ends_are_told_when_the_hosts_init_is_slow() {
     let pid = qemu();
     let late = tokio::spawn(async move {
         tokio::time::sleep(Duration::from_secs(3)).await;
-        orphans::let_go(pid);
+        orphans::release(pid);
     });
     let exit = off.stop(Stop::Graceful { limit: Duration::from_secs(60) }).await.unwrap();
     assert_eq!(exit, Exit::PoweredOff);
@@ -214,7 +214,7 @@ async fn ends_are_told_when_the_hosts_init_is_slow() {
 
     lab.destroy().await.unwrap();
     drop((rest, off, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 fn template(disks: &[rudder_core::module::CapturedDisk]) -> TemplateMachine {
@@ -225,9 +225,9 @@ fn template(disks: &[rudder_core::module::CapturedDisk]) -> TemplateMachine {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_module_is_also_a_set_of_halted_domains() {
-    let place = Place::new().await;
+    let fixture = Fixture::new().await;
     for _ in 0..2 {
-        let lab = place.lab().await;
+        let lab = fixture.lab().await;
         let spec = blank_machine(&*lab, "web", &[Bus::Virtio, Bus::Scsi]).await;
         let machine = lab.create_machine(&spec).await.unwrap();
         machine.start().await.unwrap();
@@ -245,62 +245,62 @@ async fn a_module_is_also_a_set_of_halted_domains() {
         let draft = ModuleDraft::new("base", vec![template(&disks)], common::network(), provenance);
         let module = lab.publish(draft).await.unwrap();
         lab.destroy().await.unwrap();
-        assert_eq!(place.daemon.domains(), ["base.web"]);
+        assert_eq!(fixture.daemon.domains(), ["base.web"]);
 
         // It can be started; what is written then is discarded, and the module stays unchanged.
         let disk = module.path.unwrap().parent().unwrap().join(&module.machines[0].disks[0].file);
         let before = std::fs::read(&disk).unwrap();
-        place.daemon.virsh(&["start", "base.web"]);
-        place.daemon.virsh(&["destroy", "base.web"]);
+        fixture.daemon.virsh(&["start", "base.web"]);
+        fixture.daemon.virsh(&["destroy", "base.web"]);
         assert!(before == std::fs::read(&disk).unwrap());
     }
     // Domains that a builder did not define are added by the next reap.
-    place.daemon.virsh(&["undefine", "base.web"]);
-    place.backend.reap().await.unwrap();
-    assert_eq!(place.daemon.domains(), ["base.web"]);
+    fixture.daemon.virsh(&["undefine", "base.web"]);
+    fixture.backend.reap().await.unwrap();
+    assert_eq!(fixture.daemon.domains(), ["base.web"]);
     // The domains of a module that another process removed from the store are removed from libvirt.
-    place.backend.store().remove_module("base").await.unwrap();
-    place.backend.reap().await.unwrap();
-    assert_eq!(place.daemon.domains(), Vec::<String>::new());
-    place.assert_clean().await;
+    fixture.backend.store().remove_module("base").await.unwrap();
+    fixture.backend.reap().await.unwrap();
+    assert_eq!(fixture.daemon.domains(), Vec::<String>::new());
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_dropped_is_removed_and_what_is_foreign_stays() {
-    let place = Place::new().await;
-    let foreign = place.dir.path().join("foreign.xml");
+async fn dropped_labs_are_removed_and_foreign_domains_stay() {
+    let fixture = Fixture::new().await;
+    let foreign = fixture.dir.path().join("foreign.xml");
     std::fs::write(
         &foreign,
         "<domain type='qemu'><name>rudder-like</name><memory>65536</memory><os><type>hvm</type></os></domain>",
     )
     .unwrap();
-    place.daemon.virsh(&["define", foreign.to_str().unwrap()]);
-    let lab = place.lab().await;
+    fixture.daemon.virsh(&["define", foreign.to_str().unwrap()]);
+    let lab = fixture.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     // Another backend on the same store, as in another process: the lab is alive, so it is not touched.
-    let other = backend(place.dir.path(), &place.daemon);
+    let other = backend(fixture.dir.path(), &fixture.daemon);
     assert_eq!(other.reap().await.unwrap().removed, Vec::<String>::new());
-    assert_eq!(place.daemon.domains().len(), 2);
+    assert_eq!(fixture.daemon.domains().len(), 2);
     drop((machine, lab));
-    eventually("the domain is gone", || place.daemon.domains() == ["rudder-like"]).await;
+    eventually("the domain is gone", || fixture.daemon.domains() == ["rudder-like"]).await;
     other.reap().await.unwrap();
-    assert_eq!(place.daemon.domains(), ["rudder-like"]);
-    place.assert_clean().await;
+    assert_eq!(fixture.daemon.domains(), ["rudder-like"]);
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lab_that_was_kept_stays_until_it_is_removed() {
-    let place = Place::new().await;
+async fn a_kept_lab_stays_until_it_is_removed() {
+    let fixture = Fixture::new().await;
     let mut spec = LabSpec::new("test", common::network());
     spec.retention = Retention::MayBeKept;
-    let lab = place.backend.open_lab(&spec).await.unwrap();
+    let lab = fixture.backend.open_lab(&spec).await.unwrap();
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     let kept = lab.keep().await.unwrap();
     assert!(kept.access.iter().any(|line| line.contains("virt-viewer")), "{:?}", kept.access);
     drop((machine, lab));
-    let Place { backend: first, daemon, dir, permit: _permit } = place;
+    let Fixture { backend: first, daemon, dir, permit: _permit } = fixture;
     drop(first);
     let other = backend(dir.path(), &daemon);
     other.reap().await.unwrap();

@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn only_events_that_nobody_knows_are_dropped() {
+    fn only_unknown_events_are_dropped() {
         assert!(is_unknown_event(
             br#"{"event": "OF_A_LATER_QEMU", "timestamp": {"seconds": 1, "microseconds": 2}}"#
         ));

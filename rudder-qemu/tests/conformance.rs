@@ -71,8 +71,8 @@ impl Adapter for QemuAdapter {
         let processes = processes_below(&self.store);
         let mut traces: Vec<String> =
             processes.into_iter().map(|pid| format!("process {pid}: {}", command_line(pid))).collect();
-        for place in ["labs", "modules"] {
-            let entries = fs::read_dir(self.store.join(place)).into_iter().flatten().flatten();
+        for directory in ["labs", "modules"] {
+            let entries = fs::read_dir(self.store.join(directory)).into_iter().flatten().flatten();
             traces.extend(entries.map(|entry| entry.path().display().to_string()));
         }
         Ok(traces)
@@ -115,14 +115,14 @@ impl Adapter for QemuAdapter {
 
     fn owners(&self) -> Owners {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "the_qemu_backend_keeps_the_contract", "--nocapture"]);
+        command.args(["--exact", "the_qemu_backend_fulfils_the_contract", "--nocapture"]);
         command.env(STORE, &self.store);
         Owners::Process(command)
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_qemu_backend_keeps_the_contract() {
+async fn the_qemu_backend_fulfils_the_contract() {
     if let Some(store) = std::env::var_os(STORE) {
         let adapter = QemuAdapter { store: store.into(), guest: tiny() };
         panic!("{:?}", testing::own(Arc::new(adapter)).await);

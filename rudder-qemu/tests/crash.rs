@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Place, blank_machine, eventually, network, processes_below};
+use common::{Fixture, blank_machine, eventually, network, processes_below};
 use rudder_core::{
     ErrorKind,
     backend::{Backend, LabSpec, Retention},
@@ -27,7 +27,7 @@ const BUILDER: &str = "RUDDER_TEST_BUILDER";
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs one machine until this process is killed.
-async fn play_builder(store: &Path, retention: Retention) {
+async fn run_builder(store: &Path, retention: Retention) {
     let backend = QemuBackend::builder(Store::open(store).unwrap()).accelerator(Accelerator::Tcg).build();
     let mut spec = LabSpec::new("killed", network());
     spec.retention = retention;
@@ -59,49 +59,49 @@ async fn kill_a_builder(test: &str, store: &Path) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_kernel_ends_the_machines_of_a_killed_builder() {
     if let Some(store) = std::env::var_os(BUILDER) {
-        return play_builder(Path::new(&store), Retention::EndWithOwner).await;
+        return run_builder(Path::new(&store), Retention::EndWithOwner).await;
     }
-    let place = Place::new().await;
-    kill_a_builder("the_kernel_ends_the_machines_of_a_killed_builder", place.dir.path()).await;
+    let fixture = Fixture::new().await;
+    kill_a_builder("the_kernel_ends_the_machines_of_a_killed_builder", fixture.dir.path()).await;
     let killed = Instant::now();
-    eventually("QEMU is gone", || processes_below(place.dir.path()).is_empty()).await;
+    eventually("QEMU is gone", || processes_below(fixture.dir.path()).is_empty()).await;
     assert!(killed.elapsed() < LIMIT, "{:?}", killed.elapsed());
-    let report = place.backend.reap().await.unwrap();
+    let report = fixture.backend.reap().await.unwrap();
     assert!(report.removed.iter().any(|what| what.starts_with("lab killed-")), "{report:?}");
     assert_eq!(report.failed, Vec::<String>::new());
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_might_have_been_kept_and_was_not_is_reaped_by_the_next_start() {
+async fn a_lab_that_may_be_kept_but_was_not_is_reaped_by_the_next_start() {
     if let Some(store) = std::env::var_os(BUILDER) {
-        return play_builder(Path::new(&store), Retention::MayBeKept).await;
+        return run_builder(Path::new(&store), Retention::MayBeKept).await;
     }
-    let place = Place::new().await;
-    kill_a_builder("what_might_have_been_kept_and_was_not_is_reaped_by_the_next_start", place.dir.path())
+    let fixture = Fixture::new().await;
+    kill_a_builder("a_lab_that_may_be_kept_but_was_not_is_reaped_by_the_next_start", fixture.dir.path())
         .await;
-    let lab = place.lab().await;
-    eventually("QEMU is gone", || processes_below(place.dir.path()).is_empty()).await;
+    let lab = fixture.lab().await;
+    eventually("QEMU is gone", || processes_below(fixture.dir.path()).is_empty()).await;
     lab.destroy().await.unwrap();
     drop(lab);
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lab_of_a_living_owner_is_never_reaped() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    let other = QemuBackend::builder(Store::open(place.dir.path()).unwrap()).build();
+    let other = QemuBackend::builder(Store::open(fixture.dir.path()).unwrap()).build();
     assert_eq!(other.reap().await.unwrap().removed, Vec::<String>::new());
     assert_eq!(other.remove_lab(lab.id()).await.unwrap_err().kind(), ErrorKind::Conflict);
     assert_eq!(other.kept_labs().await.unwrap(), []);
-    assert_eq!(processes_below(place.dir.path()).len(), 1);
+    assert_eq!(processes_below(fixture.dir.path()).len(), 1);
     assert!(machine.screenshot().await.is_ok());
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 /// The name of the test that plays the helper process.
@@ -118,10 +118,10 @@ fn the_helper_process() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kept_lab_outlives_its_owner_until_it_is_removed() {
     let helper = HelperProgram::new(std::env::current_exe().unwrap()).arguments(["--exact", HELPER]);
-    let place = Place::of(1, |builder| builder.helper(helper)).await;
+    let fixture = Fixture::with(1, |builder| builder.helper(helper)).await;
     let mut spec = LabSpec::new("kept", network());
     spec.retention = Retention::MayBeKept;
-    let lab = place.backend.open_lab(&spec).await.unwrap();
+    let lab = fixture.backend.open_lab(&spec).await.unwrap();
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     let kept = lab.keep().await.unwrap();
@@ -129,41 +129,41 @@ async fn a_kept_lab_outlives_its_owner_until_it_is_removed() {
     let mut stream = machine.dial(22).await.unwrap();
     assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
     drop((machine, lab));
-    assert_eq!(place.backend.reap().await.unwrap().removed, Vec::<String>::new());
+    assert_eq!(fixture.backend.reap().await.unwrap().removed, Vec::<String>::new());
     // QEMU and the network helper.
-    assert_eq!(processes_below(place.dir.path()).len(), 2);
-    let door = place.dir.path().join("labs").join(kept.id.as_str()).join("m0.p22");
-    assert_eq!(std::fs::metadata(&door).unwrap().permissions().mode() & 0o777, 0o600);
-    tokio::net::UnixStream::connect(door).await.unwrap();
-    assert_eq!(place.backend.kept_labs().await.unwrap(), std::slice::from_ref(&kept));
+    assert_eq!(processes_below(fixture.dir.path()).len(), 2);
+    let socket = fixture.dir.path().join("labs").join(kept.id.as_str()).join("m0.p22");
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    tokio::net::UnixStream::connect(socket).await.unwrap();
+    assert_eq!(fixture.backend.kept_labs().await.unwrap(), std::slice::from_ref(&kept));
     assert!(kept.access[0].contains("ProxyCommand="), "{kept:?}");
-    place.backend.remove_lab(&kept.id).await.unwrap();
-    assert_eq!(place.backend.remove_lab(&kept.id).await.unwrap_err().kind(), ErrorKind::NotFound);
-    place.assert_clean().await;
+    fixture.backend.remove_lab(&kept.id).await.unwrap();
+    assert_eq!(fixture.backend.remove_lab(&kept.id).await.unwrap_err().kind(), ErrorKind::NotFound);
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_helper_a_kept_lab_says_that_its_network_ended() {
-    let place = Place::of(1, |builder| builder.helper(HelperProgram::new("/nonexistent"))).await;
+async fn without_a_helper_a_kept_lab_reports_that_its_network_ended() {
+    let fixture = Fixture::with(1, |builder| builder.helper(HelperProgram::new("/nonexistent"))).await;
     let mut spec = LabSpec::new("kept", network());
     spec.retention = Retention::MayBeKept;
-    let lab = place.backend.open_lab(&spec).await.unwrap();
+    let lab = fixture.backend.open_lab(&spec).await.unwrap();
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     let kept = lab.keep().await.unwrap();
-    let told = kept.access.last().unwrap();
-    assert_eq!(told, "the network of the lab has ended: cannot start /nonexistent");
+    let message = kept.access.last().unwrap();
+    assert_eq!(message, "the network of the lab has ended: cannot start /nonexistent");
     drop((machine, lab));
-    assert_eq!(processes_below(place.dir.path()).len(), 1);
-    place.backend.remove_lab(&kept.id).await.unwrap();
-    place.assert_clean().await;
+    assert_eq!(processes_below(fixture.dir.path()).len(), 1);
+    fixture.backend.remove_lab(&kept.id).await.unwrap();
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lab_that_ends_with_its_owner_cannot_be_kept() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     assert_eq!(lab.keep().await.unwrap_err().kind(), ErrorKind::InvalidInput);
     drop(lab);
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }

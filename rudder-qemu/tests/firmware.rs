@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Place, blank_machine, eventually, network, processes_below};
+use common::{Fixture, blank_machine, eventually, network, processes_below};
 use rudder_core::{
     ErrorKind,
     backend::{Backend as _, Death, Exit, LabSpec, Stop},
@@ -21,16 +21,16 @@ fn needing(needs: &[Capability]) -> LabSpec {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_host_does_not_have_is_refused_before_anything_starts() {
+async fn what_the_host_lacks_is_refused_before_anything_starts() {
     // A host with neither firmware nor swtpm.
     let empty = tempfile::tempdir().unwrap();
     let directory = empty.path().join("firmware");
-    let place = Place::of(1, |builder| {
+    let fixture = Fixture::with(1, |builder| {
         builder.firmware_directories([directory.clone()]).swtpm(empty.path().join("swtpm"))
     })
     .await;
     let refusal = async |need| {
-        let error = place.backend.open_lab(&needing(&[need])).await.unwrap_err();
+        let error = fixture.backend.open_lab(&needing(&[need])).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostMissing);
         error.report()
     };
@@ -48,7 +48,7 @@ async fn what_the_host_does_not_have_is_refused_before_anything_starts() {
     let tpm = refusal(Capability::Tpm).await;
     assert!(tpm.contains("apt-get install --no-install-recommends swtpm swtpm-tools"), "{tpm}");
     // A lab that needs none of it is not affected.
-    let lab = place.lab().await;
+    let lab = fixture.lab().await;
     let mut spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
     lab.create_machine(&spec).await.unwrap();
     // A machine that needs firmware is never given BIOS instead, even if its lab did not declare the need.
@@ -57,7 +57,7 @@ async fn what_the_host_does_not_have_is_refused_before_anything_starts() {
     assert_eq!(lab.create_machine(&spec).await.unwrap_err().kind(), ErrorKind::HostMissing);
     lab.destroy().await.unwrap();
     drop(lab);
-    let report = place.backend.diagnose().await.unwrap();
+    let report = fixture.backend.diagnose().await.unwrap();
     let missing: Vec<&str> = report
         .findings
         .iter()
@@ -66,7 +66,7 @@ async fn what_the_host_does_not_have_is_refused_before_anything_starts() {
         .collect();
     assert_eq!(missing, ["UEFI", "Secure Boot", "TPM"]);
     assert!(report.is_ready(), "only some manifests need them");
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 /// Returns the process below a directory that runs this program.
@@ -76,16 +76,16 @@ fn process(directory: &std::path::Path, program: &str) -> Option<i32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_told() {
-    let place = Place::new().await;
+async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_reported() {
+    let fixture = Fixture::new().await;
     let needs = [Capability::Uefi, Capability::SecureBoot, Capability::Tpm];
-    let lab = place.backend.open_lab(&needing(&needs)).await.unwrap();
+    let lab = fixture.backend.open_lab(&needing(&needs)).await.unwrap();
     let mut spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
     spec.firmware = Firmware::UefiSecureBoot;
     spec.tpm = true;
     spec.memory = 256 << 20;
     let machine = lab.create_machine(&spec).await.unwrap();
-    let swtpm = || process(place.dir.path(), "swtpm");
+    let swtpm = || process(fixture.dir.path(), "swtpm");
     assert_eq!(swtpm(), None, "made, and not running");
 
     // The TPM ends with the machine, and starts with it again.
@@ -100,7 +100,7 @@ async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_told() {
     let kinds: Vec<_> = state.iter().map(|state| (state.kind, state.format.as_str())).collect();
     assert_eq!(kinds, [(StateKind::FirmwareVariables, "raw"), (StateKind::Tpm, "swtpm")]);
     for captured in &state {
-        let path = lab_file(&place, &captured.file);
+        let path = lab_file(&fixture, &captured.file);
         assert_eq!(Some(fs::metadata(path).unwrap().len()), captured.content.size);
     }
     // Capturing may be repeated.
@@ -120,13 +120,13 @@ async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_told() {
     machine.start().await.unwrap();
     drop(lab);
     drop(machine);
-    eventually("the processes are gone", || processes_below(place.dir.path()).is_empty()).await;
-    place.assert_clean().await;
+    eventually("the processes are gone", || processes_below(fixture.dir.path()).is_empty()).await;
+    fixture.assert_clean().await;
 }
 
 /// Returns the path of a file of the only lab.
-fn lab_file(place: &Place, file: &str) -> PathBuf {
-    let labs = fs::read_dir(place.dir.path().join("labs")).unwrap();
+fn lab_file(fixture: &Fixture, file: &str) -> PathBuf {
+    let labs = fs::read_dir(fixture.dir.path().join("labs")).unwrap();
     let lab = labs.flatten().find(|entry| !entry.file_name().to_string_lossy().starts_with('.')).unwrap();
     lab.path().join(file)
 }

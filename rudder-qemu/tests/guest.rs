@@ -5,7 +5,7 @@ mod common;
 #[path = "common/small_disk.rs"]
 mod small_disk;
 
-use common::{Place, eventually, sector, sector_machine};
+use common::{Fixture, eventually, sector, sector_machine};
 use rudder_core::{
     ErrorKind,
     backend::{Backend, Death, Exit, ImportRequest, Machine, Progress, Stop},
@@ -25,10 +25,10 @@ async fn wait(machine: &dyn Machine) -> Exit {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_boots_from_every_bus_that_boots_and_powers_off() {
-    let place = Place::new().await;
+async fn a_guest_boots_from_every_bootable_bus_and_powers_off() {
+    let fixture = Fixture::new().await;
     for bus in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Ide] {
-        let lab = place.lab().await;
+        let lab = fixture.lab().await;
         let mut spec = sector_machine(&*lab, &sector::power_off("hello, \"world\""), bus, DISK).await;
         // Additional disks on any bus make no difference.
         let request = ImportRequest::new("guest", "extra", PlannedSource::Blank, Some(DISK));
@@ -53,20 +53,20 @@ async fn a_guest_boots_from_every_bus_that_boots_and_powers_off() {
         assert_eq!(machine.serial_tail(2).await.unwrap(), b"d\"");
         lab.destroy().await.unwrap();
     }
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_blank_disk_falls_through_to_the_cd_and_boots_once_it_is_installed() {
-    let place = Place::new().await;
+async fn a_blank_disk_falls_through_to_the_cd_and_boots_after_the_installation() {
+    let fixture = Fixture::new().await;
     let installed = sector::power_off("installed");
-    let cdrom = place.dir.path().join("install.iso");
+    let cdrom = fixture.dir.path().join("install.iso");
     std::fs::write(&cdrom, sector::cdrom(&sector::install("installing, ", &installed))).unwrap();
-    let other = place.dir.path().join("other.iso");
+    let other = fixture.dir.path().join("other.iso");
     std::fs::write(&other, vec![0; 1 << 20]).unwrap();
     // The second combination leaves no space for CD-ROMs on IDE.
     for buses in [&[Bus::Virtio][..], &[Bus::Ide; 3], &[Bus::Sata], &[Bus::Scsi]] {
-        let lab = place.lab().await;
+        let lab = fixture.lab().await;
         let mut spec = common::blank_machine(&*lab, "web", buses).await;
         for (name, path) in [("other", &other), ("cdrom", &cdrom)] {
             let url = PlannedUrl { url: Url::from_file_path(path).unwrap(), sha256: None };
@@ -77,18 +77,18 @@ async fn a_blank_disk_falls_through_to_the_cd_and_boots_once_it_is_installed() {
         machine.start().await.unwrap();
         // Firmware skips the CD-ROM that does not boot. The bootable one resets the machine, which then boots the disk.
         assert_eq!(wait(&*machine).await, Exit::PoweredOff, "{buses:?}");
-        let said = String::from_utf8(machine.serial_tail(1000).await.unwrap()).unwrap();
-        assert_eq!(said, "installing, installed", "{buses:?}");
+        let output = String::from_utf8(machine.serial_tail(1000).await.unwrap()).unwrap();
+        assert_eq!(output, "installing, installed", "{buses:?}");
         lab.destroy().await.unwrap();
     }
     assert_eq!(std::fs::read(&other).unwrap(), vec![0; 1 << 20]);
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_is_asked_to_power_off_by_its_button() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+async fn a_guest_powers_off_when_its_power_button_is_pressed() {
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let spec = sector_machine(&*lab, &sector::power_off_on_button(), Bus::Virtio, DISK).await;
     let machine = lab.create_machine(&spec).await.unwrap();
     machine.start().await.unwrap();
@@ -103,13 +103,13 @@ async fn a_guest_is_asked_to_power_off_by_its_button() {
     assert!(matches!(machine.stop(Stop::Kill).await.unwrap(), Exit::Killed { .. }));
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_panic_is_seen_and_leaves_a_picture() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+async fn a_panic_is_detected_and_leaves_a_screenshot() {
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let machine =
         lab.create_machine(&sector_machine(&*lab, &sector::panic(), Bus::Virtio, DISK).await).await.unwrap();
     machine.start().await.unwrap();
@@ -119,17 +119,17 @@ async fn a_panic_is_seen_and_leaves_a_picture() {
     assert_eq!(machine.serial_tail(100).await.unwrap(), b"Kernel panic");
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_of_the_host_is_said_to_be_full() {
-    if !may_mount("a_full_disk_of_the_host_is_said_to_be_full") {
+async fn a_full_disk_of_the_host_is_reported_as_the_cause() {
+    if !may_mount("a_full_disk_of_the_host_is_reported_as_the_cause") {
         return;
     }
     // Waits for its turn among the tests.
-    let place = Place::new().await;
-    let root = place.dir.path().join("small");
+    let fixture = Fixture::new().await;
+    let root = fixture.dir.path().join("small");
     let small = SmallDisk::mount(&root, 12);
     let store = Store::open(root.join("store")).unwrap();
     let backend = QemuBackend::builder(store).accelerator(Accelerator::Tcg).build();
@@ -153,16 +153,16 @@ async fn a_full_disk_of_the_host_is_said_to_be_full() {
     drop((machine, lab));
     eventually("the lab is gone", || std::fs::read_dir(root.join("store/labs")).unwrap().count() == 0).await;
     drop(small);
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_qemu_says_when_it_refuses_is_passed_on() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+async fn the_message_of_a_qemu_that_refuses_to_start_is_reported() {
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let spec = common::blank_machine(&*lab, "web", &[Bus::Virtio]).await;
     let machine = lab.create_machine(&spec).await.unwrap();
-    let labs = std::fs::read_dir(place.dir.path().join("labs")).unwrap();
+    let labs = std::fs::read_dir(fixture.dir.path().join("labs")).unwrap();
     let directory = labs.flatten().next().unwrap().path();
     std::fs::write(directory.join(&spec.disks[0].volume.id), "not a disk").unwrap();
     let error = machine.start().await.unwrap_err();
@@ -172,14 +172,14 @@ async fn what_qemu_says_when_it_refuses_is_passed_on() {
     assert_eq!(machine.wait().await.unwrap_err().kind(), ErrorKind::Conflict);
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_larger_than_its_disk_is_refused_with_both_sizes() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
-    let image = place.dir.path().join("an image, of \"2 MiB\" é.img");
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
+    let image = fixture.dir.path().join("an image, of \"2 MiB\" é.img");
     let made =
         Command::new("qemu-img").args(["create", "-q", "-f", "vmdk"]).arg(&image).arg("2M").status().unwrap();
     assert!(made.success());
@@ -196,17 +196,17 @@ async fn an_image_larger_than_its_disk_is_refused_with_both_sizes() {
     assert_eq!(lab.import(&request(None), &Progress::none()).await.unwrap().volume.virtual_size, 2 << 20);
     lab.destroy().await.unwrap();
     drop(lab);
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_qemu_nothing_begins() {
-    let place = Place::of(1, |builder| builder).await;
-    let store = Store::open(place.dir.path()).unwrap();
+async fn without_qemu_no_lab_is_opened() {
+    let fixture = Fixture::with(1, |builder| builder).await;
+    let store = Store::open(fixture.dir.path()).unwrap();
     let backend = QemuBackend::builder(store).qemu("/nonexistent/qemu-system-x86_64").build();
     let spec = rudder_core::backend::LabSpec::new("none", common::network());
     let error = backend.open_lab(&spec).await.map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::HostMissing);
     assert!(error.help().unwrap().contains("apt-get install"));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }

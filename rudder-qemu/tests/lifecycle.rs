@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Place, blank_machine, eventually, qemu_of};
+use common::{Fixture, blank_machine, eventually, qemu_of};
 use rudder_core::{
     ErrorKind,
     backend::{Backend, Death, Exit, ImportRequest, Progress, ProgressEvent, Site, SiteFile, Stop},
@@ -24,8 +24,8 @@ fn killed(exit: &Exit) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_starts_stops_and_starts_again() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let spec = blank_machine(&*lab, "web", &[Bus::Virtio]).await;
     let machine = lab.create_machine(&spec).await.unwrap();
     assert_eq!(machine.wait().await.unwrap_err().kind(), ErrorKind::Conflict);
@@ -56,26 +56,26 @@ async fn a_machine_starts_stops_and_starts_again() {
     lab.destroy().await.unwrap();
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_does_not_power_off_is_killed_after_the_limit() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     let exit = machine.stop(Stop::Graceful { limit: Duration::from_millis(300) }).await.unwrap();
     assert_eq!(exit, Exit::Killed { why: "did not power off within 300ms".to_owned() });
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_reach_port_display_and_serial_console() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     // This guest never configures its address.
@@ -85,7 +85,7 @@ async fn streams_reach_port_display_and_serial_console() {
     assert_eq!(machine.reachable_at(22), None);
     assert!(machine.proxy_command(22).unwrap().ends_with(" nc -U m0.p22"));
     assert_eq!(machine.proxy_command(23), None);
-    tokio::net::UnixStream::connect(lab_file(&place, "m0.p22")).await.unwrap();
+    tokio::net::UnixStream::connect(lab_file(&fixture, "m0.p22")).await.unwrap();
     assert_eq!(machine.dial(23).await.map(drop).unwrap_err().kind(), ErrorKind::InvalidInput);
     let mut greeting = [0; 4];
     machine.display().await.unwrap().read_exact(&mut greeting).await.unwrap();
@@ -96,13 +96,13 @@ async fn streams_reach_port_display_and_serial_console() {
     assert_eq!(machine.access().len(), 3);
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn served_files_are_for_the_machines_of_the_lab_only() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
     let files = [("x".to_owned(), SiteFile::bytes(b"hello".as_slice()))];
@@ -115,7 +115,7 @@ async fn served_files_are_for_the_machines_of_the_lab_only() {
         .filter_map(|entry| std::fs::read_link(entry.path()).ok())
         .filter_map(|target| Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
         .collect();
-    let qemu = format!("/proc/{}/fd", qemu_of(place.dir.path()));
+    let qemu = format!("/proc/{}/fd", qemu_of(fixture.dir.path()));
     let of_qemu = std::fs::read_dir(qemu).unwrap().flatten().filter_map(|entry| {
         Some(
             std::fs::read_link(entry.path())
@@ -135,31 +135,31 @@ async fn served_files_are_for_the_machines_of_the_lab_only() {
     }
     lab.destroy().await.unwrap();
     drop((served, machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_qemu_is_seen_and_said_to_be_killed() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+async fn a_killed_qemu_is_detected_and_reported_as_killed() {
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    let pid = rustix::process::Pid::from_raw(qemu_of(place.dir.path())).unwrap();
+    let pid = rustix::process::Pid::from_raw(qemu_of(fixture.dir.path())).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     let exit = tokio::time::timeout(Duration::from_secs(20), machine.wait()).await.unwrap().unwrap();
     let Exit::Died { cause: Death::Hypervisor, detail } = exit else { panic!("{exit:?}") };
     assert!(detail.starts_with("QEMU was ended by signal 9"), "{detail}");
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_written_is_captured_and_published() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+async fn written_data_is_captured_and_published() {
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let spec = blank_machine(&*lab, "web", &[Bus::Virtio, Bus::Scsi]).await;
-    let path = lab_file(&place, &spec.disks[1].volume.id);
+    let path = lab_file(&fixture, &spec.disks[1].volume.id);
     let written = std::process::Command::new("qemu-io")
         .args(["-f", "qcow2", "-c", "write -P 7 1M 5M"])
         .arg(&path)
@@ -192,7 +192,7 @@ async fn what_was_written_is_captured_and_published() {
     drop((machine, lab));
 
     // The next layer is based on it.
-    let lab = place.lab().await;
+    let lab = fixture.lab().await;
     let parent = rudder_core::plan::PlannedBuildRef {
         module: "base".to_owned(),
         digest: module.digest,
@@ -204,41 +204,41 @@ async fn what_was_written_is_captured_and_published() {
     assert_eq!(imported.volume.virtual_size, 64 << 20);
     let read = std::process::Command::new("qemu-io")
         .args(["-f", "qcow2", "-c", "read -P 7 1M 5M", "-c", "read -P 0 6M 1M"])
-        .arg(lab_file(&place, &imported.volume.id))
+        .arg(lab_file(&fixture, &imported.volume.id))
         .output()
         .unwrap();
     assert!(read.status.success(), "{}", String::from_utf8_lossy(&read.stdout));
     request.size = Some(32 << 20);
     let error = lab.import(&request, &Progress::none()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
-    assert_eq!(place.backend.remove_module("base").await.unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(fixture.backend.remove_module("base").await.unwrap_err().kind(), ErrorKind::Conflict);
     lab.destroy().await.unwrap();
     drop(lab);
-    place.backend.remove_module("base").await.unwrap();
-    place.assert_clean().await;
+    fixture.backend.remove_module("base").await.unwrap();
+    fixture.assert_clean().await;
 }
 
 /// Returns the path of a file of the only lab.
-fn lab_file(place: &Place, file: &str) -> std::path::PathBuf {
-    let labs = std::fs::read_dir(place.dir.path().join("labs")).unwrap();
+fn lab_file(fixture: &Fixture, file: &str) -> std::path::PathBuf {
+    let labs = std::fs::read_dir(fixture.dir.path().join("labs")).unwrap();
     let lab = labs.flatten().find(|entry| !entry.file_name().to_string_lossy().starts_with('.')).unwrap();
     lab.path().join(file)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_lab_and_a_dropped_start_leave_nothing() {
-    let place = Place::new().await;
-    let lab = place.lab().await;
+    let fixture = Fixture::new().await;
+    let lab = fixture.lab().await;
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     tokio::select! {
         biased;
-        () = eventually("QEMU is there", || !common::processes_below(place.dir.path()).is_empty()) => {}
+        () = eventually("QEMU is there", || !common::processes_below(fixture.dir.path()).is_empty()) => {}
         started = machine.start() => panic!("started before its process was seen: {started:?}"),
     }
-    eventually("QEMU is gone", || common::processes_below(place.dir.path()).is_empty()).await;
+    eventually("QEMU is gone", || common::processes_below(fixture.dir.path()).is_empty()).await;
     machine.start().await.unwrap();
     drop(lab);
     assert!(killed(&machine.wait().await.unwrap()));
     drop(machine);
-    place.assert_clean().await;
+    fixture.assert_clean().await;
 }

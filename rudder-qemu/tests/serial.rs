@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Place, sector, sector_machine};
+use common::{Fixture, sector, sector_machine};
 use rudder_core::{
     backend::{Backend, LabSpec, Retention, SERIAL_KEPT, Stop},
     hardware::Bus,
@@ -33,16 +33,16 @@ async fn read(stream: &mut (impl AsyncReadExt + Unpin), bytes: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_guest_writes_without_end_is_bounded() {
-    let place = Place::new().await;
+async fn endless_output_of_a_guest_is_bounded() {
+    let fixture = Fixture::new().await;
     let mut spec = LabSpec::new("test", common::network());
     spec.retention = Retention::MayBeKept;
-    let lab = place.backend.open_lab(&spec).await.unwrap();
-    let guest = sector::write_without_end("a line of a guest that never rests\r\n");
+    let lab = fixture.backend.open_lab(&spec).await.unwrap();
+    let guest = sector::write_endlessly("a line of a guest that never rests\r\n");
     let machine =
         lab.create_machine(&sector_machine(&*lab, &guest, Bus::Virtio, 1 << 20).await).await.unwrap();
     machine.start().await.unwrap();
-    let directory = place.dir.path().join("labs").join(spec.id.as_str());
+    let directory = fixture.dir.path().join("labs").join(spec.id.as_str());
     let idle = machine.serial().await.unwrap();
     let mut reader = machine.serial().await.unwrap();
     read(&mut reader, FLOOD).await;
@@ -72,6 +72,6 @@ async fn what_a_guest_writes_without_end_is_bounded() {
     read(&mut person, FLOOD).await;
     assert_eq!(recorded(&directory), before);
     drop(person);
-    place.backend.remove_lab(&kept.id).await.unwrap();
-    place.assert_clean().await;
+    fixture.backend.remove_lab(&kept.id).await.unwrap();
+    fixture.assert_clean().await;
 }

@@ -17,7 +17,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_domains_are_plain_and_their_own() {
+    fn names_of_domains_are_plain_and_unique() {
         assert_eq!(domain_name("demo-0123456789ab", 0, "web"), "rudder.demo-0123456789ab.web");
         assert_eq!(domain_name("demo-0123456789ab", 1, "w e,\"b/"), "rudder.demo-0123456789ab.web.1");
         assert_eq!(domain_name("demo-0123456789ab", 2, "ä"), "rudder.demo-0123456789ab..2");

@@ -33,14 +33,14 @@ pub enum Scope {
 }
 
 /// Set in a process that runs in its own namespaces.
-const INSIDE: &str = "RUDDER_TEST_INSIDE";
+const IN_NAMESPACES: &str = "RUDDER_TEST_INSIDE";
 
 /// Returns whether this process has its own network and mount namespaces, in which a test may start a system libvirtd.
 /// If not, runs this one test again to completion in such a process, as root. Uses sudo if it is not root yet, because
 /// in a user namespace libvirtd may not set the groups of a QEMU process.
 pub fn in_namespaces(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        furnish();
+    if std::env::var_os(IN_NAMESPACES).is_some() {
+        prepare_namespaces();
         return true;
     }
     let path = format!("PATH={}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
@@ -53,7 +53,7 @@ pub fn in_namespaces(test: &str) -> bool {
     });
     let is_root = rustix::process::geteuid().is_root();
     let mut command = Command::new(if is_root { "env" } else { "sudo" });
-    command.args((!is_root).then_some("env")).args([path, format!("{INSIDE}=1")]).args(ours);
+    command.args((!is_root).then_some("env")).args([path, format!("{IN_NAMESPACES}=1")]).args(ours);
     command.args(["setpriv", "--pdeathsig", "KILL", "--"]);
     command.args(["unshare", "--net", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]);
     // Orphans become children of the first process of a PID namespace: a shell, which reaps them.
@@ -66,7 +66,7 @@ pub fn in_namespaces(test: &str) -> bool {
 
 /// Mounts empty directories for what a system libvirtd writes, brings up loopback, and adds the user that Debian's
 /// libvirt looks up, whether or not it uses it.
-fn furnish() {
+fn prepare_namespaces() {
     let run = |program: &str, args: &[&str]| {
         let output = Command::new(program).args(args).output().unwrap();
         assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -84,12 +84,12 @@ fn furnish() {
             run("mount", &["--bind", copy.path().to_str().unwrap(), file]);
         }
     }
-    for place in ["/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"] {
+    for directory in ["/run", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"] {
         // If a directory is missing, its closest existing ancestor is hidden: it cannot, or should not, be created on
         // the host.
-        let place = Path::new(place).ancestors().find(|place| place.is_dir()).unwrap();
-        assert_ne!(place, Path::new("/etc"), "expected /etc/libvirt: apt-get install libvirt-clients");
-        run("mount", &["-t", "tmpfs", "tmpfs", place.to_str().unwrap()]);
+        let directory = Path::new(directory).ancestors().find(|directory| directory.is_dir()).unwrap();
+        assert_ne!(directory, Path::new("/etc"), "expected /etc/libvirt: apt-get install libvirt-clients");
+        run("mount", &["-t", "tmpfs", "tmpfs", directory.to_str().unwrap()]);
     }
     run("ip", &["link", "set", "lo", "up"]);
 }
@@ -102,14 +102,14 @@ impl Daemon {
 
     /// Starts a daemon of this scope.
     pub fn of(scope: Scope, dir: &Path) -> Self {
-        let make = |name: &str| {
+        let create = |name: &str| {
             let path = dir.join(name);
             fs::create_dir_all(&path).unwrap();
             path
         };
-        let (sockets, config) = (make("sockets"), make("config"));
+        let (sockets, config) = (create("sockets"), create("config"));
         for name in ["run", "cache", "data", "config/libvirt"] {
-            make(name);
+            create(name);
         }
         // Without a second daemon for logs (virtlogd), which would outlive this one.
         let conf = "stdio_handler = \"file\"\n";
@@ -149,9 +149,9 @@ impl Daemon {
         let deadline = Instant::now() + Duration::from_secs(60);
         while UnixStream::connect(self.socket()).is_err() {
             let ended = self.child.try_wait().unwrap();
-            let said = fs::read_to_string(self.dir.join("libvirtd.err")).unwrap();
-            assert!(ended.is_none(), "libvirtd ended: {ended:?} {said}");
-            assert!(Instant::now() < deadline, "libvirtd does not listen: {said}");
+            let output = fs::read_to_string(self.dir.join("libvirtd.err")).unwrap();
+            assert!(ended.is_none(), "libvirtd ended: {ended:?} {output}");
+            assert!(Instant::now() < deadline, "libvirtd does not listen: {output}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }

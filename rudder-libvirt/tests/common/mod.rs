@@ -15,19 +15,19 @@ use std::{fs, path::Path, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Limits the number of tests that run at once to the cores of a small host.
-static PLACES: Semaphore = Semaphore::const_new(2);
+static FIXTURES: Semaphore = Semaphore::const_new(2);
 
 /// A daemon, a store in a temporary directory, and a backend on both.
-pub struct Place {
+pub struct Fixture {
     pub backend: LibvirtBackend,
     pub daemon: Daemon,
     pub dir: tempfile::TempDir,
     pub permit: SemaphorePermit<'static>,
 }
 
-impl Place {
+impl Fixture {
     pub async fn new() -> Self {
-        let permit = PLACES.acquire().await.unwrap();
+        let permit = FIXTURES.acquire().await.unwrap();
         let dir = tempfile::Builder::new().prefix("rudder-virt-").tempdir().unwrap();
         let daemon = Daemon::start(&dir.path().join("libvirt"));
         let backend = backend(dir.path(), &daemon);

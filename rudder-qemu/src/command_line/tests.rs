@@ -128,7 +128,7 @@ fn an_ordinary_machine() {
 }
 
 #[test]
-fn text_of_a_manifest_stays_one_value() {
+fn text_from_a_manifest_stays_one_value() {
     let mut spec = with_disks([]);
     spec.name = "we b,\"process=x\" 'é\n".to_owned();
     let line = line_of("rudder-a,b", &spec, &network(true)).unwrap();
@@ -136,7 +136,7 @@ fn text_of_a_manifest_stays_one_value() {
 }
 
 #[test]
-fn every_bus_has_its_places() {
+fn every_bus_has_its_own_locations() {
     let all = line(&with_disks([Bus::Sata, Bus::Virtio, Bus::Scsi, Bus::Usb, Bus::Ide, Bus::Virtio]));
     let expected = [
         "virtio-scsi-pci,bus=pci.0,addr=03.0,id=scsi",
@@ -154,7 +154,7 @@ fn every_bus_has_its_places() {
 }
 
 #[test]
-fn no_two_devices_share_a_place() {
+fn no_two_devices_share_a_location() {
     for bus in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
         let mut spec = with_disks(std::iter::repeat_n(bus, Locations::new(Chipset::I440Fx).limit(bus)));
         spec.nics = (1..=9).map(|slot| nic(slot, "default", NicModel::Virtio)).collect();
@@ -229,7 +229,7 @@ fn every_nic_has_a_socket_of_its_own() {
 }
 
 #[test]
-fn a_machine_without_a_lab_is_in_the_user_network_and_reached_by_nobody() {
+fn a_machine_without_a_lab_is_in_the_user_network_and_unreachable() {
     let mut spec = with_disks([]);
     spec.ports = vec![22];
     spec.nics = vec![
@@ -251,7 +251,7 @@ fn a_machine_without_a_lab_is_in_the_user_network_and_reached_by_nobody() {
 }
 
 #[test]
-fn a_card_needs_a_subnet_and_a_slot() {
+fn a_nic_needs_a_subnet_and_a_slot() {
     let mut spec = with_disks([]);
     spec.nics = vec![nic(1, "nowhere", NicModel::Virtio)];
     let error = line_of("rudder-lab", &spec, &network(true)).unwrap_err();
@@ -262,7 +262,7 @@ fn a_card_needs_a_subnet_and_a_slot() {
 }
 
 #[test]
-fn memory_is_whole_mebibytes_and_never_none() {
+fn memory_is_at_least_one_whole_mebibyte() {
     let mut spec = MachineSpec::new("web", 0, 0);
     assert_eq!(values(&line(&spec), "-m", ""), ["1M"]);
     assert_eq!(values(&line(&spec), "-smp", ""), ["cpus=1,sockets=1,cores=1,threads=1"]);
@@ -271,7 +271,7 @@ fn memory_is_whole_mebibytes_and_never_none() {
 }
 
 #[test]
-fn uefi_is_flash_memory_on_the_younger_chipset() {
+fn uefi_is_flash_memory_on_q35() {
     let mut spec = with_disks([Bus::Virtio, Bus::Sata, Bus::Usb, Bus::Scsi]);
     spec.nics = vec![nic(1, "default", NicModel::Virtio)];
     spec.firmware = Firmware::Uefi;
@@ -306,7 +306,7 @@ fn uefi_is_flash_memory_on_the_younger_chipset() {
 }
 
 #[test]
-fn ide_disks_take_uefi_to_the_older_chipset() {
+fn uefi_with_ide_disks_is_on_i440fx() {
     let mut spec = with_disks([Bus::Ide, Bus::Ide, Bus::Ide]);
     spec.firmware = Firmware::Uefi;
     let line = line(&spec);
@@ -316,7 +316,7 @@ fn ide_disks_take_uefi_to_the_older_chipset() {
 }
 
 #[test]
-fn a_tpm_is_a_device_that_talks_to_swtpm() {
+fn a_tpm_is_a_device_connected_to_swtpm() {
     let mut spec = with_disks([]);
     spec.tpm = true;
     let line = line(&spec);
@@ -359,7 +359,7 @@ fn cd_roms_and_a_floppy() {
 }
 
 #[test]
-fn the_younger_chipset_has_sata_for_cd_roms_and_lacks_a_floppy_controller() {
+fn q35_has_sata_for_cd_roms_and_lacks_a_floppy_controller() {
     let mut spec = with_disks([Bus::Virtio]);
     spec.firmware = Firmware::Uefi;
     spec.cdroms = cdroms(["/0", "/1", "/2", "/3", "/4", "/5"]);

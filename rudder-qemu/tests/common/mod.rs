@@ -15,18 +15,18 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 static MACHINES: Semaphore = Semaphore::const_new(2);
 
 /// A store in a temporary directory, and a backend on it.
-pub struct Place {
+pub struct Fixture {
     pub backend: QemuBackend,
     pub dir: tempfile::TempDir,
     _permit: SemaphorePermit<'static>,
 }
 
-impl Place {
+impl Fixture {
     pub async fn new() -> Self {
-        Self::of(1, |builder| builder).await
+        Self::with(1, |builder| builder).await
     }
 
-    pub async fn of(
+    pub async fn with(
         machines: u32,
         change: impl FnOnce(rudder_qemu::QemuBackendBuilder) -> rudder_qemu::QemuBackendBuilder,
     ) -> Self {

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
 /// `hlt`, forever.
-const REST: &[u8] = &[0xf4, 0xeb, 0xfd];
+const IDLE: &[u8] = &[0xf4, 0xeb, 0xfd];
 
 fn disk(code: &[&[u8]]) -> Vec<u8> {
     let mut disk = code.concat();
@@ -15,7 +15,7 @@ fn disk(code: &[&[u8]]) -> Vec<u8> {
 }
 
 /// Writes a text to the serial console.
-fn say(text: &str) -> Vec<u8> {
+fn print(text: &str) -> Vec<u8> {
     let loop_end = 16 + 2;
     let mut code = vec![
         0xfa, 0x31, 0xc0, 0x8e, 0xd8, // cli; xor ax, ax; mov ds, ax
@@ -42,19 +42,19 @@ const POWER_OFF: &[u8] = &[0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef];
 const PAUSE: &[u8] = &[0xb4, 0x86, 0xb9, 0x0f, 0x00, 0xba, 0x40, 0x42, 0xcd, 0x15];
 
 /// Does nothing, forever.
-pub fn rest() -> Vec<u8> {
-    disk(&[REST])
+pub fn idle() -> Vec<u8> {
+    disk(&[IDLE])
 }
 
 /// Writes a text, and powers off a moment later.
 pub fn power_off(text: &str) -> Vec<u8> {
-    disk(&[&say(text), PAUSE, POWER_OFF, REST])
+    disk(&[&print(text), PAUSE, POWER_OFF, IDLE])
 }
 
 /// Writes a text to the serial console repeatedly, as fast as possible.
-pub fn write_without_end(text: &str) -> Vec<u8> {
+pub fn write_endlessly(text: &str) -> Vec<u8> {
     // jmp 0:0x7c00
-    disk(&[&say(text), &[0xea, 0x00, 0x7c, 0x00, 0x00]])
+    disk(&[&print(text), &[0xea, 0x00, 0x7c, 0x00, 0x00]])
 }
 
 /// Powers off when the power button is pressed: sets PM1a_EN, then polls PM1a_STS, bit 8.
@@ -64,7 +64,7 @@ pub fn power_off_on_button() -> Vec<u8> {
         0xba, 0x00, 0x06, 0xed, 0xf6, 0xc4, 0x01, 0x74,
         0xfa, // mov dx, 0x600; wait: in ax, dx; test ah, 1; jz wait
     ];
-    disk(&[&say("ready"), &wait, POWER_OFF, REST])
+    disk(&[&print("ready"), &wait, POWER_OFF, IDLE])
 }
 
 /// Writes a text, overwrites the first sector of the first disk with that of another disk, and resets the machine.
@@ -75,7 +75,7 @@ pub fn install(text: &str, disk: &[u8]) -> Vec<u8> {
         0xb9, 0x01, 0x00, 0xba, 0x80, 0x00, 0xcd, 0x13, // mov cx, 1; mov dx, 0x80; int 0x13
         0xb0, 0xfe, 0xe6, 0x64, // mov al, 0xfe; out 0x64, al
     ];
-    let mut code = [say(text), write.to_vec(), REST.to_vec()].concat();
+    let mut code = [print(text), write.to_vec(), IDLE.to_vec()].concat();
     code.resize(512, 0);
     [code, disk[..512].to_vec()].concat()
 }
@@ -108,7 +108,7 @@ pub fn cdrom(code: &[u8]) -> Vec<u8> {
 
 /// Reports a panic to the pvpanic device.
 pub fn panic() -> Vec<u8> {
-    disk(&[&say("Kernel panic"), &[0xba, 0x05, 0x05, 0xb0, 0x01, 0xee], REST])
+    disk(&[&print("Kernel panic"), &[0xba, 0x05, 0x05, 0xb0, 0x01, 0xee], IDLE])
 }
 
 /// Overwrites the whole disk with a part of the firmware, one cluster at a time, by INT 13h, function 43h.
