@@ -12,13 +12,13 @@ use rudder_core::{
 use std::process::Command;
 
 /// A lab with a volume of this size, in bytes, which is an overlay on another image.
-struct Place {
+struct Fixture {
     storage: LabStorage,
     volume: String,
     _dir: tempfile::TempDir,
 }
 
-impl Place {
+impl Fixture {
     async fn with(size: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
@@ -62,9 +62,9 @@ impl Place {
 async fn a_copy_equals_the_disk_and_is_reproducible() {
     // Slightly more than two L2 tables, with an end inside a cluster.
     let size = (1 << 30) + 3 * CLUSTER as u64 + 512;
-    let place = Place::with(size).await;
-    place.write(
-        &place.volume,
+    let fixture = Fixture::with(size).await;
+    fixture.write(
+        &fixture.volume,
         &[
             (1, 0, 512),
             (2, CLUSTER as u64 - 512, 1024),
@@ -77,22 +77,22 @@ async fn a_copy_equals_the_disk_and_is_reproducible() {
     // Incompressible data among compressible data.
     let noise: Vec<u8> =
         (0_u64..40_000).flat_map(|number| Digest::of(&number.to_le_bytes()).as_bytes().to_owned()).collect();
-    let file = place.storage.path("noise");
+    let file = fixture.storage.path("noise");
     fs::write(&file, noise).unwrap();
     let output = Command::new("qemu-io")
-        .args(["-f", "qcow2", "-c", &format!("write -s noise {} 1279488", 100 << 20), &place.volume])
-        .current_dir(place.storage.dir().path())
+        .args(["-f", "qcow2", "-c", &format!("write -s noise {} 1279488", 100 << 20), &fixture.volume])
+        .current_dir(fixture.storage.dir().path())
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
 
-    let captured = place.capture("one.qcow2").await.unwrap();
+    let captured = fixture.capture("one.qcow2").await.unwrap();
     assert_eq!(captured.virtual_size, size);
-    assert!(place.same(&place.volume, "one.qcow2"));
-    assert_eq!(captured.size, fs::metadata(place.storage.path("one.qcow2")).unwrap().len());
+    assert!(fixture.same(&fixture.volume, "one.qcow2"));
+    assert_eq!(captured.size, fs::metadata(fixture.storage.path("one.qcow2")).unwrap().len());
     assert!((1_279_488..2 << 20).contains(&captured.size), "{captured:?}");
-    assert_eq!(place.capture("two.qcow2").await.unwrap(), captured);
-    let mut files = place.files();
+    assert_eq!(fixture.capture("two.qcow2").await.unwrap(), captured);
+    let mut files = fixture.files();
     files.retain(|name| name.contains(".part") || name.contains(".nbd"));
     assert_eq!(files, [""; 0]);
 }
@@ -100,19 +100,19 @@ async fn a_copy_equals_the_disk_and_is_reproducible() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_empty_disk_is_captured() {
     for size in [512, 1 << 20] {
-        let place = Place::with(size).await;
-        place.capture("copy.qcow2").await.unwrap();
-        assert!(place.same(&place.volume, "copy.qcow2"));
+        let fixture = Fixture::with(size).await;
+        fixture.capture("copy.qcow2").await.unwrap();
+        assert!(fixture.same(&fixture.volume, "copy.qcow2"));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_that_differs_is_detected() {
     let size = 16 << 20;
-    let place = Place::with(size).await;
-    place.write(&place.volume, &[(1, 0, 4096), (1, 9 << 20, 4096)]);
-    let storage = &place.storage;
-    let source = Reader::open(storage, &place.volume, size).await.unwrap();
+    let fixture = Fixture::with(size).await;
+    fixture.write(&fixture.volume, &[(1, 0, 4096), (1, 9 << 20, 4096)]);
+    let storage = &fixture.storage;
+    let source = Reader::open(storage, &fixture.volume, size).await.unwrap();
     let differences: [&[_]; 4] = [
         &[],
         // A different byte; data where there was none; zeroes where there was data.
@@ -124,7 +124,7 @@ async fn a_copy_that_differs_is_detected() {
         let name = format!("copy{number}");
         let part = Part(storage.path(&name));
         let chunks = pack(&source, &part, |_, _| {}).await.unwrap();
-        place.write(&name, difference);
+        fixture.write(&name, difference);
         let verified = verify(storage, &name, size, &chunks, |_, _| {}).await;
         match verified {
             Ok(()) => assert!(difference.is_empty(), "{difference:?}"),
@@ -141,9 +141,9 @@ async fn a_copy_that_differs_is_detected() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_disk_is_reported_with_the_output_of_qemu() {
-    let place = Place::with(1 << 20).await;
-    fs::write(place.storage.path(&place.volume), "no image").unwrap();
-    let error = place.capture("copy.qcow2").await.unwrap_err();
+    let fixture = Fixture::with(1 << 20).await;
+    fs::write(fixture.storage.path(&fixture.volume), "no image").unwrap();
+    let error = fixture.capture("copy.qcow2").await.unwrap_err();
     assert!(error.to_string().contains("Image is not in qcow2 format"), "{error}");
-    assert!(place.files().iter().all(|name| !name.contains("copy")), "{:?}", place.files());
+    assert!(fixture.files().iter().all(|name| !name.contains("copy")), "{:?}", fixture.files());
 }

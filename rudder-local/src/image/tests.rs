@@ -20,7 +20,7 @@ use std::{
 };
 
 /// A lab, and a directory with a user's images.
-struct Place {
+struct Fixture {
     storage: LabStorage,
     notices: Arc<Mutex<Vec<String>>>,
     dir: tempfile::TempDir,
@@ -29,7 +29,7 @@ struct Place {
 /// Size of a disk whose last bytes are as distinct as its first.
 const SIZE: u64 = (8 << 20) + 64 * 1024;
 
-impl Place {
+impl Fixture {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path().join("store")).unwrap();
@@ -94,8 +94,8 @@ impl Place {
     /// Returns the store's files and their content.
     fn blobs(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let mut found = Vec::new();
-        for shelf in fs::read_dir(self.path("store/blobs/sha256")).unwrap() {
-            for blob in fs::read_dir(shelf.unwrap().path()).unwrap() {
+        for prefix in fs::read_dir(self.path("store/blobs/sha256")).unwrap() {
+            for blob in fs::read_dir(prefix.unwrap().path()).unwrap() {
                 let path = blob.unwrap().path();
                 found.push((path.clone(), fs::read(path).unwrap()));
             }
@@ -131,8 +131,8 @@ fn a_disk_is_never_smaller_than_its_image() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_format_is_read_with_its_original_size_and_content() {
-    let place = Place::new().await;
-    let disk = place.raw();
+    let fixture = Fixture::new().await;
+    let disk = fixture.raw();
     let formats: [(&str, &[&str]); 10] = [
         ("raw", &[]),
         ("qcow2", &[]),
@@ -146,29 +146,29 @@ async fn every_format_is_read_with_its_original_size_and_content() {
         ("vpc", &["-o", "subformat=fixed,force_size=on"]),
     ];
     for (format, options) in formats {
-        let image = place.convert(format, options);
-        let imported = place.import(&image, None).await.unwrap();
+        let image = fixture.convert(format, options);
+        let imported = fixture.import(&image, None).await.unwrap();
         assert_eq!(imported.volume.virtual_size, SIZE, "{format} {options:?}");
-        assert!(place.content(&imported) == disk, "{format} {options:?}");
+        assert!(fixture.content(&imported) == disk, "{format} {options:?}");
         // The excess of a larger disk is empty.
-        let imported = place.import(&image, Some(SIZE + (1 << 20))).await.unwrap();
+        let imported = fixture.import(&image, Some(SIZE + (1 << 20))).await.unwrap();
         let (same, more) = {
-            let mut content = place.content(&imported);
+            let mut content = fixture.content(&imported);
             let more = content.split_off(disk.len());
             (content == disk, more)
         };
         assert!(same && more.iter().all(|byte| *byte == 0), "{format} {options:?}");
         assert_eq!(more.len(), 1 << 20);
     }
-    assert_eq!(*place.notices.lock().unwrap(), Vec::<String>::new());
+    assert_eq!(*fixture.notices.lock().unwrap(), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vhd_has_its_declared_size_whatever_its_geometry_and_creator() {
-    let place = Place::new().await;
-    let disk = place.raw();
+    let fixture = Fixture::new().await;
+    let disk = fixture.raw();
     for subformat in ["dynamic", "fixed"] {
-        let image = place.convert("vpc", &["-o", &format!("subformat={subformat},force_size=on")]);
+        let image = fixture.convert("vpc", &["-o", &format!("subformat={subformat},force_size=on")]);
         for creator in
             [b"vbox", b"vpc ", b"win ", b"d2v ", b"vs  ", b"qemu", b"qem2", b"tap\0", b"CTXS", b"abcd"]
         {
@@ -178,20 +178,20 @@ async fn a_vhd_has_its_declared_size_whatever_its_geometry_and_creator() {
                 // 128 × 8 × 16 sectors, so that the last 64 KiB are beyond.
                 footer[56..60].copy_from_slice(&[0, 128, 8, 16]);
             });
-            let imported = place.import(&image, Some(SIZE + 512)).await.unwrap();
-            let content = place.content(&imported);
+            let imported = fixture.import(&image, Some(SIZE + 512)).await.unwrap();
+            let content = fixture.content(&imported);
             let same = content[..disk.len()] == disk && content[disk.len()..] == [0; 512];
             assert!(same, "{subformat} {}", creator.escape_ascii());
         }
     }
-    let notices = place.notices.lock().unwrap();
+    let notices = fixture.notices.lock().unwrap();
     assert!(notices.iter().any(|notice| notice.contains("geometry")), "{notices:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_truncated_image_is_refused() {
-    let place = Place::new().await;
-    place.raw();
+    let fixture = Fixture::new().await;
+    fixture.raw();
     let formats: [(&str, &[&str]); 6] = [
         ("qcow2", &[]),
         ("qcow2", &["-c"]),
@@ -202,15 +202,15 @@ async fn a_truncated_image_is_refused() {
     ];
     // A fixed VHD without its end cannot be told from a raw disk.
     // For VHDX, whole blocks of 8 MiB extend beyond the end of the disk.
-    let vhdx = (place.convert("vhdx", &[]), "vhdx", vec![9 << 20]);
+    let vhdx = (fixture.convert("vhdx", &[]), "vhdx", vec![9 << 20]);
     let cut = formats.into_iter().map(|(format, options)| {
-        let image = place.convert(format, options);
+        let image = fixture.convert(format, options);
         let lengths = vec![image.len() - 64 * 1024, image.len() / 2 / 512 * 512];
         (image, format, lengths)
     });
     for (image, format, lengths) in cut.chain([vhdx]).collect::<Vec<_>>() {
         for length in lengths {
-            let error = place.import(&image[..length], None).await.unwrap_err();
+            let error = fixture.import(&image[..length], None).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidImage, "{format} cut to {length}: {error:?}");
         }
     }
@@ -218,13 +218,13 @@ async fn a_truncated_image_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_with_damaged_tables_is_refused() {
-    let place = Place::new().await;
-    place.raw();
-    let mut image = place.convert("qcow2", &[]);
+    let fixture = Fixture::new().await;
+    fixture.raw();
+    let mut image = fixture.convert("qcow2", &[]);
     // The first entry of the first table, whose offset is in the header, now points into the header.
     let table = usize::try_from(u64::from_be_bytes(image[40..48].try_into().unwrap())).unwrap();
     image[table..table + 8].copy_from_slice(&(1_u64 << 63 | 0x200).to_be_bytes());
-    let error = place.import(&image, None).await.unwrap_err();
+    let error = fixture.import(&image, None).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidImage);
     assert!(!error.report().contains("-r all"), "{}", error.report());
 }
@@ -274,27 +274,27 @@ fn leave_in_log(image: &mut [u8], offset: u64, sector: &[u8]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_of_a_vhdx_is_replayed_on_a_copy_and_the_store_is_not_changed() {
-    let place = Place::new().await;
-    let mut disk = place.raw();
-    let mut image = place.convert("vhdx", &[]);
+    let fixture = Fixture::new().await;
+    let mut disk = fixture.raw();
+    let mut image = fixture.convert("vhdx", &[]);
     // The offset of the disk's first sector in the file.
     let at =
         image.windows(510).position(|bytes| bytes[..446] == [1; 446] && bytes[446..] == [0; 64]).unwrap();
     let sector = [9; 4096];
     leave_in_log(&mut image, at as u64, &sector);
     disk[..4096].copy_from_slice(&sector);
-    let imported = place.import(&image, None).await.unwrap();
-    assert!(place.content(&imported) == disk);
-    let blobs = place.blobs();
+    let imported = fixture.import(&image, None).await.unwrap();
+    assert!(fixture.content(&imported) == disk);
+    let blobs = fixture.blobs();
     assert_eq!(blobs.len(), 1);
     assert!(blobs[0].1 == image, "the image of the store is what was fetched");
-    let notices = place.notices.lock().unwrap().clone();
+    let notices = fixture.notices.lock().unwrap().clone();
     assert!(notices.iter().any(|notice| notice.contains("replaying its log")), "{notices:?}");
 
     // A log that cannot be replayed: the advice refers to the original.
     let tables = 192 * 1024;
     image[tables..tables + 2 * 64 * 1024].fill(0);
-    let error = place.import(&image, None).await.unwrap_err();
+    let error = fixture.import(&image, None).await.unwrap_err();
     let report = error.report();
     assert_eq!(error.kind(), ErrorKind::InvalidImage);
     assert!(!report.contains("qemu-img check") && !report.contains("-r all"), "{report}");

@@ -97,10 +97,10 @@ async fn icmp_reports_why_a_packet_was_refused() {
     ];
     for (what, sent, expected) in cases {
         web.send_packet(&sent).await;
-        let told = web.packet().await;
-        assert_eq!(icmp(&web, &told), expected, "{what}");
+        let reply = web.packet().await;
+        assert_eq!(icmp(&web, &reply), expected, "{what}");
         // The message quotes the packet; its TTL and checksum may be those after a hop.
-        let about = &told[28..];
+        let about = &reply[28..];
         assert_eq!((&about[..8], &about[12..]), (&sent[..8], &sent[12..about.len()]), "{what}");
     }
     for inside in ["169.254.169.254", "10.0.3.4", "224.0.0.1"] {
@@ -108,8 +108,8 @@ async fn icmp_reports_why_a_packet_was_refused() {
         if inside == "224.0.0.1" {
             assert_eq!(online.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
         } else {
-            let told = online.packet().await;
-            assert_eq!(icmp(&online, &told), (3, 13), "{inside}");
+            let reply = online.packet().await;
+            assert_eq!(icmp(&online, &reply), (3, 13), "{inside}");
         }
     }
 }
@@ -169,7 +169,7 @@ async fn dhcp_assigns_planned_addresses_and_free_ones_to_other_nics() {
     let mut web = join(&network, "web", &nic("default", 1, Some("10.0.2.77")));
     let mut db = join(&network, "db", &nic("default", 2, None));
     let gateway = vec![10, 0, 2, 1];
-    let told = vec![gateway.clone(), gateway, b"testlab-1.internal".to_vec()];
+    let expected = vec![gateway.clone(), gateway, b"testlab-1.internal".to_vec()];
     for (kind, wanted, answer, address) in [
         (Kind::Discover, None, Kind::Offer, [10, 0, 2, 77]),
         (Kind::Request, Some([10, 0, 2, 77]), Kind::Ack, [10, 0, 2, 77]),
@@ -178,7 +178,7 @@ async fn dhcp_assigns_planned_addresses_and_free_ones_to_other_nics() {
         web.send(&discover(web.mac, kind, wanted.map(Ipv4Addr::from))).await;
         let (found, given, options) = offered(&mut web).await;
         assert_eq!((found, given), (answer, address.into()));
-        assert!(answer == Kind::Nak || options == told, "{options:?}");
+        assert!(answer == Kind::Nak || options == expected, "{options:?}");
     }
     // A machine inside a guest gets the same address twice.
     for _ in 0..2 {
@@ -202,21 +202,26 @@ async fn dhcp_assigns_planned_addresses_and_free_ones_to_other_nics() {
 async fn no_guest_can_impersonate_another() {
     let network = network(&undeclared());
     let mut web = join(&network, "web", &nic("default", 1, None));
-    let mut thief = join(&network, "thief", &nic("default", 2, None));
+    let mut impostor = join(&network, "thief", &nic("default", 2, None));
     web.gateway_mac().await;
-    let gateway = thief.gateway_mac().await;
-    let stolen = Arp { request: false, sender: (thief.mac, web.ip()), target: (gateway, thief.gateway) };
-    thief.send(&stolen.frame(gateway)).await;
+    let gateway = impostor.gateway_mac().await;
+    let impersonated =
+        Arp { request: false, sender: (impostor.mac, web.ip()), target: (gateway, impostor.gateway) };
+    impostor.send(&impersonated.frame(gateway)).await;
     // With the other guest's IP address, and with its hardware address.
-    thief
+    impostor
         .send(
-            &[&ipv4_header(gateway, thief.mac)[..], &packet((web.ip(), thief.gateway), 1, &echo(8))].concat(),
+            &[&ipv4_header(gateway, impostor.mac)[..], &packet((web.ip(), impostor.gateway), 1, &echo(8))]
+                .concat(),
         )
         .await;
-    thief
-        .send(&[&ipv4_header(gateway, web.mac)[..], &packet((web.ip(), thief.gateway), 1, &echo(8))].concat())
+    impostor
+        .send(
+            &[&ipv4_header(gateway, web.mac)[..], &packet((web.ip(), impostor.gateway), 1, &echo(8))]
+                .concat(),
+        )
         .await;
-    assert_eq!(thief.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
+    assert_eq!(impostor.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
     let still = network.vpcs[0].lock().segments[0].has_learned(web.ip(), 0);
     assert!(still);
     assert_eq!(web.frames_before_a_ping().await, Vec::<Vec<u8>>::new());
@@ -303,8 +308,8 @@ async fn datagrams_reach_the_outside_and_replies_return() {
     assert_eq!(lengths, [1480, 48]);
     drop(outside);
     // Nothing listens there any more: the first datagram triggers the error.
-    let (protocol, told) = web.ask((Ipv4Addr::LOCALHOST, port), b"again").await;
-    assert_eq!((protocol, told[0], told[1]), (1, 3, 3));
+    let (protocol, reply) = web.ask((Ipv4Addr::LOCALHOST, port), b"again").await;
+    assert_eq!((protocol, reply[0], reply[1]), (1, 3, 3));
 }
 
 #[tokio::test]

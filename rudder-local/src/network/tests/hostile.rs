@@ -117,9 +117,9 @@ async fn a_guest_that_does_not_read_delays_its_neighbours_only_briefly() {
     let network = network(&undeclared());
     let mut web = join(&network, "web", &nic("default", 1, None));
     // It never reads.
-    let deaf = join(&network, "deaf", &nic("default", 2, None));
+    let stalled = join(&network, "deaf", &nic("default", 2, None));
     web.gateway_mac().await;
-    let frame = [&ipv4_header(deaf.mac, web.mac)[..], &[0; 1500]].concat();
+    let frame = [&ipv4_header(stalled.mac, web.mac)[..], &[0; 1500]].concat();
     // More than its queue holds.
     for _ in 0..6000 {
         web.send(&frame).await;
@@ -127,7 +127,7 @@ async fn a_guest_that_does_not_read_delays_its_neighbours_only_briefly() {
     web.frames_before_a_ping().await;
     let queued = network.vpcs[0].lock().segments[0].nics[1].port.queued();
     assert!(queued <= 4 << 20, "{queued}");
-    drop(deaf);
+    drop(stalled);
 }
 
 #[tokio::test]

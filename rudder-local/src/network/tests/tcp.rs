@@ -119,10 +119,10 @@ async fn a_guest_without_an_address_or_that_does_not_answer_is_unreachable() {
 async fn many_connections_at_once_keep_their_bytes_apart() {
     let network = network(&undeclared());
     let _echo = echo(join(&network, "web", &nic("default", 1, None)), 32);
-    let mut talks = JoinSet::new();
+    let mut connections = JoinSet::new();
     for number in 0..24_u8 {
         let network = Arc::clone(&network);
-        talks.spawn(async move {
+        connections.spawn(async move {
             let mut stream = network.dial("web", ECHO).await.unwrap();
             let bytes = vec![number; 20_000];
             stream.write_all(&bytes).await.unwrap();
@@ -132,7 +132,7 @@ async fn many_connections_at_once_keep_their_bytes_apart() {
             assert!(back == bytes, "connection {number}");
         });
     }
-    within("all", talks.join_all()).await;
+    within("all", connections.join_all()).await;
 }
 
 #[tokio::test]

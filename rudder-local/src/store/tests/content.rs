@@ -15,7 +15,7 @@ const ETAG: &str = "\"one\"";
 
 fn serve(disk: &[u8]) -> Server {
     let disk = disk.to_vec();
-    Server::start(move |asked, _| Reply::file(asked, &disk, ETAG))
+    Server::start(move |request, _| Reply::file(request, &disk, ETAG))
 }
 
 fn writable(path: &Path) {
@@ -66,9 +66,9 @@ const DAMAGES: [(&str, Damage); 7] = [
     }),
 ];
 
-fn notices(heard: &Mutex<Vec<ProgressEvent>>) -> Vec<String> {
-    let heard = std::mem::take(&mut *heard.lock().unwrap());
-    let notices = heard.into_iter().filter_map(|event| match event {
+fn notices(events: &Mutex<Vec<ProgressEvent>>) -> Vec<String> {
+    let events = std::mem::take(&mut *events.lock().unwrap());
+    let notices = events.into_iter().filter_map(|event| match event {
         ProgressEvent::Notice(notice) => Some(notice),
         _ => None,
     });
@@ -82,7 +82,7 @@ async fn a_damaged_blob_is_reported_and_fetched_again() {
         for (what, damage) in DAMAGES {
             let server = serve(&disk);
             let fixture = Fixture::new();
-            let (progress, heard) = listening();
+            let (progress, events) = recording_progress();
             let url = planned(&server.url("disk.img"), promised);
             let image = fixture.store.image(&url, &progress).await.unwrap();
             drop(image.lease);
@@ -90,21 +90,21 @@ async fn a_damaged_blob_is_reported_and_fetched_again() {
             let again = fixture.store.image(&url, &progress).await.unwrap();
             assert_eq!(fs::read(&again.path).unwrap(), disk, "{what}");
             assert_eq!(server.count(), 2, "{what}");
-            assert_eq!(server.asked()[1].header("if-none-match"), None, "{what}");
-            let told = notices(&heard);
+            assert_eq!(server.requests()[1].header("if-none-match"), None, "{what}");
+            let message = notices(&events);
             let path = image.path.display().to_string();
             assert!(
-                told.iter().any(|told| told.contains(&path) && told.contains("damaged")),
-                "{what}: {told:?}"
+                message.iter().any(|message| message.contains(&path) && message.contains("damaged")),
+                "{what}: {message:?}"
             );
             if what == "a directory" {
                 // The user's file still exists somewhere.
-                let shelf = fs::read_dir(image.path.parent().unwrap()).unwrap();
-                assert!(shelf.flatten().any(|entry| entry.path().join("thesis").exists()));
+                let siblings = fs::read_dir(image.path.parent().unwrap()).unwrap();
+                assert!(siblings.flatten().any(|entry| entry.path().join("thesis").exists()));
             }
             // The repair is permanent.
             fixture.store.image(&url, &progress).await.unwrap();
-            assert_eq!(notices(&heard), Vec::<String>::new(), "{what}");
+            assert_eq!(notices(&events), Vec::<String>::new(), "{what}");
         }
     }
 }
@@ -135,7 +135,9 @@ async fn a_damaged_blob_that_cannot_be_fetched_again_is_an_error_that_names_it()
     let disk = raw_disk(100_352);
     let server = Server::start({
         let disk = disk.clone();
-        move |asked, number| if number == 0 { Reply::file(asked, &disk, ETAG) } else { Reply::status(404) }
+        move |request, number| {
+            if number == 0 { Reply::file(request, &disk, ETAG) } else { Reply::status(404) }
+        }
     });
     let fixture = Fixture::new();
     for promised in [None, Some(Digest::of(&disk))] {
@@ -152,10 +154,10 @@ async fn a_damaged_blob_that_cannot_be_fetched_again_is_an_error_that_names_it()
 }
 
 /// Returns how often the content of a stored file was read to be verified.
-fn verifications(heard: &Mutex<Vec<ProgressEvent>>) -> usize {
-    let heard = std::mem::take(&mut *heard.lock().unwrap());
+fn verifications(events: &Mutex<Vec<ProgressEvent>>) -> usize {
+    let events = std::mem::take(&mut *events.lock().unwrap());
     let done = |event: &&ProgressEvent| matches!(event, ProgressEvent::Bytes { task, done, total } if task.starts_with("verify ") && Some(*done) == *total);
-    heard.iter().filter(done).count()
+    events.iter().filter(done).count()
 }
 
 #[tokio::test]
@@ -163,25 +165,25 @@ async fn a_blob_is_hashed_once_per_change_and_not_per_build() {
     let disk = raw_disk(100_352);
     let server = serve(&disk);
     let fixture = Fixture::new();
-    let (progress, heard) = listening();
+    let (progress, events) = recording_progress();
     let url = planned(&server.url("disk.img"), Some(Digest::of(&disk)));
     let image = fixture.store.image(&url, &progress).await.unwrap();
     for _ in 0..3 {
         fixture.store.image(&url, &progress).await.unwrap();
     }
-    assert_eq!(verifications(&heard), 0);
+    assert_eq!(verifications(&events), 0);
     // The time changed, but not the content.
     writable(&image.path);
     for _ in 0..3 {
         fixture.store.image(&url, &progress).await.unwrap();
     }
-    assert_eq!(verifications(&heard), 1);
+    assert_eq!(verifications(&events), 1);
     // Without the record, as in a store from before there were any.
     fs::remove_dir_all(fixture.store.root().join("index/verified")).unwrap();
     for _ in 0..3 {
         fixture.store.image(&url, &progress).await.unwrap();
     }
-    assert_eq!(verifications(&heard), 1);
+    assert_eq!(verifications(&events), 1);
     assert_eq!(server.count(), 1);
 }
 
@@ -249,8 +251,8 @@ async fn a_modified_partial_download_starts_over() {
     ] {
         let server = Server::start({
             let disk = disk.clone();
-            move |asked, number| {
-                let reply = Reply::file(asked, &disk, ETAG);
+            move |request, number| {
+                let reply = Reply::file(request, &disk, ETAG);
                 // As many attempts as one call makes.
                 if number < 3 { reply.stop_after(if number == 0 { 50_000 } else { 0 }) } else { reply }
             }
@@ -265,7 +267,7 @@ async fn a_modified_partial_download_starts_over() {
         assert_eq!(fs::read(&image.path).unwrap(), disk, "{what}");
         // Bytes that a dying writer left after its last sum are just cut off.
         let expected = if what == "longer" { Some("bytes=50000-") } else { None };
-        assert_eq!(server.asked()[3].header("range"), expected, "{what}");
+        assert_eq!(server.requests()[3].header("range"), expected, "{what}");
     }
 }
 

@@ -14,7 +14,7 @@ async fn an_image_is_downloaded_once_and_then_revalidated() {
     let disk = raw_disk(300_032);
     let server = Server::start({
         let disk = disk.clone();
-        move |asked, _| Reply::file(asked, &disk, ETAG)
+        move |request, _| Reply::file(request, &disk, ETAG)
     });
     let fixture = Fixture::new();
     let url = server.url("disk.img");
@@ -26,19 +26,19 @@ async fn an_image_is_downloaded_once_and_then_revalidated() {
     // Without a checksum the server is asked, and reports that nothing has changed.
     let again = fixture.image(&url, None).await.unwrap();
     assert_eq!(again.path, image.path);
-    assert_eq!(server.asked()[1].header("if-none-match"), Some(ETAG));
+    assert_eq!(server.requests()[1].header("if-none-match"), Some(ETAG));
     // With a checksum, no server is asked.
     fixture.image(&url, Some(Digest::of(&disk))).await.unwrap();
     assert_eq!(server.count(), 2);
-    assert_eq!(server.asked()[0].header("accept-encoding"), Some("identity"));
+    assert_eq!(server.requests()[0].header("accept-encoding"), Some("identity"));
     fixture.assert_no_leftovers();
 }
 
 #[tokio::test]
 async fn content_that_changed_or_has_no_validator_is_downloaded_again() {
-    let server = Server::start(|asked, number| match number {
-        0 => Reply::file(asked, &raw_disk(1024), "\"a\""),
-        1 => Reply::file(asked, &raw_disk(2048), "\"b\""),
+    let server = Server::start(|request, number| match number {
+        0 => Reply::file(request, &raw_disk(1024), "\"a\""),
+        1 => Reply::file(request, &raw_disk(2048), "\"b\""),
         _ => Reply::ok(&raw_disk(4096)),
     });
     let fixture = Fixture::new();
@@ -54,20 +54,20 @@ async fn an_interrupted_transfer_is_resumed() {
     let disk = raw_disk(400_384);
     let server = Server::start({
         let disk = disk.clone();
-        move |asked, number| {
-            let reply = Reply::file(asked, &disk, ETAG);
+        move |request, number| {
+            let reply = Reply::file(request, &disk, ETAG);
             if number < 2 { reply.stop_after(150_000) } else { reply }
         }
     });
     let fixture = Fixture::new();
     let image = fixture.image(&server.url("disk.img"), Some(Digest::of(&disk))).await.unwrap();
     assert_eq!(fs::read(&image.path).unwrap(), disk);
-    let asked = server.asked();
-    assert_eq!(asked[0].header("range"), None);
-    assert_eq!(asked[1].header("range"), Some("bytes=150000-"));
-    assert_eq!(asked[1].header("if-range"), Some(ETAG));
-    assert_eq!(asked[2].header("range"), Some("bytes=300000-"));
-    assert_eq!(asked.len(), 3);
+    let request = server.requests();
+    assert_eq!(request[0].header("range"), None);
+    assert_eq!(request[1].header("range"), Some("bytes=150000-"));
+    assert_eq!(request[1].header("if-range"), Some(ETAG));
+    assert_eq!(request[2].header("range"), Some("bytes=300000-"));
+    assert_eq!(request.len(), 3);
     fixture.assert_no_leftovers();
 }
 
@@ -95,17 +95,17 @@ async fn a_wrong_range_is_rejected() {
     let disk = raw_disk(100_352);
     let server = Server::start({
         let disk = disk.clone();
-        move |asked, number| match number {
-            0 => Reply::file(asked, &disk, ETAG).stop_after(50_000),
+        move |request, number| match number {
+            0 => Reply::file(request, &disk, ETAG).stop_after(50_000),
             1 => Reply { status: 206, body: vec![0; 352], ..Reply::default() }
                 .with("Content-Range", "bytes 100000-100351/100352"),
-            _ => Reply::file(asked, &disk, ETAG),
+            _ => Reply::file(request, &disk, ETAG),
         }
     });
     let fixture = Fixture::new();
     let image = fixture.image(&server.url("disk.img"), None).await.unwrap();
     assert_eq!(fs::read(&image.path).unwrap(), disk);
-    assert_eq!(server.asked()[2].header("range"), None);
+    assert_eq!(server.requests()[2].header("range"), None);
 }
 
 #[tokio::test]
@@ -113,8 +113,8 @@ async fn a_resumed_download_with_a_wrong_checksum_starts_over() {
     let disk = raw_disk(100_352);
     let server = Server::start({
         let disk = disk.clone();
-        move |asked, number| {
-            let reply = Reply::file(asked, &disk, ETAG);
+        move |request, number| {
+            let reply = Reply::file(request, &disk, ETAG);
             match number {
                 0 => Reply::ok(&vec![7; 100_352]).with("ETag", ETAG).stop_after(50_000),
                 _ => reply,
@@ -153,7 +153,7 @@ async fn a_missing_file_fails_at_once() {
         url.set_password(None).unwrap();
         assert_eq!(error.report(), format!("url {url}: {text}"));
         assert_eq!(server.count(), 1);
-        assert!(server.asked()[0].header("authorization").unwrap().starts_with("Basic "));
+        assert!(server.requests()[0].header("authorization").unwrap().starts_with("Basic "));
         fixture.assert_no_leftovers();
     }
 }
@@ -163,7 +163,7 @@ async fn a_failing_server_is_retried_a_limited_number_of_times() {
     let disk = raw_disk(1024);
     let server = Server::start({
         let disk = disk.clone();
-        move |asked, number| if number < 2 { Reply::status(503) } else { Reply::file(asked, &disk, ETAG) }
+        move |request, number| if number < 2 { Reply::status(503) } else { Reply::file(request, &disk, ETAG) }
     });
     let fixture = Fixture::new();
     fixture.image(&server.url("disk.img"), None).await.unwrap();
@@ -189,10 +189,10 @@ async fn redirects_are_followed_up_to_a_limit() {
     let disk = raw_disk(1024);
     let server = Server::start({
         let disk = disk.clone();
-        move |asked, _| match asked.path.as_str() {
+        move |request, _| match request.path.as_str() {
             "/old.img" => Reply::status(302).with("Location", "/new.img"),
             "/round.img" => Reply::status(302).with("Location", "/round.img"),
-            _ => Reply::file(asked, &disk, ETAG),
+            _ => Reply::file(request, &disk, ETAG),
         }
     });
     let fixture = Fixture::new();
@@ -207,8 +207,8 @@ async fn redirects_are_followed_up_to_a_limit() {
 #[tokio::test]
 async fn a_stalled_or_short_transfer_is_retried_and_kept() {
     let disk = raw_disk(100_352);
-    let server = Server::start(move |asked, _| {
-        let reply = Reply::file(asked, &disk, ETAG);
+    let server = Server::start(move |request, _| {
+        let reply = Reply::file(request, &disk, ETAG);
         let rest = reply.body.len() / 2;
         reply.hold_after(rest)
     });
@@ -226,7 +226,7 @@ async fn a_stalled_or_short_transfer_is_retried_and_kept() {
     // The next call continues from there.
     server.open_gate();
     fixture.image(&url, None).await.unwrap();
-    assert_eq!(server.asked()[3].header("range"), Some("bytes=87808-"));
+    assert_eq!(server.requests()[3].header("range"), Some("bytes=87808-"));
     fixture.assert_no_leftovers();
 }
 
@@ -250,7 +250,7 @@ async fn correcting_a_checksum_downloads_nothing() {
             if packed { image::pack(super::unpack::Packing::Gzip, &disk).await } else { disk.clone() };
         let server = Server::start({
             let served = served.clone();
-            move |asked, _| Reply::file(asked, &served, ETAG)
+            move |request, _| Reply::file(request, &served, ETAG)
         });
         let fixture = Fixture::new();
         let url = server.url("disk.img");
@@ -267,7 +267,7 @@ async fn correcting_a_checksum_downloads_nothing() {
         );
         // Still wrong: the server is asked whether its content has changed.
         assert_eq!(fixture.image(&url, Some(wrong)).await.unwrap_err().kind(), ErrorKind::ChecksumMismatch);
-        assert_eq!(server.asked()[1].header("if-none-match"), Some(ETAG));
+        assert_eq!(server.requests()[1].header("if-none-match"), Some(ETAG));
         let image = fixture.image(&url, Some(Digest::of(&served))).await.unwrap();
         assert_eq!(fs::read(&image.path).unwrap(), disk);
         assert_eq!(server.count(), 2);
@@ -277,7 +277,7 @@ async fn correcting_a_checksum_downloads_nothing() {
 
 #[tokio::test]
 async fn a_file_is_stored_as_served() {
-    let server = Server::start(|asked, _| Reply::file(asked, b"hello", ETAG));
+    let server = Server::start(|request, _| Reply::file(request, b"hello", ETAG));
     let fixture = Fixture::new();
     let url = planned(&server.url("hello.txt"), None);
     let file = fixture.store.file(&url, &Progress::none()).await.unwrap();
@@ -287,8 +287,8 @@ async fn a_file_is_stored_as_served() {
 
 #[tokio::test]
 async fn a_download_that_does_not_fit_is_not_started() {
-    let server = Server::start(|asked, _| {
-        let mut reply = Reply::file(asked, &raw_disk(1024), ETAG);
+    let server = Server::start(|request, _| {
+        let mut reply = Reply::file(request, &raw_disk(1024), ETAG);
         reply.length = Some(1 << 60);
         reply
     });
@@ -334,8 +334,8 @@ async fn a_dropped_download_is_resumed() {
     let disk = raw_disk(100_352);
     let server = Server::start({
         let disk = disk.clone();
-        move |asked, number| {
-            let reply = Reply::file(asked, &disk, ETAG);
+        move |request, number| {
+            let reply = Reply::file(request, &disk, ETAG);
             if number == 0 { reply.hold_after(60_000) } else { reply }
         }
     });
@@ -353,7 +353,7 @@ async fn a_dropped_download_is_resumed() {
     }
     let image = fixture.store.image(&url, &Progress::none()).await.unwrap();
     assert_eq!(fs::read(&image.path).unwrap(), disk);
-    assert!(server.asked()[1].header("range").is_some());
+    assert!(server.requests()[1].header("range").is_some());
     fixture.assert_no_leftovers();
 }
 
@@ -404,8 +404,8 @@ async fn the_download_of_a_killed_process_is_resumed_by_another() {
     let served = image::pack(super::unpack::Packing::Gzip, &disk).await;
     let server = Server::start({
         let served = served.clone();
-        move |asked, number| {
-            let reply = Reply::file(asked, &served, ETAG);
+        move |request, number| {
+            let reply = Reply::file(request, &served, ETAG);
             if number == 0 { reply.hold_after(50_000) } else { reply }
         }
     });
@@ -423,7 +423,7 @@ async fn the_download_of_a_killed_process_is_resumed_by_another() {
     assert!(report.removed[0].starts_with("temporary file"), "{report:?}");
     let image = fixture.image(&url, None).await.unwrap();
     assert_eq!(fs::read(&image.path).unwrap(), disk);
-    assert_eq!(server.asked()[1].header("range"), Some("bytes=50000-"));
+    assert_eq!(server.requests()[1].header("range"), Some("bytes=50000-"));
     assert_eq!(server.count(), 2);
     fixture.assert_no_leftovers();
 }

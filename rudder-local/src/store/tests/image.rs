@@ -43,8 +43,8 @@ async fn packed_images_are_unpacked() {
         let server = Server::start({
             let served = served.clone();
             // Interrupted once, so that unpacking and resuming are combined.
-            move |asked, number| {
-                let reply = Reply::file(asked, &served, "\"p\"");
+            move |request, number| {
+                let reply = Reply::file(request, &served, "\"p\"");
                 if number == 0 { reply.stop_after(served.len() / 2) } else { reply }
             }
         });
@@ -103,18 +103,18 @@ async fn bytes_that_follow_gzip_or_bzip2_data_are_ignored_and_reported() {
         // Padding with zeros is not worth a notice.
         served.extend([0; 512]);
         let url = fixture.write("padded", &served);
-        let (progress, heard) = listening();
+        let (progress, events) = recording_progress();
         let padded = fixture.store.image(&planned(&url, None), &progress).await;
-        let notices = |heard: &Mutex<Vec<ProgressEvent>>| {
-            let heard = heard.lock().unwrap();
-            let notices = heard.iter().filter_map(|event| match event {
+        let notices = |events: &Mutex<Vec<ProgressEvent>>| {
+            let events = events.lock().unwrap();
+            let notices = events.iter().filter_map(|event| match event {
                 ProgressEvent::Notice(notice) => Some(notice.clone()),
                 _ => None,
             });
             notices.collect::<Vec<_>>()
         };
         assert_eq!(fs::read(padded.unwrap().path).unwrap(), disk, "{packing}");
-        assert_eq!(notices(&heard), Vec::<String>::new(), "{packing}");
+        assert_eq!(notices(&events), Vec::<String>::new(), "{packing}");
         // As in OpenWrt's images.
         served.extend(b"FWx0 {\"metadata_version\": \"1.1\"}");
         let url = fixture.write("more", &served);
@@ -123,8 +123,8 @@ async fn bytes_that_follow_gzip_or_bzip2_data_are_ignored_and_reported() {
             let more = more.unwrap();
             assert_eq!(fs::read(&more.path).unwrap(), disk);
             assert_eq!(more.input.content, Content::of(&served));
-            let told = format!("ignored 544 bytes after the end of the {packing} data");
-            assert_eq!(notices(&heard), [told]);
+            let message = format!("ignored 544 bytes after the end of the {packing} data");
+            assert_eq!(notices(&events), [message]);
         } else {
             let error = more.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidImage);
@@ -181,21 +181,24 @@ async fn unpacking_stops_at_the_size_of_the_disk() {
         assert_eq!(fits.virtual_size, room);
         let error = import("large", &vec![0; 16 << 20]).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
-        let told = error.to_string();
+        let message = error.to_string();
         // It stopped within one chunk of the limit.
-        let count = told.rsplit("at least ").next().unwrap();
-        assert!(told.starts_with("expected an image for a disk of 1.0 MiB, but found at least "), "{told}");
-        assert!(count.starts_with("1.0 MiB") || count.starts_with("1.2 MiB"), "{told}");
+        let count = message.rsplit("at least ").next().unwrap();
+        assert!(
+            message.starts_with("expected an image for a disk of 1.0 MiB, but found at least "),
+            "{message}"
+        );
+        assert!(count.starts_with("1.0 MiB") || count.starts_with("1.2 MiB"), "{message}");
         assert!(error.help().unwrap().contains("raise the size of the disk"), "{error:?}");
         // An image whose header contains the size of its disk is refused because of that size.
         let mut qcow2 = vec![0; 1024];
         qcow2[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
         qcow2[24..32].copy_from_slice(&(10_u64 << 30).to_be_bytes());
         let error = import("qcow2", &qcow2).await.unwrap_err();
-        let told = format!(
+        let message = format!(
             "expected an image for a disk of 1.0 MiB, but found a qcow2 image of 10.0 GiB in the {packing} file"
         );
-        assert_eq!(error.to_string(), told);
+        assert_eq!(error.to_string(), message);
         fixture.assert_no_leftovers();
     }
 }
@@ -206,7 +209,7 @@ async fn a_download_for_a_disk_that_is_too_small_is_resumed_for_a_larger_one() {
     let served = pack(Packing::Gzip, &disk).await;
     let server = Server::start({
         let served = served.clone();
-        move |asked, _| Reply::file(asked, &served, "\"p\"")
+        move |request, _| Reply::file(request, &served, "\"p\"")
     });
     let fixture = Fixture::new();
     let url = planned(&server.url("disk.gz"), None);
@@ -257,14 +260,14 @@ async fn a_local_file_is_copied_again_only_if_it_changed() {
     let old = std::time::SystemTime::now() - Duration::from_secs(60);
     let age = || fs::File::options().write(true).open(&path).unwrap().set_modified(old).unwrap();
     age();
-    let (progress, heard) = listening();
+    let (progress, events) = recording_progress();
     let copy = || async { fixture.store.image(&planned(&url, None), &progress).await };
     // Setting the time changes the file's identity right now: the file must settle before it is trusted.
     let mut copies = 0;
     let first = loop {
-        heard.lock().unwrap().clear();
+        events.lock().unwrap().clear();
         let image = copy().await.unwrap();
-        if heard.lock().unwrap().is_empty() {
+        if events.lock().unwrap().is_empty() {
             break image;
         }
         copies += 1;

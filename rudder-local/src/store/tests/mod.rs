@@ -90,10 +90,10 @@ fn raw_disk(size: usize) -> Vec<u8> {
     disk
 }
 
-fn listening() -> (Progress, Arc<Mutex<Vec<ProgressEvent>>>) {
-    let heard = Arc::new(Mutex::new(Vec::new()));
-    let log = heard.clone();
-    (Progress::new(move |event| log.lock().unwrap().push(event)), heard)
+fn recording_progress() -> (Progress, Arc<Mutex<Vec<ProgressEvent>>>) {
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let log = events.clone();
+    (Progress::new(move |event| log.lock().unwrap().push(event)), events)
 }
 
 #[test]

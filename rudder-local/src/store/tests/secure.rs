@@ -42,7 +42,7 @@ async fn proxies_from_the_environment_are_used() {
     let authority = Authority::new();
     let answer = {
         let disk = disk.clone();
-        move |_: &Asked, _| Reply::ok(&disk)
+        move |_: &Request, _| Reply::ok(&disk)
     };
     let server = Server::start_tls(&authority, answer.clone());
     let proxy = Server::start(answer);
@@ -58,6 +58,6 @@ async fn proxies_from_the_environment_are_used() {
         child.wait_for("done ");
     }
     assert_eq!(server.count(), 1);
-    let asked: Vec<String> = proxy.asked().into_iter().map(|asked| asked.path).collect();
-    assert_eq!(asked, [through.authority(), "http://images.invalid/disk.img"]);
+    let request: Vec<String> = proxy.requests().into_iter().map(|request| request.path).collect();
+    assert_eq!(request, [through.authority(), "http://images.invalid/disk.img"]);
 }

@@ -48,12 +48,12 @@ impl Authority {
 
 /// A request.
 #[derive(Debug, Clone)]
-pub(super) struct Asked {
+pub(super) struct Request {
     pub(super) path: String,
     pub(super) headers: BTreeMap<String, String>,
 }
 
-impl Asked {
+impl Request {
     pub(super) fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).map(String::as_str)
     }
@@ -100,12 +100,12 @@ impl Reply {
     }
 
     /// Returns the response of a proper server for a file with this `ETag`.
-    pub(super) fn file(asked: &Asked, body: &[u8], etag: &str) -> Self {
-        if asked.header("if-none-match") == Some(etag) {
+    pub(super) fn file(request: &Request, body: &[u8], etag: &str) -> Self {
+        if request.header("if-none-match") == Some(etag) {
             return Self::status(304).with("ETag", etag);
         }
-        let from = asked.header("range").and_then(|range| {
-            let same = asked.header("if-range") == Some(etag);
+        let from = request.header("range").and_then(|range| {
+            let same = request.header("if-range") == Some(etag);
             range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok().filter(|_| same)
         });
         match from {
@@ -123,34 +123,34 @@ impl Reply {
     }
 }
 
-type Answer = dyn Fn(&Asked, usize) -> Reply + Send + Sync;
+type Answer = dyn Fn(&Request, usize) -> Reply + Send + Sync;
 
 /// The server; it ends when dropped.
 pub(super) struct Server {
     scheme: &'static str,
     address: SocketAddr,
-    asked: Arc<Mutex<Vec<Asked>>>,
+    requests: Arc<Mutex<Vec<Request>>>,
     gate: watch::Sender<bool>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl Server {
     /// Starts a server that answers the n-th request, from 0, with the result of this function.
-    pub(super) fn start(answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static) -> Self {
+    pub(super) fn start(answer: impl Fn(&Request, usize) -> Reply + Send + Sync + 'static) -> Self {
         Self::start_as(None, answer)
     }
 
     /// Starts a server over TLS, with a certificate of this authority.
     pub(super) fn start_tls(
         authority: &Authority,
-        answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static,
+        answer: impl Fn(&Request, usize) -> Reply + Send + Sync + 'static,
     ) -> Self {
         Self::start_as(Some(authority.acceptor("127.0.0.1")), answer)
     }
 
     fn start_as(
         tls: Option<TlsAcceptor>,
-        answer: impl Fn(&Asked, usize) -> Reply + Send + Sync + 'static,
+        answer: impl Fn(&Request, usize) -> Reply + Send + Sync + 'static,
     ) -> Self {
         let scheme = if tls.is_some() { "https" } else { "http" };
         // A separate runtime, so that it serves while a test blocks, and other processes as well.
@@ -159,9 +159,9 @@ impl Server {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
-        let asked = Arc::new(Mutex::new(Vec::new()));
+        let requests = Arc::new(Mutex::new(Vec::new()));
         let (gate, opened) = watch::channel(false);
-        let (answer, log): (Arc<Answer>, _) = (Arc::new(answer), asked.clone());
+        let (answer, log): (Arc<Answer>, _) = (Arc::new(answer), requests.clone());
         runtime.spawn(async move {
             let listener = TcpListener::from_std(listener).unwrap();
             while let Ok((stream, _)) = listener.accept().await {
@@ -175,19 +175,19 @@ impl Server {
                 });
             }
         });
-        Self { scheme, address, asked, gate, runtime: Some(runtime) }
+        Self { scheme, address, requests, gate, runtime: Some(runtime) }
     }
 
     pub(super) fn url(&self, path: &str) -> url::Url {
         format!("{}://{}/{path}", self.scheme, self.address).parse().unwrap()
     }
 
-    pub(super) fn asked(&self) -> Vec<Asked> {
-        self.asked.lock().unwrap().clone()
+    pub(super) fn requests(&self) -> Vec<Request> {
+        self.requests.lock().unwrap().clone()
     }
 
     pub(super) fn count(&self) -> usize {
-        self.asked().len()
+        self.requests().len()
     }
 
     pub(super) fn open_gate(&self) {
@@ -207,39 +207,39 @@ impl Drop for Server {
 async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     answer: &Answer,
-    log: &Mutex<Vec<Asked>>,
+    log: &Mutex<Vec<Request>>,
     mut opened: watch::Receiver<bool>,
 ) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
     let mut first = String::new();
     stream.read_line(&mut first).await?;
-    let mut asked =
-        Asked { path: first.split(' ').nth(1).unwrap_or_default().to_owned(), headers: BTreeMap::new() };
+    let mut request =
+        Request { path: first.split(' ').nth(1).unwrap_or_default().to_owned(), headers: BTreeMap::new() };
     loop {
         let mut line = String::new();
         stream.read_line(&mut line).await?;
         match line.trim().split_once(':') {
             Some((name, value)) => {
-                asked.headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
+                request.headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
             }
             None => break,
         }
     }
     // The client asks a proxy for a tunnel to a server (RFC 9110, 9.3.6).
     if first.starts_with("CONNECT ") {
-        log.lock().unwrap().push(asked.clone());
+        log.lock().unwrap().push(request.clone());
         stream.write_all(b"HTTP/1.1 200 Connected\r\n\r\n").await?;
         stream.flush().await?;
-        let mut server = TcpStream::connect(&asked.path).await?;
+        let mut server = TcpStream::connect(&request.path).await?;
         tokio::io::copy_bidirectional(&mut stream, &mut server).await?;
         return Ok(());
     }
     let number = {
         let mut log = log.lock().unwrap();
-        log.push(asked.clone());
+        log.push(request.clone());
         log.len() - 1
     };
-    let reply = answer(&asked, number);
+    let reply = answer(&request, number);
     let mut head = format!("HTTP/1.1 {} Answer\r\nConnection: close\r\n", reply.status);
     if reply.status != 304 {
         let length = reply.length.unwrap_or(reply.body.len() as u64 * (reply.repeats + 1));
