@@ -5,8 +5,10 @@
 //! else.
 //!
 //! - **Cancel safety.** Dropping the future of any method leaves behind only what [`Lab::destroy`] or [`Backend::reap`] removes.
-//! - **Ownership.** Everything a backend creates carries the id of its lab and of its owner (the process), so that `reap` finds
-//!   what dead owners left behind and never touches what living owners use.
+//! - **Ownership.** A lab belongs to the process that opened it, its owner, until that process destroys it or dies, unless the lab
+//!   was [kept](Lab::keep) or opened [to stay](Retention::UntilRemoved). How a backend notices the death of an owner is its own
+//!   affair: locks and ledgers on one host, a lease that the owner renews elsewhere. Everything a backend creates carries the id of
+//!   its lab, so that `reap` finds what dead owners left behind and never touches what living owners use.
 //! - **Errors** say what the user can do. The death of a machine is reported by [`Machine::wait`], not by timeouts. Error kinds are
 //!   part of the contract:
 //!
@@ -14,7 +16,7 @@
 //!   |---|---|
 //!   | `Conflict` | the operation is impossible in the current state: an id or a name is taken, a machine is or is not running, a module or a lab is in use, a lab was destroyed |
 //!   | `NotFound` | a module, lab, VM or disk does not exist |
-//!   | `InvalidInput` | the operation can never succeed: the backend cannot represent a name, the machine was not created with a port, the lab was not opened to be kept |
+//!   | `InvalidInput` | the operation can never succeed: the backend cannot represent a name, the machine was not created with a port, the lab ends with its owner |
 //!   | `Unsupported` | the backend does not declare the needed capability |
 //!   | `GuestUnreachable` | the guest cannot be reached yet; the caller tries again |
 //! - **Time.** Every end of a machine, whatever caused it, is reported within [`END_TOLD_WITHIN`].
@@ -26,6 +28,7 @@
 
 mod kept;
 mod lab_id;
+mod retention;
 mod serial_log;
 mod serial_ring;
 mod site;
@@ -34,19 +37,25 @@ mod types;
 pub use crate::progress::{Progress, ProgressEvent};
 pub use kept::{KeptLab, KeptLogin};
 pub use lab_id::LabId;
+pub use retention::{LabInfo, LabState, Retention, check_lab_file};
 pub use serial_log::{SerialLog, SerialRecord};
 pub use serial_ring::SerialRing;
 pub use site::{FileSource, Served, Site, SiteFile, SiteRequest};
 pub use types::*;
 
 use crate::{
-    Error, ErrorKind, Result,
+    Error, Result,
     capability::Capabilities,
     fetch::Fetch,
     module::{CapturedDisk, CapturedState, DamagedModule, Module},
 };
 use async_trait::async_trait;
-use std::{fmt::Debug, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt::Debug,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Time within which [`Machine::wait`] must return after a machine has ended: after its guest powered off, after [`Machine::stop`]
@@ -90,6 +99,24 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// Nothing is left behind on failure.
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>>;
 
+    /// Returns all labs, whoever opened them, sorted by id. May be repeated.
+    async fn labs(&self) -> Result<Vec<LabInfo>>;
+
+    /// Attaches to a kept lab, whoever opened it: its machines can be reached, watched and stopped. The caller does not become its
+    /// owner. Dropping the lab, or the end of this process, changes nothing: the machines run on. A backend may let one process at
+    /// a time attach, and need not let an attached lab grow: [`Lab::import`], [`Lab::create_machine`] and [`Lab::serve`] may be
+    /// `Unsupported`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such lab; `Conflict` when it is not kept, or another process uses it and the backend allows one.
+    async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>>;
+
+    /// Returns a file that was [stored](Lab::store_file) with a lab; `None` when it has no file of this name. Does not attach.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such lab.
+    async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>>;
+
     /// Returns all usable modules, sorted by name. May be repeated.
     async fn modules(&self) -> Result<Vec<Module>>;
 
@@ -105,25 +132,14 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// `NotFound` when no module has this name; `Conflict` when a living lab builds on it.
     async fn remove_module(&self, name: &str) -> Result<()>;
 
-    /// Returns the labs that were [kept](Lab::keep) for inspection and not yet removed. May be repeated.
-    async fn kept_labs(&self) -> Result<Vec<KeptLab>>;
-
-    /// Returns the machines of a lab that was [kept](Lab::keep), by this process or by another, in their order, with access to the
-    /// displays, consoles and ports of those that still run. May be repeated. A lab that does not exist is `NotFound`; a backend
-    /// that cannot find machines again returns `Unsupported`, as this default does.
-    async fn kept_machines(&self, id: &LabId) -> Result<Vec<Arc<dyn Machine>>> {
-        let message = format!("the backend {} cannot reach the machines of the kept lab {id}", self.name());
-        Err(Error::new(ErrorKind::Unsupported, message).with_help("use the command lines of `access`"))
-    }
-
-    /// Removes a kept lab and everything in it.
+    /// Removes a kept lab and everything in it, without attaching: also when another process uses it.
     ///
     /// # Errors
-    /// `NotFound` when there is no such lab; `Conflict` when a living owner uses it.
+    /// `NotFound` when there is no such lab; `Conflict` when it belongs to a living owner.
     async fn remove_lab(&self, id: &LabId) -> Result<()>;
 
-    /// Removes what dead owners left behind, except kept labs: processes, files, networks, objects. Never touches what belongs to a
-    /// living owner. May be repeated, and run by several processes at once.
+    /// Removes what dead owners left behind, and kept labs that have expired: processes, files, networks, objects. Never touches
+    /// what belongs to a living owner, or a kept lab that has not expired. May be repeated, and run by several processes at once.
     async fn reap(&self) -> Result<ReapReport>;
 
     /// Removes cached inputs that are not needed. Never touches what a module or a living lab needs. May be repeated.
@@ -173,17 +189,30 @@ pub trait Lab: Debug + Send + Sync {
     /// An error of any kind except `Internal` when a disk or state was not captured in this lab.
     async fn publish(&self, draft: ModuleDraft) -> Result<Module>;
 
-    /// Lets the lab outlive its owner, for inspection. Machines that are running keep running. The result says how to log in, with
-    /// at least one line when a machine is running. May be repeated.
+    /// Returns the machines, in the order in which they were created. In an [attached](Backend::attach) lab, these are the machines
+    /// that were created before. The exit of a machine that ended while no process watched it may be
+    /// [unknown](Exit::Unobserved), and what it wrote to its serial console in that time may be missing from the log.
+    async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>>;
+
+    /// Keeps the lab: it stays until it is removed or has expired, and its machines keep running. Returns what a person should know
+    /// about it, such as what ends with this process nevertheless. May be repeated; the last `expires` counts.
     ///
     /// # Errors
-    /// `InvalidInput` when the lab was not opened with [`Retention::MayBeKept`]; `Conflict` when it was destroyed.
-    async fn keep(&self) -> Result<KeptLab>;
+    /// `InvalidInput` when the lab was opened with [`Retention::EndWithOwner`]; `Conflict` when it was destroyed.
+    async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>>;
 
-    /// Returns a directory on the host that exists as long as the lab does, even when the lab is kept, and that only its owner can
-    /// read. The build stores the key to a kept lab there, and [`KeptLab::read`] finds it. `None` when the lab has no directory.
-    fn directory(&self) -> Option<PathBuf> {
-        None
+    /// Stores a small file with the lab, readable only by the user who opened it, for [`Backend::lab_file`]; replaces an earlier one
+    /// of this name. The file lives as long as the lab does. [`check_lab_file`] says what is allowed. Returns where programs on this host find the file, if they do.
+    ///
+    /// # Errors
+    /// `InvalidInput` for another name or a larger file; `Conflict` when the lab was destroyed.
+    async fn store_file(&self, name: &str, content: &[u8]) -> Result<Option<PathBuf>>;
+
+    /// Waits until this process has lost the lab without having destroyed or kept it, and returns why. On a backend whose owners
+    /// renew a lease, a process that was suspended or cut off for too long finds its lab taken away. Never completes by default,
+    /// which suits a backend whose owners cannot lose a lab while they live.
+    async fn ownership_lost(&self) -> Error {
+        std::future::pending().await
     }
 
     /// Ends every machine and removes everything that belongs to the lab, even if it was kept. May be repeated; works in every

@@ -1,6 +1,6 @@
 //! Types of the contract.
 
-use super::LabId;
+use super::{LabId, Retention};
 use crate::{
     capability::Capability,
     digest::Digest,
@@ -21,21 +21,11 @@ pub struct LabSpec {
     pub name: String,
     /// The networks of the lab.
     pub network: PlannedNetwork,
-    /// Whether the machines may have to outlive their owner.
+    /// How long the lab lives.
     pub retention: Retention,
     /// What the machines will need that not every host has: firmware, a TPM. A backend refuses a lab whose machines its host cannot
     /// run before anything is downloaded for them.
     pub needs: BTreeSet<Capability>,
-}
-
-/// Whether the machines of a lab may have to outlive the process that made them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Retention {
-    /// No: when the owner dies, in whatever way, the backend ends the machines as soon as it can.
-    #[default]
-    EndWithOwner,
-    /// Yes: the owner may call [`Lab::keep`](super::Lab::keep), and the machines then stay.
-    MayBeKept,
 }
 
 impl LabSpec {
@@ -245,6 +235,8 @@ pub enum Exit {
         /// Details from the hypervisor: a signal, the last lines of its output.
         detail: String,
     },
+    /// The machine ended while no process watched it, and the hypervisor does not record how.
+    Unobserved,
 }
 
 /// How a machine died.

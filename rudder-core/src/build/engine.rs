@@ -129,7 +129,12 @@ async fn one_attempt(pending: Pending) -> (Result<Module, Failure>, Option<Arc<A
     };
     let attempt = Arc::clone(&opened.0);
     let work = async move { opened.build().await?.capture().await?.publish().await };
-    (caught(work).await, Some(attempt))
+    let result = tokio::select! {
+        biased;
+        result = caught(work) => result,
+        lost = attempt.lab.ownership_lost() => Err(lost.with_context("lab", attempt.lab.id().as_str()).into()),
+    };
+    (result, Some(attempt))
 }
 
 /// Turns a panic inside an attempt into an ordinary failure, so that what it left behind is cleaned up.

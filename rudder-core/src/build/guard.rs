@@ -119,6 +119,9 @@ pub(super) fn ended(exit: &Exit, doing: &str) -> Error {
         Exit::Killed { why } => {
             (ErrorKind::MachineDied, format!("the machine was killed while {doing}: {why}"))
         }
+        Exit::Unobserved => {
+            (ErrorKind::MachineDied, format!("the machine ended while {doing}; how is not known"))
+        }
         Exit::Died { cause, detail } => {
             let what = match cause {
                 Death::Hypervisor => "the hypervisor's process ended",

@@ -55,7 +55,7 @@ mod pause;
 mod sink;
 mod vm;
 
-pub use keep::kept_machines;
+pub use keep::{kept_labs, kept_machines};
 pub use log::Events;
 pub use machines::BuildMachine;
 pub use pause::PausedVm;
@@ -109,6 +109,7 @@ pub enum PausedDeadline {
 #[derive(Debug, Clone)]
 struct BuildOptions {
     on_failure: FailurePolicy,
+    keep_for: Option<Duration>,
     locked: Option<Lock>,
     fetcher: Option<Arc<dyn Fetch>>,
     report_dir: Option<PathBuf>,
@@ -132,6 +133,7 @@ impl Build {
     pub fn new(plan: impl Into<Arc<Plan>>, backend: Arc<dyn Backend>) -> Self {
         let options = BuildOptions {
             on_failure: FailurePolicy::default(),
+            keep_for: None,
             locked: None,
             fetcher: None,
             report_dir: None,
@@ -149,6 +151,13 @@ impl Build {
         self
     }
 
+    /// Sets how long the machines of a failed build are kept, with [`FailurePolicy::Keep`]: after that time, the next clean-up of the
+    /// backend removes them. By default, they are kept until they are removed.
+    pub fn keep_for(mut self, time: Duration) -> Self {
+        self.options.keep_for = Some(time);
+        self
+    }
+
     /// Compares the inputs with the record of an earlier build: an input (image, file, parent module) whose bytes have changed, or
     /// that the record does not contain, fails the build before any machine boots.
     pub fn locked(mut self, earlier: &Module) -> Self {
@@ -163,7 +172,7 @@ impl Build {
     }
 
     /// Sets the directory for what belongs to the report of a failed build: screenshots (PNG) and, with [`FailurePolicy::Keep`],
-    /// the key to log in, if the backend has no directory for it. Created when needed. The files are readable by their owner only,
+    /// the key to log in, where programs on this host do not find the files of the lab. Created when needed. The files are readable by their owner only,
     /// and the caller is responsible for removing them.
     ///
     /// A relative path is resolved against the current working directory at the time of this call. Without a directory, no

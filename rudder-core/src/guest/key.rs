@@ -68,14 +68,23 @@ impl BuildKey {
         public.to_openssh().unwrap_or_default()
     }
 
+    /// Returns the private key in OpenSSH form, as `ssh -i` reads it.
+    ///
+    /// # Errors
+    /// `Internal` when the key cannot be encoded.
+    pub fn to_openssh(&self) -> Result<Secret> {
+        let text = self.key.to_openssh(LineEnding::LF).map_err(|error| {
+            Error::new(ErrorKind::Internal, "cannot encode the build's key").with_source(error)
+        })?;
+        Ok(Secret::new(text.to_string()))
+    }
+
     /// Writes the private key in OpenSSH form, readable by its owner only (mode 0600 on Unix), for `ssh -i`.
     ///
     /// # Errors
     /// `Io` or `HostDiskFull` when the file cannot be written; `Conflict` when it already exists.
     pub async fn write(&self, path: &Path) -> Result<()> {
-        let text = self.key.to_openssh(LineEnding::LF).map_err(|error| {
-            Error::new(ErrorKind::Internal, "cannot encode the build's key").with_source(error)
-        })?;
+        let text = self.to_openssh()?;
         let failed = |error: std::io::Error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => {
                 Error::new(ErrorKind::Conflict, format!("{} already exists", path.display()))
@@ -85,7 +94,7 @@ impl BuildKey {
         let to = path.to_owned();
         let write = move || {
             let mut file = create_private(&to)?;
-            file.write_all(text.as_bytes())?;
+            file.write_all(text.expose().as_bytes())?;
             file.sync_all()
         };
         let written = tokio::task::spawn_blocking(write).await;

@@ -70,7 +70,7 @@ impl MemoryBackend {
             inventory.labs.push(match record {
                 LabRecord::Owned(_) => id.to_string(),
                 LabRecord::Kept(_) => format!("{id} (kept)"),
-                LabRecord::Orphaned => format!("{id} (its owner is gone)"),
+                LabRecord::Orphaned(_) => format!("{id} (its owner is gone)"),
             });
             for machine in record.core().iter().flat_map(|core| core.machines()) {
                 if machine.is_running() {
@@ -100,6 +100,13 @@ impl MemoryBackend {
         let machines = core.map(|core| core.machines()).unwrap_or_default();
         let running = machines.iter().find(|machine| machine.spec.name == name && machine.is_running());
         running.inspect(|machine| machine.die(cause)).is_some()
+    }
+
+    /// Takes a lab away from its living owner, as a backend does whose owner has not renewed its lease in time. Returns
+    /// whether there was such a lab.
+    pub fn take_lab(&self, lab: &LabId) -> bool {
+        let core = self.shared.registry().labs.remove(lab).and_then(|record| record.core());
+        core.inspect(|core| core.take_away()).is_some()
     }
 
     /// Returns what was typed on the keyboard of the machine with this name that was powered on last; `None` when there

@@ -11,10 +11,11 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     backend::{
-        Exit, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft,
-        Progress, Retention, Served, Site, Volume, VolumeKind,
+        Exit, ImportRequest, Imported, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress,
+        Retention, Served, Site, Volume, VolumeKind, check_lab_file,
     },
     content::Content,
+    files::replace_file,
     media::http::{self, Admission, Server},
     module::{CapturedDisk, InputRecord, InputRole, Module},
     plan::{PlannedBuildRef, PlannedSource, PlannedUrl},
@@ -25,7 +26,9 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::Ipv4Addr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
 };
+use tokio_util::sync::CancellationToken;
 
 /// A disk that machines write to.
 #[derive(Debug, Default)]
@@ -40,11 +43,14 @@ pub(super) type Volumes = Arc<Mutex<HashMap<String, MemoryVolume>>>;
 #[derive(Debug)]
 pub(super) struct LabCore {
     pub(super) id: LabId,
+    pub(super) name: String,
     shared: Arc<Shared>,
     /// The names of the subnets.
     subnets: Vec<String>,
     volumes: Volumes,
     retention: Retention,
+    /// Cancelled when the lab is taken from its owner.
+    lost: CancellationToken,
     state: Mutex<LabState>,
 }
 
@@ -54,21 +60,31 @@ struct LabState {
     captured: HashMap<String, (Content, Arc<FileTree>)>,
     /// Modules that the disks are based on.
     parents: BTreeSet<String>,
+    /// Files stored with the lab.
+    files: BTreeMap<String, Vec<u8>>,
+    /// The directory with the same files, unless the backend shares nothing with this host.
     directory: Option<tempfile::TempDir>,
     over: bool,
     kept: bool,
+    expires: Option<SystemTime>,
 }
 
 impl LabCore {
     pub(super) fn new(spec: &LabSpec, shared: Arc<Shared>) -> Self {
         let subnets = spec.network.subnets.iter().map(|subnet| subnet.name.clone()).collect();
+        let state = match spec.retention {
+            Retention::UntilRemoved { expires } => LabState { kept: true, expires, ..LabState::default() },
+            _ => LabState::default(),
+        };
         Self {
             id: spec.id.clone(),
+            name: spec.name.clone(),
             shared,
             subnets,
             volumes: Volumes::default(),
             retention: spec.retention,
-            state: Mutex::default(),
+            lost: CancellationToken::new(),
+            state: Mutex::new(state),
         }
     }
 
@@ -95,11 +111,7 @@ impl LabCore {
     }
 
     pub(super) fn check_alive(&self) -> Result<()> {
-        if self.state().over {
-            let message = format!("expected lab {} to be open, but it was destroyed", self.id);
-            return Err(Error::new(ErrorKind::Conflict, message));
-        }
-        Ok(())
+        if self.state().over { Err(self.destroyed()) } else { Ok(()) }
     }
 
     /// Ends everything. May be repeated.
@@ -119,32 +131,47 @@ impl LabCore {
         Volume { id, virtual_size }
     }
 
-    /// Describes the lab as a kept one.
-    pub(super) fn as_kept(&self) -> KeptLab {
-        let running = self.machines().into_iter().filter(|machine| machine.is_running());
-        let access = |machine: Arc<MachineCore>| {
-            format!("VM {} is in the memory of this process: Machine::dial reaches it", machine.spec.name)
-        };
-        let access = running.map(access).collect();
-        match &self.state().directory {
-            Some(directory) => KeptLab::read(self.id.clone(), directory.path(), access),
-            None => KeptLab::new(self.id.clone(), access),
-        }
+    /// Returns when the lab expires, if it was kept.
+    pub(super) fn expires(&self) -> Option<SystemTime> {
+        self.state().expires
     }
 
-    /// Returns the directory for fetched files and for the key to a kept lab.
-    fn scratch(&self) -> Result<std::path::PathBuf> {
+    /// Takes the lab from its owner, as on a backend whose lease has expired.
+    pub(super) fn take_away(&self) {
+        self.end("its owner has lost it");
+        self.lost.cancel();
+    }
+
+    /// Returns a file that was stored with the lab.
+    pub(super) fn file(&self, name: &str) -> Option<Vec<u8>> {
+        self.state().files.get(name).cloned()
+    }
+
+    fn store(&self, name: &str, content: &[u8]) -> Result<Option<std::path::PathBuf>> {
+        check_lab_file(name, content)?;
         let mut state = self.state();
-        if let Some(directory) = &state.directory {
-            return Ok(directory.path().to_owned());
+        if state.over {
+            return Err(self.destroyed());
         }
-        let directory = tempfile::Builder::new()
-            .prefix("rudder-memory-")
-            .tempdir()
-            .map_err(|error| Error::io("make a directory for fetched files", error))?;
-        let path = directory.path().to_owned();
-        state.directory = Some(directory);
-        Ok(path)
+        state.files.insert(name.to_owned(), content.to_owned());
+        if self.shared.is_remote() {
+            return Ok(None);
+        }
+        let directory = match state.directory.take() {
+            Some(directory) => directory,
+            None => tempfile::Builder::new()
+                .prefix("rudder-memory-")
+                .tempdir()
+                .map_err(|error| Error::io("make a directory for a lab's files", error))?,
+        };
+        let path = state.directory.insert(directory).path().join(name);
+        replace_file(&path, content)?;
+        Ok(Some(path))
+    }
+
+    fn destroyed(&self) -> Error {
+        let message = format!("expected lab {} to be open, but it was destroyed", self.id);
+        Error::new(ErrorKind::Conflict, message)
     }
 
     /// Imports a CD-ROM: its content is that of the source.
@@ -237,7 +264,7 @@ impl Drop for MemoryLab {
         };
         if !over && !kept {
             self.core.end("its owner is gone");
-            self.core.shared.orphan(&self.core.id);
+            self.core.shared.orphan(&self.core);
         }
     }
 }
@@ -342,20 +369,32 @@ impl Lab for MemoryLab {
         self.core.shared.keep_module(Kept { module, disks }).await
     }
 
-    async fn keep(&self) -> Result<KeptLab> {
+    async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
+        Ok(self.core.handles())
+    }
+
+    async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
         self.core.shared.check(Operation::Keep)?;
         self.core.check_alive()?;
-        if self.core.retention != Retention::MayBeKept {
+        if self.core.retention == Retention::EndWithOwner {
             let message = format!("lab {} ends with its owner: it was not opened to be kept", self.core.id);
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
-        self.core.state().kept = true;
+        let mut state = self.core.state();
+        (state.kept, state.expires) = (true, expires);
+        drop(state);
         self.core.shared.hold(&self.core);
-        Ok(self.core.as_kept())
+        Ok(Vec::new())
     }
 
-    fn directory(&self) -> Option<std::path::PathBuf> {
-        if self.core.shared.is_remote() { None } else { self.core.scratch().ok() }
+    async fn store_file(&self, name: &str, content: &[u8]) -> Result<Option<std::path::PathBuf>> {
+        self.core.store(name, content)
+    }
+
+    async fn ownership_lost(&self) -> Error {
+        self.core.lost.cancelled().await;
+        let message = format!("this process has lost lab {}: it was taken away", self.core.id);
+        Error::new(ErrorKind::Conflict, message)
     }
 
     async fn destroy(&self) -> Result<()> {

@@ -75,8 +75,8 @@ pub use script::{Fault, Guest, Operation, Silence, Source};
 use crate::{
     Error, ErrorKind, Result,
     backend::{
-        Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, Progress, ProgressEvent,
-        ReapReport,
+        Backend, HostFinding, HostReport, Lab, LabId, LabInfo, LabSpec, LabState, Progress, ProgressEvent,
+        ReapReport, Retention,
     },
     capability::{Capabilities, Capability},
     fetch::Fetch,
@@ -137,10 +137,10 @@ struct Registry {
 enum LabRecord {
     /// An owner holds the lab.
     Owned(Weak<LabCore>),
-    /// The lab was kept for inspection.
+    /// The lab is kept.
     Kept(Arc<LabCore>),
-    /// The owner dropped the lab without destroying it.
-    Orphaned,
+    /// The owner dropped the lab of this name without destroying it.
+    Orphaned(String),
 }
 
 impl LabRecord {
@@ -148,7 +148,16 @@ impl LabRecord {
         match self {
             Self::Owned(core) => core.upgrade(),
             Self::Kept(core) => Some(core.clone()),
-            Self::Orphaned => None,
+            Self::Orphaned(_) => None,
+        }
+    }
+
+    fn info(&self, id: &LabId) -> LabInfo {
+        let name = || self.core().map_or_else(String::new, |core| core.name.clone());
+        match self {
+            Self::Owned(_) => LabInfo::new(id.clone(), name(), LabState::Owned),
+            Self::Kept(core) => LabInfo::new(id.clone(), name(), LabState::of_kept(core.expires())),
+            Self::Orphaned(name) => LabInfo::new(id.clone(), name, LabState::Abandoned),
         }
     }
 }
@@ -346,9 +355,9 @@ impl Shared {
         Ok(module)
     }
 
-    fn orphan(&self, id: &LabId) {
-        if let Some(record) = self.registry().labs.get_mut(id) {
-            *record = LabRecord::Orphaned;
+    fn orphan(&self, core: &LabCore) {
+        if let Some(record) = self.registry().labs.get_mut(&core.id) {
+            *record = LabRecord::Orphaned(core.name.clone());
         }
     }
 
@@ -391,13 +400,41 @@ impl Backend for MemoryBackend {
         self.shared.check(Operation::OpenLab)?;
         let core = Arc::new(LabCore::new(spec, self.shared.clone()));
         let mut registry = self.shared.registry();
-        registry.labs.retain(|_, record| !matches!(record, LabRecord::Orphaned));
+        registry.labs.retain(|_, record| !matches!(record, LabRecord::Orphaned(_)));
         if registry.labs.contains_key(&spec.id) {
             let message = format!("expected no lab {}, but there is one", spec.id);
             return Err(Error::new(ErrorKind::Conflict, message));
         }
-        registry.labs.insert(spec.id.clone(), LabRecord::Owned(Arc::downgrade(&core)));
+        let record = match spec.retention {
+            Retention::UntilRemoved { .. } => LabRecord::Kept(Arc::clone(&core)),
+            _ => LabRecord::Owned(Arc::downgrade(&core)),
+        };
+        registry.labs.insert(spec.id.clone(), record);
         Ok(Arc::new(MemoryLab { core }))
+    }
+
+    async fn labs(&self) -> Result<Vec<LabInfo>> {
+        Ok(self.shared.registry().labs.iter().map(|(id, record)| record.info(id)).collect())
+    }
+
+    async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
+        let registry = self.shared.registry();
+        let record = registry.labs.get(id).ok_or_else(|| no_lab(id))?;
+        match record {
+            LabRecord::Kept(core) if record.info(id).is_kept() => {
+                Ok(Arc::new(MemoryLab { core: core.clone() }))
+            }
+            _ => {
+                let message = format!("expected lab {id} to be kept, but it is not");
+                Err(Error::new(ErrorKind::Conflict, message))
+            }
+        }
+    }
+
+    async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {
+        let registry = self.shared.registry();
+        let record = registry.labs.get(id).ok_or_else(|| no_lab(id))?;
+        Ok(record.core().and_then(|core| core.file(name)))
     }
 
     async fn modules(&self) -> Result<Vec<Module>> {
@@ -431,25 +468,6 @@ impl Backend for MemoryBackend {
         Ok(())
     }
 
-    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
-        let registry = self.shared.registry();
-        let kept = registry.labs.values().filter_map(|record| match record {
-            LabRecord::Kept(core) => Some(core.as_kept()),
-            _ => None,
-        });
-        Ok(kept.collect())
-    }
-
-    async fn kept_machines(&self, id: &LabId) -> Result<Vec<Arc<dyn Machine>>> {
-        match self.shared.registry().labs.get(id) {
-            Some(LabRecord::Kept(core)) => Ok(core.handles()),
-            _ => {
-                let message = format!("expected a lab {id} that was kept, but there is none");
-                Err(Error::new(ErrorKind::NotFound, message))
-            }
-        }
-    }
-
     async fn remove_lab(&self, id: &LabId) -> Result<()> {
         let mut registry = self.shared.registry();
         let core = match registry.labs.get(id) {
@@ -458,10 +476,7 @@ impl Backend for MemoryBackend {
                 let message = format!("expected nobody to work in lab {id}, but its owner lives");
                 return Err(Error::new(ErrorKind::Conflict, message));
             }
-            Some(LabRecord::Orphaned) | None => {
-                let message = format!("expected a lab {id} that was kept, but there is none");
-                return Err(Error::new(ErrorKind::NotFound, message));
-            }
+            Some(LabRecord::Orphaned(_)) | None => return Err(no_lab(id)),
         };
         registry.labs.remove(id);
         drop(registry);
@@ -471,17 +486,24 @@ impl Backend for MemoryBackend {
 
     async fn reap(&self) -> Result<ReapReport> {
         let mut report = ReapReport::default();
+        let mut expired = Vec::new();
         self.shared.registry().labs.retain(|id, record| {
-            let orphaned = matches!(record, LabRecord::Orphaned);
-            if orphaned {
+            let is_abandoned = record.info(id).state == LabState::Abandoned;
+            if is_abandoned {
                 report.removed.push(format!("lab {id}"));
+                expired.extend(record.core());
             }
-            !orphaned
+            !is_abandoned
         });
+        expired.iter().for_each(|core| core.end("its lab has expired"));
         Ok(report)
     }
 
     async fn collect(&self) -> Result<ReapReport> {
         Ok(ReapReport::default())
     }
+}
+
+fn no_lab(id: &LabId) -> Error {
+    Error::new(ErrorKind::NotFound, format!("expected a lab {id}, but there is none"))
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    backend::{ImportRequest, Lab, LabSpec, Progress, Retention, Site, SiteFile, Stop},
+    backend::{ImportRequest, Lab, LabInfo, LabSpec, Progress, Retention, Site, SiteFile, Stop},
     capability::Capability,
     fetch::FetchRequest,
     plan::{PlannedSource, PlannedUrl},
@@ -320,6 +320,11 @@ pub async fn destroying_may_be_dropped(rig: &Rig) -> Verdict {
     Ok(())
 }
 
+async fn kept_labs(rig: &Rig) -> Verdict<Vec<LabInfo>> {
+    let labs = rig.backend().labs().await.during("list labs")?;
+    Ok(labs.into_iter().filter(LabInfo::is_kept).collect())
+}
+
 /// Keeping a lab, and removing a kept one, may be dropped.
 pub async fn keeping_may_be_dropped(rig: &Rig) -> Verdict {
     for looks in CUTS {
@@ -327,16 +332,16 @@ pub async fn keeping_may_be_dropped(rig: &Rig) -> Verdict {
         spec.retention = Retention::MayBeKept;
         let lab = rig.backend().open_lab(&spec).await.during("open a lab")?;
         rig.running(&*lab, "web").await?;
-        let kept = ended(cut(lab.keep(), looks).await, "keep a lab")?;
+        let kept = ended(cut(lab.keep(None), looks).await, "keep a lab")?;
         drop(lab);
         let mut removed = false;
         // A lab that is in the list is removed, in two attempts; any other is reaped.
-        for kept in rig.backend().kept_labs().await.during("list kept labs")? {
-            removed = ended(cut(rig.backend().remove_lab(&kept.id), looks).await, "remove a kept lab")?;
+        for lab in kept_labs(rig).await? {
+            removed = ended(cut(rig.backend().remove_lab(&lab.id), looks).await, "remove a kept lab")?;
         }
         eventually(rig.options().settle, || async {
-            for kept in rig.backend().kept_labs().await.during("list kept labs")? {
-                match rig.backend().remove_lab(&kept.id).await {
+            for lab in kept_labs(rig).await? {
+                match rig.backend().remove_lab(&lab.id).await {
                     // Its removal had already begun.
                     Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {}
                     removed => removed.during("remove a kept lab")?,
@@ -365,7 +370,7 @@ pub async fn looking_after_a_backend_may_be_dropped(rig: &Rig) -> Verdict {
         drop(lab);
         let mut is_over = ended(cut(backend.diagnose(), looks).await, "diagnose").map_err(at)?;
         is_over &= ended(cut(backend.modules(), looks).await, "list modules").map_err(at)?;
-        is_over &= ended(cut(backend.kept_labs(), looks).await, "list kept labs").map_err(at)?;
+        is_over &= ended(cut(backend.labs(), looks).await, "list labs").map_err(at)?;
         is_over &= ended(cut(backend.reap(), looks).await, "reap").map_err(at)?;
         is_over &= ended(cut(backend.collect(), looks).await, "collect").map_err(at)?;
         let modules = backend.modules().await.during("list modules").map_err(at)?;

@@ -17,9 +17,6 @@ use std::{sync::Arc, time::Duration};
 
 /// A port that machines are created with, and on which no guest listens: discard (RFC 863).
 pub(super) const CLOSED: u16 = 9;
-/// The user that logs in.
-const USER: &str = "root";
-
 /// A running machine with the adapter's guest, and a login.
 #[derive(Debug)]
 pub(super) struct Booted {
@@ -35,12 +32,16 @@ pub(super) struct Booted {
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) spec: MachineSpec,
+    pub(super) key: BuildKey,
     pub(super) login: Login,
     /// Maximum time from power-on to a login.
     pub(super) boots_within: Duration,
 }
 
 impl Prepared {
+    /// The user that logs in.
+    pub(super) const USER: &str = "root";
+
     /// Prepares a machine with the adapter's guest, from this source or from the guest's own image.
     pub(super) async fn new(
         rig: &Rig,
@@ -58,11 +59,12 @@ impl Prepared {
         spec.ports = vec![SSH, CLOSED];
         spec.ports.extend(image.echo.iter().map(|echo| echo.port));
         let key = BuildKey::generate();
-        let seed_login = SeedLogin::new(USER, key.authorized_key());
+        let seed_login = SeedLogin::new(Self::USER, key.authorized_key());
         let instance = format!("{}-{name}", lab.id());
         let seeded = seed(&instance, name, &seed_login, &PlannedCloudInit::default());
         spec.seed = Some(seeded.during("make a seed")?);
-        Ok(Self { spec, login: Login::new(USER, key), boots_within: image.boots_within })
+        let login = Login::new(Self::USER, key.clone());
+        Ok(Self { spec, key, login, boots_within: image.boots_within })
     }
 
     /// Creates the machine, starts it, and logs in.

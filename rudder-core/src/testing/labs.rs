@@ -64,7 +64,7 @@ pub async fn a_destroyed_lab_refuses_work(rig: &Rig) -> Verdict {
     other.name = "other".to_owned();
     fails(lab.create_machine(&other).await, "create a machine in a destroyed lab")?;
     fails(machine.start().await, "start a machine of a destroyed lab")?;
-    fails(lab.keep().await, "keep a destroyed lab")?;
+    fails(lab.keep(None).await, "keep a destroyed lab")?;
     rig.expect_nothing_left("after a destroyed lab was asked for more").await
 }
 

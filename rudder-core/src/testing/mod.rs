@@ -32,6 +32,7 @@ pub mod firmware;
 mod guest;
 pub mod hardware;
 pub mod imports;
+pub mod kept;
 pub mod labs;
 pub mod machines;
 mod memory;

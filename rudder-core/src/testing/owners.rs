@@ -3,13 +3,14 @@
 
 use super::{
     Adapter, NotPassed, Owners, Rig, Verdict,
+    kept::{stay, stay_with_a_guest},
     modules::{captured, draft, halted, published, template, whole},
-    rig::{eventually, network},
+    rig::eventually,
     verdict::{During as _, ensure, fail, refused, same},
 };
 use crate::{
     Error, ErrorKind,
-    backend::{Backend, Exit, LabId, LabSpec, Retention},
+    backend::{Backend, Lab, LabId, LabState, Machine},
 };
 use std::{
     env,
@@ -26,8 +27,14 @@ use tokio::{
 /// The environment variable of a process that must call [`own`]; its value selects what the owner does.
 pub const OWNER_VARIABLE: &str = "RUDDER_SUITE_OWNER";
 
+/// The roles of an owner whose lab outlives it: with a machine that need not boot, and with a guest.
+pub(super) const STAYS: &str = "stay";
+pub(super) const STAYS_WITH_A_GUEST: &str = "stay-with-a-guest";
+
 /// Prefix of the line in which an owner writes the id of its lab, once it has done what was requested.
 const TELLS: &str = "rudder-suite-lab ";
+/// How long an owner may take until it reports that it is ready: it may have to boot a guest on a slow host.
+const READY_WITHIN: Duration = Duration::from_secs(180);
 /// How long an owner may run after it began to publish, before it is killed, in ms.
 const INTO_PUBLISHING: [u64; 6] = [0, 1, 3, 8, 20, 60];
 
@@ -58,6 +65,8 @@ pub async fn own(adapter: Arc<dyn Adapter>) -> NotPassed {
                     lab.publish(wanted).await.during("publish")?;
                 }
             }
+            STAYS => stay(&rig).await?,
+            STAYS_WITH_A_GUEST => stay_with_a_guest(&rig).await?,
             other => fail!("expected a role in {OWNER_VARIABLE}, but found {other:?}"),
         };
         tell(lab.id())?;
@@ -75,14 +84,14 @@ fn tell(id: &LabId) -> Verdict {
 }
 
 /// A lab with another owner.
-struct Owned {
-    id: LabId,
+pub(super) struct Owned {
+    pub(super) id: LabId,
     owner: Owner,
 }
 
 enum Owner {
     Process(Box<Child>),
-    Handle(Arc<dyn crate::backend::Lab>, Arc<dyn crate::backend::Machine>),
+    Handle(Arc<dyn Lab>, Option<Arc<dyn Machine>>),
 }
 
 impl Owned {
@@ -93,9 +102,19 @@ impl Owned {
             Owners::Handle => {
                 let lab = rig.lab("owned").await?;
                 let machine = rig.running(&*lab, "web").await?;
-                Ok(Self { id: lab.id().clone(), owner: Owner::Handle(lab, machine) })
+                Ok(Self { id: lab.id().clone(), owner: Owner::Handle(lab, Some(machine)) })
             }
         }
+    }
+
+    /// Opens a lab that outlives another owner, who plays this role.
+    pub(super) async fn of_a_lab_that_stays(rig: &Rig, role: &str) -> Verdict<Self> {
+        let lab = match rig.adapter().owners() {
+            Owners::Process(command) => return Self::spawn(command, role).await,
+            Owners::Handle if role == STAYS => stay(rig).await?,
+            Owners::Handle => stay_with_a_guest(rig).await?,
+        };
+        Ok(Self { id: lab.id().clone(), owner: Owner::Handle(lab, None) })
     }
 
     /// Starts a process for this role. Returns once it reports that it is ready.
@@ -120,14 +139,14 @@ impl Owned {
             }
             None
         };
-        match tokio::time::timeout(Duration::from_secs(60), told).await {
+        match tokio::time::timeout(READY_WITHIN, told).await {
             Ok(Some(id)) => Ok(Self { id, owner: Owner::Process(Box::new(child)) }),
             _ => fail!("expected the owner to tell the id of its lab, but it said:\n{said}"),
         }
     }
 
     /// Kills the owner without warning.
-    async fn die(self) -> Verdict<LabId> {
+    pub(super) async fn die(self) -> Verdict<LabId> {
         match self.owner {
             Owner::Process(mut child) => {
                 let killed = child.kill().await;
@@ -168,7 +187,7 @@ pub async fn a_living_owner_is_never_reaped(rig: &Rig) -> Verdict {
     }
     let waited = tokio::time::timeout(Duration::from_millis(200), machine.wait()).await;
     ensure!(waited.is_err(), "expected a machine of a living owner to run on, but found {waited:?}");
-    if let Owner::Handle(_, machine) = &owned.owner {
+    if let Owner::Handle(_, Some(machine)) = &owned.owner {
         let waited = tokio::time::timeout(Duration::from_millis(200), machine.wait()).await;
         ensure!(waited.is_err(), "expected a machine of a living owner to run on, but found {waited:?}");
     }
@@ -196,49 +215,12 @@ async fn spares(backend: &dyn Backend, ids: &[&LabId]) -> Verdict {
         let removed = backend.remove_lab(id).await;
         refused(removed, ErrorKind::Conflict, "remove the lab of a living owner")?;
     }
-    let kept = backend.kept_labs().await.during("list kept labs")?;
-    ensure!(kept.is_empty(), "expected no kept lab, but found {kept:?}");
-    Ok(())
-}
-
-/// A lab that was kept outlives its owner, its machines continue to run, and it is removed by its id, once.
-pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
-    let ends = rig.lab("ends").await?;
-    refused(ends.keep().await, ErrorKind::InvalidInput, "keep a lab that was opened to end with its owner")?;
-    ends.destroy().await.during("destroy it")?;
-    let mut spec = LabSpec::new("kept", network());
-    spec.retention = Retention::MayBeKept;
-    let lab = rig.backend().open_lab(&spec).await.during("open a lab that may be kept")?;
-    let machine = rig.running(&*lab, "web").await?;
-    let kept = lab.keep().await.during("keep a lab")?;
-    same(&kept.id, &spec.id, "the id of a kept lab")?;
-    same(&lab.keep().await.during("keep it again")?, &kept, "what is said of it when it is kept again")?;
-    ensure!(!kept.access.is_empty(), "expected how to get into a kept lab, but found nothing");
-    drop((machine, lab));
-    let another = rig.adapter().another().await.during("open the backend once more")?;
-    for backend in [rig.backend(), &*another] {
-        backend.reap().await.during("reap")?;
-        let found = backend.kept_labs().await.during("list kept labs")?;
-        same(&found, &vec![kept.clone()], "the labs that were kept")?;
+    let labs = backend.labs().await.during("list labs")?;
+    for id in ids {
+        let found = labs.iter().find(|lab| lab.id == **id).map(|lab| lab.state);
+        same(&found, &Some(LabState::Owned), "the state of a lab with a living owner")?;
+        refused(backend.attach(id).await, ErrorKind::Conflict, "attach to the lab of a living owner")?;
     }
-    let traces = rig.left().await?;
-    ensure!(
-        traces.iter().any(|line| line.contains(kept.id.as_str())),
-        "expected the kept lab to be there after its owner left, but found only {traces:?}"
-    );
-    refused(rig.backend().open_lab(&spec).await, ErrorKind::Conflict, "open a lab of the id of a kept one")?;
-    rig.adapter().kill(&kept.id, "web").await.during("find the machine of the kept lab running")?;
-    another.remove_lab(&kept.id).await.during("remove a kept lab")?;
-    rig.expect_nothing_left("after a kept lab was removed").await?;
-    refused(rig.backend().remove_lab(&kept.id).await, ErrorKind::NotFound, "remove it again")?;
-    let lab = rig.backend().open_lab(&spec).await.during("open a lab of the same id")?;
-    let machine = rig.running(&*lab, "web").await?;
-    lab.keep().await.during("keep it")?;
-    lab.destroy().await.during("destroy a lab that was kept")?;
-    let exit = machine.wait().await.during("wait for its machine")?;
-    ensure!(matches!(exit, Exit::Killed { .. }), "expected Killed, but found {exit:?}");
-    let kept = rig.backend().kept_labs().await.during("list kept labs")?;
-    ensure!(kept.is_empty(), "expected no kept lab after it was destroyed, but found {kept:?}");
     Ok(())
 }
 

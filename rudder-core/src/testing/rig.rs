@@ -9,7 +9,8 @@ use super::{
 };
 use crate::{
     backend::{
-        Backend, ImportRequest, Lab, LabSpec, Machine, MachineDisk, MachineSpec, Progress, ProgressEvent,
+        Backend, ImportRequest, Lab, LabInfo, LabSpec, Machine, MachineDisk, MachineSpec, Progress,
+        ProgressEvent,
     },
     capability::Capability,
     check::DEFAULT_SUBNET,
@@ -300,12 +301,8 @@ impl Rig {
 
     /// Cleans up after a test that did not pass, so that the next one is not blamed.
     pub(super) async fn sweep(&self) {
-        let ids = match self.backend.kept_labs().await {
-            Ok(kept) => kept.into_iter().map(|lab| lab.id).collect(),
-            Err(_) => Vec::new(),
-        };
-        for id in ids {
-            let _ = self.backend.remove_lab(&id).await;
+        for lab in self.backend.labs().await.unwrap_or_default().into_iter().filter(LabInfo::is_kept) {
+            let _ = self.backend.remove_lab(&lab.id).await;
         }
         let _ = self.backend.reap().await;
         if let Ok(modules) = self.backend.modules().await {

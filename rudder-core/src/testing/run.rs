@@ -3,7 +3,7 @@
 
 use super::{
     Adapter, NotPassed, Outcome, Report, Rig, TestReport, Verdict, builds, consoles, dropped, firmware,
-    hardware, imports, labs, machines, modules, owners, pairs, served, streams, texts, verdict::ensure,
+    hardware, imports, kept, labs, machines, modules, owners, pairs, served, streams, texts, verdict::ensure,
 };
 use crate::{backend::END_TOLD_WITHIN, capability::Capability};
 use futures::{FutureExt as _, future::BoxFuture};
@@ -144,8 +144,14 @@ pub fn tests() -> &'static [Test] {
         owners {
             what_a_dead_owner_left_is_reaped,
             a_living_owner_is_never_reaped,
-            a_kept_lab_stays_until_it_is_removed,
             a_module_is_whole_when_its_publisher_is_killed,
+        }
+        kept {
+            a_lab_that_stays_is_attached_by_another_process [SourceBlank],
+            a_guest_is_reached_in_an_attached_lab [SourceUrl, CloudInit],
+            a_kept_lab_stays_until_it_is_removed [SourceBlank],
+            an_expired_lab_is_reaped_and_no_other [SourceBlank],
+            files_are_stored_with_a_lab,
         }
         dropped {
             opening_a_lab_may_be_dropped,

@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        Backend, BoxedStream, Exit, HostReport, ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec,
+        Backend, BoxedStream, Exit, HostReport, ImportRequest, Imported, Lab, LabId, LabInfo, LabSpec,
         Machine, MachineSpec, ModuleDraft, Progress, ReapReport, SerialLog, Served, Site, Stop,
     },
     capability::{Capabilities, Capability},
@@ -16,10 +16,12 @@ use rudder_core::{
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::PathBuf,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
+    time::SystemTime,
 };
 
 /// What happens when an operation is called, before it is carried out.
@@ -162,8 +164,16 @@ impl Backend for Hooked {
         self.inner.remove_module(name).await
     }
 
-    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
-        self.inner.kept_labs().await
+    async fn labs(&self) -> Result<Vec<LabInfo>> {
+        self.inner.labs().await
+    }
+
+    async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
+        self.inner.attach(id).await
+    }
+
+    async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {
+        self.inner.lab_file(id, name).await
     }
 
     async fn remove_lab(&self, id: &LabId) -> Result<()> {
@@ -210,9 +220,22 @@ impl Lab for HookedLab {
         self.0.publish(draft).await
     }
 
-    async fn keep(&self) -> Result<KeptLab> {
+    async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
+        self.0.machines().await
+    }
+
+    async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
         reach(&self.1, Operation::Keep).await;
-        self.0.keep().await
+        self.0.keep(expires).await
+    }
+
+    /// Stores the file where programs on this host do not find it.
+    async fn store_file(&self, name: &str, content: &[u8]) -> Result<Option<PathBuf>> {
+        self.0.store_file(name, content).await.map(|_| None)
+    }
+
+    async fn ownership_lost(&self) -> Error {
+        self.0.ownership_lost().await
     }
 
     async fn destroy(&self) -> Result<()> {

@@ -4,7 +4,7 @@ use super::{build_with, plans::*, run};
 use rudder_core::{
     ErrorKind,
     backend::Backend,
-    build::{Build, BuildFailure, FailurePolicy, kept_machines},
+    build::{Build, BuildFailure, FailurePolicy, kept_labs, kept_machines},
     event::EventKind,
     memory::{Fault, MemoryBackend, Operation, Response},
 };
@@ -51,7 +51,7 @@ async fn a_kept_lab_names_its_key_which_is_removed_with_it() {
     assert!(key.is_absolute());
     assert_eq!(lab.access[0], format!("a: the key of root is {}", key.display()));
     assert_eq!((lab.logins[0].vm.as_str(), lab.logins[0].username.as_str()), ("a", "root"));
-    assert_eq!(backend.kept_labs().await.unwrap(), std::slice::from_ref(&lab), "others read the same");
+    assert_eq!(kept_labs(&backend).await.unwrap(), std::slice::from_ref(&lab), "others read the same");
     let shown = format!("{failure:?}");
     assert!(
         shown.contains(&format!("kept for inspection as lab {}:\n    a: the key of root is", lab.id)),
@@ -74,7 +74,7 @@ async fn a_program_can_reach_the_machines_of_a_kept_lab() {
     });
     let steps = vec![shell("see", "see"), shell("work", "work")];
     let failure = kept(&backend, plan(vec![vm("a", steps)])).await;
-    let lab = backend.kept_labs().await.unwrap().remove(0);
+    let lab = kept_labs(&backend).await.unwrap().remove(0);
     // As reported to this process with the failure, and as found by another process from the lab.
     let found = kept_machines(&backend, &lab).await.unwrap();
     for machines in [&failure.machines, &found] {
@@ -122,4 +122,66 @@ async fn a_lab_that_cannot_be_kept_is_removed_with_a_warning() {
     let ended = build_with(&backend, plan(vec![vm("a", vec![shell("work", "work")])]), keep, &[]).await;
     assert_eq!(ended.warnings(), ["the machines cannot be kept: not here"]);
     assert_eq!(ended.failure().kept, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn kept_machines_are_removed_by_the_next_clean_up_once_they_have_expired() {
+    let script =
+        |backend: MemoryBackend| backend.machine("a", |guest| guest.on("work", Response::fails(3, "no\n")));
+    for (time, left) in [(Duration::ZERO, 0), (Duration::from_secs(3600), 1)] {
+        let backend = script(MemoryBackend::new());
+        let keep = |build: Build| build.on_failure(FailurePolicy::Keep).keep_for(time);
+        let plan = plan(vec![vm("a", vec![shell("work", "work")])]);
+        let build = keep(Build::new(read(plan), Arc::new(backend.clone())));
+        let failure = build.start().outcome().await.expect_err("a failure");
+        assert!(failure.kept.is_some());
+        backend.reap().await.unwrap();
+        assert_eq!(kept_labs(&backend).await.unwrap().len(), left);
+        assert_eq!(backend.inventory().running.len(), left);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn machines_of_a_remote_backend_are_reached_with_the_key_that_is_stored_there() {
+    let reports = tempfile::tempdir().unwrap();
+    let backend = MemoryBackend::new().remote().machine("a", |guest| {
+        guest.on("work", Response::fails(3, "no\n")).on("look", Response::ok("seen\n"))
+    });
+    let plan = plan(vec![vm("a", vec![shell("work", "work")])]);
+    let build = Build::new(read(plan), Arc::new(backend.clone())).on_failure(FailurePolicy::Keep);
+    let failure = build.report_dir(reports.path()).start().outcome().await.expect_err("a failure");
+    let lab = failure.kept.clone().unwrap();
+    // The key is written here for `ssh -i`; a program on another host does not find it.
+    let key = lab.logins[0].key.clone().unwrap();
+    assert!(key.starts_with(reports.path()), "{key:?}");
+    std::fs::remove_file(&key).unwrap();
+    let machines = kept_machines(&backend, &lab).await.unwrap();
+    let guest = machines[0].guest(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(guest.command("look").await.unwrap().stdout, "seen\n");
+    guest.close().await;
+    backend.remove_lab(&lab.id).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_build_that_loses_its_lab_fails_and_names_it() {
+    let backend = MemoryBackend::new().every_machine(|guest| guest.on("work", Response::ok("").hangs()));
+    let taken = backend.clone();
+    let work = plan(vec![vm("a", vec![shell("work", "work")])]);
+    let ended = run(
+        &backend,
+        work,
+        |build| build,
+        &[],
+        |event, _| {
+            if matches!(event.kind, EventKind::StepStarted { .. }) {
+                let labs = taken.inventory().labs;
+                assert!(taken.take_lab(&rudder_core::backend::LabId::parse(&labs[0]).unwrap()));
+            }
+        },
+    )
+    .await;
+    let failure = ended.failure();
+    assert_eq!(failure.error.kind(), ErrorKind::Conflict);
+    assert!(failure.error.report().contains("this process has lost lab "), "{}", failure.error.report());
+    assert_eq!(backend.leftovers().await, Vec::<String>::new());
 }

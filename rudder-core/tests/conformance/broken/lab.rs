@@ -5,8 +5,7 @@ use async_trait::async_trait;
 use rudder_core::{
     ErrorKind, Result,
     backend::{
-        ImportRequest, Imported, KeptLab, Lab, LabId, Machine, MachineSpec, ModuleDraft, Progress, Served,
-        Site,
+        ImportRequest, Imported, Lab, LabId, Machine, MachineSpec, ModuleDraft, Progress, Served, Site,
     },
     digest::Digest,
     hardware::Firmware,
@@ -16,11 +15,12 @@ use rudder_core::{
 use std::{
     collections::BTreeMap,
     net::Ipv4Addr,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 use tokio::{io::AsyncReadExt as _, io::AsyncWriteExt as _, net::TcpListener};
 use tokio_util::task::AbortOnDropHandle;
@@ -30,11 +30,17 @@ pub(super) struct BrokenLab {
     inner: Arc<dyn Lab>,
     shared: Arc<Shared>,
     destroyed: Arc<AtomicBool>,
+    is_attached: bool,
 }
 
 impl BrokenLab {
     pub(super) fn new(inner: Arc<dyn Lab>, shared: Arc<Shared>) -> Self {
-        Self { inner, shared, destroyed: Arc::default() }
+        Self { inner, shared, destroyed: Arc::default(), is_attached: false }
+    }
+
+    /// Wraps a lab that was attached to.
+    pub(super) fn attached(inner: Arc<dyn Lab>, shared: Arc<Shared>) -> Self {
+        Self { inner, shared, destroyed: Arc::default(), is_attached: true }
     }
 
     /// Returns the digest of the firmware variables that a machine starts with.
@@ -175,13 +181,24 @@ impl Lab for BrokenLab {
         self.inner.publish(draft).await
     }
 
-    async fn keep(&self) -> Result<KeptLab> {
-        match self.inner.keep().await {
+    async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
+        match self.is_attached && self.shared.is(Wrong::HidesMachinesOfAttachedLabs) {
+            true => Ok(Vec::new()),
+            false => self.inner.machines().await,
+        }
+    }
+
+    async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
+        match self.inner.keep(expires).await {
             Err(error) if error.kind() == ErrorKind::InvalidInput && self.shared.is(Wrong::KeepsAnyLab) => {
-                Ok(KeptLab::new(self.inner.id().clone(), Vec::new()))
+                Ok(Vec::new())
             }
             kept => kept,
         }
+    }
+
+    async fn store_file(&self, name: &str, content: &[u8]) -> Result<Option<PathBuf>> {
+        self.inner.store_file(name, content).await
     }
 
     async fn destroy(&self) -> Result<()> {
@@ -193,5 +210,14 @@ impl Lab for BrokenLab {
             lock(&self.shared.leaked).push(format!("a volume of lab {}", self.inner.id()));
         }
         self.inner.destroy().await
+    }
+}
+
+impl Drop for BrokenLab {
+    fn drop(&mut self) {
+        if self.is_attached && self.shared.is(Wrong::EndsWhatItDetachesFrom) {
+            let id = self.inner.id().clone();
+            self.shared.memory.kill_machine(&id, "web", rudder_core::backend::Death::Hypervisor);
+        }
     }
 }

@@ -12,11 +12,12 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        Backend, HostReport, KeptLab, Lab, LabId, LabSpec, Machine, Progress, ProgressEvent, ReapReport,
-        Seed, Volume,
+        Backend, HostReport, Lab, LabId, LabInfo, LabSpec, LabState, Machine, Progress, ProgressEvent,
+        ReapReport, Seed, Stop, Volume,
     },
     capability::{Capabilities, Capability},
     fetch::{Fetch, Fetched},
+    memory::MemoryBackend,
     module::{CapturedDisk, Module},
     testing::{Adapter, BadImages, GuestImage, MemoryAdapter, Owners},
 };
@@ -141,6 +142,28 @@ pub(crate) enum Wrong {
     ReapsTheLiving,
     /// `reap` removes labs that were kept.
     ReapsTheKept,
+    /// `reap` removes labs that will expire, before they have.
+    ReapsBeforeExpiry,
+    /// `reap` leaves labs that have expired alone.
+    NeverReapsExpiredLabs,
+    /// Labs with a living owner are not listed.
+    ListsNoOwnedLabs,
+    /// Kept labs are not listed.
+    ListsNoKeptLabs,
+    /// Kept labs are listed without their time of expiry.
+    ForgetsExpiry,
+    /// Any process may attach to the lab of a living owner.
+    AttachesToOwnedLabs,
+    /// Attaching to a lab ends its machines.
+    EndsWhatItAttachesTo,
+    /// Detaching from a lab ends its machines.
+    EndsWhatItDetachesFrom,
+    /// An attached lab has no machines.
+    HidesMachinesOfAttachedLabs,
+    /// Files stored with a lab are lost.
+    LosesFilesOfLabs,
+    /// Files stored with a lab are truncated.
+    CutsFilesOfLabs,
     /// Characters that the backend does not accept are dropped from names.
     CleansNames,
     /// Names are truncated to 15 characters.
@@ -171,7 +194,7 @@ impl BrokenAdapter {
         let claims = inner.capabilities().iter().chain([Capability::Uefi]);
         let extra = (wrong == Wrong::ClaimsTooMuch).then_some(Capability::SourcePvc);
         let capabilities = Capabilities::new("memory", claims.chain(extra));
-        let shared = Arc::new(Shared::new(wrong, Arc::clone(&inner)));
+        let shared = Arc::new(Shared::new(wrong, Arc::clone(&inner), good.memory().clone()));
         Self { good, broken: Arc::new(Broken { inner, capabilities, shared }) }
     }
 }
@@ -221,6 +244,7 @@ impl Adapter for BrokenAdapter {
 struct Shared {
     wrong: Wrong,
     inner: Arc<dyn Backend>,
+    memory: MemoryBackend,
     /// Labs that are being opened.
     opening: Mutex<Vec<Arc<dyn Lab>>>,
     labs: Mutex<Vec<Weak<dyn Lab>>>,
@@ -240,10 +264,11 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(wrong: Wrong, inner: Arc<dyn Backend>) -> Self {
+    fn new(wrong: Wrong, inner: Arc<dyn Backend>, memory: MemoryBackend) -> Self {
         Self {
             wrong,
             inner,
+            memory,
             opening: Mutex::default(),
             labs: Mutex::default(),
             machines: Mutex::default(),
@@ -358,8 +383,48 @@ impl Backend for Broken {
         Ok(())
     }
 
-    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
-        self.inner.kept_labs().await
+    async fn labs(&self) -> Result<Vec<LabInfo>> {
+        let mut labs = self.inner.labs().await?;
+        match self.shared.wrong {
+            Wrong::ListsNoOwnedLabs => labs.retain(|lab| lab.state != LabState::Owned),
+            Wrong::ListsNoKeptLabs => labs.retain(|lab| !lab.is_kept()),
+            Wrong::ForgetsExpiry => {
+                for lab in &mut labs {
+                    if lab.is_kept() {
+                        lab.state = LabState::Kept { expires: None };
+                    }
+                }
+            }
+            _ => {}
+        }
+        Ok(labs)
+    }
+
+    async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
+        let inner = match self.inner.attach(id).await {
+            Err(error)
+                if error.kind() == ErrorKind::Conflict && self.shared.is(Wrong::AttachesToOwnedLabs) =>
+            {
+                let labs = lock(&self.shared.labs).iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
+                labs.into_iter().find(|lab| lab.id() == id).ok_or(error)?
+            }
+            attached => attached?,
+        };
+        if self.shared.is(Wrong::EndsWhatItAttachesTo) {
+            for machine in inner.machines().await? {
+                machine.stop(Stop::Kill).await?;
+            }
+        }
+        Ok(Arc::new(BrokenLab::attached(inner, Arc::clone(&self.shared))))
+    }
+
+    async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {
+        let file = self.inner.lab_file(id, name).await;
+        match self.shared.wrong {
+            Wrong::LosesFilesOfLabs => Ok(None),
+            Wrong::CutsFilesOfLabs => Ok(file?.map(|file| file.into_iter().take(16 << 10).collect())),
+            _ => file,
+        }
     }
 
     async fn remove_lab(&self, id: &LabId) -> Result<()> {
@@ -367,7 +432,20 @@ impl Backend for Broken {
     }
 
     async fn reap(&self) -> Result<ReapReport> {
+        if self.shared.is(Wrong::NeverReapsExpiredLabs) {
+            let labs = self.inner.labs().await?;
+            if labs.iter().any(|lab| lab.state == LabState::Abandoned) {
+                return Ok(ReapReport::default());
+            }
+        }
         let mut report = self.inner.reap().await?;
+        if self.shared.is(Wrong::ReapsBeforeExpiry) {
+            for lab in self.inner.labs().await? {
+                if matches!(lab.state, LabState::Kept { expires: Some(_) }) {
+                    self.inner.remove_lab(&lab.id).await?;
+                }
+            }
+        }
         if self.shared.is(Wrong::ReapsTheLiving) {
             let living: Vec<_> = lock(&self.shared.labs).iter().filter_map(Weak::upgrade).collect();
             for lab in living {
@@ -376,7 +454,7 @@ impl Backend for Broken {
             }
         }
         if self.shared.is(Wrong::ReapsTheKept) {
-            for kept in self.inner.kept_labs().await? {
+            for kept in self.inner.labs().await?.into_iter().filter(LabInfo::is_kept) {
                 self.inner.remove_lab(&kept.id).await?;
                 report.removed.push(format!("lab {}", kept.id));
             }
