@@ -3,13 +3,14 @@
 //! A program that embeds Rudder can act as this process: it calls [`run`] first in its `main`. For programs that do not, the
 //! program `rudder-helper` is searched for in the same directory and in `PATH`.
 
-use crate::network::{Network, NetworkOptions, NetworkRecord};
+use crate::network::{PortForwards, MachineRecord, Network, NetworkOptions, NetworkRecord, Plugged};
 use std::{
+    collections::BTreeMap,
     env,
     ffi::OsString,
     fs,
     io::{self, Write as _},
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process,
     sync::{
@@ -17,6 +18,11 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{UnixListener, UnixStream},
+    time::{sleep, timeout},
 };
 
 /// The environment variable that names the file with the [`NetworkRecord`] to run, in the helper's initial working directory.
@@ -26,6 +32,13 @@ const PROGRAM: &str = "rudder-helper";
 
 /// Interval between checks whether the lab's directory still exists.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// The socket, in the lab's directory, on which the helper process listens: whoever connects has written the record anew, and
+/// receives [`DONE`], or an error message, once the network runs as recorded.
+pub(crate) const CONTROL: &str = "network.ctl";
+const DONE: &str = "done\n";
+/// How long the helper process may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// Whether this program calls [`run`].
 static IS_HELPER: AtomicBool = AtomicBool::new(false);
@@ -82,28 +95,78 @@ impl HelperProgram {
 
 /// Runs a network until the process is killed, or the directory of its lab is gone.
 fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
-    let record = NetworkRecord::from_json(record, &fs::read(record)?).map_err(io::Error::other)?;
+    let first = read_record(record)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let network = Arc::new(Network::new(&record.network, &NetworkOptions::new(&record.name)));
-        let mut open = Vec::new();
-        for machine in &record.machines {
-            network.add_machine(&machine.name, &machine.nics).map_err(io::Error::other)?;
-        }
-        for machine in &record.machines {
-            let forwards = machine.port_forwards.iter().map(|(port, file)| (*port, PathBuf::from(file)));
-            open.push((
-                network.plug(&machine.name, machine.sockets.iter().map(PathBuf::from)),
-                network.forward_ports(&machine.name, forwards)?,
-            ));
-        }
-        let _open = open;
+        let mut running = Running::new(&first);
+        running.add(first)?;
+        let _ = fs::remove_file(CONTROL);
+        let control = UnixListener::bind(CONTROL)?;
+        fs::set_permissions(CONTROL, fs::Permissions::from_mode(0o600))?;
         loop {
-            tokio::time::sleep(CHECK_INTERVAL).await;
+            tokio::select! {
+                caller = control.accept() => if let Ok((caller, _)) = caller {
+                    let added = read_record(record).and_then(|record| running.add(record));
+                    let _ = timeout(ANSWER_LIMIT, answer(caller, added)).await;
+                },
+                () = sleep(CHECK_INTERVAL) => {}
+            }
             // A directory without a name has no links (stat(2)): the lab was removed by hand.
             if fs::metadata(".")?.nlink() == 0 {
                 return Err(io::Error::new(io::ErrorKind::NotFound, "the directory of the lab was removed"));
             }
         }
     })
+}
+
+fn read_record(path: &Path) -> io::Result<NetworkRecord> {
+    NetworkRecord::from_json(path, &fs::read(path)?).map_err(io::Error::other)
+}
+
+/// Tells a process that wrote the record whether the network now runs as recorded.
+async fn answer(mut caller: UnixStream, added: io::Result<()>) -> io::Result<()> {
+    let text = added.map_or_else(|error| error.to_string(), |()| DONE.to_owned());
+    caller.write_all(text.as_bytes()).await?;
+    caller.shutdown().await
+}
+
+/// The network, with what holds its cables and port forwards.
+struct Running {
+    network: Arc<Network>,
+    machines: BTreeMap<String, (Plugged, PortForwards)>,
+}
+
+impl Running {
+    fn new(record: &NetworkRecord) -> Self {
+        let network = Network::new(&record.network, &NetworkOptions::new(&record.name));
+        Self { network: Arc::new(network), machines: BTreeMap::new() }
+    }
+
+    /// Adds the machines of a record that the network does not have yet.
+    fn add(&mut self, record: NetworkRecord) -> io::Result<()> {
+        let is_new = |machine: &MachineRecord| !self.machines.contains_key(&machine.name);
+        let new: Vec<_> = record.machines.into_iter().filter(is_new).collect();
+        for machine in &new {
+            self.network.add_machine(&machine.name, &machine.nics).map_err(io::Error::other)?;
+        }
+        for machine in new {
+            let plugged = self.network.plug(&machine.name, machine.sockets.iter().map(PathBuf::from));
+            let forwards = machine.port_forwards.iter().map(|(port, file)| (*port, PathBuf::from(file)));
+            let forwards = self.network.forward_ports(&machine.name, forwards)?;
+            self.machines.insert(machine.name, (plugged, forwards));
+        }
+        Ok(())
+    }
+}
+
+/// Asks the helper process, over its [control socket](CONTROL), to run the network as the record now says.
+///
+/// # Errors
+/// `NotFound` and `ConnectionRefused` when there is no helper process; `TimedOut` when it does not answer; `Other` with its message
+/// when it cannot.
+pub(crate) async fn update(control: &Path) -> io::Result<()> {
+    let mut text = String::new();
+    let ask = async { UnixStream::connect(control).await?.read_to_string(&mut text).await };
+    timeout(ANSWER_LIMIT, ask).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    if text == DONE { Ok(()) } else { Err(io::Error::other(text)) }
 }

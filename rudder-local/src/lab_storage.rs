@@ -11,7 +11,6 @@ use crate::{
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{LabId, LabSpec, MachineSpec, Progress, Retention},
-    files::replace_file,
     plan::{PlannedBuildRef, PlannedNetwork},
 };
 use std::{
@@ -23,10 +22,8 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::SystemTime,
 };
-
-/// The file in a kept lab's directory that says how to access its machines.
-const ACCESS_FILE: &str = "access.json";
 
 /// The directory, volumes and host of a lab.
 #[derive(Debug)]
@@ -34,7 +31,8 @@ pub struct LabStorage {
     id: LabId,
     dir: Arc<LabDir>,
     host: Arc<Host>,
-    network: PlannedNetwork,
+    /// Its networks; `None` in a lab that was attached to.
+    network: Option<PlannedNetwork>,
     retention: Retention,
     store: Store,
     /// The open directory: gives its sockets a short path, whatever the directory's own path is.
@@ -56,14 +54,34 @@ impl LabStorage {
         let (owned, id, name, retention) =
             (store.clone(), spec.id.clone(), spec.name.clone(), spec.retention);
         let dir = blocking(move || owned.create_lab(&id, &name, retention)).await?;
+        Self::new(store, host, dir, Some(spec.network.clone()), retention)
+    }
+
+    /// Attaches to a kept lab, as [`Store::attach_lab`] does.
+    ///
+    /// # Errors
+    /// As `attach_lab`.
+    pub async fn attach(store: &Store, host: Arc<Host>, id: &LabId) -> Result<Self> {
+        let (owned, id) = (store.clone(), id.clone());
+        let dir = blocking(move || owned.attach_lab(&id)).await?;
+        Self::new(store, host, dir, None, Retention::MayBeKept)
+    }
+
+    fn new(
+        store: &Store,
+        host: Arc<Host>,
+        dir: LabDir,
+        network: Option<PlannedNetwork>,
+        retention: Retention,
+    ) -> Result<Self> {
         let handle = File::open(dir.path())
             .map_err(|error| Error::io(format_args!("open {}", dir.path().display()), error))?;
         Ok(Self {
-            id: spec.id.clone(),
+            id: dir.id(),
             dir: Arc::new(dir),
             host,
-            network: spec.network.clone(),
-            retention: spec.retention,
+            network,
+            retention,
             store: store.clone(),
             handle,
             volumes: Mutex::default(),
@@ -92,15 +110,26 @@ impl LabStorage {
     }
 
     /// Returns its networks.
-    #[must_use]
-    pub fn network(&self) -> &PlannedNetwork {
-        &self.network
+    ///
+    /// # Errors
+    /// `Unsupported` in a lab that was attached to: it takes no new machines.
+    pub fn network(&self) -> Result<&PlannedNetwork> {
+        self.network.as_ref().ok_or_else(|| {
+            let message = "a lab that was attached to takes no new machines, volumes or sites";
+            Error::new(ErrorKind::Unsupported, message).with_context("lab", self.id.as_str())
+        })
     }
 
-    /// Returns whether its machines may have to outlive their owner.
+    /// Returns whether it may outlive this process.
     #[must_use]
-    pub fn retention(&self) -> Retention {
-        self.retention
+    pub fn may_be_kept(&self) -> bool {
+        self.retention != Retention::EndWithOwner
+    }
+
+    /// Returns whether it is kept from the start.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        self.network.is_none() || matches!(self.retention, Retention::UntilRemoved { .. })
     }
 
     /// Returns the path of a file of the lab.
@@ -150,7 +179,7 @@ impl LabStorage {
     pub fn lifetime(&self) -> Lifetime {
         match self.retention {
             Retention::EndWithOwner => self.host.with_owner(),
-            Retention::MayBeKept => Lifetime::Kept,
+            _ => Lifetime::Kept,
         }
     }
 
@@ -209,18 +238,22 @@ impl LabStorage {
         volumes.try_for_each(|volume| self.volume_size(&volume.id).map(drop))
     }
 
-    /// Lets the lab outlive this process, with a note on how to access its machines.
+    /// Lets the lab outlive this process, until it is removed or has expired.
     ///
     /// # Errors
-    /// `InvalidInput` when it was not opened to be kept; file errors.
-    pub async fn keep(&self, access: &[String]) -> Result<()> {
-        let (dir, record) = (Arc::clone(&self.dir), serde_json::json!(access).to_string());
-        blocking(move || {
-            let path = dir.path().join(ACCESS_FILE);
-            replace_file(&path, record.as_bytes())?;
-            dir.mark_kept()
-        })
-        .await
+    /// `InvalidInput` when it ends with its owner; file errors.
+    pub async fn keep(&self, expires: Option<SystemTime>) -> Result<()> {
+        let dir = Arc::clone(&self.dir);
+        blocking(move || dir.mark_kept(expires)).await
+    }
+
+    /// Stores a file with the lab, as [`Lab::store_file`](rudder_core::backend::Lab::store_file) promises.
+    ///
+    /// # Errors
+    /// As `Lab::store_file`; file errors.
+    pub async fn store_file(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
+        let (dir, name, content) = (Arc::clone(&self.dir), name.to_owned(), content.to_owned());
+        blocking(move || dir.store_file(&name, &content)).await
     }
 
     /// Holds the lease of something that the lab needs until the lab is gone.
@@ -262,11 +295,4 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
         Ok(result) => result,
         Err(error) => Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error)),
     }
-}
-
-/// Returns how to access the machines of the kept lab in this directory.
-#[must_use]
-pub fn kept_access(directory: &Path) -> Vec<String> {
-    let record = std::fs::read(directory.join(ACCESS_FILE)).unwrap_or_default();
-    serde_json::from_slice(&record).unwrap_or_default()
 }

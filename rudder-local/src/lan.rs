@@ -2,7 +2,7 @@
 //! machines, and the process that runs all of it once the lab was kept.
 
 use crate::{
-    helper::{self, HelperProgram},
+    helper::{self, CONTROL, HelperProgram},
     lab_storage::{LabStorage, blocking},
     network::{Network, NetworkOptions, Plugged, PortForwards},
     nic_arguments::nic_socket,
@@ -11,19 +11,19 @@ use crate::{
 };
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, MachineSpec, Served, Site},
-    plan::PlannedNetwork,
+    backend::{BoxedStream, LabSpec, MachineSpec, Retention, Served, Site},
+    files::replace_file,
 };
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     process::Stdio,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 /// The file, in a kept lab's directory, with the network that the helper process runs.
@@ -40,15 +40,43 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Lan {
     running: Mutex<Running>,
+    /// Held while the helper process is started or updated.
+    helper: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
 struct Running {
-    /// `None` once another process runs it.
-    network: Option<Arc<Network>>,
+    network: RunBy,
     machines: BTreeMap<String, Machine>,
     /// What a person should know about a network that was handed over.
-    told: Vec<String>,
+    notices: Vec<String>,
+}
+
+/// The process that runs a network.
+#[derive(Debug)]
+enum RunBy {
+    /// This process.
+    This(Arc<Network>),
+    /// The helper process. Machines are added to a copy of its network, without cables, so that they get their addresses. There is
+    /// no copy of the network of a lab that was kept later, or attached to: it takes no new machines.
+    Helper(Option<Arc<Network>>),
+}
+
+impl RunBy {
+    fn this(&self) -> Option<Arc<Network>> {
+        match self {
+            Self::This(network) => Some(Arc::clone(network)),
+            Self::Helper(_) => None,
+        }
+    }
+
+    /// Returns the network that machines are added to.
+    fn plan(&self) -> Option<&Arc<Network>> {
+        match self {
+            Self::This(network) => Some(network),
+            Self::Helper(copy) => copy.as_ref(),
+        }
+    }
 }
 
 /// A machine on the network.
@@ -62,6 +90,10 @@ struct Machine {
 }
 
 impl Machine {
+    fn new(spec: &MachineSpec, number: usize) -> Self {
+        Self { number, nics: spec.nics.len(), ports: spec.ports.clone(), connected: None }
+    }
+
     fn sockets(&self) -> impl Iterator<Item = String> {
         let number = self.number;
         (0..self.nics).map(move |index| nic_socket(number, index))
@@ -80,11 +112,36 @@ fn door(number: usize, port: u16) -> String {
 }
 
 impl Lan {
-    /// Creates the network of a lab of this name.
+    /// Creates the network of a lab: this process runs it, unless the lab is to outlive this process.
     #[must_use]
-    pub fn new(plan: &PlannedNetwork, name: &str) -> Self {
-        let network = Some(Arc::new(Network::new(plan, &NetworkOptions::new(name))));
-        Self { running: Mutex::new(Running { network, machines: BTreeMap::new(), told: Vec::new() }) }
+    pub fn new(spec: &LabSpec) -> Self {
+        let network = Arc::new(Network::new(&spec.network, &NetworkOptions::new(&spec.name)));
+        Self::run_by(match spec.retention {
+            Retention::UntilRemoved { .. } => RunBy::Helper(Some(network)),
+            _ => RunBy::This(network),
+        })
+    }
+
+    /// Returns the network of a lab that was attached to. Its machines are then [adopted](Self::adopt).
+    #[must_use]
+    pub fn attached() -> Self {
+        Self::run_by(RunBy::Helper(None))
+    }
+
+    fn run_by(network: RunBy) -> Self {
+        let running = Running { network, machines: BTreeMap::new(), notices: Vec::new() };
+        Self { running: Mutex::new(running), helper: tokio::sync::Mutex::default() }
+    }
+
+    /// Checks that the network can outlive this process, if it has to.
+    ///
+    /// # Errors
+    /// `HostMissing` when there is no helper program.
+    pub fn check(&self, storage: &LabStorage) -> Result<()> {
+        match self.running().network {
+            RunBy::This(_) => Ok(()),
+            RunBy::Helper(_) => helper_of(storage).map(drop),
+        }
     }
 
     fn running(&self) -> MutexGuard<'_, Running> {
@@ -100,27 +157,31 @@ impl Lan {
     /// Adds a machine with this number in the lab.
     ///
     /// # Errors
-    /// `InvalidInput` for a NIC in no subnet of the lab; `Conflict` when the network has a machine of this name, or is run by
-    /// another process.
+    /// `InvalidInput` for a NIC in no subnet of the lab; `Conflict` when the network has a machine of this name; `Unsupported` when
+    /// the lab was kept or attached to.
     pub fn add(&self, spec: &MachineSpec, number: usize) -> Result<()> {
         let mut running = self.running();
-        let Some(network) = &running.network else {
+        let Some(network) = running.network.plan() else {
             return Err(Error::new(
-                ErrorKind::Conflict,
-                "expected a lab that was not kept, but found a kept one",
+                ErrorKind::Unsupported,
+                "a lab that was kept or attached to takes no new machines",
             ));
         };
         network.add_machine(&spec.name, &spec.nics).map_err(|error| error.with_context("vm", &spec.name))?;
-        let machine = Machine { number, nics: spec.nics.len(), ports: spec.ports.clone(), connected: None };
-        running.machines.insert(spec.name.clone(), machine);
+        running.machines.insert(spec.name.clone(), Machine::new(spec, number));
         Ok(())
+    }
+
+    /// Adds a machine of an [attached](Self::attached) lab, which the network has already.
+    pub fn adopt(&self, spec: &MachineSpec, number: usize) {
+        self.running().machines.insert(spec.name.clone(), Machine::new(spec, number));
     }
 
     /// Removes a machine that could not be defined.
     pub fn remove(&self, name: &str) {
         let mut running = self.running();
         running.machines.remove(name);
-        if let Some(network) = &running.network {
+        if let Some(network) = running.network.plan() {
             network.remove_machine(name);
         }
     }
@@ -133,7 +194,13 @@ impl Lan {
         let mut running = self.running();
         let Some(machine) = running.machines.get_mut(name) else { return Ok(()) };
         machine.connected = None;
-        let files: Vec<String> = machine.sockets().chain(machine.doors().map(|(_, file)| file)).collect();
+        let mut files: Vec<String> = machine.sockets().collect();
+        // The doors of a network that the helper process runs stay open.
+        if running.network.this().is_some() {
+            files.extend(
+                running.machines.get(name).into_iter().flat_map(Machine::doors).map(|(_, file)| file),
+            );
+        }
         files.iter().try_for_each(|file| remove_file(&storage.path(file)))
     }
 
@@ -143,16 +210,22 @@ impl Lan {
     /// `LaunchFailed` when QEMU does not listen for a NIC; `Io` when the sockets for people cannot be made.
     pub async fn connect(
         &self,
-        storage: &LabStorage,
+        storage: &Arc<LabStorage>,
         name: &str,
         ended: impl Future<Output = ()> + Send + 'static,
     ) -> Result<()> {
-        let Some((mut plugged, doors)) = self.plug(storage, name)? else { return Ok(()) };
-        if tokio::time::timeout(CONNECT_LIMIT, plugged.connected()).await.is_err() {
+        let deaf = |_| {
             let limit = CONNECT_LIMIT.as_secs();
             let message = format!("expected QEMU to listen for each NIC within {limit} s, but it does not");
-            return Err(Error::new(ErrorKind::LaunchFailed, message));
-        }
+            Error::new(ErrorKind::LaunchFailed, message)
+        };
+        let Some((mut plugged, doors)) = self.plug(storage, name)? else {
+            let sockets: Vec<_> =
+                self.running().machines.get(name).into_iter().flat_map(Machine::sockets).collect();
+            timeout(CONNECT_LIMIT, listening(storage, &sockets)).await.map_err(deaf)?;
+            return self.update_helper(storage).await;
+        };
+        timeout(CONNECT_LIMIT, plugged.connected()).await.map_err(deaf)?;
         let connected = async move {
             let _connected = (plugged, doors);
             ended.await;
@@ -166,7 +239,7 @@ impl Lan {
     /// Plugs in the cables of a machine, and opens its doors; `None` when the network does not run in this process.
     fn plug(&self, storage: &LabStorage, name: &str) -> Result<Option<(Plugged, PortForwards)>> {
         let running = self.running();
-        let Some(network) = &running.network else { return Ok(None) };
+        let Some(network) = running.network.this() else { return Ok(None) };
         let Some(machine) = running.machines.get(name) else { return Ok(None) };
         for file in machine.sockets() {
             // QEMU creates them with permissions according to the umask. The directory is closed to others anyway.
@@ -195,7 +268,7 @@ impl Lan {
         if !spec.ports.contains(&port) || spec.nics.is_empty() {
             return Err(not_reached());
         }
-        let network = self.running().network.clone();
+        let network = self.running().network.this();
         let dialled: io::Result<BoxedStream> = match network {
             Some(network) => {
                 network.dial(&spec.name, port).await.map(|stream| Box::new(stream) as BoxedStream)
@@ -216,13 +289,13 @@ impl Lan {
     /// Serves files to the machines of the lab, as [`Lab::serve`](rudder_core::backend::Lab::serve) promises.
     ///
     /// # Errors
-    /// `Conflict` when the lab was kept.
+    /// `Unsupported` when the lab outlives this process.
     pub fn serve(&self, site: Site) -> Result<Served> {
-        match self.running().network.clone() {
+        match self.running().network.this() {
             Some(network) => Ok(network.serve(site)),
             None => {
-                let message = "expected a lab that was not kept, but found a kept one";
-                Err(Error::new(ErrorKind::Conflict, message))
+                let message = "a lab that outlives this process cannot serve files from it";
+                Err(Error::new(ErrorKind::Unsupported, message))
             }
         }
     }
@@ -255,58 +328,92 @@ impl Lan {
     /// # Errors
     /// File errors.
     pub async fn hand_over(&self, storage: &Arc<LabStorage>) -> Result<Vec<String>> {
-        let told = self.hand_over_once(storage).await?;
-        let mut running = self.running();
-        running.told.extend(told);
-        Ok(running.told.clone())
+        let network = {
+            let mut running = self.running();
+            let network = running.network.this();
+            if network.is_some() {
+                running.network = RunBy::Helper(network.clone());
+                running.machines.values_mut().for_each(|machine| machine.connected = None);
+            }
+            network
+        };
+        if network.is_some() {
+            let notice = match helper_of(storage) {
+                Err(_) => Some(
+                    "the network of the lab has ended, and its machines are reached over their consoles only: to keep it, call \
+                     rudder::helper::run() first in main, or install rudder-helper"
+                        .to_owned(),
+                ),
+                Ok(_) => self.update_helper(storage).await.err().map(|error| {
+                    tracing::warn!(error = error.report(), "cannot keep the network of a lab");
+                    format!("the network of the lab has ended: {error}")
+                }),
+            };
+            let mut running = self.running();
+            running.notices.extend(notice);
+            running.network = RunBy::Helper(None);
+        }
+        Ok(self.running().notices.clone())
     }
 
-    async fn hand_over_once(&self, storage: &Arc<LabStorage>) -> Result<Vec<String>> {
-        let (record, doors) = {
-            let mut running = self.running();
-            let Some(network) = running.network.take() else { return Ok(Vec::new()) };
-            let mut record = network.record();
-            let mut doors = Vec::new();
-            for recorded in &mut record.machines {
-                let Some(machine) = running.machines.get_mut(&recorded.name) else { continue };
-                recorded.sockets = machine.sockets().collect();
-                // A machine that is not running has no doors.
-                if machine.connected.take().is_some_and(|connected| !connected.is_finished()) {
+    /// Makes the helper process run the network with all machines: starts the process if it does not run.
+    async fn update_helper(&self, storage: &Arc<LabStorage>) -> Result<()> {
+        let _alone = self.helper.lock().await;
+        let record = {
+            let running = self.running();
+            running.network.plan().map(|network| {
+                let mut record = network.record();
+                for recorded in &mut record.machines {
+                    let Some(machine) = running.machines.get(&recorded.name) else { continue };
+                    recorded.sockets = machine.sockets().collect();
                     recorded.port_forwards = machine.doors().collect();
                 }
-                doors.extend(machine.doors().map(|(_, file)| storage.path(&file)));
-            }
-            (record, doors)
+                record
+            })
         };
-        doors.iter().try_for_each(|door| remove_file(door))?;
-        let text = serde_json::to_vec_pretty(&record).unwrap_or_default();
-        let path = storage.path(RECORD);
-        blocking(move || write_new(&path, &text)).await?;
-        let Some(program) = storage.host().helper.clone().or_else(HelperProgram::find) else {
-            return Ok(vec![
-                "the network of the lab has ended, and its machines are reached over their consoles only: to keep it, call \
-                 rudder::helper::run() first in main, or install rudder-helper"
-                    .to_owned(),
-            ]);
-        };
-        let waited: Vec<_> = record.machines.iter().flat_map(|machine| &machine.port_forwards).collect();
-        let waited: Vec<_> = waited.iter().map(|(_, file)| storage.path(file)).collect();
-        match start_helper(storage, &program, &waited).await {
-            Ok(()) => Ok(Vec::new()),
-            Err(error) => {
-                tracing::warn!(error = error.report(), "cannot keep the network of a lab");
-                Ok(vec![format!("the network of the lab has ended: {error}")])
+        if let Some(record) = record {
+            let text = serde_json::to_vec_pretty(&record).unwrap_or_default();
+            let path = storage.path(RECORD);
+            blocking(move || replace_file(&path, &text)).await?;
+        }
+        match helper::update(&storage.socket(CONTROL)).await {
+            Ok(()) => Ok(()),
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                start_helper(storage).await
             }
+            Err(error) => Err(refused(error)),
         }
     }
 }
 
+/// Waits until QEMU listens for every NIC. It may have accepted the helper process already; a further connection then waits.
+async fn listening(storage: &LabStorage, sockets: &[String]) {
+    for socket in sockets {
+        while UnixStream::connect(storage.socket(socket)).await.is_err() {
+            tokio::time::sleep(HELPER_LOOK).await;
+        }
+    }
+}
+
+/// Returns the helper program.
+fn helper_of(storage: &LabStorage) -> Result<HelperProgram> {
+    storage.host().helper.clone().or_else(HelperProgram::find).ok_or_else(|| {
+        let message = "expected the program rudder-helper, which runs the network of a lab that outlives this process, but found none";
+        Error::new(ErrorKind::HostMissing, message)
+            .with_help("call rudder::helper::run() first in main, or install rudder-helper beside this program or in PATH")
+    })
+}
+
+fn refused(source: io::Error) -> Error {
+    Error::new(ErrorKind::LaunchFailed, "the helper process cannot run the network of the lab")
+        .with_source(source)
+}
+
 /// Starts the helper process, and waits until it runs the network.
-async fn start_helper(
-    storage: &Arc<LabStorage>,
-    program: &HelperProgram,
-    doors: &[std::path::PathBuf],
-) -> Result<()> {
+async fn start_helper(storage: &Arc<LabStorage>) -> Result<()> {
+    let program = helper_of(storage)?;
     let path = storage.path(LOG);
     let failed = |error| Error::io(format_args!("write {}", path.display()), error);
     let log = fs::File::create(&path).map_err(failed)?;
@@ -321,8 +428,7 @@ async fn start_helper(
         let recorded = Arc::clone(storage);
         blocking(move || recorded.dir().record_process(pid, "network of the lab")).await?;
     }
-    let ready = await_doors(&mut child, doors);
-    tokio::time::timeout(HELPER_LIMIT, ready).await.map_err(|_| {
+    timeout(HELPER_LIMIT, answers(&mut child, storage)).await.map_err(|_| {
         let limit = HELPER_LIMIT.as_secs();
         let message =
             format!("expected the helper process to run the network within {limit} s, but it did not");
@@ -332,17 +438,24 @@ async fn start_helper(
     Ok(())
 }
 
-async fn await_doors(child: &mut OwnedChild, doors: &[std::path::PathBuf]) -> Result<()> {
-    while !doors.iter().all(|door| door.exists()) {
+/// Waits until the helper process answers.
+async fn answers(child: &mut OwnedChild, storage: &LabStorage) -> Result<()> {
+    let control = storage.socket(CONTROL);
+    loop {
         tokio::select! {
             ended = child.wait() => {
                 let ended = ended.map_or_else(|error| error.to_string(), describe);
                 return Err(Error::new(ErrorKind::LaunchFailed, format!("the helper process {ended}")));
             }
-            () = tokio::time::sleep(HELPER_LOOK) => {}
+            answer = helper::update(&control) => match answer {
+                Ok(()) => return Ok(()),
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                    tokio::time::sleep(HELPER_LOOK).await;
+                }
+                Err(error) => return Err(refused(error)),
+            },
         }
     }
-    Ok(())
 }
 
 fn remove_file(path: &Path) -> Result<()> {
@@ -352,14 +465,6 @@ fn remove_file(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// Writes a new file that only its owner can read.
-fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
-    use io::Write as _;
-    let file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
-    file.and_then(|mut file| file.write_all(bytes))
-        .map_err(|error| Error::io(format_args!("write {}", path.display()), error))
 }
 
 /// Quotes a text as one word for a POSIX shell.

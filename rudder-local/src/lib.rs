@@ -15,6 +15,7 @@ pub mod lab_storage;
 pub mod lan;
 pub mod lifecycle;
 pub mod log_tail;
+pub mod machine_record;
 pub mod machine_state;
 pub mod network;
 pub mod nic_arguments;

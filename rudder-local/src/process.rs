@@ -5,10 +5,12 @@
 //! a runtime, and through setpriv(1), which makes the system call without unsafe code of ours.
 
 use rudder_core::{Error, ErrorKind, Result};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::{
     ffi::OsString,
+    fs::File,
     io,
-    os::unix::process::ExitStatusExt,
+    os::{fd::OwnedFd, unix::process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::{
@@ -19,7 +21,8 @@ use std::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
-    process::{Child, Command},
+    net::unix::pipe,
+    process::{Child, ChildStderr, ChildStdin, ChildStdout, Command},
     runtime::Handle,
     sync::oneshot,
 };
@@ -150,8 +153,7 @@ impl Invocation {
         let failed = |error| Error::io(format_args!("talk to {name}"), error);
         let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
         let mut child = self.spawn(stdin, Stdio::piped(), Stdio::piped()).await?;
-        let (stdin, stdout, stderr) =
-            (child.child.stdin.take(), child.child.stdout.take(), child.child.stderr.take());
+        let (stdin, stdout, stderr) = child.streams();
         let write = async {
             if let (Some(mut stdin), Some(input)) = (stdin, input) {
                 use tokio::io::AsyncWriteExt;
@@ -258,34 +260,108 @@ fn signal_name(signal: i32) -> Option<&'static str> {
     })
 }
 
-/// A child that is killed when dropped, unless it was released.
+/// A process that is killed when dropped, unless it was released.
 #[derive(Debug)]
 pub struct OwnedChild {
-    child: Child,
+    process: Process,
     released: Arc<AtomicBool>,
 }
 
+#[derive(Debug)]
+enum Process {
+    Child(Child),
+    /// A process that this one did not start.
+    Adopted {
+        pid: u32,
+        handle: OwnedFd,
+        /// Another handle, for the runtime: a pidfd becomes readable when its process ends (pidfd_open(2)), and so does a pipe.
+        end: pipe::Receiver,
+    },
+}
+
 impl OwnedChild {
+    fn new(child: Child) -> Self {
+        Self { process: Process::Child(child), released: Arc::default() }
+    }
+
+    /// Adopts a process that another process started and that is not killed when this is dropped; `None` if it has ended.
+    /// `is_same` says whether the process with this ID is still the expected one.
+    ///
+    /// # Errors
+    /// The process cannot be observed.
+    pub fn adopt(pid: u32, is_same: impl FnOnce() -> bool) -> io::Result<Option<Self>> {
+        let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        let handle = match pidfd_open(number, PidfdFlags::empty()) {
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            handle => handle?,
+        };
+        // The handle always refers to the same process: what is checked from here on is what is adopted.
+        if !is_same() {
+            return Ok(None);
+        }
+        let end = pipe::Receiver::from_file_unchecked(File::from(handle.try_clone()?))?;
+        let process = Process::Adopted { pid, handle, end };
+        Ok(Some(Self { process, released: Arc::new(AtomicBool::new(true)) }))
+    }
+
+    /// Takes its standard input, output and error, as far as they are pipes.
+    fn streams(&mut self) -> (Option<ChildStdin>, Option<ChildStdout>, Option<ChildStderr>) {
+        match &mut self.process {
+            Process::Child(child) => (child.stdin.take(), child.stdout.take(), child.stderr.take()),
+            Process::Adopted { .. } => (None, None, None),
+        }
+    }
+
     /// Returns its process ID; `None` once it ended and was waited for.
     pub fn pid(&self) -> Option<u32> {
-        self.child.id()
+        match &self.process {
+            Process::Child(child) => child.id(),
+            Process::Adopted { pid, .. } => Some(*pid),
+        }
     }
 
     /// Waits until it ends. May be repeated.
+    ///
+    /// # Errors
+    /// The status of an adopted process is known only until its parent has taken note of it.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
-        self.child.wait().await
+        match &mut self.process {
+            Process::Child(child) => child.wait().await,
+            Process::Adopted { pid, end, .. } => {
+                end.readable().await?;
+                ended_status(*pid).ok_or_else(|| io::Error::other("it ended with an unknown status"))
+            }
+        }
     }
 
-    /// Kills the child.
+    /// Kills the process.
     pub fn kill(&mut self) {
         // The only failure is that it has already ended.
-        let _ = self.child.start_kill();
+        match &mut self.process {
+            Process::Child(child) => drop(child.start_kill()),
+            Process::Adopted { handle, .. } => drop(pidfd_send_signal(&*handle, Signal::KILL)),
+        }
     }
 
-    /// Returns a switch that, once set, lets the child outlive this value.
+    /// Returns a switch that, once set, lets the process outlive this value.
     pub fn release_switch(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.released)
     }
+}
+
+/// Returns the exit status of a process that has ended and that its parent has not waited for yet, from its line in /proc
+/// (proc_pid_stat(5)); `None` if there is no such process or this user may not read the status.
+pub fn ended_status(pid: u32) -> Option<ExitStatus> {
+    status_in(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn status_in(stat: &str) -> Option<ExitStatus> {
+    // The name in the second field may contain anything. The state is the third field, the exit status the 52nd.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if !matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(48)?.parse().ok().map(ExitStatus::from_raw)
 }
 
 impl Drop for OwnedChild {
@@ -310,7 +386,7 @@ static STARTER: LazyLock<Result<mpsc::Sender<Job>, io::ErrorKind>> = LazyLock::n
         .spawn(move || {
             for Job { mut command, runtime, reply } in receiver {
                 let _context = runtime.enter();
-                let child = command.spawn().map(|child| OwnedChild { child, released: Arc::default() });
+                let child = command.spawn().map(OwnedChild::new);
                 // The receiver is gone: dropping the child kills it.
                 let _ = reply.send(child);
             }
@@ -382,6 +458,48 @@ mod tests {
         run.abort();
         let stat = format!("/proc/{}/stat", pid.trim());
         while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Starts a process that is not a child of this one, and returns its ID.
+    async fn stranger(script: &str) -> u32 {
+        let script = format!("({script}) </dev/null >/dev/null 2>&1 & echo $!");
+        let finished = sh(&script, Lifetime::Kept).run(None).await.unwrap();
+        String::from_utf8(finished.stdout).unwrap().trim().parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_end_of_an_adopted_process_is_noticed_and_it_can_be_killed() {
+        let pid = stranger("exec sleep 1000").await;
+        let mut adopted = OwnedChild::adopt(pid, || true).unwrap().unwrap();
+        assert_eq!(adopted.pid(), Some(pid));
+        drop(OwnedChild::adopt(pid, || true).unwrap().unwrap());
+        assert!(OwnedChild::adopt(pid, || false).unwrap().is_none(), "it is another process by now");
+        adopted.kill();
+        for _ in 0..2 {
+            // Whether its parent has waited for it is a race.
+            if let Ok(status) = adopted.wait().await {
+                assert_eq!(describe(status), "was ended by signal 9 (SIGKILL)");
+            }
+        }
+        assert!(OwnedChild::adopt(u32::MAX, || true).unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn dropping_an_adopted_process_leaves_it_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (go, done) = (dir.path().join("go"), dir.path().join("done"));
+        let script =
+            format!("mkfifo {0}; read x <{0}; echo > {1}.new; mv {1}.new {1}", go.display(), done.display());
+        let pid = stranger(&script).await;
+        drop(OwnedChild::adopt(pid, || true).unwrap().unwrap());
+        while !go.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        let released = go.clone();
+        tokio::task::spawn_blocking(move || std::fs::write(released, "x\n")).await.unwrap().unwrap();
+        while !done.exists() {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
     }

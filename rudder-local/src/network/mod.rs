@@ -35,6 +35,7 @@ pub mod fuzz;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use self::record::nics as record_of_nics;
 pub use self::{
     record::{FORMAT, MachineRecord, NetworkRecord},
     stream::GuestStream,

@@ -123,8 +123,8 @@ struct NicEntry {
 
 /// Implements a module for `#[serde(with)]` that reads and writes lists of a type as lists of its entry type.
 macro_rules! lists {
-    ($($name:ident: $planned:ident as $entry:ident = $text:literal),*) => {$(
-        mod $name {
+    ($($visibility:vis $name:ident: $planned:ident as $entry:ident = $text:literal),*) => {$(
+        $visibility mod $name {
             use super::{$entry, $planned};
             use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -134,11 +134,11 @@ macro_rules! lists {
             #[derive(Serialize)]
             struct Written<'a>(#[serde(with = $text)] &'a $planned);
 
-            pub(super) fn serialize<S: Serializer>(list: &[$planned], to: S) -> Result<S::Ok, S::Error> {
+            pub(crate) fn serialize<S: Serializer>(list: &[$planned], to: S) -> Result<S::Ok, S::Error> {
                 to.collect_seq(list.iter().map(Written))
             }
 
-            pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<$planned>, D::Error> {
+            pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<$planned>, D::Error> {
                 Ok(Vec::<Read>::deserialize(from)?.into_iter().map(|read| read.0).collect())
             }
         }
@@ -148,7 +148,7 @@ macro_rules! lists {
 lists! {
     vpcs: PlannedVpc as VpcEntry = "VpcEntry",
     subnets: PlannedSubnet as SubnetEntry = "SubnetEntry",
-    nics: PlannedNic as NicEntry = "NicEntry"
+    pub(crate) nics: PlannedNic as NicEntry = "NicEntry"
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! labs/<id>/            0700, the backend's working directory: overlays, sockets, logs
 //!          /lock        held by the owner for as long as it lives, however it dies
 //!          /ledger.json owner, purpose, processes, and the blobs and modules it needs
+//!          /files/      what the core stores with the lab, such as the logins of a kept one
 //! ```
 //! A lab is created, judged and reaped under the lock `locks/labs`, so that no process sees a half-created lab. A directory
 //! without a readable ledger is never removed, and a process is killed only if it belongs to this very directory: a copy of a
@@ -12,23 +13,28 @@
 use super::{
     Lease, Store, Use, durable, entries,
     identity::DirectoryIdentity,
-    ledger::{self, LEDGER, LabEntry, LabState, Ledger, RecordedProcess},
+    ledger::{self, LEDGER, LabEntry, Ledger, RecordedProcess},
     lock::{Availability, FileLock, Mode},
     process::{self, Belonging, ProcessIdentity},
 };
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{LabId, ReapReport, Retention},
+    backend::{KeptLab, LabId, LabState, ReapReport, Retention, check_lab_file},
+    files::replace_file,
 };
 use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
 };
 
 /// The file that the owner of a lab keeps locked for as long as it lives.
 const LOCK: &str = "lock";
+
+/// The directory with the files that the core stores with the lab, in the directory of the lab.
+const FILES: &str = "files";
 
 /// The environment variable that marks a process as part of a lab; its value is the lab's id. A process that carries
 /// it is found and killed with a dead lab even if its owner died before it could record the process.
@@ -84,7 +90,11 @@ impl LabDir {
             purpose: purpose.to_owned(),
             owner: ProcessIdentity::current()?,
             created: jiff::Timestamp::now(),
-            kept: false,
+            kept: matches!(retention, Retention::UntilRemoved { .. }),
+            expires: match retention {
+                Retention::UntilRemoved { expires } => timestamp(expires)?,
+                _ => None,
+            },
             processes: Vec::new(),
             uses: Vec::new(),
             directory: Some(DirectoryIdentity::of(new.path())?),
@@ -96,9 +106,55 @@ impl LabDir {
         Ok(Self {
             store: store.clone(),
             path,
-            may_be_kept: retention == Retention::MayBeKept,
+            may_be_kept: retention != Retention::EndWithOwner,
             state: Mutex::new(Held { ledger, lock: Some(lock), leases: Vec::new() }),
         })
+    }
+
+    /// Attaches to a kept lab: no other process can attach to it until the result is dropped.
+    fn attach(store: &Store, id: &LabId) -> Result<Self> {
+        let _judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
+        let path = store.lab_path(id)?;
+        let Judged { state, ledger, lock } =
+            judge(&path, id.as_str())?.ok_or_else(|| missing(id.as_str()))?;
+        let ledger = ledger?;
+        let refuse = |found: &str| {
+            Err(Error::new(
+                ErrorKind::Conflict,
+                format!("expected lab {id} to be kept and unused, but {found}"),
+            ))
+        };
+        match (state, lock) {
+            (LabState::Kept { .. }, Some(lock)) => {
+                let state = Mutex::new(Held { ledger, lock: Some(lock), leases: Vec::new() });
+                Ok(Self { store: store.clone(), path, may_be_kept: true, state })
+            }
+            (LabState::Kept { .. }, None) => refuse("another process uses it"),
+            (LabState::Owned, _) => refuse("it belongs to a living process"),
+            _ => refuse("its owner is gone or it has expired"),
+        }
+    }
+
+    /// Stores a file with the lab, as [`Lab::store_file`](rudder_core::backend::Lab::store_file) promises; returns its path.
+    ///
+    /// # Errors
+    /// As `Lab::store_file`; file errors.
+    pub fn store_file(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
+        check_lab_file(name, content)?;
+        self.check_open()?;
+        let directory = self.path.join(FILES);
+        durable::make_dir(&directory)?;
+        let path = directory.join(name);
+        replace_file(&path, content)?;
+        Ok(path)
+    }
+
+    /// Returns the processes that were recorded with this role.
+    #[must_use]
+    pub fn processes(&self, role: &str) -> Vec<ProcessIdentity> {
+        let held = self.held();
+        let recorded = held.ledger.processes.iter().filter(|process| process.role == role);
+        recorded.map(|process| process.identity.clone()).collect()
     }
 
     /// Returns the directory. Files that the backend puts there are removed with the lab.
@@ -153,18 +209,20 @@ impl LabDir {
         })
     }
 
-    /// Lets the lab outlive its owner. It stays, with its processes, until [`Store::remove_lab`] or [`destroy`](Self::destroy).
+    /// Lets the lab outlive its owner. It stays, with its processes, until [`Store::remove_lab`] or [`destroy`](Self::destroy), or
+    /// until it has expired.
     ///
     /// # Errors
-    /// `InvalidInput` when it was not opened with [`Retention::MayBeKept`]; file errors.
-    pub fn mark_kept(&self) -> Result<()> {
+    /// `InvalidInput` when it was opened with [`Retention::EndWithOwner`]; file errors.
+    pub fn mark_kept(&self, expires: Option<SystemTime>) -> Result<()> {
         if !self.may_be_kept {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!("lab {} ends with its owner: it was not opened to be kept", self.id()),
             ));
         }
-        self.update(|held| held.ledger.kept = true)
+        let expires = timestamp(expires)?;
+        self.update(|held| (held.ledger.kept, held.ledger.expires) = (true, expires))
     }
 
     /// Kills the recorded processes and removes the directory. May be repeated.
@@ -221,6 +279,43 @@ impl Store {
         LabDir::create(self, id, purpose, retention)
     }
 
+    /// Attaches to a kept lab, whoever opened it. It stays when the result is dropped.
+    ///
+    /// # Errors
+    /// `NotFound`; `Conflict` when it is not kept, has expired, or another process has attached to it or opened it and still lives;
+    /// `InvalidInput` when its ledger cannot be read; file errors.
+    pub fn attach_lab(&self, id: &LabId) -> Result<LabDir> {
+        LabDir::attach(self, id)
+    }
+
+    /// Returns a file that was [stored](LabDir::store_file) with a lab; `None` when there is none of this name.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such lab; file errors.
+    pub fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {
+        check_lab_file(name, b"")?;
+        let path = self.lab_path(id)?;
+        let mut places = vec![path.join(FILES).join(name)];
+        // Earlier versions wrote this record beside the ledger.
+        if name == KeptLab::FILE {
+            places.push(path.join(name));
+        }
+        for place in places {
+            match durable::read_regular(&place) {
+                Ok(content) => return Ok(Some(content)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(durable::io_error("read", &place, error)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Returns the directory of a lab.
+    fn lab_path(&self, id: &LabId) -> Result<PathBuf> {
+        let found = self.lab_dirs()?.into_iter().find(|(name, _)| name == id);
+        found.map(|(_, path)| path).ok_or_else(|| missing(id.as_str()))
+    }
+
     /// Returns all labs, ordered by id.
     ///
     /// # Errors
@@ -229,7 +324,7 @@ impl Store {
         let _judging = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
         let mut labs = Vec::new();
         for (id, path) in self.lab_dirs()? {
-            if let Some(Judged { state, ledger, .. }) = judge(&path, &id)? {
+            if let Some(Judged { state, ledger, .. }) = judge(&path, id.as_str())? {
                 labs.push(LabEntry { id, path, state, ledger: ledger.ok() });
             }
         }
@@ -241,15 +336,14 @@ impl Store {
     /// # Errors
     /// `NotFound`; `Conflict` when its owner lives and did not keep it; `InvalidInput` when its ledger cannot be read; a process
     /// that cannot be killed; file errors.
-    pub async fn remove_lab(&self, id: &str) -> Result<()> {
-        let (store, id) = (self.clone(), id.to_owned());
+    pub async fn remove_lab(&self, id: &LabId) -> Result<()> {
+        let (store, id) = (self.clone(), id.clone());
         super::blocking(move || {
-            let missing = || Error::new(ErrorKind::NotFound, format!("there is no lab {id} in the store"));
             let judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
-            let found = store.lab_dirs()?.into_iter().find(|(name, _)| *name == id);
-            let (_, path) = found.ok_or_else(missing)?;
-            let Judged { state, ledger, lock } = judge(&path, &id)?.ok_or_else(missing)?;
-            if state == LabState::Living {
+            let path = store.lab_path(&id)?;
+            let judged = judge(&path, id.as_str())?;
+            let Judged { state, ledger, lock } = judged.ok_or_else(|| missing(id.as_str()))?;
+            if state == LabState::Owned {
                 return Err(Error::new(
                     ErrorKind::Conflict,
                     format!("lab {id} is in use by a living process"),
@@ -272,11 +366,11 @@ impl Store {
         let leftovers = self.directories(&self.labs_dir(), entries::is_leftover)?;
         let mut dead = Vec::new();
         for (id, path) in self.lab_dirs()? {
-            match judge(&path, &id)? {
-                Some(Judged { state: LabState::Dead, ledger: Ok(ledger), lock }) => {
+            match judge(&path, id.as_str())? {
+                Some(Judged { state: LabState::Abandoned, ledger: Ok(ledger), lock }) => {
                     dead.push((id, path, ledger, lock));
                 }
-                Some(Judged { state: LabState::Unknown, ledger: Err(error), .. }) => {
+                Some(Judged { state: LabState::Damaged, ledger: Err(error), .. }) => {
                     report.warnings.push(error.report());
                 }
                 _ => {}
@@ -303,23 +397,40 @@ impl Store {
     pub(super) fn used_by_labs(&self) -> Result<Vec<(String, Option<Use>)>> {
         let mut uses = Vec::new();
         for (id, path) in self.lab_dirs()? {
-            match ledger::read(&path, &id) {
-                Ok(Some(ledger)) => uses.extend(ledger.uses.into_iter().map(|what| (id.clone(), Some(what)))),
+            match ledger::read(&path, id.as_str()) {
+                Ok(Some(ledger)) => {
+                    uses.extend(ledger.uses.into_iter().map(|what| (id.to_string(), Some(what))));
+                }
                 Ok(None) => {}
-                Err(_) => uses.push((id, None)),
+                Err(_) => uses.push((id.to_string(), None)),
             }
         }
         Ok(uses)
     }
 
     /// Returns the directories of labs: those with a lock or a ledger. Anything else in there is not ours.
-    fn lab_dirs(&self) -> Result<Vec<(String, PathBuf)>> {
-        let mut labs = self.directories(&self.labs_dir(), |name| LabId::parse(name).is_ok())?;
-        labs.retain(|(_, path)| {
-            [LEDGER, LOCK].iter().any(|file| fs::symlink_metadata(path.join(file)).is_ok())
-        });
-        Ok(labs)
+    fn lab_dirs(&self) -> Result<Vec<(LabId, PathBuf)>> {
+        let directories = self.directories(&self.labs_dir(), |name| LabId::parse(name).is_ok())?;
+        let is_lab =
+            |path: &Path| [LEDGER, LOCK].iter().any(|file| fs::symlink_metadata(path.join(file)).is_ok());
+        let labs = directories.into_iter().filter(|(_, path)| is_lab(path));
+        labs.map(|(name, path)| Ok((LabId::parse(&name)?, path))).collect()
     }
+}
+
+/// Returns the error for a lab that does not exist.
+fn missing(id: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("there is no lab {id} in the store"))
+}
+
+/// Returns a time as the ledger records it.
+fn timestamp(time: Option<SystemTime>) -> Result<Option<jiff::Timestamp>> {
+    let convert = |time| {
+        jiff::Timestamp::try_from(time).map_err(|error| {
+            Error::new(ErrorKind::InvalidInput, "expected a time before the year 10000").with_source(error)
+        })
+    };
+    time.map(convert).transpose()
 }
 
 /// What is known about a lab.
@@ -342,12 +453,12 @@ fn judge(path: &Path, id: &str) -> Result<Option<Judged>> {
     let is_held = matches!(availability, Availability::Held);
     let is_missing = matches!(availability, Availability::Missing);
     let state = match &ledger {
-        Ok(ledger) if ledger.kept => LabState::Kept,
-        _ if is_held => LabState::Living,
-        Err(_) => LabState::Unknown,
+        Ok(ledger) if ledger.kept => LabState::of_kept(ledger.expires.map(SystemTime::from)),
+        _ if is_held => LabState::Owned,
+        Err(_) => LabState::Damaged,
         // The lock of a living owner was removed.
-        Ok(ledger) if is_missing && is_of(ledger, path) && ledger.owner.is_running() => LabState::Living,
-        Ok(_) => LabState::Dead,
+        Ok(ledger) if is_missing && is_of(ledger, path) && ledger.owner.is_running() => LabState::Owned,
+        Ok(_) => LabState::Abandoned,
     };
     let lock = if let Availability::Free(lock) = availability { Some(lock) } else { None };
     Ok(Some(Judged { state, ledger, lock }))

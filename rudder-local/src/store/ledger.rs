@@ -6,7 +6,10 @@ use super::{
     identity::DirectoryIdentity,
     process::ProcessIdentity,
 };
-use rudder_core::{Error, ErrorKind, Result, backend::LabId};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{LabId, LabInfo, LabState},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     fs, io,
@@ -28,8 +31,11 @@ pub struct Ledger {
     pub owner: ProcessIdentity,
     /// Time of creation.
     pub created: jiff::Timestamp,
-    /// Whether it was kept.
+    /// Whether it was kept: it then stays, whatever happens to its owner.
     pub kept: bool,
+    /// When a kept lab expires.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<jiff::Timestamp>,
     /// Processes that belong to it.
     pub processes: Vec<RecordedProcess>,
     /// Blobs and modules that it needs.
@@ -50,31 +56,26 @@ pub struct RecordedProcess {
     pub identity: ProcessIdentity,
 }
 
-/// Whether a lab is in use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum LabState {
-    /// Its owner is alive.
-    Living,
-    /// Its owner is dead; it will be reaped.
-    Dead,
-    /// It was kept for inspection; it stays until it is removed.
-    Kept,
-    /// Its ledger is missing or cannot be read: nothing of it is touched.
-    Unknown,
-}
-
 /// A lab found in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LabEntry {
     /// Its id: the name of its directory.
-    pub id: String,
+    pub id: LabId,
     /// Its directory.
     pub path: PathBuf,
     /// Whether it is in use.
     pub state: LabState,
     /// Its ledger; `None` when that cannot be read.
     pub ledger: Option<Ledger>,
+}
+
+impl LabEntry {
+    /// Returns the lab as [`Backend::labs`](rudder_core::backend::Backend::labs) lists it.
+    #[must_use]
+    pub fn info(&self) -> LabInfo {
+        let name = self.ledger.as_ref().map_or("", |ledger| &ledger.purpose);
+        LabInfo::new(self.id.clone(), name, self.state)
+    }
 }
 
 /// Reads the ledger of a lab; `None` when the lab itself no longer exists.

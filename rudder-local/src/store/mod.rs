@@ -51,7 +51,7 @@ pub use self::{
     format::ImageFormat,
     identity::DirectoryIdentity,
     lab::{LAB_VARIABLE, LabDir},
-    ledger::{LabEntry, LabState, Ledger, RecordedProcess},
+    ledger::{LabEntry, Ledger, RecordedProcess},
     process::ProcessIdentity,
 };
 

@@ -130,12 +130,15 @@ async fn labs_of_dead_owners_are_reaped_and_those_of_living_ones_are_not() {
         words[2..].iter().map(|pid| ProcessIdentity::of(pid.parse().unwrap()).unwrap()).collect();
     let mine = store.create_lab(&LabId::new("mine"), "mine", Retention::EndWithOwner).unwrap();
     assert_eq!(store.reap().await.unwrap(), ReapReport::default());
-    assert!(store.labs().unwrap().iter().all(|lab| lab.state == LabState::Living));
-    assert_eq!(store.remove_lab(words[1]).await.unwrap_err().kind(), ErrorKind::Conflict);
+    assert!(store.labs().unwrap().iter().all(|lab| lab.state == LabState::Owned));
+    assert_eq!(
+        store.remove_lab(&LabId::parse(words[1]).unwrap()).await.unwrap_err().kind(),
+        ErrorKind::Conflict
+    );
 
     child.kill();
     assert!(sleepers.iter().all(ProcessIdentity::is_running));
-    assert_eq!(store.labs().unwrap()[0].state, LabState::Dead);
+    assert_eq!(store.labs().unwrap()[0].state, LabState::Abandoned);
     let report = store.reap().await.unwrap();
     assert_eq!(report.failed, Vec::<String>::new());
     assert_eq!(report.removed.len(), 3, "{report:?}");
@@ -155,20 +158,20 @@ async fn a_kept_lab_stays_until_it_is_removed() {
     let mut process = Command::new("sleep").arg("600").current_dir(lab.path()).spawn().unwrap();
     lab.record_process(process.id(), "sleeper").unwrap();
     let identity = ProcessIdentity::of(process.id()).unwrap();
-    lab.mark_kept().unwrap();
+    lab.mark_kept(None).unwrap();
     drop(lab);
     assert_eq!(store.reap().await.unwrap(), ReapReport::default());
-    assert_eq!(store.labs().unwrap()[0].state, LabState::Kept);
+    assert_eq!(store.labs().unwrap()[0].state, LabState::Kept { expires: None });
     assert!(identity.is_running());
     assert_eq!(
         store.create_lab(&id, "again", Retention::EndWithOwner).unwrap_err().kind(),
         ErrorKind::Conflict
     );
-    store.remove_lab(id.as_str()).await.unwrap();
+    store.remove_lab(&id).await.unwrap();
     assert!(!identity.is_running());
     process.wait().unwrap();
     assert_eq!(store.labs().unwrap(), []);
-    assert_eq!(store.remove_lab(id.as_str()).await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(store.remove_lab(&id).await.unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[tokio::test]
@@ -183,7 +186,7 @@ async fn nothing_that_is_needed_is_collected() {
     let lab = store.create_lab(&LabId::new("a"), "a", Retention::MayBeKept).unwrap();
     let (held_path, input_path) = (held.path.clone(), input.path.clone());
     lab.hold(held.lease).unwrap();
-    lab.mark_kept().unwrap();
+    lab.mark_kept(None).unwrap();
     drop(lab); // Now only its ledger says so.
     publish_from(store, "base", b"x", vec![input.input]).await.unwrap();
     drop(input.lease);

@@ -1,12 +1,12 @@
 //! Copies of stores, and labs about which too little is known: no process of another store is killed.
 
 use super::{child::Child, *};
-use rudder_core::backend::{LabId, Retention};
+use rudder_core::backend::{LabId, LabState, Retention};
 use std::process::Command;
 
 /// The processes of a kept lab; killed on drop.
 struct Kept {
-    lab: String,
+    lab: LabId,
     processes: Vec<std::process::Child>,
 }
 
@@ -25,8 +25,8 @@ impl Kept {
         };
         let processes = vec![start(), start()];
         lab.record_process(processes[0].id(), "sleeper").unwrap();
-        lab.mark_kept().unwrap();
-        Self { lab: id.as_str().to_owned(), processes }
+        lab.mark_kept(None).unwrap();
+        Self { lab: id, processes }
     }
 
     fn wait(&mut self) {
@@ -87,7 +87,7 @@ async fn cleaning_up_a_copy_does_not_affect_the_original() {
 
             // The original still recognises its own lab, wherever it was moved.
             let original = Store::open(original).unwrap();
-            assert_eq!(original.labs().unwrap()[0].state, LabState::Kept);
+            assert_eq!(original.labs().unwrap()[0].state, LabState::Kept { expires: None });
             original.remove_lab(&kept.lab).await.unwrap();
             kept.wait();
         }
@@ -156,20 +156,20 @@ async fn a_lab_with_an_unreadable_ledger_stays_with_everything_it_may_need() {
         let mut kept = Kept::new(store, true);
         let url = fixture.write("input.img", &raw_disk(1024));
         let input = fixture.image(&url, None).await.unwrap().path;
-        let path = store.root().join("labs").join(&kept.lab).join("ledger.json");
+        let path = store.root().join("labs").join(kept.lab.as_str()).join("ledger.json");
         let moved = fixture.dir.path().join("moved");
         fs::rename(&path, &moved).unwrap();
         match damage {
             "missing" => {}
             "another" => {
-                let text = fs::read_to_string(&moved).unwrap().replace(&kept.lab, "web-0123456789ab");
+                let text = fs::read_to_string(&moved).unwrap().replace(kept.lab.as_str(), "web-0123456789ab");
                 fs::write(&path, text).unwrap();
             }
             "link" => std::os::unix::fs::symlink(&moved, &path).unwrap(),
             "directory" => fs::create_dir(&path).unwrap(),
             text => fs::write(&path, text).unwrap(),
         }
-        assert_eq!(store.labs().unwrap()[0].state, LabState::Unknown, "{damage}");
+        assert_eq!(store.labs().unwrap()[0].state, LabState::Damaged, "{damage}");
         let report = store.collect(CollectPolicy::default()).await.unwrap();
         assert_eq!((&report.removed, &report.failed), (&vec![], &vec![]), "{damage}");
         assert!(report.warnings.iter().any(|line| line.contains(path.to_str().unwrap())), "{report:?}");
@@ -191,7 +191,7 @@ async fn a_living_lab_stays_without_its_lock_or_ledger_file() {
         fs::remove_file(store.root().join("labs").join(id).join(file)).unwrap();
         let report = store.reap().await.unwrap();
         assert_eq!((report.removed, report.failed), (Vec::new(), Vec::new()), "{file}");
-        assert_eq!(store.labs().unwrap()[0].state, LabState::Living, "{file}");
+        assert_eq!(store.labs().unwrap()[0].state, LabState::Owned, "{file}");
         assert_eq!(store.remove_lab(id).await.unwrap_err().kind(), ErrorKind::Conflict, "{file}");
         let pids: Vec<u32> = line.split(' ').skip(2).map(|pid| pid.parse().unwrap()).collect();
         let sleepers: Vec<_> = pids.iter().map(|pid| ProcessIdentity::of(*pid).unwrap()).collect();

@@ -96,7 +96,7 @@ impl Scene {
         let image = fixture.image(&url, None).await.unwrap();
         let lab = store.create_lab(&LabId::new("kept"), "kept", Retention::MayBeKept).unwrap();
         lab.hold(image.lease).unwrap();
-        lab.mark_kept().unwrap();
+        lab.mark_kept(None).unwrap();
         let lab = lab.id().as_str().to_owned();
         for file in ["labs/thesis/chapter", "modules/hurt/.git/HEAD", "modules/mine/.terraform/state"] {
             let path = store.root().join(file);

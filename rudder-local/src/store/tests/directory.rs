@@ -47,7 +47,7 @@ async fn earlier_store(root: &Path) {
     let store = open(root);
     publish(&store, "base", b"one").await.unwrap();
     let lab = store.create_lab(&LabId::new("kept"), "kept", Retention::MayBeKept).unwrap();
-    lab.mark_kept().unwrap();
+    lab.mark_kept(None).unwrap();
     fs::remove_file(root.join(layout::MARKER)).unwrap();
     for (path, (mode, _)) in snapshot(root) {
         match mode & 0o170_000 {
@@ -144,7 +144,7 @@ async fn an_unmarked_store_is_recognised_unless_it_contains_foreign_entries() {
     let store = Store::open(&root).unwrap();
     assert_private(&root);
     assert_eq!(store.module("base").unwrap().name, "base");
-    assert_eq!(store.labs().unwrap()[0].state, LabState::Kept);
+    assert_eq!(store.labs().unwrap()[0].state, LabState::Kept { expires: None });
     assert!(version.exists());
     assert_eq!(store.reap().await.unwrap().removed, Vec::<String>::new());
 }

@@ -306,7 +306,10 @@ async fn foreign_entries_among_modules_and_labs_are_never_touched() {
         assert_eq!(after.get(path), Some(found), "{}", path.display());
     }
     assert_eq!(store.labs().unwrap(), []);
-    assert_eq!(store.remove_lab("thesis").await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        store.remove_lab(&LabId::parse("thesis").unwrap()).await.unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
     assert_eq!(store.remove_module("x").await.unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(store.remove_module("evil").await.unwrap_err().kind(), ErrorKind::Conflict);
     store.remove_module("base").await.unwrap();
