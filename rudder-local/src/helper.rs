@@ -3,7 +3,7 @@
 //! A program that embeds Rudder can act as this process: it calls [`run`] first in its `main`. For programs that do not, the
 //! program `rudder-helper` is searched for in the same directory and in `PATH`.
 
-use crate::network::{PortForwards, MachineRecord, Network, NetworkOptions, NetworkRecord, Plugged};
+use crate::network::{MachineRecord, Network, NetworkOptions, NetworkRecord, Plugged, PortForwards};
 use std::{
     collections::BTreeMap,
     env,

@@ -5,7 +5,7 @@
 use crate::{
     host::Host,
     parent::Parent,
-    process::{Invocation, Lifetime},
+    process::{Invocation, Lifetime, OwnedChild},
     store::{LAB_VARIABLE, LabDir, Lease, Store},
 };
 use rudder_core::{
@@ -120,12 +120,6 @@ impl LabStorage {
         })
     }
 
-    /// Returns whether it may outlive this process.
-    #[must_use]
-    pub fn may_be_kept(&self) -> bool {
-        self.retention != Retention::EndWithOwner
-    }
-
     /// Returns whether it is kept from the start.
     #[must_use]
     pub fn is_kept(&self) -> bool {
@@ -195,6 +189,14 @@ impl LabStorage {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             other => other,
         }
+    }
+
+    /// Adopts the process of a machine, recorded as by [`record_process`](Self::record_process); `None` when it has ended.
+    ///
+    /// # Errors
+    /// As [`adopt`].
+    pub fn adopt(&self, program: &str, machine: &str) -> Result<Option<OwnedChild>> {
+        adopt(&self.dir, &format!("{program} of {machine}"))
     }
 
     /// Returns the store that contains the lab.
@@ -283,6 +285,17 @@ impl LabStorage {
             .ok_or_else(|| missing(format!("expected a VM {:?} in the module, but found none", parent.vm)))?;
         Ok(Parent { machine, module, store: self.store.clone() })
     }
+}
+
+/// Adopts the process that was recorded last with this role in the ledger of a lab; `None` when it has ended. The process is left
+/// alone when the result is dropped. Must be called on a Tokio runtime.
+///
+/// # Errors
+/// The process cannot be observed.
+pub fn adopt(lab: &LabDir, role: &str) -> Result<Option<OwnedChild>> {
+    let Some(identity) = lab.processes(role).pop() else { return Ok(None) };
+    OwnedChild::adopt(identity.pid, || identity.is_running())
+        .map_err(|error| Error::io(format_args!("observe process {} ({role})", identity.pid), error))
 }
 
 /// Runs file operations where they do not block the async runtime.

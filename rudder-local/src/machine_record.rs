@@ -1,6 +1,6 @@
 //! The record of a machine in its lab's directory, with which another process attaches to it.
 
-use crate::{lab_storage::LabStorage, network::record_of_nics};
+use crate::{network::record_of_nics, store::LabDir};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{MachineDisk, MachineSpec, Volume},
@@ -90,14 +90,14 @@ impl MachineRecord {
     ///
     /// # Errors
     /// File errors.
-    pub fn write(&self, storage: &LabStorage, number: usize) -> Result<()> {
-        if !storage.may_be_kept() {
+    pub fn write(&self, lab: &LabDir, number: usize) -> Result<()> {
+        if !lab.may_be_kept() {
             return Ok(());
         }
         let text = serde_json::to_vec_pretty(self).map_err(|error| {
             Error::new(ErrorKind::Internal, "cannot write the record of a machine").with_source(error)
         })?;
-        replace_file(&storage.path(&file(number)), &text)
+        replace_file(&lab.path().join(file(number)), &text)
     }
 
     /// Reads the records of all machines of a lab, with their numbers, in order.
@@ -105,8 +105,8 @@ impl MachineRecord {
     /// # Errors
     /// `Unsupported` for a record of a later version; `InvalidInput` for one that cannot be read, and for a machine of another
     /// backend than this one; file errors.
-    pub fn read_all(storage: &LabStorage, backend: &str) -> Result<Vec<(usize, Self)>> {
-        let directory = storage.dir().path();
+    pub fn read_all(lab: &LabDir, backend: &str) -> Result<Vec<(usize, Self)>> {
+        let directory = lab.path();
         let failed = |error| Error::io(format_args!("read {}", directory.display()), error);
         let mut numbers = Vec::new();
         for entry in fs::read_dir(directory).map_err(failed)? {
@@ -115,7 +115,7 @@ impl MachineRecord {
         }
         numbers.sort_unstable();
         let read = |number| {
-            let record = Self::read(storage, number)?;
+            let record = Self::read(lab, number)?;
             if record.backend == backend {
                 return Ok((number, record));
             }
@@ -124,14 +124,14 @@ impl MachineRecord {
                 record.backend
             );
             Err(Error::new(ErrorKind::InvalidInput, message)
-                .with_context("lab", storage.id().as_str())
+                .with_context("lab", lab.id().as_str())
                 .with_help("attach to it with that backend"))
         };
         numbers.into_iter().map(read).collect()
     }
 
-    fn read(storage: &LabStorage, number: usize) -> Result<Self> {
-        let path = storage.path(&file(number));
+    fn read(lab: &LabDir, number: usize) -> Result<Self> {
+        let path = lab.path().join(file(number));
         let text =
             fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))?;
         let damaged = |error| {

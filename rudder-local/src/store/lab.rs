@@ -169,6 +169,12 @@ impl LabDir {
         self.held().ledger.id.clone()
     }
 
+    /// Returns whether the lab may outlive this process.
+    #[must_use]
+    pub fn may_be_kept(&self) -> bool {
+        self.may_be_kept
+    }
+
     /// Checks that the lab is usable, that is, was not destroyed.
     ///
     /// # Errors

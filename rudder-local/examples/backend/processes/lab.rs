@@ -1,26 +1,30 @@
 //! The lab of one build: a directory of the store, which knows its owner, and its content.
 
-use super::{ACCESS_FILE, blocking, machine::ProcessMachine};
+use super::{Processes, blocking, machine::ProcessMachine};
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress,
+        ImportRequest, Imported, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, Retention,
         Served, Site, Volume,
     },
     module::{InputRecord, InputRole, Module},
     plan::{PlannedBuildRef, PlannedSource},
 };
-use rudder_local::store::{LabDir, Store};
+use rudder_local::{
+    machine_record::MachineRecord,
+    store::{LabDir, Store},
+};
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs::File,
     io,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::SystemTime,
 };
 
 #[derive(Debug)]
@@ -38,8 +42,19 @@ impl ProcessesLab {
         let (id, name, retention) = (spec.id.clone(), spec.name.clone(), spec.retention);
         let owned = store.clone();
         let dir = blocking(move || owned.create_lab(&id, &name, retention)).await?;
-        let machines = Mutex::default();
-        Ok(Self { id: spec.id.clone(), store, dir: Arc::new(dir), machines, kept: AtomicBool::new(false) })
+        let kept = AtomicBool::new(matches!(spec.retention, Retention::UntilRemoved { .. }));
+        Ok(Self { id: spec.id.clone(), store, dir: Arc::new(dir), machines: Mutex::default(), kept })
+    }
+
+    pub(super) async fn attach(store: Store, id: &LabId) -> Result<Self> {
+        let (owned, wanted) = (store.clone(), id.clone());
+        let dir = Arc::new(blocking(move || owned.attach_lab(&wanted)).await?);
+        let mut machines = Vec::new();
+        for (_, record) in MachineRecord::read_all(&dir, Processes::NAME)? {
+            machines.push(Arc::new(ProcessMachine::attach(record.spec(), Arc::clone(&dir))?));
+        }
+        let (machines, kept) = (Mutex::new(machines), AtomicBool::new(true));
+        Ok(Self { id: id.clone(), store, dir, machines, kept })
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<ProcessMachine>>> {
@@ -139,7 +154,10 @@ impl Lab for ProcessesLab {
             let message = format!("expected a new name in lab {}, but found {:?} again", self.id, spec.name);
             return Err(Error::new(ErrorKind::Conflict, message));
         }
-        let machine = Arc::new(ProcessMachine::new(spec.clone(), Arc::clone(&self.dir)));
+        MachineRecord::new(Processes::NAME, spec, None).write(&self.dir, machines.len())?;
+        let machine =
+            ProcessMachine::new(spec.clone(), Arc::clone(&self.dir), self.kept.load(Ordering::SeqCst));
+        let machine = Arc::new(machine);
         machines.push(Arc::clone(&machine));
         Ok(machine)
     }
@@ -148,23 +166,21 @@ impl Lab for ProcessesLab {
         self.store.publish(&self.dir, draft).await
     }
 
-    async fn keep(&self) -> Result<KeptLab> {
-        let machines = self.machines().clone();
-        let access: Vec<String> = machines.iter().flat_map(|machine| machine.access()).collect();
-        let (dir, record) = (Arc::clone(&self.dir), serde_json::json!(access).to_string());
-        blocking(move || {
-            let written = fs::write(dir.path().join(ACCESS_FILE), record);
-            written.map_err(|error| Error::io("write down how to get in", error))?;
-            dir.mark_kept()
-        })
-        .await?;
-        self.kept.store(true, Ordering::SeqCst);
-        machines.iter().for_each(|machine| machine.release());
-        Ok(KeptLab::new(self.id.clone(), access))
+    async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
+        Ok(self.machines().iter().map(|machine| Arc::clone(machine) as Arc<dyn Machine>).collect())
     }
 
-    fn directory(&self) -> Option<PathBuf> {
-        Some(self.dir.path().to_owned())
+    async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
+        let dir = Arc::clone(&self.dir);
+        blocking(move || dir.mark_kept(expires)).await?;
+        self.kept.store(true, Ordering::SeqCst);
+        self.machines().iter().for_each(|machine| machine.release());
+        Ok(Vec::new())
+    }
+
+    async fn store_file(&self, name: &str, content: &[u8]) -> Result<Option<PathBuf>> {
+        let (dir, name, content) = (Arc::clone(&self.dir), name.to_owned(), content.to_owned());
+        blocking(move || dir.store_file(&name, &content)).await.map(Some)
     }
 
     async fn destroy(&self) -> Result<()> {

@@ -14,19 +14,21 @@ use rudder_core::{
     digest::Digest,
     module::{CapturedDisk, CapturedState},
 };
-use rudder_local::store::{LAB_VARIABLE, LabDir};
+use rudder_local::{
+    lab_storage::adopt,
+    process::{Invocation, Lifetime, OwnedChild},
+    store::{LAB_VARIABLE, LabDir},
+};
 use std::{
     fs,
+    path::Path,
     process::Stdio,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
-use tokio::{
-    process::{Child, Command},
-    sync::watch,
-};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 #[derive(Debug, Clone)]
@@ -44,7 +46,15 @@ pub(super) struct ProcessMachine {
     /// Held while the machine is started or its disks are read.
     turn: tokio::sync::Mutex<()>,
     plug: Arc<Mutex<Plug>>,
-    released: Arc<AtomicBool>,
+    /// Whether processes outlive their owner.
+    released: AtomicBool,
+    /// The switch that lets the current one do so.
+    switch: Mutex<Arc<AtomicBool>>,
+}
+
+/// The role of a machine's process in the ledger of its lab.
+fn role(machine: &str) -> String {
+    format!("sleep of {machine}")
 }
 
 /// The switch that kills the process.
@@ -55,27 +65,63 @@ struct Plug {
     why: Option<String>,
 }
 
-/// A process that is killed when this is dropped, unless it was released.
-#[derive(Debug)]
-struct Owned {
-    child: Child,
-    released: Arc<AtomicBool>,
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        if !self.released.load(Ordering::SeqCst) {
-            // Fails only if it has already ended.
-            let _ = self.child.start_kill();
-        }
-    }
-}
-
 impl ProcessMachine {
-    pub(super) fn new(spec: MachineSpec, dir: Arc<LabDir>) -> Self {
+    /// Defines a machine, which outlives its owner if it is kept.
+    pub(super) fn new(spec: MachineSpec, dir: Arc<LabDir>, is_kept: bool) -> Self {
         let life = Arc::new(watch::Sender::new(Life::Defined));
         let turn = tokio::sync::Mutex::default();
-        Self { spec, dir, life, turn, plug: Arc::default(), released: Arc::default() }
+        Self {
+            spec,
+            dir,
+            life,
+            turn,
+            plug: Arc::default(),
+            released: AtomicBool::new(is_kept),
+            switch: Mutex::default(),
+        }
+    }
+
+    /// Attaches to a machine of a kept lab.
+    pub(super) fn attach(spec: MachineSpec, dir: Arc<LabDir>) -> Result<Self> {
+        let role = role(&spec.name);
+        let machine = Self::new(spec, dir, true);
+        match adopt(&machine.dir, &role)? {
+            Some(process) => machine.watch(process),
+            None if machine.dir.processes(&role).is_empty() => {}
+            None => drop(machine.life.send_replace(Life::Ended(Exit::Unobserved))),
+        }
+        Ok(machine)
+    }
+
+    /// Waits, in a task, for the process, and publishes how it ended.
+    fn watch(&self, mut process: OwnedChild) {
+        let Some(pid) = process.pid() else { return };
+        let pulled = CancellationToken::new();
+        let plug = Plug { pulled: pulled.clone(), why: None };
+        *self.plug.lock().unwrap_or_else(PoisonError::into_inner) = plug;
+        self.life.send_replace(Life::Running { pid });
+        let (life, dir, plug) = (Arc::clone(&self.life), Arc::clone(&self.dir), Arc::clone(&self.plug));
+        tokio::spawn(async move {
+            let ended = tokio::select! {
+                ended = process.wait() => ended,
+                () = pulled.cancelled() => {
+                    process.kill();
+                    process.wait().await
+                }
+            };
+            let why = plug.lock().unwrap_or_else(PoisonError::into_inner).why.take();
+            let exit = match (why, ended) {
+                (Some(why), _) => Exit::Killed { why },
+                (None, Ok(status)) if status.success() => Exit::PoweredOff,
+                (None, ended) => {
+                    let detail = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
+                    Exit::Died { cause: Death::Hypervisor, detail }
+                }
+            };
+            // If the lab is gone, there is no ledger to update.
+            let _ = blocking(move || dir.forget_process(pid)).await;
+            life.send_replace(Life::Ended(exit));
+        });
     }
 
     fn error(&self, kind: ErrorKind, message: &str) -> Error {
@@ -112,6 +158,7 @@ impl ProcessMachine {
     /// Lets the process outlive its owner: from now on only the ledger of its lab knows it.
     pub(super) fn release(&self) {
         self.released.store(true, Ordering::SeqCst);
+        self.switch.lock().unwrap_or_else(PoisonError::into_inner).store(true, Ordering::SeqCst);
     }
 
     /// Returns a guard that keeps the machine off, so that its disks can be read.
@@ -147,53 +194,25 @@ impl Machine for ProcessMachine {
     async fn start(&self) -> Result<()> {
         let _turn = self.at_rest().await?;
         self.dir.check_open()?;
-        let child = Command::new("sleep")
-            .arg("infinity")
+        let process = Invocation::new(Path::new("sleep"), Lifetime::Kept)
+            .args(["infinity"])
             // Found by these when its owner is dead: the ledger kills no process that does not carry the lab's id.
-            .env(LAB_VARIABLE, self.dir.id().as_str())
-            .env("RUDDER_MACHINE", &self.spec.name)
-            .current_dir(self.dir.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            // Signals of the terminal are not for machines.
-            .process_group(0)
-            .spawn()
-            .map_err(|error| self.error(ErrorKind::LaunchFailed, "cannot start sleep").with_source(error))?;
-        // Dropped from here on, it is killed.
-        let mut owned = Owned { child, released: Arc::clone(&self.released) };
-        let Some(pid) = owned.child.id() else {
+            .variable(LAB_VARIABLE, self.dir.id().as_str())
+            .variable("RUDDER_MACHINE", &self.spec.name)
+            .directory(self.dir.path())
+            .spawn(Stdio::null(), Stdio::null(), Stdio::null())
+            .await?;
+        let Some(pid) = process.pid() else {
             return Err(self.error(ErrorKind::LaunchFailed, "expected sleep to run, but it has ended"));
         };
-        let dir = Arc::clone(&self.dir);
-        blocking(move || dir.record_process(pid, "sleep")).await?;
-
+        let (dir, role) = (Arc::clone(&self.dir), role(&self.spec.name));
+        blocking(move || dir.record_process(pid, role)).await?;
         // No await from here on: it runs, or it does not.
-        let pulled = CancellationToken::new();
-        let plug = Plug { pulled: pulled.clone(), why: None };
-        *self.plug.lock().unwrap_or_else(PoisonError::into_inner) = plug;
-        self.life.send_replace(Life::Running { pid });
-        let (life, dir, plug) = (Arc::clone(&self.life), Arc::clone(&self.dir), Arc::clone(&self.plug));
-        tokio::spawn(async move {
-            let ended = tokio::select! {
-                ended = owned.child.wait() => ended,
-                () = pulled.cancelled() => {
-                    let _ = owned.child.start_kill();
-                    owned.child.wait().await
-                }
-            };
-            let why = plug.lock().unwrap_or_else(PoisonError::into_inner).why.take();
-            let exit = match (why, ended) {
-                (Some(why), _) => Exit::Killed { why },
-                (None, Ok(status)) if status.success() => Exit::PoweredOff,
-                (None, ended) => {
-                    let detail = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
-                    Exit::Died { cause: Death::Hypervisor, detail }
-                }
-            };
-            // If the lab is gone, there is no ledger to update.
-            let _ = blocking(move || dir.forget_process(pid)).await;
-            life.send_replace(Life::Ended(exit));
-        });
+        if self.released.load(Ordering::SeqCst) {
+            process.release_switch().store(true, Ordering::SeqCst);
+        }
+        *self.switch.lock().unwrap_or_else(PoisonError::into_inner) = process.release_switch();
+        self.watch(process);
         Ok(())
     }
 

@@ -11,12 +11,12 @@ use async_trait::async_trait;
 use lab::ProcessesLab;
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    backend::{Backend, HostFinding, HostReport, Lab, LabId, LabInfo, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
     fetch::Fetch,
     module::{DamagedModule, Module},
 };
-use rudder_local::store::{CollectPolicy, LabState, Store};
+use rudder_local::store::{CollectPolicy, LabEntry, Store};
 use std::{path::Path, sync::Arc};
 
 /// A backend whose machines are sleeping processes.
@@ -32,16 +32,8 @@ impl Processes {
     pub(crate) fn new(store: Store) -> Self {
         // Only what is honoured, and nothing that a guest would have to see.
         let claims = [Capability::SourceBlank, Capability::SourceBuildRef];
-        Self { store, capabilities: Capabilities::new("processes", claims) }
+        Self { store, capabilities: Capabilities::new(Self::NAME, claims) }
     }
-}
-
-/// The file in which a kept lab says how to access its machines.
-const ACCESS_FILE: &str = "access.json";
-
-fn access_of(lab: &Path) -> Vec<String> {
-    let record = std::fs::read(lab.join(ACCESS_FILE)).unwrap_or_default();
-    serde_json::from_slice(&record).unwrap_or_default()
 }
 
 /// Runs file operations where they do not block the runtime. They continue when their caller is dropped: what they create must
@@ -52,10 +44,15 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     })
 }
 
+impl Processes {
+    /// The name of this backend.
+    const NAME: &str = "processes";
+}
+
 #[async_trait]
 impl Backend for Processes {
     fn name(&self) -> &str {
-        "processes"
+        Self::NAME
     }
 
     fn capabilities(&self) -> &Capabilities {
@@ -97,18 +94,22 @@ impl Backend for Processes {
         self.store.remove_module(name).await
     }
 
-    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
+    async fn labs(&self) -> Result<Vec<LabInfo>> {
         let store = self.store.clone();
-        blocking(move || {
-            let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
-            kept.map(|lab| Ok(KeptLab::read(LabId::parse(&lab.id)?, &lab.path, access_of(&lab.path))))
-                .collect()
-        })
-        .await
+        blocking(move || Ok(store.labs()?.iter().map(LabEntry::info).collect())).await
+    }
+
+    async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
+        Ok(Arc::new(ProcessesLab::attach(self.store.clone(), id).await?))
+    }
+
+    async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {
+        let (store, id, name) = (self.store.clone(), id.clone(), name.to_owned());
+        blocking(move || store.lab_file(&id, &name)).await
     }
 
     async fn remove_lab(&self, id: &LabId) -> Result<()> {
-        self.store.remove_lab(id.as_str()).await
+        self.store.remove_lab(id).await
     }
 
     async fn reap(&self) -> Result<ReapReport> {

@@ -3,7 +3,7 @@
 use super::{child::Child, *};
 use rudder_core::backend::ReapReport;
 use rudder_core::{
-    backend::{LabId, ModuleDraft, Retention},
+    backend::{LabId, LabState, ModuleDraft, Retention},
     hardware::Bus,
     module::{CapturedDisk, Module, Provenance, TemplateMachine},
     plan::PlannedNetwork,

@@ -80,7 +80,7 @@ async fn cleaning_up_a_copy_does_not_affect_the_original() {
                 (original, copied) = (aside, original);
             }
             let copied = Store::open(copied).unwrap();
-            edit_ledger(&copied, &kept.lab, |ledger| ledger["kept"] = false.into());
+            edit_ledger(&copied, kept.lab.as_str(), |ledger| ledger["kept"] = false.into());
             let report = copied.reap().await.unwrap();
             assert_eq!(report.removed, [format!("lab {}", kept.lab)]);
             assert_eq!((report.failed, kept.running()), (Vec::new(), 2));
@@ -111,7 +111,7 @@ async fn a_ledger_of_an_earlier_version_ends_only_processes_in_its_directory() {
     for works_in_lab in [true, false] {
         let fixture = Fixture::new();
         let mut kept = Kept::new(&fixture.store, works_in_lab);
-        edit_ledger(&fixture.store, &kept.lab, |ledger| {
+        edit_ledger(&fixture.store, kept.lab.as_str(), |ledger| {
             ledger.as_object_mut().unwrap().remove("directory");
         });
         let root = fixture.dir.path().join("copy");
@@ -136,7 +136,7 @@ async fn a_ledger_of_another_host_or_boot_ends_no_process() {
     kept.processes[1].kill().unwrap();
     kept.processes[1].wait().unwrap();
     let mut stranger = Command::new("sleep").arg("600").spawn().unwrap();
-    edit_ledger(&fixture.store, &kept.lab, |ledger| {
+    edit_ledger(&fixture.store, kept.lab.as_str(), |ledger| {
         ledger["processes"][0]["boot_id"] = "another".into();
         ledger["processes"][0]["pid"] = stranger.id().into();
     });
@@ -192,7 +192,11 @@ async fn a_living_lab_stays_without_its_lock_or_ledger_file() {
         let report = store.reap().await.unwrap();
         assert_eq!((report.removed, report.failed), (Vec::new(), Vec::new()), "{file}");
         assert_eq!(store.labs().unwrap()[0].state, LabState::Owned, "{file}");
-        assert_eq!(store.remove_lab(id).await.unwrap_err().kind(), ErrorKind::Conflict, "{file}");
+        assert_eq!(
+            store.remove_lab(&LabId::parse(id).unwrap()).await.unwrap_err().kind(),
+            ErrorKind::Conflict,
+            "{file}"
+        );
         let pids: Vec<u32> = line.split(' ').skip(2).map(|pid| pid.parse().unwrap()).collect();
         let sleepers: Vec<_> = pids.iter().map(|pid| ProcessIdentity::of(*pid).unwrap()).collect();
         child.kill();

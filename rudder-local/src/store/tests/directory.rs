@@ -2,7 +2,7 @@
 
 use super::{child::Child, collect::publish, *};
 use proptest::{prelude::*, test_runner::TestCaseResult};
-use rudder_core::backend::{LabId, Retention};
+use rudder_core::backend::{KeptLab, LabId, LabState, Retention};
 use std::{
     collections::BTreeMap,
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
@@ -360,4 +360,36 @@ fn refused(path: &Path) -> TestCaseResult {
         prop_assert_eq!(snapshot(path), before);
     }
     Ok(())
+}
+
+#[test]
+fn one_handle_at_a_time_attaches_to_a_kept_lab() {
+    let fixture = Fixture::new();
+    let id = LabId::new("web");
+    let attach =
+        || fixture.store.attach_lab(&id).map(drop).map_err(|error| (error.kind(), error.to_string()));
+    assert_eq!(attach().unwrap_err().0, ErrorKind::NotFound);
+    let lab = fixture.store.create_lab(&id, "web", Retention::MayBeKept).unwrap();
+    assert!(attach().unwrap_err().1.ends_with("it belongs to a living process"));
+    lab.mark_kept(None).unwrap();
+    assert!(attach().unwrap_err().1.ends_with("another process uses it"));
+    drop(lab);
+    let attached = fixture.store.attach_lab(&id).unwrap();
+    assert!(attach().unwrap_err().1.ends_with("another process uses it"));
+    attached.mark_kept(Some(std::time::SystemTime::now())).unwrap();
+    drop(attached);
+    assert!(attach().unwrap_err().1.ends_with("it has expired"));
+}
+
+#[test]
+fn the_record_of_a_lab_that_an_earlier_version_kept_is_found() {
+    let fixture = Fixture::new();
+    let id = LabId::new("web");
+    let lab = fixture.store.create_lab(&id, "web", Retention::MayBeKept).unwrap();
+    fs::write(lab.path().join("kept.json"), "earlier").unwrap();
+    let read = |name| fixture.store.lab_file(&id, name).unwrap();
+    assert_eq!(read(KeptLab::FILE).as_deref(), Some(b"earlier".as_slice()));
+    assert_eq!(read("ledger.json"), None, "only stored files are found");
+    lab.store_file(KeptLab::FILE, b"now").unwrap();
+    assert_eq!(read(KeptLab::FILE).as_deref(), Some(b"now".as_slice()));
 }
