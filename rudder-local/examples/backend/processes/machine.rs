@@ -29,7 +29,7 @@ use std::{
     },
 };
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 #[derive(Debug, Clone)]
 enum Life {
@@ -50,6 +50,8 @@ pub(super) struct ProcessMachine {
     released: AtomicBool,
     /// The switch that lets the current one do so.
     switch: Mutex<Arc<AtomicBool>>,
+    /// The task that waits for it.
+    watcher: Mutex<Option<AbortOnDropHandle<()>>>,
 }
 
 /// The role of a machine's process in the ledger of its lab.
@@ -78,6 +80,7 @@ impl ProcessMachine {
             plug: Arc::default(),
             released: AtomicBool::new(is_kept),
             switch: Mutex::default(),
+            watcher: Mutex::default(),
         }
     }
 
@@ -101,7 +104,7 @@ impl ProcessMachine {
         *self.plug.lock().unwrap_or_else(PoisonError::into_inner) = plug;
         self.life.send_replace(Life::Running { pid });
         let (life, dir, plug) = (Arc::clone(&self.life), Arc::clone(&self.dir), Arc::clone(&self.plug));
-        tokio::spawn(async move {
+        let watcher = tokio::spawn(async move {
             let ended = tokio::select! {
                 ended = process.wait() => ended,
                 () = pulled.cancelled() => {
@@ -122,6 +125,8 @@ impl ProcessMachine {
             let _ = blocking(move || dir.forget_process(pid)).await;
             life.send_replace(Life::Ended(exit));
         });
+        let watcher = Some(AbortOnDropHandle::new(watcher));
+        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = watcher;
     }
 
     fn error(&self, kind: ErrorKind, message: &str) -> Error {
