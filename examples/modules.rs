@@ -22,7 +22,8 @@ use hypervisor::Hypervisor;
 use output::{print, report};
 use rudder::{
     Error, ErrorKind, Result,
-    backend::{Backend, LabId},
+    backend::{Backend, LabId, LabState},
+    build::kept_labs,
     module::Module,
     store::Store,
     units::human_bytes,
@@ -156,9 +157,13 @@ async fn list(backend: &dyn Backend) -> Result<Done> {
             module.created.strftime("%Y-%m-%d %H:%M:%S")
         );
     }
-    for lab in backend.kept_labs().await? {
-        line!(done, "kept lab {}", lab.id);
-        for access in lab.access {
+    let kept = kept_labs(backend).await?;
+    for lab in backend.labs().await? {
+        let LabState::Kept { expires } = lab.state else { continue };
+        let until = expires.and_then(|time| jiff::Timestamp::try_from(time).ok());
+        let until = until.map(|time| time.strftime(" until %Y-%m-%d %H:%M:%S UTC").to_string());
+        line!(done, "kept lab {}{}", lab.id, until.unwrap_or_default());
+        for access in kept.iter().filter(|kept| kept.id == lab.id).flat_map(|kept| &kept.access) {
             line!(done, "    {access}");
         }
     }
@@ -218,7 +223,7 @@ fn describe(module: &Module) -> Done {
 
 async fn remove(backend: &dyn Backend, name: &str) -> Result<Done> {
     if let Ok(id) = LabId::parse(name)
-        && backend.kept_labs().await?.iter().any(|lab| lab.id == id)
+        && backend.labs().await?.iter().any(|lab| lab.id == id && lab.is_kept())
     {
         backend.remove_lab(&id).await?;
         report(format_args!("removed lab {id}"));

@@ -9,7 +9,7 @@ mod sector;
 use common::{Fixture, backend, blank_machine, daemon::orphans, eventually, qemus_of, sector_machine};
 use rudder_core::{
     ErrorKind,
-    backend::{Backend, Death, Exit, LabSpec, Machine, ModuleDraft, Progress, Retention, Stop},
+    backend::{Backend, Death, Exit, LabSpec, LabState, Machine, ModuleDraft, Progress, Retention, Stop},
     digest::Digest,
     hardware::Bus,
     module::{Provenance, TemplateMachine},
@@ -297,17 +297,18 @@ async fn a_kept_lab_stays_until_it_is_removed() {
     let lab = fixture.backend.open_lab(&spec).await.unwrap();
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    let kept = lab.keep().await.unwrap();
-    assert!(kept.access.iter().any(|line| line.contains("virt-viewer")), "{:?}", kept.access);
+    lab.keep(None).await.unwrap();
+    let access = machine.access();
+    assert!(access.iter().any(|line| line.contains("virt-viewer")), "{access:?}");
     drop((machine, lab));
     let Fixture { backend: first, daemon, dir, permit: _permit } = fixture;
     drop(first);
     let other = backend(dir.path(), &daemon);
     other.reap().await.unwrap();
-    assert_eq!(other.kept_labs().await.unwrap(), std::slice::from_ref(&kept));
+    assert_eq!(other.labs().await.unwrap()[0].state, LabState::Kept { expires: None });
     assert_eq!(qemus_of(dir.path()).len(), 1);
-    other.remove_lab(&kept.id).await.unwrap();
-    assert_eq!(other.remove_lab(&kept.id).await.unwrap_err().kind(), ErrorKind::NotFound);
+    other.remove_lab(&spec.id).await.unwrap();
+    assert_eq!(other.remove_lab(&spec.id).await.unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(daemon.domains(), Vec::<String>::new());
     assert_eq!(qemus_of(dir.path()), Vec::<i32>::new());
 }

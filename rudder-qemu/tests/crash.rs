@@ -6,7 +6,7 @@ mod common;
 use common::{Fixture, blank_machine, eventually, network, processes_below};
 use rudder_core::{
     ErrorKind,
-    backend::{Backend, LabSpec, Retention},
+    backend::{Backend, LabSpec, LabState, Retention},
     hardware::Bus,
 };
 use rudder_local::{helper::HelperProgram, store::Store};
@@ -96,7 +96,7 @@ async fn a_lab_of_a_living_owner_is_never_reaped() {
     let other = QemuBackend::builder(Store::open(fixture.dir.path()).unwrap()).build();
     assert_eq!(other.reap().await.unwrap().removed, Vec::<String>::new());
     assert_eq!(other.remove_lab(lab.id()).await.unwrap_err().kind(), ErrorKind::Conflict);
-    assert_eq!(other.kept_labs().await.unwrap(), []);
+    assert_eq!(other.labs().await.unwrap()[0].state, LabState::Owned);
     assert_eq!(processes_below(fixture.dir.path()).len(), 1);
     assert!(machine.screenshot().await.is_ok());
     lab.destroy().await.unwrap();
@@ -124,7 +124,9 @@ async fn a_kept_lab_outlives_its_owner_until_it_is_removed() {
     let lab = fixture.backend.open_lab(&spec).await.unwrap();
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    let kept = lab.keep().await.unwrap();
+    assert_eq!(lab.keep(None).await.unwrap(), Vec::<String>::new());
+    let access = machine.access();
+    assert!(access[0].contains("ProxyCommand="), "{access:?}");
     // Its owner also reaches it through the helper process: the guest has no address.
     let mut stream = machine.dial(22).await.unwrap();
     assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
@@ -132,13 +134,12 @@ async fn a_kept_lab_outlives_its_owner_until_it_is_removed() {
     assert_eq!(fixture.backend.reap().await.unwrap().removed, Vec::<String>::new());
     // QEMU and the network helper.
     assert_eq!(processes_below(fixture.dir.path()).len(), 2);
-    let socket = fixture.dir.path().join("labs").join(kept.id.as_str()).join("m0.p22");
+    let socket = fixture.dir.path().join("labs").join(spec.id.as_str()).join("m0.p22");
     assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     tokio::net::UnixStream::connect(socket).await.unwrap();
-    assert_eq!(fixture.backend.kept_labs().await.unwrap(), std::slice::from_ref(&kept));
-    assert!(kept.access[0].contains("ProxyCommand="), "{kept:?}");
-    fixture.backend.remove_lab(&kept.id).await.unwrap();
-    assert_eq!(fixture.backend.remove_lab(&kept.id).await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(fixture.backend.labs().await.unwrap()[0].state, LabState::Kept { expires: None });
+    fixture.backend.remove_lab(&spec.id).await.unwrap();
+    assert_eq!(fixture.backend.remove_lab(&spec.id).await.unwrap_err().kind(), ErrorKind::NotFound);
     fixture.assert_clean().await;
 }
 
@@ -150,12 +151,11 @@ async fn without_a_helper_a_kept_lab_reports_that_its_network_ended() {
     let lab = fixture.backend.open_lab(&spec).await.unwrap();
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     machine.start().await.unwrap();
-    let kept = lab.keep().await.unwrap();
-    let message = kept.access.last().unwrap();
-    assert_eq!(message, "the network of the lab has ended: cannot start /nonexistent");
+    let notices = lab.keep(None).await.unwrap();
+    assert_eq!(notices, ["the network of the lab has ended: cannot start /nonexistent"]);
     drop((machine, lab));
     assert_eq!(processes_below(fixture.dir.path()).len(), 1);
-    fixture.backend.remove_lab(&kept.id).await.unwrap();
+    fixture.backend.remove_lab(&spec.id).await.unwrap();
     fixture.assert_clean().await;
 }
 
@@ -163,7 +163,7 @@ async fn without_a_helper_a_kept_lab_reports_that_its_network_ended() {
 async fn a_lab_that_ends_with_its_owner_cannot_be_kept() {
     let fixture = Fixture::new().await;
     let lab = fixture.lab().await;
-    assert_eq!(lab.keep().await.unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert_eq!(lab.keep(None).await.unwrap_err().kind(), ErrorKind::InvalidInput);
     drop(lab);
     fixture.assert_clean().await;
 }

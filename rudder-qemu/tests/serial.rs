@@ -61,9 +61,10 @@ async fn endless_output_of_a_guest_is_bounded() {
     machine.start().await.unwrap();
     let mut reader = machine.serial().await.unwrap();
     read(&mut reader, 1000).await;
-    let kept = lab.keep().await.unwrap();
+    lab.keep(None).await.unwrap();
     drop(reader);
-    let line = kept.access.iter().find(|line| line.contains("serial console")).unwrap();
+    let access = machine.access();
+    let line = access.iter().find(|line| line.contains("serial console")).unwrap();
     let (_, socket) = line.rsplit_once("nc -U ").unwrap();
     drop((machine, lab));
     let mut person = UnixStream::connect(socket).await.unwrap();
@@ -72,6 +73,6 @@ async fn endless_output_of_a_guest_is_bounded() {
     read(&mut person, FLOOD).await;
     assert_eq!(recorded(&directory), before);
     drop(person);
-    fixture.backend.remove_lab(&kept.id).await.unwrap();
+    fixture.backend.remove_lab(&spec.id).await.unwrap();
     fixture.assert_clean().await;
 }
