@@ -11,7 +11,7 @@ use crate::{
 use async_trait::async_trait;
 use rudder_core::{
     ErrorKind, Result,
-    backend::{Backend, HostFinding, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    backend::{Backend, HostFinding, HostReport, Lab, LabId, LabInfo, LabSpec, LabState, ReapReport},
     capability::{Capabilities, Capability},
     fetch::Fetch,
     module::{DamagedModule, Module},
@@ -19,8 +19,8 @@ use rudder_core::{
 use rudder_local::{
     accelerator::Accelerator,
     host::{self, Programs},
-    lab_storage::{blocking, kept_access},
-    store::{CollectPolicy, LabState, Store},
+    lab_storage::blocking,
+    store::{CollectPolicy, LabEntry, Store},
 };
 use std::{env, path::PathBuf, sync::Arc};
 use tokio::sync::OnceCell;
@@ -156,7 +156,7 @@ impl LibvirtBackend {
         let labelled = labelled.await.map_err(tidying)?;
         let store = self.store.clone();
         let labs = blocking(move || store.labs()).await?;
-        let lives = |id: &LabId| labs.iter().any(|lab| lab.id == id.as_str() && lab.state != LabState::Dead);
+        let lives = |id: &LabId| labs.iter().any(|lab| lab.id == *id && lab.state != LabState::Abandoned);
         let mut dead: Vec<LabId> = Vec::new();
         for label in labelled {
             match label {
@@ -305,29 +305,33 @@ impl Backend for LibvirtBackend {
         })
     }
 
-    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
+    async fn labs(&self) -> Result<Vec<LabInfo>> {
         let store = self.store.clone();
-        blocking(move || {
-            let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
-            kept.map(|lab| Ok(KeptLab::read(LabId::parse(&lab.id)?, &lab.path, kept_access(&lab.path))))
-                .collect()
-        })
-        .await
+        blocking(move || Ok(store.labs()?.iter().map(LabEntry::info).collect())).await
+    }
+
+    async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
+        let message = format!("cannot attach to lab {id} yet");
+        Err(rudder_core::Error::new(rudder_core::ErrorKind::Unsupported, message))
+    }
+
+    async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {
+        let (store, id, name) = (self.store.clone(), id.clone(), name.to_owned());
+        blocking(move || store.lab_file(&id, &name)).await
     }
 
     async fn remove_lab(&self, id: &LabId) -> Result<()> {
         let (store, wanted) = (self.store.clone(), id.clone());
-        let state = blocking(move || {
-            Ok(store.labs()?.into_iter().find(|lab| lab.id == wanted.as_str()).map(|lab| lab.state))
-        });
-        if !matches!(state.await?, Some(LabState::Dead | LabState::Kept)) {
+        let state =
+            blocking(move || Ok(store.labs()?.into_iter().find(|lab| lab.id == wanted).map(|lab| lab.state)));
+        if !matches!(state.await?, Some(LabState::Abandoned | LabState::Kept { .. })) {
             // The store's error says why it cannot be removed.
-            return self.store.remove_lab(id.as_str()).await;
+            return self.store.remove_lab(id).await;
         }
         let (own, lab) = (Owner::new(&self.store), id.clone());
         let removed = self.connection.order(move |connect| remove_all_of(connect, &own, &lab)).await;
         removed.map_err(tidying)?;
-        self.store.remove_lab(id.as_str()).await
+        self.store.remove_lab(id).await
     }
 
     async fn reap(&self) -> Result<ReapReport> {

@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress,
-        Retention, Served, Site,
+        ImportRequest, Imported, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, Served,
+        Site,
     },
     media::http::{Admission, Caller, Server},
     module::Module,
@@ -26,10 +26,12 @@ use rudder_local::{
 use std::{
     collections::BTreeMap,
     net::IpAddr,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::SystemTime,
 };
 
 /// The machines of a lab, in the order of their definition.
@@ -56,13 +58,7 @@ impl LibvirtLab {
         spec: &LabSpec,
     ) -> Result<Self> {
         let storage = LabStorage::open(store, Arc::clone(&host_capabilities.host), spec).await?;
-        let context = LabContext::new(
-            storage,
-            Lan::new(&spec.network, &spec.name),
-            connection,
-            host_capabilities,
-            store,
-        );
+        let context = LabContext::new(storage, Lan::new(spec), connection, host_capabilities, store);
         let lab = Self {
             context: Arc::new(context),
             store: store.clone(),
@@ -176,22 +172,23 @@ impl Lab for LibvirtLab {
         Ok(module)
     }
 
-    async fn keep(&self) -> Result<KeptLab> {
-        let machines = self.machines().clone();
-        let mut access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
-        if self.context.bridges().is_none() && self.context.storage.retention() == Retention::MayBeKept {
-            access.extend(self.context.lan.hand_over(&self.context.storage).await?);
-        }
-        self.context.storage.keep(&access).await?;
-        for machine in &machines {
-            machine.release();
-        }
-        self.settled.store(true, Ordering::Relaxed);
-        Ok(KeptLab::new(self.context.storage.id().clone(), access))
+    async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
+        Ok(self.machines().iter().map(|machine| Arc::clone(machine) as Arc<dyn Machine>).collect())
     }
 
-    fn directory(&self) -> Option<std::path::PathBuf> {
-        Some(self.context.storage.dir().path().to_owned())
+    async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
+        self.context.storage.keep(expires).await?;
+        let notices = match self.context.bridges() {
+            None => self.context.lan.hand_over(&self.context.storage).await?,
+            Some(_) => Vec::new(),
+        };
+        self.machines().iter().for_each(|machine| machine.release());
+        self.settled.store(true, Ordering::Relaxed);
+        Ok(notices)
+    }
+
+    async fn store_file(&self, name: &str, content: &[u8]) -> Result<Option<PathBuf>> {
+        self.context.storage.store_file(name, content).await.map(Some)
     }
 
     async fn destroy(&self) -> Result<()> {

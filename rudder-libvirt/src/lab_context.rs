@@ -74,7 +74,7 @@ impl LabContext {
     pub(crate) async fn make_bridges(self: Arc<Self>) -> Result<()> {
         let made = self.detached(|context| async move {
             let (label, id, network) =
-                (context.label(""), context.storage.id().clone(), context.storage.network().clone());
+                (context.label(""), context.storage.id().clone(), context.storage.network()?.clone());
             let order = move |connect: &Connect| network::create(connect, &id, &label, &network);
             let made = context.connection.order(order).await.map_err(|failure| {
                 failure.into_error(ErrorKind::HostMissing, "make the networks of the lab").with_help(

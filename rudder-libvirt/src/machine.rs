@@ -148,12 +148,6 @@ impl LibvirtMachine {
         }
     }
 
-    /// Describes how to access the machine once the lab is kept: its console is then available to any client that
-    /// connects to QEMU.
-    pub(crate) fn kept_access(&self) -> Vec<String> {
-        self.0.access_by("serial")
-    }
-
     /// Drops its watcher without waiting.
     pub(crate) fn abandon(&self) {
         drop(self.0.running().take());
@@ -177,7 +171,7 @@ impl Inner {
                 // Absolute paths, because libvirt starts QEMU in another directory. They are shorter than the path of
                 // the serial console, whose length is checked.
                 let paths: Vec<String> = sockets.map(|socket| socket.display().to_string()).collect();
-                Cards::Arguments(nic_arguments(&self.spec, storage.network(), &paths)?)
+                Cards::Arguments(nic_arguments(&self.spec, storage.network()?, &paths)?)
             }
         };
         Domain {

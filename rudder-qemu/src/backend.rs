@@ -4,7 +4,7 @@ use crate::lab::QemuLab;
 use async_trait::async_trait;
 use rudder_core::{
     Result,
-    backend::{Backend, HostReport, KeptLab, Lab, LabId, LabSpec, ReapReport},
+    backend::{Backend, HostReport, Lab, LabId, LabInfo, LabSpec, ReapReport},
     capability::{Capabilities, Capability},
     fetch::Fetch,
     module::{DamagedModule, Module},
@@ -13,8 +13,8 @@ use rudder_local::helper::HelperProgram;
 use rudder_local::{
     accelerator::Accelerator,
     host::{self, Host, Programs},
-    lab_storage::{blocking, kept_access},
-    store::{CollectPolicy, LabState, Store},
+    lab_storage::blocking,
+    store::{CollectPolicy, LabEntry, Store},
 };
 use std::{path::PathBuf, sync::Arc};
 use tokio::sync::OnceCell;
@@ -221,18 +221,23 @@ impl Backend for QemuBackend {
         self.store.remove_module(name).await
     }
 
-    async fn kept_labs(&self) -> Result<Vec<KeptLab>> {
+    async fn labs(&self) -> Result<Vec<LabInfo>> {
         let store = self.store.clone();
-        blocking(move || {
-            let kept = store.labs()?.into_iter().filter(|lab| lab.state == LabState::Kept);
-            kept.map(|lab| Ok(KeptLab::read(LabId::parse(&lab.id)?, &lab.path, kept_access(&lab.path))))
-                .collect()
-        })
-        .await
+        blocking(move || Ok(store.labs()?.iter().map(LabEntry::info).collect())).await
+    }
+
+    async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
+        let message = format!("cannot attach to lab {id} yet");
+        Err(rudder_core::Error::new(rudder_core::ErrorKind::Unsupported, message))
+    }
+
+    async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {
+        let (store, id, name) = (self.store.clone(), id.clone(), name.to_owned());
+        blocking(move || store.lab_file(&id, &name)).await
     }
 
     async fn remove_lab(&self, id: &LabId) -> Result<()> {
-        self.store.remove_lab(id.as_str()).await
+        self.store.remove_lab(id).await
     }
 
     async fn reap(&self) -> Result<ReapReport> {

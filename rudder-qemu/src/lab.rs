@@ -5,8 +5,8 @@ use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        ImportRequest, Imported, KeptLab, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress,
-        Retention, Served, Site,
+        ImportRequest, Imported, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, Served,
+        Site,
     },
     module::Module,
 };
@@ -23,6 +23,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::SystemTime,
 };
 
 /// The machines of a lab, in the order of their definition.
@@ -46,7 +47,7 @@ impl QemuLab {
         let storage = LabStorage::open(store, host, spec).await?;
         Ok(Self {
             storage: Arc::new(storage),
-            lan: Arc::new(Lan::new(&spec.network, &spec.name)),
+            lan: Arc::new(Lan::new(spec)),
             store: store.clone(),
             machines: Machines::default(),
             begun: tokio::sync::Mutex::default(),
@@ -104,22 +105,20 @@ impl Lab for QemuLab {
         self.store.publish(self.storage.dir(), draft).await
     }
 
-    async fn keep(&self) -> Result<KeptLab> {
-        let machines = self.machines().clone();
-        let mut access: Vec<String> = machines.iter().flat_map(|machine| machine.kept_access()).collect();
-        if self.storage.retention() == Retention::MayBeKept {
-            access.extend(self.lan.hand_over(&self.storage).await?);
-        }
-        self.storage.keep(&access).await?;
-        self.kept.store(true, Ordering::Relaxed);
-        for machine in &machines {
-            machine.release();
-        }
-        Ok(KeptLab::new(self.storage.id().clone(), access))
+    async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
+        Ok(self.machines().iter().map(|machine| Arc::clone(machine) as Arc<dyn Machine>).collect())
     }
 
-    fn directory(&self) -> Option<PathBuf> {
-        Some(self.storage.dir().path().to_owned())
+    async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
+        self.storage.keep(expires).await?;
+        let notices = self.lan.hand_over(&self.storage).await?;
+        self.kept.store(true, Ordering::Relaxed);
+        self.machines().iter().for_each(|machine| machine.release());
+        Ok(notices)
+    }
+
+    async fn store_file(&self, name: &str, content: &[u8]) -> Result<Option<PathBuf>> {
+        self.storage.store_file(name, content).await.map(Some)
     }
 
     async fn destroy(&self) -> Result<()> {

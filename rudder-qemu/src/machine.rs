@@ -94,7 +94,7 @@ impl QemuMachine {
         let machine = command_line::Machine {
             mark: &mark,
             spec,
-            network: storage.network(),
+            network: storage.network()?,
             files: &files,
             accelerator: storage.host().accelerator(),
             flash: state.flash(),
@@ -213,12 +213,6 @@ impl QemuMachine {
                 format!("expected QEMU to answer within {} s, but it did not", LAUNCH_LIMIT.as_secs()),
             )),
         }
-    }
-
-    /// Describes how to access the machine once the lab is kept: its console is then available to any client that
-    /// connects to QEMU.
-    pub(crate) fn kept_access(&self) -> Vec<String> {
-        self.access_by(&self.files.serial)
     }
 
     /// Describes how to access the machine, with the serial console on this socket.

@@ -5,7 +5,7 @@ use crate::{
     connection::domain,
     process::{self, Found},
 };
-use rudder_core::{Error, ErrorKind, Result, backend::Retention};
+use rudder_core::{Error, ErrorKind, Result};
 use rudder_local::{serial::SerialConsole, tpm::Tpm};
 use std::{
     io,
@@ -63,9 +63,9 @@ impl Inner {
             }
         }
         self.context.lan.clear(&self.context.storage, &self.spec.name)?;
-        let flags = match self.context.storage.retention() {
-            Retention::EndWithOwner => sys::VIR_DOMAIN_START_AUTODESTROY,
-            Retention::MayBeKept => 0,
+        let flags = match self.context.storage.dir().may_be_kept() {
+            true => 0,
+            false => sys::VIR_DOMAIN_START_AUTODESTROY,
         };
         let tpm = self.state.start_tpm().await?;
         let name = self.domain.clone();
