@@ -32,7 +32,7 @@ fn a_guest_that_powers_off_in_a_step_is_reported() {
     let bench = Bench::new();
     let ended = bench
         .build(&tiny_manifest("steps", "- {type: shell, name: off, shell: {inline: 'poweroff; sleep 600'}}"));
-    ended.expect_code(1).expect_text(&["step 1 (off)", "switched itself off"]);
+    ended.expect_code(1).expect_text(&["step 1 (off)", "powered itself off"]);
     assert_eq!(ended.outcome()["kind"], "machine_died");
     bench.expect_clean();
 }

@@ -23,7 +23,7 @@ pub(crate) async fn picture(connection: &Arc<Connection>, name: &str) -> Result<
     };
     let taken = connection.ask(take).await;
     let (kind, bytes) =
-        taken.map_err(|failure| failure.into_error(ErrorKind::Protocol, "take a picture of the screen"))?;
+        taken.map_err(|failure| failure.into_error(ErrorKind::Protocol, "take a screenshot"))?;
     if kind != "image/png" {
         let message = format!("expected a picture in image/png from libvirt, but found {kind}");
         return Err(

@@ -37,7 +37,7 @@ impl LabId {
             && text.starts_with(is_plain)
             && text.ends_with(is_plain);
         if !is_id {
-            let message = format!("expected the id of a lab such as web-0123456789ab, but found {text:?}");
+            let message = format!("expected a lab id such as web-0123456789ab, but found {text:?}");
             return Err(crate::Error::new(crate::ErrorKind::InvalidInput, message));
         }
         Ok(Self(text.to_owned()))
@@ -64,14 +64,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_new_id_is_an_id_whatever_the_build_is_called(name in any::<String>()) {
+        fn a_new_id_is_valid_for_any_build_name(name in any::<String>()) {
             let id = LabId::new(&name);
             prop_assert_eq!(LabId::parse(id.as_str()).unwrap(), id);
         }
     }
 
     #[test]
-    fn an_id_is_a_label() {
+    fn an_id_is_a_valid_label() {
         for text in ["a", "0", "web-0123456789ab", &"a".repeat(63)] {
             assert_eq!(LabId::parse(text).unwrap().as_str(), text);
         }

@@ -19,7 +19,7 @@
 //!   | `InvalidInput` | the operation can never succeed: the backend cannot represent a name, the machine was not created with a port, the lab ends with its owner |
 //!   | `Unsupported` | the backend does not declare the needed capability |
 //!   | `GuestUnreachable` | the guest cannot be reached yet; the caller tries again |
-//! - **Time.** Every end of a machine, whatever caused it, is reported within [`END_TOLD_WITHIN`].
+//! - **Time.** Every end of a machine, whatever caused it, is reported within [`END_REPORTED_WITHIN`].
 //! - **Progress** of one call: the amount done of a task never decreases and never exceeds its total, the total never changes once
 //!   it is known, and the last report of each task says that all of it is done.
 //! - **Names** and other text of a manifest reach the hypervisor escaped, never as part of a command line. Two different names stay
@@ -60,7 +60,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Time within which [`Machine::wait`] must return after a machine has ended: after its guest powered off, after [`Machine::stop`]
 /// killed it, or after the process that runs it died.
-pub const END_TOLD_WITHIN: Duration = Duration::from_secs(2);
+pub const END_REPORTED_WITHIN: Duration = Duration::from_secs(2);
 
 /// Minimum number of bytes kept from the end of a serial console. A backend also bounds what it keeps, in memory and on disk,
 /// however much and however fast the guest writes.
@@ -233,7 +233,7 @@ pub trait Machine: Debug + Send + Sync {
     async fn start(&self) -> Result<()>;
 
     /// Waits until the machine ends, and returns why. Returns at once if it has already ended. Any number of callers may wait, and
-    /// all receive the same result within [`END_TOLD_WITHIN`].
+    /// all receive the same result within [`END_REPORTED_WITHIN`].
     ///
     /// # Errors
     /// `Conflict` when the machine was never started.

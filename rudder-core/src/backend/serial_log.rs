@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_log_begins_where_it_is_asked_to_goes_on_and_ends_with_its_record() {
+    async fn a_log_starts_at_its_position_and_ends_with_its_record() {
         let record = SerialRecord::new(4);
         record.write(b"hello");
         let log = record.log(2);

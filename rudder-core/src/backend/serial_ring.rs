@@ -61,8 +61,8 @@ impl SerialRing {
     /// Returns the bytes from a position to the end, or from the oldest byte that is still kept.
     #[must_use]
     pub fn since(&self, position: u64) -> Vec<u8> {
-        let wanted = self.end.saturating_sub(position);
-        self.tail(usize::try_from(wanted).unwrap_or(usize::MAX))
+        let from_position = self.end.saturating_sub(position);
+        self.tail(usize::try_from(from_position).unwrap_or(usize::MAX))
     }
 }
 
@@ -73,7 +73,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_ring_keeps_the_end_of_what_was_written(
+        fn a_ring_keeps_the_last_bytes(
             pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..20),
             limit in 0usize..64,
             asked in 0usize..80,

@@ -216,7 +216,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_file_is_opened_anywhere_and_any_number_of_times() {
+    async fn a_file_can_be_opened_repeatedly_at_any_position() {
         let mut on_disk = tempfile::NamedTempFile::new().unwrap();
         io::Write::write_all(&mut on_disk, b"0123456789").unwrap();
         for file in [SiteFile::bytes(*b"0123456789"), SiteFile::path(on_disk.path())] {

@@ -223,7 +223,7 @@ impl MachineSpec {
 pub enum Exit {
     /// The guest powered off.
     PoweredOff,
-    /// [`Machine::stop`](super::Machine::stop) killed it, for this reason ("did not power off within 60 s", "was told to").
+    /// [`Machine::stop`](super::Machine::stop) killed it, for this reason ("did not power off within 60 s", "on request").
     Killed {
         /// The reason.
         why: String,

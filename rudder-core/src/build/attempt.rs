@@ -49,8 +49,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long an operation that must not be interrupted (opening a lab, publishing) may continue after a cancellation, and after the
 /// build's deadline.
-const UNTORN: Duration = Duration::from_secs(10);
-const UNTORN_AT_LIMIT: Duration = Duration::from_millis(750);
+const ATOMIC_LIMIT: Duration = Duration::from_secs(10);
+const ATOMIC_LIMIT_AT_DEADLINE: Duration = Duration::from_millis(750);
 
 /// A failed attempt.
 #[derive(Debug)]
@@ -139,7 +139,7 @@ impl Pending {
     pub(super) async fn open(self) -> Result<Opened, Failure> {
         supported(&self.plan, self.backend.capabilities())?;
         if self.options.locked.is_some() {
-            for (vm, warning) in super::locked::beyond(&self.plan) {
+            for (vm, warning) in super::locked::not_lockable(&self.plan) {
                 self.sink.warn(Some(vm), warning);
             }
         }
@@ -154,7 +154,7 @@ impl Pending {
         };
         spec.needs = self.plan.machines.iter().flat_map(|planned| needs(&planned.hardware)).collect();
         // An interruption would leave half a lab that has no owner.
-        let lab = untorn(&self.guard, self.backend.open_lab(&spec)).await?;
+        let lab = atomically(&self.guard, self.backend.open_lab(&spec)).await?;
         let Self { plan, backend, options, sink, guard, pauses, machines } = self;
         Ok(Opened(Arc::new(Attempt {
             plan,
@@ -185,9 +185,9 @@ impl Opened {
         attempt.sink.build_phase(BuildPhase::Building);
         let halt = &attempt.guard.halt;
 
-        let fetching = side_by_side(
+        let fetching = concurrently(
             halt,
-            wanted(&attempt.plan).into_iter().map(|(name, url)| {
+            urls_to_fetch(&attempt.plan).into_iter().map(|(name, url)| {
                 let attempt = &attempt;
                 async move {
                     let fetched = attempt.fetch(url).await;
@@ -195,13 +195,13 @@ impl Opened {
                 }
             }),
         );
-        let importing = side_by_side(halt, Planned::all(&attempt).into_iter().map(Planned::import));
+        let importing = concurrently(halt, Planned::all(&attempt).into_iter().map(Planned::import));
         let (fetched, imported) = futures::join!(fetching, importing);
         let defined = first_of(imported, fetched)?;
         attempt.start_serving().await?;
 
         let (waiting, all_done) = (AtomicUsize::new(defined.len()), CancellationToken::new());
-        let provisioned = side_by_side(
+        let provisioned = concurrently(
             halt,
             defined.into_iter().map(|vm| async {
                 let provisioned = vm.boot().await?.provision().await?;
@@ -213,7 +213,7 @@ impl Opened {
         )
         .await?;
         attempt.stop_serving();
-        let halted = side_by_side(halt, provisioned.into_iter().map(Provisioned::shut_down)).await?;
+        let halted = concurrently(halt, provisioned.into_iter().map(Provisioned::shut_down)).await?;
         Ok(Built(attempt, halted))
     }
 }
@@ -224,7 +224,7 @@ impl Built {
         let Self(attempt, halted) = self;
         attempt.guard.halted()?;
         attempt.sink.build_phase(BuildPhase::CapturingDisks);
-        let templates = side_by_side(&attempt.guard.halt, halted.into_iter().map(Halted::capture)).await?;
+        let templates = concurrently(&attempt.guard.halt, halted.into_iter().map(Halted::capture)).await?;
         Ok(Captured(attempt, templates))
     }
 }
@@ -246,7 +246,7 @@ impl Captured {
         provenance.not_repeatable.clone_from(&plan.not_repeatable);
         provenance.warnings = sink.warnings();
         let draft = ModuleDraft::new(&plan.name, templates, plan.template_network.clone(), provenance);
-        let module = untorn(&attempt.guard, attempt.lab.publish(draft)).await?;
+        let module = atomically(&attempt.guard, attempt.lab.publish(draft)).await?;
         for planned in &plan.machines {
             sink.vm_phase(&planned.name, VmPhase::Succeeded);
         }
@@ -257,7 +257,7 @@ impl Captured {
 /// Rejects what this engine does not support, for plans that were made without checking. Nothing is ignored silently.
 fn supported(plan: &Plan, backend: &Capabilities) -> Result<()> {
     let refuse = |what: &str, vm: &str| {
-        let message = format!("this version of rudder cannot do what the plan asks for: {what}");
+        let message = format!("this version of rudder does not support what the plan requires: {what}");
         Err(Error::new(ErrorKind::Unsupported, message).with_context("vm", vm))
     };
     for machine in &plan.machines {
@@ -280,7 +280,7 @@ fn supported(plan: &Plan, backend: &Capabilities) -> Result<()> {
 }
 
 /// Returns the files behind URLs that are served or that steps put into guests, each URL once, with its name for messages.
-fn wanted(plan: &Plan) -> Vec<(&str, &PlannedUrl)> {
+fn urls_to_fetch(plan: &Plan) -> Vec<(&str, &PlannedUrl)> {
     let served = plan.files.iter().filter(|file| plan.http_files.contains(&file.name));
     let served = served.map(|file| (file.name.as_str(), &file.content));
     let steps = plan.machines.iter().flat_map(|machine| &machine.steps);
@@ -288,21 +288,21 @@ fn wanted(plan: &Plan) -> Vec<(&str, &PlannedUrl)> {
         StepAction::File { content, label, .. } => Some((label.as_str(), content)),
         _ => None,
     });
-    let mut wanted: Vec<(&str, &PlannedUrl)> = Vec::new();
+    let mut urls_to_fetch: Vec<(&str, &PlannedUrl)> = Vec::new();
     let mut known = HashSet::new();
     for (name, content) in served.chain(put) {
         if let PlannedContent::Url(url) = content
             && known.insert(url)
         {
-            wanted.push((name, url));
+            urls_to_fetch.push((name, url));
         }
     }
-    wanted
+    urls_to_fetch
 }
 
 /// Runs the same phase of several VMs in parallel. The first failure cancels the rest and is returned when all have ended;
 /// otherwise the results are in the order of the VMs.
-async fn side_by_side<T, F>(
+async fn concurrently<T, F>(
     halt: &CancellationToken,
     work: impl Iterator<Item = F>,
 ) -> Result<Vec<T>, Failure>
@@ -320,7 +320,7 @@ where
                 halt.cancel();
                 first = Some(match first {
                     None => failure,
-                    Some(known) => worse(known, failure),
+                    Some(known) => more_relevant(known, failure),
                 });
             }
         }
@@ -330,7 +330,7 @@ where
 }
 
 /// Returns the first of two failures, unless it is a mere cancellation, which explains nothing.
-fn worse(first: Failure, second: Failure) -> Failure {
+fn more_relevant(first: Failure, second: Failure) -> Failure {
     if first.error.kind() == ErrorKind::Cancelled { second } else { first }
 }
 
@@ -338,7 +338,7 @@ fn worse(first: Failure, second: Failure) -> Failure {
 fn first_of<T, U>(one: Result<T, Failure>, other: Result<U, Failure>) -> Result<T, Failure> {
     match (one, other) {
         (Ok(value), Ok(_)) => Ok(value),
-        (Err(one), Err(other)) => Err(worse(one, other)),
+        (Err(one), Err(other)) => Err(more_relevant(one, other)),
         (Err(one), Ok(_)) => Err(one),
         (Ok(_), Err(other)) => Err(other),
     }
@@ -346,12 +346,13 @@ fn first_of<T, U>(one: Result<T, Failure>, other: Result<U, Failure>) -> Result<
 
 /// Waits for an operation that should not be interrupted: it may continue for a moment after a cancellation or the deadline, and if
 /// it succeeds in that time, its result counts.
-async fn untorn<T>(guard: &Guard, thing: impl Future<Output = Result<T>>) -> Result<T> {
+async fn atomically<T>(guard: &Guard, thing: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::pin!(thing);
     match guard.wait(async { Ok(thing.as_mut().await) }).await {
         Ok(result) => result,
         Err(stopped) => {
-            let grace = if stopped.kind() == ErrorKind::TimedOut { UNTORN_AT_LIMIT } else { UNTORN };
+            let grace =
+                if stopped.kind() == ErrorKind::TimedOut { ATOMIC_LIMIT_AT_DEADLINE } else { ATOMIC_LIMIT };
             match timeout(grace, thing).await {
                 Ok(Ok(value)) => Ok(value),
                 _ => Err(stopped),

@@ -14,7 +14,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
 
 /// How long releasing keys may delay the end of a boot command.
-const RELEASE: Duration = Duration::from_secs(2);
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 
 /// A boot command whose templates are filled in.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ impl BootCommand {
                 .replace("{{ .HTTPIP }}", &address.to_string())
                 .replace("{{ .HTTPPort }}", &port.to_string())),
             None if text.contains("{{ .HTTPIP }}") || text.contains("{{ .HTTPPort }}") => {
-                let message = "the boot command names the file server, but none is there for this VM";
+                let message = "the boot command refers to the file server, but this VM has none";
                 Err(Error::new(ErrorKind::InvalidInput, message).with_help(
                     "name the files to serve in `httpDirectory`, and give the VM a NIC on a managed subnet",
                 ))
@@ -71,8 +71,8 @@ impl BootCommand {
         let mut result = Ok(());
         for (action, what) in self.0.iter().enumerate() {
             let doing = describe(what);
-            let told = EventKind::BootAction { action: action + 1, of, doing: doing.clone() };
-            sink.emit(Some(vm.name()), told);
+            let reported = EventKind::BootAction { action: action + 1, of, doing: doing.clone() };
+            sink.emit(Some(vm.name()), reported);
             limit.set(match what {
                 BootAction::WaitText { limit, .. } | BootAction::WaitSerial { limit, .. } => Some(*limit),
                 _ => None,
@@ -86,9 +86,9 @@ impl BootCommand {
         }
         // A failure is reported at once: the console releases its keys when it is dropped.
         if result.is_ok()
-            && let Ok(Err(error)) = timeout(RELEASE, console.release_all()).await
+            && let Ok(Err(error)) = timeout(RELEASE_LIMIT, console.release_all()).await
         {
-            result = Err(error.with_context("boot command", "releasing the keys that it holds"));
+            result = Err(error.with_context("boot command", "releasing the held keys"));
         }
         if result.is_ok() {
             let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -129,7 +129,7 @@ fn describe(action: &BootAction) -> String {
             format!("wait up to {} for {text:?} on the screen", human_duration(*limit))
         }
         BootAction::WaitSerial { text, limit } => {
-            format!("wait up to {} for {text:?} on the serial line", human_duration(*limit))
+            format!("wait up to {} for {text:?} on the serial console", human_duration(*limit))
         }
     }
 }

@@ -8,7 +8,7 @@ use super::{
     attempt::{Attempt, Failure, Pending},
     guard::{Guard, cancelled},
     keep::keep,
-    limit::{Deadline, Verdict, after_failure},
+    limit::{Deadline, RetryDecision, after_failure},
     machines::BuildMachine,
     sink::Sink,
 };
@@ -67,11 +67,11 @@ pub(super) async fn run(
                 let failure = if cancel.is_cancelled() { Failure::from(cancelled()) } else { failure };
                 let left = deadline.left(Instant::now());
                 match after_failure(attempt, plan.retries, &failure.error, left) {
-                    Verdict::GiveUp => {
+                    RetryDecision::GiveUp => {
                         let is_failed = failure.error.kind() != ErrorKind::Cancelled;
                         break (failure, clean_up(opened, &options, &sink, is_failed).await);
                     }
-                    Verdict::Again(next) => {
+                    RetryDecision::Again(next) => {
                         clean_up(opened, &options, &sink, false).await;
                         if cancel.is_cancelled() {
                             break (Failure::from(cancelled()), None);
@@ -88,19 +88,19 @@ pub(super) async fn run(
         }
     };
     let machines = if kept.is_some() { shared.machines.take() } else { Vec::new() };
-    Err(told(&plan.name, shared, &sink, failure, kept, machines))
+    Err(report_failure(&plan.name, shared, &sink, failure, kept, machines))
 }
 
 /// Returns the failure of a build that cannot even start here.
-pub(super) fn unable(build: &Build, shared: &Shared, sink: &Sink, error: Error) -> Box<BuildFailure> {
+pub(super) fn cannot_start(build: &Build, shared: &Shared, sink: &Sink, error: Error) -> Box<BuildFailure> {
     let Build { plan, backend, .. } = build;
     sink.started(&plan.name, &plan.digest.to_string(), backend.name(), 1);
     sink.build_phase(BuildPhase::Failed);
-    told(&plan.name, shared, sink, Failure::from(error), None, Vec::new())
+    report_failure(&plan.name, shared, sink, Failure::from(error), None, Vec::new())
 }
 
 /// Reports that a build has failed, as its last event.
-fn told(
+fn report_failure(
     build: &str,
     shared: &Shared,
     sink: &Sink,
@@ -123,7 +123,7 @@ fn told(
 
 /// Runs one attempt, and returns its result with what must be cleaned up afterwards.
 async fn one_attempt(pending: Pending) -> (Result<Module, Failure>, Option<Arc<Attempt>>) {
-    let opened = match caught(pending.open()).await {
+    let opened = match catch_panic(pending.open()).await {
         Ok(opened) => opened,
         Err(failure) => return (Err(failure), None),
     };
@@ -131,19 +131,19 @@ async fn one_attempt(pending: Pending) -> (Result<Module, Failure>, Option<Arc<A
     let work = async move { opened.build().await?.capture().await?.publish().await };
     let result = tokio::select! {
         biased;
-        result = caught(work) => result,
+        result = catch_panic(work) => result,
         lost = attempt.lab.ownership_lost() => Err(lost.with_context("lab", attempt.lab.id().as_str()).into()),
     };
     (result, Some(attempt))
 }
 
 /// Turns a panic inside an attempt into an ordinary failure, so that what it left behind is cleaned up.
-async fn caught<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+async fn catch_panic<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
         let error = Error::new(ErrorKind::Internal, format!("the engine panicked: {text}"));
-        Err(error.with_help("this is a bug of Rudder or of the backend: please report it").into())
+        Err(error.with_help("this is a bug in Rudder or in the backend: please report it").into())
     })
 }
 
@@ -175,7 +175,7 @@ async fn clean_up(
 
 /// Destroys a lab. What cannot be removed is reported, and hides neither a module nor a failure.
 async fn destroy(lab: &Arc<dyn Lab>, options: &BuildOptions, sink: &Sink) {
-    let left = match timeout(options.cleanup_limit, caught_destroy(lab)).await {
+    let left = match timeout(options.cleanup_limit, destroy_catching_panics(lab)).await {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error.report(),
         Err(_) => format!("it took longer than {}", crate::units::human_duration(options.cleanup_limit)),
@@ -186,6 +186,6 @@ async fn destroy(lab: &Arc<dyn Lab>, options: &BuildOptions, sink: &Sink) {
     );
 }
 
-async fn caught_destroy(lab: &Arc<dyn Lab>) -> crate::Result<()> {
-    caught(async { Ok(lab.destroy().await?) }).await.map_err(|failure| failure.error)
+async fn destroy_catching_panics(lab: &Arc<dyn Lab>) -> crate::Result<()> {
+    catch_panic(async { Ok(lab.destroy().await?) }).await.map_err(|failure| failure.error)
 }

@@ -13,9 +13,9 @@ use std::{path::Path, sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout, timeout_at};
 
 /// Time limit for gathering all evidence from a failing machine. Readers of events already know of the failure by then.
-const PATIENCE: Duration = Duration::from_secs(5);
+const EVIDENCE_LIMIT: Duration = Duration::from_secs(5);
 /// How much of that time the display may take; the rest is for a screenshot that the backend takes by other means.
-const DISPLAY_PATIENCE: Duration = Duration::from_secs(3);
+const DISPLAY_LIMIT: Duration = Duration::from_secs(3);
 /// How much of the serial console is read (bytes) and shown (lines).
 const SERIAL_BYTES: usize = 16 * 1024;
 const SERIAL_LINES: usize = 40;
@@ -28,14 +28,14 @@ pub(super) async fn gather(
     screenshot: Option<&Path>,
     sink: &Sink,
 ) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + EVIDENCE_LIMIT;
     let screen = async {
         // Text and screenshot come from the same frame if the display provides both.
         if !capabilities.has(Capability::Display) || !runs(machine) {
             return None;
         }
         let console = Console::new(Arc::clone(machine));
-        timeout(DISPLAY_PATIENCE, console.framebuffer()).await.ok()?.ok()
+        timeout(DISPLAY_LIMIT, console.framebuffer()).await.ok()?.ok()
     };
     let (serial, frame) = futures::join!(timeout_at(end, machine.serial_tail(SERIAL_BYTES)), screen);
     if let Ok(Ok(bytes)) = serial {
@@ -123,14 +123,14 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_console_becomes_plain_lines() {
+    fn console_output_is_converted_to_plain_lines() {
         let console = b"\x1b[2J\x1b[1;1HLoading\x1b[0m...\r\n\r\n10%\r20%\r\n\x1b]0;title\x07login:\ttty\x07 \xff\x1b[K";
         assert_eq!(plain_lines(console), ["Loading...", "10%", "20%", "login: tty \u{fffd}"]);
     }
 
     proptest! {
         #[test]
-        fn no_control_character_is_left(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
+        fn no_control_character_remains(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
             for line in plain_lines(&bytes) {
                 prop_assert!(!line.contains(|c: char| c.is_ascii_control()), "{:?}", line);
                 prop_assert!(!line.trim().is_empty());

@@ -15,9 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a broken connection waits for the machine to explain it. A dead machine does so at once; a guest that powers itself off
 /// stops its SSH server first and is off some seconds later, or many seconds later without hardware acceleration.
-const EXPLANATION: Duration = Duration::from_secs(15);
+const EXPLANATION_LIMIT: Duration = Duration::from_secs(15);
 /// How long to wait for the end of a machine when an operation failed on its own or at its limit.
-const GLANCE: Duration = Duration::from_millis(50);
+const END_CHECK: Duration = Duration::from_millis(50);
 
 /// What every wait of a build watches besides the operation it waits for.
 #[derive(Debug, Clone)]
@@ -77,7 +77,7 @@ impl Guard {
             ErrorKind::Protocol | ErrorKind::GuestUnreachable | ErrorKind::Io | ErrorKind::MachineDied
         );
         let left = limit.left().min(self.deadline.left(Instant::now()));
-        let patience = if broke { left.clamp(GLANCE, EXPLANATION) } else { GLANCE };
+        let patience = if broke { left.clamp(END_CHECK, EXPLANATION_LIMIT) } else { END_CHECK };
         match timeout(patience, machine.wait()).await {
             Ok(Ok(exit)) => ended(&exit, doing).with_source(error),
             _ => error,
@@ -115,7 +115,7 @@ pub(super) fn cancelled() -> Error {
 /// Returns the error for a machine that ended when it should have been running.
 pub(super) fn ended(exit: &Exit, doing: &str) -> Error {
     let (kind, message) = match exit {
-        Exit::PoweredOff => (ErrorKind::MachineDied, format!("the guest switched itself off while {doing}")),
+        Exit::PoweredOff => (ErrorKind::MachineDied, format!("the guest powered itself off while {doing}")),
         Exit::Killed { why } => {
             (ErrorKind::MachineDied, format!("the machine was killed while {doing}: {why}"))
         }
@@ -140,7 +140,7 @@ pub(super) fn ended(exit: &Exit, doing: &str) -> Error {
     let error = Error::new(kind, message);
     match (exit, kind) {
         (Exit::PoweredOff, _) => {
-            error.with_help("a guest must stay on until its last step has ended; Rudder switches it off")
+            error.with_help("keep the guest on until its last step has ended; Rudder powers it off")
         }
         (_, ErrorKind::HostDiskFull) => error.with_help("free some space, or build in another store"),
         _ => error,

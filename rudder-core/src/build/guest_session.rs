@@ -23,9 +23,9 @@ use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout};
 
 /// How long a guest that may be kept has to end a stopped step and to clean up after it.
-const SETTLE: Duration = Duration::from_secs(10);
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// How long the output of a step may take to arrive after its machine has ended.
-const LAST_WORDS: Duration = Duration::from_millis(250);
+const OUTPUT_GRACE: Duration = Duration::from_millis(250);
 
 /// Returns the key that logs in to a VM: the author's if there is one, otherwise the build's.
 fn key(attempt: &Attempt, planned: &PlannedMachine) -> Result<BuildKey> {
@@ -99,9 +99,9 @@ pub(super) async fn run_step(
         sink.emit(Some(vm.name()), EventKind::StepFinished { step: number, name, millis, success, exit });
     };
     // A stopped step is reported as failed before the guest is given time to clean up.
-    let mut is_told = false;
+    let mut is_reported = false;
     let mut stopped = |error: &Error| {
-        is_told = true;
+        is_reported = true;
         finished(false, None);
         match error.kind() {
             ErrorKind::TimedOut if attempt.guard.deadline.has_passed() => {
@@ -111,7 +111,7 @@ pub(super) async fn run_step(
         }
     };
     let settle = match attempt.options.on_failure {
-        FailurePolicy::Keep => SETTLE,
+        FailurePolicy::Keep => SETTLE_LIMIT,
         // The guest is removed with its machine.
         FailurePolicy::Destroy => Duration::ZERO,
     };
@@ -135,7 +135,7 @@ pub(super) async fn run_step(
             biased;
             ended = machine.wait() => {
                 // The last output of the step may still be on its way.
-                let _ = timeout(LAST_WORDS, running).await;
+                let _ = timeout(OUTPUT_GRACE, running).await;
                 StepOutcome::from(ended.and_then(|exit| Err(guard::ended(&exit, &doing))))
             }
             outcome = &mut running => outcome,
@@ -152,7 +152,7 @@ pub(super) async fn run_step(
         }
         other => other,
     };
-    if !is_told {
+    if !is_reported {
         finished(result.is_ok(), exit.clone());
     }
     result.map_err(|error| StepFailure { error, exit })

@@ -30,7 +30,7 @@ pub(super) async fn keep(attempt: &Attempt) -> Result<KeptLab> {
         };
         let login = KeptLogin::new(&planned.name, &communicator.username, communicator.port, key);
         let identity = match &login.key {
-            Some(path) => word(&path.display().to_string()),
+            Some(path) => shell_word(&path.display().to_string()),
             None => "THE_KEY_OF_THE_MANIFEST".to_owned(),
         };
         if let Some(address) = defined.machine().reachable_at(communicator.port) {
@@ -40,20 +40,24 @@ pub(super) async fn keep(attempt: &Attempt) -> Result<KeptLab> {
                  -o UserKnownHostsFile=/dev/null -p {} {}@{}",
                 planned.name,
                 address.port(),
-                word(&login.username),
+                shell_word(&login.username),
                 address.ip(),
             ));
         } else if let Some(command) = defined.machine().proxy_command(communicator.port) {
             // OpenSSH expands tokens that begin with a percent sign (ssh_config(5)).
-            let proxy = word(&format!("ProxyCommand={}", command.replace('%', "%%")));
+            let proxy = shell_word(&format!("ProxyCommand={}", command.replace('%', "%%")));
             kept.access.push(format!(
                 "{0}: ssh -i {identity} -o IdentitiesOnly=yes -o StrictHostKeyChecking=no \
                  -o UserKnownHostsFile=/dev/null -o {proxy} {1}@{0}",
                 planned.name,
-                word(&login.username),
+                shell_word(&login.username),
             ));
         } else if login.key.is_some() {
-            kept.access.push(format!("{}: the key of {} is {identity}", planned.name, word(&login.username)));
+            kept.access.push(format!(
+                "{}: the key of {} is {identity}",
+                planned.name,
+                shell_word(&login.username)
+            ));
         }
         kept.logins.push(login);
     }
@@ -143,7 +147,7 @@ fn login_of(login: &KeptLogin, stored: Option<&[u8]>) -> Result<Option<Login>> {
 }
 
 /// Quotes a text as a single word of a POSIX shell.
-fn word(text: &str) -> String {
+fn shell_word(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
     if !text.is_empty() && text.chars().all(plain) {
         text.to_owned()
@@ -154,13 +158,13 @@ fn word(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::word;
+    use super::shell_word;
 
     #[test]
-    fn a_word_stays_one_word() {
-        assert_eq!(word("/tmp/a-b.key"), "/tmp/a-b.key");
-        assert_eq!(word("a b"), "'a b'");
-        assert_eq!(word("it's; rm"), r"'it'\''s; rm'");
-        assert_eq!(word(""), "''");
+    fn a_quoted_text_is_a_single_shell_word() {
+        assert_eq!(shell_word("/tmp/a-b.key"), "/tmp/a-b.key");
+        assert_eq!(shell_word("a b"), "'a b'");
+        assert_eq!(shell_word("it's; rm"), r"'it'\''s; rm'");
+        assert_eq!(shell_word(""), "''");
     }
 }

@@ -80,7 +80,7 @@ impl Deadline {
     pub(super) fn error(&self) -> Error {
         let message = format!("the build did not end within {}", human_duration(self.span));
         Error::new(ErrorKind::TimedOut, message)
-            .with_help("raise `timeout` of the manifest (it spans all attempts), or see in the timings what took so long")
+            .with_help("raise `timeout` in the manifest (it covers all attempts), or check the timings for what took so long")
             .with_retryable(false)
     }
 }
@@ -98,7 +98,7 @@ impl Drop for Hold {
 
 /// Whether a failed build is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum RetryDecision {
     /// Start this attempt, counted from 1.
     Again(u32),
     /// No further attempt.
@@ -106,9 +106,13 @@ pub(super) enum Verdict {
 }
 
 /// Decides what follows after attempt number `attempt` (from 1) failed, when up to `retries` may follow the first.
-pub(super) fn after_failure(attempt: u32, retries: u32, error: &Error, left: Duration) -> Verdict {
+pub(super) fn after_failure(attempt: u32, retries: u32, error: &Error, left: Duration) -> RetryDecision {
     let may = error.is_retryable() && error.kind() != ErrorKind::Cancelled && !left.is_zero();
-    if may && attempt <= retries { Verdict::Again(attempt.saturating_add(1)) } else { Verdict::GiveUp }
+    if may && attempt <= retries {
+        RetryDecision::Again(attempt.saturating_add(1))
+    } else {
+        RetryDecision::GiveUp
+    }
 }
 
 #[cfg(test)]
@@ -117,7 +121,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn the_limit_names_itself_and_the_field_to_raise() {
+    fn the_error_names_the_limit_and_the_field_to_raise() {
         let error = Deadline::new(Instant::now(), Duration::from_secs(1800)).error();
         assert_eq!(error.to_string(), "the build did not end within 30m");
         assert!(!error.is_retryable() && error.help().is_some_and(|help| help.contains("`timeout`")));
@@ -134,10 +138,10 @@ mod tests {
         }
 
         #[test]
-        fn a_build_is_tried_once_and_then_as_often_as_it_may(retries in 0u32..1000) {
+        fn a_build_is_retried_as_often_as_allowed(retries in 0u32..1000) {
             let error = Error::new(ErrorKind::MachineDied, "x");
             let mut attempt = 1;
-            while let Verdict::Again(next) = after_failure(attempt, retries, &error, Duration::from_secs(1)) {
+            while let RetryDecision::Again(next) = after_failure(attempt, retries, &error, Duration::from_secs(1)) {
                 prop_assert_eq!(next, attempt + 1);
                 attempt = next;
             }
@@ -146,7 +150,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_deadline_that_is_held_stands_still() {
+    async fn a_held_deadline_is_suspended() {
         let start = Instant::now();
         let deadline = Deadline::new(start, Duration::from_secs(100));
         let waiting = tokio::spawn({
@@ -168,9 +172,13 @@ mod tests {
     }
 
     #[test]
-    fn what_a_retry_cannot_help_is_not_retried() {
+    fn failures_that_a_retry_cannot_help_are_not_retried() {
         let give_up = |error: Error, left| {
-            assert_eq!(after_failure(1, 9, &error, Duration::from_secs(left)), Verdict::GiveUp, "{error:?}");
+            assert_eq!(
+                after_failure(1, 9, &error, Duration::from_secs(left)),
+                RetryDecision::GiveUp,
+                "{error:?}"
+            );
         };
         give_up(Error::new(ErrorKind::ChecksumMismatch, "x"), 1);
         give_up(Error::new(ErrorKind::Cancelled, "x").with_retryable(true), 1);

@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Returns what a locked build cannot promise to repeat, with the name of the VM: inputs are compared, a person's work is not.
-pub(super) fn beyond(plan: &Plan) -> Vec<(&str, String)> {
+pub(super) fn not_lockable(plan: &Plan) -> Vec<(&str, String)> {
     let by_hand = |vm: &PlannedMachine| {
         let steps = vm.steps.iter().enumerate();
         let by_hand = steps.filter(|(_, step)| matches!(step.action, StepAction::Handbuild { .. }));
@@ -15,7 +15,7 @@ pub(super) fn beyond(plan: &Plan) -> Vec<(&str, String)> {
         numbered.collect::<Vec<_>>()
     };
     let said = |step: String| {
-        format!("the inputs of this build are locked, but what a person does in step {step} is not")
+        format!("the inputs of this build are locked, but the manual work in step {step} is not")
     };
     let machines = plan.machines.iter();
     machines.flat_map(|vm| by_hand(vm).into_iter().map(move |step| (vm.name.as_str(), said(step)))).collect()
@@ -66,20 +66,21 @@ impl Lock {
                 format!("expected the {role} as in {name} ({then}), but found other bytes ({now})"),
             ),
             (Some(then), now) => {
-                let when = if now.is_none() { "came now" } else { "came then" };
+                let when = if now.is_none() { "were imported now" } else { "were imported then" };
                 let known = now.as_ref().or(then.as_ref());
-                let known = known.map_or("neither is known".to_owned(), |known| format!("known is {known}"));
+                let known = known
+                    .map_or("neither identity is known".to_owned(), |known| format!("only {known} is known"));
                 let message = format!(
                     "expected the {role} as in {name}, but it is not known which bytes {when} ({known})"
                 );
-                let help = "give it a `checksum`, or build without `locked`: this backend does not tell which bytes it imports";
+                let help = "add a `checksum`, or build without `locked`: this backend does not report which bytes it imports";
                 let error = Error::new(ErrorKind::Unsupported, message).with_help(help);
                 return Err(error.with_context("input", &input.url));
             }
         };
         Err(error
             .with_context("input", &input.url)
-            .with_help("put the earlier bytes back, or build without `locked` to accept the new ones"))
+            .with_help("restore the earlier content, or build without `locked` to accept the new content"))
     }
 }
 
@@ -100,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_not_vouched_for() {
+    fn unknown_content_is_not_vouched_for() {
         let of = |content| InputRecord::new(InputRole::source("web"), "http://a/x", content);
         let lock = |content| Lock { inputs: vec![of(content)], name: "module m".into() };
         let snapshot = || Content::identified(ContentId::Cluster("snapshot-1".to_owned()));
@@ -124,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn changed_bytes_are_named_and_moved_ones_are_not_changed() {
+    fn changed_content_is_named_but_a_moved_url_is_accepted() {
         let lock =
             Lock { inputs: vec![input("source of VM web", "http://a/x", b"1")], name: "module m".into() };
         assert!(lock.check(&input("source of VM web", "http://a/x", b"1")).is_ok());
@@ -136,8 +137,7 @@ mod tests {
             changed.report(),
             "input http://a/x: expected the source of VM web as in module m (sha256:\
              6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b), but found other bytes (sha256:\
-             d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35)\n  help: put the earlier bytes back, or \
-             build without `locked` to accept the new ones"
+             d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35)\n  help: restore the earlier content, or build without `locked` to accept the new content"
         );
         let new = lock.check(&input("file tool", "http://a/tool", b"1")).expect_err("unknown");
         assert_eq!(new.kind(), ErrorKind::InvalidInput);

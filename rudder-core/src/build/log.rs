@@ -153,7 +153,7 @@ mod tests {
     proptest! {
         /// Whatever is pushed, every reader sees every lasting event, in order, and knows exactly how many others it missed.
         #[test]
-        fn readers_see_what_lasts_and_count_what_passed(
+        fn readers_get_lasting_events_and_count_missed_ones(
             lasting in prop::collection::vec(any::<bool>(), 0..200),
             capacity in 1usize..20,
             from in 0u64..50,
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_ends_with_the_last_word_or_with_its_engine() {
+    async fn a_stream_ends_with_the_last_event_or_with_its_engine() {
         let log = Arc::new(Mutex::new(Log::new(BuildId::random(), 4)));
         let (pulse, seen) = watch::channel(());
         lock(&log).push(jiff::Timestamp::UNIX_EPOCH, None, passing(0));

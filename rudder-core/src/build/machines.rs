@@ -81,7 +81,8 @@ impl BuildMachine {
         self.login.as_ref().ok_or_else(|| {
             let message =
                 format!("expected a login for VM {}, but its lab was kept without one", self.name());
-            Error::new(ErrorKind::InvalidInput, message).with_help("give the author's key: `with_login`")
+            Error::new(ErrorKind::InvalidInput, message)
+                .with_help("provide the author's key with `with_login`")
         })
     }
 }

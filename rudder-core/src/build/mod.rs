@@ -221,7 +221,7 @@ impl Build {
         let shared = Arc::new(Shared { id, pauses: Arc::default(), machines: Arc::default() });
         let ended = canceller.ended.clone().drop_guard();
         if let Err(error) = crate::runtime::check() {
-            let _ = tell.send(Err(engine::unable(&self, &shared, &sink, error)));
+            let _ = tell.send(Err(engine::cannot_start(&self, &shared, &sink, error)));
             return BuildHandle { log, pulse, canceller, shared, outcome };
         }
         let span = tracing::info_span!("build", id = %shared.id, name = %self.plan.name, backend = self.backend.name());

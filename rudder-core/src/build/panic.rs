@@ -10,13 +10,13 @@ use tokio::{
 };
 
 /// How long the report of a panic must stand without a restart: a kernel that restarts itself announces that right after it.
-const STANDS: Duration = Duration::from_secs(2);
+const RESTART_WAIT: Duration = Duration::from_secs(2);
 /// How many bytes of a line are kept.
-const LINE: usize = 4096;
+const MAX_LINE: usize = 4096;
 /// The message of a Linux panic (`panic()` in kernel/panic.c).
-const SIGN: &str = "Kernel panic - not syncing";
+const PANIC_MESSAGE: &str = "Kernel panic - not syncing";
 /// The message of Linux before it restarts itself, in which case the guest may well recover.
-const RESTART: &str = "Rebooting in";
+const RESTART_MESSAGE: &str = "Rebooting in";
 
 /// Waits until the guest's kernel has panicked, and returns the error; `doing` ends the sentence "… while". Waits forever if the
 /// machine has no serial console.
@@ -26,11 +26,11 @@ pub(super) async fn panicked(machine: &Arc<dyn Machine>, doing: &str) -> Error {
         if let Some(line) = panic_in(log.stream).await {
             let message = format!("the guest's kernel panicked while {doing}: {line}");
             return Error::new(ErrorKind::MachineDied, message).with_help(
-                "the end of the serial console says where; on a host under load, another try may help",
+                "check the end of the serial console; on a host under load, another attempt may help",
             );
         }
         // The machine has ended, or the connection broke.
-        sleep(STANDS).await;
+        sleep(RESTART_WAIT).await;
     }
 }
 
@@ -41,13 +41,13 @@ async fn panic_in(mut console: impl AsyncRead + Unpin) -> Option<String> {
     loop {
         let read = match &found {
             None => console.read(&mut piece).await,
-            Some((line, since)) => match timeout_at(*since + STANDS, console.read(&mut piece)).await {
+            Some((line, since)) => match timeout_at(*since + RESTART_WAIT, console.read(&mut piece)).await {
                 Ok(read) => read,
                 Err(_) => return Some(line.clone()),
             },
         };
         match read {
-            Ok(count @ 1..) => panics.take_in(&piece[..count]),
+            Ok(count @ 1..) => panics.push(&piece[..count]),
             _ => return None,
         }
         found = panics.last.clone().map(|line| match found.take() {
@@ -67,15 +67,15 @@ struct Panics {
 }
 
 impl Panics {
-    fn take_in(&mut self, bytes: &[u8]) {
+    fn push(&mut self, bytes: &[u8]) {
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let room = LINE - self.line.len();
+            let room = MAX_LINE - self.line.len();
             self.line.extend_from_slice(&piece[..piece.len().min(room)]);
             if piece.ends_with(b"\n") {
                 for line in plain_lines(&std::mem::take(&mut self.line)) {
-                    if line.contains(RESTART) {
+                    if line.contains(RESTART_MESSAGE) {
                         self.last = None;
-                    } else if line.contains(SIGN) && !line.contains("end Kernel panic") {
+                    } else if line.contains(PANIC_MESSAGE) && !line.contains("end Kernel panic") {
                         self.last = Some(line);
                     }
                 }
@@ -90,37 +90,37 @@ mod tests {
     use tokio::io::AsyncWriteExt as _;
 
     #[tokio::test(start_paused = true)]
-    async fn a_panic_is_reported_once_it_stands_however_much_follows_it() {
+    async fn a_panic_is_reported_regardless_of_later_output() {
         let line = "Kernel panic - not syncing: VFS";
         let (mut guest, console) = tokio::io::duplex(1 << 10);
-        let chat = async {
+        let noise = async {
             let _ = guest.write_all(format!("booting\r\n{line}\r\n").as_bytes()).await;
             loop {
-                sleep(STANDS / 4).await;
+                sleep(RESTART_WAIT / 4).await;
                 if guest.write_all(b"rcu: stalled\r\n").await.is_err() {
                     std::future::pending::<()>().await;
                 }
             }
         };
-        let told = tokio::select! { told = panic_in(console) => told, () = chat => None };
-        assert_eq!(told.as_deref(), Some(line));
+        let reported = tokio::select! { reported = panic_in(console) => reported, () = noise => None };
+        assert_eq!(reported.as_deref(), Some(line));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_kernel_that_restarts_itself_and_a_console_that_ends_are_no_panic() {
+    async fn a_restarting_kernel_and_an_ended_console_are_not_reported() {
         let (mut guest, console) = tokio::io::duplex(1 << 10);
-        let speak = async move {
+        let print = async move {
             let _ = guest.write_all(b"Kernel panic - not syncing: VFS\r\n").await;
-            sleep(STANDS / 2).await;
+            sleep(RESTART_WAIT / 2).await;
             let _ = guest.write_all(b"Rebooting in 10 seconds..\r\n").await;
-            sleep(STANDS * 4).await;
+            sleep(RESTART_WAIT * 4).await;
         };
-        let (told, ()) = tokio::join!(panic_in(console), speak);
-        assert_eq!(told, None);
+        let (reported, ()) = tokio::join!(panic_in(console), print);
+        assert_eq!(reported, None);
     }
 
     #[test]
-    fn a_panic_is_one_unless_the_kernel_restarts_itself() {
+    fn a_panic_counts_unless_the_kernel_restarts_itself() {
         let panic = "[    0.004000] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n[    0.1] Call Trace:\r\n";
         let end = "[    0.2] ---[ end Kernel panic - not syncing: VFS: Unable to mount root fs ]---\r\n";
         let line = "[    0.004000] Kernel panic - not syncing: VFS: Unable to mount root fs";
@@ -128,7 +128,7 @@ mod tests {
         for size in [usize::MAX, 1] {
             let panic_line = |console: &[u8]| {
                 let mut panics = Panics::default();
-                console.chunks(size).for_each(|piece| panics.take_in(piece));
+                console.chunks(size).for_each(|piece| panics.push(piece));
                 panics.last
             };
             assert_eq!(panic_line(format!("{panic}{end}").as_bytes()).as_deref(), Some(line));

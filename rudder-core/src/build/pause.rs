@@ -63,7 +63,7 @@ impl Pauses {
     pub(super) fn resume(&self, vm: &str) -> Result<()> {
         let mut pauses = lock(&self.0);
         let Some(place) = pauses.iter().position(|(paused, _)| paused.vm() == vm) else {
-            let message = format!("expected VM {vm} to wait for a person, but it does not");
+            let message = format!("expected VM {vm} to be paused for a person, but it is not");
             return Err(Error::new(ErrorKind::Conflict, message));
         };
         pauses.remove(place).1.cancel();

@@ -280,7 +280,7 @@ impl Provisioned {
                 biased;
                 exit = machine.wait() => return exit,
                 error = guest_session::power_off(&session) => {
-                    tracing::debug!(vm = vm.name(), %error, "the guest cannot be switched off from within");
+                    tracing::debug!(vm = vm.name(), %error, "the guest cannot be powered off from within");
                 }
                 () = sleep(limit / 2) => {}
             }

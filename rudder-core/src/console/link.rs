@@ -247,7 +247,7 @@ fn publish(shown: &mut Framebuffer, drawn: &Framebuffer, update: &rfb::Update) -
     changed
 }
 
-/// Sends orders and requests, until no sender is left or the connection ends.
+/// Sends commands and requests, until no sender is left or the connection ends.
 async fn write(
     mut stream: WriteHalf<BoxedStream>,
     preferred: DisplayEncoding,

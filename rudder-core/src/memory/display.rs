@@ -105,7 +105,7 @@ impl Terminal {
                 state.queue.push_back((down, keysym));
                 if !state.taking {
                     state.taking = true;
-                    tokio::spawn(self.clone().take_slowly(interval, power.clone()));
+                    tokio::spawn(self.clone().process_keys(interval, power.clone()));
                 }
             }
         }
@@ -117,7 +117,7 @@ impl Terminal {
         breaks
     }
 
-    async fn take_slowly(self: Arc<Self>, interval: Duration, power: CancellationToken) {
+    async fn process_keys(self: Arc<Self>, interval: Duration, power: CancellationToken) {
         loop {
             tokio::select! {
                 () = tokio::time::sleep(interval) => {}
@@ -323,17 +323,17 @@ async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Reque
             stream.read_u16().await?;
             Request::Key { down, keysym: stream.read_u32().await? }
         }
-        5 => pass_over(stream, 5).await?,
+        5 => skip(stream, 5).await?,
         6 => {
             stream.read_exact(&mut [0; 3]).await?;
             let length = stream.read_u32().await?;
-            pass_over(stream, u64::from(length)).await?
+            skip(stream, u64::from(length)).await?
         }
         _ => return Err(io::ErrorKind::InvalidData.into()),
     })
 }
 
-async fn pass_over(stream: &mut (impl AsyncRead + Unpin), bytes: u64) -> io::Result<Request> {
+async fn skip(stream: &mut (impl AsyncRead + Unpin), bytes: u64) -> io::Result<Request> {
     tokio::io::copy(&mut stream.take(bytes), &mut tokio::io::sink()).await?;
     Ok(Request::None)
 }

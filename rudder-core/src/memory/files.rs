@@ -185,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_are_made_normal() {
+    fn paths_are_normalised() {
         assert_eq!(normal("a/../b//c/.", "web"), "/home/web/b/c");
         assert_eq!(normal("/../..", "root"), "/");
         assert_eq!(parent("/a"), "/");
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_empty_is_removed_and_only_by_those_who_may() {
+    fn only_empty_directories_are_removed_and_only_with_permission() {
         let mut tree = FileTree::of_a_system();
         tree.put("/srv/a/b", Vec::new(), 0o600);
         assert_eq!(tree.remove("/srv/a", "root"), Err(Refusal::Unfit));

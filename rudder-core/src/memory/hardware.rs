@@ -14,7 +14,7 @@ fn lines<T>(of: impl IntoIterator<Item = T>, line: impl Fn(T) -> String) -> Vec<
 }
 
 /// Returns the description of the hardware at a path, if the path is one of those.
-fn told(spec: &MachineSpec, path: &str) -> Option<Vec<u8>> {
+fn reported(spec: &MachineSpec, path: &str) -> Option<Vec<u8>> {
     let bytes = match path {
         "/proc/cpuinfo" => lines(0..spec.cpus, |number| format!("processor\t: {number}\n\n")),
         "/proc/meminfo" => format!("MemTotal: {} kB\n", spec.memory >> 10).into_bytes(),
@@ -39,7 +39,7 @@ impl MachineCore {
             let volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
             Some(volumes.get(volume)?.files.read(path)?.iter().take(limit).copied().collect())
         };
-        on_a_volume().or_else(|| told(&self.spec, path))
+        on_a_volume().or_else(|| reported(&self.spec, path))
     }
 
     /// Writes a file or a device.

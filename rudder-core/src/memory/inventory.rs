@@ -70,7 +70,7 @@ impl MemoryBackend {
             inventory.labs.push(match record {
                 LabRecord::Owned(_) => id.to_string(),
                 LabRecord::Kept(_) => format!("{id} (kept)"),
-                LabRecord::Orphaned(_) => format!("{id} (its owner is gone)"),
+                LabRecord::Orphaned(_) => format!("{id} (its owner has ended)"),
             });
             for machine in record.core().iter().flat_map(|core| core.machines()) {
                 if machine.is_running() {

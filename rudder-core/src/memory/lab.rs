@@ -193,7 +193,7 @@ impl LabCore {
         let missing = |message: String| Error::new(ErrorKind::NotFound, message).with_context("module", name);
         let kept =
             self.shared.module(name).filter(|kept| kept.module.digest == *digest).ok_or_else(|| {
-                missing(format!("expected module {name} ({}), but it is not here", digest.short()))
+                missing(format!("expected module {name} ({}), but it does not exist", digest.short()))
             })?;
         let machine = kept.module.machines.iter().find(|machine| machine.name == *vm);
         let machine = machine
@@ -203,7 +203,7 @@ impl LabCore {
             None => machine.disks.first(),
         };
         let disk =
-            disk.ok_or_else(|| missing(format!("expected VM {vm} to have the disk, but it has not")))?;
+            disk.ok_or_else(|| missing(format!("expected VM {vm} to have the disk, but it does not")))?;
         let files = kept.disks.get(&disk.file).map(|files| (**files).clone()).unwrap_or_default();
         self.state().parents.insert(name.clone());
         let virtual_size = large_enough(request, disk.virtual_size)?;
@@ -241,7 +241,7 @@ fn large_enough(request: &ImportRequest, source: u64) -> Result<u64> {
         Some(size) if size < source => Err(Error::new(
             ErrorKind::InvalidInput,
             format!(
-                "expected disk {} to hold the image of {source} bytes, but its size is {size}",
+                "expected disk {} to be large enough for the image of {source} bytes, but its size is {size}",
                 request.disk
             ),
         )
@@ -263,7 +263,7 @@ impl Drop for MemoryLab {
             (state.over, state.kept)
         };
         if !over && !kept {
-            self.core.end("its owner is gone");
+            self.core.end("its owner has ended");
             self.core.shared.orphan(&self.core);
         }
     }
@@ -282,7 +282,7 @@ impl Lab for MemoryLab {
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
         self.core.shared.check(Operation::Import)?;
         self.core.check_alive()?;
-        let progress = &self.core.shared.as_told(progress);
+        let progress = &self.core.shared.visible_progress(progress);
         let imported = match &request.source {
             _ if request.kind == VolumeKind::Cdrom => self.core.import_cdrom(request, progress).await,
             PlannedSource::Url(url) => self.core.import_url(request, url, progress).await,
@@ -294,7 +294,7 @@ impl Lab for MemoryLab {
                 let files = FileTree::of_a_system();
                 Ok(Imported { volume: self.core.add_volume(request, files, size), input: None })
             }
-            _ => Err(Error::new(ErrorKind::Unsupported, "the backend memory has no such source")),
+            _ => Err(Error::new(ErrorKind::Unsupported, "the memory backend does not support this source")),
         };
         // It may have been destroyed during the transfer.
         self.core.check_alive()?;
@@ -377,7 +377,8 @@ impl Lab for MemoryLab {
         self.core.shared.check(Operation::Keep)?;
         self.core.check_alive()?;
         if self.core.retention == Retention::EndWithOwner {
-            let message = format!("lab {} ends with its owner: it was not opened to be kept", self.core.id);
+            let message =
+                format!("lab {} ends with its owner, since it was not opened to be kept", self.core.id);
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         let mut state = self.core.state();

@@ -41,7 +41,7 @@ const SERIAL_LIMIT: usize = 1 << 20;
 const BANNER: &[u8] = b"Booting in memory\n";
 /// Time from a request to power off or reboot until it happens: long enough for the requesting command to report its
 /// exit code, as on a real system.
-const SOON: Duration = Duration::from_millis(5);
+const COMMAND_GRACE: Duration = Duration::from_millis(5);
 
 /// The state of a machine's life cycle.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -245,16 +245,20 @@ impl MachineCore {
             return;
         }
         let cause = boot.guest.faults.dies_in_shutdown;
-        self.later(boot.guest.shutdown_delay.unwrap_or(SOON), boot.power, move |machine| match cause {
-            Some(cause) => machine.die(cause),
-            None => machine.end(Exit::PoweredOff),
-        });
+        self.later(
+            boot.guest.shutdown_delay.unwrap_or(COMMAND_GRACE),
+            boot.power,
+            move |machine| match cause {
+                Some(cause) => machine.die(cause),
+                None => machine.end(Exit::PoweredOff),
+            },
+        );
     }
 
     /// Handles a request to reboot: the SSH server continues for a while, then all connections are cut.
     pub(super) fn begin_reboot(self: &Arc<Self>) {
         let Some(old) = self.boot() else { return };
-        let linger = old.guest.reboot_linger.unwrap_or(SOON);
+        let linger = old.guest.reboot_linger.unwrap_or(COMMAND_GRACE);
         self.later(linger, old.token.clone(), move |machine| {
             match machine.new_boot(old.guest.clone(), old.terminal.clone(), &old.power) {
                 Ok(new) => {
@@ -289,7 +293,7 @@ impl MachineCore {
 
 fn new_host_key() -> Result<PrivateKey> {
     PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)
-        .map_err(|error| Error::new(ErrorKind::Internal, "cannot make a host key").with_source(error))
+        .map_err(|error| Error::new(ErrorKind::Internal, "cannot generate a host key").with_source(error))
 }
 
 /// A machine of a [`MemoryBackend`](super::MemoryBackend).
@@ -317,7 +321,7 @@ impl Machine for MemoryMachine {
 
     async fn stop(&self, how: Stop) -> Result<Exit> {
         match how {
-            Stop::Kill => self.core.end(Exit::Killed { why: "was told to".into() }),
+            Stop::Kill => self.core.end(Exit::Killed { why: "on request".into() }),
             Stop::Graceful { limit } => {
                 self.core.begin_power_off();
                 if tokio::time::timeout(limit, self.core.ended()).await.is_err() {
@@ -336,7 +340,8 @@ impl Machine for MemoryMachine {
             error(ErrorKind::Conflict, format!("expected VM {name} to run, but it does not"))
         })?;
         if !self.core.spec.ports.contains(&port) {
-            let message = format!("expected one of the ports that VM {name} was made with, but found {port}");
+            let message =
+                format!("expected one of the ports that VM {name} was created with, but found {port}");
             return Err(error(ErrorKind::InvalidInput, message));
         }
         let is_ssh = self.core.spec.ports.first() == Some(&port);
@@ -365,7 +370,7 @@ impl Machine for MemoryMachine {
         if !boot.terminal.is_there() {
             return Err(Error::new(
                 ErrorKind::NotFound,
-                format!("the display of VM {} is gone", self.name()),
+                format!("the display of VM {} has ended", self.name()),
             ));
         }
         let (near, far) = tokio::io::duplex(64 << 10);
@@ -412,16 +417,15 @@ impl Machine for MemoryMachine {
         let spec = self.core.spec.disks.iter().find(|spec| spec.name == disk).ok_or_else(|| {
             Error::new(
                 ErrorKind::NotFound,
-                format!("expected VM {} to have a disk {disk}, but it has not", self.name()),
+                format!("expected VM {} to have a disk {disk}, but it does not", self.name()),
             )
         })?;
         let files = {
             let volumes = self.core.volumes.lock().unwrap_or_else(PoisonError::into_inner);
             volumes.get(&spec.volume.id).map(|volume| volume.files.clone()).unwrap_or_default()
         };
-        let bytes = serde_json::to_vec(&files).map_err(|error| {
-            Error::new(ErrorKind::Internal, "cannot write a disk down").with_source(error)
-        })?;
+        let bytes = serde_json::to_vec(&files)
+            .map_err(|error| Error::new(ErrorKind::Internal, "cannot encode a disk").with_source(error))?;
         let (sha256, size) = (Digest::of(&bytes), bytes.len() as u64);
         let file = format!("{sha256}.json");
         let content = match self.core.shared.is_remote() {
@@ -454,5 +458,5 @@ impl Machine for MemoryMachine {
 }
 
 fn unsupported(capability: Capability) -> Error {
-    Error::new(ErrorKind::Unsupported, format!("the backend memory has no {capability}"))
+    Error::new(ErrorKind::Unsupported, format!("the memory backend does not support {capability}"))
 }

@@ -287,7 +287,7 @@ impl Shared {
     }
 
     /// Progress as this backend reports it: a remote backend does not know the total.
-    fn as_told(&self, progress: &Progress) -> Progress {
+    fn visible_progress(&self, progress: &Progress) -> Progress {
         let progress = progress.clone();
         match self.is_remote() {
             false => progress,
@@ -389,7 +389,7 @@ impl Backend for MemoryBackend {
             what: "memory".into(),
             present: true,
             required: true,
-            detail: "machines are scripted in this process; nothing boots".into(),
+            detail: "machines are simulated in this process; nothing boots".into(),
             help: None,
         };
         Ok(HostReport { findings: vec![finding] })
@@ -457,7 +457,7 @@ impl Backend for MemoryBackend {
         }
         let user = registry.labs.iter().find(|(_, lab)| lab.core().is_some_and(|core| core.builds_on(name)));
         if let Some((id, _)) = user {
-            let message = format!("expected nobody to use module {name}, but lab {id} builds on it");
+            let message = format!("expected module {name} to be unused, but lab {id} uses it");
             return Err(Error::new(ErrorKind::Conflict, message));
         }
         if let Some(root) = root {
@@ -473,7 +473,7 @@ impl Backend for MemoryBackend {
         let core = match registry.labs.get(id) {
             Some(LabRecord::Kept(core)) => core.clone(),
             Some(LabRecord::Owned(_)) => {
-                let message = format!("expected nobody to work in lab {id}, but its owner lives");
+                let message = format!("expected lab {id} to have no owner, but its owner is running");
                 return Err(Error::new(ErrorKind::Conflict, message));
             }
             Some(LabRecord::Orphaned(_)) | None => return Err(no_lab(id)),

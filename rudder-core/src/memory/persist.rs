@@ -82,7 +82,7 @@ pub(super) fn load(root: &Path) -> Result<Found> {
 fn load_one(directory: &Path, record: &Path, name: &str) -> Result<Kept> {
     let mut module = Module::from_record(record, &read(record)?)?;
     if module.name != name {
-        return Err(Module::damaged(record, &format!("it is that of module {}", module.name)));
+        return Err(Module::damaged(record, &format!("it is the record of module {}", module.name)));
     }
     let mut disks = HashMap::new();
     for disk in module.machines.iter().flat_map(|machine| &machine.disks) {
@@ -93,7 +93,7 @@ fn load_one(directory: &Path, record: &Path, name: &str) -> Result<Kept> {
             return Err(Error::new(ErrorKind::ChecksumMismatch, message).with_help(Module::REPAIR));
         }
         let files: FileTree = serde_json::from_slice(&bytes)
-            .map_err(|error| Module::damaged(&path, "it is no disk").with_source(error))?;
+            .map_err(|error| Module::damaged(&path, "it is not a disk").with_source(error))?;
         disks.insert(disk.file.clone(), Arc::new(files));
     }
     module.path = Some(record.to_owned());
@@ -129,7 +129,7 @@ fn json(files: &FileTree) -> Result<Vec<u8>> {
 }
 
 fn internal(error: serde_json::Error) -> Error {
-    Error::new(ErrorKind::Internal, "cannot write a module down").with_source(error)
+    Error::new(ErrorKind::Internal, "cannot encode a module").with_source(error)
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
@@ -145,7 +145,7 @@ fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
 fn read(path: &Path) -> Result<Vec<u8>> {
     // A FIFO would block its reader.
     let read = match fs::symlink_metadata(path) {
-        Ok(meta) if !meta.is_file() => Err(io::Error::other("it is no regular file")),
+        Ok(meta) if !meta.is_file() => Err(io::Error::other("it is not a regular file")),
         Ok(_) => fs::read(path),
         Err(error) => Err(error),
     };
@@ -156,7 +156,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 fn make_directory(path: &Path) -> Result<()> {
     match create_private_directory(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => expect_directory(path),
-        other => other.map_err(|error| Error::io(format!("make {}", path.display()), error)),
+        other => other.map_err(|error| Error::io(format!("create {}", path.display()), error)),
     }
 }
 

@@ -208,7 +208,7 @@ impl Exec {
             }
             std::future::pending().await
         };
-        let play = async {
+        let perform = async {
             let mut code = 0;
             for act in acts {
                 match act {
@@ -247,7 +247,7 @@ impl Exec {
             writer.exit_status(code).await
         };
         let played: Result<(), russh::Error> = tokio::select! {
-            played = play => played,
+            played = perform => played,
             ended = ended => {
                 if let Some(name) = ended {
                     self.signal(id, name).await;

@@ -93,7 +93,7 @@ impl Rig {
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_known_keys_and_passwords_get_in() {
+async fn only_known_keys_and_passwords_are_accepted() {
     let rig = started(|guest| guest.password("root", "right")).await;
     rig.login().await;
     let with = |password: Option<&str>| {
@@ -122,7 +122,7 @@ impl client::Handler for Anyone {
 }
 
 #[tokio::test]
-async fn other_ssh_clients_get_the_same_answers() {
+async fn other_ssh_clients_get_the_same_responses() {
     let rig = started(|guest| guest.password("me", "right").on("id", Response::ok("me\n").exit(3))).await;
     let stream = rig.machine.dial(SSH).await.unwrap();
     let mut client = client::connect_stream(Arc::default(), stream, Anyone).await.unwrap();
@@ -143,7 +143,7 @@ async fn other_ssh_clients_get_the_same_answers() {
 }
 
 #[tokio::test]
-async fn the_first_rule_that_matches_answers() {
+async fn the_first_matching_rule_responds() {
     let rig = started(|guest| {
         guest
             .on("apt-get", Response::ok("one\n").stderr("two\n").exit(3).times(1))
@@ -212,7 +212,7 @@ async fn files_are_uploaded_with_and_without_sftp() {
 }
 
 #[tokio::test]
-async fn a_guest_shows_its_hardware() {
+async fn a_guest_reports_its_hardware() {
     let rig = started(|guest| {
         guest
             .on("write", Response::ok("").writes("/dev/ttyS0", "on the console\n"))
@@ -263,7 +263,7 @@ async fn a_reboot_changes_the_boot_identity_and_keeps_the_files() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_is_switched_off_in_every_way() {
+async fn a_guest_can_be_powered_off_in_every_way() {
     let rig = started(|guest| guest).await;
     for command in ["sudo poweroff", "shutdown -h now"] {
         assert_eq!(run(&rig.login().await, command).await.0, 0);
@@ -322,7 +322,7 @@ async fn publish(rig: &Rig) -> crate::module::Module {
 }
 
 #[tokio::test]
-async fn a_child_sees_the_files_of_its_parent() {
+async fn a_child_has_the_files_of_its_parent() {
     let directory = tempfile::tempdir().unwrap();
     let backend = MemoryBackend::new()
         .store(directory.path())
@@ -358,7 +358,7 @@ async fn a_child_sees_the_files_of_its_parent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn imports_fail_as_they_are_told() {
+async fn imports_fail_as_requested() {
     let url = "https://images.example/a.qcow2";
     let fault = Fault::new(ErrorKind::Download, "expected status 200, but found 404").times(1);
     let backend = MemoryBackend::new()
@@ -382,7 +382,7 @@ async fn imports_fail_as_they_are_told() {
 }
 
 #[tokio::test]
-async fn fetched_files_are_gone_once_nobody_holds_them() {
+async fn fetched_files_are_removed_once_they_are_unused() {
     let url: url::Url = "https://files.example/app.tar".parse().unwrap();
     let backend = MemoryBackend::new().source(url.as_str(), |source| source.contents("bytes"));
     let wanted = PlannedUrl { url, sha256: Some(Digest::of(b"bytes")) };

@@ -96,7 +96,7 @@ pub struct GuestImage {
     pub serial_says: Option<String>,
     /// A command that prints a line for each NIC: its hardware address, a space, and its location. Locations, compared
     /// as text, are in the order of slots. The default is for Linux with `sysfs`.
-    pub cards: String,
+    pub nics: String,
     /// The file of the guest's screen: a line that is written to it appears on the display. With `None`, the test that
     /// the display belongs to the guest is skipped. The default is the first virtual console of Linux.
     pub screen: Option<String>,
@@ -126,7 +126,7 @@ impl GuestImage {
             screen: Some("/dev/tty1".to_owned()),
             boot_command: None,
             large: 16 << 20,
-            cards: "cd /sys/class/net && for c in e*; do echo \"$(cat $c/address) $(readlink -f $c/device)\"; done"
+            nics: "cd /sys/class/net && for c in e*; do echo \"$(cat $c/address) $(readlink -f $c/device)\"; done"
                 .to_owned(),
             data_disks: ["/dev/vdb", "/dev/vdc"].map(str::to_owned).to_vec(),
         }

@@ -1,9 +1,9 @@
 //! Whole builds: a manifest becomes a module, by every kind of step; a build that fails or is cancelled leaves nothing.
 
 use super::{
-    NotPassed, Rig, Verdict,
+    NotPassed, Rig, TestResult,
     modules::whole,
-    verdict::{During as _, ensure, fail, same},
+    test_result::{During as _, ensure, expect_equal, fail},
 };
 use crate::{
     ErrorKind,
@@ -18,14 +18,14 @@ use serde_json::{Value, json};
 /// The name of the builds.
 const NAME: &str = "suite";
 /// A text with characters that are special in shells, in YAML, and on command lines.
-const ODD: &str = "it's \"quoted\", a,b=c; $HOME `id` $(id) \\ %s é 🦀 <x>&amp; #not: a comment";
+const UNUSUAL_TEXT: &str = "it's \"quoted\", a,b=c; $HOME `id` $(id) \\ %s é 🦀 <x>&amp; #not: a comment";
 
 /// Returns a manifest of one VM with the adapter's guest, and these steps.
-fn manifest(rig: &Rig, source: &PlannedUrl, steps: &Value) -> Verdict<Value> {
+fn manifest(rig: &Rig, source: &PlannedUrl, steps: &Value) -> TestResult<Value> {
     let image = rig.image()?;
     Ok(json!({
         "name": NAME,
-        "files": [{"name": "odd.txt", "inline": format!("{ODD}\n")}],
+        "files": [{"name": "odd.txt", "inline": format!("{UNUSUAL_TEXT}\n")}],
         "vms": [{
             "name": "web",
             "source": {"url": source.url},
@@ -48,15 +48,15 @@ struct Ended {
 
 impl Ended {
     /// Returns the module, which must exist and be complete.
-    async fn module(&self, rig: &Rig) -> Verdict<&Module> {
+    async fn module(&self, rig: &Rig) -> TestResult<&Module> {
         let module = match &self.outcome {
             Ok(module) => module,
             Err(failure) => fail!("build: expected a module, but found {}", failure.error.report()),
         };
-        same(&module.name.as_str(), &NAME, "the name of the module")?;
-        same(&module.provenance.manifest, &self.manifest, "the manifest in the provenance")?;
+        expect_equal(&module.name.as_str(), &NAME, "the name of the module")?;
+        expect_equal(&module.provenance.manifest, &self.manifest, "the manifest in the provenance")?;
         let modules = rig.backend().modules().await.during("list modules")?;
-        same(&modules, &vec![module.clone()], "the modules after the build")?;
+        expect_equal(&modules, &vec![module.clone()], "the modules after the build")?;
         whole(module).await?;
         Ok(module)
     }
@@ -77,8 +77,8 @@ impl Ended {
 async fn build(
     rig: &Rig,
     manifest: &Value,
-    mut react: impl FnMut(&Event, &BuildHandle) -> Verdict,
-) -> Verdict<Ended> {
+    mut react: impl FnMut(&Event, &BuildHandle) -> TestResult,
+) -> TestResult<Ended> {
     let manifest = manifest.to_string();
     let backend = rig.shared_backend();
     let context = PlanContext::new(backend.capabilities());
@@ -95,7 +95,7 @@ async fn build(
 
 /// A manifest becomes a module: shell, file and reboot steps run, and if there is a display, also a boot command and
 /// a step performed by a person; special characters arrive in the guest unchanged.
-pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
+pub async fn a_build_runs_every_kind_of_step(rig: &Rig) -> TestResult {
     let image = rig.image()?;
     // A person works at the display.
     let by_hand = Capabilities::engine().has(Capability::HandbuildStep)
@@ -103,7 +103,7 @@ pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
     let mut steps = vec![
         json!({"type": "shell", "name": "say", "shell": {
             "inline": ["echo \"$ODD\"", "echo before >/srv/before"],
-            "env": {"ODD": ODD},
+            "env": {"ODD": UNUSUAL_TEXT},
         }}),
         json!({"type": "file", "name": "put", "file": {
             "fileRef": "odd.txt", "destination": "/srv/deep er/it's \"odd\", é.txt",
@@ -114,7 +114,9 @@ pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
         }}),
     ];
     if by_hand {
-        steps.push(json!({"type": "handbuild", "name": "by hand", "handbuild": {"instructions": ODD}}));
+        steps.push(
+            json!({"type": "handbuild", "name": "by hand", "handbuild": {"instructions": UNUSUAL_TEXT}}),
+        );
     }
     let typed = image.boot_command.filter(|_| rig.backend().capabilities().has(Capability::Display));
     if typed.is_some() {
@@ -129,49 +131,49 @@ pub async fn a_build_makes_every_kind_of_step(rig: &Rig) -> Verdict {
     let mut paused = 0;
     let ended = build(rig, &manifest, |event, handle| {
         if let EventKind::Paused { instructions, .. } = &event.kind {
-            same(&instructions.as_str(), &ODD, "the instructions of a step of a person")?;
+            expect_equal(&instructions.as_str(), &UNUSUAL_TEXT, "the instructions of a step of a person")?;
             paused += 1;
-            handle.resume("web").during("go on after a step of a person")?;
+            handle.resume("web").during("resume after a step of a person")?;
         }
         Ok(())
     })
     .await?;
     let module = ended.module(rig).await?;
     let lines = ended.lines();
-    let odd = lines.iter().filter(|line| **line == ODD).count();
-    ensure!(odd == 2, "expected {ODD:?} twice in the output of the steps, but found {lines:?}");
-    ensure!(lines.contains(&"before"), "expected what was there before the reboot, but found {lines:?}");
+    let unusual = lines.iter().filter(|line| **line == UNUSUAL_TEXT).count();
+    ensure!(unusual == 2, "expected {UNUSUAL_TEXT:?} twice in the output of the steps, but found {lines:?}");
+    ensure!(lines.contains(&"before"), "expected what existed before the reboot, but found {lines:?}");
     ensure!(
         typed.is_none() || lines.contains(&"typed on the screen"),
         "expected what was typed on the screen to have been done, but found {lines:?}"
     );
     let good = |event: &&Event| matches!(event.kind, EventKind::StepFinished { success: true, .. });
     let made = ended.events.iter().filter(good).count();
-    same(&made, &wanted, "how many steps were made")?;
-    same(&paused, &usize::from(by_hand), "how often a person was waited for")?;
-    same(&module.machines[0].disks[0].name.as_str(), &"root", "the disk of the module")?;
+    expect_equal(&made, &wanted, "the number of steps")?;
+    expect_equal(&paused, &usize::from(by_hand), "the number of pauses for a person")?;
+    expect_equal(&module.machines[0].disks[0].name.as_str(), &"root", "the disk of the module")?;
     rig.backend().remove_module(NAME).await.during("remove the module")
 }
 
 /// A build that cannot succeed reports why, and leaves nothing.
-pub async fn a_failed_build_leaves_nothing(rig: &Rig) -> Verdict {
+pub async fn a_failed_build_leaves_nothing_behind(rig: &Rig) -> TestResult {
     let Some(bad) = rig.adapter().bad_images() else {
         return Err(NotPassed::Skipped("the adapter knows no bad images".to_owned()));
     };
     let source = PlannedUrl { url: bad.broken, sha256: None };
     let ended = build(rig, &manifest(rig, &source, &json!([]))?, |_, _| Ok(())).await?;
     match ended.outcome {
-        Ok(module) => fail!("expected a broken image to fail the build, but found {module:?}"),
+        Ok(module) => fail!("expected an invalid image to fail the build, but found {module:?}"),
         Err(failure) => {
-            same(&failure.error.kind(), &ErrorKind::InvalidImage, "why the build failed")?;
-            same(&failure.report.vm.as_deref(), &Some("web"), "the VM it failed for")?;
+            expect_equal(&failure.error.kind(), &ErrorKind::InvalidImage, "why the build failed")?;
+            expect_equal(&failure.report.vm.as_deref(), &Some("web"), "the VM it failed for")?;
         }
     }
     rig.expect_nothing_left("after a build failed").await
 }
 
 /// A build that is cancelled while its machine boots ends, and leaves nothing.
-pub async fn a_cancelled_build_leaves_nothing(rig: &Rig) -> Verdict {
+pub async fn a_cancelled_build_leaves_nothing_behind(rig: &Rig) -> TestResult {
     let image = rig.image()?;
     let manifest = manifest(rig, &image.image, &json!([{"type": "reboot"}]))?;
     let ended = build(rig, &manifest, |event, handle| {
@@ -182,7 +184,7 @@ pub async fn a_cancelled_build_leaves_nothing(rig: &Rig) -> Verdict {
     })
     .await?;
     match &ended.outcome {
-        Ok(module) => fail!("expected a cancelled build to make no module, but found {module:?}"),
+        Ok(module) => fail!("expected a cancelled build to produce no module, but found {module:?}"),
         Err(failure) => {
             ensure!(failure.is_cancelled(), "expected Cancelled, but found {}", failure.error.report());
         }

@@ -1,8 +1,8 @@
 //! The screen and the serial console, also with several readers.
 
 use super::{
-    NotPassed, Rig, Verdict,
-    verdict::{During as _, ensure, fail, fails, refused, same},
+    NotPassed, Rig, TestResult,
+    test_result::{During as _, ensure, expect_equal, fail, fails, refused},
 };
 use crate::{
     Error, ErrorKind,
@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// How long something may take to pass through a console.
-const PATIENCE: Duration = Duration::from_secs(30);
+const CONSOLE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Encodings of rectangles (RFC 6143, 7.7).
 const RAW: i32 = 0;
@@ -26,7 +26,7 @@ fn broken(what: &str) -> impl FnOnce(io::Error) -> NotPassed {
 }
 
 /// Reads until a text has arrived, and returns everything read; fails when the stream ends before.
-pub(super) async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> Verdict<String> {
+pub(super) async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> TestResult<String> {
     let mut seen = Vec::new();
     let mut buffer = [0; 4096];
     let reading = async {
@@ -40,31 +40,31 @@ pub(super) async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> Ve
             }
         }
     };
-    match tokio::time::timeout(PATIENCE, reading).await {
+    match tokio::time::timeout(CONSOLE_LIMIT, reading).await {
         Ok(read) => read,
         Err(_) => fail!(
-            "{who}: expected {text:?} on the serial console within {PATIENCE:?}, but found {:?}",
+            "{who}: expected {text:?} on the serial console within {CONSOLE_LIMIT:?}, but found {:?}",
             String::from_utf8_lossy(&seen)
         ),
     }
 }
 
 /// What the guest wrote to its serial console is kept, and at most the requested amount is returned.
-pub async fn the_last_words_on_the_serial_console_are_kept(rig: &Rig) -> Verdict {
+pub async fn the_end_of_the_serial_output_is_kept(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let tail = booted.machine.serial_tail(1 << 20).await.during("read the end of the serial console")?;
     if let Some(says) = rig.image()?.serial_says {
         let text = String::from_utf8_lossy(&tail);
         ensure!(text.contains(&says), "expected {says:?} on the serial console, but found {text:?}");
     }
-    let short = booted.machine.serial_tail(5).await.during("read less of it")?;
+    let short = booted.machine.serial_tail(5).await.during("read a part of it")?;
     ensure!(short.len() <= 5, "expected at most 5 bytes, but found {}", short.len());
     Ok(())
 }
 
 /// A client of the serial console that does not read delays neither the guest nor any other client, however much the
 /// guest writes; the last output is kept, and as much of it as the contract requires.
-pub async fn a_reader_that_does_not_read_stops_nobody(rig: &Rig) -> Verdict {
+pub async fn a_stalled_reader_blocks_no_one(rig: &Rig) -> TestResult {
     const LINE: usize = 1000;
     let booted = rig.shared().await?;
     let open = || async { booted.machine.serial().await.during("connect to the serial console") };
@@ -72,20 +72,20 @@ pub async fn a_reader_that_does_not_read_stops_nobody(rig: &Rig) -> Verdict {
     let line = "=".repeat(LINE - 1);
     let lines = SERIAL_KEPT / LINE + 2;
     let flood = format!("i=0; while [ $i -lt {lines} ]; do echo {line}; i=$((i+1)); done >/dev/ttyS0; sync");
-    let (wrote, heard) = futures::join!(
+    let (wrote, log) = futures::join!(
         async {
             booted.run(&flood).await?;
             booted.run("echo after-the-flood >/dev/ttyS0").await
         },
-        until(&mut reader, "after-the-flood", "who reads")
+        until(&mut reader, "after-the-flood", "the reader")
     );
     wrote?;
-    heard?;
+    log?;
     let tail = booted.machine.serial_tail(SERIAL_KEPT).await.during("read the end of the serial console")?;
-    same(&tail.len(), &SERIAL_KEPT, "how much of the end of the serial console is kept")?;
+    expect_equal(&tail.len(), &SERIAL_KEPT, "how much of the end of the serial console is kept")?;
     ensure!(
         String::from_utf8_lossy(&tail).contains("after-the-flood"),
-        "expected the last words to be kept, but found other ones"
+        "expected the last output to be kept, but found other ones"
     );
     drop(idle);
     Ok(())
@@ -93,7 +93,7 @@ pub async fn a_reader_that_does_not_read_stops_nobody(rig: &Rig) -> Verdict {
 
 /// Several clients read the serial console at once, and each gets everything; one that leaves, or that does not read,
 /// disturbs no other.
-pub async fn several_read_the_serial_console(rig: &Rig) -> Verdict {
+pub async fn several_readers_share_the_serial_console(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let open = || async { booted.machine.serial().await.during("connect to the serial console") };
     let (mut one, mut two) = (open().await?, open().await?);
@@ -103,20 +103,20 @@ pub async fn several_read_the_serial_console(rig: &Rig) -> Verdict {
     until(&mut two, "to-both-of-you", "the second reader").await?;
     drop(one);
     booted.run("echo to-who-stayed >/dev/ttyS0").await?;
-    until(&mut two, "to-who-stayed", "who stayed").await?;
+    until(&mut two, "to-who-stayed", "the remaining reader").await?;
     let mut three = open().await?;
     booted.run("echo to-who-came-late >/dev/ttyS0").await?;
-    until(&mut two, "to-who-came-late", "who stayed").await?;
-    until(&mut three, "to-who-came-late", "who came late").await?;
+    until(&mut two, "to-who-came-late", "the remaining reader").await?;
+    until(&mut three, "to-who-came-late", "the late reader").await?;
     drop(idle);
     let tail = booted.machine.serial_tail(4096).await.during("read the end of the serial console")?;
     let tail = String::from_utf8_lossy(&tail);
-    ensure!(tail.contains("to-who-came-late"), "expected the last words to be kept, but found {tail:?}");
+    ensure!(tail.contains("to-who-came-late"), "expected the last output to be kept, but found {tail:?}");
     Ok(())
 }
 
 /// What is typed on the serial console arrives: a terminal echoes it.
-pub async fn what_is_typed_on_the_serial_console_arrives(rig: &Rig) -> Verdict {
+pub async fn input_to_the_serial_console_arrives(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let mut stream = booted.machine.serial().await.during("connect to the serial console")?;
     let typed = async {
@@ -124,40 +124,40 @@ pub async fn what_is_typed_on_the_serial_console_arrives(rig: &Rig) -> Verdict {
         stream.flush().await
     };
     typed.await.map_err(broken("type on the serial console"))?;
-    until(&mut stream, "typed-by-the-suite", "who typed").await.map(drop)
+    until(&mut stream, "typed-by-the-suite", "the writer").await.map(drop)
 }
 
 /// Several clients connect to the screen at once; each receives its size and an update, even after another has left.
-pub async fn several_look_at_the_screen(rig: &Rig) -> Verdict {
+pub async fn several_viewers_share_the_display(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let open = || async { booted.machine.display().await.during("connect to the display") };
     let (mut one, mut two) = (open().await?, open().await?);
-    let sizes = [greet(&mut one).await?, greet(&mut two).await?];
-    same(&sizes[0], &sizes[1], "the size of the screen that two were told")?;
-    ensure!(sizes[0].0 > 0 && sizes[0].1 > 0, "expected a screen of a size, but found {:?}", sizes[0]);
-    picture(&mut one, sizes[0], RAW).await?;
-    picture(&mut two, sizes[1], RAW).await?;
+    let sizes = [rfb_handshake(&mut one).await?, rfb_handshake(&mut two).await?];
+    expect_equal(&sizes[0], &sizes[1], "the size of the screen for two viewers")?;
+    ensure!(sizes[0].0 > 0 && sizes[0].1 > 0, "expected a screen with a size, but found {:?}", sizes[0]);
+    screenshot(&mut one, sizes[0], RAW).await?;
+    screenshot(&mut two, sizes[1], RAW).await?;
     drop(one);
-    picture(&mut two, sizes[1], RAW).await?;
+    screenshot(&mut two, sizes[1], RAW).await?;
     let mut three = open().await?;
-    let size = greet(&mut three).await?;
-    picture(&mut three, size, RAW).await?;
-    picture(&mut two, sizes[1], RAW).await
+    let size = rfb_handshake(&mut three).await?;
+    screenshot(&mut three, size, RAW).await?;
+    screenshot(&mut two, sizes[1], RAW).await
 }
 
 /// The screen has the same pixels in every encoding, and a display that should be read compressed can be.
-pub async fn a_compressed_screen_is_the_same(rig: &Rig) -> Verdict {
+pub async fn a_compressed_screen_is_the_same(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     if booted.machine.display_encoding() == DisplayEncoding::Compressed {
         let mut stream = booted.machine.display().await.during("connect to the display")?;
-        let size = greet(&mut stream).await?;
-        picture(&mut stream, size, ZRLE).await?;
+        let size = rfb_handshake(&mut stream).await?;
+        screenshot(&mut stream, size, ZRLE).await?;
     }
     let console = |encoding| Console::new(Arc::clone(&booted.machine)).encoding(encoding);
     let (raw, compressed) = (console(DisplayEncoding::Raw), console(DisplayEncoding::Compressed));
     if let Some(screen) = rig.image()?.screen {
         booted.run(&format!("echo compressed >{screen}")).await?;
-        let shown = compressed.wait_text("compressed", PATIENCE).await;
+        let shown = compressed.wait_text("compressed", CONSOLE_LIMIT).await;
         shown.during("read a text from the compressed screen")?;
     }
     let compare = async {
@@ -167,15 +167,17 @@ pub async fn a_compressed_screen_is_the_same(rig: &Rig) -> Verdict {
         }
         Ok::<_, Error>(())
     };
-    match tokio::time::timeout(PATIENCE, compare).await {
+    match tokio::time::timeout(CONSOLE_LIMIT, compare).await {
         Ok(compared) => compared.during("read the screen"),
-        Err(_) => fail!("expected the same pixels raw and compressed within {PATIENCE:?}, but they differ"),
+        Err(_) => {
+            fail!("expected the same pixels raw and compressed within {CONSOLE_LIMIT:?}, but they differ")
+        }
     }
 }
 
 /// Performs the handshake of RFB 3.8 without authentication, shared (RFC 6143, 7.1–7.3). Returns the size of the
 /// screen.
-async fn greet(stream: &mut BoxedStream) -> Verdict<(u16, u16)> {
+async fn rfb_handshake(stream: &mut BoxedStream) -> TestResult<(u16, u16)> {
     let talk = async {
         let mut version = [0; 12];
         stream.read_exact(&mut version).await?;
@@ -191,13 +193,13 @@ async fn greet(stream: &mut BoxedStream) -> Verdict<(u16, u16)> {
         stream.read_exact(&mut kinds).await?;
         if !kinds.contains(&1) {
             return Err(io::Error::other(format!(
-                "expected to be let in without authentication, but found {kinds:?}"
+                "expected access without authentication, but found {kinds:?}"
             )));
         }
         stream.write_all(&[1]).await?;
         let result = stream.read_u32().await?;
         if result != 0 {
-            return Err(io::Error::other(format!("expected to be let in, but found result {result}")));
+            return Err(io::Error::other(format!("expected access, but found result {result}")));
         }
         stream.write_all(&[1]).await?;
         let size = (stream.read_u16().await?, stream.read_u16().await?);
@@ -208,14 +210,14 @@ async fn greet(stream: &mut BoxedStream) -> Verdict<(u16, u16)> {
         stream.read_exact(&mut name).await?;
         Ok(size)
     };
-    match tokio::time::timeout(PATIENCE, talk).await {
+    match tokio::time::timeout(CONSOLE_LIMIT, talk).await {
         Ok(size) => size.map_err(broken("shake hands with the display")),
-        Err(_) => fail!("expected the display to shake hands within {PATIENCE:?}, but it did not"),
+        Err(_) => fail!("expected the display to shake hands within {CONSOLE_LIMIT:?}, but it did not"),
     }
 }
 
 /// Requests the whole screen in an encoding, and checks that an update in it arrives (RFC 6143, 7.5 and 7.6).
-async fn picture(stream: &mut BoxedStream, (width, height): (u16, u16), wanted: i32) -> Verdict {
+async fn screenshot(stream: &mut BoxedStream, (width, height): (u16, u16), wanted: i32) -> TestResult {
     let talk = async {
         // SetEncodings: this one only. FramebufferUpdateRequest: all of it, now.
         stream.write_all(&[&[2, 0, 0, 1], wanted.to_be_bytes().as_slice()].concat()).await?;
@@ -259,38 +261,38 @@ async fn picture(stream: &mut BoxedStream, (width, height): (u16, u16), wanted: 
         }
         Ok(pixels)
     };
-    match tokio::time::timeout(PATIENCE, talk).await {
+    match tokio::time::timeout(CONSOLE_LIMIT, talk).await {
         Ok(Ok(pixels)) if pixels >= usize::from(width) * usize::from(height) => Ok(()),
         Ok(Ok(pixels)) => fail!("expected {width}x{height} pixels, but found {pixels}"),
-        Ok(Err(error)) => fail!("expected a picture from the display, but found {error}"),
-        Err(_) => fail!("expected a picture from the display within {PATIENCE:?}, but none came"),
+        Ok(Err(error)) => fail!("expected an image from the display, but found {error}"),
+        Err(_) => fail!("expected an image from the display within {CONSOLE_LIMIT:?}, but found none"),
     }
 }
 
 /// Screenshots are PNG images with a size, even if two are taken at once.
-pub async fn pictures_of_the_screen_are_taken(rig: &Rig) -> Verdict {
+pub async fn screenshots_are_taken(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
-    for picture in join_all([booted.machine.screenshot(), booted.machine.screenshot()]).await {
-        let picture = picture.during("take a picture of the screen")?;
+    for screenshot in join_all([booted.machine.screenshot(), booted.machine.screenshot()]).await {
+        let screenshot = screenshot.during("take a screenshot")?;
         ensure!(
-            picture.starts_with(b"\x89PNG\r\n\x1a\n"),
+            screenshot.starts_with(b"\x89PNG\r\n\x1a\n"),
             "expected a PNG image, but found {} bytes",
-            picture.len()
+            screenshot.len()
         );
         // The header is the first chunk (PNG specification, 11.2.2).
-        let size = picture.get(16..24).unwrap_or_default();
-        ensure!(size.iter().any(|byte| *byte > 0), "expected a picture of a size, but found {size:?}");
+        let size = screenshot.get(16..24).unwrap_or_default();
+        ensure!(size.iter().any(|byte| *byte > 0), "expected a screenshot with a size, but found {size:?}");
     }
     Ok(())
 }
 
 /// What the backend does not claim is reported as unsupported; what it claims is refused for a machine that is off.
-pub async fn consoles_say_what_they_cannot_do(rig: &Rig) -> Verdict {
+pub async fn consoles_refuse_what_they_cannot_do(rig: &Rig) -> TestResult {
     let lab = rig.lab("consoles").await?;
     let machine = rig.machine(&*lab, "web").await?;
-    answers(rig, &*machine, Some(ErrorKind::Conflict)).await?;
+    connections_return(rig, &*machine, Some(ErrorKind::Conflict)).await?;
     machine.start().await.during("start a machine")?;
-    answers(rig, &*machine, None).await?;
+    connections_return(rig, &*machine, None).await?;
     if !rig.backend().capabilities().has(Capability::HttpDirectory) {
         let served = lab.serve(Site::new(BTreeMap::new(), |_| {})).await;
         refused(served, ErrorKind::Unsupported, "serve files, which is not claimed")?;
@@ -316,7 +318,7 @@ async fn connect(machine: &dyn Machine) -> [(Capability, Result<(), Error>); 3] 
 }
 
 /// Makes every kind of connection: those that are claimed have this result, the others are unsupported.
-async fn answers(rig: &Rig, machine: &dyn Machine, claimed: Option<ErrorKind>) -> Verdict {
+async fn connections_return(rig: &Rig, machine: &dyn Machine, claimed: Option<ErrorKind>) -> TestResult {
     for (capability, answer) in connect(machine).await {
         match (rig.backend().capabilities().has(capability), claimed) {
             (true, Some(kind)) => {

@@ -2,10 +2,10 @@
 //! captured, and what is built on a module starts with it.
 
 use super::{
-    NotPassed, Rig, Verdict,
+    NotPassed, Rig, TestResult,
     modules::{captured, draft, template, whole},
     rig::network,
-    verdict::{During as _, ensure, refused, same},
+    test_result::{During as _, ensure, expect_equal, refused},
 };
 use crate::{
     ErrorKind,
@@ -20,27 +20,27 @@ use std::{sync::Arc, time::Duration};
 /// Enough for any firmware, in bytes.
 const MEMORY: u64 = 256 << 20;
 /// How long a machine is observed that must stay in its firmware.
-const MOMENT: Duration = Duration::from_millis(200);
+const OBSERVED_FOR: Duration = Duration::from_millis(200);
 
 /// A machine with UEFI starts, and its variables are captured and inherited.
-pub async fn a_machine_with_uefi_starts_and_its_variables_are_kept(rig: &Rig) -> Verdict {
+pub async fn a_machine_with_uefi_keeps_its_variables(rig: &Rig) -> TestResult {
     kept(rig, Capability::Uefi, Firmware::Uefi, false, StateKind::FirmwareVariables).await
 }
 
 /// A machine with UEFI that enforces Secure Boot starts, and its variables are captured and inherited.
-pub async fn a_machine_with_secure_boot_starts_and_its_variables_are_kept(rig: &Rig) -> Verdict {
+pub async fn a_machine_with_secure_boot_keeps_its_variables(rig: &Rig) -> TestResult {
     kept(rig, Capability::SecureBoot, Firmware::UefiSecureBoot, false, StateKind::FirmwareVariables).await
 }
 
 /// A machine with a TPM starts, and the TPM's memory is captured and inherited.
-pub async fn a_machine_with_a_tpm_starts_and_its_memory_is_kept(rig: &Rig) -> Verdict {
+pub async fn a_machine_with_a_tpm_keeps_its_state(rig: &Rig) -> TestResult {
     let uefi = rig.backend().capabilities().has(Capability::Uefi);
     let firmware = if uefi { Firmware::Uefi } else { Firmware::Bios };
     kept(rig, Capability::Tpm, firmware, true, StateKind::Tpm).await
 }
 
 /// A machine with only a BIOS keeps nothing outside its disks.
-pub async fn a_machine_with_bios_keeps_nothing_outside_its_disks(rig: &Rig) -> Verdict {
+pub async fn a_machine_with_bios_keeps_nothing_outside_its_disks(rig: &Rig) -> TestResult {
     let lab = rig.lab("bios").await?;
     let machine = rig.running(&*lab, "web").await?;
     refused(machine.capture_state().await, ErrorKind::Conflict, "capture the state of a running machine")?;
@@ -51,7 +51,7 @@ pub async fn a_machine_with_bios_keeps_nothing_outside_its_disks(rig: &Rig) -> V
 }
 
 /// Opens a lab whose machines need this capability.
-async fn lab(rig: &Rig, need: Capability, firmware: Firmware) -> Verdict<Arc<dyn Lab>> {
+async fn lab(rig: &Rig, need: Capability, firmware: Firmware) -> TestResult<Arc<dyn Lab>> {
     let mut spec = LabSpec::new("firmware", network());
     spec.needs.insert(need);
     if firmware != Firmware::Bios {
@@ -66,9 +66,9 @@ async fn lab(rig: &Rig, need: Capability, firmware: Firmware) -> Verdict<Arc<dyn
 }
 
 /// Starts a machine, which must stay in its firmware, and stops it. Returns the state that it keeps.
-async fn state(machine: &dyn Machine) -> Verdict<Vec<CapturedState>> {
+async fn state(machine: &dyn Machine) -> TestResult<Vec<CapturedState>> {
     machine.start().await.during("start a machine")?;
-    let waited = tokio::time::timeout(MOMENT, machine.wait()).await;
+    let waited = tokio::time::timeout(OBSERVED_FOR, machine.wait()).await;
     ensure!(waited.is_err(), "expected the machine to stay in its firmware, but found {waited:?}");
     refused(machine.capture_state().await, ErrorKind::Conflict, "capture the state of a running machine")?;
     machine.stop(Stop::Kill).await.during("stop the machine")?;
@@ -76,7 +76,7 @@ async fn state(machine: &dyn Machine) -> Verdict<Vec<CapturedState>> {
     machine.capture_state().await.during("capture state again")
 }
 
-async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: StateKind) -> Verdict {
+async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: StateKind) -> TestResult {
     let of = |spec: &mut MachineSpec| {
         (spec.memory, spec.firmware, spec.tpm) = (MEMORY, firmware, tpm);
     };
@@ -95,10 +95,14 @@ async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: 
     let module = parent_lab.publish(draft("firmware", vec![wanted])).await.during("publish a module")?;
     parent_lab.destroy().await.during("destroy the lab")?;
     let published = &module.machines[0];
-    same(&(published.firmware, published.tpm), &(firmware, tpm), "the firmware and TPM of the module")?;
+    expect_equal(
+        &(published.firmware, published.tpm),
+        &(firmware, tpm),
+        "the firmware and TPM of the module",
+    )?;
     let digests =
         |state: &[CapturedState]| state.iter().map(|state| state.content.clone()).collect::<Vec<_>>();
-    same(&digests(&published.state), &digests(&state_of_parent), "the state of the module")?;
+    expect_equal(&digests(&published.state), &digests(&state_of_parent), "the state of the module")?;
     whole(&module).await?;
 
     let parent = PlannedBuildRef { module: module.name.clone(), digest: module.digest, vm: "web".to_owned() };
@@ -112,10 +116,10 @@ async fn kept(rig: &Rig, need: Capability, firmware: Firmware, tpm: bool, kind: 
     spec.state_of = Some(parent);
     let child = child_lab.create_machine(&spec).await.during("create a machine on a module's state")?;
     let inherited = child.capture_state().await.during("capture the state of a machine that has not run")?;
-    same(&digests(&inherited), &digests(&state_of_parent), "what a child starts with")?;
+    expect_equal(&digests(&inherited), &digests(&state_of_parent), "what a child starts with")?;
     let state_of_child = state(&*child).await?;
     let kinds = |state: &[CapturedState]| state.iter().map(|state| state.kind).collect::<Vec<_>>();
-    same(&kinds(&state_of_child), &kinds(&state_of_parent), "what a child keeps")?;
+    expect_equal(&kinds(&state_of_child), &kinds(&state_of_parent), "what a child keeps")?;
     child_lab.destroy().await.during("destroy the lab of the child")?;
     // Changes by the child have not reached its parent.
     whole(&module).await?;

@@ -1,10 +1,10 @@
 //! A running guest, and the ways to access it.
 
 use super::{
-    Verdict,
+    TestResult,
     rig::{Rig, SSH, nic},
     streams::greeted,
-    verdict::{During as _, ensure},
+    test_result::{During as _, ensure},
 };
 use crate::{
     backend::{ImportRequest, Lab, Machine, MachineDisk, MachineSpec, Progress},
@@ -48,7 +48,7 @@ impl Prepared {
         lab: &dyn Lab,
         name: &str,
         source: Option<PlannedSource>,
-    ) -> Verdict<Self> {
+    ) -> TestResult<Self> {
         let image = rig.image()?;
         let source = source.unwrap_or(PlannedSource::Url(image.image));
         let request = ImportRequest::new(name, "root", source, None);
@@ -62,13 +62,13 @@ impl Prepared {
         let seed_login = SeedLogin::new(Self::USER, key.authorized_key());
         let instance = format!("{}-{name}", lab.id());
         let seeded = seed(&instance, name, &seed_login, &PlannedCloudInit::default());
-        spec.seed = Some(seeded.during("make a seed")?);
+        spec.seed = Some(seeded.during("create a seed")?);
         let login = Login::new(Self::USER, key.clone());
         Ok(Self { spec, key, login, boots_within: image.boots_within })
     }
 
     /// Creates the machine, starts it, and logs in.
-    pub(super) async fn boot(self, rig: &Rig, lab: Arc<dyn Lab>) -> Verdict<Booted> {
+    pub(super) async fn boot(self, rig: &Rig, lab: Arc<dyn Lab>) -> TestResult<Booted> {
         let machine = lab.create_machine(&self.spec).await.during("create a machine")?;
         machine.start().await.during("start a machine")?;
         greeted(&*machine, SSH, self.boots_within).await?;
@@ -83,7 +83,7 @@ impl Booted {
         lab: Arc<dyn Lab>,
         machine: Arc<dyn Machine>,
         login: Login,
-    ) -> Verdict<Self> {
+    ) -> TestResult<Self> {
         let endpoint = Endpoint::of(Arc::clone(&machine), SSH);
         let limit = rig.image()?.boots_within;
         let session = Session::open(endpoint, login.clone(), limit).await.during("log in to the guest")?;
@@ -91,7 +91,7 @@ impl Booted {
     }
 
     /// Starts a machine that has ended, and logs in.
-    pub(super) async fn boot_again(self, rig: &Rig) -> Verdict<Self> {
+    pub(super) async fn boot_again(self, rig: &Rig) -> TestResult<Self> {
         let Self { lab, machine, login, .. } = self;
         machine.start().await.during("start a machine again")?;
         greeted(&*machine, SSH, rig.image()?.boots_within).await?;
@@ -104,7 +104,7 @@ impl Booted {
     }
 
     /// Runs a command, which must succeed, and returns its output.
-    pub(super) async fn run(&self, command: &str) -> Verdict<String> {
+    pub(super) async fn run(&self, command: &str) -> TestResult<String> {
         let output = self.guest().command(command).await.during(&format!("run {command:?} in the guest"))?;
         ensure!(
             output.status == ExitStatus::Code(0),

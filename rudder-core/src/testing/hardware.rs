@@ -1,9 +1,9 @@
 //! The hardware that a guest sees: disks on every bus, NICs of every model in their slots, media.
 
 use super::{
-    Rig, Verdict,
+    Rig, TestResult,
     rig::{BLANK, nic},
-    verdict::{During as _, ensure, fail},
+    test_result::{During as _, ensure, fail},
 };
 use crate::{
     Error,
@@ -34,12 +34,12 @@ const MODELS: [NicModel; 6] = [
     NicModel::Ne2kPci,
 ];
 /// The beginning of a CD-ROM.
-const ON_THE_DISC: &str = "on the disc of the suite";
+const CD_ROM_CONTENT: &str = "on the CD-ROM of the suite";
 /// The beginning of a floppy.
-const ON_THE_FLOPPY: &str = "on the floppy of the suite";
+const FLOPPY_CONTENT: &str = "on the floppy of the suite";
 
 /// Adds to the shared guest all hardware that the backend claims to support.
-pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> Verdict {
+pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> TestResult {
     let capabilities = rig.backend().capabilities();
     if capabilities.has(Capability::SourceBlank) {
         for (_, bus, size) in BUSES.into_iter().filter(|(capability, ..)| capabilities.has(*capability)) {
@@ -51,18 +51,18 @@ pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> V
     }
     if capabilities.has(Capability::NicModels) {
         for (slot, model) in (2..).zip(MODELS) {
-            let mut card = nic(lab, &format!("card {slot}"), model);
-            card.name = format!("nic{slot}");
-            card.slot = slot;
-            card.slot_pinned = capabilities.has(Capability::NicSlots);
-            spec.nics.push(card);
+            let mut nic_spec = nic(lab, &format!("card {slot}"), model);
+            nic_spec.name = format!("nic{slot}");
+            nic_spec.slot = slot;
+            nic_spec.slot_pinned = capabilities.has(Capability::NicSlots);
+            spec.nics.push(nic_spec);
         }
     }
     if capabilities.has(Capability::Isos) {
-        spec.cdroms.push(disc(lab, &spec.name).await?);
+        spec.cdroms.push(cd_rom(lab, &spec.name).await?);
     }
     if capabilities.has(Capability::Floppy) {
-        spec.floppy = Some(Arc::from(medium(ON_THE_FLOPPY, 1440 << 10)));
+        spec.floppy = Some(Arc::from(medium(FLOPPY_CONTENT, 1440 << 10)));
     }
     Ok(())
 }
@@ -74,16 +74,18 @@ fn medium(line: &str, size: usize) -> Vec<u8> {
     bytes
 }
 
-async fn disc(lab: &dyn Lab, machine: &str) -> Verdict<Volume> {
-    let made = |error| Error::io("make a disc", error);
+async fn cd_rom(lab: &dyn Lab, machine: &str) -> TestResult<Volume> {
+    let made = |error| Error::io("create a CD-ROM image", error);
     let file = tempfile::NamedTempFile::new().map_err(made)?;
-    std::fs::write(file.path(), medium(ON_THE_DISC, 1 << 20)).map_err(made)?;
-    let Ok(url) = url::Url::from_file_path(file.path()) else { fail!("expected a path that a URL can say") };
+    std::fs::write(file.path(), medium(CD_ROM_CONTENT, 1 << 20)).map_err(made)?;
+    let Ok(url) = url::Url::from_file_path(file.path()) else {
+        fail!("expected a path that a URL can express")
+    };
     let request = ImportRequest::cdrom(machine, "iso", PlannedUrl { url, sha256: None });
     Ok(lab.import(&request, &Progress::none()).await.during("import a CD-ROM")?.volume)
 }
 
-async fn sees_disk(rig: &Rig, bus: Bus) -> Verdict {
+async fn detects_disk(rig: &Rig, bus: Bus) -> TestResult {
     let booted = rig.shared().await?;
     let size = BUSES.iter().find(|(_, of, _)| *of == bus).map_or(0, |(.., size)| size >> 10);
     // Lines of major, minor, KiB, name (proc(5)).
@@ -91,51 +93,51 @@ async fn sees_disk(rig: &Rig, bus: Bus) -> Verdict {
     let sizes = partitions.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok());
     ensure!(
         sizes.into_iter().any(|found| found == size),
-        "expected the guest to see a disk of {size} KiB on {bus:?}, but it sees:\n{partitions}"
+        "expected the guest to see a disk of {size} KiB on {bus:?}, but found:\n{partitions}"
     );
     Ok(())
 }
 
 /// A guest sees its disk on virtio.
-pub async fn a_disk_on_virtio_is_seen(rig: &Rig) -> Verdict {
-    sees_disk(rig, Bus::Virtio).await
+pub async fn a_disk_on_virtio_is_detected(rig: &Rig) -> TestResult {
+    detects_disk(rig, Bus::Virtio).await
 }
 
 /// A guest sees its disk on SCSI.
-pub async fn a_disk_on_scsi_is_seen(rig: &Rig) -> Verdict {
-    sees_disk(rig, Bus::Scsi).await
+pub async fn a_disk_on_scsi_is_detected(rig: &Rig) -> TestResult {
+    detects_disk(rig, Bus::Scsi).await
 }
 
 /// A guest sees its disk on SATA.
-pub async fn a_disk_on_sata_is_seen(rig: &Rig) -> Verdict {
-    sees_disk(rig, Bus::Sata).await
+pub async fn a_disk_on_sata_is_detected(rig: &Rig) -> TestResult {
+    detects_disk(rig, Bus::Sata).await
 }
 
 /// A guest sees its disk on USB.
-pub async fn a_disk_on_usb_is_seen(rig: &Rig) -> Verdict {
-    sees_disk(rig, Bus::Usb).await
+pub async fn a_disk_on_usb_is_detected(rig: &Rig) -> TestResult {
+    detects_disk(rig, Bus::Usb).await
 }
 
 /// A guest sees its disk on IDE.
-pub async fn a_disk_on_ide_is_seen(rig: &Rig) -> Verdict {
-    sees_disk(rig, Bus::Ide).await
+pub async fn a_disk_on_ide_is_detected(rig: &Rig) -> TestResult {
+    detects_disk(rig, Bus::Ide).await
 }
 
 /// Returns the addresses of the guest's NICs, in the order of their locations.
-async fn cards(rig: &Rig) -> Verdict<Vec<String>> {
+async fn nics(rig: &Rig) -> TestResult<Vec<String>> {
     let booted = rig.shared().await?;
-    let told = booted.run(&rig.image()?.cards).await?;
-    let mut cards: Vec<(&str, &str)> = told
+    let reported = booted.run(&rig.image()?.nics).await?;
+    let mut nics: Vec<(&str, &str)> = reported
         .lines()
         .filter_map(|line| line.split_once(' '))
         .map(|(address, place)| (place.trim(), address))
         .collect();
-    cards.sort_unstable();
-    Ok(cards.into_iter().map(|(_, address)| address.to_owned()).collect())
+    nics.sort_unstable();
+    Ok(nics.into_iter().map(|(_, address)| address.to_owned()).collect())
 }
 
 /// Returns the addresses that the NICs were created with, in the order of their slots.
-async fn wanted(rig: &Rig) -> Verdict<Vec<String>> {
+async fn wanted(rig: &Rig) -> TestResult<Vec<String>> {
     let booted = rig.shared().await?;
     let lab = &*booted.lab;
     let mut wanted = vec![nic(lab, booted.machine.name(), NicModel::Virtio).mac.to_string()];
@@ -144,35 +146,35 @@ async fn wanted(rig: &Rig) -> Verdict<Vec<String>> {
 }
 
 /// A guest sees a NIC of every model, with the hardware address it was created with.
-pub async fn cards_of_every_model_are_seen(rig: &Rig) -> Verdict {
-    let (found, wanted) = (cards(rig).await?, wanted(rig).await?);
+pub async fn nics_of_every_model_are_detected(rig: &Rig) -> TestResult {
+    let (found, wanted) = (nics(rig).await?, wanted(rig).await?);
     let missing: Vec<_> = wanted.iter().filter(|address| !found.contains(address)).collect();
-    ensure!(missing.is_empty(), "expected the cards {wanted:?} on {}, but found {found:?}", DEFAULT_SUBNET.0);
+    ensure!(missing.is_empty(), "expected the NICs {wanted:?} on {}, but found {found:?}", DEFAULT_SUBNET.0);
     Ok(())
 }
 
 /// The NICs of a guest are in the order of their slots.
-pub async fn cards_sit_in_the_order_of_their_slots(rig: &Rig) -> Verdict {
-    let (found, wanted) = (cards(rig).await?, wanted(rig).await?);
-    ensure!(found == wanted, "expected the cards in the order {wanted:?}, but found {found:?}");
+pub async fn nics_are_in_the_order_of_their_slots(rig: &Rig) -> TestResult {
+    let (found, wanted) = (nics(rig).await?, wanted(rig).await?);
+    ensure!(found == wanted, "expected the NICs in the order {wanted:?}, but found {found:?}");
     Ok(())
 }
 
 /// A guest reads its CD-ROM.
-pub async fn a_disc_is_read(rig: &Rig) -> Verdict {
+pub async fn a_cd_rom_is_readable(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let read = booted.run("head -n 1 /dev/sr0; head -n 1 /dev/sr1 2>/dev/null; true").await?;
     ensure!(
-        read.contains(ON_THE_DISC),
-        "expected {ON_THE_DISC:?} on a disc of the guest, but found {read:?}"
+        read.contains(CD_ROM_CONTENT),
+        "expected {CD_ROM_CONTENT:?} on a CD-ROM of the guest, but found {read:?}"
     );
     Ok(())
 }
 
 /// A guest reads its floppy.
-pub async fn a_floppy_is_read(rig: &Rig) -> Verdict {
+pub async fn a_floppy_is_readable(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let read = booted.run("head -n 1 /dev/fd0").await?;
-    ensure!(read.contains(ON_THE_FLOPPY), "expected {ON_THE_FLOPPY:?} on the floppy, but found {read:?}");
+    ensure!(read.contains(FLOPPY_CONTENT), "expected {FLOPPY_CONTENT:?} on the floppy, but found {read:?}");
     Ok(())
 }

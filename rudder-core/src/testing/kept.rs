@@ -2,13 +2,13 @@
 //! those that have expired are reaped.
 
 use super::{
-    Rig, Verdict,
+    Rig, TestResult,
     consoles::until,
     guest::{Booted, Prepared},
     owners::{Owned, STAYS, STAYS_WITH_A_GUEST},
     rig::{SSH, eventually, network},
     streams::greeted,
-    verdict::{During as _, ensure, fail, refused, same},
+    test_result::{During as _, ensure, expect_equal, fail, refused},
 };
 use crate::{
     ErrorKind,
@@ -37,7 +37,7 @@ fn spec(name: &str, retention: Retention) -> LabSpec {
 }
 
 /// Opens a lab that stays, with a running machine.
-pub(super) async fn stay(rig: &Rig) -> Verdict<Arc<dyn Lab>> {
+pub(super) async fn stay(rig: &Rig) -> TestResult<Arc<dyn Lab>> {
     let spec = spec(NAME, Retention::UntilRemoved { expires: None });
     let lab = rig.backend().open_lab(&spec).await.during("open a lab that stays")?;
     rig.running(&*lab, "web").await?;
@@ -45,7 +45,7 @@ pub(super) async fn stay(rig: &Rig) -> Verdict<Arc<dyn Lab>> {
 }
 
 /// Opens a lab that stays, with a guest that has booted, and stores the key to it.
-pub(super) async fn stay_with_a_guest(rig: &Rig) -> Verdict<Arc<dyn Lab>> {
+pub(super) async fn stay_with_a_guest(rig: &Rig) -> TestResult<Arc<dyn Lab>> {
     let spec = spec(NAME, Retention::UntilRemoved { expires: None });
     let lab = rig.backend().open_lab(&spec).await.during("open a lab that stays")?;
     let prepared = Prepared::new(rig, &*lab, "web", None).await?;
@@ -56,24 +56,24 @@ pub(super) async fn stay_with_a_guest(rig: &Rig) -> Verdict<Arc<dyn Lab>> {
     Ok(lab)
 }
 
-async fn found(backend: &dyn crate::backend::Backend, id: &LabId) -> Verdict<Option<LabInfo>> {
+async fn found(backend: &dyn crate::backend::Backend, id: &LabId) -> TestResult<Option<LabInfo>> {
     let labs = backend.labs().await.during("list labs")?;
     ensure!(labs.is_sorted_by(|a, b| a.id < b.id), "expected labs sorted by id, but found {labs:?}");
     Ok(labs.into_iter().find(|lab| lab.id == *id))
 }
 
 /// Returns the only machine of a lab, which is called `web`.
-async fn only_machine(lab: &dyn Lab) -> Verdict<Arc<dyn Machine>> {
+async fn only_machine(lab: &dyn Lab) -> TestResult<Arc<dyn Machine>> {
     let mut machines = lab.machines().await.during("list the machines of the lab")?;
     let names: Vec<&str> = machines.iter().map(|machine| machine.name()).collect();
-    same(&names, &vec!["web"], "the machines of the lab")?;
+    expect_equal(&names, &vec!["web"], "the machines of the lab")?;
     match machines.pop() {
         Some(machine) => Ok(machine),
         None => fail!("expected a machine, but found none"),
     }
 }
 
-async fn runs_on(machine: &dyn Machine, when: &str) -> Verdict {
+async fn runs_on(machine: &dyn Machine, when: &str) -> TestResult {
     let waited = tokio::time::timeout(WATCHED, machine.wait()).await;
     ensure!(waited.is_err(), "expected the machine to run on {when}, but found {waited:?}");
     Ok(())
@@ -81,14 +81,14 @@ async fn runs_on(machine: &dyn Machine, when: &str) -> Verdict {
 
 /// A lab that stays outlives its owner. Another process finds it, attaches, connects to its consoles, stops and starts its machine,
 /// detaches without an effect, and destroys it.
-pub async fn a_lab_that_stays_is_attached_by_another_process(rig: &Rig) -> Verdict {
+pub async fn a_lab_that_stays_is_attached_by_another_process(rig: &Rig) -> TestResult {
     let owned = Owned::of_a_lab_that_stays(rig, STAYS).await?;
     let another = rig.adapter().another().await.during("open the backend once more")?;
     let id = owned.die().await?;
     for backend in [rig.backend(), &*another] {
         backend.reap().await.during("reap")?;
         let kept = Some(LabInfo::new(id.clone(), NAME, LabState::Kept { expires: None }));
-        same(&found(backend, &id).await?, &kept, "the lab in the list")?;
+        expect_equal(&found(backend, &id).await?, &kept, "the lab in the list")?;
     }
     ensure!(
         rig.adapter().is_running(&id, "web").await?,
@@ -96,7 +96,7 @@ pub async fn a_lab_that_stays_is_attached_by_another_process(rig: &Rig) -> Verdi
     );
 
     let lab = another.attach(&id).await.during("attach to the lab")?;
-    same(lab.id(), &id, "the id of the attached lab")?;
+    expect_equal(lab.id(), &id, "the id of the attached lab")?;
     let machine = only_machine(&*lab).await?;
     runs_on(&*machine, "after another process attached").await?;
     refused(machine.start().await, ErrorKind::Conflict, "start the machine, which is running")?;
@@ -125,7 +125,7 @@ pub async fn a_lab_that_stays_is_attached_by_another_process(rig: &Rig) -> Verdi
     let machine = only_machine(&*lab).await?;
     let exit = machine.stop(Stop::Kill).await.during("stop the machine")?;
     ensure!(matches!(exit, Exit::Killed { .. }), "expected Killed, but found {exit:?}");
-    same(&machine.wait().await.during("wait for the machine")?, &exit, "its exit")?;
+    expect_equal(&machine.wait().await.during("wait for the machine")?, &exit, "its exit")?;
     machine.start().await.during("start the machine again")?;
     runs_on(&*machine, "after it was started again").await?;
     machine.stop(Stop::Kill).await.during("stop the machine again")?;
@@ -133,11 +133,11 @@ pub async fn a_lab_that_stays_is_attached_by_another_process(rig: &Rig) -> Verdi
     drop((machine, lab));
     rig.expect_nothing_left("after an attached lab was destroyed").await?;
     refused(another.attach(&id).await, ErrorKind::NotFound, "attach to a lab that was destroyed")?;
-    same(&found(rig.backend(), &id).await?, &None, "the lab in the list")
+    expect_equal(&found(rig.backend(), &id).await?, &None, "the lab in the list")
 }
 
 /// Attaches to a lab that this process has just detached from.
-async fn eventually_attached(rig: &Rig, id: &LabId) -> Verdict<Arc<dyn Lab>> {
+async fn eventually_attached(rig: &Rig, id: &LabId) -> TestResult<Arc<dyn Lab>> {
     let attached = std::sync::Mutex::new(None);
     eventually(rig.options().settle, || async {
         match rig.backend().attach(id).await {
@@ -157,7 +157,7 @@ async fn eventually_attached(rig: &Rig, id: &LabId) -> Verdict<Arc<dyn Lab>> {
 }
 
 /// Another process logs in to the guest of a lab that stays, and shuts it down.
-pub async fn a_guest_is_reached_in_an_attached_lab(rig: &Rig) -> Verdict {
+pub async fn a_guest_is_reached_in_an_attached_lab(rig: &Rig) -> TestResult {
     let image = rig.image()?;
     let owned = Owned::of_a_lab_that_stays(rig, STAYS_WITH_A_GUEST).await?;
     let another = rig.adapter().another().await.during("open the backend once more")?;
@@ -177,14 +177,14 @@ pub async fn a_guest_is_reached_in_an_attached_lab(rig: &Rig) -> Verdict {
     }
     let exit =
         machine.stop(Stop::Graceful { limit: image.boots_within }).await.during("shut the guest down")?;
-    same(&exit, &Exit::PoweredOff, "how the guest ended")?;
+    expect_equal(&exit, &Exit::PoweredOff, "how the guest ended")?;
     lab.destroy().await.during("destroy the lab")?;
     drop((guest, machine, lab));
     rig.expect_nothing_left("after an attached lab was destroyed").await
 }
 
 /// A lab that was kept outlives its owner, its machines continue to run, and it is removed by its id, once.
-pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
+pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> TestResult {
     let ends = rig.lab("ends").await?;
     refused(
         ends.keep(None).await,
@@ -196,7 +196,7 @@ pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
     let lab = rig.backend().open_lab(&spec).await.during("open a lab that may be kept")?;
     let machine = rig.running(&*lab, "web").await?;
     let owned = found(rig.backend(), &spec.id).await?.map(|lab| lab.state);
-    same(&owned, &Some(LabState::Owned), "the state of a lab that was not kept yet")?;
+    expect_equal(&owned, &Some(LabState::Owned), "the state of a lab that was not kept yet")?;
     for _ in 0..2 {
         lab.keep(None).await.during("keep a lab, also twice")?;
     }
@@ -209,12 +209,12 @@ pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
     for backend in [rig.backend(), &*another] {
         backend.reap().await.during("reap")?;
         let kept = Some(LabInfo::new(spec.id.clone(), "kept", LabState::Kept { expires: None }));
-        same(&found(backend, &spec.id).await?, &kept, "the kept lab in the list")?;
+        expect_equal(&found(backend, &spec.id).await?, &kept, "the kept lab in the list")?;
     }
     let traces = rig.left().await?;
     ensure!(
         traces.iter().any(|line| line.contains(spec.id.as_str())),
-        "expected the kept lab to be there after its owner left, but found only {traces:?}"
+        "expected the kept lab to exist after its owner ended, but found only {traces:?}"
     );
     refused(rig.backend().open_lab(&spec).await, ErrorKind::Conflict, "open a lab of the id of a kept one")?;
     rig.adapter().kill(&spec.id, "web").await.during("find the machine of the kept lab running")?;
@@ -227,12 +227,12 @@ pub async fn a_kept_lab_stays_until_it_is_removed(rig: &Rig) -> Verdict {
     lab.destroy().await.during("destroy a lab that was kept")?;
     let exit = machine.wait().await.during("wait for its machine")?;
     ensure!(matches!(exit, Exit::Killed { .. }), "expected Killed, but found {exit:?}");
-    same(&found(rig.backend(), &spec.id).await?, &None, "the lab in the list after it was destroyed")
+    expect_equal(&found(rig.backend(), &spec.id).await?, &None, "the lab in the list after it was destroyed")
 }
 
 /// A kept lab that has expired is reaped, with its machines, even while the process that opened it lives; one that has not expired,
 /// or never does, is not.
-pub async fn an_expired_lab_is_reaped_and_no_other(rig: &Rig) -> Verdict {
+pub async fn an_expired_lab_is_reaped_and_no_other(rig: &Rig) -> TestResult {
     let (now, later) = (SystemTime::now(), SystemTime::now() + Duration::from_secs(3600));
     let open = async |name: &str, expires| {
         let spec = spec(name, Retention::UntilRemoved { expires });
@@ -244,12 +244,12 @@ pub async fn an_expired_lab_is_reaped_and_no_other(rig: &Rig) -> Verdict {
     let doomed = rig.running(&*expired, "web").await?;
     expired.keep(Some(now)).await.during("let a lab expire now")?;
     let state = found(rig.backend(), unexpired.id()).await?.map(|lab| lab.state);
-    let Some(LabState::Kept { expires: Some(told) }) = state else {
+    let Some(LabState::Kept { expires: Some(reported) }) = state else {
         fail!("expected a kept lab that expires, but found {state:?}")
     };
-    let off = told.duration_since(later).or_else(|_| later.duration_since(told)).unwrap_or_default();
+    let off = reported.duration_since(later).or_else(|_| later.duration_since(reported)).unwrap_or_default();
     ensure!(off < Duration::from_secs(1), "expected the lab to expire {off:?} earlier or later");
-    same(
+    expect_equal(
         &found(rig.backend(), expired.id()).await?.map(|lab| lab.state),
         &Some(LabState::Abandoned),
         "the state of a lab that has expired",
@@ -289,18 +289,18 @@ pub async fn an_expired_lab_is_reaped_and_no_other(rig: &Rig) -> Verdict {
 }
 
 /// Files are stored with a lab, replaced, read by other processes, and removed with the lab.
-pub async fn files_are_stored_with_a_lab(rig: &Rig) -> Verdict {
+pub async fn files_are_stored_with_a_lab(rig: &Rig) -> TestResult {
     let lab = rig.lab("files").await?;
     let another = rig.adapter().another().await.during("open the backend once more")?;
     let read = async |name: &str| another.lab_file(lab.id(), name).await.during("read a file of the lab");
-    same(&read("login.key").await?, &None, "a file that was not stored")?;
+    expect_equal(&read("login.key").await?, &None, "a file that was not stored")?;
     for content in [b"first".as_slice(), b"", &[0, 255, 10].repeat(10_000)] {
         let path = lab.store_file("login.key", content).await.during("store a file with the lab")?;
-        same(&read("login.key").await?.as_deref(), &Some(content), "the stored file")?;
+        expect_equal(&read("login.key").await?.as_deref(), &Some(content), "the stored file")?;
         if let Some(path) = path {
             let found =
                 std::fs::read(&path).map_err(|error| crate::Error::io("read the file by its path", error))?;
-            same(&found.as_slice(), &content, "the stored file at its path")?;
+            expect_equal(&found.as_slice(), &content, "the stored file at its path")?;
         }
     }
     for name in ["", "../escape", "UPPER", "a/b"] {

@@ -99,7 +99,7 @@ impl Adapter for MemoryAdapter {
         let mut guest = GuestImage::new(PlannedUrl { url, sha256: None });
         guest.boots_within = Duration::from_secs(60);
         guest.echo = Some(Echo::new(ECHO, None));
-        guest.cards = "cat /proc/nics".to_owned();
+        guest.nics = "cat /proc/nics".to_owned();
         guest.serial_says = Some("Booting in memory".to_owned());
         Some(guest)
     }

@@ -45,8 +45,8 @@ mod run;
 pub mod served;
 pub mod streams;
 mod table;
+mod test_result;
 pub mod texts;
-mod verdict;
 
 pub use self::{
     adapter::{Adapter, BadImages, Echo, GuestImage, Owners},
@@ -55,5 +55,5 @@ pub use self::{
     report::{Outcome, Report, TestReport},
     rig::Rig,
     run::{Options, Test, run, tests},
-    verdict::{NotPassed, Verdict},
+    test_result::{NotPassed, TestResult},
 };

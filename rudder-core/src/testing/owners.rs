@@ -2,11 +2,11 @@
 //! while it lives.
 
 use super::{
-    Adapter, NotPassed, Owners, Rig, Verdict,
+    Adapter, NotPassed, Owners, Rig, TestResult,
     kept::{stay, stay_with_a_guest},
     modules::{captured, draft, halted, published, template, whole},
     rig::eventually,
-    verdict::{During as _, ensure, fail, refused, same},
+    test_result::{During as _, ensure, expect_equal, fail, refused},
 };
 use crate::{
     Error, ErrorKind,
@@ -32,11 +32,11 @@ pub(super) const STAYS: &str = "stay";
 pub(super) const STAYS_WITH_A_GUEST: &str = "stay-with-a-guest";
 
 /// Prefix of the line in which an owner writes the id of its lab, once it has done what was requested.
-const TELLS: &str = "rudder-suite-lab ";
+const ID_PREFIX: &str = "rudder-suite-lab ";
 /// How long an owner may take until it reports that it is ready: it may have to boot a guest on a slow host.
 const READY_WITHIN: Duration = Duration::from_secs(180);
 /// How long an owner may run after it began to publish, before it is killed, in ms.
-const INTO_PUBLISHING: [u64; 6] = [0, 1, 3, 8, 20, 60];
+const PUBLISHING_DELAYS: [u64; 6] = [0, 1, 3, 8, 20, 60];
 
 /// Acts as the owner of a lab, in a process of its own, until it is killed or its standard input ends. Returns only on
 /// failure.
@@ -60,7 +60,7 @@ pub async fn own(adapter: Arc<dyn Adapter>) -> NotPassed {
                 let machine = halted(&rig, &*lab, "new").await?;
                 loop {
                     let disk = captured(&*machine).await?;
-                    tell(lab.id())?;
+                    report_id(lab.id())?;
                     let wanted = draft("base", vec![template("new", vec![disk])]);
                     lab.publish(wanted).await.during("publish")?;
                 }
@@ -69,8 +69,8 @@ pub async fn own(adapter: Arc<dyn Adapter>) -> NotPassed {
             STAYS_WITH_A_GUEST => stay_with_a_guest(&rig).await?,
             other => fail!("expected a role in {OWNER_VARIABLE}, but found {other:?}"),
         };
-        tell(lab.id())?;
-        std::future::pending::<Verdict>().await
+        report_id(lab.id())?;
+        std::future::pending::<TestResult>().await
     };
     match played.await {
         Ok(()) => NotPassed::Failed("it ended".to_owned()),
@@ -78,9 +78,9 @@ pub async fn own(adapter: Arc<dyn Adapter>) -> NotPassed {
     }
 }
 
-fn tell(id: &LabId) -> Verdict {
-    let said = writeln!(std::io::stdout(), "{TELLS}{id}");
-    Ok(said.map_err(|error| Error::io("tell the id of the lab", error))?)
+fn report_id(id: &LabId) -> TestResult {
+    let said = writeln!(std::io::stdout(), "{ID_PREFIX}{id}");
+    Ok(said.map_err(|error| Error::io("report the id of the lab", error))?)
 }
 
 /// A lab with another owner.
@@ -96,7 +96,7 @@ enum Owner {
 
 impl Owned {
     /// Opens a lab with a running machine for another owner.
-    async fn new(rig: &Rig) -> Verdict<Self> {
+    async fn new(rig: &Rig) -> TestResult<Self> {
         match rig.adapter().owners() {
             Owners::Process(command) => Self::spawn(command, "hold").await,
             Owners::Handle => {
@@ -108,7 +108,7 @@ impl Owned {
     }
 
     /// Opens a lab that outlives another owner, who plays this role.
-    pub(super) async fn of_a_lab_that_stays(rig: &Rig, role: &str) -> Verdict<Self> {
+    pub(super) async fn of_a_lab_that_stays(rig: &Rig, role: &str) -> TestResult<Self> {
         let lab = match rig.adapter().owners() {
             Owners::Process(command) => return Self::spawn(command, role).await,
             Owners::Handle if role == STAYS => stay(rig).await?,
@@ -118,17 +118,17 @@ impl Owned {
     }
 
     /// Starts a process for this role. Returns once it reports that it is ready.
-    async fn spawn(command: std::process::Command, role: &str) -> Verdict<Self> {
+    async fn spawn(command: std::process::Command, role: &str) -> TestResult<Self> {
         let mut command = Command::from(command);
         command.env(OWNER_VARIABLE, role).kill_on_drop(true);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = command.spawn().map_err(|error| Error::io("start an owner", error))?;
         let stdout = child.stdout.take();
         let mut said = String::new();
-        let told = async {
+        let reported = async {
             let mut lines = BufReader::new(stdout?).lines();
             while let Ok(Some(line)) = lines.next_line().await {
-                if let Some((_, id)) = line.split_once(TELLS) {
+                if let Some((_, id)) = line.split_once(ID_PREFIX) {
                     let id = LabId::parse(id.trim()).ok();
                     // Its further output is discarded, so that it never blocks.
                     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
@@ -139,14 +139,14 @@ impl Owned {
             }
             None
         };
-        match tokio::time::timeout(READY_WITHIN, told).await {
+        match tokio::time::timeout(READY_WITHIN, reported).await {
             Ok(Some(id)) => Ok(Self { id, owner: Owner::Process(Box::new(child)) }),
-            _ => fail!("expected the owner to tell the id of its lab, but it said:\n{said}"),
+            _ => fail!("expected the owner to report the id of its lab, but it wrote:\n{said}"),
         }
     }
 
     /// Kills the owner without warning.
-    pub(super) async fn die(self) -> Verdict<LabId> {
+    pub(super) async fn die(self) -> TestResult<LabId> {
         match self.owner {
             Owner::Process(mut child) => {
                 let killed = child.kill().await;
@@ -159,7 +159,7 @@ impl Owned {
 }
 
 /// What a killed owner left is gone after `reap`, even when several processes reap at once.
-pub async fn what_a_dead_owner_left_is_reaped(rig: &Rig) -> Verdict {
+pub async fn resources_of_a_dead_owner_are_reaped(rig: &Rig) -> TestResult {
     let owned = Owned::new(rig).await?;
     ensure!(!rig.left().await?.is_empty(), "expected traces of a lab with a machine, but found none");
     owned.die().await?;
@@ -167,7 +167,7 @@ pub async fn what_a_dead_owner_left_is_reaped(rig: &Rig) -> Verdict {
     // The system may take a moment to notice a death.
     let gone = eventually(rig.options().settle, || async {
         let (one, two) = futures::join!(rig.backend().reap(), another.reap());
-        for report in [one.during("reap")?, two.during("reap beside another")?] {
+        for report in [one.during("reap")?, two.during("reap concurrently")?] {
             ensure!(report.failed.is_empty(), "reap: expected no failure, but found {:?}", report.failed);
         }
         Ok(rig.left().await?.is_empty())
@@ -177,7 +177,7 @@ pub async fn what_a_dead_owner_left_is_reaped(rig: &Rig) -> Verdict {
 }
 
 /// What belongs to a living owner is never reaped or removed, by any process.
-pub async fn a_living_owner_is_never_reaped(rig: &Rig) -> Verdict {
+pub async fn a_living_owner_is_never_reaped(rig: &Rig) -> TestResult {
     let owned = Owned::new(rig).await?;
     let lab = rig.lab("mine").await?;
     let machine = rig.running(&*lab, "web").await?;
@@ -186,16 +186,19 @@ pub async fn a_living_owner_is_never_reaped(rig: &Rig) -> Verdict {
         spares(backend, &[&owned.id, lab.id()]).await?;
     }
     let waited = tokio::time::timeout(Duration::from_millis(200), machine.wait()).await;
-    ensure!(waited.is_err(), "expected a machine of a living owner to run on, but found {waited:?}");
+    ensure!(waited.is_err(), "expected a machine of a living owner to keep running, but found {waited:?}");
     if let Owner::Handle(_, Some(machine)) = &owned.owner {
         let waited = tokio::time::timeout(Duration::from_millis(200), machine.wait()).await;
-        ensure!(waited.is_err(), "expected a machine of a living owner to run on, but found {waited:?}");
+        ensure!(
+            waited.is_err(),
+            "expected a machine of a living owner to keep running, but found {waited:?}"
+        );
     }
     let id = owned.id.clone();
     let traces = rig.left().await?;
     ensure!(
         traces.iter().any(|line| line.contains(id.as_str())),
-        "expected the lab of a living owner to be there, but found only {traces:?}"
+        "expected the lab of a living owner to exist, but found only {traces:?}"
     );
     lab.destroy().await.during("destroy the lab")?;
     drop((machine, lab));
@@ -208,7 +211,7 @@ pub async fn a_living_owner_is_never_reaped(rig: &Rig) -> Verdict {
     Ok(())
 }
 
-async fn spares(backend: &dyn Backend, ids: &[&LabId]) -> Verdict {
+async fn spares(backend: &dyn Backend, ids: &[&LabId]) -> TestResult {
     let report = backend.reap().await.during("reap while owners live")?;
     ensure!(report.removed.is_empty(), "expected nothing to be reaped, but found {:?}", report.removed);
     for id in ids {
@@ -218,21 +221,21 @@ async fn spares(backend: &dyn Backend, ids: &[&LabId]) -> Verdict {
     let labs = backend.labs().await.during("list labs")?;
     for id in ids {
         let found = labs.iter().find(|lab| lab.id == **id).map(|lab| lab.state);
-        same(&found, &Some(LabState::Owned), "the state of a lab with a living owner")?;
+        expect_equal(&found, &Some(LabState::Owned), "the state of a lab with a living owner")?;
         refused(backend.attach(id).await, ErrorKind::Conflict, "attach to the lab of a living owner")?;
     }
     Ok(())
 }
 
 /// A publisher may be killed at any moment: the module is either the previous or the new one, complete.
-pub async fn a_module_is_whole_when_its_publisher_is_killed(rig: &Rig) -> Verdict {
+pub async fn a_module_is_complete_if_its_publisher_is_killed(rig: &Rig) -> TestResult {
     let lab = rig.lab("old").await?;
     let old = published(rig, &*lab, "base").await?;
     lab.destroy().await.during("destroy the lab of the old module")?;
     drop(lab);
     // From here on, the traces of the module count as having existed before.
     rig.begin().await?;
-    for after in INTO_PUBLISHING.map(Duration::from_millis) {
+    for after in PUBLISHING_DELAYS.map(Duration::from_millis) {
         match rig.adapter().owners() {
             Owners::Process(command) => {
                 let owned = Owned::spawn(command, "publish").await?;
@@ -272,10 +275,10 @@ pub async fn a_module_is_whole_when_its_publisher_is_killed(rig: &Rig) -> Verdic
     let next = published(rig, &*lab, "base").await?;
     lab.destroy().await.during("destroy the lab")?;
     let modules = rig.backend().modules().await.during("list modules")?;
-    same(
+    expect_equal(
         &modules.iter().map(|module| module.digest).collect(),
         &vec![next.digest],
-        "what was published next",
+        "the module that was published next",
     )?;
     rig.backend().remove_module("base").await.during("remove the module")
 }

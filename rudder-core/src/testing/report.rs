@@ -17,7 +17,7 @@ pub enum Outcome {
 impl Outcome {
     /// Returns `passed`, `FAILED` or `skipped`.
     #[must_use]
-    pub fn word(&self) -> &'static str {
+    pub fn label(&self) -> &'static str {
         match self {
             Self::Passed => "passed",
             Self::Failed(_) => "FAILED",
@@ -113,13 +113,13 @@ impl fmt::Display for Report {
                 writeln!(f, "{group}")?;
             }
             let took = test.took.as_secs_f64();
-            write!(f, "  {:<width$}  {:<7} {took:>7.2} s", test.name, test.outcome.word())?;
+            write!(f, "  {:<width$}  {:<7} {took:>7.2} s", test.name, test.outcome.label())?;
             match &test.outcome {
                 Outcome::Skipped(why) => writeln!(f, "  {why}")?,
                 _ => writeln!(f)?,
             }
         }
-        let count = |word: &str| self.tests.iter().filter(|test| test.outcome.word() == word).count();
+        let count = |label: &str| self.tests.iter().filter(|test| test.outcome.label() == label).count();
         let took: f64 = self.tests.iter().map(|test| test.took.as_secs_f64()).sum();
         let (passed, failed, skipped) = (count("passed"), count("FAILED"), count("skipped"));
         write!(f, "{}: {passed} passed, {failed} failed, {skipped} skipped in {took:.1} s", self.backend)?;

@@ -1,11 +1,11 @@
 //! The test rig: the backend, labs and machines to test it with, and the checks for what is left behind.
 
 use super::{
-    Adapter, GuestImage, NotPassed, Options, Verdict,
+    Adapter, GuestImage, NotPassed, Options, TestResult,
     guest::{Booted, Prepared},
     hardware::equip,
     pairs::{self, Pair},
-    verdict::{During as _, ensure, fail},
+    test_result::{During as _, ensure, fail},
 };
 use crate::{
     backend::{
@@ -32,7 +32,7 @@ pub(super) const SSH: u16 = 22;
 /// Size of blank disks, in bytes: small enough to be captured at once.
 pub(super) const BLANK: u64 = 16 << 20;
 /// Interval between checks of a condition that comes about by itself.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Groups that share a guest; they run one after another.
 const SHARING: [&str; 4] = ["streams", "consoles", "hardware", "served"];
@@ -41,7 +41,7 @@ const PAIRS: &str = "pairs";
 
 /// Guests that several tests share.
 #[derive(Debug)]
-struct Kept<T> {
+struct SharedGuest<T> {
     /// The guests, or why they could not be booted. The error is kept, since every other test would wait as long for
     /// it.
     value: tokio::sync::Mutex<Option<Result<Arc<T>, String>>>,
@@ -49,19 +49,19 @@ struct Kept<T> {
     lab: Mutex<Option<String>>,
 }
 
-impl<T> Default for Kept<T> {
+impl<T> Default for SharedGuest<T> {
     fn default() -> Self {
         Self { value: tokio::sync::Mutex::default(), lab: Mutex::default() }
     }
 }
 
-impl<T> Kept<T> {
+impl<T> SharedGuest<T> {
     async fn get(
         &self,
         rig: &Rig,
         name: &str,
-        boot: for<'a> fn(&'a Rig, Arc<dyn Lab>) -> BoxFuture<'a, Verdict<T>>,
-    ) -> Verdict<Arc<T>> {
+        boot: for<'a> fn(&'a Rig, Arc<dyn Lab>) -> BoxFuture<'a, TestResult<T>>,
+    ) -> TestResult<Arc<T>> {
         let mut value = self.value.lock().await;
         match &*value {
             Some(Ok(value)) => return Ok(Arc::clone(value)),
@@ -93,7 +93,7 @@ impl<T> Kept<T> {
     }
 
     /// Destroys the lab of the guests. Returns whether there was one.
-    async fn close(&self, lab: impl Fn(&T) -> &Arc<dyn Lab>) -> Verdict<bool> {
+    async fn close(&self, lab: impl Fn(&T) -> &Arc<dyn Lab>) -> TestResult<bool> {
         let value = self.value.lock().await.take();
         let result = match value {
             Some(Ok(value)) => lab(&value).destroy().await.during("destroy the lab of a shared guest"),
@@ -112,8 +112,8 @@ pub struct Rig {
     options: Options,
     /// What existed before the test.
     before: Mutex<BTreeSet<String>>,
-    shared: Kept<Booted>,
-    pair: Kept<Pair>,
+    shared: SharedGuest<Booted>,
+    pair: SharedGuest<Pair>,
     /// A listener on the host's loopback, whose port the shared guest is dialled at.
     host_port: Option<TcpListener>,
 }
@@ -128,8 +128,8 @@ impl Rig {
             backend,
             options,
             before: Mutex::default(),
-            shared: Kept::default(),
-            pair: Kept::default(),
+            shared: SharedGuest::default(),
+            pair: SharedGuest::default(),
             host_port: TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
                 .ok()
                 .filter(|listener| listener.set_nonblocking(true).is_ok()),
@@ -161,17 +161,17 @@ impl Rig {
     }
 
     /// Returns the guest of the adapter; without one, the test is skipped.
-    pub(super) fn image(&self) -> Verdict<GuestImage> {
+    pub(super) fn image(&self) -> TestResult<GuestImage> {
         let none = || NotPassed::Skipped("the adapter has no guest that boots".to_owned());
         self.adapter.guest().ok_or_else(none)
     }
 
     /// Returns a running guest, shared by the tests of a group. They leave it as they found it.
-    pub(super) async fn shared(&self) -> Verdict<Arc<Booted>> {
+    pub(super) async fn shared(&self) -> TestResult<Arc<Booted>> {
         self.shared.get(self, "shared", |rig, lab| rig.boot_shared(lab).boxed()).await
     }
 
-    async fn boot_shared(&self, lab: Arc<dyn Lab>) -> Verdict<Booted> {
+    async fn boot_shared(&self, lab: Arc<dyn Lab>) -> TestResult<Booted> {
         let mut prepared = Prepared::new(self, &*lab, "web", None).await?;
         prepared.spec.ports.extend(self.host_port());
         equip(self, &*lab, &mut prepared.spec).await?;
@@ -179,7 +179,7 @@ impl Rig {
     }
 
     /// Returns two running guests, shared by the tests of a group.
-    pub(super) async fn pair(&self) -> Verdict<Arc<Pair>> {
+    pub(super) async fn pair(&self) -> TestResult<Arc<Pair>> {
         self.pair.get(self, "pair", |rig, lab| pairs::boot(rig, lab).boxed()).await
     }
 
@@ -194,7 +194,7 @@ impl Rig {
     }
 
     /// Destroys the labs of guests that tests of other groups share. Returns whether there were any.
-    pub(super) async fn close_shared(&self, group: &str) -> Verdict<bool> {
+    pub(super) async fn close_shared(&self, group: &str) -> TestResult<bool> {
         let mut closed = false;
         if !SHARING.contains(&group) {
             closed |= self.shared.close(|booted| &booted.lab).await?;
@@ -206,7 +206,7 @@ impl Rig {
     }
 
     /// Opens a lab with the network of a manifest that declares none.
-    pub(super) async fn lab(&self, name: &str) -> Verdict<Arc<dyn Lab>> {
+    pub(super) async fn lab(&self, name: &str) -> TestResult<Arc<dyn Lab>> {
         self.backend.open_lab(&LabSpec::new(name, network())).await.during("open a lab")
     }
 
@@ -229,7 +229,7 @@ impl Rig {
     }
 
     /// Imports a blank disk.
-    pub(super) async fn blank(&self, lab: &dyn Lab, machine: &str, disk: &str) -> Verdict<MachineDisk> {
+    pub(super) async fn blank(&self, lab: &dyn Lab, machine: &str, disk: &str) -> TestResult<MachineDisk> {
         if !self.backend.capabilities().has(Capability::SourceBlank) {
             let why = format!("the backend does not claim {}", Capability::SourceBlank);
             return Err(NotPassed::Skipped(why));
@@ -241,7 +241,7 @@ impl Rig {
     }
 
     /// Describes a small machine with a blank disk, which need not boot.
-    pub(super) async fn bare(&self, lab: &dyn Lab, name: &str) -> Verdict<MachineSpec> {
+    pub(super) async fn bare(&self, lab: &dyn Lab, name: &str) -> TestResult<MachineSpec> {
         let mut spec = MachineSpec::new(name, 1, 64 << 20);
         spec.disks.push(self.blank(lab, name, "root").await?);
         spec.nics.push(nic(lab, name, NicModel::E1000));
@@ -250,20 +250,20 @@ impl Rig {
     }
 
     /// Defines such a machine.
-    pub(super) async fn machine(&self, lab: &dyn Lab, name: &str) -> Verdict<Arc<dyn Machine>> {
+    pub(super) async fn machine(&self, lab: &dyn Lab, name: &str) -> TestResult<Arc<dyn Machine>> {
         let spec = self.bare(lab, name).await?;
         lab.create_machine(&spec).await.during("create a machine")
     }
 
     /// Defines and starts such a machine.
-    pub(super) async fn running(&self, lab: &dyn Lab, name: &str) -> Verdict<Arc<dyn Machine>> {
+    pub(super) async fn running(&self, lab: &dyn Lab, name: &str) -> TestResult<Arc<dyn Machine>> {
         let machine = self.machine(lab, name).await?;
         machine.start().await.during("start a machine")?;
         Ok(machine)
     }
 
-    async fn traces(&self) -> Verdict<BTreeSet<String>> {
-        let traces = self.adapter.traces().await.during("look at what there is of labs")?;
+    async fn traces(&self) -> TestResult<BTreeSet<String>> {
+        let traces = self.adapter.traces().await.during("list the traces of labs")?;
         let shared: Vec<String> =
             [&self.shared.lab, &self.pair.lab].into_iter().filter_map(|lab| lock(lab).clone()).collect();
         let is_shared = |line: &String| shared.iter().any(|id| line.contains(id));
@@ -271,21 +271,21 @@ impl Rig {
     }
 
     /// Records what exists before a test.
-    pub(super) async fn begin(&self) -> Verdict {
+    pub(super) async fn begin(&self) -> TestResult {
         let traces = self.traces().await?;
         *lock(&self.before) = traces;
         Ok(())
     }
 
     /// Returns what exists that did not exist before the test.
-    pub(super) async fn left(&self) -> Verdict<Vec<String>> {
+    pub(super) async fn left(&self) -> TestResult<Vec<String>> {
         let now = self.traces().await?;
         let before = lock(&self.before);
         Ok(now.difference(&before).cloned().collect())
     }
 
     /// Fails when more exists than before the test, even after a while in which things may end by themselves.
-    pub(super) async fn expect_nothing_left(&self, when: &str) -> Verdict {
+    pub(super) async fn expect_nothing_left(&self, when: &str) -> TestResult {
         let deadline = Instant::now() + self.options.settle;
         loop {
             let left = self.left().await?;
@@ -293,9 +293,9 @@ impl Rig {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                fail!("{when}: expected nothing to be left, but found:\n{}", left.join("\n"));
+                fail!("{when}: expected nothing to remain, but found:\n{}", left.join("\n"));
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -315,18 +315,18 @@ impl Rig {
 
 /// The reported progress of one call.
 #[derive(Debug, Default)]
-pub(super) struct Heard(Arc<Mutex<Vec<ProgressEvent>>>);
+pub(super) struct ProgressLog(Arc<Mutex<Vec<ProgressEvent>>>);
 
-impl Heard {
+impl ProgressLog {
     /// Returns a progress whose events are collected here.
     pub(super) fn progress(&self) -> Progress {
-        let heard = Arc::clone(&self.0);
-        Progress::new(move |event| lock(&heard).push(event))
+        let log = Arc::clone(&self.0);
+        Progress::new(move |event| lock(&log).push(event))
     }
 
     /// Checks that the reported progress keeps the contract: for each task, the amount done never decreases or exceeds
     /// the total, the total never changes, and in the end everything is done. Returns whether anything was reported.
-    pub(super) fn check(&self) -> Verdict<bool> {
+    pub(super) fn check(&self) -> TestResult<bool> {
         let mut tasks: BTreeMap<String, (u64, Option<u64>)> = BTreeMap::new();
         for event in lock(&self.0).iter() {
             let ProgressEvent::Bytes { task, done, total } = event else { continue };
@@ -344,7 +344,7 @@ impl Heard {
         for (task, (done, total)) in &tasks {
             ensure!(
                 total.is_none_or(|total| total == *done),
-                "{task}: expected all of {total:?} bytes in the end, but found {done}"
+                "{task}: expected all of {total:?} bytes at the end, but found {done}"
             );
         }
         Ok(!tasks.is_empty())
@@ -352,9 +352,9 @@ impl Heard {
 }
 
 /// Waits for a condition that comes about by itself. Returns whether it did within the time limit.
-pub(super) async fn eventually<F>(limit: Duration, mut condition: impl FnMut() -> F) -> Verdict<bool>
+pub(super) async fn eventually<F>(limit: Duration, mut condition: impl FnMut() -> F) -> TestResult<bool>
 where
-    F: Future<Output = Verdict<bool>>,
+    F: Future<Output = TestResult<bool>>,
 {
     let deadline = Instant::now() + limit;
     loop {
@@ -364,7 +364,7 @@ where
         if Instant::now() > deadline {
             return Ok(false);
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 

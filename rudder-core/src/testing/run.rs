@@ -2,10 +2,11 @@
 //! leaves.
 
 use super::{
-    Adapter, NotPassed, Outcome, Report, Rig, TestReport, Verdict, builds, consoles, dropped, firmware,
-    hardware, imports, kept, labs, machines, modules, owners, pairs, served, streams, texts, verdict::ensure,
+    Adapter, NotPassed, Outcome, Report, Rig, TestReport, TestResult, builds, consoles, dropped, firmware,
+    hardware, imports, kept, labs, machines, modules, owners, pairs, served, streams, test_result::ensure,
+    texts,
 };
-use crate::{backend::END_TOLD_WITHIN, capability::Capability};
+use crate::{backend::END_REPORTED_WITHIN, capability::Capability};
 use futures::{FutureExt as _, future::BoxFuture};
 use std::{
     collections::BTreeSet,
@@ -25,7 +26,7 @@ pub struct Test {
     pub function: &'static str,
     /// The capabilities that the backend must claim for the test, and that it proves when it passes.
     pub needs: &'static [Capability],
-    run: for<'a> fn(&'a Rig) -> BoxFuture<'a, Verdict>,
+    run: for<'a> fn(&'a Rig) -> BoxFuture<'a, TestResult>,
 }
 
 impl Test {
@@ -60,91 +61,91 @@ pub fn tests() -> &'static [Test] {
         labs {
             diagnosis_may_be_repeated,
             a_lab_is_opened_and_destroyed_twice,
-            an_id_is_taken_while_its_lab_is_open,
+            an_id_is_in_use_while_its_lab_is_open,
             a_destroyed_lab_refuses_work,
-            a_lab_is_destroyed_from_every_state,
-            a_lab_is_destroyed_by_several_at_once,
+            a_lab_can_be_destroyed_in_every_state,
+            a_lab_can_be_destroyed_concurrently,
             a_forgotten_lab_is_reaped,
-            labs_with_the_same_names_do_not_meet,
+            labs_with_the_same_names_are_separate,
         }
         machines {
-            start_wait_and_stop_come_in_every_order,
-            any_number_may_wait,
-            several_may_stop_a_machine,
+            start_wait_and_stop_work_in_every_order,
+            any_number_of_callers_can_wait,
+            several_callers_can_stop_a_machine,
             a_graceful_stop_ends_after_its_limit,
-            death_is_seen_in_time,
-            a_name_is_taken_once_in_a_lab,
-            what_a_machine_cannot_do_now_is_refused,
-            machines_live_side_by_side,
+            a_death_is_reported_in_time,
+            a_name_can_be_used_once_in_a_lab,
+            operations_in_the_wrong_state_are_refused,
+            machines_run_independently,
         }
         pairs {
-            machines_that_are_created_at_once_do_not_meet [SourceUrl, CloudInit],
-            processors_and_memory_are_as_asked_for [SourceUrl, CloudInit],
-            consoles_are_those_of_their_own_machine [SourceUrl, CloudInit],
-            a_power_off_is_told_in_time [SourceUrl, CloudInit],
+            machines_created_concurrently_are_separate [SourceUrl, CloudInit],
+            processors_and_memory_are_as_requested [SourceUrl, CloudInit],
+            each_machine_has_its_own_consoles [SourceUrl, CloudInit],
+            a_power_off_is_reported_in_time [SourceUrl, CloudInit],
         }
         streams {
-            a_guest_is_dialled_until_it_listens [SourceUrl, CloudInit],
-            a_closed_port_refuses [SourceUrl, CloudInit],
-            a_port_of_the_host_is_not_the_guests [SourceUrl, CloudInit],
-            many_connections_at_once [SourceUrl, CloudInit],
-            large_transfers_arrive_whole [SourceUrl, CloudInit],
-            half_of_a_connection_may_be_closed [SourceUrl, CloudInit],
-            a_cut_connection_hurts_no_other [SourceUrl, CloudInit],
+            dialling_succeeds_once_the_guest_listens [SourceUrl, CloudInit],
+            a_closed_port_refuses_connections [SourceUrl, CloudInit],
+            dialling_does_not_reach_ports_of_the_host [SourceUrl, CloudInit],
+            many_concurrent_connections_work [SourceUrl, CloudInit],
+            large_transfers_arrive_complete [SourceUrl, CloudInit],
+            one_half_of_a_connection_can_be_closed [SourceUrl, CloudInit],
+            a_broken_connection_does_not_affect_others [SourceUrl, CloudInit],
         }
         consoles {
-            consoles_say_what_they_cannot_do,
-            the_last_words_on_the_serial_console_are_kept [SourceUrl, CloudInit, Serial],
-            a_reader_that_does_not_read_stops_nobody [SourceUrl, CloudInit, Serial],
-            several_read_the_serial_console [SourceUrl, CloudInit, Serial],
-            what_is_typed_on_the_serial_console_arrives [SourceUrl, CloudInit, Serial],
-            several_look_at_the_screen [SourceUrl, CloudInit, Display],
+            consoles_refuse_what_they_cannot_do,
+            the_end_of_the_serial_output_is_kept [SourceUrl, CloudInit, Serial],
+            a_stalled_reader_blocks_no_one [SourceUrl, CloudInit, Serial],
+            several_readers_share_the_serial_console [SourceUrl, CloudInit, Serial],
+            input_to_the_serial_console_arrives [SourceUrl, CloudInit, Serial],
+            several_viewers_share_the_display [SourceUrl, CloudInit, Display],
             a_compressed_screen_is_the_same [SourceUrl, CloudInit, Display],
-            pictures_of_the_screen_are_taken [SourceUrl, CloudInit, Screenshot],
+            screenshots_are_taken [SourceUrl, CloudInit, Screenshot],
         }
         hardware {
-            a_disk_on_virtio_is_seen [SourceUrl, CloudInit, SourceBlank, DiskVirtio],
-            a_disk_on_scsi_is_seen [SourceUrl, CloudInit, SourceBlank, DiskScsi],
-            a_disk_on_sata_is_seen [SourceUrl, CloudInit, SourceBlank, DiskSata],
-            a_disk_on_usb_is_seen [SourceUrl, CloudInit, SourceBlank, DiskUsb],
-            a_disk_on_ide_is_seen [SourceUrl, CloudInit, SourceBlank, DiskIde],
-            cards_of_every_model_are_seen [SourceUrl, CloudInit, NicModels],
-            cards_sit_in_the_order_of_their_slots [SourceUrl, CloudInit, NicModels, NicSlots],
-            a_disc_is_read [SourceUrl, CloudInit, Isos],
-            a_floppy_is_read [SourceUrl, CloudInit, Floppy],
+            a_disk_on_virtio_is_detected [SourceUrl, CloudInit, SourceBlank, DiskVirtio],
+            a_disk_on_scsi_is_detected [SourceUrl, CloudInit, SourceBlank, DiskScsi],
+            a_disk_on_sata_is_detected [SourceUrl, CloudInit, SourceBlank, DiskSata],
+            a_disk_on_usb_is_detected [SourceUrl, CloudInit, SourceBlank, DiskUsb],
+            a_disk_on_ide_is_detected [SourceUrl, CloudInit, SourceBlank, DiskIde],
+            nics_of_every_model_are_detected [SourceUrl, CloudInit, NicModels],
+            nics_are_in_the_order_of_their_slots [SourceUrl, CloudInit, NicModels, NicSlots],
+            a_cd_rom_is_readable [SourceUrl, CloudInit, Isos],
+            a_floppy_is_readable [SourceUrl, CloudInit, Floppy],
         }
         served {
             files_are_served_to_the_guest [SourceUrl, CloudInit, HttpDirectory],
-            what_is_served_is_for_machines_of_its_lab_and_ends_with_it [HttpDirectory],
+            files_are_served_only_to_machines_of_the_lab_while_it_exists [HttpDirectory],
         }
         imports {
             blank_disks_have_their_size [SourceBlank],
-            an_image_is_imported_by_several_at_once [SourceUrl],
-            a_disk_is_as_large_as_asked_for [SourceUrl],
-            a_promised_digest_is_verified [SourceUrl],
-            a_bad_image_is_refused [SourceUrl],
+            an_image_can_be_imported_concurrently [SourceUrl],
+            a_disk_has_the_requested_size [SourceUrl],
+            an_expected_digest_is_verified [SourceUrl],
+            an_invalid_image_is_refused [SourceUrl],
             files_are_fetched_and_verified,
-            a_fetched_file_stays_as_it_is,
+            a_fetched_file_is_not_changed,
         }
         modules {
-            a_capture_says_what_it_is,
-            a_module_is_published_seen_and_removed,
-            a_module_takes_the_place_of_another,
+            a_captured_disk_is_described,
+            a_module_is_published_listed_and_removed,
+            a_module_replaces_another,
             a_disk_that_was_not_captured_is_not_published,
-            a_module_stays_when_its_successor_cannot_be_published,
-            a_module_in_use_stays [SourceBlank, SourceBuildRef],
+            a_module_is_kept_if_its_successor_cannot_be_published,
+            a_module_in_use_is_not_removed [SourceBlank, SourceBuildRef],
             what_a_guest_wrote_is_captured_and_inherited [SourceUrl, CloudInit, SourceBuildRef],
         }
         firmware {
             a_machine_with_bios_keeps_nothing_outside_its_disks,
-            a_machine_with_uefi_starts_and_its_variables_are_kept [SourceBlank, SourceBuildRef, Uefi],
-            a_machine_with_secure_boot_starts_and_its_variables_are_kept [SourceBlank, SourceBuildRef, SecureBoot],
-            a_machine_with_a_tpm_starts_and_its_memory_is_kept [SourceBlank, SourceBuildRef, Tpm],
+            a_machine_with_uefi_keeps_its_variables [SourceBlank, SourceBuildRef, Uefi],
+            a_machine_with_secure_boot_keeps_its_variables [SourceBlank, SourceBuildRef, SecureBoot],
+            a_machine_with_a_tpm_keeps_its_state [SourceBlank, SourceBuildRef, Tpm],
         }
         owners {
-            what_a_dead_owner_left_is_reaped,
+            resources_of_a_dead_owner_are_reaped,
             a_living_owner_is_never_reaped,
-            a_module_is_whole_when_its_publisher_is_killed,
+            a_module_is_complete_if_its_publisher_is_killed,
         }
         kept {
             a_lab_that_stays_is_attached_by_another_process [SourceBlank],
@@ -155,7 +156,7 @@ pub fn tests() -> &'static [Test] {
         }
         dropped {
             opening_a_lab_may_be_dropped,
-            what_comes_into_a_lab_may_be_dropped,
+            importing_and_serving_may_be_dropped,
             starting_a_machine_may_be_dropped,
             waiting_and_stopping_may_be_dropped,
             connecting_may_be_dropped,
@@ -163,17 +164,17 @@ pub fn tests() -> &'static [Test] {
             publishing_may_be_dropped,
             destroying_may_be_dropped,
             keeping_may_be_dropped,
-            looking_after_a_backend_may_be_dropped,
+            maintaining_a_backend_may_be_dropped,
         }
         texts {
-            odd_names_work_or_are_refused,
-            long_names_stay_apart,
-            an_image_of_an_odd_name_is_imported [SourceUrl],
+            unusual_names_work_or_are_refused,
+            long_names_remain_distinct,
+            an_image_with_an_unusual_name_is_imported [SourceUrl],
         }
         builds {
-            a_build_makes_every_kind_of_step [SourceUrl, CloudInit],
-            a_failed_build_leaves_nothing [SourceUrl, CloudInit],
-            a_cancelled_build_leaves_nothing [SourceUrl, CloudInit],
+            a_build_runs_every_kind_of_step [SourceUrl, CloudInit],
+            a_failed_build_leaves_nothing_behind [SourceUrl, CloudInit],
+            a_cancelled_build_leaves_nothing_behind [SourceUrl, CloudInit],
         }
     };
     TESTS
@@ -185,7 +186,7 @@ pub fn tests() -> &'static [Test] {
 pub struct Options {
     /// Maximum duration of a test before it counts as failed. 4 min.
     pub limit: Duration,
-    /// Maximum time until the end of a machine must be reported. [`END_TOLD_WITHIN`], as in the contract.
+    /// Maximum time until the end of a machine must be reported. [`END_REPORTED_WITHIN`], as in the contract.
     pub reaction: Duration,
     /// Maximum wait for what should happen soon, before it counts as never. 30 s.
     pub patience: Duration,
@@ -199,7 +200,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             limit: Duration::from_secs(240),
-            reaction: END_TOLD_WITHIN,
+            reaction: END_REPORTED_WITHIN,
             patience: Duration::from_secs(30),
             settle: Duration::from_secs(10),
             only: None,
@@ -264,7 +265,7 @@ pub async fn run(adapter: Arc<dyn Adapter>, options: &Options) -> Report {
         if outcome == Outcome::Passed {
             proven.extend(test.needs);
         }
-        tracing::info!(target: "rudder::testing", test = label, outcome = outcome.word(), "tested");
+        tracing::info!(target: "rudder::testing", test = label, outcome = outcome.label(), "tested");
         report.tests.push(TestReport {
             group: test.group,
             name: test.name(),
@@ -318,8 +319,8 @@ async fn one(rig: &Rig, test: &Test) -> Outcome {
         Ok(())
     };
     let limit = rig.options().limit;
-    let verdict = match tokio::time::timeout(limit, AssertUnwindSafe(work).catch_unwind()).await {
-        Ok(Ok(verdict)) => verdict,
+    let result = match tokio::time::timeout(limit, AssertUnwindSafe(work).catch_unwind()).await {
+        Ok(Ok(result)) => result,
         Ok(Err(panic)) => {
             let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
             let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
@@ -327,7 +328,7 @@ async fn one(rig: &Rig, test: &Test) -> Outcome {
         }
         Err(_) => Err(NotPassed::Failed(format!("expected it to end within {limit:?}, but it did not"))),
     };
-    match verdict {
+    match result {
         Ok(()) => Outcome::Passed,
         Err(problem) => {
             rig.sweep().await;

@@ -1,10 +1,10 @@
 //! Files that a lab serves to its machines.
 
 use super::{
-    NotPassed, Owners, Rig, Verdict,
+    NotPassed, Owners, Rig, TestResult,
     guest::Booted,
     rig::lock,
-    verdict::{During as _, ensure, fail},
+    test_result::{During as _, ensure, fail},
 };
 use crate::{
     Error,
@@ -24,14 +24,14 @@ use tokio::{
 };
 
 /// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// A guest gets what is served to it, whatever its name and size, and nothing else; each request is reported; and
 /// serving ends.
-pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
+pub async fn files_are_served_to_the_guest(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let large = super::streams::noise(11, rig.image()?.large / 4);
-    let made = |error| Error::io("make a file to be served", error);
+    let made = |error| Error::io("create a file to serve", error);
     let on_disk = tempfile::NamedTempFile::new().map_err(made)?;
     std::fs::write(on_disk.path(), &large).map_err(made)?;
     let files = BTreeMap::from([
@@ -39,10 +39,10 @@ pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
         ("an odd, \"name\" é&;'$(x).txt".to_owned(), SiteFile::bytes(*b"odd")),
         ("large.bin".to_owned(), SiteFile::path(on_disk.path().to_owned())),
     ]);
-    let heard = Arc::new(Mutex::new(Vec::new()));
+    let log = Arc::new(Mutex::new(Vec::new()));
     let site = Site::new(files, {
-        let heard = Arc::clone(&heard);
-        move |request| lock(&heard).push((request.path.clone(), request.status))
+        let log = Arc::clone(&log);
+        move |request| lock(&log).push((request.path.clone(), request.status))
     });
     let served = booted.lab.serve(site).await.during("serve files")?;
     let subnet = super::rig::network().subnets.first().map(|subnet| subnet.name.clone()).unwrap_or_default();
@@ -66,10 +66,10 @@ pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
         let found = get(rig, &booted, &at(name)).await?;
         ensure!(found.is_none(), "{name}: expected nothing, but found {found:?}");
     }
-    let told = lock(&heard).clone();
+    let reported = lock(&log).clone();
     ensure!(
-        told.iter().any(|(path, status)| path.contains("small.txt") && *status == 200),
-        "expected to hear of the request for small.txt, but heard {told:?}"
+        reported.iter().any(|(path, status)| path.contains("small.txt") && *status == 200),
+        "expected a report of the request for small.txt, but found {reported:?}"
     );
     let url = at("small.txt");
     drop(served);
@@ -80,7 +80,7 @@ pub async fn files_are_served_to_the_guest(rig: &Rig) -> Verdict {
 
 /// What is served is only for the machines of the lab: no other process of the host gets it, neither while it is served
 /// nor once the lab is gone.
-pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Rig) -> Verdict {
+pub async fn files_are_served_only_to_machines_of_the_lab_while_it_exists(rig: &Rig) -> TestResult {
     const SECRET: &str = "for the machines of this lab only";
     let lab = rig.lab("served").await?;
     let machine = rig.running(&*lab, "web").await?;
@@ -92,24 +92,21 @@ pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Ri
     addresses.extend(served.addresses.values().filter(is_of_host));
     let hears = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
     for address in &addresses {
-        let told = match rig.adapter().owners() {
+        let reported = match rig.adapter().owners() {
             // This process is not one of the lab's machines.
             Owners::Process(_) => {
                 fetch(&format!("http://{address}:{}/file", served.port)).await?.unwrap_or_default()
             }
             Owners::Handle => ask_as_another_process(*address, served.port).await?,
         };
-        ensure!(
-            !hears(&told),
-            "{address}: expected nobody but machines to be answered, but this process was"
-        );
+        ensure!(!hears(&reported), "{address}: expected only machines to be answered, but this process was");
     }
     lab.destroy().await.during("destroy the lab")?;
     for address in &addresses {
-        let told = fetch(&format!("http://{address}:{}/file", served.port)).await?.unwrap_or_default();
+        let reported = fetch(&format!("http://{address}:{}/file", served.port)).await?.unwrap_or_default();
         ensure!(
-            !hears(&told),
-            "{address}: expected nobody to be answered once the lab is gone, but somebody was"
+            !hears(&reported),
+            "{address}: expected no answers after the lab was destroyed, but found one"
         );
     }
     drop((served, machine));
@@ -117,32 +114,32 @@ pub async fn what_is_served_is_for_machines_of_its_lab_and_ends_with_it(rig: &Ri
 }
 
 /// Returns what another process of this host receives.
-async fn ask_as_another_process(address: Ipv4Addr, port: u16) -> Verdict<Vec<u8>> {
+async fn ask_as_another_process(address: Ipv4Addr, port: u16) -> TestResult<Vec<u8>> {
     let script = r#"exec 3<>"/dev/tcp/$0/$1" && printf 'GET /file HTTP/1.0\r\n\r\n' >&3 && cat <&3"#;
     let mut command = tokio::process::Command::new("bash");
     command.args(["-c", script, &address.to_string(), &port.to_string()]).stdin(Stdio::null());
     command.kill_on_drop(true);
-    let Ok(output) = tokio::time::timeout(PATIENCE, command.output()).await else {
-        fail!("expected another process to be refused within {PATIENCE:?}, but it waits")
+    let Ok(output) = tokio::time::timeout(ANSWER_LIMIT, command.output()).await else {
+        fail!("expected another process to be refused within {ANSWER_LIMIT:?}, but it waits")
     };
     // If refused, it fails.
     Ok(output.map_err(|error| Error::io("start bash", error))?.stdout)
 }
 
 /// Returns what a guest gets from a URL: the digest of the body of a successful response.
-async fn get(rig: &Rig, booted: &Booted, url: &str) -> Verdict<Option<String>> {
+async fn get(rig: &Rig, booted: &Booted, url: &str) -> TestResult<Option<String>> {
     if let Owners::Handle = rig.adapter().owners() {
         // The guests are part of this process.
         return Ok(fetch(url).await?.map(|body| Digest::of(&body).to_string()));
     }
     let command = format!("wget -q -O /tmp/got '{url}' && sha256sum /tmp/got || echo none");
-    let told = booted.run(&command).await?;
-    let digest = told.split_whitespace().next().unwrap_or_default();
+    let reported = booted.run(&command).await?;
+    let digest = reported.split_whitespace().next().unwrap_or_default();
     Ok(Some(digest.to_owned()).filter(|digest| digest != "none"))
 }
 
 /// Returns what this process gets from a URL, over HTTP/1.0 (RFC 1945).
-async fn fetch(url: &str) -> Verdict<Option<Vec<u8>>> {
+async fn fetch(url: &str) -> TestResult<Option<Vec<u8>>> {
     let url: url::Url = url.parse().map_err(|error| NotPassed::Failed(format!("{url}: {error}")))?;
     let talk = async {
         let address = (url.host_str().unwrap_or_default(), url.port().unwrap_or(80));
@@ -153,8 +150,8 @@ async fn fetch(url: &str) -> Verdict<Option<Vec<u8>>> {
         stream.read_to_end(&mut answer).await?;
         std::io::Result::Ok(answer)
     };
-    let Ok(answer) = tokio::time::timeout(PATIENCE, talk).await else {
-        fail!("{url}: expected an answer within {PATIENCE:?}, but none came")
+    let Ok(answer) = tokio::time::timeout(ANSWER_LIMIT, talk).await else {
+        fail!("{url}: expected an answer within {ANSWER_LIMIT:?}, but found none")
     };
     // Without a server, there is nothing to get.
     let Ok(answer) = answer else { return Ok(None) };

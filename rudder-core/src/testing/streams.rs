@@ -1,10 +1,10 @@
 //! Connections to the guest: before it listens, many at once, large, half closed, cut.
 
 use super::{
-    Rig, Verdict,
+    Rig, TestResult,
     guest::{Booted, CLOSED},
     rig::eventually,
-    verdict::{During as _, ensure, fail, same},
+    test_result::{During as _, ensure, expect_equal, fail},
 };
 use crate::{
     ErrorKind,
@@ -20,42 +20,44 @@ use std::{
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// How long an exchange may make no progress on a slow host.
-const STALL: Duration = Duration::from_secs(30);
+const STALL_LIMIT: Duration = Duration::from_secs(30);
 /// How long the stream of a port on which no process listens may stay open.
-const ENDS: Duration = Duration::from_secs(20);
+const END_LIMIT: Duration = Duration::from_secs(20);
 /// How long the guest's echo service may take until it listens.
-const LISTENS: Duration = Duration::from_secs(100);
+const LISTEN_LIMIT: Duration = Duration::from_secs(100);
 /// How long the peer is given at least to answer a half-close, and how many exchanges on other connections take place
 /// in that time: on a slow host, these take longer as well.
 const HALF_CLOSE: (Duration, usize) = (Duration::from_secs(3), 20);
 
 /// Dialling a guest that does not listen yet either fails with the expected error or returns a stream that ends early;
 /// once the guest listens, dialling works, and so does a login with the key of the seed.
-pub async fn a_guest_is_dialled_until_it_listens(rig: &Rig) -> Verdict {
+pub async fn dialling_succeeds_once_the_guest_listens(rig: &Rig) -> TestResult {
     // Every boot of the suite dials from power-on, and fails on any other answer.
     let booted = rig.shared().await?;
-    same(&booted.run("echo hello").await?.trim(), &"hello", "what a command wrote")
+    expect_equal(&booted.run("echo hello").await?.trim(), &"hello", "what a command wrote")
 }
 
 /// A port on which no process listens refuses, or its stream ends.
-pub async fn a_closed_port_refuses(rig: &Rig) -> Verdict {
+pub async fn a_closed_port_refuses_connections(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     match booted.machine.dial(CLOSED).await {
-        Err(error) => same(&error.kind(), &ErrorKind::GuestUnreachable, "dial a closed port"),
+        Err(error) => expect_equal(&error.kind(), &ErrorKind::GuestUnreachable, "dial a closed port"),
         Ok(mut stream) => {
             let mut byte = [0];
-            let read = tokio::time::timeout(ENDS, stream.read(&mut byte)).await;
+            let read = tokio::time::timeout(END_LIMIT, stream.read(&mut byte)).await;
             match read {
                 Ok(Ok(0) | Err(_)) => Ok(()),
                 Ok(Ok(_)) => fail!("a closed port: expected its stream to end, but found a byte"),
-                Err(_) => fail!("a closed port: expected its stream to end, but it stands after {ENDS:?}"),
+                Err(_) => fail!(
+                    "a closed port: expected its stream to end, but it is still open after {END_LIMIT:?}"
+                ),
             }
         }
     }
 }
 
 /// Many connections at once each carry their own bytes.
-pub async fn many_connections_at_once(rig: &Rig) -> Verdict {
+pub async fn many_concurrent_connections_work(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let port = booted.echo(rig).await?;
     let talks = (0..16).map(|number| {
@@ -79,7 +81,7 @@ pub async fn many_connections_at_once(rig: &Rig) -> Verdict {
 }
 
 /// Large transfers both ways at once arrive complete and in order.
-pub async fn large_transfers_arrive_whole(rig: &Rig) -> Verdict {
+pub async fn large_transfers_arrive_complete(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let port = booted.echo(rig).await?;
     let bytes = noise(7, rig.image()?.large);
@@ -87,11 +89,11 @@ pub async fn large_transfers_arrive_whole(rig: &Rig) -> Verdict {
     let stream = booted.machine.dial(port).await.during("dial")?;
     let returned = exchange(stream, bytes.clone()).await?;
     intact(&returned, &bytes).map_err(failed)?;
-    same(&Digest::of(&returned), &digest, "the digest of what came back")
+    expect_equal(&Digest::of(&returned), &digest, "the digest of what came back")
 }
 
 /// One side may close its half while the other continues: what was sent before is answered afterwards.
-pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
+pub async fn one_half_of_a_connection_can_be_closed(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let port = booted.echo(rig).await?;
     let mut stream = booted.machine.dial(port).await.during("dial")?;
@@ -111,7 +113,7 @@ pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
             }
             // The guest does this much meanwhile, so it had the time to see the half-close of the other connection.
             let mut other = booted.machine.dial(port).await.during("dial beside")?;
-            ensure!(answers(&mut other).await, "expected an answer beside the connection, but none came");
+            ensure!(answers(&mut other).await, "expected an answer beside the connection, but found none");
         }
         Ok(0)
     };
@@ -119,14 +121,14 @@ pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
         biased;
         sent = sent => match sent {
             Ok(returned) => {
-                same(&returned.as_slice(), &&b"the last words"[..], "what came after half closing")
+                expect_equal(&returned.as_slice(), &&b"the last words"[..], "what came after half closing")
             }
             Err(error) => fail!("half closing: expected the answer, but found {error}"),
         },
         others = patience => {
             let others = others?;
             fail!(
-                "half closing: expected the other side to end, but it stands while the guest answered {others} \
+                "half closing: expected the peer to close its half, but it stays open while the guest answered {others} \
                  other connections"
             )
         }
@@ -134,11 +136,11 @@ pub async fn half_of_a_connection_may_be_closed(rig: &Rig) -> Verdict {
 }
 
 /// A port of the guest belongs to the guest, whatever listens at that number on the host.
-pub async fn a_port_of_the_host_is_not_the_guests(rig: &Rig) -> Verdict {
+pub async fn dialling_does_not_reach_ports_of_the_host(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let Some(port) = rig.host_port() else { fail!("expected to listen on the host's loopback, but cannot") };
     match booted.machine.dial(port).await {
-        Err(error) => same(&error.kind(), &ErrorKind::GuestUnreachable, "dial a closed port")?,
+        Err(error) => expect_equal(&error.kind(), &ErrorKind::GuestUnreachable, "dial a closed port")?,
         Ok(mut stream) => {
             let mut byte = [0];
             tokio::select! {
@@ -146,19 +148,19 @@ pub async fn a_port_of_the_host_is_not_the_guests(rig: &Rig) -> Verdict {
                     !matches!(read, Ok(1..)),
                     "dial port {port} of the guest: expected the stream to end, but found a byte"
                 ),
-                reached = eventually(ENDS, || async { Ok(rig.was_reached()) }) => match reached? {
-                    true => fail!("dial port {port} of the guest: expected nobody there, but reached the host"),
-                    false => fail!("dial port {port} of the guest: expected the stream to end, but it stands"),
+                reached = eventually(END_LIMIT, || async { Ok(rig.was_reached()) }) => match reached? {
+                    true => fail!("dial port {port} of the guest: expected no listener, but reached the host"),
+                    false => fail!("dial port {port} of the guest: expected the stream to end, but it is still open"),
                 }
             }
         }
     }
-    ensure!(!rig.was_reached(), "dial port {port} of the guest: expected nobody there, but reached the host");
+    ensure!(!rig.was_reached(), "dial port {port} of the guest: expected no listener, but reached the host");
     Ok(())
 }
 
 /// A connection that is cut in the middle affects no other, and a new one works.
-pub async fn a_cut_connection_hurts_no_other(rig: &Rig) -> Verdict {
+pub async fn a_broken_connection_does_not_affect_others(rig: &Rig) -> TestResult {
     let booted = rig.shared().await?;
     let port = booted.echo(rig).await?;
     let steady = booted.machine.dial(port).await.during("dial")?;
@@ -173,17 +175,17 @@ pub async fn a_cut_connection_hurts_no_other(rig: &Rig) -> Verdict {
     intact(&exchange(steady, bytes.clone()).await?, &bytes).map_err(failed)?;
     let fresh = booted.machine.dial(port).await.during("dial after others were cut")?;
     intact(&exchange(fresh, bytes.clone()).await?, &bytes).map_err(failed)?;
-    same(&booted.run("echo still here").await?.trim(), &"still here", "what a command wrote")
+    expect_equal(&booted.run("echo still here").await?.trim(), &"still here", "what a command wrote")
 }
 
 /// Whether the echo on a stream sends back a byte.
 async fn answers(stream: &mut BoxedStream) -> bool {
-    let talk = async {
+    let exchange_with = async {
         stream.write_all(b"?").await?;
         stream.flush().await?;
         stream.read_u8().await
     };
-    matches!(tokio::time::timeout(Duration::from_secs(20), talk).await, Ok(Ok(b'?')))
+    matches!(tokio::time::timeout(Duration::from_secs(20), exchange_with).await, Ok(Ok(b'?')))
 }
 
 /// Fails with the first difference, if there is one.
@@ -204,7 +206,7 @@ fn failed(why: String) -> super::NotPassed {
 }
 
 /// Sends all bytes while reading as many. Whether the other side closes afterwards is checked by another test.
-async fn exchange(stream: BoxedStream, bytes: Vec<u8>) -> Verdict<Vec<u8>> {
+async fn exchange(stream: BoxedStream, bytes: Vec<u8>) -> TestResult<Vec<u8>> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let expected = bytes.len();
     let sending = async {
@@ -215,7 +217,7 @@ async fn exchange(stream: BoxedStream, bytes: Vec<u8>) -> Verdict<Vec<u8>> {
         let mut returned = vec![0; expected];
         let mut filled = 0;
         while filled < expected {
-            let read = tokio::time::timeout(STALL, reader.read(&mut returned[filled..])).await;
+            let read = tokio::time::timeout(STALL_LIMIT, reader.read(&mut returned[filled..])).await;
             match read.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))? {
                 0 => break,
                 count => filled += count,
@@ -226,7 +228,9 @@ async fn exchange(stream: BoxedStream, bytes: Vec<u8>) -> Verdict<Vec<u8>> {
     };
     match futures::try_join!(sending, reading) {
         Ok(((), returned)) => Ok(returned),
-        Err(error) => fail!("an exchange of {expected} bytes: expected them back, but found {error}"),
+        Err(error) => {
+            fail!("an exchange of {expected} bytes: expected the same bytes back, but found {error}")
+        }
     }
 }
 
@@ -239,7 +243,7 @@ pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
 
 /// Waits until a guest greets on its SSH port, dialling from power-on; fails on any answer that the contract does not
 /// allow.
-pub(super) async fn greeted(machine: &dyn Machine, port: u16, limit: Duration) -> Verdict {
+pub(super) async fn greeted(machine: &dyn Machine, port: u16, limit: Duration) -> TestResult {
     let greets = eventually(limit, || async {
         match machine.dial(port).await {
             Ok(mut stream) => {
@@ -247,7 +251,7 @@ pub(super) async fn greeted(machine: &dyn Machine, port: u16, limit: Duration) -
                 let read = tokio::time::timeout(Duration::from_secs(5), stream.read_exact(&mut greeting));
                 match read.await {
                     Ok(Ok(_)) => {
-                        same(&&greeting, &b"SSH-", "the greeting of the guest")?;
+                        expect_equal(&&greeting, &b"SSH-", "the greeting of the guest")?;
                         Ok(true)
                     }
                     // The stream ended early, or no process listens yet.
@@ -255,29 +259,36 @@ pub(super) async fn greeted(machine: &dyn Machine, port: u16, limit: Duration) -
                 }
             }
             Err(error) => {
-                same(&error.kind(), &ErrorKind::GuestUnreachable, "dial a guest that does not listen yet")?;
+                expect_equal(
+                    &error.kind(),
+                    &ErrorKind::GuestUnreachable,
+                    "dial a guest that does not listen yet",
+                )?;
                 Ok(false)
             }
         }
     });
-    ensure!(greets.await?, "expected the guest to greet within {limit:?}, but it did not");
+    ensure!(greets.await?, "expected a greeting of the guest within {limit:?}, but it did not");
     Ok(())
 }
 
 impl Booted {
     /// Returns the port of the guest's echo service, which is started if necessary.
-    pub(super) async fn echo(&self, rig: &Rig) -> Verdict<u16> {
+    pub(super) async fn echo(&self, rig: &Rig) -> TestResult<u16> {
         let Some(echo) = rig.image()?.echo else {
             return Err(super::NotPassed::Skipped("the adapter's guest has no echo".to_owned()));
         };
         let mut started = self.echoes.lock().await;
         if let Some(command) = echo.start.filter(|_| !*started) {
             self.run(&command).await?;
-            let answers = eventually(LISTENS, || async {
+            let answers = eventually(LISTEN_LIMIT, || async {
                 let Ok(mut stream) = self.machine.dial(echo.port).await else { return Ok(false) };
                 Ok(answers(&mut stream).await)
             });
-            ensure!(answers.await?, "expected the guest's echo to answer within {LISTENS:?}, but it did not");
+            ensure!(
+                answers.await?,
+                "expected the guest's echo to answer within {LISTEN_LIMIT:?}, but it did not"
+            );
         }
         *started = true;
         Ok(echo.port)

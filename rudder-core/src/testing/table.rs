@@ -38,7 +38,7 @@ impl Report {
         let wrong = updated.lines().find(|line| !table.contains(line)).unwrap_or_default();
         assert!(
             env::var_os(UPDATE).is_some(),
-            "the results of {} in {} are not those of this run, for instance {wrong:?}: run the test with {UPDATE}=1",
+            "the results of {} in {} differ from this run, for instance {wrong:?}: run the test with {UPDATE}=1",
             self.backend,
             page.display()
         );
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_column_is_written_and_the_others_stay() {
+    fn writing_a_column_keeps_the_others() {
         let one = report("one", &Outcome::Passed).updated("");
         assert!(one.contains(
             "| test | needs | one |\n|---|---|---|\n| labs: diagnosis may be repeated |  | passed |\n"

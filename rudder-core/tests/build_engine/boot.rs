@@ -107,7 +107,7 @@ async fn a_boot_command_is_typed_before_the_login() {
         "press <f1>",
         "release <leftCtrl>",
         "wait 1m30s500ms",
-        "wait up to 1m for \"in memory\" on the serial line",
+        "wait up to 1m for \"in memory\" on the serial console",
     ];
     let actions_done = actions_done(&ended);
     assert_eq!(&actions_done[..9], expected);

@@ -66,7 +66,7 @@ async fn a_guest_that_powers_off_in_a_step_is_reported_as_such() {
         build(&backend, plan(vec![vm("a", vec![shell("work", "work"), shell("more", "true")])])).await;
     let report = &ended.failure().report;
     assert_eq!(ended.failure().error.kind(), ErrorKind::MachineDied);
-    assert!(report.message.contains("the guest switched itself off while running step 1 (work)"), "{report}");
+    assert!(report.message.contains("the guest powered itself off while running step 1 (work)"), "{report}");
     assert!(took(&ended, "Provisioning") <= 2000, "{report}");
 }
 

@@ -66,7 +66,10 @@ async fn the_limit_of_a_build_is_suspended_while_a_vm_is_paused() {
             assert!(handle.paused().iter().all(|paused| paused.vm() != vm));
             let again = handle.resume(vm).unwrap_err();
             assert_eq!(again.kind(), ErrorKind::Conflict);
-            assert_eq!(again.to_string(), format!("expected VM {vm} to wait for a person, but it does not"));
+            assert_eq!(
+                again.to_string(),
+                format!("expected VM {vm} to be paused for a person, but it is not")
+            );
         },
     )
     .await;
@@ -147,7 +150,7 @@ async fn a_locked_build_warns_about_inputs_it_cannot_lock() {
     assert_eq!(first.warnings(), Vec::<&str>::new());
     let locked = |build: Build| build.locked(first.module());
     let second = with_person(&backend, by_hand(), locked, resume).await;
-    let expected = "the inputs of this build are locked, but what a person does in step 2 (by hand) is not";
+    let expected = "the inputs of this build are locked, but the manual work in step 2 (by hand) is not";
     assert_eq!(second.warnings(), [expected]);
     assert_eq!(second.module().provenance.warnings, [format!("vm a: {expected}")]);
 

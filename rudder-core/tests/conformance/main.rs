@@ -3,7 +3,7 @@
 #![allow(clippy::print_stdout, missing_docs)]
 
 mod broken;
-use broken::{BrokenAdapter, Wrong};
+use broken::{BrokenAdapter, Defect};
 use futures::{StreamExt as _, stream};
 use rudder_core::testing::{MemoryAdapter, Options, Report, run};
 use std::{
@@ -18,7 +18,7 @@ fn page() -> std::path::PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_memory_backend_keeps_the_contract() {
+async fn the_memory_backend_satisfies_the_contract() {
     let report = run(Arc::new(MemoryAdapter::new()), &Options::new()).await;
     println!("{report}");
     report.assert_passed();
@@ -26,7 +26,7 @@ async fn the_memory_backend_keeps_the_contract() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backend_without_paths_sizes_and_digests_keeps_the_contract() {
+async fn a_backend_without_paths_sizes_and_digests_satisfies_the_contract() {
     let report = run(Arc::new(MemoryAdapter::remote()), &Options::new()).await;
     println!("{report}");
     report.assert_passed();
@@ -35,76 +35,76 @@ async fn a_backend_without_paths_sizes_and_digests_keeps_the_contract() {
 
 /// Each fault, and the checks that must find it.
 #[rustfmt::skip]
-const FOUND_BY: &[(Wrong, &[&str])] = &[
-    (Wrong::SeesDeathLate, &["death is seen in time"]),
-    (Wrong::TellsPowerOffLate, &["a power off is told in time"]),
-    (Wrong::TellsOneWaiter, &["any number may wait"]),
-    (Wrong::SwapsExits, &["start wait and stop come in every order", "a power off is told in time"]),
-    (Wrong::SwapsDeaths, &["death is seen in time"]),
-    (Wrong::KillsAtOnce, &["a power off is told in time", "what a guest wrote is captured and inherited"]),
-    (Wrong::NeverKills, &["a graceful stop ends after its limit"]),
-    (Wrong::StopsWhatNeverRan, &["start wait and stop come in every order"]),
-    (Wrong::StartsTwice, &["start wait and stop come in every order"]),
-    (Wrong::IgnoresHardware, &["processors and memory are as asked for"]),
-    (Wrong::CopiesHardware, &["processors and memory are as asked for"]),
-    (Wrong::ReordersCards, &["cards sit in the order of their slots"]),
-    (Wrong::InventsAddresses, &["cards of every model are seen"]),
-    (Wrong::MixesSeeds, &["machines that are created at once do not meet"]),
-    (Wrong::MixesLabsUp, &["labs with the same names do not meet"]),
-    (Wrong::MixesSerials, &["consoles are those of their own machine"]),
-    (Wrong::MixesDisplays, &["consoles are those of their own machine"]),
-    (Wrong::PromisesCompression, &["a compressed screen is the same"]),
-    (Wrong::ForgetsLastWords, &["a power off is told in time"]),
-    (Wrong::KeepsOldWords, &["a power off is told in time"]),
-    (Wrong::KeepsFewWords, &["a reader that does not read stops nobody"]),
-    (Wrong::HasOneReader, &["several read the serial console"]),
-    (Wrong::ClosesBothHalves, &["half of a connection may be closed"]),
-    (Wrong::LosesHalfClose, &["half of a connection may be closed"]),
-    (Wrong::FlipsABit, &["large transfers arrive whole"]),
-    (Wrong::DialsTheHost, &["a port of the host is not the guests"]),
-    (Wrong::CannotSayRefused, &["a closed port refuses"]),
-    (Wrong::CannotSayOff, &["what a machine cannot do now is refused"]),
-    (Wrong::ServesAnybody, &["what is served is for machines of its lab and ends with it"]),
-    (Wrong::ServesWithoutItsLab, &["what is served is for machines of its lab and ends with it"]),
-    (Wrong::BelievesAnyDigest, &["a promised digest is verified"]),
-    (Wrong::SharesVolumes, &["an image is imported by several at once"]),
-    (Wrong::IgnoresSizes, &["a disk is as large as asked for"]),
-    (Wrong::ImportsTheFirstDisk, &["a module in use stays", "what a guest wrote is captured and inherited"]),
-    (Wrong::RewritesWhatOthersRead, &["a fetched file stays as it is"]),
-    (Wrong::CollectsWhatIsRead, &["a fetched file stays as it is"]),
-    (Wrong::ProgressGoesBack, &["an image is imported by several at once", "a capture says what it is"]),
-    (Wrong::ForgetsLastProgress, &["an image is imported by several at once", "a capture says what it is"]),
-    (Wrong::ProgressExceedsItsTotal, &["an image is imported by several at once", "a capture says what it is"]),
-    (Wrong::CapturesOnce, &["what a guest wrote is captured and inherited"]),
-    (Wrong::CapturesTheFirstDisk, &["what a guest wrote is captured and inherited"]),
-    (Wrong::PublishesParts, &["what a guest wrote is captured and inherited"]),
-    (Wrong::ReplacesTooEarly, &["a module stays when its successor cannot be published"]),
-    (Wrong::LeavesFilesOfModules, &["a module is published seen and removed"]),
-    (Wrong::ShufflesModules, &["a module takes the place of another"]),
-    (Wrong::DropsState, &["a machine with uefi starts and its variables are kept"]),
-    (Wrong::ForgetsInheritedState, &["a machine with uefi starts and its variables are kept"]),
-    (Wrong::DestroysOnce, &["a lab is opened and destroyed twice", "a lab is destroyed from every state"]),
-    (Wrong::ForgetsAVolume, &["a lab is destroyed from every state"]),
-    (Wrong::LeaksWhenDropped, &["opening a lab may be dropped"]),
-    (Wrong::ReusesIds, &["an id is taken while its lab is open", "a kept lab stays until it is removed"]),
-    (Wrong::HidesVersions, &["a lab is opened and destroyed twice"]),
-    (Wrong::KeepsAnyLab, &["a kept lab stays until it is removed"]),
-    (Wrong::ReapsTheLiving, &["a living owner is never reaped"]),
-    (Wrong::ReapsTheKept, &["a kept lab stays until it is removed", "an expired lab is reaped and no other"]),
-    (Wrong::ReapsBeforeExpiry, &["an expired lab is reaped and no other"]),
-    (Wrong::NeverReapsExpiredLabs, &["an expired lab is reaped and no other"]),
-    (Wrong::ListsNoOwnedLabs, &["a living owner is never reaped", "a kept lab stays until it is removed"]),
-    (Wrong::ListsNoKeptLabs, &["a lab that stays is attached by another process", "a kept lab stays until it is removed"]),
-    (Wrong::ForgetsExpiry, &["an expired lab is reaped and no other"]),
-    (Wrong::AttachesToOwnedLabs, &["a living owner is never reaped"]),
-    (Wrong::EndsWhatItAttachesTo, &["a lab that stays is attached by another process", "a guest is reached in an attached lab"]),
-    (Wrong::EndsWhatItDetachesFrom, &["a lab that stays is attached by another process"]),
-    (Wrong::HidesMachinesOfAttachedLabs, &["a lab that stays is attached by another process", "a guest is reached in an attached lab"]),
-    (Wrong::LosesFilesOfLabs, &["files are stored with a lab", "a guest is reached in an attached lab"]),
-    (Wrong::CutsFilesOfLabs, &["files are stored with a lab"]),
-    (Wrong::CleansNames, &["odd names work or are refused"]),
-    (Wrong::CutsNames, &["long names stay apart"]),
-    (Wrong::CutsNamesOfModules, &["long names stay apart"]),
+const FOUND_BY: &[(Defect, &[&str])] = &[
+    (Defect::ReportsDeathLate, &["a death is reported in time"]),
+    (Defect::ReportsPowerOffLate, &["a power off is reported in time"]),
+    (Defect::NotifiesOneWaiter, &["any number of callers can wait"]),
+    (Defect::SwapsExits, &["start wait and stop work in every order", "a power off is reported in time"]),
+    (Defect::SwapsDeaths, &["a death is reported in time"]),
+    (Defect::KillsAtOnce, &["a power off is reported in time", "what a guest wrote is captured and inherited"]),
+    (Defect::NeverKills, &["a graceful stop ends after its limit"]),
+    (Defect::StopsUnstartedMachines, &["start wait and stop work in every order"]),
+    (Defect::StartsTwice, &["start wait and stop work in every order"]),
+    (Defect::IgnoresHardware, &["processors and memory are as requested"]),
+    (Defect::CopiesHardware, &["processors and memory are as requested"]),
+    (Defect::ReordersNics, &["nics are in the order of their slots"]),
+    (Defect::InventsAddresses, &["nics of every model are detected"]),
+    (Defect::MixesSeeds, &["machines created concurrently are separate"]),
+    (Defect::MixesLabs, &["labs with the same names are separate"]),
+    (Defect::MixesSerials, &["each machine has its own consoles"]),
+    (Defect::MixesDisplays, &["each machine has its own consoles"]),
+    (Defect::PromisesCompression, &["a compressed screen is the same"]),
+    (Defect::LosesSerialOutputAtTheEnd, &["a power off is reported in time"]),
+    (Defect::KeepsOldSerialOutput, &["a power off is reported in time"]),
+    (Defect::KeepsLittleSerialOutput, &["a stalled reader blocks no one"]),
+    (Defect::HasOneReader, &["several readers share the serial console"]),
+    (Defect::ClosesBothHalves, &["one half of a connection can be closed"]),
+    (Defect::LosesHalfClose, &["one half of a connection can be closed"]),
+    (Defect::FlipsABit, &["large transfers arrive complete"]),
+    (Defect::DialsTheHost, &["dialling does not reach ports of the host"]),
+    (Defect::ReportsRefusedAsUnknown, &["a closed port refuses connections"]),
+    (Defect::ReportsOffAsRetryable, &["operations in the wrong state are refused"]),
+    (Defect::ServesEveryProcess, &["files are served only to machines of the lab while it exists"]),
+    (Defect::ServesWithoutItsLab, &["files are served only to machines of the lab while it exists"]),
+    (Defect::SkipsDigestCheck, &["an expected digest is verified"]),
+    (Defect::SharesVolumes, &["an image can be imported concurrently"]),
+    (Defect::IgnoresSizes, &["a disk has the requested size"]),
+    (Defect::ImportsTheFirstDisk, &["a module in use is not removed", "what a guest wrote is captured and inherited"]),
+    (Defect::RewritesWhatOthersRead, &["a fetched file is not changed"]),
+    (Defect::CollectsWhatIsRead, &["a fetched file is not changed"]),
+    (Defect::ProgressGoesBack, &["an image can be imported concurrently", "a captured disk is described"]),
+    (Defect::ForgetsLastProgress, &["an image can be imported concurrently", "a captured disk is described"]),
+    (Defect::ProgressExceedsItsTotal, &["an image can be imported concurrently", "a captured disk is described"]),
+    (Defect::CapturesOnce, &["what a guest wrote is captured and inherited"]),
+    (Defect::CapturesTheFirstDisk, &["what a guest wrote is captured and inherited"]),
+    (Defect::PublishesParts, &["what a guest wrote is captured and inherited"]),
+    (Defect::ReplacesTooEarly, &["a module is kept if its successor cannot be published"]),
+    (Defect::LeavesFilesOfModules, &["a module is published listed and removed"]),
+    (Defect::ShufflesModules, &["a module replaces another"]),
+    (Defect::DropsState, &["a machine with uefi keeps its variables"]),
+    (Defect::ForgetsInheritedState, &["a machine with uefi keeps its variables"]),
+    (Defect::DestroysOnce, &["a lab is opened and destroyed twice", "a lab can be destroyed in every state"]),
+    (Defect::ForgetsAVolume, &["a lab can be destroyed in every state"]),
+    (Defect::LeaksWhenDropped, &["opening a lab may be dropped"]),
+    (Defect::ReusesIds, &["an id is in use while its lab is open", "a kept lab stays until it is removed"]),
+    (Defect::HidesVersions, &["a lab is opened and destroyed twice"]),
+    (Defect::KeepsAnyLab, &["a kept lab stays until it is removed"]),
+    (Defect::ReapsTheLiving, &["a living owner is never reaped"]),
+    (Defect::ReapsTheKept, &["a kept lab stays until it is removed", "an expired lab is reaped and no other"]),
+    (Defect::ReapsBeforeExpiry, &["an expired lab is reaped and no other"]),
+    (Defect::NeverReapsExpiredLabs, &["an expired lab is reaped and no other"]),
+    (Defect::ListsNoOwnedLabs, &["a living owner is never reaped", "a kept lab stays until it is removed"]),
+    (Defect::ListsNoKeptLabs, &["a lab that stays is attached by another process", "a kept lab stays until it is removed"]),
+    (Defect::ForgetsExpiry, &["an expired lab is reaped and no other"]),
+    (Defect::AttachesToOwnedLabs, &["a living owner is never reaped"]),
+    (Defect::EndsWhatItAttachesTo, &["a lab that stays is attached by another process", "a guest is reached in an attached lab"]),
+    (Defect::EndsWhatItDetachesFrom, &["a lab that stays is attached by another process"]),
+    (Defect::HidesMachinesOfAttachedLabs, &["a lab that stays is attached by another process", "a guest is reached in an attached lab"]),
+    (Defect::LosesFilesOfLabs, &["files are stored with a lab", "a guest is reached in an attached lab"]),
+    (Defect::CutsFilesOfLabs, &["files are stored with a lab"]),
+    (Defect::CleansNames, &["unusual names work or are refused"]),
+    (Defect::CutsNames, &["long names remain distinct"]),
+    (Defect::CutsNamesOfModules, &["long names remain distinct"]),
 ];
 
 fn options() -> Options {
@@ -115,30 +115,30 @@ fn options() -> Options {
     options
 }
 
-async fn report(wrong: Wrong) -> Report {
-    run(Arc::new(BrokenAdapter::new(wrong)), &options()).await
+async fn report(defect: Defect) -> Report {
+    run(Arc::new(BrokenAdapter::new(defect)), &options()).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_wrapper_of_the_broken_backends_keeps_the_contract() {
-    report(Wrong::Nothing).await.assert_passed();
+async fn a_wrapped_backend_without_defects_satisfies_the_contract() {
+    report(Defect::Nothing).await.assert_passed();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_way_of_being_wrong_is_found_by_the_right_check() {
-    let reports = stream::iter(FOUND_BY).map(|(wrong, checks)| async move {
-        let adapter = Arc::new(BrokenAdapter::new(*wrong));
+async fn every_defect_is_found_by_the_expected_test() {
+    let reports = stream::iter(FOUND_BY).map(|(defect, checks)| async move {
+        let adapter = Arc::new(BrokenAdapter::new(*defect));
         let began = Instant::now();
         let report = run(adapter, &options().only(checks.join("|"))).await;
-        (wrong, checks, report, began.elapsed())
+        (defect, checks, report, began.elapsed())
     });
     let mut reports = reports.buffer_unordered(8);
     let mut missed = Vec::new();
-    while let Some((wrong, checks, report, took)) = reports.next().await {
+    while let Some((defect, checks, report, took)) = reports.next().await {
         let failed: Vec<&str> = report.failed().collect();
-        println!("{wrong:?}: found by {failed:?} in {took:?}");
+        println!("{defect:?}: found by {failed:?} in {took:?}");
         if !checks.iter().all(|check| failed.contains(check)) {
-            missed.push(format!("{wrong:?}: expected {checks:?} to fail, but found {failed:?}\n{report}"));
+            missed.push(format!("{defect:?}: expected {checks:?} to fail, but found {failed:?}\n{report}"));
         }
     }
     assert!(missed.is_empty(), "{}", missed.join("\n"));
@@ -148,22 +148,23 @@ async fn every_way_of_being_wrong_is_found_by_the_right_check() {
 /// only.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_half_close_is_found_by_one_test() {
-    let report = run(Arc::new(BrokenAdapter::new(Wrong::LosesHalfClose)), &options().only("streams: ")).await;
-    assert_eq!(report.failed().collect::<Vec<_>>(), ["half of a connection may be closed"], "{report}");
+    let report =
+        run(Arc::new(BrokenAdapter::new(Defect::LosesHalfClose)), &options().only("streams: ")).await;
+    assert_eq!(report.failed().collect::<Vec<_>>(), ["one half of a connection can be closed"], "{report}");
     let problem = report.problems().concat();
-    assert!(problem.contains("stands while the guest answered"), "{problem}");
+    assert!(problem.contains("stays open while the guest answered"), "{problem}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_claim_that_nothing_proves_fails() {
-    let report = report(Wrong::ClaimsTooMuch).await;
+async fn a_capability_that_no_test_proves_is_a_failure() {
+    let report = report(Defect::ClaimsTooMuch).await;
     assert_eq!(report.failed().count(), 0, "{report}");
     assert_eq!(report.problems(), ["source-pvc is claimed, and no test proved it"]);
 }
 
 #[tokio::test]
-async fn a_required_backend_that_is_not_ready_fails() {
-    let report = report(Wrong::IsNotReady).await;
+async fn a_required_backend_that_is_not_ready_is_a_failure() {
+    let report = report(Defect::IsNotReady).await;
     assert!(report.tests.is_empty());
     assert_eq!(
         report.problems(),

@@ -224,7 +224,7 @@ impl LabDir {
         if !self.may_be_kept {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
-                format!("lab {} ends with its owner: it was not opened to be kept", self.id()),
+                format!("lab {} ends with its owner, since it was not opened to be kept", self.id()),
             ));
         }
         let expires = timestamp(expires)?;

@@ -1,6 +1,6 @@
 //! Downloads with one fault.
 
-use super::{Shared, Wrong, lock};
+use super::{Defect, Shared, lock};
 use async_trait::async_trait;
 use rudder_core::{
     Error, Result,
@@ -18,7 +18,7 @@ impl Fetch for BrokenFetcher {
         let key = request.url.url.to_string();
         let known = lock(&self.0.fetched).get(&key).cloned();
         if let (Some(known), None, true) =
-            (known, request.url.sha256, self.0.is(Wrong::RewritesWhatOthersRead))
+            (known, request.url.sha256, self.0.is(Defect::RewritesWhatOthersRead))
         {
             let failed = |source| Error::io("write", source);
             let bytes = fs::read(&known.path).map_err(failed)?;

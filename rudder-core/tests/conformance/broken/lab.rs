@@ -1,6 +1,6 @@
 //! A lab with one fault.
 
-use super::{Shared, Wrong, cut, error, lock, machine::BrokenMachine};
+use super::{Defect, Shared, cut, error, lock, machine::BrokenMachine};
 use async_trait::async_trait;
 use rudder_core::{
     ErrorKind, Result,
@@ -49,7 +49,7 @@ impl BrokenLab {
             return Ok(None);
         }
         let fresh = Digest::of(format!("{} {}", self.inner.id(), spec.name).as_bytes());
-        let parent = spec.state_of.as_ref().filter(|_| !self.shared.is(Wrong::ForgetsInheritedState));
+        let parent = spec.state_of.as_ref().filter(|_| !self.shared.is(Defect::ForgetsInheritedState));
         let Some(PlannedBuildRef { module, vm, .. }) = parent else { return Ok(Some(fresh)) };
         let modules = self.shared.inner.modules().await?;
         let machines = modules.iter().filter(|found| found.name == *module).flat_map(|found| &found.machines);
@@ -61,11 +61,11 @@ impl BrokenLab {
     }
 
     /// Serves files to every caller.
-    async fn serve_anybody(&self, site: Site) -> Result<Served> {
+    async fn serve_every_process(&self, site: Site) -> Result<Served> {
         let failed = |source| rudder_core::Error::io("listen", source);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(failed)?;
         let port = listener.local_addr().map_err(failed)?.port();
-        let (destroyed, forever) = (Arc::clone(&self.destroyed), self.shared.is(Wrong::ServesWithoutItsLab));
+        let (destroyed, forever) = (Arc::clone(&self.destroyed), self.shared.is(Defect::ServesWithoutItsLab));
         let server = tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
                 if destroyed.load(Ordering::SeqCst) && !forever {
@@ -97,24 +97,24 @@ impl Lab for BrokenLab {
     }
 
     fn versions(&self) -> BTreeMap<String, String> {
-        if self.shared.is(Wrong::HidesVersions) { BTreeMap::new() } else { self.inner.versions() }
+        if self.shared.is(Defect::HidesVersions) { BTreeMap::new() } else { self.inner.versions() }
     }
 
     async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
         let mut request = request.clone();
         if let PlannedSource::Url(url) = &mut request.source {
-            if self.shared.is(Wrong::BelievesAnyDigest) {
+            if self.shared.is(Defect::SkipsDigestCheck) {
                 url.sha256 = None;
             }
-            if self.shared.is(Wrong::IgnoresSizes) {
+            if self.shared.is(Defect::IgnoresSizes) {
                 request.size = None;
             }
         }
-        if self.shared.is(Wrong::ImportsTheFirstDisk) {
+        if self.shared.is(Defect::ImportsTheFirstDisk) {
             request.parent_disk = None;
         }
         let mut imported = self.inner.import(&request, &self.shared.progress(progress)).await?;
-        if let (PlannedSource::Url(url), true) = (&request.source, self.shared.is(Wrong::SharesVolumes)) {
+        if let (PlannedSource::Url(url), true) = (&request.source, self.shared.is(Defect::SharesVolumes)) {
             let key = format!("{} {} {:?}", self.inner.id(), url.url, request.size);
             imported.volume = lock(&self.shared.volumes).entry(key).or_insert(imported.volume).clone();
         }
@@ -122,8 +122,8 @@ impl Lab for BrokenLab {
     }
 
     async fn serve(&self, site: Site) -> Result<Served> {
-        match self.shared.wrong {
-            Wrong::ServesAnybody | Wrong::ServesWithoutItsLab => self.serve_anybody(site).await,
+        match self.shared.defect {
+            Defect::ServesEveryProcess | Defect::ServesWithoutItsLab => self.serve_every_process(site).await,
             _ => self.inner.serve(site).await,
         }
     }
@@ -132,27 +132,27 @@ impl Lab for BrokenLab {
         let variables = self.variables(spec).await?;
         let mut spec = spec.clone();
         spec.firmware = Firmware::Bios;
-        match self.shared.wrong {
-            Wrong::CleansNames => spec.name.retain(|character| character.is_ascii_alphanumeric()),
-            Wrong::CutsNames => spec.name = cut(&spec.name),
-            Wrong::IgnoresHardware => (spec.cpus, spec.memory) = (1, 64 << 20),
-            Wrong::CopiesHardware => {
+        match self.shared.defect {
+            Defect::CleansNames => spec.name.retain(|character| character.is_ascii_alphanumeric()),
+            Defect::CutsNames => spec.name = cut(&spec.name),
+            Defect::IgnoresHardware => (spec.cpus, spec.memory) = (1, 64 << 20),
+            Defect::CopiesHardware => {
                 let own = (spec.cpus, spec.memory);
                 let mut hardware = lock(&self.shared.hardware);
                 (spec.cpus, spec.memory) = *hardware.entry(self.inner.id().clone()).or_insert(own);
             }
-            Wrong::ReordersCards => {
+            Defect::ReordersNics => {
                 let slots: Vec<u8> = spec.nics.iter().rev().map(|nic| nic.slot).collect();
                 spec.nics.iter_mut().zip(slots).for_each(|(nic, slot)| nic.slot = slot);
             }
-            Wrong::InventsAddresses => {
+            Defect::InventsAddresses => {
                 for nic in &mut spec.nics {
                     let digest = Digest::of(nic.mac.to_string().as_bytes());
                     let [a, b, c, ..] = *digest.as_bytes();
                     nic.mac = rudder_core::units::MacAddress::new([0x52, 0x54, 0, a, b, c]);
                 }
             }
-            Wrong::MixesSeeds => {
+            Defect::MixesSeeds => {
                 lock(&self.shared.seed).clone_from(&spec.seed);
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 spec.seed.clone_from(&lock(&self.shared.seed));
@@ -167,12 +167,12 @@ impl Lab for BrokenLab {
     }
 
     async fn publish(&self, mut draft: ModuleDraft) -> Result<Module> {
-        match self.shared.wrong {
-            Wrong::PublishesParts => {
+        match self.shared.defect {
+            Defect::PublishesParts => {
                 draft.machines.iter_mut().for_each(|machine| machine.disks.truncate(1));
             }
-            Wrong::CutsNamesOfModules => draft.name = cut(&draft.name),
-            Wrong::ReplacesTooEarly => {
+            Defect::CutsNamesOfModules => draft.name = cut(&draft.name),
+            Defect::ReplacesTooEarly => {
                 // The module may not exist.
                 let _ = self.shared.inner.remove_module(&draft.name).await;
             }
@@ -182,7 +182,7 @@ impl Lab for BrokenLab {
     }
 
     async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
-        match self.is_attached && self.shared.is(Wrong::HidesMachinesOfAttachedLabs) {
+        match self.is_attached && self.shared.is(Defect::HidesMachinesOfAttachedLabs) {
             true => Ok(Vec::new()),
             false => self.inner.machines().await,
         }
@@ -190,7 +190,7 @@ impl Lab for BrokenLab {
 
     async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
         match self.inner.keep(expires).await {
-            Err(error) if error.kind() == ErrorKind::InvalidInput && self.shared.is(Wrong::KeepsAnyLab) => {
+            Err(error) if error.kind() == ErrorKind::InvalidInput && self.shared.is(Defect::KeepsAnyLab) => {
                 Ok(Vec::new())
             }
             kept => kept,
@@ -203,10 +203,10 @@ impl Lab for BrokenLab {
 
     async fn destroy(&self) -> Result<()> {
         let again = self.destroyed.swap(true, Ordering::SeqCst);
-        if again && self.shared.is(Wrong::DestroysOnce) {
+        if again && self.shared.is(Defect::DestroysOnce) {
             return Err(error(ErrorKind::NotFound, "there is no such lab"));
         }
-        if !again && self.shared.is(Wrong::ForgetsAVolume) {
+        if !again && self.shared.is(Defect::ForgetsAVolume) {
             lock(&self.shared.leaked).push(format!("a volume of lab {}", self.inner.id()));
         }
         self.inner.destroy().await
@@ -215,7 +215,7 @@ impl Lab for BrokenLab {
 
 impl Drop for BrokenLab {
     fn drop(&mut self) {
-        if self.is_attached && self.shared.is(Wrong::EndsWhatItDetachesFrom) {
+        if self.is_attached && self.shared.is(Defect::EndsWhatItDetachesFrom) {
             let id = self.inner.id().clone();
             self.shared.memory.kill_machine(&id, "web", rudder_core::backend::Death::Hypervisor);
         }

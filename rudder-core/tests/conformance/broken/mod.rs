@@ -29,15 +29,15 @@ use std::{
 
 /// A fault of a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wrong {
+pub(crate) enum Defect {
     /// No fault: shows that the wrappers themselves keep the contract.
     Nothing,
     /// The death of a machine is reported late.
-    SeesDeathLate,
+    ReportsDeathLate,
     /// A power-off by the guest is reported late.
-    TellsPowerOffLate,
+    ReportsPowerOffLate,
     /// Only one of several waiting callers is notified.
-    TellsOneWaiter,
+    NotifiesOneWaiter,
     /// A power-off is reported as a kill, and a kill as a power-off.
     SwapsExits,
     /// The death of the hypervisor is reported as a panic of the guest.
@@ -47,7 +47,7 @@ pub(crate) enum Wrong {
     /// A guest that does not power off is waited for indefinitely.
     NeverKills,
     /// Stopping a machine that was never started succeeds.
-    StopsWhatNeverRan,
+    StopsUnstartedMachines,
     /// A running machine can be started again.
     StartsTwice,
     /// Processors and memory are always the same.
@@ -55,13 +55,13 @@ pub(crate) enum Wrong {
     /// Processors and memory are those of the first machine of the lab.
     CopiesHardware,
     /// NICs are in the reverse order of their slots.
-    ReordersCards,
+    ReordersNics,
     /// NICs have other hardware addresses.
     InventsAddresses,
     /// Machines that are created concurrently get the same seed.
     MixesSeeds,
     /// Machines of the same name are stopped together, even in different labs.
-    MixesLabsUp,
+    MixesLabs,
     /// The serial console is that of the machine that was created last.
     MixesSerials,
     /// The display is that of the machine that was created last.
@@ -69,11 +69,11 @@ pub(crate) enum Wrong {
     /// The display should be read compressed, and its server does not compress.
     PromisesCompression,
     /// The serial output is lost when the machine ends.
-    ForgetsLastWords,
+    LosesSerialOutputAtTheEnd,
     /// The serial output from before a restart is still returned.
-    KeepsOldWords,
+    KeepsOldSerialOutput,
     /// Only a kilobyte of the serial output is kept.
-    KeepsFewWords,
+    KeepsLittleSerialOutput,
     /// The serial console allows a single reader.
     HasOneReader,
     /// Closing one half of a connection closes the other.
@@ -85,15 +85,15 @@ pub(crate) enum Wrong {
     /// Dialling a port of the guest connects to the host if something listens on that port there.
     DialsTheHost,
     /// A closed port is an error of an unknown kind.
-    CannotSayRefused,
+    ReportsRefusedAsUnknown,
     /// Dialling a machine that is off is a retryable error.
-    CannotSayOff,
+    ReportsOffAsRetryable,
     /// Served files are available to every process on the host.
-    ServesAnybody,
+    ServesEveryProcess,
     /// Files are still served after the lab was destroyed.
     ServesWithoutItsLab,
     /// Images are not checked against the expected digest.
-    BelievesAnyDigest,
+    SkipsDigestCheck,
     /// Imports of the same image share a volume.
     SharesVolumes,
     /// Disks have the size of their images.
@@ -188,13 +188,13 @@ pub(crate) struct BrokenAdapter {
 }
 
 impl BrokenAdapter {
-    pub(crate) fn new(wrong: Wrong) -> Self {
+    pub(crate) fn new(defect: Defect) -> Self {
         let good = MemoryAdapter::new();
         let inner = good.backend();
         let claims = inner.capabilities().iter().chain([Capability::Uefi]);
-        let extra = (wrong == Wrong::ClaimsTooMuch).then_some(Capability::SourcePvc);
+        let extra = (defect == Defect::ClaimsTooMuch).then_some(Capability::SourcePvc);
         let capabilities = Capabilities::new("memory", claims.chain(extra));
-        let shared = Arc::new(Shared::new(wrong, Arc::clone(&inner), good.memory().clone()));
+        let shared = Arc::new(Shared::new(defect, Arc::clone(&inner), good.memory().clone()));
         Self { good, broken: Arc::new(Broken { inner, capabilities, shared }) }
     }
 }
@@ -242,7 +242,7 @@ impl Adapter for BrokenAdapter {
 /// State shared by the parts of a broken backend.
 #[derive(Debug)]
 struct Shared {
-    wrong: Wrong,
+    defect: Defect,
     inner: Arc<dyn Backend>,
     memory: MemoryBackend,
     /// Labs that are being opened.
@@ -264,9 +264,9 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(wrong: Wrong, inner: Arc<dyn Backend>, memory: MemoryBackend) -> Self {
+    fn new(defect: Defect, inner: Arc<dyn Backend>, memory: MemoryBackend) -> Self {
         Self {
-            wrong,
+            defect,
             inner,
             memory,
             opening: Mutex::default(),
@@ -281,22 +281,22 @@ impl Shared {
         }
     }
 
-    fn is(&self, wrong: Wrong) -> bool {
-        self.wrong == wrong
+    fn is(&self, defect: Defect) -> bool {
+        self.defect == defect
     }
 
     /// Returns progress that is reported incorrectly.
     fn progress(&self, progress: &Progress) -> Progress {
-        let (wrong, progress) = (self.wrong, progress.clone());
+        let (defect, progress) = (self.defect, progress.clone());
         Progress::new(move |event| match event {
-            ProgressEvent::Bytes { task, done, total } => match wrong {
-                Wrong::ForgetsLastProgress if total == Some(done) => {}
-                Wrong::ProgressGoesBack => {
+            ProgressEvent::Bytes { task, done, total } => match defect {
+                Defect::ForgetsLastProgress if total == Some(done) => {}
+                Defect::ProgressGoesBack => {
                     progress.bytes(&task, done, total);
                     progress.bytes(&task, done / 2, total);
                     progress.bytes(&task, done, total);
                 }
-                Wrong::ProgressExceedsItsTotal => {
+                Defect::ProgressExceedsItsTotal => {
                     progress.bytes(&task, done + 1, total);
                     progress.bytes(&task, done, total);
                 }
@@ -340,7 +340,7 @@ impl Backend for Broken {
 
     async fn diagnose(&self) -> Result<HostReport> {
         let mut report = self.inner.diagnose().await?;
-        if self.shared.is(Wrong::IsNotReady) {
+        if self.shared.is(Defect::IsNotReady) {
             for finding in &mut report.findings {
                 finding.present = false;
                 finding.detail = "it is broken".to_owned();
@@ -351,14 +351,14 @@ impl Backend for Broken {
 
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>> {
         let inner = match self.inner.open_lab(spec).await {
-            Err(error) if error.kind() == ErrorKind::Conflict && self.shared.is(Wrong::ReusesIds) => {
+            Err(error) if error.kind() == ErrorKind::Conflict && self.shared.is(Defect::ReusesIds) => {
                 let mut other = spec.clone();
                 other.id = LabId::new(&spec.name);
                 self.inner.open_lab(&other).await?
             }
             opened => opened?,
         };
-        if self.shared.is(Wrong::LeaksWhenDropped) {
+        if self.shared.is(Defect::LeaksWhenDropped) {
             lock(&self.shared.opening).push(Arc::clone(&inner));
             tokio::task::yield_now().await;
             lock(&self.shared.opening).pop();
@@ -369,7 +369,7 @@ impl Backend for Broken {
 
     async fn modules(&self) -> Result<Vec<Module>> {
         let mut modules = self.inner.modules().await?;
-        if self.shared.is(Wrong::ShufflesModules) {
+        if self.shared.is(Defect::ShufflesModules) {
             modules.reverse();
         }
         Ok(modules)
@@ -377,7 +377,7 @@ impl Backend for Broken {
 
     async fn remove_module(&self, name: &str) -> Result<()> {
         self.inner.remove_module(name).await?;
-        if self.shared.is(Wrong::LeavesFilesOfModules) {
+        if self.shared.is(Defect::LeavesFilesOfModules) {
             lock(&self.shared.leaked).push(format!("files of module {name}"));
         }
         Ok(())
@@ -385,10 +385,10 @@ impl Backend for Broken {
 
     async fn labs(&self) -> Result<Vec<LabInfo>> {
         let mut labs = self.inner.labs().await?;
-        match self.shared.wrong {
-            Wrong::ListsNoOwnedLabs => labs.retain(|lab| lab.state != LabState::Owned),
-            Wrong::ListsNoKeptLabs => labs.retain(|lab| !lab.is_kept()),
-            Wrong::ForgetsExpiry => {
+        match self.shared.defect {
+            Defect::ListsNoOwnedLabs => labs.retain(|lab| lab.state != LabState::Owned),
+            Defect::ListsNoKeptLabs => labs.retain(|lab| !lab.is_kept()),
+            Defect::ForgetsExpiry => {
                 for lab in &mut labs {
                     if lab.is_kept() {
                         lab.state = LabState::Kept { expires: None };
@@ -403,14 +403,14 @@ impl Backend for Broken {
     async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
         let inner = match self.inner.attach(id).await {
             Err(error)
-                if error.kind() == ErrorKind::Conflict && self.shared.is(Wrong::AttachesToOwnedLabs) =>
+                if error.kind() == ErrorKind::Conflict && self.shared.is(Defect::AttachesToOwnedLabs) =>
             {
                 let labs = lock(&self.shared.labs).iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
                 labs.into_iter().find(|lab| lab.id() == id).ok_or(error)?
             }
             attached => attached?,
         };
-        if self.shared.is(Wrong::EndsWhatItAttachesTo) {
+        if self.shared.is(Defect::EndsWhatItAttachesTo) {
             for machine in inner.machines().await? {
                 machine.stop(Stop::Kill).await?;
             }
@@ -420,9 +420,9 @@ impl Backend for Broken {
 
     async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {
         let file = self.inner.lab_file(id, name).await;
-        match self.shared.wrong {
-            Wrong::LosesFilesOfLabs => Ok(None),
-            Wrong::CutsFilesOfLabs => Ok(file?.map(|file| file.into_iter().take(16 << 10).collect())),
+        match self.shared.defect {
+            Defect::LosesFilesOfLabs => Ok(None),
+            Defect::CutsFilesOfLabs => Ok(file?.map(|file| file.into_iter().take(16 << 10).collect())),
             _ => file,
         }
     }
@@ -432,28 +432,28 @@ impl Backend for Broken {
     }
 
     async fn reap(&self) -> Result<ReapReport> {
-        if self.shared.is(Wrong::NeverReapsExpiredLabs) {
+        if self.shared.is(Defect::NeverReapsExpiredLabs) {
             let labs = self.inner.labs().await?;
             if labs.iter().any(|lab| lab.state == LabState::Abandoned) {
                 return Ok(ReapReport::default());
             }
         }
         let mut report = self.inner.reap().await?;
-        if self.shared.is(Wrong::ReapsBeforeExpiry) {
+        if self.shared.is(Defect::ReapsBeforeExpiry) {
             for lab in self.inner.labs().await? {
                 if matches!(lab.state, LabState::Kept { expires: Some(_) }) {
                     self.inner.remove_lab(&lab.id).await?;
                 }
             }
         }
-        if self.shared.is(Wrong::ReapsTheLiving) {
+        if self.shared.is(Defect::ReapsTheLiving) {
             let living: Vec<_> = lock(&self.shared.labs).iter().filter_map(Weak::upgrade).collect();
             for lab in living {
                 lab.destroy().await?;
                 report.removed.push(format!("lab {}", lab.id()));
             }
         }
-        if self.shared.is(Wrong::ReapsTheKept) {
+        if self.shared.is(Defect::ReapsTheKept) {
             for kept in self.inner.labs().await?.into_iter().filter(LabInfo::is_kept) {
                 self.inner.remove_lab(&kept.id).await?;
                 report.removed.push(format!("lab {}", kept.id));
@@ -463,7 +463,7 @@ impl Backend for Broken {
     }
 
     async fn collect(&self) -> Result<ReapReport> {
-        if self.shared.is(Wrong::CollectsWhatIsRead) {
+        if self.shared.is(Defect::CollectsWhatIsRead) {
             for fetched in std::mem::take(&mut *lock(&self.shared.fetched)).into_values() {
                 // The file may already be gone.
                 let _ = std::fs::remove_file(fetched.path);

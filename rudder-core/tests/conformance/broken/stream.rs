@@ -1,6 +1,6 @@
 //! A connection with one fault.
 
-use super::{Shared, Wrong};
+use super::{Defect, Shared};
 use rudder_core::backend::BoxedStream;
 use std::{
     borrow::Cow,
@@ -12,7 +12,7 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// A connection that may have a fault.
-pub(super) struct Crooked {
+pub(super) struct DefectiveStream {
     /// `None` once closed.
     inner: Option<BoxedStream>,
     shared: Arc<Shared>,
@@ -21,7 +21,7 @@ pub(super) struct Crooked {
     _hold: Option<Arc<()>>,
 }
 
-impl Crooked {
+impl DefectiveStream {
     pub(super) fn new(inner: BoxedStream, shared: Arc<Shared>, hold: Option<Arc<()>>) -> Self {
         Self { inner: Some(inner), shared, read: 0, _hold: hold }
     }
@@ -44,7 +44,7 @@ fn closed() -> io::Error {
     io::ErrorKind::BrokenPipe.into()
 }
 
-impl AsyncRead for Crooked {
+impl AsyncRead for DefectiveStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -55,7 +55,7 @@ impl AsyncRead for Crooked {
         ready!(Pin::new(inner).poll_read(context, buffer))?;
         let bytes = &mut buffer.filled_mut()[before..];
         let count = bytes.len();
-        if let (Some(place), true) = (WRONG_BYTE.checked_sub(self.read), self.shared.is(Wrong::FlipsABit))
+        if let (Some(place), true) = (WRONG_BYTE.checked_sub(self.read), self.shared.is(Defect::FlipsABit))
             && let Some(byte) = bytes.get_mut(place)
         {
             *byte ^= 1;
@@ -65,13 +65,13 @@ impl AsyncRead for Crooked {
     }
 }
 
-impl AsyncWrite for Crooked {
+impl AsyncWrite for DefectiveStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let bytes = match self.shared.is(Wrong::PromisesCompression) {
+        let bytes = match self.shared.is(Defect::PromisesCompression) {
             true => Cow::Owned(raw_instead_of_zrle(bytes)),
             false => Cow::Borrowed(bytes),
         };
@@ -89,10 +89,10 @@ impl AsyncWrite for Crooked {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.shared.is(Wrong::ClosesBothHalves) {
+        if self.shared.is(Defect::ClosesBothHalves) {
             self.inner = None;
         }
-        if self.shared.is(Wrong::LosesHalfClose) {
+        if self.shared.is(Defect::LosesHalfClose) {
             return Poll::Ready(Ok(()));
         }
         match &mut self.inner {

@@ -157,7 +157,7 @@ impl ProcessMachine {
 
     /// Kills the process, because its owner is gone.
     pub(super) fn abandon(&self) {
-        self.pull("its owner is gone");
+        self.pull("its owner has ended");
     }
 
     /// Lets the process outlive its owner: from now on only the ledger of its lab knows it.
@@ -232,7 +232,7 @@ impl Machine for ProcessMachine {
 
     async fn stop(&self, how: Stop) -> Result<Exit> {
         match how {
-            Stop::Kill => self.pull("was told to"),
+            Stop::Kill => self.pull("on request"),
             // A sleeping process has no power button: it is waited for, and then killed.
             Stop::Graceful { limit } => {
                 if let Ok(exit) = tokio::time::timeout(limit, self.wait()).await {

@@ -4,7 +4,7 @@ use crate::{Error, ErrorKind, Result};
 use std::fmt::Debug;
 
 /// The result of a test: `Ok` if the backend behaved correctly.
-pub type Verdict<T = ()> = std::result::Result<T, NotPassed>;
+pub type TestResult<T = ()> = std::result::Result<T, NotPassed>;
 
 /// Why a test did not pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,11 +42,11 @@ pub(super) use fail;
 /// Turns an error into a failure of the test.
 pub(super) trait During<T> {
     /// Returns the value; an error fails the test, with what was being done.
-    fn during(self, what: &str) -> Verdict<T>;
+    fn during(self, what: &str) -> TestResult<T>;
 }
 
 impl<T> During<T> for Result<T> {
-    fn during(self, what: &str) -> Verdict<T> {
+    fn during(self, what: &str) -> TestResult<T> {
         self.map_err(|error| {
             NotPassed::Failed(format!(
                 "{what}: expected success, but found {:?}: {}",
@@ -58,7 +58,7 @@ impl<T> During<T> for Result<T> {
 }
 
 /// Returns the error if it is of the expected kind; otherwise the test fails.
-pub(super) fn refused<T>(result: Result<T>, kind: ErrorKind, what: &str) -> Verdict<Error> {
+pub(super) fn refused<T>(result: Result<T>, kind: ErrorKind, what: &str) -> TestResult<Error> {
     match result {
         Ok(_) => fail!("{what}: expected it to be refused ({kind:?}), but it succeeded"),
         Err(error) if error.kind() == kind => Ok(error),
@@ -69,18 +69,18 @@ pub(super) fn refused<T>(result: Result<T>, kind: ErrorKind, what: &str) -> Verd
 }
 
 /// Returns the error, which may be of any kind except bugs; otherwise the test fails.
-pub(super) fn fails<T>(result: Result<T>, what: &str) -> Verdict<Error> {
+pub(super) fn fails<T>(result: Result<T>, what: &str) -> TestResult<Error> {
     match result {
         Ok(_) => fail!("{what}: expected it to be refused, but it succeeded"),
         Err(error) if error.kind() == ErrorKind::Internal => {
-            fail!("{what}: expected to be told what is wrong, but found a bug: {}", error.report())
+            fail!("{what}: expected an error that explains the failure, but found a bug: {}", error.report())
         }
         Err(error) => Ok(error),
     }
 }
 
 /// Fails the test unless both values are equal.
-pub(super) fn same<T: PartialEq + Debug>(found: &T, expected: &T, what: &str) -> Verdict {
+pub(super) fn expect_equal<T: PartialEq + Debug>(found: &T, expected: &T, what: &str) -> TestResult {
     ensure!(found == expected, "{what}: expected {expected:?}, but found {found:?}");
     Ok(())
 }
