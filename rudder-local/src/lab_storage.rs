@@ -306,6 +306,8 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
     rudder_core::runtime::check()?;
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(error) => Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error)),
+        Err(error) => {
+            Err(Error::new(ErrorKind::Internal, "a file operation was interrupted").with_source(error))
+        }
     }
 }

@@ -85,7 +85,7 @@ struct Machine {
     number: usize,
     nics: usize,
     ports: Vec<u16>,
-    /// The task that holds its cables and doors while it runs.
+    /// The task that holds its cables and its sockets for ports while it runs.
     connected: Option<AbortOnDropHandle<()>>,
 }
 
@@ -99,15 +99,15 @@ impl Machine {
         (0..self.nics).map(move |index| nic_socket(number, index))
     }
 
-    fn doors(&self) -> impl Iterator<Item = (u16, String)> {
+    fn port_forwards(&self) -> impl Iterator<Item = (u16, String)> {
         let number = self.number;
         // Without a NIC no port can be reached.
-        self.ports.iter().filter(|_| self.nics > 0).map(move |port| (*port, door(number, *port)))
+        self.ports.iter().filter(|_| self.nics > 0).map(move |port| (*port, forward_socket(number, *port)))
     }
 }
 
 /// Returns the file of the socket that leads to a port of a machine.
-fn door(number: usize, port: u16) -> String {
+fn forward_socket(number: usize, port: u16) -> String {
     format!("m{number}.p{port}")
 }
 
@@ -195,10 +195,10 @@ impl Lan {
         let Some(machine) = running.machines.get_mut(name) else { return Ok(()) };
         machine.connected = None;
         let mut files: Vec<String> = machine.sockets().collect();
-        // The doors of a network that the helper process runs stay open.
+        // The sockets of a network that the helper process runs stay open.
         if running.network.this().is_some() {
             files.extend(
-                running.machines.get(name).into_iter().flat_map(Machine::doors).map(|(_, file)| file),
+                running.machines.get(name).into_iter().flat_map(Machine::port_forwards).map(|(_, file)| file),
             );
         }
         files.iter().try_for_each(|file| remove_file(&storage.path(file)))
@@ -207,7 +207,7 @@ impl Lan {
     /// Connects a machine whose process was started and whose guest does not run yet, until `ended` completes.
     ///
     /// # Errors
-    /// `LaunchFailed` when QEMU does not listen for a NIC; `Io` when the sockets for people cannot be made.
+    /// `LaunchFailed` when QEMU does not listen for a NIC; `Io` when the sockets for its ports cannot be created.
     pub async fn connect(
         &self,
         storage: &Arc<LabStorage>,
@@ -219,7 +219,7 @@ impl Lan {
             let message = format!("expected QEMU to listen for each NIC within {limit} s, but it does not");
             Error::new(ErrorKind::LaunchFailed, message)
         };
-        let Some((mut plugged, doors)) = self.plug(storage, name)? else {
+        let Some((mut plugged, port_forwards)) = self.plug(storage, name)? else {
             let sockets: Vec<_> =
                 self.running().machines.get(name).into_iter().flat_map(Machine::sockets).collect();
             timeout(CONNECT_LIMIT, listening(storage, &sockets)).await.map_err(deaf)?;
@@ -227,7 +227,7 @@ impl Lan {
         };
         timeout(CONNECT_LIMIT, plugged.connected()).await.map_err(deaf)?;
         let connected = async move {
-            let _connected = (plugged, doors);
+            let _connected = (plugged, port_forwards);
             ended.await;
         };
         if let Some(machine) = self.running().machines.get_mut(name) {
@@ -236,7 +236,7 @@ impl Lan {
         Ok(())
     }
 
-    /// Plugs in the cables of a machine, and opens its doors; `None` when the network does not run in this process.
+    /// Plugs in the cables of a machine, and opens the sockets for its ports; `None` when the network does not run in this process.
     fn plug(&self, storage: &LabStorage, name: &str) -> Result<Option<(Plugged, PortForwards)>> {
         let running = self.running();
         let Some(network) = running.network.this() else { return Ok(None) };
@@ -246,10 +246,11 @@ impl Lan {
             let _ = fs::set_permissions(storage.path(&file), fs::Permissions::from_mode(0o600));
         }
         let plugged = network.plug(name, machine.sockets().map(|file| storage.socket(&file)));
-        let doors = machine.doors().map(|(port, file)| (port, storage.socket(&file)));
-        let doors = network.forward_ports(name, doors);
-        let doors = doors.map_err(|error| Error::io("make the sockets that lead to the machine", error))?;
-        Ok(Some((plugged, doors)))
+        let port_forwards = machine.port_forwards().map(|(port, file)| (port, storage.socket(&file)));
+        let port_forwards = network.forward_ports(name, port_forwards);
+        let port_forwards =
+            port_forwards.map_err(|error| Error::io("create the sockets for the machine's ports", error))?;
+        Ok(Some((plugged, port_forwards)))
     }
 
     /// Connects to a port of a running machine, as [`Machine::dial`](rudder_core::backend::Machine::dial) promises.
@@ -274,8 +275,12 @@ impl Lan {
                 network.dial(&spec.name, port).await.map(|stream| Box::new(stream) as BoxedStream)
             }
             None => {
-                let door = self.running().machines.get(&spec.name).map(|machine| door(machine.number, port));
-                let connected = UnixStream::connect(storage.socket(&door.unwrap_or_default())).await;
+                let socket = self
+                    .running()
+                    .machines
+                    .get(&spec.name)
+                    .map(|machine| forward_socket(machine.number, port));
+                let connected = UnixStream::connect(storage.socket(&socket.unwrap_or_default())).await;
                 connected.map(|stream| Box::new(stream) as BoxedStream)
             }
         };
@@ -304,7 +309,7 @@ impl Lan {
     #[must_use]
     pub fn proxy_command(&self, storage: &LabStorage, name: &str, port: u16) -> Option<String> {
         let running = self.running();
-        let (_, file) = running.machines.get(name)?.doors().find(|(known, _)| *known == port)?;
+        let (_, file) = running.machines.get(name)?.port_forwards().find(|(known, _)| *known == port)?;
         // Runs in the directory, because a socket's address has at most 107 bytes (unix(7)). A single command instead of a list,
         // because ssh runs it behind `exec` (ssh_config(5), ProxyCommand).
         Some(format!("env --chdir={} nc -U {file}", quoted(&storage.dir().path().display().to_string())))
@@ -366,7 +371,7 @@ impl Lan {
                 for recorded in &mut record.machines {
                     let Some(machine) = running.machines.get(&recorded.name) else { continue };
                     recorded.sockets = machine.sockets().collect();
-                    recorded.port_forwards = machine.doors().collect();
+                    recorded.port_forwards = machine.port_forwards().collect();
                 }
                 record
             })

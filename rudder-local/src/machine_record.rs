@@ -136,7 +136,7 @@ impl MachineRecord {
             fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))?;
         let damaged = |error| {
             let message =
-                format!("expected the record of a machine in {}, but found something else", path.display());
+                format!("expected a machine record in {}, but found something else", path.display());
             Error::new(ErrorKind::InvalidInput, message).with_source(error)
         };
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
@@ -144,7 +144,7 @@ impl MachineRecord {
             Some(format) if format > u64::from(FORMAT) => {
                 let path = path.display();
                 let message = format!(
-                    "expected a machine of format {FORMAT} or earlier in {path}, but found format {format}"
+                    "expected a machine record of format {FORMAT} or earlier in {path}, but found format {format}"
                 );
                 Err(Error::new(ErrorKind::Unsupported, message)
                     .with_help("use the version of rudder that opened the lab, or a later one"))

@@ -15,7 +15,7 @@ use super::{
     identity::DirectoryIdentity,
     ledger::{self, LEDGER, LabEntry, Ledger, RecordedProcess},
     lock::{Availability, FileLock, Mode},
-    process::{self, Belonging, ProcessIdentity},
+    process::{self, ExpectedLab, ProcessIdentity},
 };
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -63,7 +63,7 @@ struct Held {
 impl Held {
     fn check_open(&self) -> Result<()> {
         if self.lock.is_none() {
-            let message = format!("lab {} was destroyed already", self.ledger.id);
+            let message = format!("lab {} has already been destroyed", self.ledger.id);
             return Err(Error::new(ErrorKind::Conflict, message));
         }
         Ok(())
@@ -73,9 +73,9 @@ impl Held {
 impl LabDir {
     pub(super) fn create(store: &Store, id: &LabId, purpose: &str, retention: Retention) -> Result<Self> {
         let path = store.labs_dir().join(id.as_str());
-        let _judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
+        let _labs_lock = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
         if fs::symlink_metadata(&path).is_ok() {
-            return Err(Error::new(ErrorKind::Conflict, format!("there is already a lab {id}")));
+            return Err(Error::new(ErrorKind::Conflict, format!("lab {id} already exists")));
         }
         durable::expect_dir(&store.labs_dir())?;
         // Appears together with its ledger: a directory without a ledger is not ours.
@@ -113,10 +113,10 @@ impl LabDir {
 
     /// Attaches to a kept lab: no other process can attach to it until the result is dropped.
     fn attach(store: &Store, id: &LabId) -> Result<Self> {
-        let _judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
+        let _labs_lock = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
         let path = store.lab_path(id)?;
-        let Judged { state, ledger, lock } =
-            judge(&path, id.as_str())?.ok_or_else(|| missing(id.as_str()))?;
+        let LabStatus { state, ledger, lock } =
+            lab_status(&path, id.as_str())?.ok_or_else(|| missing(id.as_str()))?;
         let ledger = ledger?;
         let refuse = |found: &str| {
             Err(Error::new(
@@ -130,8 +130,8 @@ impl LabDir {
                 Ok(Self { store: store.clone(), path, may_be_kept: true, state })
             }
             (LabState::Kept { .. }, None) => refuse("another process uses it"),
-            (LabState::Owned, _) => refuse("it belongs to a living process"),
-            _ => refuse("its owner is gone or it has expired"),
+            (LabState::Owned, _) => refuse("it belongs to a running process"),
+            _ => refuse("its owner has ended or it has expired"),
         }
     }
 
@@ -327,10 +327,10 @@ impl Store {
     /// # Errors
     /// File errors.
     pub fn labs(&self) -> Result<Vec<LabEntry>> {
-        let _judging = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
+        let _labs_lock = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
         let mut labs = Vec::new();
         for (id, path) in self.lab_dirs()? {
-            if let Some(Judged { state, ledger, .. }) = judge(&path, id.as_str())? {
+            if let Some(LabStatus { state, ledger, .. }) = lab_status(&path, id.as_str())? {
                 labs.push(LabEntry { id, path, state, ledger: ledger.ok() });
             }
         }
@@ -345,18 +345,18 @@ impl Store {
     pub async fn remove_lab(&self, id: &LabId) -> Result<()> {
         let (store, id) = (self.clone(), id.clone());
         super::blocking(move || {
-            let judging = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
+            let labs_lock = FileLock::wait(&store.lock_path("labs"), Mode::Exclusive)?;
             let path = store.lab_path(&id)?;
-            let judged = judge(&path, id.as_str())?;
-            let Judged { state, ledger, lock } = judged.ok_or_else(|| missing(id.as_str()))?;
+            let status = lab_status(&path, id.as_str())?;
+            let LabStatus { state, ledger, lock } = status.ok_or_else(|| missing(id.as_str()))?;
             if state == LabState::Owned {
                 return Err(Error::new(
                     ErrorKind::Conflict,
-                    format!("lab {id} is in use by a living process"),
+                    format!("lab {id} is in use by a running process"),
                 ));
             }
             let ledger = ledger?;
-            drop(judging);
+            drop(labs_lock);
             let outcome = remove(&store, &path, &ledger, &mut ReapReport::default());
             drop(lock);
             outcome
@@ -366,17 +366,17 @@ impl Store {
 
     /// Removes the labs of dead owners: their processes, then their directories.
     pub(super) fn reap_labs(&self, report: &mut ReapReport) -> Result<()> {
-        let judging = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
+        let labs_lock = FileLock::wait(&self.lock_path("labs"), Mode::Exclusive)?;
         // Directories that are already renamed away, or not yet renamed into place, have no owner; another process may be removing
         // them right now.
         let leftovers = self.directories(&self.labs_dir(), entries::is_leftover)?;
         let mut dead = Vec::new();
         for (id, path) in self.lab_dirs()? {
-            match judge(&path, id.as_str())? {
-                Some(Judged { state: LabState::Abandoned, ledger: Ok(ledger), lock }) => {
+            match lab_status(&path, id.as_str())? {
+                Some(LabStatus { state: LabState::Abandoned, ledger: Ok(ledger), lock }) => {
                     dead.push((id, path, ledger, lock));
                 }
-                Some(Judged { state: LabState::Damaged, ledger: Err(error), .. }) => {
+                Some(LabStatus { state: LabState::Damaged, ledger: Err(error), .. }) => {
                     report.warnings.push(error.report());
                 }
                 _ => {}
@@ -386,7 +386,7 @@ impl Store {
         for (_, path) in leftovers.iter().filter(|(name, _)| name.starts_with(".new-")) {
             discard(path, report);
         }
-        drop(judging);
+        drop(labs_lock);
         for (_, path) in leftovers.iter().filter(|(name, _)| !name.starts_with(".new-")) {
             discard(path, report);
         }
@@ -440,7 +440,7 @@ fn timestamp(time: Option<SystemTime>) -> Result<Option<jiff::Timestamp>> {
 }
 
 /// What is known about a lab.
-struct Judged {
+struct LabStatus {
     state: LabState,
     /// Its ledger, or why that cannot be read.
     ledger: Result<Ledger>,
@@ -449,13 +449,13 @@ struct Judged {
 }
 
 /// Determines whether a lab is alive; `None` when it no longer exists. The caller holds `locks/labs`.
-fn judge(path: &Path, id: &str) -> Result<Option<Judged>> {
+fn lab_status(path: &Path, id: &str) -> Result<Option<LabStatus>> {
     let ledger = match ledger::read(path, id) {
         Ok(None) => return Ok(None),
         Ok(Some(ledger)) => Ok(ledger),
         Err(error) => Err(error),
     };
-    let availability = FileLock::look(&path.join(LOCK))?;
+    let availability = FileLock::try_exclusive(&path.join(LOCK))?;
     let is_held = matches!(availability, Availability::Held);
     let is_missing = matches!(availability, Availability::Missing);
     let state = match &ledger {
@@ -467,7 +467,7 @@ fn judge(path: &Path, id: &str) -> Result<Option<Judged>> {
         Ok(_) => LabState::Abandoned,
     };
     let lock = if let Availability::Free(lock) = availability { Some(lock) } else { None };
-    Ok(Some(Judged { state, ledger, lock }))
+    Ok(Some(LabStatus { state, ledger, lock }))
 }
 
 /// Returns whether a ledger was written for the directory that contains it.
@@ -495,7 +495,7 @@ fn remove(store: &Store, path: &Path, ledger: &Ledger, report: &mut ReapReport) 
     };
     // Without a directory, the ledger that its owner has in memory is all there is.
     if let Some(directory) = here.or(ledger.directory) {
-        let lab = Belonging { id, directory, recorded: ledger.directory == Some(directory) };
+        let lab = ExpectedLab { id, directory, recorded: ledger.directory == Some(directory) };
         for process in &ledger.processes {
             if process.identity.kill(&lab)? {
                 report
@@ -503,21 +503,21 @@ fn remove(store: &Store, path: &Path, ledger: &Ledger, report: &mut ReapReport) 
                     .push(format!("process {} ({}) of lab {id}", process.identity.pid, process.role));
             }
         }
-        for identity in process::carrying(LAB_VARIABLE, id) {
+        for identity in process::with_variable(LAB_VARIABLE, id) {
             if identity.kill(&lab)? {
                 report.removed.push(format!("process {} of lab {id}", identity.pid));
             }
         }
     }
     // One rename makes it disappear for all processes; the rest only frees space.
-    let gone = store.labs_dir().join(format!(".removed-{id}-{:08x}", rand::random::<u32>()));
-    match fs::rename(path, &gone) {
+    let set_aside = store.labs_dir().join(format!(".removed-{id}-{:08x}", rand::random::<u32>()));
+    match fs::rename(path, &set_aside) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(durable::io_error("remove", path, error)),
         Ok(()) => {}
     }
-    report.freed += durable::disk_usage(&gone);
-    durable::remove_tree(&gone)?;
+    report.freed += durable::disk_usage(&set_aside);
+    durable::remove_tree(&set_aside)?;
     report.removed.push(format!("lab {id}"));
     Ok(())
 }

@@ -87,23 +87,23 @@ pub(super) fn read(lab: &Path, id: &str) -> Result<Option<Ledger>> {
     let damaged = |found: &str| {
         let message = format!("expected the ledger of lab {id} in {}, but {found}", path.display());
         Error::new(ErrorKind::InvalidInput, message).with_help(format!(
-            "if nothing of the lab runs any more, remove {} by hand; until then it stays, with all cached inputs",
+            "remove {} by hand once nothing of the lab runs any more; until then it is kept, with all cached inputs",
             lab.display()
         ))
     };
     let bytes = match durable::read_regular(&path) {
         Ok(bytes) => bytes,
         Err(_) if fs::symlink_metadata(lab).is_err() => return Ok(None),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(damaged("there is none")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(damaged("found none")),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             return Err(io_error("read", &path, error));
         }
         Err(error) => return Err(damaged("it cannot be read").with_source(error)),
     };
     let ledger: Ledger = serde_json::from_slice(&bytes)
-        .map_err(|error| damaged("it is not what was written").with_source(error))?;
+        .map_err(|error| damaged("its content is invalid").with_source(error))?;
     if ledger.id.as_str() != id {
-        return Err(damaged(&format!("it is that of lab {}", ledger.id)));
+        return Err(damaged(&format!("it belongs to lab {}", ledger.id)));
     }
     Ok(Some(ledger))
 }

@@ -77,7 +77,7 @@ impl FileLock {
     }
 
     /// Acquires the lock exclusively if it is free. Creates nothing.
-    pub(super) fn look(path: &Path) -> Result<Availability> {
+    pub(super) fn try_exclusive(path: &Path) -> Result<Availability> {
         if !fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file()) {
             return Ok(Availability::Missing);
         }

@@ -58,7 +58,7 @@ impl ProcessIdentity {
 
     /// Kills the process, if it is still the same one and belongs to this lab, and waits until it is gone. Returns whether there
     /// was anything to kill.
-    pub(super) fn kill(&self, lab: &Belonging<'_>) -> Result<bool> {
+    pub(super) fn kill(&self, lab: &ExpectedLab<'_>) -> Result<bool> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(false) };
         let failed = |error: rustix::io::Errno| {
             Error::io(format_args!("kill process {}", self.pid), io::Error::from(error))
@@ -144,7 +144,7 @@ enum Membership {
 
 /// The lab that a process must belong to.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Belonging<'a> {
+pub(super) struct ExpectedLab<'a> {
     /// The id of a lab.
     pub(super) id: &'a str,
     /// The directory of the lab.
@@ -154,7 +154,7 @@ pub(super) struct Belonging<'a> {
     pub(super) recorded: bool,
 }
 
-impl Belonging<'_> {
+impl ExpectedLab<'_> {
     /// Returns whether the directory at this path is the lab's.
     fn is_at(&self, path: &Path) -> bool {
         fs::metadata(path).is_ok_and(|meta| DirectoryIdentity::from_metadata(&meta) == self.directory)
@@ -169,7 +169,7 @@ impl Belonging<'_> {
 }
 
 /// Searches the working directory, environment and command line of a process for a lab.
-fn membership(pid: u32, lab: &Belonging<'_>) -> Membership {
+fn membership(pid: u32, lab: &ExpectedLab<'_>) -> Membership {
     let holds = |bytes: &[u8]| bytes.windows(lab.id.len()).any(|window| window == lab.id.as_bytes());
     let dir = Path::new("/proc").join(pid.to_string());
     let cwd = dir.join("cwd");
@@ -201,7 +201,7 @@ fn ends_within(process: &OwnedFd, limit: Duration) -> rustix::io::Result<bool> {
 }
 
 /// Returns the processes, other than this one, whose environment has this variable with exactly this value.
-pub(super) fn carrying(variable: &str, value: &str) -> Vec<ProcessIdentity> {
+pub(super) fn with_variable(variable: &str, value: &str) -> Vec<ProcessIdentity> {
     let wanted = format!("{variable}={value}");
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
@@ -239,8 +239,8 @@ mod tests {
         DirectoryIdentity::of(Path::new("/proc")).unwrap()
     }
 
-    fn lab(id: &str) -> Belonging<'_> {
-        Belonging { id, directory: here(), recorded: true }
+    fn lab(id: &str) -> ExpectedLab<'_> {
+        ExpectedLab { id, directory: here(), recorded: true }
     }
 
     /// Waits until a child runs its own program: before that, its environment is its parent's.
@@ -291,7 +291,7 @@ mod tests {
         let child = Sleeper::new("lab-d4");
         await_exec(&child.0, "lab-d4");
         let identity = ProcessIdentity::of(child.0.id()).unwrap();
-        assert!(!identity.kill(&Belonging { recorded: false, ..lab("lab-d4") }).unwrap());
+        assert!(!identity.kill(&ExpectedLab { recorded: false, ..lab("lab-d4") }).unwrap());
         assert!(identity.is_running());
     }
 
@@ -311,12 +311,12 @@ mod tests {
             let mut child = Sleeper(command.spawn().unwrap());
             let identity = ProcessIdentity::of(child.0.id()).unwrap();
             // Neither names the lab.
-            while membership(identity.pid, &Belonging { recorded: false, directory, id: "x" })
+            while membership(identity.pid, &ExpectedLab { recorded: false, directory, id: "x" })
                 == Membership::Unreadable
             {
                 std::thread::yield_now();
             }
-            let lab = Belonging { id: "lab-e5-which-nobody-names", directory, recorded: false };
+            let lab = ExpectedLab { id: "lab-e5-which-nobody-names", directory, recorded: false };
             assert!(identity.kill(&lab).unwrap(), "inside: {inside}");
             child.0.wait().unwrap();
         }

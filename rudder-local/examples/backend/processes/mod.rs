@@ -40,7 +40,7 @@ impl Processes {
 /// be in the directory of the lab, which is removed as a whole.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-        Err(Error::new(ErrorKind::Internal, "file work was cut short").with_source(error))
+        Err(Error::new(ErrorKind::Internal, "a file operation was interrupted").with_source(error))
     })
 }
 

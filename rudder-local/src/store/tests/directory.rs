@@ -370,7 +370,7 @@ fn one_handle_at_a_time_attaches_to_a_kept_lab() {
         || fixture.store.attach_lab(&id).map(drop).map_err(|error| (error.kind(), error.to_string()));
     assert_eq!(attach().unwrap_err().0, ErrorKind::NotFound);
     let lab = fixture.store.create_lab(&id, "web", Retention::MayBeKept).unwrap();
-    assert!(attach().unwrap_err().1.ends_with("it belongs to a living process"));
+    assert!(attach().unwrap_err().1.ends_with("it belongs to a running process"));
     lab.mark_kept(None).unwrap();
     assert!(attach().unwrap_err().1.ends_with("another process uses it"));
     drop(lab);
