@@ -37,7 +37,7 @@ use hypervisor::Hypervisor;
 use output::{Unwritten, print, report};
 use rudder::{
     Error, ErrorKind, Result,
-    build::{Build, BuildFailure, FailurePolicy},
+    build::{Build, FailurePolicy},
     diagnostic::{Diagnostic, render},
     event::EventKind,
     manifest::{UnknownKeys, parse_with, read_file},
@@ -117,21 +117,19 @@ impl End {
 
 impl From<Error> for End {
     fn from(error: Error) -> Self {
-        Self { code: FAILED, message: format!("error: {}", error.report()) }
+        let code = if error.kind() == ErrorKind::Cancelled { CANCELLED } else { FAILED };
+        // The failure of a build was its last event, so it is on the screen already.
+        let message = match error.build_failure() {
+            Some(_) => String::new(),
+            None => format!("error: {}", error.report()),
+        };
+        Self { code, message }
     }
 }
 
 impl From<Unwritten> for End {
     fn from(error: Unwritten) -> Self {
         Self { code: error.report(FAILED), message: String::new() }
-    }
-}
-
-impl From<Box<BuildFailure>> for End {
-    fn from(failure: Box<BuildFailure>) -> Self {
-        // The failure was the last event, so it is on the screen already.
-        let code = if failure.is_cancelled() { CANCELLED } else { FAILED };
-        Self { code, message: String::new() }
     }
 }
 

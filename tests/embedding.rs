@@ -33,7 +33,8 @@ async fn a_failed_migration_leaves_nothing_behind() {
         });
     let context = PlanContext::new(backend.capabilities());
     let plan = prepare("site.yaml", MANIFEST, &context).into_plans().unwrap().remove(0);
-    let failure = Build::new(plan, Arc::new(backend.clone())).start().outcome().await.unwrap_err();
+    let error = Build::new(plan, Arc::new(backend.clone())).start().outcome().await.unwrap_err();
+    let failure = error.build_failure().unwrap();
     assert_eq!(failure.report.step.as_deref(), Some("2 (shell)"));
     assert_eq!(failure.report.output_tail, ["database is locked"]);
     assert_eq!(backend.leftovers().await, Vec::<String>::new());

@@ -48,7 +48,7 @@ async fn a_program_resumes_a_paused_build() {
         }
         reported.push(event.kind);
     }
-    let module = build.outcome().await.unwrap_or_else(|failure| panic!("{}", failure.report));
+    let module = build.outcome().await.unwrap_or_else(|error| panic!("{}", error.report()));
     let why = "VM vm has a handbuild step, which needs a person".to_owned();
     assert!(module.provenance.not_repeatable.contains(&why), "{:?}", module.provenance.not_repeatable);
     let written = fs::read_to_string(module.path.unwrap()).unwrap();

@@ -4,7 +4,7 @@
 //! the edge, by [`Error::report`]. No type of a dependency appears in it.
 
 use crate::visible::{visible, visible_line};
-use std::{borrow::Cow, error::Error as StdError, fmt};
+use std::{any::Any, borrow::Cow, error::Error as StdError, fmt};
 
 /// Result type with Rudder's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -85,6 +85,16 @@ struct Inner {
     help: Option<Cow<'static, str>>,
     retryable: Option<bool>,
     source: Option<BoxError>,
+    detail: Option<Box<dyn Detail>>,
+}
+
+/// What an error carries for programs beyond its texts: the report of a failed build, the findings about a manifest. Modules above
+/// this one define it, and the methods of [`Error`] that return it.
+pub(crate) trait Detail: Any + fmt::Debug + Send + Sync {
+    /// Returns what is reported to a person instead of the texts of the error, if it is more than they are.
+    fn report(&self) -> Option<String> {
+        None
+    }
 }
 
 impl Error {
@@ -97,6 +107,7 @@ impl Error {
             help: None,
             retryable: None,
             source: None,
+            detail: None,
         }))
     }
 
@@ -141,6 +152,26 @@ impl Error {
         self
     }
 
+    pub(crate) fn with_detail(mut self, detail: impl Detail) -> Self {
+        self.0.detail = Some(Box::new(detail));
+        self
+    }
+
+    /// Returns the detail of this type, of this error or of one of its causes.
+    pub(crate) fn detail<T: Detail>(&self) -> Option<&T> {
+        let own = self.0.detail.as_deref().and_then(|detail| (detail as &dyn Any).downcast_ref());
+        own.or_else(|| {
+            let mut cause = self.source();
+            while let Some(error) = cause {
+                match error.downcast_ref::<Self>() {
+                    Some(error) => return error.detail(),
+                    None => cause = error.source(),
+                }
+            }
+            None
+        })
+    }
+
     /// Returns the kind of the error, for programs.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -165,9 +196,10 @@ impl Error {
     }
 
     /// Applies `map` to every text of the error: message, context, help and causes. Only text changes; causes become opaque if one
-    /// of them changed. Used to remove secrets from an error.
+    /// of them changed. What the error carries besides text is removed. Used to remove secrets from an error.
     #[must_use]
     pub fn map_text(mut self, map: impl Fn(&str) -> String) -> Self {
+        self.0.detail = None;
         self.0.message = map(&self.0.message).into();
         for (_, value) in &mut self.0.context {
             *value = map(value);
@@ -191,14 +223,15 @@ impl Error {
         self
     }
 
-    /// Returns the full error for a person: context, message, causes and help, on several lines without a trailing newline. Control
-    /// characters are made visible rather than emitted: see [`visible`](crate::visible).
+    /// Returns the full error for a person: context, message, causes and help, on several lines without a trailing newline; for a
+    /// failed build, its whole report. Control characters are made visible rather than emitted: see [`visible`](crate::visible).
     #[must_use]
     pub fn report(&self) -> String {
-        visible(&self.story()).into_owned()
+        let report = self.0.detail.as_ref().and_then(|detail| detail.report());
+        visible(&report.unwrap_or_else(|| self.story())).into_owned()
     }
 
-    /// Returns the [`report`](Self::report) with control characters unchanged, for programs.
+    /// Returns context, message, causes and help with control characters unchanged, for programs.
     pub(crate) fn story(&self) -> String {
         let mut out = String::new();
         for (key, value) in self.0.context.iter().rev() {
@@ -253,6 +286,7 @@ impl fmt::Debug for Error {
             .field("context", &self.0.context)
             .field("help", &self.0.help)
             .field("source", &self.0.source)
+            .field("detail", &self.0.detail)
             .finish()
     }
 }
@@ -306,6 +340,29 @@ mod tests {
             "url http://***@x: ***: cannot download\n  because: no *** here\n  help: do not write ***"
         );
         assert!(!format!("{masked:?}{masked:#?}").contains("s3cret"));
+    }
+
+    #[derive(Debug)]
+    struct Lines(u32);
+
+    impl Detail for Lines {
+        fn report(&self) -> Option<String> {
+            (self.0 > 0).then(|| format!("{} lines\x07", self.0))
+        }
+    }
+
+    #[test]
+    fn the_detail_of_an_error_is_found_in_its_causes_and_lost_with_its_secrets() {
+        let error = || Error::new(ErrorKind::StepFailed, "it failed").with_help("try again");
+        assert!(error().detail::<Lines>().is_none());
+        assert_eq!(error().with_detail(Lines(3)).report(), "3 lines␇");
+        assert_eq!(error().with_detail(Lines(0)).report(), error().report(), "nothing to add");
+        let cause = error().with_detail(Lines(3));
+        let outer = Error::new(ErrorKind::Io, "no").with_source(cause);
+        let wrapped = Error::new(ErrorKind::Io, "outermost").with_source(outer);
+        assert!(matches!(wrapped.detail(), Some(Lines(3))));
+        assert!(wrapped.report().starts_with("outermost\n  because: no"), "{wrapped:?}");
+        assert!(error().with_detail(Lines(3)).map_text(str::to_owned).detail::<Lines>().is_none());
     }
 
     #[test]

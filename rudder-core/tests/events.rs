@@ -129,7 +129,8 @@ vms:
         assert!(step.is_none_or(|step| step >= 1), "steps count from 1: {value}");
         seen.insert(value["event"].as_str().unwrap().to_owned());
     }
-    let failure = build.outcome().await.unwrap_err();
+    let error = build.outcome().await.unwrap_err();
+    let failure = error.build_failure().unwrap();
     assert_eq!(failure.report.step.as_deref(), Some("2 (shell)"));
     for kind in ["step_output", "boot_action", "retrying", "finished"] {
         assert!(seen.contains(kind), "{seen:?}");

@@ -218,6 +218,8 @@ fn relative_files_are_resolved_against_the_base_directory() {
 fn a_refused_manifest_is_an_error_that_says_why() {
     let error = prepare("site.yaml", b"vms: []\n", &context()).into_plans().unwrap_err();
     assert!(error.to_string().starts_with("site.yaml has 1 error\nerror[missing-field]"), "{error}");
+    let [finding] = error.diagnostics() else { panic!("{:?}", error.diagnostics()) };
+    assert_eq!((finding.code.as_str(), finding.path.as_str()), ("missing-field", ""));
 }
 
 /// A manifest with everything that shapes the result, written out in full.

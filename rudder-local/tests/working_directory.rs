@@ -49,12 +49,13 @@ async fn relative_paths_are_resolved_when_given() {
     let module = first.start().outcome().await.unwrap();
     assert_eq!(module.path.unwrap(), home.join("modules/memory/moved/module.json"));
     let failing = backend.as_ref().clone().every_machine(|guest| guest.on("work", Response::fails(1, "")));
-    let failure = second.start().outcome().await.unwrap_err();
+    let error = second.start().outcome().await.unwrap_err();
+    let failure = error.build_failure().unwrap();
     for login in &failure.kept.as_ref().unwrap().logins {
         assert!(login.key.as_ref().unwrap().is_file(), "{login:?}");
     }
     let lab = failure.kept.clone().unwrap();
-    drop(failure);
+    drop(error);
     failing.remove_lab(&lab.id).await.unwrap();
 
     let left: Vec<_> = elsewhere.path().read_dir().unwrap().collect();

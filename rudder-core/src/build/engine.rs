@@ -32,7 +32,7 @@ pub(super) async fn run(
     sink: Sink,
     cancel: CancellationToken,
     shared: &Shared,
-) -> Result<Module, Box<BuildFailure>> {
+) -> Result<Module, Error> {
     let Build { plan, backend, options } = build;
     let options = Arc::new(options);
     let deadline = Deadline::new(Instant::now(), plan.timeout);
@@ -92,7 +92,7 @@ pub(super) async fn run(
 }
 
 /// Returns the failure of a build that cannot even start here.
-pub(super) fn cannot_start(build: &Build, shared: &Shared, sink: &Sink, error: Error) -> Box<BuildFailure> {
+pub(super) fn cannot_start(build: &Build, shared: &Shared, sink: &Sink, error: Error) -> Error {
     let Build { plan, backend, .. } = build;
     sink.started(&plan.name, &plan.digest.to_string(), backend.name(), 1);
     sink.build_phase(BuildPhase::Failed);
@@ -107,18 +107,18 @@ fn report_failure(
     failure: Failure,
     kept: Option<KeptLab>,
     machines: Vec<BuildMachine>,
-) -> Box<BuildFailure> {
+) -> Error {
     let error = failure.error.with_context("build", build).map_text(|text| sink.mask(text));
     if error.kind() == ErrorKind::Cancelled {
         sink.finished(Outcome::Cancelled);
         let report = FailureReport { build_id: Some(shared.id.clone()), ..FailureReport::default() };
-        return Box::new(BuildFailure { error, report, kept, machines });
+        return error.with_detail(BuildFailure { report, kept, machines });
     }
     let (kind, message) = (Some(error.kind()), error.story());
     let report = FailureReport { build_id: Some(shared.id.clone()), kind, message, ..*failure.report };
     let report = sink.masked_report(report);
     sink.finished(Outcome::Failed(Box::new(report.clone())));
-    Box::new(BuildFailure { error, report, kept, machines })
+    error.with_detail(BuildFailure { report, kept, machines })
 }
 
 /// Runs one attempt, and returns its result with what must be cleaned up afterwards.

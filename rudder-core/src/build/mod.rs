@@ -26,9 +26,9 @@
 //!
 //! # Example
 //! ```
-//! # use rudder_core::{backend::Backend, build::{Build, BuildFailure}, module::Module, plan::Plan};
+//! # use rudder_core::{backend::Backend, build::Build, module::Module, plan::Plan};
 //! # use std::sync::Arc;
-//! async fn build(plan: Plan, backend: Arc<dyn Backend>) -> Result<Module, Box<BuildFailure>> {
+//! async fn build(plan: Plan, backend: Arc<dyn Backend>) -> rudder_core::Result<Module> {
 //!     let build = Build::new(plan, backend).start();
 //!     let mut events = build.events();
 //!     while let Some(event) = events.next().await {
@@ -42,6 +42,7 @@ mod attempt;
 mod boot;
 mod engine;
 mod evidence;
+mod failure;
 mod guard;
 mod guest_session;
 mod keep;
@@ -55,6 +56,7 @@ mod pause;
 mod sink;
 mod vm;
 
+pub use failure::BuildFailure;
 pub use keep::{kept_labs, kept_machines};
 pub use log::Events;
 pub use machines::BuildMachine;
@@ -62,7 +64,7 @@ pub use pause::PausedVm;
 
 use crate::{
     Error, ErrorKind, Result,
-    backend::{Backend, KeptLab},
+    backend::Backend,
     event::{BuildId, Event, FailureReport},
     fetch::Fetch,
     module::Module,
@@ -74,7 +76,6 @@ use machines::Machines;
 use pause::Pauses;
 use sink::Sink;
 use std::{
-    fmt,
     path::{self, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
@@ -253,7 +254,7 @@ pub struct BuildHandle {
     pulse: watch::Receiver<()>,
     canceller: Canceller,
     shared: Arc<Shared>,
-    outcome: oneshot::Receiver<Result<Module, Box<BuildFailure>>>,
+    outcome: oneshot::Receiver<Result<Module>>,
 }
 
 impl BuildHandle {
@@ -320,13 +321,13 @@ impl BuildHandle {
     /// Waits for the end of the build, including cleanup. Dropping the future cancels the build.
     ///
     /// # Errors
-    /// When the build failed or was cancelled.
-    pub async fn outcome(mut self) -> Result<Module, Box<BuildFailure>> {
+    /// When the build failed, or was cancelled (`Cancelled`). The error has the details as its [`BuildFailure`].
+    pub async fn outcome(mut self) -> Result<Module> {
         (&mut self.outcome).await.unwrap_or_else(|_| {
             let error =
                 Error::new(ErrorKind::Internal, "the Tokio runtime was shut down while the build ran");
             let report = FailureReport { build_id: Some(self.id().clone()), ..FailureReport::default() };
-            Err(Box::new(BuildFailure { error, report, kept: None, machines: Vec::new() }))
+            Err(error.with_detail(BuildFailure { report, kept: None, machines: Vec::new() }))
         })
     }
 }
@@ -363,64 +364,6 @@ impl Canceller {
     /// ```
     pub async fn ended(&self) {
         self.ended.cancelled().await;
-    }
-}
-
-/// Why a build produced no module. `Display` and `source` are those of its error; `Debug` (`{:?}`) writes the whole report, because
-/// Rust prints it for an error returned from `main`.
-#[non_exhaustive]
-pub struct BuildFailure {
-    /// What went wrong, without secrets.
-    pub error: Error,
-    /// What a person needs at once to understand the failure; empty when the build was cancelled.
-    pub report: FailureReport,
-    /// The lab that was kept for inspection.
-    pub kept: Option<KeptLab>,
-    /// The machines of the kept lab, for this process.
-    pub machines: Vec<BuildMachine>,
-}
-
-impl BuildFailure {
-    /// Returns whether the caller cancelled the build.
-    #[must_use]
-    pub fn is_cancelled(&self) -> bool {
-        self.error.kind() == ErrorKind::Cancelled
-    }
-}
-
-impl fmt::Debug for BuildFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { error, report, kept, machines } = self;
-        if f.alternate() {
-            let mut all = f.debug_struct("BuildFailure");
-            return all
-                .field("error", error)
-                .field("report", report)
-                .field("kept", kept)
-                .field("machines", machines)
-                .finish();
-        }
-        // A build that was cancelled, or lost its runtime, has no report other than its error.
-        if report.message.is_empty() {
-            write!(f, "{error:?}")?;
-        } else {
-            write!(f, "{report}")?;
-        }
-        let Some(KeptLab { id, access, .. }) = kept else { return Ok(()) };
-        write!(f, "\n  kept for inspection as lab {id}:")?;
-        access.iter().try_for_each(|line| write!(f, "\n    {}", crate::visible::visible_line(line)))
-    }
-}
-
-impl fmt::Display for BuildFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.error, f)
-    }
-}
-
-impl std::error::Error for BuildFailure {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        std::error::Error::source(&self.error)
     }
 }
 

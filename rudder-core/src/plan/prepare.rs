@@ -5,6 +5,7 @@ use crate::{
     Error, ErrorKind, Result,
     check::codes,
     diagnostic::{self, Diagnostic, MAX_FINDINGS, Severity, limit},
+    error::Detail,
     manifest::{Path, parse_with},
     visible::Quoted,
 };
@@ -96,14 +97,31 @@ impl Prepared {
     /// Returns the plans.
     ///
     /// # Errors
-    /// `InvalidInput`, with all findings rendered, when one of them refuses the manifest.
+    /// `InvalidInput`, with all findings rendered, when one of them refuses the manifest. [`Error::diagnostics`] returns
+    /// them.
     pub fn into_plans(self) -> Result<Vec<Plan>> {
         if self.has_errors() {
             let count = self.diagnostics.iter().filter(|diagnostic| diagnostic.is_error()).count();
             let what = if count == 1 { "1 error" } else { &format!("{count} errors") };
             let message = format!("{} has {what}\n{}", self.source_name, self.render());
-            return Err(Error::new(ErrorKind::InvalidInput, message.trim_end().to_owned()));
+            let error = Error::new(ErrorKind::InvalidInput, message.trim_end().to_owned());
+            return Err(error.with_detail(Findings(self.diagnostics)));
         }
         Ok(self.plans)
+    }
+}
+
+/// What the error of a refused manifest carries.
+#[derive(Debug)]
+struct Findings(Vec<Diagnostic>);
+
+impl Detail for Findings {}
+
+impl Error {
+    /// Returns the findings about the manifest, in source order, if this is the error of a refused manifest
+    /// ([`Prepared::into_plans`]) or was caused by one; otherwise none.
+    #[must_use]
+    pub fn diagnostics(&self) -> &[Diagnostic] {
+        self.detail().map_or(&[], |Findings(diagnostics)| diagnostics)
     }
 }

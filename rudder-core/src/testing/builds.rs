@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     ErrorKind,
-    build::{Build, BuildFailure, BuildHandle},
+    build::{Build, BuildHandle},
     capability::{Capabilities, Capability},
     event::{Event, EventKind, VmPhase},
     module::Module,
@@ -43,7 +43,7 @@ fn manifest(rig: &Rig, source: &PlannedUrl, steps: &Value) -> TestResult<Value> 
 struct Ended {
     manifest: String,
     events: Vec<Event>,
-    outcome: Result<Module, Box<BuildFailure>>,
+    outcome: crate::Result<Module>,
 }
 
 impl Ended {
@@ -51,7 +51,7 @@ impl Ended {
     async fn module(&self, rig: &Rig) -> TestResult<&Module> {
         let module = match &self.outcome {
             Ok(module) => module,
-            Err(failure) => fail!("build: expected a module, but found {}", failure.error.report()),
+            Err(failure) => fail!("build: expected a module, but found {}", failure.report()),
         };
         expect_equal(&module.name.as_str(), &NAME, "the name of the module")?;
         expect_equal(&module.provenance.manifest, &self.manifest, "the manifest in the provenance")?;
@@ -165,8 +165,9 @@ pub async fn a_failed_build_leaves_nothing_behind(rig: &Rig) -> TestResult {
     match ended.outcome {
         Ok(module) => fail!("expected an invalid image to fail the build, but found {module:?}"),
         Err(failure) => {
-            expect_equal(&failure.error.kind(), &ErrorKind::InvalidImage, "why the build failed")?;
-            expect_equal(&failure.report.vm.as_deref(), &Some("web"), "the VM it failed for")?;
+            expect_equal(&failure.kind(), &ErrorKind::InvalidImage, "why the build failed")?;
+            let vm = failure.build_failure().and_then(|failure| failure.report.vm.as_deref());
+            expect_equal(&vm, &Some("web"), "the VM it failed for")?;
         }
     }
     rig.expect_nothing_left("after a build failed").await
@@ -186,7 +187,7 @@ pub async fn a_cancelled_build_leaves_nothing_behind(rig: &Rig) -> TestResult {
     match &ended.outcome {
         Ok(module) => fail!("expected a cancelled build to produce no module, but found {module:?}"),
         Err(failure) => {
-            ensure!(failure.is_cancelled(), "expected Cancelled, but found {}", failure.error.report());
+            ensure!(failure.kind() == ErrorKind::Cancelled, "expected Cancelled, but found {}", failure.report());
         }
     }
     rig.expect_nothing_left("after a build was cancelled").await

@@ -125,7 +125,7 @@ async fn a_text_that_never_appears_fails_with_the_screen() {
     let options = |build: Build| build.report_dir(reports.path());
     let ended = reacting(&display, &MemoryBackend::new(), booting(actions), options, |_, _| {}).await;
     let failure = ended.failure();
-    assert_eq!(failure.error.kind(), ErrorKind::TimedOut);
+    assert_eq!(ended.error().kind(), ErrorKind::TimedOut);
     let report = &failure.report;
     assert_eq!(report.phase, Some(V::BootCommand));
     assert_eq!(report.screen, ["error: no *** on this disk", "> linux", "not found", ">"]);
@@ -149,7 +149,7 @@ async fn a_timeout_after_the_boot_command_shows_the_screen() {
         MemoryBackend::new().machine("a", |guest| guest.never_answers(rudder_core::memory::Silence::Refuses));
     let ended = on(&display, &backend, booting(json!([{"wait": 3_600_000}, {"press": ENTER}]))).await;
     let report = &ended.failure().report;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::TimedOut);
+    assert_eq!(ended.error().kind(), ErrorKind::TimedOut);
     // The build's limit expires before the boot command ends.
     assert!(report.message.contains("the build did not end within 30m"), "{report}");
     assert!(report.to_string().contains("\n  screen:\n    | Choose a language:\n"), "{report}");
@@ -178,14 +178,14 @@ async fn a_boot_command_ends_when_the_build_or_its_machine_ends() {
         },
     )
     .await;
-    assert!(ended.failure().is_cancelled());
+    assert!(ended.is_cancelled());
     assert_eq!(display.pressed(), [CTRL]);
 
     let dying = MemoryBackend::new()
         .machine("a", |guest| guest.dies_after_power_on(Death::GuestPanic, Duration::from_secs(100)));
     let ended = on(&display, &dying, actions()).await;
     let report = &ended.failure().report;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::MachineDied);
+    assert_eq!(ended.error().kind(), ErrorKind::MachineDied);
     assert!(report.message.contains("panicked while typing the boot command"), "{report}");
 }
 
@@ -198,9 +198,9 @@ async fn after_a_lost_display_each_key_is_typed_at_most_once() {
         let ended = on(&display, &MemoryBackend::new(), actions()).await;
         match &ended.outcome {
             Ok(_) => assert_eq!(display.typed(), [text, ""], "lost after {keys} keys"),
-            Err(failure) => {
-                assert_eq!(failure.error.kind(), ErrorKind::Protocol);
-                let report = failure.report.to_string();
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Protocol);
+                let report = error.report();
                 assert!(report.contains("the connection to the display broke"), "{report}");
                 assert!(report.contains(&format!("of {} characters", text.len())), "{report}");
                 let typed = display.typed().concat();
@@ -247,12 +247,12 @@ async fn everything_a_boot_command_needs_exists_before_power_on() {
     let actions = json!([{"type": "http://{{ .HTTPIP }}/"}]);
     let ended = on(&display, &MemoryBackend::new(), booting(actions)).await;
     let report = &ended.failure().report;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(ended.error().kind(), ErrorKind::InvalidInput);
     assert!(report.message.contains("httpDirectory"), "{report}");
     assert_eq!(ended.vm_phases("a"), [V::Pending, V::SourceImporting, V::Booting, V::Failed]);
     assert_eq!(display.typed(), [""]);
 
     let blind = MemoryBackend::new().with_capabilities([C::SourceUrl, C::DiskVirtio]);
     let ended = build(&blind, booting(json!([{"press": ENTER}]))).await;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::Unsupported);
+    assert_eq!(ended.error().kind(), ErrorKind::Unsupported);
 }

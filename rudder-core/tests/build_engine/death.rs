@@ -38,7 +38,7 @@ async fn a_machine_that_dies_in_a_step_is_reported_with_its_cause() {
         });
         let ended = build(&backend, plan(vec![vm("a", vec![shell("work", "work")])])).await;
         let report = &ended.failure().report;
-        assert_eq!(ended.failure().error.kind(), kind, "{report}");
+        assert_eq!(ended.error().kind(), kind, "{report}");
         assert!(report.message.contains(words), "{report}");
         assert_eq!(report.output_tail, ["half"]);
         assert!(took(&ended, "Provisioning") <= 2000, "{report}");
@@ -52,7 +52,7 @@ async fn a_panic_on_the_serial_console_is_reported_at_once() {
         MemoryBackend::new().machine("a", |guest| guest.serial(console).never_answers(Silence::Accepts));
     let ended = build(&backend, plan(vec![vm("a", vec![shell("work", "work")])])).await;
     let report = &ended.failure().report;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::MachineDied);
+    assert_eq!(ended.error().kind(), ErrorKind::MachineDied);
     let words = "the guest's kernel panicked while booting: [    0.1] Kernel panic - not syncing: IO-APIC";
     assert!(report.message.contains(words), "{report}");
     assert!(took(&ended, "Booting") <= 10_000, "{report}");
@@ -65,7 +65,7 @@ async fn a_guest_that_powers_off_in_a_step_is_reported_as_such() {
     let ended =
         build(&backend, plan(vec![vm("a", vec![shell("work", "work"), shell("more", "true")])])).await;
     let report = &ended.failure().report;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::MachineDied);
+    assert_eq!(ended.error().kind(), ErrorKind::MachineDied);
     assert!(report.message.contains("the guest powered itself off while running step 1 (work)"), "{report}");
     assert!(took(&ended, "Provisioning") <= 2000, "{report}");
 }

@@ -17,7 +17,7 @@ async fn a_failed_step_is_fully_reported_and_stops_the_other_machines() {
     let steps = vec![shell("first", "true"), shell("install", "apt-get install nothing")];
     let ended = build(&backend, plan(vec![vm("b", vec![shell("wait", "forever")]), vm("a", steps)])).await;
     let failure = ended.failure();
-    assert_eq!(failure.error.kind(), ErrorKind::StepFailed);
+    assert_eq!(ended.error().kind(), ErrorKind::StepFailed);
     let report = &failure.report;
     assert_eq!(report.vm.as_deref(), Some("a"));
     assert_eq!(report.phase, Some(V::Provisioning));
@@ -45,7 +45,7 @@ async fn every_operation_of_the_backend_can_fail() {
         let backend = MemoryBackend::new().fails(operation, Fault::new(ErrorKind::Io, "the shelf fell down"));
         let ended = build(&backend, plan(vec![vm("a", vec![file("http://files.test/tool", "/tool")])])).await;
         let failure = ended.failure();
-        assert_eq!(failure.error.kind(), ErrorKind::Io, "{operation:?}");
+        assert_eq!(ended.error().kind(), ErrorKind::Io, "{operation:?}");
         assert!(failure.report.message.contains("the shelf fell down"), "{operation:?}: {}", failure.report);
         let phases = ended.vm_phases("a");
         let phases: Vec<_> = phases.into_iter().filter(|phase| *phase != V::Failed).collect();
@@ -62,7 +62,7 @@ async fn a_bug_in_a_backend_is_an_ordinary_failure() {
         let backend = MemoryBackend::new();
         let plan = plan(vec![vm("a", vec![])]);
         let ended = build_with(&backend, plan, |build| build, &[(operation, Hook::Panics)]).await;
-        assert_eq!(ended.failure().error.kind(), ErrorKind::Internal, "{operation:?}");
+        assert_eq!(ended.error().kind(), ErrorKind::Internal, "{operation:?}");
         let message = &ended.failure().report.message;
         assert!(message.contains(&format!("panicked: a bug in {operation:?}")), "{message}");
     }
@@ -74,7 +74,7 @@ async fn an_image_larger_than_its_disk_is_reported_with_both_sizes() {
         MemoryBackend::new().source("http://images.test/base.qcow2", |source| source.virtual_size(40 << 30));
     let ended = build(&backend, plan(vec![vm("a", vec![])])).await;
     let report = &ended.failure().report;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(ended.error().kind(), ErrorKind::InvalidInput);
     assert!(report.message.contains("42949672960") && report.message.contains("21474836480"), "{report}");
     assert!(report.message.starts_with("build web: vm a: disk rootdisk: "), "{report}");
 }
@@ -85,12 +85,12 @@ async fn silence_and_refused_logins_are_distinguished() {
         let backend = MemoryBackend::new().machine("a", |guest| guest.never_answers(how));
         let ended = build(&backend, plan(vec![vm("a", vec![])])).await;
         let report = &ended.failure().report;
-        assert_eq!(ended.failure().error.kind(), ErrorKind::GuestUnreachable, "{report}");
+        assert_eq!(ended.error().kind(), ErrorKind::GuestUnreachable, "{report}");
         assert!(report.message.contains("`sshTimeout`"), "{report}");
         assert_eq!(report.phase, Some(V::Booting));
         assert_eq!(report.serial_tail, ["Booting in memory"]);
     }
     let backend = MemoryBackend::new().machine("a", Guest::rejects_credentials);
     let ended = build(&backend, plan(vec![vm("a", vec![])])).await;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::Authentication, "{}", ended.failure().report);
+    assert_eq!(ended.error().kind(), ErrorKind::Authentication, "{}", ended.failure().report);
 }

@@ -2,9 +2,9 @@
 
 use super::{build_with, plans::*, run};
 use rudder_core::{
-    ErrorKind,
+    Error, ErrorKind,
     backend::Backend,
-    build::{Build, BuildFailure, FailurePolicy, kept_labs, kept_machines},
+    build::{Build, FailurePolicy, kept_labs, kept_machines},
     event::EventKind,
     memory::{Fault, MemoryBackend, Operation, Response},
 };
@@ -37,7 +37,7 @@ async fn a_failed_build_is_kept_with_a_command_line_that_logs_in() {
 }
 
 /// Runs a build directly on the backend, whose labs have a directory for the key; keeps the machines if it fails.
-async fn kept(backend: &MemoryBackend, plan: serde_json::Value) -> Box<BuildFailure> {
+async fn kept(backend: &MemoryBackend, plan: serde_json::Value) -> Error {
     let build = Build::new(read(plan), Arc::new(backend.clone())).on_failure(FailurePolicy::Keep);
     build.start().outcome().await.expect_err("a failure")
 }
@@ -45,14 +45,14 @@ async fn kept(backend: &MemoryBackend, plan: serde_json::Value) -> Box<BuildFail
 #[tokio::test(start_paused = true)]
 async fn a_kept_lab_names_its_key_which_is_removed_with_it() {
     let backend = MemoryBackend::new().machine("a", |guest| guest.on("work", Response::fails(3, "no\n")));
-    let failure = kept(&backend, plan(vec![vm("a", vec![shell("work", "work")])])).await;
-    let lab = failure.kept.clone().unwrap();
+    let error = kept(&backend, plan(vec![vm("a", vec![shell("work", "work")])])).await;
+    let lab = error.build_failure().unwrap().kept.clone().unwrap();
     let key = lab.logins[0].key.clone().unwrap();
     assert!(key.is_absolute());
     assert_eq!(lab.access[0], format!("a: the key of root is {}", key.display()));
     assert_eq!((lab.logins[0].vm.as_str(), lab.logins[0].username.as_str()), ("a", "root"));
     assert_eq!(kept_labs(&backend).await.unwrap(), std::slice::from_ref(&lab), "others read the same");
-    let shown = format!("{failure:?}");
+    let shown = format!("{error:?}");
     assert!(
         shown.contains(&format!("kept for inspection as lab {}:\n    a: the key of root is", lab.id)),
         "{shown}"
@@ -73,11 +73,11 @@ async fn a_program_can_reach_the_machines_of_a_kept_lab() {
             .on("look", Response::ok("").reads("/seen"))
     });
     let steps = vec![shell("see", "see"), shell("work", "work")];
-    let failure = kept(&backend, plan(vec![vm("a", steps)])).await;
+    let error = kept(&backend, plan(vec![vm("a", steps)])).await;
     let lab = kept_labs(&backend).await.unwrap().remove(0);
     // As reported to this process with the failure, and as found by another process from the lab.
     let found = kept_machines(&backend, &lab).await.unwrap();
-    for machines in [&failure.machines, &found] {
+    for machines in [&error.build_failure().unwrap().machines, &found] {
         let [machine] = machines.as_slice() else { panic!("{machines:?}") };
         assert_eq!(machine.name(), "a");
         let guest = machine.guest(Duration::from_secs(60)).await.unwrap();
@@ -109,7 +109,7 @@ async fn nothing_is_kept_without_a_machine_to_inspect() {
             }
         })
         .await;
-    assert!(ended.failure().is_cancelled());
+    assert!(ended.is_cancelled());
     assert_eq!(backend.leftovers().await, Vec::<String>::new());
 }
 
@@ -133,8 +133,8 @@ async fn kept_machines_are_removed_by_the_next_clean_up_once_they_have_expired()
         let keep = |build: Build| build.on_failure(FailurePolicy::Keep).keep_for(time);
         let plan = plan(vec![vm("a", vec![shell("work", "work")])]);
         let build = keep(Build::new(read(plan), Arc::new(backend.clone())));
-        let failure = build.start().outcome().await.expect_err("a failure");
-        assert!(failure.kept.is_some());
+        let error = build.start().outcome().await.expect_err("a failure");
+        assert!(error.build_failure().unwrap().kept.is_some());
         backend.reap().await.unwrap();
         assert_eq!(kept_labs(&backend).await.unwrap().len(), left);
         assert_eq!(backend.inventory().running.len(), left);
@@ -149,8 +149,8 @@ async fn machines_of_a_remote_backend_are_reached_with_the_key_that_is_stored_th
     });
     let plan = plan(vec![vm("a", vec![shell("work", "work")])]);
     let build = Build::new(read(plan), Arc::new(backend.clone())).on_failure(FailurePolicy::Keep);
-    let failure = build.report_dir(reports.path()).start().outcome().await.expect_err("a failure");
-    let lab = failure.kept.clone().unwrap();
+    let error = build.report_dir(reports.path()).start().outcome().await.expect_err("a failure");
+    let lab = error.build_failure().unwrap().kept.clone().unwrap();
     // The key is written here for `ssh -i`; a program on another host does not find it.
     let key = lab.logins[0].key.clone().unwrap();
     assert!(key.starts_with(reports.path()), "{key:?}");
@@ -180,8 +180,7 @@ async fn a_build_that_loses_its_lab_fails_and_names_it() {
         },
     )
     .await;
-    let failure = ended.failure();
-    assert_eq!(failure.error.kind(), ErrorKind::Conflict);
-    assert!(failure.error.report().contains("this process has lost lab "), "{}", failure.error.report());
+    assert_eq!(ended.error().kind(), ErrorKind::Conflict);
+    assert!(ended.error().report().contains("this process has lost lab "), "{:?}", ended.error());
     assert_eq!(backend.leftovers().await, Vec::<String>::new());
 }

@@ -16,7 +16,7 @@ async fn a_step_over_its_limit_is_ended_in_the_guest() {
     step["timeout"] = json!(5000);
     let ended = build(&backend, plan(vec![vm("a", vec![step])])).await;
     let report = &ended.failure().report;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::TimedOut);
+    assert_eq!(ended.error().kind(), ErrorKind::TimedOut);
     assert!(
         report.message.contains("step 1 (work): the step did not end within its limit of 5 s"),
         "{report}"
@@ -42,7 +42,7 @@ async fn a_build_over_its_limit_fails_in_every_phase() {
         plan["retries"] = json!(3);
         let ended = build_with(backend, plan, |build| build, &hooks).await;
         let report = &ended.failure().report;
-        assert_eq!(ended.failure().error.kind(), ErrorKind::TimedOut, "{hooks:?}: {report}");
+        assert_eq!(ended.error().kind(), ErrorKind::TimedOut, "{hooks:?}: {report}");
         assert!(report.message.contains("the build did not end within 1m"), "{report}");
         assert!(report.message.contains("`timeout`"), "{report}");
     }
@@ -55,7 +55,7 @@ async fn a_login_has_its_own_limit_from_power_on() {
     machine["communicator"]["timeout"] = json!(42_000);
     let ended = build(&backend, plan(vec![machine])).await;
     let report = &ended.failure().report;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::GuestUnreachable);
+    assert_eq!(ended.error().kind(), ErrorKind::GuestUnreachable);
     assert!(report.message.contains("42 s") && report.message.contains("`sshTimeout`"), "{report}");
 }
 

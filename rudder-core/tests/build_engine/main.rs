@@ -22,6 +22,7 @@ mod success;
 
 use hooks::{Hook, Hooked};
 use rudder_core::{
+    Error, Result,
     backend::{Backend, MachineSpec},
     build::{Build, BuildFailure},
     event::{BuildPhase, Event, EventKind, VmPhase},
@@ -37,7 +38,7 @@ pub struct Ended {
     /// All events, in order.
     pub events: Vec<Event>,
     /// The outcome.
-    pub outcome: Result<Module, Box<BuildFailure>>,
+    pub outcome: Result<Module>,
     /// The specs of the machines that were defined.
     pub specs: Vec<MachineSpec>,
 }
@@ -92,13 +93,23 @@ impl Ended {
     pub fn module(&self) -> &Module {
         match &self.outcome {
             Ok(module) => module,
-            Err(failure) => panic!("expected a module, but: {}", failure.report),
+            Err(error) => panic!("expected a module, but: {}", error.report()),
         }
+    }
+
+    /// Returns the error.
+    pub fn error(&self) -> &Error {
+        self.outcome.as_ref().expect_err("expected a failure")
     }
 
     /// Returns the failure.
     pub fn failure(&self) -> &BuildFailure {
-        self.outcome.as_ref().expect_err("expected a failure")
+        self.error().build_failure().expect("the error of a build")
+    }
+
+    /// Whether the caller cancelled the build.
+    pub fn is_cancelled(&self) -> bool {
+        self.error().kind() == rudder_core::ErrorKind::Cancelled
     }
 
     /// Returns the phases of a VM, in order.

@@ -170,7 +170,7 @@ async fn an_iso_with_another_checksum_fails_the_build() {
     plan["machines"][0]["isos"][0]["sha256"] = json!("22".repeat(32));
     let ended = build(&backend, plan).await;
     let failure = ended.failure();
-    assert_eq!(failure.error.kind(), ErrorKind::ChecksumMismatch);
+    assert_eq!(ended.error().kind(), ErrorKind::ChecksumMismatch);
     let report = failure.report.to_string();
     for part in ["vm a", "cdrom iso1", "http://files.test/os.iso", "expected sha256 2222"] {
         assert!(report.contains(part), "{part:?} in\n{report}");

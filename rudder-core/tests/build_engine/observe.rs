@@ -48,8 +48,8 @@ async fn events_and_reports_name_their_build() {
     assert_ne!(builds[0].id(), builds[1].id());
     for build in builds {
         let (id, mut events) = (build.id().clone(), build.events());
-        let failure = build.outcome().await.unwrap_err();
-        assert_eq!(failure.report.build_id, Some(id.clone()));
+        let error = build.outcome().await.unwrap_err();
+        assert_eq!(error.build_failure().unwrap().report.build_id, Some(id.clone()));
         while let Some(event) = events.next().await {
             assert_eq!(event.build_id, id);
             if let EventKind::Finished { outcome: Outcome::Failed(report), .. } = event.kind {
@@ -60,7 +60,8 @@ async fn events_and_reports_name_their_build() {
     let cancelled = start(&backend, plan(vec![vm("a", vec![])]));
     let id = cancelled.id().clone();
     cancelled.cancel();
-    assert_eq!(cancelled.outcome().await.unwrap_err().report.build_id, Some(id));
+    let error = cancelled.outcome().await.unwrap_err();
+    assert_eq!(error.build_failure().unwrap().report.build_id, Some(id));
 }
 
 #[tokio::test(start_paused = true)]

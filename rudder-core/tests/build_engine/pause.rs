@@ -100,7 +100,7 @@ async fn the_limit_can_be_kept_running_during_a_pause() {
         async |_, _| {},
     )
     .await;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::TimedOut);
+    assert_eq!(ended.error().kind(), ErrorKind::TimedOut);
     let message = &ended.failure().report.message;
     assert!(message.contains("the build did not end within 30m"), "{message}");
 }
@@ -111,7 +111,7 @@ async fn a_pause_ends_at_the_limit_of_its_step() {
     step["timeout"] = json!(60_000);
     let plan = plan(vec![vm("a", vec![step])]);
     let ended = with_person(&MemoryBackend::new(), plan, |build| build, async |_, _| {}).await;
-    assert_eq!(ended.failure().error.kind(), ErrorKind::TimedOut);
+    assert_eq!(ended.error().kind(), ErrorKind::TimedOut);
     let message = &ended.failure().report.message;
     assert!(message.contains("step 1 (by hand): the step did not end within its limit of 60 s"), "{message}");
 }
@@ -129,12 +129,12 @@ async fn a_pause_ends_on_cancellation_and_with_its_machine() {
         },
     )
     .await;
-    assert!(cancelled.failure().is_cancelled());
+    assert!(cancelled.is_cancelled());
 
     let dying = |guest: rudder_core::memory::Guest| guest.dies_after_power_on(Death::GuestPanic, HOUR);
     let died =
         with_person(&MemoryBackend::new().machine("a", dying), build(), |build| build, async |_, _| {}).await;
-    assert_eq!(died.failure().error.kind(), ErrorKind::MachineDied);
+    assert_eq!(died.error().kind(), ErrorKind::MachineDied);
     let message = &died.failure().report.message;
     assert!(message.contains("the guest's kernel panicked while running step 1 (by hand)"), "{message}");
 }

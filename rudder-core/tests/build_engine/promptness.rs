@@ -53,13 +53,8 @@ async fn time(
             handle.resume("a").unwrap();
         }
     }
-    let failure = handle.outcome().await.unwrap_err();
-    Report {
-        failed,
-        outcome: begin.elapsed(),
-        kind: failure.error.kind(),
-        report: failure.report.to_string(),
-    }
+    let error = handle.outcome().await.unwrap_err();
+    Report { failed, outcome: begin.elapsed(), kind: error.kind(), report: error.report() }
 }
 
 /// From the start of the build.

@@ -43,7 +43,7 @@ async fn a_build_fails_after_its_retries_or_at_once_if_they_cannot_help() {
         let mut plan = plan(vec![vm("a", vec![])]);
         plan["retries"] = json!(2);
         let ended = build(&backend, plan).await;
-        assert_eq!(ended.failure().error.kind(), kind);
+        assert_eq!(ended.error().kind(), kind);
         let started =
             |event: &&rudder_core::event::Event| matches!(event.kind, EventKind::BuildStarted { .. });
         assert_eq!(ended.events.iter().filter(started).count(), attempts, "{kind:?}");

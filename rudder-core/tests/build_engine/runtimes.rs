@@ -44,8 +44,9 @@ fn a_build_reports_what_its_runtime_lacks() {
         }
         (events, handle.outcome().await.unwrap_err())
     };
-    everywhere(build, |(events, failure), missing| {
-        says(&failure.error, missing);
+    everywhere(build, |(events, error), missing| {
+        says(&error, missing);
+        let failure = error.build_failure().unwrap();
         assert!(failure.report.message.contains("`enable_all`"), "{}", failure.report);
         let told =
             |event: &&Event| matches!(&event.kind, EventKind::Finished { outcome: Outcome::Failed(_), .. });

@@ -159,7 +159,7 @@ async fn a_locked_build_refuses_changed_inputs_before_it_boots() {
     let backend = backend.source("http://images.test/base.qcow2", |source| source.revision(2));
     let changed = build_with(&backend, manifest(), |build| build.locked(first.module()), &[]).await;
     let failure = changed.failure();
-    assert_eq!(failure.error.kind(), rudder_core::ErrorKind::ChecksumMismatch);
+    assert_eq!(changed.error().kind(), rudder_core::ErrorKind::ChecksumMismatch);
     assert!(failure.report.message.contains("http://images.test/base.qcow2"), "{}", failure.report);
     assert_eq!(changed.vm_phases("a"), [V::Pending, V::SourceImporting, V::Failed]);
 }
@@ -170,6 +170,6 @@ async fn unsupported_steps_are_refused_before_anything_starts() {
     let mut machine = vm("a", vec![]);
     machine["communicator"]["shell"] = json!("powershell");
     let ended = build(&backend, plan(vec![machine])).await;
-    assert_eq!(ended.failure().error.kind(), rudder_core::ErrorKind::Unsupported);
+    assert_eq!(ended.error().kind(), rudder_core::ErrorKind::Unsupported);
     assert_eq!(ended.build_phases(), [B::Pending, B::Failed]);
 }
