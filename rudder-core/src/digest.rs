@@ -37,9 +37,9 @@ impl Digest {
 
 /// Computes the [`Digest`] of a stream piece by piece.
 #[derive(Clone, Default)]
-pub struct Hasher(sha2::Sha256);
+pub struct Digester(sha2::Sha256);
 
-impl Hasher {
+impl Digester {
     /// Adds bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
@@ -52,9 +52,9 @@ impl Hasher {
     }
 }
 
-impl fmt::Debug for Hasher {
+impl fmt::Debug for Digester {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Hasher(sha256)")
+        f.write_str("Digester(sha256)")
     }
 }
 

@@ -83,14 +83,14 @@ pub enum OutputStream {
 /// How a command in a guest ended.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum ExitStatus {
+pub enum CommandStatus {
     /// It exited with this code.
     Code(u32),
     /// A signal ended it: `KILL`, `TERM`… (RFC 4254, 6.10).
     Signal(String),
 }
 
-impl ExitStatus {
+impl CommandStatus {
     /// Returns whether the command exited with code 0.
     #[must_use]
     pub fn success(&self) -> bool {
@@ -98,7 +98,7 @@ impl ExitStatus {
     }
 }
 
-impl std::fmt::Display for ExitStatus {
+impl std::fmt::Display for CommandStatus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Code(code) => write!(f, "exit code {code}"),
@@ -214,7 +214,7 @@ pub enum EventKind {
         success: bool,
         /// How its command ended, where the step has one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        exit: Option<ExitStatus>,
+        exit: Option<CommandStatus>,
     },
     /// A step waits for a person, until [`BuildHandle::resume`](crate::build::BuildHandle::resume).
     Paused {
@@ -304,7 +304,7 @@ pub struct FailureReport {
     pub step: Option<String>,
     /// How the command of the step ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exit: Option<ExitStatus>,
+    pub exit: Option<CommandStatus>,
     /// The last lines of output of the step.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub output_tail: Vec<String>,

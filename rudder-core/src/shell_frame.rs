@@ -17,7 +17,7 @@
 //! input   loader ENDO⏎ echo hello⏎ ENDO⏎ what the script reads
 //! ```
 
-use crate::event::ExitStatus;
+use crate::event::CommandStatus;
 use std::fmt::Write as _;
 
 /// What the marks of each stream begin with.
@@ -154,7 +154,7 @@ impl Cutter {
     }
 
     /// Returns the exit status of the script, if it was received.
-    pub(crate) fn status(&self) -> Option<ExitStatus> {
+    pub(crate) fn status(&self) -> Option<CommandStatus> {
         if self.position != Position::After {
             return None;
         }
@@ -163,7 +163,7 @@ impl Cutter {
         let mut lines = text.lines().filter(|line| !line.trim().is_empty());
         let code = lines.next_back()?.trim().parse().ok()?;
         let is_signal = code > 128 && lines.next().is_some();
-        Some(if is_signal { ExitStatus::Signal(signal(code - 128)) } else { ExitStatus::Code(code) })
+        Some(if is_signal { CommandStatus::Signal(signal(code - 128)) } else { CommandStatus::Code(code) })
     }
 }
 
@@ -287,11 +287,11 @@ mod tests {
     #[test]
     fn the_exit_status_follows_the_end_mark() {
         for (said, expected) in [
-            ("0", Some(ExitStatus::Code(0))),
-            ("137", Some(ExitStatus::Code(137))),
-            ("Killed\n137", Some(ExitStatus::Signal("KILL".into()))),
-            ("sh: 1: terminated by 35\n163", Some(ExitStatus::Signal("35".into()))),
-            ("a warning\n3", Some(ExitStatus::Code(3))),
+            ("0", Some(CommandStatus::Code(0))),
+            ("137", Some(CommandStatus::Code(137))),
+            ("Killed\n137", Some(CommandStatus::Signal("KILL".into()))),
+            ("sh: 1: terminated by 35\n163", Some(CommandStatus::Signal("35".into()))),
+            ("a warning\n3", Some(CommandStatus::Code(3))),
             ("", None),
         ] {
             let frame = Frame::new();
@@ -327,7 +327,7 @@ mod tests {
                 rest = more;
             }
             prop_assert_eq!(found, text);
-            prop_assert_eq!(out.status(), Some(ExitStatus::Code(5)));
+            prop_assert_eq!(out.status(), Some(CommandStatus::Code(5)));
         }
 
         /// Output is passed on as soon as it cannot be a mark, even without a newline.

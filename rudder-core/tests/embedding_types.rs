@@ -4,7 +4,7 @@
 
 use rudder_core::{
     async_trait::async_trait,
-    backend::{BoxedStream, Stream},
+    backend::{BoxedStream, ByteStream},
     build::Events,
     event::Event,
     futures::{StreamExt as _, future::BoxFuture},
@@ -35,7 +35,7 @@ fn the_types_of_signatures_can_be_named() {
     };
     let _ = Endpoint::new(dial);
     let _ = |events: Events| -> BoxFuture<'static, Vec<Event>> { Box::pin(events.collect()) };
-    fn is_stream<T: Stream>() {}
+    fn is_stream<T: ByteStream>() {}
     is_stream::<DuplexStream>();
 }
 

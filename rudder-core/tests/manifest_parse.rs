@@ -1,7 +1,7 @@
 //! Results of parsing valid and invalid manifests: documents, forms, types, keys, locations.
 #![allow(clippy::unwrap_used)]
 
-use rudder_core::manifest::{Manifest, Parsed, Path, parse, parse_named};
+use rudder_core::manifest::{Manifest, Parsed, ValuePath, parse, parse_named};
 
 /// Returns one line per finding: `line:column path severity[code]: message (help)`.
 fn findings(parsed: &Parsed) -> String {
@@ -88,5 +88,5 @@ fn documents_keep_the_locations_of_values() {
     let spec = resource.spec_path().key("vms");
     assert_eq!(spec.to_string(), "spec.vms");
     assert_eq!(resource.locate(&spec).map(|span| (span.line, span.column)), Some((9, 8)));
-    assert_eq!(Path::root().to_string(), "");
+    assert_eq!(ValuePath::root().to_string(), "");
 }

@@ -68,12 +68,12 @@ pub const SERIAL_KEPT: usize = 64 << 10;
 
 /// A stream of bytes in both directions. Either side may shut down its sending half and continue reading; what the other side sends
 /// after that still arrives.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> ByteStream for T {}
 
-/// A boxed [`Stream`].
-pub type BoxedStream = Box<dyn Stream>;
+/// A boxed [`ByteStream`].
+pub type BoxedStream = Box<dyn ByteStream>;
 
 /// A hypervisor that can open labs and stores modules.
 #[async_trait]

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     backend::{Machine, Seed},
-    event::{EventKind, ExitStatus, OutputStream},
+    event::{CommandStatus, EventKind, OutputStream},
     guest::{BuildKey, Login, Session},
     media::cloud_init::{self, SeedLogin},
     plan::{PlannedContent, PlannedMachine, StepAction},
@@ -64,7 +64,7 @@ pub(super) async fn log_in(vm: &Vm, defined: &BuildMachine) -> Result<Session> {
 #[derive(Debug)]
 pub(super) struct StepFailure {
     pub(super) error: Error,
-    pub(super) exit: Option<ExitStatus>,
+    pub(super) exit: Option<CommandStatus>,
 }
 
 /// Runs the step at this index. However it ends, the processes that it started in the guest are ended as well.
@@ -93,7 +93,7 @@ pub(super) async fn run_step(
     };
     let deadline = attempt.guard.deadline.clone();
     let mut output = |stream: OutputStream, line: &str| sink.output(name, number, stream, line);
-    let finished = |success: bool, exit: Option<ExitStatus>| {
+    let finished = |success: bool, exit: Option<CommandStatus>| {
         let millis = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
         let name = step.name.clone();
         sink.emit(Some(vm.name()), EventKind::StepFinished { step: number, name, millis, success, exit });

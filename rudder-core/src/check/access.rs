@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     hardware::GuestShell,
-    manifest::{KeyRef, Path, ValueFrom, Vm},
+    manifest::{KeyRef, ValueFrom, ValuePath, Vm},
     visible::Quoted,
 };
 
@@ -21,7 +21,7 @@ pub(crate) fn shell(vm: &Vm) -> Option<GuestShell> {
     }
 }
 
-pub(super) fn communicator(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
+pub(super) fn communicator(findings: &mut Findings<'_>, vm: &Vm, at: &ValuePath<'_>) {
     let Some(communicator) = &vm.communicator else { return };
     let at = at.key("communicator");
     if let Some(kind) = communicator.r#type.as_deref()
@@ -58,7 +58,7 @@ pub(super) fn communicator(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) 
     findings.duration(communicator.ssh_timeout.as_ref(), &at.key("sshTimeout"), Zero::Refused);
 }
 
-pub(super) fn cloud_init(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
+pub(super) fn cloud_init(findings: &mut Findings<'_>, vm: &Vm, at: &ValuePath<'_>) {
     if let Some(cloud_init) = &vm.cloud_init {
         let at = at.key("cloudInit");
         if let Some(from) = &cloud_init.user_data_from {
@@ -93,7 +93,7 @@ pub(super) fn cloud_init(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
 }
 
 /// Checks that exactly one of `configMapRef` and `secretRef` is present.
-pub(super) fn value_from(findings: &mut Findings<'_>, from: &ValueFrom, at: &Path<'_>) {
+pub(super) fn value_from(findings: &mut Findings<'_>, from: &ValueFrom, at: &ValuePath<'_>) {
     match (&from.config_map_ref, &from.secret_ref) {
         (None, None) => {
             if !findings.written(false, &at.key("configMapRef")) {
@@ -110,7 +110,7 @@ pub(super) fn value_from(findings: &mut Findings<'_>, from: &ValueFrom, at: &Pat
     }
 }
 
-fn key_ref(findings: &mut Findings<'_>, reference: &KeyRef, at: &Path<'_>) {
+fn key_ref(findings: &mut Findings<'_>, reference: &KeyRef, at: &ValuePath<'_>) {
     if reference.name.as_deref().is_none_or(str::is_empty) {
         findings.missing(at, "name", "name the object");
     }

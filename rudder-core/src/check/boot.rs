@@ -8,12 +8,12 @@ use crate::{
     keys::{
         BOOT_VARIABLES, BootMistake, BootMistakeKind, DEFAULT_WAIT_LIMIT, nearest_token, parse_boot_command,
     },
-    manifest::{BuildSpec, Path},
+    manifest::{BuildSpec, ValuePath},
     units::human_duration,
 };
 use std::ops::Range;
 
-pub(super) fn command(findings: &mut Findings<'_>, command: &[String], at: &Path<'_>) {
+pub(super) fn command(findings: &mut Findings<'_>, command: &[String], at: &ValuePath<'_>) {
     if command.is_empty() {
         return;
     }
@@ -24,7 +24,7 @@ pub(super) fn command(findings: &mut Findings<'_>, command: &[String], at: &Path
 }
 
 /// Reports templates that refer to the file server when no files are served, at most once per VM.
-pub(super) fn unserved(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
+pub(super) fn unserved(findings: &mut Findings<'_>, spec: &BuildSpec, at: &ValuePath<'_>) {
     let serves = spec.http_directory.as_ref().is_some_and(|directory| !directory.files.is_empty());
     if serves || findings.written(false, &at.key("httpDirectory")) {
         return;
@@ -71,7 +71,7 @@ fn templates(text: &str) -> impl Iterator<Item = (Range<usize>, &str)> {
     })
 }
 
-fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &Path<'_>) {
+fn report(findings: &mut Findings<'_>, text: &str, mistake: &BootMistake, at: &ValuePath<'_>) {
     let BootMistake { found, .. } = mistake;
     let (code, message, help) = match mistake.kind {
         BootMistakeKind::UnknownToken => (
@@ -142,7 +142,7 @@ fn report_in_element(
     (message, help): (String, String),
     text: &str,
     range: Range<usize>,
-    element: &Path<'_>,
+    element: &ValuePath<'_>,
 ) {
     let finding = findings.report(code, element, message);
     // Deep inside a long text, counting characters to find the column of each mistake would take too long.

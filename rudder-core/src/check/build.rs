@@ -5,17 +5,17 @@ use super::{
     findings::{Findings, Zero},
     network, vm,
 };
-use crate::manifest::{BuildSpec, Path, Resource};
+use crate::manifest::{BuildSpec, Resource, ValuePath};
 
 /// Checks the `metadata` of a resource. Its `apiVersion` and `kind` select the parser, and are checked there.
-pub(super) fn envelope<S>(findings: &mut Findings<'_>, resource: &Resource<S>, root: &Path<'_>) {
+pub(super) fn envelope<S>(findings: &mut Findings<'_>, resource: &Resource<S>, root: &ValuePath<'_>) {
     if let Some(metadata) = &resource.metadata {
         findings.optional_name(metadata.name.as_deref(), &root.key("metadata").key("name"));
     }
 }
 
 /// Checks the spec of a build.
-pub(super) fn spec(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
+pub(super) fn spec(findings: &mut Findings<'_>, spec: &BuildSpec, at: &ValuePath<'_>) {
     let vms = at.key("vms");
     if spec.vms.is_empty() && !findings.written(false, &vms) {
         findings.missing(at, "vms", "list at least one VM with `name`, `source` and `resources`");

@@ -6,12 +6,12 @@ use super::{
     network, vm,
 };
 use crate::{
-    manifest::{CloneSpec, Path},
+    manifest::{CloneSpec, ValuePath},
     units::is_name,
     visible::Quoted,
 };
 
-pub(super) fn spec(findings: &mut Findings<'_>, spec: &CloneSpec, at: &Path<'_>) {
+pub(super) fn spec(findings: &mut Findings<'_>, spec: &CloneSpec, at: &ValuePath<'_>) {
     match spec.template_name.as_deref() {
         None => findings.missing(at, "templateName", "name the module to clone"),
         Some(name) if !is_name(name) => findings.optional_name(Some(name), &at.key("templateName")),

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     digest::Digest,
-    manifest::{BuildSpec, File, FileNames, Iso, Path},
+    manifest::{BuildSpec, File, FileNames, Iso, ValuePath},
     secret::redact_written,
     visible::{Quoted, cut},
 };
@@ -34,7 +34,12 @@ impl<'m> Names<'m> {
     }
 
     /// Records that a file is used; reports it if `files` does not have it.
-    pub(super) fn refer(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) -> Option<&'m File> {
+    pub(super) fn refer(
+        &self,
+        findings: &mut Findings<'_>,
+        name: &str,
+        at: &ValuePath<'_>,
+    ) -> Option<&'m File> {
         match self.files.get_key_value(name) {
             Some((name, file)) => {
                 self.used.borrow_mut().insert(name);
@@ -50,7 +55,7 @@ impl<'m> Names<'m> {
 }
 
 /// Checks the entries of `files`.
-pub(super) fn declared(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
+pub(super) fn declared(findings: &mut Findings<'_>, spec: &BuildSpec, at: &ValuePath<'_>) {
     let files = at.key("files");
     findings.unique("file", &files, spec.files.iter().map(|file| file.name.as_deref()));
     for (index, file) in spec.files.iter().enumerate() {
@@ -79,7 +84,7 @@ pub(super) fn declared(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<
 }
 
 /// Warns about entries of `files` that nothing uses.
-pub(super) fn unused(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>, names: &Names<'_>) {
+pub(super) fn unused(findings: &mut Findings<'_>, spec: &BuildSpec, at: &ValuePath<'_>, names: &Names<'_>) {
     let files = at.key("files");
     for (index, file) in spec.files.iter().enumerate() {
         if let Some(name) = file.name.as_deref()
@@ -96,7 +101,7 @@ pub(super) fn unused(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_
     }
 }
 
-fn file_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
+fn file_name(findings: &mut Findings<'_>, name: &str, at: &ValuePath<'_>) {
     let is_invalid = name.is_empty()
         || name.len() > 255
         || name == "."
@@ -120,7 +125,7 @@ fn file_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
 pub(super) fn references<'m>(
     findings: &mut Findings<'_>,
     list: &FileNames,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     names: &Names<'m>,
 ) -> Vec<&'m File> {
     let list_at = at.key("files");
@@ -136,7 +141,7 @@ pub(super) fn references<'m>(
 }
 
 /// Checks CD-ROMs.
-pub(super) fn isos(findings: &mut Findings<'_>, isos: &[Iso], at: &Path<'_>) {
+pub(super) fn isos(findings: &mut Findings<'_>, isos: &[Iso], at: &ValuePath<'_>) {
     for (index, iso) in isos.iter().enumerate() {
         let at = at.index(index);
         match iso.url.as_deref() {
@@ -152,7 +157,7 @@ pub(super) fn download(
     what: &str,
     written: &str,
     checksum: Option<&str>,
-    parent: &Path<'_>,
+    parent: &ValuePath<'_>,
 ) {
     let at = parent.key("url");
     match checked_url(written) {
@@ -197,7 +202,7 @@ pub(super) fn download(
 }
 
 /// Reports a `checksum` without a `url` beside it.
-pub(super) fn checksum_of_nothing(findings: &mut Findings<'_>, parent: &Path<'_>) {
+pub(super) fn checksum_of_nothing(findings: &mut Findings<'_>, parent: &ValuePath<'_>) {
     if !findings.written(false, &parent.key("url")) {
         findings
             .report(

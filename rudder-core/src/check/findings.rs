@@ -3,7 +3,7 @@
 use super::codes::{self, Code};
 use crate::{
     diagnostic::{self, Diagnostic},
-    manifest::{Document, Manifest, Path, Scalar},
+    manifest::{Document, Manifest, Scalar, ValuePath},
     units::{ParseError, Quantity, is_name, parse_duration},
     visible::Quoted,
 };
@@ -61,7 +61,7 @@ impl<'d> Findings<'d> {
     pub(crate) fn report(
         &mut self,
         code: &Code,
-        at: &Path<'_>,
+        at: &ValuePath<'_>,
         message: impl Into<String>,
     ) -> &mut Diagnostic {
         let is_error = code.severity == diagnostic::Severity::Error;
@@ -96,12 +96,12 @@ impl<'d> Findings<'d> {
     }
 
     /// Whether the author wrote a value at this path, even one of the wrong type, which was already reported.
-    pub(crate) fn written(&self, value: bool, at: &Path<'_>) -> bool {
+    pub(crate) fn written(&self, value: bool, at: &ValuePath<'_>) -> bool {
         value || self.document.is_pruned(at)
     }
 
     /// Reports that a required field of `parent` is missing, unless it was present with the wrong type.
-    pub(crate) fn missing(&mut self, parent: &Path<'_>, field: &str, why: &str) {
+    pub(crate) fn missing(&mut self, parent: &ValuePath<'_>, field: &str, why: &str) {
         let at = parent.key(field);
         if !self.document.is_pruned(&at) && !self.document.is_pruned(parent) {
             self.report(
@@ -114,12 +114,12 @@ impl<'d> Findings<'d> {
     }
 
     /// Reports that a scalar does not follow its grammar.
-    pub(crate) fn invalid(&mut self, code: &Code, at: &Path<'_>, error: &ParseError) -> &mut Diagnostic {
+    pub(crate) fn invalid(&mut self, code: &Code, at: &ValuePath<'_>, error: &ParseError) -> &mut Diagnostic {
         self.report(code, at, error.to_string())
     }
 
     /// Checks the form of an optional name.
-    pub(crate) fn optional_name(&mut self, name: Option<&str>, at: &Path<'_>) {
+    pub(crate) fn optional_name(&mut self, name: Option<&str>, at: &ValuePath<'_>) {
         if let Some(name) = name
             && !is_name(name)
         {
@@ -134,7 +134,7 @@ impl<'d> Findings<'d> {
     }
 
     /// Checks a required name.
-    pub(crate) fn required_name(&mut self, name: Option<&str>, parent: &Path<'_>, why: &str) {
+    pub(crate) fn required_name(&mut self, name: Option<&str>, parent: &ValuePath<'_>, why: &str) {
         match name {
             Some(_) => self.optional_name(name, &parent.key("name")),
             None => self.missing(parent, "name", why),
@@ -145,7 +145,7 @@ impl<'d> Findings<'d> {
     pub(crate) fn unique<'n>(
         &mut self,
         what: &str,
-        list: &Path<'_>,
+        list: &ValuePath<'_>,
         names: impl IntoIterator<Item = Option<&'n str>>,
     ) {
         let mut seen = HashMap::new();
@@ -170,7 +170,7 @@ impl<'d> Findings<'d> {
     pub(crate) fn unknown_reference<'n>(
         &mut self,
         code: &Code,
-        at: &Path<'_>,
+        at: &ValuePath<'_>,
         what: &str,
         found: &str,
         known: impl IntoIterator<Item = &'n str>,
@@ -197,7 +197,7 @@ impl<'d> Findings<'d> {
     }
 
     /// Reports a value that is not one of the possible ones.
-    pub(crate) fn unknown_value(&mut self, at: &Path<'_>, found: &str, possible: &[&str]) {
+    pub(crate) fn unknown_value(&mut self, at: &ValuePath<'_>, found: &str, possible: &[&str]) {
         let expected = match possible {
             [one] => (*one).to_owned(),
             [first @ .., last] => format!("{} or {last}", first.join(", ")),
@@ -214,7 +214,7 @@ impl<'d> Findings<'d> {
     }
 
     /// Reports two mutually exclusive fields.
-    pub(crate) fn exclusive(&mut self, parent: &Path<'_>, first: &str, second: &str) {
+    pub(crate) fn exclusive(&mut self, parent: &ValuePath<'_>, first: &str, second: &str) {
         self.report(
             &codes::EXCLUSIVE_FIELDS,
             &parent.key(second),
@@ -224,7 +224,7 @@ impl<'d> Findings<'d> {
     }
 
     /// Checks a duration.
-    pub(crate) fn duration(&mut self, scalar: Option<&Scalar>, at: &Path<'_>, zero: Zero) {
+    pub(crate) fn duration(&mut self, scalar: Option<&Scalar>, at: &ValuePath<'_>, zero: Zero) {
         let Some(scalar) = scalar else { return };
         match duration(scalar) {
             Err(error) => {

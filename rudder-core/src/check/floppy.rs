@@ -6,7 +6,7 @@ use super::{
     findings::Findings,
 };
 use crate::{
-    manifest::{FileNames, Path},
+    manifest::{FileNames, ValuePath},
     visible::Quoted,
 };
 use std::collections::HashMap;
@@ -69,7 +69,7 @@ fn is_fat_name(name: &str) -> bool {
 }
 
 /// Checks the files of a floppy. A file that has yet to be downloaded counts as empty.
-pub(super) fn floppy(findings: &mut Findings<'_>, list: &FileNames, at: &Path<'_>, names: &Names<'_>) {
+pub(super) fn floppy(findings: &mut Findings<'_>, list: &FileNames, at: &ValuePath<'_>, names: &Names<'_>) {
     let list_at = at.key("files");
     let mut seen = HashMap::new();
     for (index, reference) in list.files.iter().enumerate() {

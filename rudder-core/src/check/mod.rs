@@ -30,7 +30,7 @@ pub(crate) use vm::{DEFAULT_DISK, DEFAULT_DISK_SIZE, SourceKind, bus, source_kin
 
 use crate::{
     diagnostic::Diagnostic,
-    manifest::{Document, Manifest, Path},
+    manifest::{Document, Manifest, ValuePath},
 };
 
 /// Returns all findings about a document that do not depend on where it will be built, in source order.
@@ -42,7 +42,7 @@ pub fn check(document: &Document) -> Vec<Diagnostic> {
 }
 
 pub(crate) fn run(findings: &mut Findings<'_>) {
-    let root = Path::root();
+    let root = ValuePath::root();
     match findings.manifest() {
         Manifest::Resource(resource) => {
             build::envelope(findings, resource, root);

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     hardware::NicModel,
-    manifest::{BuildSpec, Network, Nic, Path},
+    manifest::{BuildSpec, Network, Nic, ValuePath},
     units::{Cidr, MacAddress},
     visible::{Quoted, cut},
 };
@@ -41,7 +41,7 @@ impl<'m> Declared<'m> {
         Self { vpcs, subnets, known_vpcs, known_subnets }
     }
 
-    fn subnet(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
+    fn subnet(&self, findings: &mut Findings<'_>, name: &str, at: &ValuePath<'_>) {
         let automatic = self.subnets.is_empty() && name == DEFAULT_SUBNET.0;
         if !automatic && !self.known_subnets.contains(name) {
             let known = self.subnets.iter().copied();
@@ -55,7 +55,7 @@ impl<'m> Declared<'m> {
         }
     }
 
-    fn vpc(&self, findings: &mut Findings<'_>, name: &str, at: &Path<'_>) {
+    fn vpc(&self, findings: &mut Findings<'_>, name: &str, at: &ValuePath<'_>) {
         if !self.known_vpcs.contains(name) {
             let known = self.vpcs.iter().copied();
             findings.unknown_reference(&codes::UNKNOWN_VPC, at, "an entry in `network.vpcs`", name, known);
@@ -64,7 +64,7 @@ impl<'m> Declared<'m> {
 }
 
 /// Checks `vpcs` and `subnets`.
-pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &Path<'_>) {
+pub(super) fn network(findings: &mut Findings<'_>, network: &Network, at: &ValuePath<'_>) {
     let declared = Declared::new(Some(network));
     let vpcs = at.key("vpcs");
     findings.unique("VPC", &vpcs, network.vpcs.iter().map(|vpc| vpc.name.as_deref()));
@@ -171,7 +171,7 @@ impl Taken {
 }
 
 /// Reports a subnet without room for a gateway and a guest; a subnet that a guest serves needs at least a /29.
-fn narrow(findings: &mut Findings<'_>, cidr: Cidr, unmanaged: bool, at: &Path<'_>) {
+fn narrow(findings: &mut Findings<'_>, cidr: Cidr, unmanaged: bool, at: &ValuePath<'_>) {
     let (most, what) = if unmanaged { (29, "an unmanaged subnet of") } else { (30, "a subnet of") };
     if cidr.prefix() > most {
         findings.report(
@@ -210,7 +210,7 @@ pub(crate) fn model(name: &str) -> Option<NicModel> {
 pub(super) fn nics(
     findings: &mut Findings<'_>,
     nics: &[Nic],
-    parent: &Path<'_>,
+    parent: &ValuePath<'_>,
     network: Option<&Declared<'_>>,
 ) {
     if nics.is_empty() {
@@ -282,7 +282,7 @@ pub(super) fn nics(
 pub(super) fn overrides(
     findings: &mut Findings<'_>,
     spec: &BuildSpec,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     network: &Declared<'_>,
 ) {
     let Some(overrides) = &spec.build_overrides else { return };
@@ -354,7 +354,7 @@ pub(super) fn overrides(
 }
 
 /// Checks the fixed addresses of all NICs together, once as clones have them and once as the build has them.
-pub(super) fn addresses(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
+pub(super) fn addresses(findings: &mut Findings<'_>, spec: &BuildSpec, at: &ValuePath<'_>) {
     let fixed = |nics: &[Nic]| nics.iter().any(|nic| nic.ip.is_some() || nic.mac.is_some());
     let overrides = spec.build_overrides.as_ref();
     if !spec.vms.iter().any(|vm| fixed(&vm.nics))
@@ -422,7 +422,7 @@ impl<'m> Addresses<'m> {
         Self { subnets, first, taken: HashMap::new(), macs: HashMap::new() }
     }
 
-    fn nics(&mut self, findings: &mut Findings<'_>, nics: &'m [Nic], at: &Path<'_>) {
+    fn nics(&mut self, findings: &mut Findings<'_>, nics: &'m [Nic], at: &ValuePath<'_>) {
         for (index, nic) in nics.iter().enumerate() {
             let at = at.index(index);
             if let Some(mac) = nic.mac.as_deref().and_then(|mac| mac.parse::<MacAddress>().ok()) {

@@ -4,7 +4,7 @@
 use super::{codes, findings::Findings};
 use crate::{
     hardware::GuestShell,
-    manifest::{Path, YamlMapping},
+    manifest::{ValuePath, YamlMapping},
     visible::Quoted,
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -38,7 +38,7 @@ const SET_BY_SHELL: [&str; 16] = [
 ];
 
 /// Checks the text of a script.
-pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, guest: Option<GuestShell>) {
+pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &ValuePath<'_>, guest: Option<GuestShell>) {
     if text.contains('\0') {
         findings.report(
             &codes::INVALID_VALUE,
@@ -77,7 +77,7 @@ pub(crate) fn script(findings: &mut Findings<'_>, text: &str, at: &Path<'_>, gue
 pub(super) fn environment(
     findings: &mut Findings<'_>,
     env: &YamlMapping,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     guest: Option<GuestShell>,
 ) {
     let mut size = 0usize;
@@ -132,7 +132,7 @@ pub(super) fn environment(
     }
 }
 
-fn too_large(findings: &mut Findings<'_>, at: &Path<'_>, what: &str, limit: usize, found: usize) {
+fn too_large(findings: &mut Findings<'_>, at: &ValuePath<'_>, what: &str, limit: usize, found: usize) {
     findings
         .report(
             &codes::INVALID_VALUE,
@@ -147,7 +147,7 @@ fn too_large(findings: &mut Findings<'_>, at: &Path<'_>, what: &str, limit: usiz
 
 /// Checks that a shell can export the name. A process may have variables with other names, but shells do not pass them
 /// on reliably.
-fn variable_name(findings: &mut Findings<'_>, name: &str, at: &Path<'_>, guest: Option<GuestShell>) {
+fn variable_name(findings: &mut Findings<'_>, name: &str, at: &ValuePath<'_>, guest: Option<GuestShell>) {
     let is_shell_name = !name.is_empty()
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
         && !name.starts_with(|c: char| c.is_ascii_digit());
@@ -225,7 +225,7 @@ const HEADERS: [&str; 9] = [
 ];
 
 /// Reports user data that cloud-init would ignore.
-pub(crate) fn user_data(findings: &mut Findings<'_>, text: &str, at: &Path<'_>) {
+pub(crate) fn user_data(findings: &mut Findings<'_>, text: &str, at: &ValuePath<'_>) {
     if let Some((message, help)) = ignored(text) {
         findings.report(&codes::USER_DATA_IGNORED, at, format!("{message}: cloud-init ignores it")).help =
             Some(help);

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     hardware::GuestShell,
-    manifest::{FileStep, Path, Provisioner, ShellStep},
+    manifest::{FileStep, Provisioner, ShellStep, ValuePath},
     visible::Quoted,
 };
 
@@ -62,7 +62,7 @@ pub(crate) fn step_kind(step: &Provisioner) -> Option<StepKind> {
 pub(super) fn step(
     findings: &mut Findings<'_>,
     step: &Provisioner,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     names: &Names<'_>,
     guest: Option<GuestShell>,
 ) {
@@ -148,7 +148,7 @@ pub(super) fn step(
 }
 
 /// Reports a missing block if the type requires one, and any block of another type.
-fn blocks(findings: &mut Findings<'_>, step: &Provisioner, kind: StepKind, at: &Path<'_>) {
+fn blocks(findings: &mut Findings<'_>, step: &Provisioner, kind: StepKind, at: &ValuePath<'_>) {
     let others: Vec<StepKind> =
         StepKind::ALL.into_iter().filter(|other| *other != kind && other.is_in(step)).collect();
     for other in &others {
@@ -175,7 +175,7 @@ fn blocks(findings: &mut Findings<'_>, step: &Provisioner, kind: StepKind, at: &
     }
 }
 
-fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &Path<'_>, guest: Option<GuestShell>) {
+fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &ValuePath<'_>, guest: Option<GuestShell>) {
     match (&step.inline, &step.script_from) {
         (Some(_), Some(_)) => findings.exclusive(at, "inline", "scriptFrom"),
         (None, None) if !findings.written(false, &at.key("scriptFrom")) => {
@@ -202,7 +202,7 @@ fn shell(findings: &mut Findings<'_>, step: &ShellStep, at: &Path<'_>, guest: Op
 }
 
 /// Checks that `executeCommand` contains the path of the script, and no unknown variable.
-fn execute_command(findings: &mut Findings<'_>, command: &str, at: &Path<'_>) {
+fn execute_command(findings: &mut Findings<'_>, command: &str, at: &ValuePath<'_>) {
     let mut rest = command;
     let mut names_script = false;
     while let Some(start) = rest.find("{{") {
@@ -236,7 +236,7 @@ fn execute_command(findings: &mut Findings<'_>, command: &str, at: &Path<'_>) {
 fn file(
     findings: &mut Findings<'_>,
     step: &FileStep,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     names: &Names<'_>,
     guest: Option<GuestShell>,
 ) {

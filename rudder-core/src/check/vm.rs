@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     hardware::Bus,
-    manifest::{Disk, Path, Resources, Scalar, Source, Vm},
+    manifest::{Disk, Resources, Scalar, Source, ValuePath, Vm},
     visible::Quoted,
 };
 
@@ -71,7 +71,7 @@ pub(crate) fn source_kind(source: &Source) -> Option<SourceKind> {
 pub(super) fn vm(
     findings: &mut Findings<'_>,
     vm: &Vm,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     names: &Names<'_>,
     network: &Declared<'_>,
 ) {
@@ -108,7 +108,7 @@ pub(super) fn vm(
 
 const NO_SOURCE_HELP: &str = "add one of `url`, `blank: true`, `buildRef`, `containerDisk`, `sourcePvc`";
 
-fn source(findings: &mut Findings<'_>, source: &Source, at: &Path<'_>) {
+fn source(findings: &mut Findings<'_>, source: &Source, at: &ValuePath<'_>) {
     let named: Vec<SourceKind> = kinds(source).collect();
     match named.as_slice() {
         [] => {
@@ -151,7 +151,7 @@ fn source(findings: &mut Findings<'_>, source: &Source, at: &Path<'_>) {
     }
 }
 
-fn container_disk(findings: &mut Findings<'_>, image: &str, at: &Path<'_>) {
+fn container_disk(findings: &mut Findings<'_>, image: &str, at: &ValuePath<'_>) {
     if image.is_empty() || image.chars().any(|c| c.is_whitespace() || c.is_control()) || image.contains("://")
     {
         findings
@@ -177,7 +177,12 @@ pub(super) enum Required {
 }
 
 /// Checks `cpu` and `memory`.
-pub(super) fn resources(findings: &mut Findings<'_>, one: &Resources, at: &Path<'_>, required: Required) {
+pub(super) fn resources(
+    findings: &mut Findings<'_>,
+    one: &Resources,
+    at: &ValuePath<'_>,
+    required: Required,
+) {
     match &one.cpu {
         None if required == Required::Yes => {
             findings.missing(at, "cpu", "give the number of cores, such as `2`");
@@ -210,7 +215,7 @@ pub(super) fn resources(findings: &mut Findings<'_>, one: &Resources, at: &Path<
 }
 
 /// Checks a quantity of bytes: at least 1Mi, at most 1Ei.
-fn bytes(findings: &mut Findings<'_>, what: &str, scalar: &Scalar, at: &Path<'_>) {
+fn bytes(findings: &mut Findings<'_>, what: &str, scalar: &Scalar, at: &ValuePath<'_>) {
     match quantity(scalar) {
         Err(error) => {
             findings.invalid(&codes::INVALID_QUANTITY, at, &error).help = Some(
@@ -238,7 +243,7 @@ fn bytes(findings: &mut Findings<'_>, what: &str, scalar: &Scalar, at: &Path<'_>
     }
 }
 
-fn disks(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
+fn disks(findings: &mut Findings<'_>, vm: &Vm, at: &ValuePath<'_>) {
     let at = at.key("disks");
     findings.unique("disk", &at, vm.disks.iter().map(|disk| disk.name.as_deref()));
     // With `buildRef` the boot disk is inherited, and none of these disks boots.
@@ -249,7 +254,7 @@ fn disks(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
     }
 }
 
-fn disk(findings: &mut Findings<'_>, disk: &Disk, at: &Path<'_>, boots: bool) {
+fn disk(findings: &mut Findings<'_>, disk: &Disk, at: &ValuePath<'_>, boots: bool) {
     findings.required_name(disk.name.as_deref(), at, "name the disk; the captured disk has this name");
     if let Some(size) = &disk.size {
         bytes(findings, "disk", size, &at.key("size"));

@@ -11,7 +11,7 @@ fn events(text: &str) -> Vec<EventKind> {
     let input = InputRecord::new(InputRole::source(text()), text(), Content::of_bytes(1, sha256));
     let report = FailureReport {
         message: text(),
-        exit: Some(ExitStatus::Signal(text())),
+        exit: Some(CommandStatus::Signal(text())),
         output_tail: vec![text(), text()],
         serial_tail: vec![text()],
         served: vec![ServedFile::new(text(), 2)],
@@ -36,7 +36,7 @@ fn events(text: &str) -> Vec<EventKind> {
             name: text(),
             millis: 1,
             success: false,
-            exit: Some(ExitStatus::Signal(text())),
+            exit: Some(CommandStatus::Signal(text())),
         },
         EventKind::Paused { step: 0, instructions: text(), access: vec![text()] },
         EventKind::Retrying { attempt: 2, of: 3, reason: text() },

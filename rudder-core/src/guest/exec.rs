@@ -4,7 +4,7 @@
 use super::{Guest, lines::Lines};
 use crate::{
     Error, ErrorKind, Result,
-    event::{ExitStatus, OutputStream},
+    event::{CommandStatus, OutputStream},
     shell_frame::{Cutter, Frame},
 };
 use bytes::Bytes;
@@ -34,7 +34,7 @@ const MAX_KEPT: usize = 256 * 1024;
 #[non_exhaustive]
 pub struct CommandOutput {
     /// The exit status.
-    pub status: ExitStatus,
+    pub status: CommandStatus,
     /// Standard output, at most 256 KiB.
     pub stdout: String,
     /// Standard error, at most 256 KiB.
@@ -86,7 +86,7 @@ impl Guest {
         &self,
         command: &str,
         output: &mut (dyn FnMut(OutputStream, &str) + Send),
-    ) -> Result<ExitStatus> {
+    ) -> Result<CommandStatus> {
         self.shell("a command ran", command, Bytes::new(), output).await
     }
 
@@ -152,7 +152,7 @@ impl Guest {
         script: &str,
         input: Bytes,
         output: &mut (dyn FnMut(OutputStream, &str) + Send),
-    ) -> Result<ExitStatus> {
+    ) -> Result<CommandStatus> {
         let frame = Frame::new();
         let (reader, open, first) = match self.start(what, Request::Exec(&frame.line())).await? {
             Start::Begun(reader, open, first) => (reader, open, first),
@@ -207,7 +207,7 @@ impl Guest {
         frame: &Frame,
         begun: &Notify,
         output: &mut (dyn FnMut(OutputStream, &str) + Send),
-    ) -> Result<ExitStatus> {
+    ) -> Result<CommandStatus> {
         let mut stdout = (frame.stdout(), Lines::new(OutputStream::Stdout));
         let mut stderr = (frame.stderr(), Lines::new(OutputStream::Stderr));
         // The exit status that the server reports: that of the login shell, unless `/bin/sh` replaced it.
@@ -242,11 +242,11 @@ impl Guest {
                     stderr.1.push(&stderr.0.push(&data), output);
                 }
                 Some(ChannelMsg::ExitStatus { exit_status }) => {
-                    status = Some(ExitStatus::Code(exit_status));
+                    status = Some(CommandStatus::Code(exit_status));
                     last.get_or_insert(Instant::now() + MAX_GRACE);
                 }
                 Some(ChannelMsg::ExitSignal { signal_name, .. }) => {
-                    status = Some(ExitStatus::Signal(signal_text(&signal_name)));
+                    status = Some(CommandStatus::Signal(signal_text(&signal_name)));
                     last.get_or_insert(Instant::now() + MAX_GRACE);
                 }
                 // A server closes the channel after all output, unless background processes hold the output open.
@@ -283,7 +283,7 @@ impl Guest {
     }
 
     /// Returns the error of a login shell that did not run what was requested.
-    fn not_begun_error(&self, status: Option<&ExitStatus>, streams: &[&Cutter]) -> Error {
+    fn not_begun_error(&self, status: Option<&CommandStatus>, streams: &[&Cutter]) -> Error {
         let said: Vec<String> =
             streams.iter().map(|cutter| cutter.noise()).filter(|said| !said.is_empty()).collect();
         let said = if said.is_empty() {

@@ -11,7 +11,7 @@
 use super::{Guest, exec::quote};
 use crate::{
     Error, ErrorKind, Result,
-    event::{ExitStatus, OutputStream},
+    event::{CommandStatus, OutputStream},
 };
 use bytes::Bytes;
 use std::{collections::BTreeMap, fmt::Write as _, sync::Arc, time::Duration};
@@ -274,7 +274,7 @@ impl Guest {
         &self,
         script: &Script,
         mut output: impl FnMut(OutputStream, &str) + Send,
-    ) -> Result<ExitStatus> {
+    ) -> Result<CommandStatus> {
         let token = format!("{:016x}", rand::random::<u64>());
         let mut why = Vec::new();
         for parent in PARENTS {
@@ -310,7 +310,7 @@ impl Guest {
         script: &Script,
         output: &mut (impl FnMut(OutputStream, &str) + Send),
         why: &mut Vec<String>,
-    ) -> Result<Option<ExitStatus>> {
+    ) -> Result<Option<CommandStatus>> {
         let directory = RunDirectory::new(parent, token, script.execute_command.is_some());
         let bundle = script.bundle(&directory)?;
         let bootstrap = directory.bootstrap(bundle.len());

@@ -4,7 +4,7 @@ use super::{
     Guest, channel_close,
     exec::{CommandOutput, Request, Start, quote},
 };
-use crate::{Error, ErrorKind, Result, event::ExitStatus};
+use crate::{Error, ErrorKind, Result, event::CommandStatus};
 use bytes::Bytes;
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use russh::{ChannelMsg, ChannelReadHalf, ChannelWriteHalf, client::Msg};
@@ -117,9 +117,9 @@ impl Guest {
         let placed = self.command(&as_root(&script)).await?;
         remains.remove().await;
         match placed.status {
-            ExitStatus::Code(0) => Ok(()),
-            ExitStatus::Code(IS_DIRECTORY) => Err(is_directory(destination)),
-            ExitStatus::Code(NOT_WRITTEN) => Err(not_written(destination, size, &placed)),
+            CommandStatus::Code(0) => Ok(()),
+            CommandStatus::Code(IS_DIRECTORY) => Err(is_directory(destination)),
+            CommandStatus::Code(NOT_WRITTEN) => Err(not_written(destination, size, &placed)),
             _ => Err(failed(format!(
                 "user {:?} cannot write {destination}, and neither can sudo: {}",
                 self.user(),
@@ -385,9 +385,9 @@ impl WriteMethod for Cat<'_> {
         let script = write_and_verify("cat", path, size);
         let output = self.guest.command_with_input(&script, Bytes::from(bytes)).await?;
         match output.status {
-            ExitStatus::Code(0) => Ok(()),
-            ExitStatus::Code(DENIED) => Err(Refusal::Denied),
-            ExitStatus::Code(IS_DIRECTORY) => Err(Refusal::Failed(is_directory(path))),
+            CommandStatus::Code(0) => Ok(()),
+            CommandStatus::Code(DENIED) => Err(Refusal::Denied),
+            CommandStatus::Code(IS_DIRECTORY) => Err(Refusal::Failed(is_directory(path))),
             _ => Err(Refusal::Failed(not_written(path, size, &output))),
         }
     }

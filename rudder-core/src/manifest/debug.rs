@@ -32,7 +32,7 @@ macro_rules! redacted {
     )*};
 }
 
-redacted! { Metadata BareBuild BuildSpec File CloneSpec EgressGateway Network Vpc Subnet BuildOverrides VpcOverride SubnetOverride VmOverride Provisioner ShellStep FileStep RebootStep WindowsUpdateStep HandbuildStep ValueFrom KeyRef Lines Vm Source BuildRef SourcePvc Resources Disk Communicator CloudInit Nic EfiFirmware Iso FileNames FileRef Manifest YamlValue YamlMapping }
+redacted! { Metadata BareBuild BuildSpec File CloneSpec EgressGateway Network Vpc Subnet BuildOverrides VpcOverride SubnetOverride VmOverride Provisioner ShellStep FileStep RebootStep WindowsUpdateStep HandbuildStep ValueFrom KeyRef ScriptLines Vm Source BuildRef SourcePvc Resources Disk Communicator CloudInit Nic EfiFirmware Iso FileNames FileRef Manifest YamlValue YamlMapping }
 
 impl<S: Serialize> fmt::Debug for Resource<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -44,7 +44,7 @@ fn show(name: &str, value: &impl Serialize, f: &mut fmt::Formatter<'_>) -> fmt::
     f.write_str(name)?;
     match serde_yaml::to_value(value) {
         Ok(mut value) => {
-            if name == "Lines" {
+            if name == "ScriptLines" {
                 elide(&mut value);
             }
             redact(&mut value);

@@ -1,6 +1,6 @@
 //! A parsed document: its manifest, and the location of each value.
 
-use super::{Manifest, path::Path, yaml::Tree};
+use super::{Manifest, path::ValuePath, yaml::Tree};
 use crate::diagnostic::{Diagnostic, Span};
 use std::{fmt, sync::Arc};
 
@@ -78,23 +78,23 @@ impl Document {
 
     /// Returns the path of the spec: the root in the bare form, `spec` in the resource form.
     #[must_use]
-    pub fn spec_path(&self) -> &'static Path<'static> {
+    pub fn spec_path(&self) -> &'static ValuePath<'static> {
         match self.manifest {
-            Manifest::Bare(_) => Path::root(),
-            Manifest::Resource(_) | Manifest::Clone(_) => Path::spec(),
+            Manifest::Bare(_) => ValuePath::root(),
+            Manifest::Resource(_) | Manifest::Clone(_) => ValuePath::spec(),
         }
     }
 
     /// Returns the location of the value at this path.
     #[must_use]
-    pub fn locate(&self, path: &Path<'_>) -> Option<Span> {
+    pub fn locate(&self, path: &ValuePath<'_>) -> Option<Span> {
         let tree = self.tree.as_ref()?;
         tree.find(path).map(|(_, value)| tree.node(value).span)
     }
 
     /// Returns the location of the key of this path; `None` if it is an element of a list.
     #[must_use]
-    pub fn locate_key(&self, path: &Path<'_>) -> Option<Span> {
+    pub fn locate_key(&self, path: &ValuePath<'_>) -> Option<Span> {
         let tree = self.tree.as_ref()?;
         let (key, _) = tree.find(path)?;
         key.map(|key| tree.node(key).span)
@@ -103,7 +103,7 @@ impl Document {
     /// Returns the best location for a finding about this path: that of its value, or of the nearest parent that has
     /// one.
     #[must_use]
-    pub fn locate_nearest(&self, path: &Path<'_>) -> Option<Span> {
+    pub fn locate_nearest(&self, path: &ValuePath<'_>) -> Option<Span> {
         let mut rest = *path;
         loop {
             if let Some(span) = self.locate(&rest) {
@@ -116,7 +116,7 @@ impl Document {
     /// Whether the value at this path, or one that contains it, was refused by [`parse`](super::parse) and left out.
     /// That was already reported, so the value should not be reported as missing.
     #[must_use]
-    pub fn is_pruned(&self, path: &Path<'_>) -> bool {
+    pub fn is_pruned(&self, path: &ValuePath<'_>) -> bool {
         self.tree.as_ref().is_some_and(|tree| tree.is_pruned_at(path))
     }
 

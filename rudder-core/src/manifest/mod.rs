@@ -26,11 +26,12 @@ pub use document::{Document, Parsed};
 pub use file::{MAX_BYTES, read_file};
 pub use network::{BuildOverrides, Network, Subnet, SubnetOverride, VmOverride, Vpc, VpcOverride};
 pub use parse::{UnknownKeys, parse, parse_named, parse_with};
-pub use path::{Path, PathSegment};
+pub use path::{PathSegment, ValuePath};
 pub use scalar::Scalar;
 pub use schema::json_schema;
 pub use step::{
-    FileStep, HandbuildStep, KeyRef, Lines, Provisioner, RebootStep, ShellStep, ValueFrom, WindowsUpdateStep,
+    FileStep, HandbuildStep, KeyRef, Provisioner, RebootStep, ScriptLines, ShellStep, ValueFrom,
+    WindowsUpdateStep,
 };
 pub use value::{YamlMapping, YamlValue};
 pub use vm::{

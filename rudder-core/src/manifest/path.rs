@@ -5,18 +5,18 @@ use std::{fmt, ptr};
 /// A path from the root of a document to a value. Extending a path borrows it and costs nothing.
 ///
 /// ```
-/// use rudder_core::manifest::Path;
-/// let vms = Path::root().key("vms");
+/// use rudder_core::manifest::ValuePath;
+/// let vms = ValuePath::root().key("vms");
 /// let vm = vms.index(0);
 /// assert_eq!(vm.key("name").to_string(), "vms[0].name");
 /// ```
 #[derive(Debug, Clone, Copy)]
-pub struct Path<'a> {
-    parent: Option<&'a Path<'a>>,
+pub struct ValuePath<'a> {
+    parent: Option<&'a ValuePath<'a>>,
     segment: PathSegment<'a>,
 }
 
-/// A segment of a [`Path`].
+/// A segment of a [`ValuePath`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PathSegment<'a> {
     /// The value of this key in a mapping.
@@ -25,37 +25,37 @@ pub enum PathSegment<'a> {
     Index(usize),
 }
 
-static ROOT: Path<'static> = Path { parent: None, segment: PathSegment::Key("") };
-static SPEC: Path<'static> = Path { parent: Some(&ROOT), segment: PathSegment::Key("spec") };
+static ROOT: ValuePath<'static> = ValuePath { parent: None, segment: PathSegment::Key("") };
+static SPEC: ValuePath<'static> = ValuePath { parent: Some(&ROOT), segment: PathSegment::Key("spec") };
 
-impl<'a> Path<'a> {
+impl<'a> ValuePath<'a> {
     /// Returns the path of the document itself, which is displayed as an empty string.
     #[must_use]
-    pub fn root() -> &'static Path<'static> {
+    pub fn root() -> &'static ValuePath<'static> {
         &ROOT
     }
 
     /// Returns the path of the `spec` of the resource form.
     #[must_use]
-    pub fn spec() -> &'static Path<'static> {
+    pub fn spec() -> &'static ValuePath<'static> {
         &SPEC
     }
 
     /// Extends the path by a key.
     #[must_use]
-    pub fn key<'b>(&'b self, key: &'b str) -> Path<'b> {
-        Path { parent: Some(self), segment: PathSegment::Key(key) }
+    pub fn key<'b>(&'b self, key: &'b str) -> ValuePath<'b> {
+        ValuePath { parent: Some(self), segment: PathSegment::Key(key) }
     }
 
     /// Extends the path by an index, from 0.
     #[must_use]
-    pub fn index(&self, index: usize) -> Path<'_> {
-        Path { parent: Some(self), segment: PathSegment::Index(index) }
+    pub fn index(&self, index: usize) -> ValuePath<'_> {
+        ValuePath { parent: Some(self), segment: PathSegment::Index(index) }
     }
 
     /// Returns the parent and the last segment; `None` for the root.
     #[must_use]
-    pub fn split_last(&self) -> Option<(&'a Path<'a>, PathSegment<'a>)> {
+    pub fn split_last(&self) -> Option<(&'a ValuePath<'a>, PathSegment<'a>)> {
         self.parent.map(|parent| (parent, self.segment))
     }
 
@@ -79,15 +79,15 @@ impl<'a> Path<'a> {
     }
 }
 
-impl PartialEq for Path<'_> {
+impl PartialEq for ValuePath<'_> {
     fn eq(&self, other: &Self) -> bool {
         ptr::eq(self, other) || self.segments() == other.segments()
     }
 }
 
-impl Eq for Path<'_> {}
+impl Eq for ValuePath<'_> {}
 
-impl fmt::Display for Path<'_> {
+impl fmt::Display for ValuePath<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write_segments(&self.segments(), f)
     }
@@ -120,12 +120,12 @@ mod tests {
 
     #[test]
     fn a_path_is_shown_as_people_write_it() {
-        assert_eq!(Path::root().to_string(), "");
-        let vms = Path::spec().key("vms");
+        assert_eq!(ValuePath::root().to_string(), "");
+        let vms = ValuePath::spec().key("vms");
         let vm = vms.index(0);
         assert_eq!(vm.key("disks").index(1).key("size").to_string(), "spec.vms[0].disks[1].size");
-        assert_eq!(Path::root().key("labels").key("a.b/c").to_string(), "labels[\"a.b/c\"]");
+        assert_eq!(ValuePath::root().key("labels").key("a.b/c").to_string(), "labels[\"a.b/c\"]");
         assert_eq!(vm.split_last(), Some((&vms, PathSegment::Index(0))));
-        assert!(Path::root().is_root() && !vm.is_root());
+        assert!(ValuePath::root().is_root() && !vm.is_root());
     }
 }

@@ -45,7 +45,7 @@ pub struct Provisioner {
 pub struct ShellStep {
     /// The script as text or as a list of lines.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub inline: Option<Lines>,
+    pub inline: Option<ScriptLines>,
     /// The script from a named input.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub script_from: Option<ValueFrom>,
@@ -164,14 +164,14 @@ pub struct KeyRef {
 /// Text, or a list of lines that are joined with newlines.
 #[derive(Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
-pub enum Lines {
+pub enum ScriptLines {
     /// The text as written.
     Text(String),
     /// The lines of the text.
     List(Vec<String>),
 }
 
-impl Lines {
+impl ScriptLines {
     /// Returns the whole text.
     #[must_use]
     pub fn text(&self) -> std::borrow::Cow<'_, str> {
@@ -183,7 +183,7 @@ impl Lines {
 }
 
 /// Implemented by hand, because an untagged enum buffers its input first and loses the location.
-impl<'de> Deserialize<'de> for Lines {
+impl<'de> Deserialize<'de> for ScriptLines {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_newtype_struct(LINES, LinesVisitor)
     }
@@ -195,21 +195,21 @@ pub(super) const LINES: &str = "$rudder::Lines";
 struct LinesVisitor;
 
 impl<'de> de::Visitor<'de> for LinesVisitor {
-    type Value = Lines;
+    type Value = ScriptLines;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("text or a list of lines")
     }
 
-    fn visit_newtype_struct<D: Deserializer<'de>>(self, deserializer: D) -> Result<Lines, D::Error> {
+    fn visit_newtype_struct<D: Deserializer<'de>>(self, deserializer: D) -> Result<ScriptLines, D::Error> {
         deserializer.deserialize_any(self)
     }
 
-    fn visit_str<E: de::Error>(self, value: &str) -> Result<Lines, E> {
-        Ok(Lines::Text(value.to_owned()))
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<ScriptLines, E> {
+        Ok(ScriptLines::Text(value.to_owned()))
     }
 
-    fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Lines, A::Error> {
-        Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Lines::List)
+    fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<ScriptLines, A::Error> {
+        Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(ScriptLines::List)
     }
 }

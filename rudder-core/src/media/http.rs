@@ -15,7 +15,7 @@ pub use peer::is_of_process;
 
 use crate::{
     Error, Result,
-    backend::{Site, SiteFile, SiteRequest, Stream},
+    backend::{ByteStream, Site, SiteFile, SiteRequest},
 };
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -181,7 +181,7 @@ async fn admitted(
 
 /// Answers the requests on a connection, which comes from this machine, until it ends or is idle for five minutes. For
 /// backends that accept connections themselves; [`Server`] does it for those of a port.
-pub async fn answer(site: Arc<Site>, machine: Option<String>, stream: impl Stream) {
+pub async fn answer(site: Arc<Site>, machine: Option<String>, stream: impl ByteStream) {
     let activity = Activity::default();
     let service = {
         let activity = activity.clone();

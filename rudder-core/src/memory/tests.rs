@@ -10,7 +10,7 @@ use crate::{
         Retention, Seed, Stop,
     },
     digest::Digest,
-    event::ExitStatus,
+    event::CommandStatus,
     fetch::FetchRequest,
     guest::{self, BuildKey, Content, Endpoint, Login, Script},
     hardware::{Bus, Firmware},
@@ -62,7 +62,7 @@ async fn started(guest: impl FnOnce(Guest) -> Guest) -> Rig {
 /// Returns the exit code of a script, and what it wrote to standard output.
 async fn run(guest: &guest::Guest, script: &str) -> (u32, String) {
     let output = guest.command(script).await.unwrap();
-    let ExitStatus::Code(code) = output.status else { panic!("{script}: {:?}", output.status) };
+    let CommandStatus::Code(code) = output.status else { panic!("{script}: {:?}", output.status) };
     (code, output.stdout)
 }
 
@@ -154,10 +154,10 @@ async fn the_first_matching_rule_responds() {
     .await;
     let guest = rig.login_as("web").await;
     let first = guest.command("apt-get install nginx").await.unwrap();
-    assert_eq!((first.status, &*first.stdout, &*first.stderr), (ExitStatus::Code(3), "one\n", "two\n"));
+    assert_eq!((first.status, &*first.stdout, &*first.stderr), (CommandStatus::Code(3), "one\n", "two\n"));
     assert_eq!(run(&guest, "apt-get install nginx").await, (0, "again\n".into()));
     assert_eq!(run(&guest, "id").await.1, "web\n");
-    assert_eq!(guest.command("segfault").await.unwrap().status, ExitStatus::Signal("SEGV".into()));
+    assert_eq!(guest.command("segfault").await.unwrap().status, CommandStatus::Signal("SEGV".into()));
     assert_eq!(run(&guest, "exit 3").await, (0, String::new()));
     let asked = rig.backend.executions("web");
     let asked: Vec<&str> = asked.iter().map(|execution| &*execution.script).collect();
@@ -172,9 +172,9 @@ async fn a_script_arrives_with_its_environment() {
     let guest = rig.login_as("web").await;
     let env = BTreeMap::from([("NAME".to_owned(), "it's\n\"odd\"".to_owned())]);
     let script = Script::new("#!/bin/sh\necho $NAME\n").with_env(env.clone());
-    assert_eq!(guest.run(&script, |_, _| {}).await.unwrap(), ExitStatus::Code(0));
+    assert_eq!(guest.run(&script, |_, _| {}).await.unwrap(), CommandStatus::Code(0));
     let elevated = script.clone().with_execute_command(Some("sudo -E {{ .Command }}".into()));
-    assert_eq!(guest.run(&elevated, |_, _| {}).await.unwrap(), ExitStatus::Code(7));
+    assert_eq!(guest.run(&elevated, |_, _| {}).await.unwrap(), CommandStatus::Code(7));
     let expected = [None, Some("sudo -E {{.Command}}")].map(|execute_command| Execution {
         user: "web".into(),
         script: script.text.to_string(),

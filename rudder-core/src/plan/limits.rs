@@ -3,11 +3,16 @@
 use super::{Limits, PlanContext};
 use crate::{
     check::{DEFAULT_DISK_SIZE, Findings, SourceKind, codes, quantity, source_kind},
-    manifest::{BuildSpec, Path, Resources, Vm},
+    manifest::{BuildSpec, Resources, ValuePath, Vm},
     units::human_bytes,
 };
 
-pub(super) fn limits(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>, context: &PlanContext) {
+pub(super) fn limits(
+    findings: &mut Findings<'_>,
+    spec: &BuildSpec,
+    at: &ValuePath<'_>,
+    context: &PlanContext,
+) {
     let limits = &context.limits;
     let vms = at.key("vms");
     over(findings, &vms, "VMs", spec.vms.len() as u64, limits.max_vms.map(|n| n as u64), |n| n.to_string());
@@ -28,7 +33,7 @@ pub(super) fn limits(findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_
     }
 }
 
-fn resources(findings: &mut Findings<'_>, one: &Resources, at: &Path<'_>, limits: &Limits) {
+fn resources(findings: &mut Findings<'_>, one: &Resources, at: &ValuePath<'_>, limits: &Limits) {
     if let Some(Ok(cpu)) = one.cpu.as_ref().map(quantity) {
         over(findings, &at.key("cpu"), "cores", cpu.ceil().max(1), limits.max_cpu, |n| n.to_string());
     }
@@ -37,7 +42,7 @@ fn resources(findings: &mut Findings<'_>, one: &Resources, at: &Path<'_>, limits
     }
 }
 
-fn disks(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>, limits: &Limits, context: &PlanContext) {
+fn disks(findings: &mut Findings<'_>, vm: &Vm, at: &ValuePath<'_>, limits: &Limits, context: &PlanContext) {
     let at = at.key("disks");
     let source = vm.source.as_ref();
     let inherits = source.and_then(source_kind) == Some(SourceKind::BuildRef);
@@ -63,7 +68,7 @@ fn disks(findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>, limits: &Limits, c
 
 fn over(
     findings: &mut Findings<'_>,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     what: &str,
     found: u64,
     limit: Option<u64>,

@@ -40,7 +40,7 @@ use crate::{
     check::{self, Findings, codes, duration},
     diagnostic::Diagnostic,
     digest::Digest,
-    manifest::{BuildSpec, Document, Manifest, Path},
+    manifest::{BuildSpec, Document, Manifest, ValuePath},
     units::is_name,
     visible::Quoted,
 };
@@ -116,8 +116,8 @@ fn name(findings: &mut Findings<'_>, context: &PlanContext) -> Option<String> {
     }
     let document = findings.document();
     let in_metadata = !matches!(document.manifest(), Manifest::Bare(_));
-    let metadata = Path::root().key("metadata");
-    let field = if in_metadata { metadata.key("name") } else { Path::root().key("name") };
+    let metadata = ValuePath::root().key("metadata");
+    let field = if in_metadata { metadata.key("name") } else { ValuePath::root().key("name") };
     let stem = document.source_name().and_then(|name| std::path::Path::new(name).file_stem()?.to_str());
     match context.default_name.as_deref().or(stem) {
         Some(name) if is_name(name) => Some(name.to_owned()),

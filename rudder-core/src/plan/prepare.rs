@@ -6,7 +6,7 @@ use crate::{
     check::codes,
     diagnostic::{self, Diagnostic, MAX_FINDINGS, Severity, limit},
     error::Detail,
-    manifest::{Path, parse_with},
+    manifest::{ValuePath, parse_with},
     visible::Quoted,
 };
 use std::{collections::HashSet, fmt};
@@ -40,7 +40,7 @@ pub fn prepare(source_name: &str, bytes: &[u8], context: &PlanContext) -> Prepar
         let Some(plan) = planned.plan else { continue };
         if !names.insert(plan.name.clone()) {
             let code = codes::DUPLICATE_NAME;
-            let root = Path::root();
+            let root = ValuePath::root();
             let message = format!(
                 "expected a unique name for each build in a file, but found {:?} again",
                 Quoted(&plan.name)

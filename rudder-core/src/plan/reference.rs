@@ -3,7 +3,7 @@
 use super::{PlanContext, context::InputKind};
 use crate::{
     check::{self, Findings, codes},
-    manifest::{BuildRef, BuildSpec, KeyRef, Path, ValueFrom, Vm},
+    manifest::{BuildRef, BuildSpec, KeyRef, ValueFrom, ValuePath, Vm},
     module::{Module, TemplateMachine},
     visible::Quoted,
 };
@@ -42,7 +42,7 @@ enum Form {
 pub(super) fn references(
     findings: &mut Findings<'_>,
     spec: &BuildSpec,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     context: &PlanContext,
 ) {
     let vms = at.key("vms");
@@ -90,7 +90,7 @@ pub(super) fn references(
     }
 }
 
-fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &Path<'_>, context: &PlanContext) {
+fn build_ref(findings: &mut Findings<'_>, reference: &BuildRef, at: &ValuePath<'_>, context: &PlanContext) {
     let Some(name) = reference.name.as_deref() else { return };
     let Some(module) = context.modules.get(name) else {
         if let Some(reason) = context.damaged_modules.get(name) {
@@ -135,7 +135,7 @@ fn inherited_disks(
     findings: &mut Findings<'_>,
     vm: &Vm,
     reference: &BuildRef,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     context: &PlanContext,
 ) {
     let Some((module, machine)) = parent(reference, context) else { return };
@@ -174,7 +174,7 @@ fn text<'c>(from: &ValueFrom, context: &'c PlanContext) -> Option<&'c str> {
 fn value_from(
     findings: &mut Findings<'_>,
     from: &ValueFrom,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     form: Form,
     context: &PlanContext,
 ) {
@@ -187,7 +187,7 @@ fn key_ref(
     findings: &mut Findings<'_>,
     kind: InputKind,
     reference: &KeyRef,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     form: Form,
     context: &PlanContext,
 ) {

@@ -14,7 +14,7 @@ use super::{
     PlannedDisk, PlannedFile, PlannedMachine, PlannedNetwork, PlannedNic, PlannedSource, PlannedStep,
     PlannedSubnet, PlannedUrl, PlannedVpc, StepAction,
 };
-use crate::digest::{Digest, Hasher};
+use crate::digest::{Digest, Digester};
 use serde::Serialize;
 use std::collections::HashMap;
 
@@ -50,7 +50,7 @@ pub(super) fn digest(plan: &Plan) -> Digest {
 }
 
 #[derive(Default)]
-struct Shape(Hasher);
+struct Shape(Digester);
 
 impl Shape {
     fn bytes(&mut self, label: &str, value: &[u8]) {

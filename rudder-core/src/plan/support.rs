@@ -6,7 +6,7 @@ use crate::{
     check::{Findings, SourceKind, StepKind, bus, codes, source_kind, step_kind},
     hardware::Bus,
     keys::{BootToken, parse_boot_command},
-    manifest::{BuildSpec, Nic, Path, Vm},
+    manifest::{BuildSpec, Nic, ValuePath, Vm},
 };
 
 /// What the backend and the engine can do.
@@ -44,7 +44,7 @@ impl<'c> Support<'c> {
     }
 
     /// Reports something that needs a capability which is lacking.
-    fn need(&self, findings: &mut Findings<'_>, capability: Capability, at: &Path<'_>, what: &str) {
+    fn need(&self, findings: &mut Findings<'_>, capability: Capability, at: &ValuePath<'_>, what: &str) {
         if let Some((who, capability)) = self.lacking(capability) {
             findings.report(&codes::UNSUPPORTED, at, format!("{who} cannot {what} yet")).help =
                 Some(format!("the missing capability is `{capability}`"));
@@ -53,11 +53,11 @@ impl<'c> Support<'c> {
 
     /// Reports a document that asks for a running clone, if clones are not supported.
     pub(super) fn clone_of_module(&self, findings: &mut Findings<'_>) {
-        self.need(findings, Capability::Clone, &Path::root().key("kind"), "run clones of modules");
+        self.need(findings, Capability::Clone, &ValuePath::root().key("kind"), "run clones of modules");
     }
 
     /// Checks everything in a build.
-    pub(super) fn build(&self, findings: &mut Findings<'_>, spec: &BuildSpec, at: &Path<'_>) {
+    pub(super) fn build(&self, findings: &mut Findings<'_>, spec: &BuildSpec, at: &ValuePath<'_>) {
         use Capability as C;
         if let Some(network) = &spec.network {
             let at = at.key("network");
@@ -110,7 +110,7 @@ impl<'c> Support<'c> {
         }
     }
 
-    fn vm(&self, findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
+    fn vm(&self, findings: &mut Findings<'_>, vm: &Vm, at: &ValuePath<'_>) {
         use Capability as C;
         if let Some(kind) = vm.source.as_ref().and_then(source_kind) {
             let (capability, what) = match kind {
@@ -171,7 +171,7 @@ impl<'c> Support<'c> {
         }
     }
 
-    fn disks(&self, findings: &mut Findings<'_>, vm: &Vm, at: &Path<'_>) {
+    fn disks(&self, findings: &mut Findings<'_>, vm: &Vm, at: &ValuePath<'_>) {
         use Capability as C;
         let capability = |bus| match bus {
             Bus::Virtio => (C::DiskVirtio, "virtio"),
@@ -193,7 +193,7 @@ impl<'c> Support<'c> {
         }
     }
 
-    fn nics(&self, findings: &mut Findings<'_>, nics: &[Nic], at: &Path<'_>) {
+    fn nics(&self, findings: &mut Findings<'_>, nics: &[Nic], at: &ValuePath<'_>) {
         use Capability as C;
         for (index, nic) in nics.iter().enumerate() {
             let at = at.index(index);

@@ -3,7 +3,7 @@
 use super::PlanContext;
 use crate::{
     check::{Findings, checked_url, codes},
-    manifest::{BuildSpec, Path},
+    manifest::{BuildSpec, ValuePath},
     visible::Quoted,
 };
 use url::Url;
@@ -51,10 +51,10 @@ fn relative_file(written: &str) -> Option<&str> {
 pub(super) fn relative_urls(
     findings: &mut Findings<'_>,
     spec: &BuildSpec,
-    at: &Path<'_>,
+    at: &ValuePath<'_>,
     context: &PlanContext,
 ) {
-    let mut check = |url: Option<&str>, parent: &Path<'_>| {
+    let mut check = |url: Option<&str>, parent: &ValuePath<'_>| {
         if let Some(url) = url.filter(|url| relative_file(url).is_some())
             && let Err(message) = resolve_url(url, context)
         {

@@ -17,7 +17,7 @@ pub(crate) use reboot::command_of;
 
 use crate::{
     Error, ErrorKind, Result,
-    event::{ExitStatus, OutputStream},
+    event::{CommandStatus, OutputStream},
     guest::Session,
     plan::{PlannedStep, StepAction},
     secret::{Masker, PieceMasker},
@@ -76,7 +76,7 @@ impl fmt::Debug for StepContext<'_> {
 #[non_exhaustive]
 pub struct StepOutcome {
     /// How its command ended, if it has one and that has ended.
-    pub exit: Option<ExitStatus>,
+    pub exit: Option<CommandStatus>,
     /// Whether the step succeeded. Errors: `StepFailed`, `TimedOut` (its own limit or the build's), `Cancelled`, `GuestUnreachable`
     /// and `Protocol` for the connection, `Unsupported` for kinds of step that the engine does not run.
     pub result: Result<()>,

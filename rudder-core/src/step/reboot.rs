@@ -6,7 +6,7 @@
 use super::StepOutcome;
 use crate::{
     Error, ErrorKind, Result,
-    event::{ExitStatus, OutputStream},
+    event::{CommandStatus, OutputStream},
     guest::Session,
 };
 use std::{
@@ -54,7 +54,7 @@ async fn restart(
     command: &str,
     output: &mut (dyn FnMut(OutputStream, &str) + Send),
     observation: &Observation,
-    exit: &mut Option<ExitStatus>,
+    exit: &mut Option<CommandStatus>,
 ) -> Result<()> {
     let old = session.guest().boot_id().await?;
     let guest = session.guest().clone();
@@ -75,10 +75,10 @@ async fn restart(
     };
     match ended {
         // 126 and 127: the shell could not even start the command.
-        Ok(status @ ExitStatus::Code(126 | 127)) => {
+        Ok(status @ CommandStatus::Code(126 | 127)) => {
             return Err(not_restarted(command, exit.insert(status), &last));
         }
-        Ok(status @ ExitStatus::Code(1..)) => {
+        Ok(status @ CommandStatus::Code(1..)) => {
             // Killed by the shutdown that it started, or unable to start one.
             let status = exit.insert(status).clone();
             let down = tokio::time::timeout(SHUTDOWN_LIMIT, guest.closed(CONSIDERED_DOWN)).await.is_ok();
@@ -136,7 +136,7 @@ pub(crate) fn command_of(script: &str) -> &str {
     script.strip_prefix(WITHOUT_SUDO).unwrap_or(script)
 }
 
-fn not_restarted(command: &str, status: &ExitStatus, last: &str) -> Error {
+fn not_restarted(command: &str, status: &CommandStatus, last: &str) -> Error {
     let said = if last.is_empty() { "it wrote nothing".to_owned() } else { format!("it wrote: {last}") };
     Error::new(
         ErrorKind::StepFailed,

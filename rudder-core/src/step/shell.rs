@@ -3,7 +3,7 @@
 use super::StepOutcome;
 use crate::{
     Error, ErrorKind,
-    event::{ExitStatus, OutputStream},
+    event::{CommandStatus, OutputStream},
     guest::{Guest, Script},
 };
 use std::{collections::BTreeMap, sync::Arc};
@@ -27,25 +27,25 @@ pub(super) async fn run(
     }
 }
 
-fn failed(status: &ExitStatus) -> Error {
+fn failed(status: &CommandStatus) -> Error {
     let error = Error::new(
         ErrorKind::StepFailed,
         format!("expected the script to end with exit code 0, but found {status}"),
     );
     match status {
-        ExitStatus::Code(126) => error.with_help(
+        CommandStatus::Code(126) => error.with_help(
             "check the permissions: exit code 126 means that the \
              command was found, but could not be executed",
         ),
-        ExitStatus::Code(127) => error.with_help(
+        CommandStatus::Code(127) => error.with_help(
             "install the command: exit code 127 means that a command or the interpreter of \
                  the script was not found",
         ),
-        ExitStatus::Code(137) => error.with_help(
+        CommandStatus::Code(137) => error.with_help(
             "check the memory of the guest: exit code 137 means that \
              the process was killed",
         ),
-        ExitStatus::Signal(name) if name == "KILL" => {
+        CommandStatus::Signal(name) if name == "KILL" => {
             error.with_help("check whether the guest ran out of memory")
         }
         _ => error,

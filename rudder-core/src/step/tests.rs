@@ -78,7 +78,7 @@ async fn a_failed_script_reports_its_exit_code_and_no_secret() {
     let server = server().await;
     let script = "echo \"it is $SECRET at $ADDRESS\"; exit 3";
     let (outcome, lines) = perform(&server, &step(shell(script), None), CancellationToken::new()).await;
-    assert_eq!(outcome.exit, Some(ExitStatus::Code(3)));
+    assert_eq!(outcome.exit, Some(CommandStatus::Code(3)));
     let error = outcome.result.unwrap_err();
     assert_eq!(error.to_string(), "expected the script to end with exit code 0, but found exit code 3");
     assert_eq!(lines, ["it is *** at 10.0.2.2:80"]);
@@ -134,7 +134,7 @@ async fn a_reboot_that_does_not_happen_is_an_error() {
     let server = server().await;
     let missing = StepAction::Reboot { command: "no-such-reboot".into() };
     let (outcome, lines) = perform(&server, &step(missing, Some(60)), CancellationToken::new()).await;
-    assert_eq!(outcome.exit, Some(ExitStatus::Code(127)));
+    assert_eq!(outcome.exit, Some(CommandStatus::Code(127)));
     assert!(lines[0].contains("no-such-reboot"), "{lines:?}");
     let error = outcome.result.unwrap_err().to_string();
     assert!(

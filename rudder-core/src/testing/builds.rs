@@ -187,7 +187,11 @@ pub async fn a_cancelled_build_leaves_nothing_behind(rig: &Rig) -> TestResult {
     match &ended.outcome {
         Ok(module) => fail!("expected a cancelled build to produce no module, but found {module:?}"),
         Err(failure) => {
-            ensure!(failure.kind() == ErrorKind::Cancelled, "expected Cancelled, but found {}", failure.report());
+            ensure!(
+                failure.kind() == ErrorKind::Cancelled,
+                "expected Cancelled, but found {}",
+                failure.report()
+            );
         }
     }
     rig.expect_nothing_left("after a build was cancelled").await

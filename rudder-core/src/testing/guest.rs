@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     backend::{ImportRequest, Lab, Machine, MachineDisk, MachineSpec, Progress},
-    event::ExitStatus,
+    event::CommandStatus,
     guest::{BuildKey, Endpoint, Guest, Login, Session},
     media::cloud_init::{SeedLogin, seed},
     plan::{PlannedCloudInit, PlannedSource},
@@ -107,7 +107,7 @@ impl Booted {
     pub(super) async fn run(&self, command: &str) -> TestResult<String> {
         let output = self.guest().command(command).await.during(&format!("run {command:?} in the guest"))?;
         ensure!(
-            output.status == ExitStatus::Code(0),
+            output.status == CommandStatus::Code(0),
             "{command:?} in the guest: expected success, but found {:?}: {}{}",
             output.status,
             output.stdout,

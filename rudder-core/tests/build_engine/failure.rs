@@ -3,7 +3,7 @@
 use super::{build, build_with, hooks::Hook, plans::*};
 use rudder_core::{
     ErrorKind,
-    event::{BuildPhase as B, ExitStatus, VmPhase as V},
+    event::{BuildPhase as B, CommandStatus, VmPhase as V},
     memory::{Fault, Guest, MemoryBackend, Operation, Response, Silence},
 };
 
@@ -22,7 +22,7 @@ async fn a_failed_step_is_fully_reported_and_stops_the_other_machines() {
     assert_eq!(report.vm.as_deref(), Some("a"));
     assert_eq!(report.phase, Some(V::Provisioning));
     assert_eq!(report.step.as_deref(), Some("2 (install)"));
-    assert_eq!(report.exit, Some(ExitStatus::Code(3)));
+    assert_eq!(report.exit, Some(CommandStatus::Code(3)));
     assert_eq!(report.output_tail, ["Reading package lists...", "E: no such package"]);
     assert_eq!(report.serial_tail, ["Debian GNU/Linux", "login:"]);
     assert!(report.message.starts_with("build web: vm a: step 2 (install): "), "{report}");

@@ -19,7 +19,7 @@ use qcow2::{CLUSTER, Cluster, Writer};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::Progress,
-    digest::{Digest, Hasher},
+    digest::{Digest, Digester},
 };
 use std::{
     fs::{self, File},
@@ -283,7 +283,7 @@ async fn finalise(path: PathBuf) -> Result<Digest> {
     blocking(move || {
         let failed = |error| Error::io(format_args!("read {}", path.display()), error);
         let mut file = File::open(&path).map_err(failed)?;
-        let mut hasher = Hasher::default();
+        let mut hasher = Digester::default();
         let mut buffer = vec![0; 1 << 20];
         loop {
             let count = file.read(&mut buffer).map_err(failed)?;

@@ -10,7 +10,7 @@ use super::{
     unpack::{self, CHUNK, Packing, SparseWriter, Stop},
     verified::FileIdentity,
 };
-use rudder_core::{Error, ErrorKind, Result, backend::Progress, digest::Hasher, plan::PlannedUrl};
+use rudder_core::{Error, ErrorKind, Result, backend::Progress, digest::Digester, plan::PlannedUrl};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
@@ -118,7 +118,7 @@ impl Store {
         let mut source = File::open(path).map_err(read)?;
         let temp = if packing.is_none() { Some(self.temp_file()?) } else { None };
         let mut out = temp.as_ref().map(|temp| SparseWriter::new(temp.as_file()));
-        let mut hasher = Hasher::default();
+        let mut hasher = Digester::default();
         let mut chunk = vec![0; CHUNK];
         let mut done = 0;
         loop {

@@ -14,7 +14,7 @@ use super::{
 use bytes::Bytes;
 use rudder_core::{
     Error, ErrorKind, Result,
-    digest::{Digest, Hasher},
+    digest::{Digest, Digester},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -50,7 +50,7 @@ pub(super) struct PartialDownload {
     file: File,
     /// The file with the length in eight bytes, and the digest.
     sum: File,
-    hasher: Hasher,
+    hasher: Digester,
     len: u64,
     /// Whether the existing bytes had changed since they were written.
     damaged: bool,
@@ -74,7 +74,7 @@ impl PartialDownload {
             path,
             file,
             sum,
-            hasher: Hasher::default(),
+            hasher: Digester::default(),
             len: 0,
             damaged: false,
             origin,
@@ -141,7 +141,7 @@ impl PartialDownload {
             .set_len(0)
             .and_then(|()| self.sum.set_len(0))
             .map_err(|error| io_error("write", &self.path, error))?;
-        self.hasher = Hasher::default();
+        self.hasher = Digester::default();
         self.len = 0;
         if let Some(origin) = &origin {
             record::write(&self.path.with_extension("json"), origin)?;

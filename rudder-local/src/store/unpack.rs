@@ -15,7 +15,7 @@ use async_compression::{
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::Progress,
-    digest::{Digest, Hasher},
+    digest::{Digest, Digester},
 };
 use std::{
     fmt,
@@ -151,7 +151,7 @@ pub(super) fn unpack(
         limit: OutputLimit::new(store.options().unpacked_limit, disk),
         path: temp.path(),
         out: SparseWriter::new(temp.as_file()),
-        hasher: Hasher::default(),
+        hasher: Digester::default(),
         chunk: vec![0; CHUNK],
     };
     let broken = |error| broken(packing, error);
@@ -201,7 +201,7 @@ struct Target<'a> {
     limit: OutputLimit,
     path: &'a Path,
     out: SparseWriter<'a>,
-    hasher: Hasher,
+    hasher: Digester,
     chunk: Vec<u8>,
 }
 

@@ -8,7 +8,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::Progress,
     content::Content,
-    digest::{Digest, Hasher},
+    digest::{Digest, Digester},
     module::Module,
 };
 use serde::{Deserialize, Serialize};
@@ -104,7 +104,7 @@ impl Store {
             return Ok(Condition::Sound);
         }
         let task = format!("verify {}", path.file_name().unwrap_or_default().to_string_lossy());
-        let mut hasher = Hasher::default();
+        let mut hasher = Digester::default();
         let mut chunk = vec![0; CHUNK];
         let mut done = 0;
         loop {

@@ -2,12 +2,12 @@
 
 use super::sshd::{Sshd, ends, runs};
 use crate::{
-    event::{ExitStatus, OutputStream},
+    event::{CommandStatus, OutputStream},
     guest::{Content, Guest, Script},
 };
 use std::{collections::BTreeMap, time::Duration};
 
-pub(super) async fn run(guest: &Guest, script: &Script) -> (ExitStatus, Vec<String>, Vec<String>) {
+pub(super) async fn run(guest: &Guest, script: &Script) -> (CommandStatus, Vec<String>, Vec<String>) {
     let (mut out, mut err) = (Vec::new(), Vec::new());
     let status = guest
         .run(script, |stream, line| match stream {
@@ -54,7 +54,7 @@ async fn a_script_runs_as_a_file_and_leaves_nothing_behind() {
     let text = "echo \"dir $0\"\nprintf '%s|' \"$QUOTES\" \"$LINES\" \"$OTHER\" \"${EMPTY-unset}\"\necho\necho fails >&2\n\
                 [ -n \"$BASH_VERSION\" ] && echo bash\numask\nfalse\necho never";
     let (status, out, err) = run(&guest, &Script::new(text).with_env(env)).await;
-    assert_eq!(status, ExitStatus::Code(1));
+    assert_eq!(status, CommandStatus::Code(1));
     assert_eq!(out[1..], ["it's \"so\" `now` $HOME \\ !|one", "two", "|Grüße, 世界 🚀||", "bash", "0022"]);
     assert_eq!(err, ["fails"]);
     assert_eq!(leftovers(&directory(&out)), [""; 0]);
@@ -98,7 +98,7 @@ async fn the_first_line_and_the_execute_command_select_the_interpreter() {
     let guest = server.guest().await;
     let (status, out, _) =
         run(&guest, &Script::new("#!/bin/sh -u\r\necho \"$0\"\r\necho $-\r\nexit 3\r\n")).await;
-    assert_eq!(status, ExitStatus::Code(3));
+    assert_eq!(status, CommandStatus::Code(3));
     assert!(out[0].ends_with("/script") && out[1].contains('u') && !out[1].contains('e'), "{out:?}");
 
     let script = Script::new("#!/usr/bin/awk -f\nBEGIN { print \"awk\", ENVIRON[\"A\"] }\n")
@@ -107,7 +107,7 @@ async fn the_first_line_and_the_execute_command_select_the_interpreter() {
             "echo \"dir {{ .Command }}\"; env -i PATH=$PATH '{{.Command}}'; echo $?".to_owned(),
         ));
     let (status, out, err) = run(&guest, &script).await;
-    assert_eq!(status, ExitStatus::Code(0), "{err:?}");
+    assert_eq!(status, CommandStatus::Code(0), "{err:?}");
     assert_eq!(out[1..], ["awk b c", "0"]);
     assert_eq!(leftovers(&directory(&out)), [""; 0]);
 
@@ -121,18 +121,18 @@ async fn signals_background_processes_and_binary_output_are_handled() {
     let guest = server.guest().await;
     let (status, ..) = run(&guest, &Script::new("kill -KILL $$")).await;
     // As reported by /bin/sh.
-    let killed = [ExitStatus::Signal("KILL".into()), ExitStatus::Code(137)];
+    let killed = [CommandStatus::Signal("KILL".into()), CommandStatus::Code(137)];
     assert!(killed.contains(&status), "{status:?}");
 
     let (status, out, _) = run(&guest, &Script::new("sleep 1000 & echo $!\nexit 4")).await;
-    assert_eq!(status, ExitStatus::Code(4));
+    assert_eq!(status, CommandStatus::Code(4));
     assert!(runs(&out[0]), "what a script leaves running stays");
     let _ = run(&guest, &Script::new(format!("kill {}", out[0]))).await;
 
     let text =
         "head -c 300000 /dev/urandom; echo; head -c 100000 /dev/zero | tr '\\0' x; echo; printf 'no newline'";
     let (status, out, _) = run(&guest, &Script::new(text)).await;
-    assert_eq!(status, ExitStatus::Code(0));
+    assert_eq!(status, CommandStatus::Code(0));
     assert_eq!(out.last().unwrap(), "no newline");
     assert_eq!(out.iter().map(|line| line.matches('x').count()).filter(|count| *count > 8000).count(), 12);
     assert!(out.iter().all(|line| line.len() < crate::guest::MAX_LINE + 4));

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     ErrorKind,
-    event::ExitStatus,
+    event::CommandStatus,
     guest::{Content, Guest, Script},
 };
 use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
@@ -68,14 +68,18 @@ async fn use_it(guest: &Guest, dir: &Path, name: &str) {
         .await;
     let output = output.unwrap_or_else(|error| panic!("{name}: {}", error.report()));
     let (out, err) = ("one\nit's! $HOME \\n\n", "err\n");
-    assert_eq!((&*output.stdout, &*output.stderr, output.status), (out, err, ExitStatus::Code(3)), "{name}");
+    assert_eq!(
+        (&*output.stdout, &*output.stderr, output.status),
+        (out, err, CommandStatus::Code(3)),
+        "{name}"
+    );
 
     let env = BTreeMap::from([("VALUE".to_owned(), "it's\n\"so\" !".to_owned())]);
     let text = "echo \"dir $0\"\nprintf '%s' \"$VALUE\"\necho err >&2\nexit 4";
     let (status, out, err) = run(guest, &Script::new(text).with_env(env)).await;
     assert_eq!(
         (&status, &out[1..], &*err),
-        (&ExitStatus::Code(4), &["it's".into(), "\"so\" !".into()][..], &["err".to_owned()][..]),
+        (&CommandStatus::Code(4), &["it's".into(), "\"so\" !".into()][..], &["err".to_owned()][..]),
         "{name}"
     );
     assert_eq!(leftovers(out[0].rsplit('/').nth(1).unwrap()), [""; 0], "{name}");
@@ -83,7 +87,7 @@ async fn use_it(guest: &Guest, dir: &Path, name: &str) {
     let script =
         Script::new("echo \"$1\"; exit 5").with_execute_command(Some("{{ .Command }} argument".to_owned()));
     let (status, out, _) = run(guest, &script).await;
-    assert_eq!((status, out), (ExitStatus::Code(5), vec!["argument".to_owned()]), "{name}");
+    assert_eq!((status, out), (CommandStatus::Code(5), vec!["argument".to_owned()]), "{name}");
 
     let known = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     assert_eq!(guest.boot_id().await.unwrap(), known.trim(), "{name}");

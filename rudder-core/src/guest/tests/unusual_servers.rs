@@ -3,7 +3,7 @@
 use crate::{
     ErrorKind,
     backend::BoxedStream,
-    event::ExitStatus,
+    event::CommandStatus,
     guest::{BuildKey, Content, Endpoint, Guest, Login, Script},
     secret::Secret,
     shell_frame::{Sent, Served},
@@ -196,7 +196,7 @@ async fn a_session_that_is_closed_before_it_begins_is_opened_again() {
     let guest = server.guest().await;
     server.closes.store(3, SeqCst);
     let output = guest.command("anything").await.unwrap();
-    assert_eq!((output.status, &*output.stdout), (ExitStatus::Code(3), "said\n"));
+    assert_eq!((output.status, &*output.stdout), (CommandStatus::Code(3), "said\n"));
     assert_eq!(server.granted.load(SeqCst), 1, "what was asked for is done once");
 
     server.closes.store(3, SeqCst);
@@ -244,7 +244,7 @@ async fn a_login_shell_that_waits_for_input_is_reported() {
 async fn the_password_is_tried_when_the_key_is_refused() {
     for way in [MethodKind::Password, MethodKind::KeyboardInteractive] {
         let server = UnusualServer { way: Some(way), ..UnusualServer::default() };
-        assert_eq!(server.guest().await.command("anything").await.unwrap().status, ExitStatus::Code(3));
+        assert_eq!(server.guest().await.command("anything").await.unwrap().status, CommandStatus::Code(3));
 
         let wrong = server.login().with_password(Some(Secret::new("wrong word")));
         let error = wrong.connect(&server.endpoint(), Duration::from_secs(2)).await.unwrap_err();

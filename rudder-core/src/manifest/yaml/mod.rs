@@ -16,7 +16,7 @@ pub(super) use scalar::Value;
 
 pub(super) use crate::diagnostic::MAX_FINDINGS;
 
-use super::path::{Path, PathSegment};
+use super::path::{PathSegment, ValuePath};
 use crate::diagnostic::Span;
 use std::{collections::HashMap, fmt, sync::Arc};
 
@@ -165,7 +165,7 @@ impl Tree {
     }
 
     /// Returns the key and the value at a path.
-    pub(super) fn find(&self, path: &Path<'_>) -> Option<(Option<NodeId>, NodeId)> {
+    pub(super) fn find(&self, path: &ValuePath<'_>) -> Option<(Option<NodeId>, NodeId)> {
         path.segments().into_iter().try_fold((None, self.root), |(_, id), segment| self.step(id, segment))
     }
 
@@ -175,7 +175,7 @@ impl Tree {
     }
 
     /// Whether the value at a path, or anything that contains it, was refused.
-    pub(super) fn is_pruned_at(&self, path: &Path<'_>) -> bool {
+    pub(super) fn is_pruned_at(&self, path: &ValuePath<'_>) -> bool {
         let mut id = self.root;
         for segment in path.segments() {
             if self.is_pruned(id) {
