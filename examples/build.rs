@@ -145,9 +145,9 @@ async fn run(args: Args) -> Result<(), End> {
     let parsed = parse_with(&file.name, &file.text, unknown_keys);
     file.report_findings(&parsed.diagnostics)?;
     let mut context = PlanContext::new(backend.capabilities())
-        .with_modules(backend.modules().await?)
-        .with_damaged_modules(backend.damaged_modules().await?)
-        .with_base_directory(args.file.parent().unwrap_or(&args.file));
+        .modules(backend.modules().await?)
+        .damaged_modules(backend.damaged_modules().await?)
+        .base_directory(args.file.parent().unwrap_or(&args.file));
     let mut findings = Vec::new();
     for (place, document) in parsed.documents.iter().enumerate() {
         // A module that an earlier document of the file makes does not exist yet.
@@ -183,7 +183,7 @@ async fn run(args: Args) -> Result<(), End> {
             None => print(&module.name)?,
         }
         // Later documents may be based on it.
-        context = context.with_modules([module]);
+        context = context.modules([module]);
     }
     Ok(())
 }

@@ -17,9 +17,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let backend = Arc::new(QemuBackend::builder(store).build());
 
     let context = PlanContext::new(backend.capabilities())
-        .with_modules(backend.modules().await?)
-        .with_damaged_modules(backend.damaged_modules().await?)
-        .with_base_directory(Path::new(&file).parent().ok_or("expected a manifest file")?);
+        .modules(backend.modules().await?)
+        .damaged_modules(backend.damaged_modules().await?)
+        .base_directory(Path::new(&file).parent().ok_or("expected a manifest file")?);
     let prepared = prepare(&file, &std::fs::read(&file)?, &context);
     let _ = write!(std::io::stderr(), "{}", prepared.render_warnings());
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -296,7 +296,7 @@ impl InputRecord {
 
     /// Returns the same input with another role.
     #[must_use]
-    pub fn with_role(self, role: InputRole) -> Self {
+    pub fn role(self, role: InputRole) -> Self {
         Self { role, ..self }
     }
 }

@@ -95,10 +95,8 @@ fn findings(name: &str, text: &str) -> String {
     limits.max_memory = Some(4 << 30);
     limits.max_disks = Some(2);
     limits.max_vms = Some(4);
-    let inputs =
-        Inputs::new().with_config_map("scripts", "setup", "true").with_secret("keys", "binary", [0xff]);
-    let context =
-        PlanContext::new(&capabilities).with_limits(limits).with_inputs(inputs).with_modules([base_module()]);
+    let inputs = Inputs::new().config_map("scripts", "setup", "true").secret("keys", "binary", [0xff]);
+    let context = PlanContext::new(&capabilities).limits(limits).inputs(inputs).modules([base_module()]);
     prepare(&name, text.as_bytes(), &context).render()
 }
 

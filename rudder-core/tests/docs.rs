@@ -182,12 +182,12 @@ fn every_manifest_of_the_recipes_is_planned_without_a_finding() {
     let more = [C::NicModels, C::NicSlots, C::Uefi, C::SecureBoot, C::Tpm, C::Display];
     let memory = MemoryBackend::new();
     let capabilities = Capabilities::new("any", memory.capabilities().iter().chain(more));
-    let inputs = Inputs::new().with_config_map("site", "nginx.conf", "events {}").with_secret(
+    let inputs = Inputs::new().config_map("site", "nginx.conf", "events {}").secret(
         "registration",
         "script",
         "register --token 0123456789abcdef",
     );
-    let context = PlanContext::new(&capabilities).with_modules([base()]).with_inputs(inputs);
+    let context = PlanContext::new(&capabilities).modules([base()]).inputs(inputs);
     let page = read("docs/recipes.md");
     let recipes = page.split("\n## ").skip(1).filter_map(|recipe| {
         let (title, rest) = recipe.split_once('\n')?;

@@ -63,8 +63,7 @@ fn limits_are_set_without_struct_literals() {
                      {name: e, size: 1Gi}]}\n- {name: b, source: {blank: true}, resources: {cpu: 1, memory: 1Gi}}\n";
     let backend = MemoryBackend::new();
     let over = |limits: Limits| {
-        let context =
-            PlanContext::new(rudder_core::backend::Backend::capabilities(&backend)).with_limits(limits);
+        let context = PlanContext::new(rudder_core::backend::Backend::capabilities(&backend)).limits(limits);
         let found = prepare("big.yaml", manifest, &context).diagnostics;
         found
             .into_iter()
@@ -72,11 +71,11 @@ fn limits_are_set_without_struct_literals() {
             .map(|finding| finding.message)
             .collect::<Vec<_>>()
     };
-    let none = || Limits::new().with_max_disk_size(None);
+    let none = || Limits::new().max_disk_size(None);
     assert_eq!(over(Limits::new()), ["expected a disk of at most 50Gi, but found 60Gi"]);
     assert_eq!(over(none()), Vec::<String>::new());
-    assert_eq!(over(none().with_max_cpu(2)), ["expected at most 2 cores, but found 4"]);
-    assert_eq!(over(none().with_max_memory(2 << 30)), ["expected at most 2Gi of memory, but found 4Gi"]);
-    assert_eq!(over(none().with_max_disks(1)), ["expected at most 1 disks of a VM, but found 2"]);
-    assert_eq!(over(none().with_max_vms(1)), ["expected at most 1 VMs, but found 2"]);
+    assert_eq!(over(none().max_cpu(2)), ["expected at most 2 cores, but found 4"]);
+    assert_eq!(over(none().max_memory(2 << 30)), ["expected at most 2Gi of memory, but found 4Gi"]);
+    assert_eq!(over(none().max_disks(1)), ["expected at most 1 disks of a VM, but found 2"]);
+    assert_eq!(over(none().max_vms(1)), ["expected at most 1 VMs, but found 2"]);
 }

@@ -89,7 +89,7 @@ fn the_help_for_file_urls_with_reserved_characters_is_to_encode_them() {
             "name: x\nvms:\n- name: a\n  source: {{url: '{url}', checksum: '{}'}}\n  resources: {{cpu: 1, memory: 1Gi}}\n",
             "0".repeat(64)
         );
-        let context = PlanContext::new(&Capabilities::engine()).with_base_directory("/srv");
+        let context = PlanContext::new(&Capabilities::engine()).base_directory("/srv");
         let prepared = prepare("x.yaml", text.as_bytes(), &context);
         let finding = prepared.diagnostics.iter().find(|finding| finding.code == "invalid-url").unwrap();
         assert!(finding.is_error() && finding.help.as_deref().unwrap().contains("%23"), "{finding:?}");
@@ -136,7 +136,7 @@ fn other_unknown_keys_are_warnings_and_errors_in_strict_mode() {
 
     let context = PlanContext::new(&Capabilities::engine());
     let text = "vms: [{name: a, colour: blue}]";
-    let strict = context.clone().with_unknown_keys(UnknownKeys::Refuse);
+    let strict = context.clone().unknown_keys(UnknownKeys::Refuse);
     let errors = |context| {
         let found = prepare("m.yaml", text.as_bytes(), context).diagnostics;
         found.iter().filter(|finding| finding.code == "unknown-key" && finding.is_error()).count()

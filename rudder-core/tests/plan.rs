@@ -35,12 +35,10 @@ fn context() -> PlanContext {
         C::Tpm,
     ];
     let inputs = Inputs::new()
-        .with_config_map("scripts", "setup", "echo set up")
-        .with_secret("keys", "id", "PRIVATE KEY\n")
-        .with_secret("keys", "token", "t0ken");
-    PlanContext::new(&Capabilities::new("example", capabilities))
-        .with_inputs(inputs)
-        .with_modules([base_module()])
+        .config_map("scripts", "setup", "echo set up")
+        .secret("keys", "id", "PRIVATE KEY\n")
+        .secret("keys", "token", "t0ken");
+    PlanContext::new(&Capabilities::new("example", capabilities)).inputs(inputs).modules([base_module()])
 }
 
 /// Returns a module `base` of one VM with a boot disk on sata and a data disk.
@@ -208,7 +206,7 @@ vms:
 #[test]
 fn relative_files_are_resolved_against_the_base_directory() {
     let text = SMALL.replace("https://example.org/", "file:images/");
-    let context = context().with_base_directory("/srv/builds");
+    let context = context().base_directory("/srv/builds");
     let plans = prepare("site.yaml", text.as_bytes(), &context).into_plans().unwrap();
     let PlannedSource::Url(url) = &plans[0].machines[0].source else { panic!() };
     assert_eq!(url.url.as_str(), "file:///srv/builds/images/debian.qcow2");
@@ -477,6 +475,6 @@ fn a_manifest_built_by_a_program_is_planned_without_locations() {
     assert!(without.diagnostics.iter().any(|d| d.code == "missing-field" && d.span.is_none()));
     let mut limits = Limits::default();
     limits.max_disk_size = None;
-    let named = plan(&document, &context().with_default_name("site").with_limits(limits)).plan.unwrap();
+    let named = plan(&document, &context().default_name("site").limits(limits)).plan.unwrap();
     assert_eq!(named.digest, planned(SMALL).digest);
 }

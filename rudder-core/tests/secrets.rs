@@ -14,12 +14,12 @@ fn context() -> PlanContext {
     let capabilities =
         [C::SourceUrl, C::SourceBlank, C::DiskVirtio, C::CloudInit, C::Isos, C::Display, C::NicModels];
     let inputs = Inputs::new()
-        .with_secret("s", "script", "#!/bin/sh\nset -e\nmysql --password=scr1ptpw <<'X'\nX\necho done\n")
-        .with_secret("s", "data", "#cloud-config\npassword: us3rdata\n")
-        .with_secret("s", "env", "DB_PASSWORD=f1lesecret\n")
-        .with_secret("s", "key", "-----BEGIN-----\npr1vatekeyline\n-----END-----\n")
-        .with_secret("s", "binary", [0xff, 0xfe, 0x00, 0x01, 0x02, 0x03, 0x04]);
-    PlanContext::new(&Capabilities::new("example", capabilities)).with_inputs(inputs)
+        .secret("s", "script", "#!/bin/sh\nset -e\nmysql --password=scr1ptpw <<'X'\nX\necho done\n")
+        .secret("s", "data", "#cloud-config\npassword: us3rdata\n")
+        .secret("s", "env", "DB_PASSWORD=f1lesecret\n")
+        .secret("s", "key", "-----BEGIN-----\npr1vatekeyline\n-----END-----\n")
+        .secret("s", "binary", [0xff, 0xfe, 0x00, 0x01, 0x02, 0x03, 0x04]);
+    PlanContext::new(&Capabilities::new("example", capabilities)).inputs(inputs)
 }
 
 const MANIFEST: &str = r#"

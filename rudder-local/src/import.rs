@@ -56,7 +56,7 @@ impl LabStorage {
         let base = Base::of(self, &image, &copy, progress).await?;
         let backing = Backing { path: &base.path, format: base.format };
         let volume = self.volume(Some((backing, base.size)), request.size).await?;
-        let input = image.input.with_role(InputRole::source(&request.machine));
+        let input = image.input.role(InputRole::source(&request.machine));
         Ok(Imported { volume, input: Some(input) })
     }
 
@@ -75,7 +75,7 @@ impl LabStorage {
         let volume = Volume { id, virtual_size: file.size };
         self.hold(file.lease).await?;
         self.add_volume(&volume.id, volume.virtual_size);
-        let input = file.input.with_role(InputRole::Iso);
+        let input = file.input.role(InputRole::Iso);
         Ok(Imported { volume, input: Some(input) })
     }
 

@@ -37,7 +37,7 @@ async fn relative_paths_are_resolved_when_given() {
     let store = Store::open("store").unwrap();
     let backend = MemoryBackend::new().store("modules").unwrap();
     let backend = Arc::new(backend.every_machine(|guest| guest.on("work", Response::ok("").times(1))));
-    let context = PlanContext::new(backend.capabilities()).with_base_directory("manifests");
+    let context = PlanContext::new(backend.capabilities()).base_directory("manifests");
     let plan = prepare("moved.yaml", MANIFEST, &context).into_plans().unwrap().remove(0);
     let tool = format!("{:?}", plan.files);
     assert!(tool.contains(&format!("{}/manifests/tool", home.display())), "{tool}");

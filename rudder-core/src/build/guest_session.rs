@@ -49,7 +49,7 @@ pub(super) fn reachable(
 ) -> Result<BuildMachine> {
     let communicator = &planned.communicator;
     let login = Login::new(&communicator.username, key(attempt, planned)?);
-    let login = login.with_password(communicator.password.clone());
+    let login = login.password(communicator.password.clone());
     Ok(BuildMachine::new(machine, communicator.port, Some(login)))
 }
 

@@ -87,7 +87,7 @@ fn read_run(bootstrap: &str, bundle: &[u8]) -> Option<CoreScript> {
         let (command, _) = command.split_once(&format!("\nEND_{token}\n"))?;
         Some(command.replace(&format!("{}/run", directory.inner()), "{{.Command}}"))
     });
-    let script = Script::new(text).with_env(env).with_execute_command(execute_command);
+    let script = Script::new(text).env(env).execute_command(execute_command);
     (script.bundle(&directory).ok()? == bundle).then_some(CoreScript::Run(script))
 }
 
@@ -205,7 +205,7 @@ mod tests {
             env in prop::collection::btree_map("[A-Z_][A-Z0-9_]{0,5}", "[ -~\n]{0,20}|'[ -~]*\n|export X='", 0..3),
             execute_command in prop::option::of("[ -~]{0,10}\\{\\{\\.Command\\}\\}[ -~\n]{0,10}|export A='b'|sudo"),
         ) {
-            let script = Script::new(text.as_str()).with_env(env.clone()).with_execute_command(execute_command.clone());
+            let script = Script::new(text.as_str()).env(env.clone()).execute_command(execute_command.clone());
             let directory = RunDirectory::new("/var/tmp", "0123456789abcdef", execute_command.is_some());
             let bundle = script.bundle(&directory).unwrap();
             let Some(CoreScript::Run(read)) = CoreScript::read(&directory.bootstrap(bundle.len()), &bundle) else { panic!() };

@@ -98,7 +98,7 @@ impl Login {
 
     /// Also tries this password.
     #[must_use]
-    pub fn with_password(mut self, password: Option<Secret>) -> Self {
+    pub fn password(mut self, password: Option<Secret>) -> Self {
         self.password = password;
         self
     }

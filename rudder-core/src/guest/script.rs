@@ -48,14 +48,14 @@ impl Script {
 
     /// Sets the environment.
     #[must_use]
-    pub fn with_env(mut self, env: BTreeMap<String, String>) -> Self {
+    pub fn env(mut self, env: BTreeMap<String, String>) -> Self {
         self.env = env;
         self
     }
 
     /// Sets the line of shell that runs the script.
     #[must_use]
-    pub fn with_execute_command(mut self, command: Option<String>) -> Self {
+    pub fn execute_command(mut self, command: Option<String>) -> Self {
         self.execute_command = command;
         self
     }

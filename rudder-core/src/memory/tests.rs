@@ -97,7 +97,7 @@ async fn only_known_keys_and_passwords_are_accepted() {
     let rig = started(|guest| guest.password("root", "right")).await;
     rig.login().await;
     let with = |password: Option<&str>| {
-        rig.connect(Login::new("root", BuildKey::generate()).with_password(password.map(Secret::new)))
+        rig.connect(Login::new("root", BuildKey::generate()).password(password.map(Secret::new)))
     };
     assert_eq!(with(None).await.unwrap_err().kind(), ErrorKind::Authentication);
     assert_eq!(with(Some("wrong")).await.unwrap_err().kind(), ErrorKind::Authentication);
@@ -105,7 +105,7 @@ async fn only_known_keys_and_passwords_are_accepted() {
     rig.finish().await;
 
     let rig = started(|guest| guest.password("root", "right").rejects_credentials()).await;
-    let login = Login::new("root", rig.key.clone()).with_password(Some(Secret::new("right")));
+    let login = Login::new("root", rig.key.clone()).password(Some(Secret::new("right")));
     assert_eq!(rig.connect(login).await.unwrap_err().kind(), ErrorKind::Authentication);
     rig.finish().await;
 }
@@ -171,9 +171,9 @@ async fn a_script_arrives_with_its_environment() {
     let rig = started(|guest| guest.on("sudo -E", Response::fails(7, "no\n"))).await;
     let guest = rig.login_as("web").await;
     let env = BTreeMap::from([("NAME".to_owned(), "it's\n\"odd\"".to_owned())]);
-    let script = Script::new("#!/bin/sh\necho $NAME\n").with_env(env.clone());
+    let script = Script::new("#!/bin/sh\necho $NAME\n").env(env.clone());
     assert_eq!(guest.run(&script, |_, _| {}).await.unwrap(), CommandStatus::Code(0));
-    let elevated = script.clone().with_execute_command(Some("sudo -E {{ .Command }}".into()));
+    let elevated = script.clone().execute_command(Some("sudo -E {{ .Command }}".into()));
     assert_eq!(guest.run(&elevated, |_, _| {}).await.unwrap(), CommandStatus::Code(7));
     let expected = [None, Some("sudo -E {{.Command}}")].map(|execute_command| Execution {
         user: "web".into(),

@@ -50,7 +50,7 @@ impl PlanContext {
 
     /// Adds modules to build on; see [`Backend::modules`](crate::backend::Backend::modules).
     #[must_use]
-    pub fn with_modules(mut self, modules: impl IntoIterator<Item = Module>) -> Self {
+    pub fn modules(mut self, modules: impl IntoIterator<Item = Module>) -> Self {
         self.modules.extend(modules.into_iter().map(|module| (module.name.clone(), module)));
         self
     }
@@ -58,35 +58,35 @@ impl PlanContext {
     /// Adds modules that cannot be used, so that a manifest that builds on one is told why; see
     /// [`Backend::damaged_modules`](crate::backend::Backend::damaged_modules).
     #[must_use]
-    pub fn with_damaged_modules(mut self, modules: impl IntoIterator<Item = DamagedModule>) -> Self {
+    pub fn damaged_modules(mut self, modules: impl IntoIterator<Item = DamagedModule>) -> Self {
         self.damaged_modules.extend(modules.into_iter().map(|module| (module.name, module.reason)));
         self
     }
 
     /// Sets the limits.
     #[must_use]
-    pub fn with_limits(mut self, limits: Limits) -> Self {
+    pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
     /// Sets the inputs.
     #[must_use]
-    pub fn with_inputs(mut self, inputs: Inputs) -> Self {
+    pub fn inputs(mut self, inputs: Inputs) -> Self {
         self.inputs = inputs;
         self
     }
 
     /// Sets the name for a build that has none of its own.
     #[must_use]
-    pub fn with_default_name(mut self, name: impl Into<String>) -> Self {
+    pub fn default_name(mut self, name: impl Into<String>) -> Self {
         self.default_name = Some(name.into());
         self
     }
 
     /// Sets whether keys that Rudder does not know are errors or warnings.
     #[must_use]
-    pub fn with_unknown_keys(mut self, unknown_keys: UnknownKeys) -> Self {
+    pub fn unknown_keys(mut self, unknown_keys: UnknownKeys) -> Self {
         self.unknown_keys = unknown_keys;
         self
     }
@@ -94,7 +94,7 @@ impl PlanContext {
     /// Sets the directory that relative `file:` URLs are resolved against, usually that of the manifest. An empty path
     /// is the current directory.
     #[must_use]
-    pub fn with_base_directory(mut self, directory: impl AsRef<Path>) -> Self {
+    pub fn base_directory(mut self, directory: impl AsRef<Path>) -> Self {
         let directory = Path::new(".").join(directory);
         // This fails only if the current directory no longer exists.
         self.base_directory = Some(std::path::absolute(&directory).unwrap_or(directory));
@@ -140,35 +140,35 @@ impl Limits {
 
     /// Sets the maximum number of cores of a VM.
     #[must_use]
-    pub fn with_max_cpu(mut self, cores: impl Into<Option<u64>>) -> Self {
+    pub fn max_cpu(mut self, cores: impl Into<Option<u64>>) -> Self {
         self.max_cpu = cores.into();
         self
     }
 
     /// Sets the maximum memory of a VM, in bytes.
     #[must_use]
-    pub fn with_max_memory(mut self, bytes: impl Into<Option<u64>>) -> Self {
+    pub fn max_memory(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.max_memory = bytes.into();
         self
     }
 
     /// Sets the maximum size of a disk, in bytes.
     #[must_use]
-    pub fn with_max_disk_size(mut self, bytes: impl Into<Option<u64>>) -> Self {
+    pub fn max_disk_size(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.max_disk_size = bytes.into();
         self
     }
 
     /// Sets the maximum number of disks of a VM.
     #[must_use]
-    pub fn with_max_disks(mut self, disks: impl Into<Option<usize>>) -> Self {
+    pub fn max_disks(mut self, disks: impl Into<Option<usize>>) -> Self {
         self.max_disks = disks.into();
         self
     }
 
     /// Sets the maximum number of VMs of a build.
     #[must_use]
-    pub fn with_max_vms(mut self, vms: impl Into<Option<usize>>) -> Self {
+    pub fn max_vms(mut self, vms: impl Into<Option<usize>>) -> Self {
         self.max_vms = vms.into();
         self
     }
@@ -190,7 +190,7 @@ impl Inputs {
 
     /// Adds a key of a ConfigMap.
     #[must_use]
-    pub fn with_config_map(
+    pub fn config_map(
         mut self,
         name: impl Into<String>,
         key: impl Into<String>,
@@ -202,7 +202,7 @@ impl Inputs {
 
     /// Adds a key of a Secret. Its value is masked in all output.
     #[must_use]
-    pub fn with_secret(
+    pub fn secret(
         mut self,
         name: impl Into<String>,
         key: impl Into<String>,

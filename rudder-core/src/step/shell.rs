@@ -15,9 +15,7 @@ pub(super) async fn run(
     execute_command: Option<&str>,
     output: &mut (dyn FnMut(OutputStream, &str) + Send),
 ) -> StepOutcome {
-    let script = Script::new(Arc::clone(script))
-        .with_env(env)
-        .with_execute_command(execute_command.map(str::to_owned));
+    let script = Script::new(Arc::clone(script)).env(env).execute_command(execute_command.map(str::to_owned));
     match guest.run(&script, output).await {
         Ok(status) => {
             let result = if status.success() { Ok(()) } else { Err(failed(&status)) };

@@ -128,35 +128,35 @@ impl StoreOptions {
 
     /// Sets the time limit for a server to accept a connection.
     #[must_use]
-    pub fn with_connect_timeout(mut self, limit: Duration) -> Self {
+    pub fn connect_timeout(mut self, limit: Duration) -> Self {
         self.connect_timeout = limit;
         self
     }
 
     /// Sets the time without a byte after which a transfer counts as broken.
     #[must_use]
-    pub fn with_stall_timeout(mut self, limit: Duration) -> Self {
+    pub fn stall_timeout(mut self, limit: Duration) -> Self {
         self.stall_timeout = limit;
         self
     }
 
     /// Sets the number of attempts per download, including the first.
     #[must_use]
-    pub fn with_attempts(mut self, attempts: u32) -> Self {
+    pub fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts;
         self
     }
 
     /// Sets the pause before the second attempt; it doubles with each further attempt, up to 30 s.
     #[must_use]
-    pub fn with_backoff(mut self, pause: Duration) -> Self {
+    pub fn backoff(mut self, pause: Duration) -> Self {
         self.backoff = pause;
         self
     }
 
     /// Sets the largest size of an unpacked image, in bytes.
     #[must_use]
-    pub fn with_unpacked_limit(mut self, bytes: u64) -> Self {
+    pub fn unpacked_limit(mut self, bytes: u64) -> Self {
         self.unpacked_limit = bytes;
         self
     }

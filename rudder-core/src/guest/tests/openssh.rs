@@ -53,7 +53,7 @@ async fn a_script_runs_as_a_file_and_leaves_nothing_behind() {
     ]);
     let text = "echo \"dir $0\"\nprintf '%s|' \"$QUOTES\" \"$LINES\" \"$OTHER\" \"${EMPTY-unset}\"\necho\necho fails >&2\n\
                 [ -n \"$BASH_VERSION\" ] && echo bash\numask\nfalse\necho never";
-    let (status, out, err) = run(&guest, &Script::new(text).with_env(env)).await;
+    let (status, out, err) = run(&guest, &Script::new(text).env(env)).await;
     assert_eq!(status, CommandStatus::Code(1));
     assert_eq!(out[1..], ["it's \"so\" `now` $HOME \\ !|one", "two", "|Grüße, 世界 🚀||", "bash", "0022"]);
     assert_eq!(err, ["fails"]);
@@ -102,8 +102,8 @@ async fn the_first_line_and_the_execute_command_select_the_interpreter() {
     assert!(out[0].ends_with("/script") && out[1].contains('u') && !out[1].contains('e'), "{out:?}");
 
     let script = Script::new("#!/usr/bin/awk -f\nBEGIN { print \"awk\", ENVIRON[\"A\"] }\n")
-        .with_env(BTreeMap::from([("A".to_owned(), "b c".to_owned())]))
-        .with_execute_command(Some(
+        .env(BTreeMap::from([("A".to_owned(), "b c".to_owned())]))
+        .execute_command(Some(
             "echo \"dir {{ .Command }}\"; env -i PATH=$PATH '{{.Command}}'; echo $?".to_owned(),
         ));
     let (status, out, err) = run(&guest, &script).await;
@@ -111,7 +111,7 @@ async fn the_first_line_and_the_execute_command_select_the_interpreter() {
     assert_eq!(out[1..], ["awk b c", "0"]);
     assert_eq!(leftovers(&directory(&out)), [""; 0]);
 
-    let script = Script::new("echo \"$1\"").with_execute_command(Some("{{ .Command }} argument".to_owned()));
+    let script = Script::new("echo \"$1\"").execute_command(Some("{{ .Command }} argument".to_owned()));
     assert_eq!(run(&guest, &script).await.1, ["argument"]);
 }
 

@@ -76,7 +76,7 @@ async fn use_it(guest: &Guest, dir: &Path, name: &str) {
 
     let env = BTreeMap::from([("VALUE".to_owned(), "it's\n\"so\" !".to_owned())]);
     let text = "echo \"dir $0\"\nprintf '%s' \"$VALUE\"\necho err >&2\nexit 4";
-    let (status, out, err) = run(guest, &Script::new(text).with_env(env)).await;
+    let (status, out, err) = run(guest, &Script::new(text).env(env)).await;
     assert_eq!(
         (&status, &out[1..], &*err),
         (&CommandStatus::Code(4), &["it's".into(), "\"so\" !".into()][..], &["err".to_owned()][..]),
@@ -85,7 +85,7 @@ async fn use_it(guest: &Guest, dir: &Path, name: &str) {
     assert_eq!(leftovers(out[0].rsplit('/').nth(1).unwrap()), [""; 0], "{name}");
 
     let script =
-        Script::new("echo \"$1\"; exit 5").with_execute_command(Some("{{ .Command }} argument".to_owned()));
+        Script::new("echo \"$1\"; exit 5").execute_command(Some("{{ .Command }} argument".to_owned()));
     let (status, out, _) = run(guest, &script).await;
     assert_eq!((status, out), (CommandStatus::Code(5), vec!["argument".to_owned()]), "{name}");
 

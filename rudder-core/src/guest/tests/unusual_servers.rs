@@ -76,7 +76,7 @@ impl UnusualServer {
     }
 
     pub(super) fn login(&self) -> Login {
-        Login::new("user", BuildKey::generate()).with_password(Some(Secret::new("pass word")))
+        Login::new("user", BuildKey::generate()).password(Some(Secret::new("pass word")))
     }
 
     async fn guest(&self) -> Guest {
@@ -246,7 +246,7 @@ async fn the_password_is_tried_when_the_key_is_refused() {
         let server = UnusualServer { way: Some(way), ..UnusualServer::default() };
         assert_eq!(server.guest().await.command("anything").await.unwrap().status, CommandStatus::Code(3));
 
-        let wrong = server.login().with_password(Some(Secret::new("wrong word")));
+        let wrong = server.login().password(Some(Secret::new("wrong word")));
         let error = wrong.connect(&server.endpoint(), Duration::from_secs(2)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Authentication);
         let text = error.report();

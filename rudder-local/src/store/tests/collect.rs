@@ -225,7 +225,7 @@ async fn an_iso_is_cached_for_its_own_retention_time() {
     store.keep_cached(&iso.lease, 2 * HOUR).unwrap();
     // A shorter promise of another build does not shorten the first.
     store.keep_cached(&iso.lease, HOUR / 60).unwrap();
-    let inputs = [&iso.input, &other.input].map(|input| input.clone().with_role(InputRole::Iso));
+    let inputs = [&iso.input, &other.input].map(|input| input.clone().role(InputRole::Iso));
     publish_from(store, "base", b"x", inputs.into()).await.unwrap();
     drop((iso, other));
 

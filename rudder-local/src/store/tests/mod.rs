@@ -109,11 +109,11 @@ fn secrets_in_urls_are_masked() {
 #[test]
 fn options_are_set_without_struct_literals() {
     let options = StoreOptions::new()
-        .with_connect_timeout(Duration::from_secs(1))
-        .with_stall_timeout(Duration::from_secs(2))
-        .with_attempts(3)
-        .with_backoff(Duration::from_secs(4))
-        .with_unpacked_limit(5);
+        .connect_timeout(Duration::from_secs(1))
+        .stall_timeout(Duration::from_secs(2))
+        .attempts(3)
+        .backoff(Duration::from_secs(4))
+        .unpacked_limit(5);
     let seconds =
         [options.connect_timeout, options.stall_timeout, options.backoff].map(|limit| limit.as_secs());
     assert_eq!((seconds, options.attempts, options.unpacked_limit), ([1, 2, 4], 3, 5));
