@@ -154,14 +154,13 @@ async fn list(backend: &dyn Backend) -> Result<Done> {
             module.digest.short(),
             if machines == 1 { " " } else { "s" },
             human_bytes(size),
-            module.created.strftime("%Y-%m-%d %H:%M:%S")
+            formatted(module.created, "%Y-%m-%d %H:%M:%S")
         );
     }
     let kept = kept_labs(backend).await?;
     for lab in backend.labs().await? {
         let LabState::Kept { expires } = lab.state else { continue };
-        let until = expires.and_then(|time| jiff::Timestamp::try_from(time).ok());
-        let until = until.map(|time| time.strftime(" until %Y-%m-%d %H:%M:%S UTC").to_string());
+        let until = expires.map(|time| formatted(time, " until %Y-%m-%d %H:%M:%S UTC"));
         line!(done, "kept lab {}{}", lab.id, until.unwrap_or_default());
         for access in kept.iter().filter(|kept| kept.id == lab.id).flat_map(|kept| &kept.access) {
             line!(done, "    {access}");
@@ -191,7 +190,7 @@ fn describe(module: &Module) -> Done {
     let mut done = Done::default();
     line!(done, "module   {}", module.name);
     line!(done, "digest   {}", module.digest);
-    line!(done, "created  {}", module.created.strftime("%Y-%m-%d %H:%M:%S UTC"));
+    line!(done, "created  {}", formatted(module.created, "%Y-%m-%d %H:%M:%S UTC"));
     if let Some(path) = &module.path {
         line!(done, "record   {}", path.display());
     }
@@ -250,4 +249,10 @@ async fn gc(backend: &dyn Backend) -> Result<Done> {
     line!(done, "{} freed", human_bytes(reaped.freed));
     done.failed |= !backend.damaged_modules().await?.is_empty();
     Ok(done)
+}
+
+/// Formats a time in UTC; empty if it is too far away to be written.
+fn formatted(time: impl Into<std::time::SystemTime>, format: &str) -> String {
+    let time = jiff::Timestamp::try_from(time.into());
+    time.map(|time| time.strftime(format).to_string()).unwrap_or_default()
 }

@@ -25,7 +25,7 @@
 #[doc(inline)]
 pub use rudder_core::{
     Error, ErrorKind, Result, capability, check, content, diagnostic, digest, event, hardware, keys,
-    manifest, module, plan, secret, units, visible,
+    manifest, module, plan, secret, timestamp, units, visible,
 };
 // Builds.
 #[cfg(feature = "memory")]
@@ -48,11 +48,11 @@ pub mod backend_api {
 }
 
 // Crates whose types appear in signatures, so that programs can use the same versions.
-#[doc(no_inline)]
-pub use rudder_core::{jiff, serde_json, url};
 #[cfg(feature = "engine")]
 #[doc(no_inline)]
-pub use rudder_core::{tokio, tokio_util};
+pub use rudder_core::tokio;
+#[doc(no_inline)]
+pub use rudder_core::{serde_json, url};
 
 #[cfg(any(feature = "qemu", feature = "libvirt"))]
 #[doc(inline)]

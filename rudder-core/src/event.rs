@@ -11,6 +11,7 @@ pub use schema::json_schema;
 use crate::{
     error::ErrorKind,
     module::{InputRecord, Timing},
+    timestamp::Timestamp,
     units::human_bytes,
     visible::{Visible, visible_line, visible_output},
 };
@@ -30,7 +31,7 @@ pub struct Event {
     pub seq: u64,
     /// When the event happened (RFC 3339, UTC).
     #[schemars(with = "String", extend("format" = "date-time"))]
-    pub time: jiff::Timestamp,
+    pub time: Timestamp,
     /// The VM that the event is about; absent: the build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,

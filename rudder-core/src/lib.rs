@@ -47,6 +47,7 @@ mod shell_frame;
 pub mod step;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod timestamp;
 pub mod units;
 pub mod visible;
 
@@ -55,6 +56,6 @@ pub use error::{Error, ErrorKind, Result};
 // The crates whose types appear in signatures of this crate. Using them through these re-exports guarantees matching versions.
 #[cfg(feature = "engine")]
 #[doc(no_inline)]
-pub use {async_trait, futures, tokio, tokio_util};
+pub use {async_trait, futures, tokio};
 #[doc(no_inline)]
-pub use {jiff, serde_json, url};
+pub use {serde_json, url};

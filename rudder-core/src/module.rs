@@ -7,6 +7,7 @@ use crate::{
     content::Content,
     digest::Digest,
     hardware::{Bus, Firmware, NicModel},
+    timestamp::Timestamp,
     units::{Cidr, MacAddress},
 };
 use schemars::JsonSchema;
@@ -27,7 +28,7 @@ pub struct Module {
     /// The digest of what was published: the same for the same disks and templates.
     pub digest: Digest,
     /// When it was published.
-    pub created: jiff::Timestamp,
+    pub created: Timestamp,
     /// The VMs, in the order of the manifest.
     pub machines: Vec<TemplateMachine>,
     /// The networks that clones get.

@@ -9,14 +9,13 @@ use rudder_core::{
     event::Event,
     futures::{StreamExt as _, future::BoxFuture},
     guest::Endpoint,
-    jiff::Timestamp,
     memory::MemoryBackend,
     module::Module,
     plan::{Limits, PlanContext, PlannedUrl, prepare},
     serde_json::Value,
     step::StepContext,
+    timestamp::Timestamp,
     tokio::io::DuplexStream,
-    tokio_util::sync::CancellationToken,
     url::Url,
 };
 
@@ -28,7 +27,7 @@ fn the_types_of_signatures_can_be_named() {
     let _: fn(PlannedUrl) -> Url = |planned| planned.url;
     let _: fn() -> Value = rudder_core::event::json_schema;
     let _: fn() -> Value = rudder_core::manifest::json_schema;
-    let _: fn(&StepContext<'_>) -> CancellationToken = |context| context.cancel.clone();
+    let _: fn(StepContext<'_>) -> BoxFuture<'_, ()> = |context| context.cancelled;
     let _: fn(DuplexStream) -> BoxedStream = |stream| Box::new(stream);
     let dial = || -> BoxFuture<'static, rudder_core::Result<BoxedStream>> {
         Box::pin(async { Ok(Box::new(rudder_core::tokio::io::duplex(1).0) as BoxedStream) })

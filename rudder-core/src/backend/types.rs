@@ -7,6 +7,7 @@ use crate::{
     hardware::{Bus, Firmware},
     module::{InputRecord, Module, Provenance, TemplateMachine, TemplateNetwork},
     plan::{PlannedBuildRef, PlannedNetwork, PlannedNic, PlannedSource, PlannedUrl},
+    timestamp::Timestamp,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
@@ -283,7 +284,7 @@ impl ModuleDraft {
     #[must_use]
     pub fn into_module(self, digest: Digest) -> Module {
         let Self { name, machines, network, provenance } = self;
-        let created = jiff::Timestamp::now();
+        let created = Timestamp::now();
         Module { name, digest, created, machines, network, provenance, path: None }
     }
 }

@@ -120,7 +120,7 @@ pub(super) async fn run_step(
         output: &mut output,
         masker: sink.masker(),
         deadline: async move { deadline.passed().await }.boxed(),
-        cancel: attempt.guard.halt.clone(),
+        cancelled: Box::pin(attempt.guard.halt.cancelled()),
         variables: attempt.site_of(vm.planned()).map(site_variable).into_iter().collect(),
         fetched,
         person,

@@ -5,7 +5,10 @@
 //! number. Transient events (progress, output, notices) share a ring; a reader that was too slow for some of them learns how many
 //! it missed ([`EventKind::Lagged`]).
 
-use crate::event::{BuildId, Event, EventKind};
+use crate::{
+    event::{BuildId, Event, EventKind},
+    timestamp::Timestamp,
+};
 use futures::{Stream, stream::BoxStream};
 use std::{
     collections::VecDeque,
@@ -42,7 +45,7 @@ impl Log {
     }
 
     /// Adds an event, and drops the oldest transient one if there are too many.
-    pub(super) fn push(&mut self, time: jiff::Timestamp, vm: Option<String>, kind: EventKind) {
+    pub(super) fn push(&mut self, time: Timestamp, vm: Option<String>, kind: EventKind) {
         let lasting = is_lasting(&kind);
         let event = Arc::new(Event { build_id: self.build_id.clone(), seq: self.next, time, vm, kind });
         self.next += 1;
@@ -161,7 +164,7 @@ mod tests {
             let mut log = Log::new(BuildId::random(), capacity);
             for (n, lasting) in lasting.iter().enumerate() {
                 let kind = if *lasting { EventKind::BuildPhase { phase: BuildPhase::Building } } else { passing(n as u64) };
-                log.push(jiff::Timestamp::UNIX_EPOCH, None, kind);
+                log.push(Timestamp::UNIX_EPOCH, None, kind);
             }
             prop_assert!(log.passing.len() <= capacity);
             let seen = drain(&log, from);
@@ -190,12 +193,12 @@ mod tests {
     async fn a_stream_ends_with_the_last_event_or_with_its_engine() {
         let log = Arc::new(Mutex::new(Log::new(BuildId::random(), 4)));
         let (pulse, seen) = watch::channel(());
-        lock(&log).push(jiff::Timestamp::UNIX_EPOCH, None, passing(0));
+        lock(&log).push(Timestamp::UNIX_EPOCH, None, passing(0));
         let mut first = Events::new(Arc::clone(&log), seen.clone());
         let mut second = Events::new(Arc::clone(&log), seen);
         assert_eq!(first.next().await.unwrap().seq, 0);
         let outcome = crate::event::Outcome::Cancelled;
-        lock(&log).push(jiff::Timestamp::UNIX_EPOCH, None, EventKind::Finished { outcome, timings: vec![] });
+        lock(&log).push(Timestamp::UNIX_EPOCH, None, EventKind::Finished { outcome, timings: vec![] });
         pulse.send_replace(());
         assert_eq!(first.next().await.unwrap().seq, 1);
         assert_eq!(first.next().await, None);

@@ -7,6 +7,7 @@ use crate::{
     event::{BuildId, BuildPhase, EventKind, FailureReport, Outcome, OutputStream, ServedFile, VmPhase},
     module::{InputRecord, Timing},
     secret::Masker,
+    timestamp::Timestamp,
 };
 use std::{
     collections::{HashMap, VecDeque},
@@ -173,7 +174,7 @@ impl Sink {
 
     /// Numbers an event, and wakes the readers.
     fn push(&self, vm: Option<&str>, kind: EventKind) {
-        lock(&self.0.log).push(jiff::Timestamp::now(), vm.map(str::to_owned), kind);
+        lock(&self.0.log).push(Timestamp::now(), vm.map(str::to_owned), kind);
         self.0.pulse.send_replace(());
     }
 

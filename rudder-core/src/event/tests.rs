@@ -48,7 +48,7 @@ fn events(text: &str) -> Vec<EventKind> {
 
 fn event(kind: EventKind, vm: &str) -> Event {
     let build_id = BuildId::random();
-    Event { build_id, seq: 0, time: jiff::Timestamp::UNIX_EPOCH, vm: Some(vm.to_owned()), kind }
+    Event { build_id, seq: 0, time: crate::timestamp::Timestamp::UNIX_EPOCH, vm: Some(vm.to_owned()), kind }
 }
 
 proptest! {

@@ -11,6 +11,7 @@ use crate::{
         CapturedDisk, CapturedState, InputRecord, InputRole, Module, Provenance, StateKind, TemplateMachine,
         TemplateNetwork, TemplateNic, TemplateSubnet, TemplateVpc, Timing,
     },
+    timestamp::Timestamp,
     units::{Cidr, MacAddress, is_name},
 };
 use serde::{Deserialize, Serialize};
@@ -32,7 +33,7 @@ pub(super) struct ModuleRecord {
     format: u32,
     name: String,
     digest: Digest,
-    created: jiff::Timestamp,
+    created: Timestamp,
     machines: Vec<MachineRecord>,
     network: NetworkRecord,
     provenance: ProvenanceRecord,

@@ -25,7 +25,6 @@ use crate::{
 use futures::future::BoxFuture;
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 /// The context in which a step runs.
 pub struct StepContext<'a> {
@@ -37,8 +36,8 @@ pub struct StepContext<'a> {
     pub masker: &'a Masker,
     /// Completes when the build has run out of time; the step's own limit is part of its plan.
     pub deadline: BoxFuture<'a, ()>,
-    /// Cancels the step.
-    pub cancel: CancellationToken,
+    /// Completes when the step is cancelled.
+    pub cancelled: BoxFuture<'a, ()>,
     /// Environment variables of a `shell` step in addition to its own, which take precedence.
     pub variables: BTreeMap<String, String>,
     /// For a `file` step whose content is behind a URL: the path of the fetched file.
@@ -95,7 +94,7 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
         output,
         masker,
         deadline,
-        cancel,
+        cancelled,
         variables,
         fetched,
         person,
@@ -113,7 +112,7 @@ pub async fn run(step: &PlannedStep, context: StepContext<'_>) -> StepOutcome {
         let working = perform(&step.action, session, &mut masked, inputs, &observation);
         tokio::select! {
             outcome = working => Ok(outcome),
-            () = cancel.cancelled() => Err(Error::new(ErrorKind::Cancelled, "the step was cancelled")),
+            () = cancelled => Err(Error::new(ErrorKind::Cancelled, "the step was cancelled")),
             () = deadline => Err(timed_out(None, &observation)),
             () = sleep_until(limit) => Err(timed_out(step.timeout, &observation)),
         }

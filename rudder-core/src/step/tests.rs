@@ -8,6 +8,7 @@ use crate::{
     plan::PlannedStep,
 };
 use std::{os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
+use tokio_util::sync::CancellationToken;
 
 /// Starts a server whose `cat` prints the boot identity from a file.
 async fn server() -> Arc<Sshd> {
@@ -59,7 +60,7 @@ async fn perform(
             output: &mut |_, line| lines.push(line.to_owned()),
             masker: &masker,
             deadline: Box::pin(std::future::pending()),
-            cancel,
+            cancelled: Box::pin(cancel.cancelled_owned()),
             variables: [("SECRET", "other"), ("ADDRESS", "10.0.2.2:80")]
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .into(),

@@ -21,6 +21,7 @@ use rudder_core::{
     Error, ErrorKind, Result,
     backend::{KeptLab, LabId, LabState, ReapReport, Retention, check_lab_file},
     files::replace_file,
+    timestamp::Timestamp,
 };
 use std::{
     fs,
@@ -89,10 +90,10 @@ impl LabDir {
             id: id.clone(),
             purpose: purpose.to_owned(),
             owner: ProcessIdentity::current()?,
-            created: jiff::Timestamp::now(),
+            created: Timestamp::now(),
             kept: matches!(retention, Retention::UntilRemoved { .. }),
             expires: match retention {
-                Retention::UntilRemoved { expires } => timestamp(expires)?,
+                Retention::UntilRemoved { expires } => expires.map(Timestamp::try_from).transpose()?,
                 _ => None,
             },
             processes: Vec::new(),
@@ -227,7 +228,7 @@ impl LabDir {
                 format!("lab {} ends with its owner, since it was not opened to be kept", self.id()),
             ));
         }
-        let expires = timestamp(expires)?;
+        let expires = expires.map(Timestamp::try_from).transpose()?;
         self.update(|held| (held.ledger.kept, held.ledger.expires) = (true, expires))
     }
 
@@ -427,16 +428,6 @@ impl Store {
 /// Returns the error for a lab that does not exist.
 fn missing(id: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("there is no lab {id} in the store"))
-}
-
-/// Returns a time as the ledger records it.
-fn timestamp(time: Option<SystemTime>) -> Result<Option<jiff::Timestamp>> {
-    let convert = |time| {
-        jiff::Timestamp::try_from(time).map_err(|error| {
-            Error::new(ErrorKind::InvalidInput, "expected a time before the year 10000").with_source(error)
-        })
-    };
-    time.map(convert).transpose()
 }
 
 /// What is known about a lab.

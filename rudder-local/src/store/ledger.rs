@@ -9,6 +9,7 @@ use super::{
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{LabId, LabInfo, LabState},
+    timestamp::Timestamp,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -30,12 +31,12 @@ pub struct Ledger {
     /// The process that opened it.
     pub owner: ProcessIdentity,
     /// Time of creation.
-    pub created: jiff::Timestamp,
+    pub created: Timestamp,
     /// Whether it was kept: it then stays, whatever happens to its owner.
     pub kept: bool,
     /// When a kept lab expires.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub expires: Option<jiff::Timestamp>,
+    pub expires: Option<Timestamp>,
     /// Processes that belong to it.
     pub processes: Vec<RecordedProcess>,
     /// Blobs and modules that it needs.
