@@ -35,15 +35,15 @@ async fn compare(runs: usize) {
     assert!(guest.exists(), "expected {}: run make guests", guest.display());
     let dir = tempfile::Builder::new().prefix("rudder-bench-").tempdir().unwrap();
     let backend = QemuBackend::builder(Store::open(dir.path()).unwrap()).build();
-    let network = PlannedNetwork { declared: false, vpcs: Vec::new(), subnets: Vec::new() };
+    let network = PlannedNetwork::default();
     let lab = backend.open_lab(&LabSpec::new("bench", network)).await.unwrap();
     let url = format!("file://{}", guest.display()).parse().unwrap();
-    let source = PlannedSource::Url(PlannedUrl { url, sha256: None });
+    let source = PlannedSource::Url(PlannedUrl::new(url));
     let volume = lab.import(&ImportRequest::new("vm", "disk0", source, None), &Progress::none()).await;
     let volume = volume.unwrap().volume;
     let disk = disk_of(dir.path(), &volume.id);
     let mut spec = MachineSpec::new("vm", 1, 512 << 20);
-    spec.disks.push(MachineDisk { name: "disk0".to_owned(), bus: Bus::Virtio, volume });
+    spec.disks.push(MachineDisk::new("disk0", Bus::Virtio, volume));
     let machine = lab.create_machine(&spec).await.unwrap();
     machine.start().await.unwrap();
     machine.stop(Stop::Kill).await.unwrap();

@@ -21,14 +21,14 @@ async fn publish(bench: &Bench, name: &str, content: &[u8]) -> Module {
     let lab = store.create_lab(&LabId::new(name), name, Retention::EndWithOwner).unwrap();
     fs::write(lab.path().join("disk"), content).unwrap();
     let mut machine = TemplateMachine::new("vm", 1, 64 << 20);
-    machine.disks.push(CapturedDisk {
-        name: "root".into(),
-        bus: Bus::Virtio,
-        file: "disk".into(),
-        format: "raw".into(),
-        virtual_size: content.len() as u64,
-        content: Content::of(content),
-    });
+    machine.disks.push(CapturedDisk::new(
+        "root",
+        Bus::Virtio,
+        "disk",
+        "raw",
+        content.len() as u64,
+        Content::of(content),
+    ));
     let provenance = Provenance::new("", Digest::of(b""));
     let draft = ModuleDraft::new(name, vec![machine], PlannedNetwork::default(), provenance);
     store.publish(&lab, draft).await.unwrap()

@@ -23,6 +23,7 @@ pub enum Severity {
 
 /// A span of the source text. Lines and columns are counted from 1, columns in characters; offsets are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Span {
     /// Line of the first character.
     pub line: u32,

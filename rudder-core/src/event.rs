@@ -24,6 +24,7 @@ use std::{
 
 /// An event of a build.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[non_exhaustive]
 pub struct Event {
     /// The build that the event belongs to.
     pub build_id: BuildId,
@@ -74,6 +75,7 @@ pub enum VmPhase {
 /// The stream that a line of output was written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum OutputStream {
     /// Standard output.
     Stdout,
@@ -84,6 +86,7 @@ pub enum OutputStream {
 /// How a command in a guest ended.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum CommandStatus {
     /// It exited with this code.
     Code(u32),

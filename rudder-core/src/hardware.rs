@@ -56,6 +56,7 @@ pub enum NicModel {
 /// The shell of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum GuestShell {
     /// A POSIX shell; Bash if available.
     Bash,

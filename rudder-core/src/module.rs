@@ -180,6 +180,7 @@ pub struct TemplateSubnet {
 
 /// A captured disk. Once published, `file` is relative to the directory of `module.json`.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CapturedDisk {
     /// The disk's name in the manifest.
     pub name: String,
@@ -195,8 +196,24 @@ pub struct CapturedDisk {
     pub content: Content,
 }
 
+impl CapturedDisk {
+    /// Creates a captured disk: its name in the manifest and its bus, the file or object with its format and content, and the size
+    /// that the guest sees in bytes.
+    pub fn new(
+        name: impl Into<String>,
+        bus: Bus,
+        file: impl Into<String>,
+        format: impl Into<String>,
+        virtual_size: u64,
+        content: Content,
+    ) -> Self {
+        Self { name: name.into(), bus, file: file.into(), format: format.into(), virtual_size, content }
+    }
+}
+
 /// Captured state that a machine keeps outside its disks. `file` is as in [`CapturedDisk`].
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CapturedState {
     /// The kind of state.
     pub kind: StateKind,
@@ -206,6 +223,18 @@ pub struct CapturedState {
     pub format: String,
     /// The content of the file or object: its stored bytes.
     pub content: Content,
+}
+
+impl CapturedState {
+    /// Creates a captured state: its kind, and the file or object with its format and content.
+    pub fn new(
+        kind: StateKind,
+        file: impl Into<String>,
+        format: impl Into<String>,
+        content: Content,
+    ) -> Self {
+        Self { kind, file: file.into(), format: format.into(), content }
+    }
 }
 
 /// Kinds of state that a machine keeps outside its disks.
@@ -266,6 +295,7 @@ impl Provenance {
 
 /// The duration of a phase.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[non_exhaustive]
 pub struct Timing {
     /// The VM; absent: the build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -274,6 +304,13 @@ pub struct Timing {
     pub phase: String,
     /// The duration in milliseconds.
     pub millis: u64,
+}
+
+impl Timing {
+    /// Creates the duration of a phase of a VM, or of the build for `None`, in milliseconds.
+    pub fn new(vm: Option<String>, phase: impl Into<String>, millis: u64) -> Self {
+        Self { vm, phase: phase.into(), millis }
+    }
 }
 
 /// An input of a build: what was requested, and what was received.

@@ -30,7 +30,7 @@ struct Rig {
 impl Rig {
     async fn new(script: impl FnOnce(Guest) -> Guest) -> Self {
         let backend = MemoryBackend::new().machine("web", script);
-        let network = PlannedNetwork { declared: false, vpcs: Vec::new(), subnets: Vec::new() };
+        let network = PlannedNetwork::default();
         let lab = backend.open_lab(&LabSpec::new("console", network)).await.unwrap();
         let machine = lab.create_machine(&MachineSpec::new("web", 1, 1 << 30)).await.unwrap();
         machine.start().await.unwrap();

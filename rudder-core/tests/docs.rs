@@ -163,14 +163,14 @@ fn the_manifests_of_the_readme_and_the_guide_have_no_mistakes() {
 /// Returns a module called `base` with a VM `web`, which the recipes require.
 fn base() -> Module {
     let mut machine = TemplateMachine::new("web", 1, 1 << 30);
-    machine.disks.push(CapturedDisk {
-        name: "rootdisk".to_owned(),
-        bus: Bus::Virtio,
-        file: "web.rootdisk.qcow2".to_owned(),
-        format: "qcow2".to_owned(),
-        virtual_size: 20 << 30,
-        content: Content::of(b"disk"),
-    });
+    machine.disks.push(CapturedDisk::new(
+        "rootdisk",
+        Bus::Virtio,
+        "web.rootdisk.qcow2",
+        "qcow2",
+        20 << 30,
+        Content::of(b"disk"),
+    ));
     let network = PlannedNetwork::default();
     let provenance = Provenance::new("", Digest::of(b""));
     ModuleDraft::new("base", vec![machine], network, provenance).into_module(Digest::of(b"base"))

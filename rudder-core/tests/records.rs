@@ -63,7 +63,7 @@ fn a_module_of_format_1_is_read_with_all_its_values() {
     assert_eq!((subnet.vpc.as_str(), subnet.cidr.to_string().as_str()), ("office", "10.20.0.0/24"));
     let provenance = &module.provenance;
     assert_eq!(provenance.inputs[0].role, InputRole::source("web"));
-    let timing = Timing { vm: Some("web".to_owned()), phase: "SourceImporting".to_owned(), millis: 812 };
+    let timing = Timing::new(Some("web".to_owned()), "SourceImporting", 812);
     assert_eq!(provenance.timings[1], timing);
     assert_eq!((provenance.not_repeatable.len(), provenance.warnings.len()), (1, 1));
 }

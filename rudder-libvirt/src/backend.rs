@@ -229,26 +229,19 @@ impl Backend for LibvirtBackend {
         let host_capabilities =
             HostCapabilities::ask(&self.connection, &self.programs, self.accelerator).await;
         let finding = match &host_capabilities {
-            Ok(host_capabilities) => HostFinding {
-                what: "libvirt".to_owned(),
-                present: true,
-                required: true,
-                detail: format!(
+            Ok(host_capabilities) => HostFinding::present(
+                "libvirt",
+                format!(
                     "{} at {}: {} on {}",
                     host_capabilities.versions.get("libvirt").map_or("", String::as_str),
                     self.connection.uri(),
                     host_capabilities.machine,
                     host_capabilities.kind
                 ),
-                help: None,
-            },
-            Err(error) => HostFinding {
-                what: "libvirt".to_owned(),
-                present: false,
-                required: true,
-                detail: error.report(),
-                help: error.help().map(str::to_owned),
-            },
+            ),
+            Err(error) => {
+                HostFinding::missing("libvirt", error.report()).help(error.help().map(str::to_owned))
+            }
         };
         report.findings.push(finding);
         let programs = match &host_capabilities {

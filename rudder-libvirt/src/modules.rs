@@ -143,8 +143,7 @@ fn xml(
     let mut spec = MachineSpec::new(&machine.name, machine.cpus, machine.memory);
     spec.nics = machine.nics.iter().cloned().map(Into::into).collect();
     spec.firmware = machine.firmware;
-    let disk =
-        |bus| MachineDisk { name: String::new(), bus, volume: Volume { id: String::new(), virtual_size: 0 } };
+    let disk = |bus| MachineDisk::new(String::new(), bus, Volume::new(String::new(), 0));
     spec.disks.extend(machine.disks.iter().map(|captured| disk(captured.bus)));
     let variables = machine.state.iter().find(|state| state.kind == StateKind::FirmwareVariables);
     let having = variables.and_then(|state| Some((state.format.as_str(), state.content.size?)));

@@ -119,7 +119,7 @@ impl Adapter for LibvirtAdapter {
 
     fn guest(&self) -> Option<GuestImage> {
         let url = url::Url::from_file_path(&self.guest).ok()?;
-        let mut guest = GuestImage::new(PlannedUrl { url, sha256: None });
+        let mut guest = GuestImage::new(PlannedUrl::new(url));
         guest.echo = Some(Echo::new(ECHO, Some(format!("nc -ll -p {ECHO} -e cat >/dev/null 2>&1 &"))));
         let command = [
             "<waitText 'login:' 3m>tester<enter>",

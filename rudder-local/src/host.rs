@@ -374,17 +374,14 @@ pub async fn diagnose(programs: &Programs, requested: Accelerator, store: &Path)
         });
         report.findings.push(finding("accelerator", true, detail));
     }
-    report.findings.push(HostFinding {
-        what: "setpriv".to_owned(),
-        present: setpriv.is_some(),
-        required: false,
-        detail: match &setpriv {
-            Some(path) => path.display().to_string(),
-            None => "without it, the machines of a killed builder run until the next build removes them"
-                .to_owned(),
-        },
-        help: setpriv.is_none().then(|| "apt-get install util-linux".to_owned()),
-    });
+    let setpriv = match &setpriv {
+        Some(path) => HostFinding::present("setpriv", path.display().to_string()),
+        None => {
+            let detail = "without it, the machines of a killed builder run until the next build removes them";
+            HostFinding::missing("setpriv", detail).help("apt-get install util-linux".to_owned())
+        }
+    };
+    report.findings.push(setpriv.optional());
     if let Ok(features) = &qemu {
         report.findings.extend(optional(programs, features));
     }
@@ -409,11 +406,11 @@ fn optional(programs: &Programs, features: &QemuFeatures) -> Vec<HostFinding> {
 }
 
 fn finding(what: &str, required: bool, outcome: Result<String, &Error>) -> HostFinding {
-    let (present, detail, help) = match outcome {
-        Ok(detail) => (true, detail, None),
-        Err(error) => (false, error.to_string(), error.help().map(str::to_owned)),
+    let finding = match outcome {
+        Ok(detail) => HostFinding::present(what, detail),
+        Err(error) => HostFinding::missing(what, error.to_string()).help(error.help().map(str::to_owned)),
     };
-    HostFinding { what: what.to_owned(), present, required, detail, help }
+    if required { finding } else { finding.optional() }
 }
 
 /// Number of free bytes below which even a small build is likely to fail.
@@ -423,17 +420,16 @@ fn free_space(store: &Path) -> HostFinding {
     // If the store does not exist yet, its nearest existing parent counts.
     let existing = store.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let free = rustix::fs::statvfs(existing).map(|stat| stat.f_bavail * stat.f_frsize);
-    let enough = free.as_ref().is_ok_and(|free| *free >= MIN_FREE_SPACE);
-    HostFinding {
-        what: "free disk space".to_owned(),
-        present: enough,
-        required: false,
-        detail: match free {
-            Ok(free) => format!("{} MiB free at {}", free >> 20, existing.display()),
-            Err(error) => format!("unknown at {}: {error}", existing.display()),
-        },
-        help: (!enough).then(|| "free some space there, or use a store on a larger disk".to_owned()),
-    }
+    let detail = match &free {
+        Ok(free) => format!("{} MiB free at {}", free >> 20, existing.display()),
+        Err(error) => format!("unknown at {}: {error}", existing.display()),
+    };
+    let finding = match free {
+        Ok(MIN_FREE_SPACE..) => HostFinding::present("free disk space", detail),
+        _ => HostFinding::missing("free disk space", detail)
+            .help("free some space there, or use a store on a larger disk".to_owned()),
+    };
+    finding.optional()
 }
 
 #[cfg(test)]

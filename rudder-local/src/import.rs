@@ -31,7 +31,7 @@ impl LabStorage {
             )),
             PlannedSource::Url(url) => self.import_url(url, request, progress).await,
             PlannedSource::Blank => {
-                self.volume(None, request.size).await.map(|volume| Imported { volume, input: None })
+                self.volume(None, request.size).await.map(|volume| Imported::new(volume, None))
             }
             PlannedSource::BuildRef(parent) => self.import_module(parent, request, progress).await,
             other => Err(Error::new(
@@ -57,7 +57,7 @@ impl LabStorage {
         let backing = Backing { path: &base.path, format: base.format };
         let volume = self.volume(Some((backing, base.size)), request.size).await?;
         let input = image.input.role(InputRole::source(&request.machine));
-        Ok(Imported { volume, input: Some(input) })
+        Ok(Imported::new(volume, input))
     }
 
     /// Imports a CD-ROM, which is attached as it was served, from where it is cached.
@@ -72,11 +72,11 @@ impl LabStorage {
             let message = format!("expected a store whose path is UTF-8, but found {}", file.path.display());
             Error::new(ErrorKind::InvalidInput, message)
         })?;
-        let volume = Volume { id, virtual_size: file.size };
+        let volume = Volume::new(id, file.size);
         self.hold(file.lease).await?;
         self.add_volume(&volume.id, volume.virtual_size);
         let input = file.input.role(InputRole::Iso);
-        Ok(Imported { volume, input: Some(input) })
+        Ok(Imported::new(volume, input))
     }
 
     async fn import_module(
@@ -103,7 +103,7 @@ impl LabStorage {
         let volume = self.volume(Some((backing, disk.virtual_size)), request.size).await?;
         let url = format!("module {}/{}", parent.module, parent.vm);
         let input = InputRecord::new(InputRole::source(&request.machine), url, disk.content.clone());
-        Ok(Imported { volume, input: Some(input) })
+        Ok(Imported::new(volume, input))
     }
 
     /// Creates the volume of a request on this image.
@@ -120,6 +120,6 @@ impl LabStorage {
         let id = format!("v{}.qcow2", self.number_of_volume());
         image::create(self, &id, backing, size).await?;
         self.add_volume(&id, size);
-        Ok(Volume { id, virtual_size: size })
+        Ok(Volume::new(id, size))
     }
 }

@@ -78,10 +78,8 @@ impl MachineRecord {
         (spec.firmware, spec.tpm) = (self.firmware, self.tpm);
         spec.ports.clone_from(&self.ports);
         spec.nics.clone_from(&self.nics);
-        spec.disks.extend(self.disks.iter().map(|disk| MachineDisk {
-            name: disk.name.clone(),
-            bus: disk.bus,
-            volume: Volume { id: disk.volume.clone(), virtual_size: disk.virtual_size },
+        spec.disks.extend(self.disks.iter().map(|disk| {
+            MachineDisk::new(&disk.name, disk.bus, Volume::new(&disk.volume, disk.virtual_size))
         }));
         spec
     }

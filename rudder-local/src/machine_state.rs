@@ -162,7 +162,7 @@ impl MachineState {
                 let target = storage.path(&file);
                 let _ = fs::remove_file(&target);
                 write_new(&target, &bytes)?;
-                Ok(CapturedState { kind, file, format, content: Content::of(&bytes) })
+                Ok(CapturedState::new(kind, file, format, Content::of(&bytes)))
             });
             captured.collect()
         })

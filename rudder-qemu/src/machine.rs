@@ -354,14 +354,14 @@ impl Machine for QemuMachine {
         let captured = capture::capture(&self.storage, &disk.volume.id, &file, &disk.name, progress).await;
         let captured = captured
             .map_err(|error| error.with_context("disk", &disk.name).with_context("vm", &self.spec.name))?;
-        Ok(CapturedDisk {
-            name: disk.name.clone(),
-            bus: disk.bus,
+        Ok(CapturedDisk::new(
+            disk.name.clone(),
+            disk.bus,
             file,
-            format: "qcow2".to_owned(),
-            virtual_size: captured.virtual_size,
-            content: Content::of_bytes(captured.size, captured.sha256),
-        })
+            "qcow2",
+            captured.virtual_size,
+            Content::of_bytes(captured.size, captured.sha256),
+        ))
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {

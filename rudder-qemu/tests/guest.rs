@@ -35,7 +35,7 @@ async fn a_guest_boots_from_every_bootable_bus_and_powers_off() {
         for other in [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Usb, Bus::Ide] {
             let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
             let name = format!("extra-{other:?}").to_lowercase();
-            spec.disks.push(rudder_core::backend::MachineDisk { name, bus: other, volume });
+            spec.disks.push(rudder_core::backend::MachineDisk::new(name, other, volume));
         }
         let models = [
             NicModel::E1000,
@@ -69,7 +69,7 @@ async fn a_blank_disk_falls_through_to_the_cd_and_boots_after_the_installation()
         let lab = fixture.lab().await;
         let mut spec = common::blank_machine(&*lab, "web", buses).await;
         for (name, path) in [("other", &other), ("cdrom", &cdrom)] {
-            let url = PlannedUrl { url: Url::from_file_path(path).unwrap(), sha256: None };
+            let url = PlannedUrl::new(Url::from_file_path(path).unwrap());
             let request = ImportRequest::cdrom("web", name, url);
             spec.cdroms.push(lab.import(&request, &Progress::none()).await.unwrap().volume);
         }
@@ -184,7 +184,7 @@ async fn an_image_larger_than_its_disk_is_refused_with_both_sizes() {
         Command::new("qemu-img").args(["create", "-q", "-f", "vmdk"]).arg(&image).arg("2M").status().unwrap();
     assert!(made.success());
     let url = url::Url::from_file_path(&image).unwrap();
-    let source = PlannedSource::Url(PlannedUrl { url, sha256: None });
+    let source = PlannedSource::Url(PlannedUrl::new(url));
     let request = |size| ImportRequest::new("web", "root", source.clone(), size);
     let error = lab.import(&request(Some(1 << 20)), &Progress::none()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);

@@ -193,11 +193,7 @@ async fn written_data_is_captured_and_published() {
 
     // The next layer is based on it.
     let lab = fixture.lab().await;
-    let parent = rudder_core::plan::PlannedBuildRef {
-        module: "base".to_owned(),
-        digest: module.digest,
-        vm: "web".to_owned(),
-    };
+    let parent = rudder_core::plan::PlannedBuildRef::new("base", module.digest, "web");
     let mut request = ImportRequest::new("child", "disk1", PlannedSource::BuildRef(parent), None);
     request.parent_disk = Some("disk1".to_owned());
     let imported = lab.import(&request, &Progress::none()).await.unwrap();

@@ -45,14 +45,14 @@ impl Rig {
         assert!(image.exists(), "{} is missing: run `make setup`", image.display());
         let directory = tempfile::Builder::new().prefix("rudder-typing-").tempdir().unwrap();
         let backend = QemuBackend::builder(Store::open(directory.path()).unwrap()).build();
-        let network = PlannedNetwork { declared: false, vpcs: Vec::new(), subnets: Vec::new() };
+        let network = PlannedNetwork::default();
         let lab = backend.open_lab(&LabSpec::new("typing", network)).await.unwrap();
         let url = format!("file://{}", image.display()).parse().unwrap();
-        let source = PlannedSource::Url(PlannedUrl { url, sha256: None });
+        let source = PlannedSource::Url(PlannedUrl::new(url));
         let request = ImportRequest::new("typing", "disk", source, None);
         let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
         let mut spec = MachineSpec::new("typing", 1, memory);
-        spec.disks.push(MachineDisk { name: "disk".to_owned(), bus: Bus::Ide, volume });
+        spec.disks.push(MachineDisk::new("disk", Bus::Ide, volume));
         let machine = lab.create_machine(&spec).await.unwrap();
         machine.start().await.unwrap();
         Self { console: Console::new(machine.clone()), machine, lab, _directory: directory }

@@ -106,6 +106,7 @@ impl ImportRequest {
 
 /// Content attached to a machine as a disk or a CD-ROM. The id has a meaning only to its backend.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Volume {
     /// The backend's name for the volume: a path or an object name.
     pub id: String,
@@ -113,8 +114,16 @@ pub struct Volume {
     pub virtual_size: u64,
 }
 
+impl Volume {
+    /// Creates a volume from the backend's name for it, and the size that the guest sees in bytes.
+    pub fn new(id: impl Into<String>, virtual_size: u64) -> Self {
+        Self { id: id.into(), virtual_size }
+    }
+}
+
 /// An imported source.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Imported {
     /// The volume.
     pub volume: Volume,
@@ -122,8 +131,16 @@ pub struct Imported {
     pub input: Option<InputRecord>,
 }
 
+impl Imported {
+    /// Creates what an import returns: the volume, and the content it was made from; `None` for a blank disk.
+    pub fn new(volume: Volume, input: impl Into<Option<InputRecord>>) -> Self {
+        Self { volume, input: input.into() }
+    }
+}
+
 /// A disk of a machine.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct MachineDisk {
     /// The name of the disk, unique in the machine.
     pub name: String,
@@ -131,6 +148,13 @@ pub struct MachineDisk {
     pub bus: Bus,
     /// The content of the disk.
     pub volume: Volume,
+}
+
+impl MachineDisk {
+    /// Creates a disk of this name with the content of a volume.
+    pub fn new(name: impl Into<String>, bus: Bus, volume: Volume) -> Self {
+        Self { name: name.into(), bus, volume }
+    }
 }
 
 /// The files of a NoCloud seed (cloud-init documentation, datasource NoCloud).
@@ -307,6 +331,7 @@ impl HostReport {
 
 /// A single thing that a backend needs or can use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct HostFinding {
     /// What was checked: `qemu-system-x86_64`, `accelerator`…
     pub what: String,
@@ -318,6 +343,33 @@ pub struct HostFinding {
     pub detail: String,
     /// How to fix it.
     pub help: Option<String>,
+}
+
+impl HostFinding {
+    /// Creates the finding that something is present, with its version. It counts as required.
+    pub fn present(what: impl Into<String>, detail: impl Into<String>) -> Self {
+        let (what, detail) = (what.into(), detail.into());
+        Self { what, present: true, required: true, detail, help: None }
+    }
+
+    /// Creates the finding that something is missing or unusable, with what is wrong with it. It counts as required.
+    pub fn missing(what: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self { present: false, ..Self::present(what, detail) }
+    }
+
+    /// Marks it as something that the backend can work without.
+    #[must_use]
+    pub fn optional(mut self) -> Self {
+        self.required = false;
+        self
+    }
+
+    /// Sets how to fix it.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<Option<String>>) -> Self {
+        self.help = help.into();
+        self
+    }
 }
 
 /// Report of what was removed.

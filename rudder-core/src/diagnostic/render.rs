@@ -32,6 +32,7 @@ pub fn render(diagnostics: &[Diagnostic], source_name: &str, source_text: &str) 
 
 /// Whether text contains ANSI colours (ECMA-48, SGR).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Colour {
     /// Plain text.
     #[default]

@@ -35,6 +35,7 @@ pub(crate) const DENIED: u32 = 77;
 
 /// The content to upload.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub enum Content<'a> {
     /// These bytes.
     Bytes(&'a [u8]),

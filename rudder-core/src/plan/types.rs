@@ -74,6 +74,7 @@ pub struct PlannedMachine {
 
 /// The hardware of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Hardware {
     /// Cores visible to the guest.
     pub cpus: u32,
@@ -91,6 +92,7 @@ pub struct Hardware {
 
 /// A disk of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PlannedDisk {
     /// Name, unique in the VM.
     pub name: String,
@@ -187,6 +189,7 @@ pub enum PlannedSource {
 
 /// A VM of an existing module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PlannedBuildRef {
     /// Name of the module.
     pub module: String,
@@ -196,8 +199,16 @@ pub struct PlannedBuildRef {
     pub vm: String,
 }
 
+impl PlannedBuildRef {
+    /// Creates a reference to a VM of this version of a module.
+    pub fn new(module: impl Into<String>, digest: Digest, vm: impl Into<String>) -> Self {
+        Self { module: module.into(), digest, vm: vm.into() }
+    }
+}
+
 /// A download.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PlannedUrl {
     /// http, https or file URL.
     pub url: url::Url,
@@ -205,8 +216,24 @@ pub struct PlannedUrl {
     pub sha256: Option<Digest>,
 }
 
+impl PlannedUrl {
+    /// Creates a download of any content.
+    #[must_use]
+    pub fn new(url: url::Url) -> Self {
+        Self { url, sha256: None }
+    }
+
+    /// Sets the sha256 that the bytes must have, as served; `None` for any.
+    #[must_use]
+    pub fn sha256(mut self, sha256: impl Into<Option<Digest>>) -> Self {
+        self.sha256 = sha256.into();
+        self
+    }
+}
+
 /// A file of the build.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PlannedFile {
     /// Name of the file.
     pub name: String,
@@ -217,6 +244,7 @@ pub struct PlannedFile {
 /// Bytes, or their location.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[non_exhaustive]
 pub enum PlannedContent {
     /// The bytes themselves.
     Inline(Arc<[u8]>),
@@ -226,6 +254,7 @@ pub enum PlannedContent {
 
 /// The contents of a NoCloud seed, as in the manifest.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PlannedCloudInit {
     /// User data, delivered as written.
     pub user_data: Option<Arc<str>>,
@@ -235,6 +264,7 @@ pub struct PlannedCloudInit {
 
 /// How to connect to a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PlannedCommunicator {
     /// Shell of the guest.
     pub shell: GuestShell,
@@ -253,6 +283,7 @@ pub struct PlannedCommunicator {
 
 /// A provisioning step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PlannedStep {
     /// Name of the step, else its type.
     pub name: String,

@@ -116,7 +116,7 @@ pub async fn blank_machine(lab: &dyn Lab, name: &str, buses: &[Bus]) -> MachineS
         let disk = format!("disk{index}");
         let request = ImportRequest::new(name, &disk, PlannedSource::Blank, Some(64 << 20));
         let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
-        spec.disks.push(MachineDisk { name: disk, bus: *bus, volume });
+        spec.disks.push(MachineDisk::new(disk, *bus, volume));
     }
     spec.nics.push(nic(1, NicModel::E1000));
     spec.ports = vec![22];
@@ -128,10 +128,10 @@ pub async fn sector_machine(lab: &dyn Lab, disk: &[u8], bus: Bus, size: u64) -> 
     let file = tempfile::Builder::new().suffix(".img").tempfile().unwrap();
     fs::write(file.path(), disk).unwrap();
     let url = url::Url::from_file_path(file.path()).unwrap();
-    let source = PlannedSource::Url(PlannedUrl { url, sha256: None });
+    let source = PlannedSource::Url(PlannedUrl::new(url));
     let request = ImportRequest::new("guest", "root", source, Some(size));
     let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
     let mut spec = MachineSpec::new("guest", 1, 64 << 20);
-    spec.disks.push(MachineDisk { name: "root".to_owned(), bus, volume });
+    spec.disks.push(MachineDisk::new("root", bus, volume));
     spec
 }

@@ -73,8 +73,7 @@ impl Fixture {
     async fn import(&self, bytes: &[u8], size: Option<u64>) -> Result<Imported> {
         fs::write(self.path("image"), bytes).unwrap();
         let url = url::Url::from_file_path(self.path("image")).unwrap();
-        let request =
-            ImportRequest::new("web", "root", PlannedSource::Url(PlannedUrl { url, sha256: None }), size);
+        let request = ImportRequest::new("web", "root", PlannedSource::Url(PlannedUrl::new(url)), size);
         let notices = Arc::clone(&self.notices);
         let progress = Progress::new(move |event| {
             if let ProgressEvent::Notice(notice) = event {

@@ -42,8 +42,8 @@ fn nic(slot: u8, subnet: &str, model: NicModel) -> PlannedNic {
 }
 
 fn disk(index: usize, bus: Bus) -> MachineDisk {
-    let volume = Volume { id: format!("v{index}.qcow2"), virtual_size: 1 << 30 };
-    MachineDisk { name: format!("d{index}"), bus, volume }
+    let volume = Volume::new(format!("v{index}.qcow2"), 1 << 30);
+    MachineDisk::new(format!("d{index}"), bus, volume)
 }
 
 fn with_disks(buses: impl IntoIterator<Item = Bus>) -> MachineSpec {
@@ -327,7 +327,7 @@ fn a_tpm_is_a_device_connected_to_swtpm() {
 }
 
 fn cdroms<const N: usize>(paths: [&str; N]) -> Vec<Volume> {
-    paths.map(|path| Volume { id: path.to_owned(), virtual_size: 1 << 20 }).into()
+    paths.map(|path| Volume::new(path.to_owned(), 1 << 20)).into()
 }
 
 #[test]

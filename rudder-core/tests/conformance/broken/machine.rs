@@ -209,11 +209,13 @@ impl Machine for BrokenMachine {
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {
         let mut captured = self.inner.capture_state().await?;
         let variables = self.variables.filter(|_| !self.is(Defect::DropsState));
-        captured.extend(variables.map(|sha256| CapturedState {
-            kind: StateKind::FirmwareVariables,
-            file: format!("{sha256}.variables"),
-            format: "memory".to_owned(),
-            content: Content::of_bytes(1, sha256),
+        captured.extend(variables.map(|sha256| {
+            CapturedState::new(
+                StateKind::FirmwareVariables,
+                format!("{sha256}.variables"),
+                "memory",
+                Content::of_bytes(1, sha256),
+            )
         }));
         Ok(captured)
     }

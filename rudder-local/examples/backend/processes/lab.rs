@@ -77,7 +77,7 @@ impl ProcessesLab {
             make().map_err(|error| Error::io("make a volume", error))
         })
         .await?;
-        Ok(Volume { id, virtual_size: size })
+        Ok(Volume::new(id, size))
     }
 
     async fn import_module(&self, parent: &PlannedBuildRef, request: &ImportRequest) -> Result<Imported> {
@@ -109,7 +109,7 @@ impl ProcessesLab {
         let url = format!("module {}/{}", parent.module, parent.vm);
         let input = InputRecord::new(InputRole::source(&request.machine), url, disk.content.clone());
         let volume = self.volume(Some(path), size).await?;
-        Ok(Imported { volume, input: Some(input) })
+        Ok(Imported::new(volume, input))
     }
 }
 
@@ -126,7 +126,7 @@ impl Lab for ProcessesLab {
     async fn import(&self, request: &ImportRequest, _progress: &Progress) -> Result<Imported> {
         let imported = match &request.source {
             PlannedSource::Blank => match request.size {
-                Some(size) => self.volume(None, size).await.map(|volume| Imported { volume, input: None }),
+                Some(size) => self.volume(None, size).await.map(|volume| Imported::new(volume, None)),
                 None => {
                     let message = "expected the size of a blank disk, but found none";
                     Err(Error::new(ErrorKind::InvalidInput, message))

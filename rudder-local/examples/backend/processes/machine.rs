@@ -290,14 +290,14 @@ impl Machine for ProcessMachine {
         })
         .await?;
         progress.bytes(&format!("copy {disk}"), size, Some(size));
-        Ok(CapturedDisk {
-            name: disk.to_owned(),
-            bus: found.bus,
+        Ok(CapturedDisk::new(
+            disk.to_owned(),
+            found.bus,
             file,
-            format: "raw".to_owned(),
-            virtual_size: found.volume.virtual_size,
-            content: Content::of_bytes(size, sha256),
-        })
+            "raw",
+            found.volume.virtual_size,
+            Content::of_bytes(size, sha256),
+        ))
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {

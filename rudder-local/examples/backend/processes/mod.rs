@@ -64,14 +64,13 @@ impl Backend for Processes {
     }
 
     async fn diagnose(&self) -> Result<HostReport> {
-        let present = Path::new("/proc/self/cwd").exists();
         let mut report = HostReport::default();
-        report.findings.push(HostFinding {
-            what: "/proc".to_owned(),
-            present,
-            required: true,
-            detail: "who owns a process is read there".to_owned(),
-            help: (!present).then(|| "mount it: mount -t proc proc /proc".to_owned()),
+        let detail = "who owns a process is read there";
+        report.findings.push(match Path::new("/proc/self/cwd").exists() {
+            true => HostFinding::present("/proc", detail),
+            false => {
+                HostFinding::missing("/proc", detail).help("mount it: mount -t proc proc /proc".to_owned())
+            }
         });
         Ok(report)
     }

@@ -23,14 +23,14 @@ pub(super) async fn publish_from(
 ) -> Result<Module> {
     let lab = store.create_lab(&LabId::new(name), name, Retention::EndWithOwner)?;
     fs::write(lab.path().join("captured"), content).unwrap();
-    let disk = CapturedDisk {
-        name: "rootdisk".into(),
-        bus: Bus::Virtio,
-        file: "captured".into(),
-        format: "raw".into(),
-        virtual_size: content.len() as u64,
-        content: Content::of(content),
-    };
+    let disk = CapturedDisk::new(
+        "rootdisk",
+        Bus::Virtio,
+        "captured",
+        "raw",
+        content.len() as u64,
+        Content::of(content),
+    );
     let mut machine = TemplateMachine::new("web", 1, 1 << 20);
     machine.disks.push(disk);
     let mut provenance = Provenance::new("", Digest::of(b""));

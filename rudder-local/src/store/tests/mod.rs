@@ -71,7 +71,7 @@ fn open(root: &Path) -> Store {
 }
 
 fn planned(url: &url::Url, sha256: Option<Digest>) -> PlannedUrl {
-    PlannedUrl { url: url.clone(), sha256 }
+    PlannedUrl::new(url.clone()).sha256(sha256)
 }
 
 /// Returns a raw disk with a boot signature and incompressible content. `size` must be a whole number of sectors.
