@@ -33,7 +33,7 @@ test-slow: guests ## Run the slow tests: installations on a slowed-down machine,
 	@$(call timed,test-slow: compiling,cargo build --quiet --examples --features libvirt && cargo test --quiet --no-run --features libvirt $(SLOW))
 	@$(call timed,test-slow: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --features libvirt --no-fail-fast $(SLOW) -- --nocapture --test-threads 1)
 
-check: ## Check format, structure, lints, other targets, documentation, licences and sources of dependencies, and the oldest supported Rust; must pass before a change lands
+check: ## Check format, structure, lints, other targets, documentation, licences and sources of dependencies, packages, and the oldest supported Rust; must pass before a change lands
 	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
 	@$(call timed,check: structure,tools/structure --check)
@@ -42,6 +42,7 @@ check: ## Check format, structure, lints, other targets, documentation, licences
 	@$(call timed,check: other targets,tools/targets)
 	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt --features testing --no-deps --quiet)
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
+	@$(call timed,check: packages,tools/package)
 	@$(call timed,check: oldest Rust,tools/msrv)
 
 guests: ## Build the guests of the tests and the demo from Debian's packages, in target/guests
