@@ -1,25 +1,47 @@
-#![doc = include_str!("../README.md")]
+//! Builds virtual machines from a YAML manifest: boots them, provisions them over SSH, shuts them down, and captures their disks as
+//! a *module*, from which the next manifest can start.
 //!
-//! # This package
+//! ```no_run
+//! use rudder::{backend::Backend, build::Build, plan::{PlanContext, prepare}, qemu::QemuBackend, store::Store};
+//! use std::sync::Arc;
 //!
-//! This is the only dependency that a program needs to embed Rudder.
+//! #[tokio::main]
+//! async fn main() -> rudder::Result<()> {
+//!     let backend = Arc::new(QemuBackend::builder(Store::open(Store::default_root())?).build());
+//!     let context = PlanContext::new(backend.capabilities()).modules(backend.modules().await?);
+//!     let manifest = rudder::manifest::read_file("site.yaml".as_ref())?;
+//!     for plan in prepare("site.yaml", &manifest, &context).into_plans()? {
+//!         let build = Build::new(plan, backend.clone()).start();
+//!         let mut events = build.events();
+//!         while let Some(event) = events.next().await {
+//!             println!("{event}");
+//!         }
+//!         println!("{}", build.outcome().await?.name);
+//!     }
+//!     Ok(())
+//! }
+//! ```
 //!
-//! | task | module |
+//! | to | use |
 //! |---|---|
-//! | reading and checking a manifest | [`plan::prepare`], [`diagnostic`] |
-//! | building, following and cancelling a build | `build`, [`event`] |
-//! | listing, showing and removing modules | `backend::Backend`, [`module`], `store` |
-//! | using a guest, its screen and its keyboard | `guest`, `console` |
-//! | testing without a hypervisor | `memory` |
-//! | writing a backend | `backend`, `backend_api`, `testing` |
+//! | read, check and plan a manifest | [`plan::prepare`], [`plan::PlanContext`], [`diagnostic`] |
+//! | build, follow, cancel | [`build::Build`], [`build::BuildHandle`], [`event`] |
+//! | learn why something failed | [`Error`]: `kind`, `report`, `diagnostics`, `build_failure` |
+//! | list, show and remove modules | [`backend::Backend`], [`module::Module`] |
+//! | use a guest, its screen and its keyboard | [`guest::Guest`], [`console::Console`] |
+//! | choose a hypervisor | `rudder::qemu`, `rudder::libvirt`, on a `rudder::store` |
+//! | test without a hypervisor | `rudder::memory` |
+//! | write a backend | [`backend`], [`backend_api`], `rudder::testing` |
 //!
-//! | feature | what it adds |
+//! | feature | adds |
 //! |---|---|
-//! | `engine` (default) | builds, and the contract of backends. Without it: manifests, diagnostics, plans, events and records, on any target, `wasm32-unknown-unknown` included |
-//! | `qemu` (default) | `rudder::qemu`: builds on raw QEMU processes |
-//! | `libvirt` | `rudder::libvirt`: builds on libvirt; needs its headers (`libvirt-dev`) |
-//! | `memory` | `rudder::memory`: a backend in memory, for tests without a hypervisor |
-//! | `testing` | `rudder::testing`: the conformance suite, for authors of backends; outside semantic versioning |
+//! | `engine` (default) | builds, and the contract of backends. Without it: manifests, diagnostics, plans, events and records, also on `wasm32-unknown-unknown` |
+//! | `qemu` (default) | builds on raw QEMU processes |
+//! | `libvirt` | builds on libvirt; needs its headers (`libvirt-dev`) |
+//! | `memory` | a backend in memory, for tests |
+//! | `testing` | the conformance suite for authors of backends; outside semantic versioning |
+//!
+//! The [guide](https://github.com/rudder-vm/rudder/blob/main/docs/guide.md) explains manifests and programs step by step.
 
 // Without the engine: manifests, plans and results.
 #[doc(inline)]
@@ -68,7 +90,11 @@ pub use rudder_local::helper;
 #[doc(inline)]
 pub use rudder_qemu as qemu;
 
-/// The doctests of the guide.
+/// The doctests of the pages.
 #[cfg(doctest)]
-#[doc = include_str!("../docs/guide.md")]
-mod guide {}
+mod pages {
+    #[doc = include_str!("../README.md")]
+    mod readme {}
+    #[doc = include_str!("../docs/guide.md")]
+    mod guide {}
+}
