@@ -4,7 +4,7 @@ use crate::{
     connection::Connection,
     host_capabilities::HostCapabilities,
     lab_context::{LabContext, remove_all_of},
-    machine::LibvirtMachine,
+    machine::{self, LibvirtMachine},
     modules,
     network::Bridge,
 };
@@ -58,7 +58,8 @@ impl LibvirtLab {
         spec: &LabSpec,
     ) -> Result<Self> {
         let storage = LabStorage::open(store, Arc::clone(&host_capabilities.host), spec).await?;
-        let context = LabContext::new(storage, Lan::new(spec), connection, host_capabilities, store);
+        let lan = Arc::new(Lan::new(spec));
+        let context = LabContext::new(storage, lan, connection, host_capabilities, store);
         let lab = Self {
             context: Arc::new(context),
             store: store.clone(),
@@ -88,8 +89,10 @@ impl LibvirtLab {
                     _ => return Admission::Refused,
                 };
                 let machines = machines.upgrade().map(|machines| locked(&machines).clone());
-                let machine =
-                    machines.into_iter().flatten().find(|machine| machine.has_address(&subnet, guest));
+                let machine = machines
+                    .into_iter()
+                    .flatten()
+                    .find(|machine| machine::has_address(machine, &subnet, guest));
                 // Only guests have an address there; a guest may have taken a different one than it was given.
                 machine.map_or(Admission::Welcome, |machine| Admission::Machine(machine.name().to_owned()))
             };
@@ -154,7 +157,7 @@ impl Lab for LibvirtLab {
         }
         let number = *begun;
         *begun += 1;
-        let machine = Arc::new(LibvirtMachine::define(&self.context, spec, number).await.map_err(refuse)?);
+        let machine = Arc::new(machine::define(&self.context, spec, number).await.map_err(refuse)?);
         self.machines().push(Arc::clone(&machine));
         Ok(machine)
     }

@@ -17,7 +17,7 @@ use virt::{connect::Connect, domain::Domain, error::ErrorNumber, sys};
 #[derive(Debug)]
 pub(crate) struct LabContext {
     pub(crate) storage: Arc<LabStorage>,
-    pub(crate) lan: Lan,
+    pub(crate) lan: Arc<Lan>,
     pub(crate) connection: Arc<Connection>,
     pub(crate) host_capabilities: Arc<HostCapabilities>,
     /// The store that contains the lab, for labels.
@@ -33,7 +33,7 @@ impl LabContext {
     /// Returns a context on this storage, without networks.
     pub(crate) fn new(
         storage: LabStorage,
-        lan: Lan,
+        lan: Arc<Lan>,
         connection: &Arc<Connection>,
         host_capabilities: &Arc<HostCapabilities>,
         store: &Store,
@@ -107,6 +107,9 @@ impl LabContext {
             outcome
         });
         done.await.unwrap_or_else(|error| {
+            if error.is_cancelled() {
+                return Err(Error::new(ErrorKind::Cancelled, "the program is ending").with_source(error));
+            }
             Err(Error::new(ErrorKind::Internal, "work of libvirt's was cut short").with_source(error))
         })
     }

@@ -1,8 +1,8 @@
 //! The libvirt backend of Rudder: each machine is a domain of a libvirt daemon on this host.
 //!
 //! # Modules
-//! `backend` checks the host, opens labs and reaps · `lab` manages machines and their end · `machine` starts, dials and
-//! captures a machine · `watch` watches a machine and reports how it ended · `modules` manages the halted domains of
+//! `backend` checks the host, opens labs and reaps · `lab` manages machines and their end · `machine` starts and
+//! dials a machine · `run` controls and observes a running machine · `modules` manages the halted domains of
 //! published modules. `connection`, `host_capabilities`, `domain`, `network`, `label`, `process` and `xml` are the
 //! interface to libvirt.
 //!
@@ -31,7 +31,7 @@ mod network;
 mod pci_addresses;
 mod picture;
 mod process;
-mod watch;
+mod run;
 mod xml;
 
 pub use self::backend::{LibvirtBackend, LibvirtBackendBuilder};

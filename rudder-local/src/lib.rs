@@ -1,5 +1,6 @@
 //! What the backends for hypervisors on one host share: the [`store`] and its records on disk, the storage of a lab, the
-//! [`network`] of a lab, capture, firmware, TPMs, the PCI layout of machines, processes, and the ledger that records them.
+//! [`network`] of a lab, the [life](lifecycle) of a [`machine`], capture, firmware, TPMs, the PCI layout of machines,
+//! processes, and the ledger that records them.
 //!
 //! Only [`store`] is meant for programs that embed Rudder, which use it as `rudder::store`. Everything else is for
 //! backends, and not covered by semantic versioning.
@@ -15,6 +16,7 @@ pub mod lab_storage;
 pub mod lan;
 pub mod lifecycle;
 pub mod log_tail;
+pub mod machine;
 pub mod machine_record;
 pub mod machine_state;
 pub mod network;

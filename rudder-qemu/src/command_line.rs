@@ -10,6 +10,7 @@ mod disks;
 use rudder_core::{Result, backend::MachineSpec, hardware::Bus, plan::PlannedNetwork};
 use rudder_local::{
     accelerator::Chosen,
+    machine::{FLOPPY, SEED, SERIAL},
     machine_state::Flash,
     nic_arguments::{driver, nic_arguments, nic_socket},
     pci_layout::{Chipset, cdrom_bus, slot},
@@ -17,7 +18,14 @@ use rudder_local::{
 };
 use serde_json::json;
 
-/// The names of a machine's files, relative to its lab's directory.
+/// The control socket.
+pub(crate) const QMP: &str = "qmp";
+/// The socket of the display.
+pub(crate) const DISPLAY: &str = "vnc";
+/// QEMU's own output.
+pub(crate) const LOG: &str = "qemu.log";
+
+/// The names of the files on a machine's command line, relative to its lab's directory.
 #[derive(Debug, Clone)]
 pub(crate) struct Files {
     /// The control socket.
@@ -26,18 +34,10 @@ pub(crate) struct Files {
     pub(crate) display: String,
     /// QEMU's socket of the serial console, which serves one client at a time.
     pub(crate) serial: String,
-    /// The socket through which any number of people share the serial console.
-    pub(crate) console: String,
-    /// The last output of the guest on its serial console.
-    pub(crate) serial_log: String,
-    /// QEMU's own output.
-    pub(crate) log: String,
     /// The seed medium.
     pub(crate) seed: String,
     /// The floppy image.
     pub(crate) floppy: String,
-    /// The last screenshot.
-    pub(crate) picture: String,
     /// The sockets of its NICs.
     pub(crate) nics: Vec<String>,
 }
@@ -48,15 +48,11 @@ impl Files {
     pub(crate) fn new(number: usize) -> Self {
         let file = |suffix: &str| format!("m{number}.{suffix}");
         Self {
-            qmp: file("qmp"),
-            display: file("vnc"),
-            serial: file("serial"),
-            console: file("console"),
-            serial_log: file("serial.log"),
-            log: file("qemu.log"),
-            seed: file("seed.img"),
-            floppy: file("floppy.img"),
-            picture: file("screen.png"),
+            qmp: file(QMP),
+            display: file(DISPLAY),
+            serial: file(SERIAL),
+            seed: file(SEED),
+            floppy: file(FLOPPY),
             nics: (0..MOST_NICS).map(|index| nic_socket(number, index)).collect(),
         }
     }

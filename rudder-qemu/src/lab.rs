@@ -1,6 +1,6 @@
 //! The lab of one build or clone: a directory in the store, its volumes and its machines.
 
-use crate::machine::QemuMachine;
+use crate::machine::{self, QemuMachine};
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -94,8 +94,7 @@ impl Lab for QemuLab {
         }
         let number = *begun;
         *begun += 1;
-        let machine =
-            QemuMachine::define(Arc::clone(&self.storage), Arc::clone(&self.lan), spec, number).await;
+        let machine = machine::define(&self.storage, &self.lan, spec, number).await;
         let machine = Arc::new(machine.map_err(refuse)?);
         self.machines().push(Arc::clone(&machine));
         Ok(machine)

@@ -2,8 +2,8 @@
 //! through qemu-img. Needs no root, no daemon and no bridge.
 //!
 //! # Modules
-//! `backend` opens labs · `lab` holds machines · `machine` starts, dials and captures a machine · `watch` reports how a
-//! machine ended · `command_line` and `qmp` are the interfaces to QEMU. Everything that does not depend on how a
+//! `backend` opens labs · `lab` holds machines · `machine` starts a machine · `run` controls and observes a running
+//! machine · `command_line` and `qmp` are the interfaces to QEMU. Everything that does not depend on how a
 //! machine is started is in [`rudder_local`].
 //!
 //! # Cleaning up
@@ -19,7 +19,7 @@ mod command_line;
 mod lab;
 mod machine;
 mod qmp;
-mod watch;
+mod run;
 
 pub use self::backend::{QemuBackend, QemuBackendBuilder};
 pub use rudder_local::accelerator::Accelerator;

@@ -9,7 +9,7 @@
 //!
 //! [`Lifecycle`] is the phase of a machine and the rules for changing it. [`Kernel`] decides what to do with a running
 //! machine and how it ended. Neither performs I/O or reads a clock. [`Watcher`] drives a kernel with what a [`Run`]
-//! observes, and carries out its decisions; a hypervisor implements `Run`.
+//! observes, and carries out its decisions; a hypervisor implements `Run` and [`Control`].
 
 mod kernel;
 mod phase;
@@ -22,5 +22,5 @@ pub use self::{
         Shutdown, TPM_LIMIT,
     },
     phase::{AtRest, Lifecycle, Phase, Running, Starting},
-    watcher::{Run, Watcher},
+    watcher::{Control, Run, Watcher},
 };

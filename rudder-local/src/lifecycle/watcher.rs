@@ -2,9 +2,18 @@
 
 use super::{Action, HANG_UP_LIMIT, Input, Kernel, Observation, Reporter, Running};
 use crate::{lab_storage::blocking, serial::SerialConsole, tpm::Tpm};
+use async_trait::async_trait;
 use futures::future::{BoxFuture, Fuse, FusedFuture as _, FutureExt as _};
-use rudder_core::{Result, backend::Stop, files::replace_file};
-use std::{path::PathBuf, sync::Arc};
+use rudder_core::{
+    Result,
+    backend::{BoxedStream, Stop},
+    files::replace_file,
+};
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicBool},
+};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, timeout},
@@ -12,15 +21,19 @@ use tokio::{
 
 /// A running machine, in the terms of its hypervisor. Dropping it ends the machine, unless it was released or a daemon
 /// ends it.
+///
+/// The process of the machine need not be a child of this one.
 pub trait Run: Send + 'static {
-    /// Who reports what happens to the machine.
+    /// How requests reach it.
+    type Control: Control;
+    /// Who reports what happens to it.
     const REPORTER: Reporter;
+
+    /// Returns how requests reach it.
+    fn control(&self) -> Self::Control;
 
     /// Waits for the next observation. Dropping the future loses none.
     fn observe(&mut self) -> impl Future<Output = Observation> + Send;
-
-    /// Presses the power button. Does not wait.
-    fn press_power_button(&mut self);
 
     /// Asks the hypervisor to end the machine cleanly. Does not wait.
     fn quit(&mut self);
@@ -28,8 +41,42 @@ pub trait Run: Send + 'static {
     /// Ends the machine immediately. Does not wait. May be repeated.
     fn kill(&mut self);
 
+    /// Returns a switch that, once set, lets the machine outlive this value; `None` if dropping this value does not end
+    /// it.
+    fn release_switch(&self) -> Option<Arc<AtomicBool>> {
+        None
+    }
+}
+
+/// How requests reach a running machine.
+#[async_trait]
+pub trait Control: fmt::Debug + Clone + Send + Sync + 'static {
+    /// Lets the guest run, which was paused when the machine was powered on.
+    ///
+    /// # Errors
+    /// `LaunchFailed`; `Protocol`.
+    async fn resume(&self) -> Result<()>;
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    /// `Protocol`.
+    async fn press_power_button(&self) -> Result<()>;
+
     /// Takes a screenshot as PNG.
-    fn screenshot(&self) -> impl Future<Output = Result<Vec<u8>>> + Send + 'static;
+    ///
+    /// # Errors
+    /// As [`Machine::screenshot`](rudder_core::backend::Machine::screenshot).
+    async fn screenshot(&self) -> Result<Vec<u8>>;
+
+    /// Connects to the display.
+    ///
+    /// # Errors
+    /// As [`Machine::display`](rudder_core::backend::Machine::display).
+    async fn display(&self) -> Result<BoxedStream>;
+
+    /// Returns a command with which a person opens the display.
+    fn display_command(&self) -> String;
 }
 
 /// The watcher of a running machine: ends it on request, and publishes how it ended. Dropping it drops the machine.
@@ -77,11 +124,15 @@ impl<R: Run> Watcher<R> {
             };
             for action in kernel.handle(started.elapsed(), input) {
                 match action {
-                    Action::PressPowerButton => run.press_power_button(),
+                    Action::PressPowerButton => {
+                        let control = run.control();
+                        // Not awaited: the guest may end before the hypervisor replies.
+                        tokio::spawn(async move { control.press_power_button().await });
+                    }
                     Action::Quit => run.quit(),
                     Action::Kill => run.kill(),
                     Action::TakeScreenshot => {
-                        screenshot = keep(run.screenshot(), path.clone()).boxed().fuse();
+                        screenshot = keep(run.control(), path.clone()).boxed().fuse();
                     }
                 }
             }
@@ -106,8 +157,8 @@ async fn ended(tpm: &mut Option<Tpm>) -> String {
 }
 
 /// Stores a screenshot. One that is cut short by the end of the machine is discarded.
-async fn keep(screenshot: impl Future<Output = Result<Vec<u8>>>, path: PathBuf) {
-    let kept = match screenshot.await {
+async fn keep(control: impl Control, path: PathBuf) {
+    let kept = match control.screenshot().await {
         Ok(bytes) => blocking(move || replace_file(&path, &bytes)).await,
         Err(error) => Err(error),
     };

@@ -266,6 +266,13 @@ fn a_machine_that_cannot_be_killed_is_given_up() {
     let _ = kernel.handle(QUIT_LIMIT + GIVE_UP_LIMIT, Input::Time);
     let detail = "the machine's process did not end within 60 s after it was killed";
     assert_eq!(kernel.exit(), Some(&died(detail)));
+
+    // Nothing is done for a request that arrives at that moment.
+    let mut kernel = Kernel::new(Reporter::Process);
+    let _ = kernel.handle(START, DISCONNECTED);
+    assert_eq!(kernel.handle(HANG_UP_LIMIT, Input::Time), [Action::Kill]);
+    assert_eq!(kernel.handle(HANG_UP_LIMIT + GIVE_UP_LIMIT, Input::Stop(Stop::Kill)), []);
+    assert_eq!(kernel.exit(), Some(&died(detail)));
 }
 
 fn any_input() -> impl Strategy<Value = Input> {

@@ -7,17 +7,28 @@ use crate::{
     connection::{Connection, Failure, Refusal, domain},
     domain_state::DomainState,
     picture::picture,
-    process::{self, Broke, Found},
 };
+use async_trait::async_trait;
 use futures::{
     FutureExt as _,
     future::{BoxFuture, Fuse, FusedFuture as _},
 };
-use rudder_core::Result;
-use rudder_local::lifecycle::{Observation, Outcome, ProcessEnd, Reporter, Run};
-use std::{fmt, sync::Arc, time::Duration};
-use tokio::time::{Instant, sleep_until};
-use virt::{connect::Connect, sys};
+use rudder_core::{Error, ErrorKind, Result, backend::BoxedStream};
+use rudder_local::{
+    lifecycle::{Control, Observation, Outcome, ProcessEnd, Reporter, Run},
+    process::{OwnedChild, describe},
+};
+use std::{
+    fmt,
+    os::{fd::AsRawFd, unix::net::UnixStream as StdUnixStream},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    net::UnixStream,
+    time::{Instant, sleep_until},
+};
+use virt::{connect::Connect, domain::Domain, sys};
 
 /// Interval between checks of the domain's state.
 const LOOK: Duration = Duration::from_millis(250);
@@ -26,54 +37,52 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A running domain.
 pub(crate) struct LibvirtRun {
-    target: Target,
+    control: DomainControl,
     /// When to check its state next.
     look: Instant,
     /// One check at a time: libvirt blocks queries about a domain that it is stopping.
     looking: Fuse<BoxFuture<'static, Option<Observation>>>,
     killing: Fuse<BoxFuture<'static, ()>>,
-    process_gone: Fuse<BoxFuture<'static, Option<Broke>>>,
+    process_gone: Fuse<BoxFuture<'static, ProcessEnd>>,
 }
 
 impl fmt::Debug for LibvirtRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LibvirtRun").field("domain", &self.target.name).finish_non_exhaustive()
+        f.debug_struct("LibvirtRun").field("domain", &self.control.name).finish_non_exhaustive()
     }
-}
-
-/// A domain of a connection, by its name.
-#[derive(Clone)]
-struct Target {
-    connection: Arc<Connection>,
-    name: String,
 }
 
 impl LibvirtRun {
     /// Watches a domain, whose process is given if it was found.
-    pub(crate) fn new(connection: Arc<Connection>, name: String, process: Option<Found>) -> Self {
+    pub(crate) fn new(control: DomainControl, process: Option<OwnedChild>) -> Self {
         Self {
-            target: Target { connection, name },
+            control,
             look: Instant::now() + LOOK,
             looking: Fuse::terminated(),
             killing: Fuse::terminated(),
-            process_gone: process::ended(process).boxed().fuse(),
+            process_gone: ended(process).boxed().fuse(),
         }
     }
 }
 
 impl Run for LibvirtRun {
+    type Control = DomainControl;
     const REPORTER: Reporter = Reporter::Daemon;
+
+    fn control(&self) -> DomainControl {
+        self.control.clone()
+    }
 
     async fn observe(&mut self) -> Observation {
         loop {
             tokio::select! {
-                broke = &mut self.process_gone, if !self.process_gone.is_terminated() => {
+                end = &mut self.process_gone, if !self.process_gone.is_terminated() => {
                     self.look = Instant::now();
-                    return Observation::ProcessEnded(process_end(broke));
+                    return Observation::ProcessEnded(end);
                 }
                 () = &mut self.killing, if !self.killing.is_terminated() => self.look = Instant::now(),
                 () = sleep_until(self.look), if self.looking.is_terminated() => {
-                    self.looking = self.target.clone().look().boxed().fuse();
+                    self.looking = self.control.clone().look().boxed().fuse();
                 }
                 seen = &mut self.looking, if !self.looking.is_terminated() => {
                     let ended = self.process_gone.is_terminated();
@@ -86,16 +95,6 @@ impl Run for LibvirtRun {
         }
     }
 
-    fn press_power_button(&mut self) {
-        let Target { connection, name } = self.target.clone();
-        tokio::spawn(async move {
-            let press = move |connect: &Connect| {
-                domain(connect, &name)?.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
-            };
-            connection.order(press).await
-        });
-    }
-
     fn quit(&mut self) {
         // Libvirt asks QEMU to end before it kills it.
         self.kill();
@@ -103,25 +102,78 @@ impl Run for LibvirtRun {
 
     fn kill(&mut self) {
         if self.killing.is_terminated() {
-            self.killing = self.target.clone().destroy().boxed().fuse();
+            self.killing = self.control.clone().destroy().boxed().fuse();
         }
-    }
-
-    fn screenshot(&self) -> impl Future<Output = Result<Vec<u8>>> + Send + 'static {
-        let Target { connection, name } = self.target.clone();
-        async move { picture(&connection, &name).await }
     }
 }
 
-fn process_end(broke: Option<Broke>) -> ProcessEnd {
-    let (outcome, detail) = match broke {
-        Some(broke) => (Outcome::Failure, format!("QEMU {broke}")),
-        None => (Outcome::Unknown, "QEMU ended, and libvirt does not say why".to_owned()),
+/// Waits until the process of a domain has ended, and returns how. Never completes if it was not found.
+async fn ended(process: Option<OwnedChild>) -> ProcessEnd {
+    let Some(mut process) = process else { return std::future::pending().await };
+    let (outcome, detail) = match process.wait().await {
+        Ok(status) if !status.success() => (Outcome::Failure, format!("QEMU {}", describe(status))),
+        // Only libvirt knows whether its guest powered off.
+        _ => (Outcome::Unknown, "QEMU ended, and libvirt does not say why".to_owned()),
     };
     ProcessEnd { outcome, detail, last_lines: String::new() }
 }
 
-impl Target {
+/// A domain of a connection, by its name.
+#[derive(Debug, Clone)]
+pub(crate) struct DomainControl {
+    connection: Arc<Connection>,
+    name: String,
+}
+
+#[async_trait]
+impl Control for DomainControl {
+    async fn resume(&self) -> Result<()> {
+        let resumed = self.order(|domain| domain.resume().map(drop)).await;
+        resumed.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "start the domain"))
+    }
+
+    async fn press_power_button(&self) -> Result<()> {
+        let press =
+            |domain: &Domain| domain.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN).map(drop);
+        let pressed = self.order(press).await;
+        pressed.map_err(|failure| failure.into_error(ErrorKind::Protocol, "press the power button"))
+    }
+
+    async fn screenshot(&self) -> Result<Vec<u8>> {
+        picture(&self.connection, &self.name).await
+    }
+
+    async fn display(&self) -> Result<BoxedStream> {
+        let failed = |error| Error::io("make a pair of sockets", error);
+        let (ours, theirs) = StdUnixStream::pair().map_err(failed)?;
+        ours.set_nonblocking(true).map_err(failed)?;
+        let hand_over = move |domain: &Domain| {
+            domain.open_graphics(0, theirs.as_raw_fd(), sys::VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH).map(drop)
+        };
+        let handed = self.order(hand_over).await;
+        handed.map_err(|failure| failure.into_error(ErrorKind::Protocol, "connect to the display"))?;
+        Ok(Box::new(UnixStream::from_std(ours).map_err(failed)?))
+    }
+
+    fn display_command(&self) -> String {
+        format!("virt-viewer --connect '{}' --attach {}", self.connection.uri(), self.name)
+    }
+}
+
+impl DomainControl {
+    pub(crate) fn new(connection: &Arc<Connection>, name: &str) -> Self {
+        Self { connection: Arc::clone(connection), name: name.to_owned() }
+    }
+
+    /// Runs a command on the domain.
+    async fn order<T: Send + 'static>(
+        &self,
+        order: impl FnOnce(&Domain) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let name = self.name.clone();
+        self.connection.order(move |connect| order(&domain(connect, &name)?)).await
+    }
+
     /// Checks the state of the domain; `None` if libvirt does not report it.
     async fn look(self) -> Option<Observation> {
         let name = self.name.clone();
@@ -148,10 +200,8 @@ impl Target {
     }
 
     /// Ends the domain. If it ended by itself or cannot be reached, the next check shows it.
-    async fn destroy(self) {
-        let name = self.name.clone();
-        let destroy = move |connect: &Connect| -> Result<(), Refusal> { domain(connect, &name)?.destroy() };
-        if let Err(failure) = self.connection.order(destroy).await {
+    pub(crate) async fn destroy(self) {
+        if let Err(failure) = self.order(Domain::destroy).await {
             tracing::debug!(domain = self.name, ?failure, "cannot destroy a domain");
         }
     }
