@@ -1,7 +1,7 @@
 //! Whole builds on QEMU whose inputs are wrong or break: what is reported, and that nothing is left behind.
 #![allow(clippy::unwrap_used)]
 
-#[path = "../rudder-qemu/tests/common/small_disk.rs"]
+#[path = "../rudder-local/tests/common/small_disk.rs"]
 mod small_disk;
 mod support;
 

@@ -3,21 +3,22 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
 mod common;
+#[path = "../../rudder-local/tests/common/suite.rs"]
+mod suite;
 
 use async_trait::async_trait;
 use common::{
+    command_line,
     daemon::{Daemon, Scope, in_namespaces},
     qemus_of,
 };
 use rudder_core::{
-    Error, ErrorKind, Result,
+    Result,
     backend::{Backend, LabId},
-    plan::PlannedUrl,
-    testing::{self, Adapter, BadImages, Echo, GuestImage, Options, Owners},
+    testing::{self, Adapter, BadImages, GuestImage, Options, Owners},
 };
 use rudder_libvirt::{Accelerator, LibvirtBackend};
 use rudder_local::store::Store;
-use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -28,8 +29,6 @@ use std::{
 /// Set in a process that plays an owner: the directory of its store, and the URI of its libvirt.
 const STORE: &str = "RUDDER_SUITE_STORE";
 const URI: &str = "RUDDER_SUITE_URI";
-/// The port of the guest's echo service.
-const ECHO: u16 = 7;
 
 #[derive(Debug)]
 struct LibvirtAdapter {
@@ -62,19 +61,6 @@ impl LibvirtAdapter {
     }
 }
 
-/// Returns the path of the tiny guest, made by `make guests`.
-fn tiny() -> PathBuf {
-    let made = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guests");
-    let path = std::env::var_os("RUDDER_GUESTS").map_or_else(made, PathBuf::from).join("tiny.qcow2");
-    assert!(path.is_file(), "{} is missing: run `make guests`", path.display());
-    path.canonicalize().unwrap()
-}
-
-fn command_line(pid: i32) -> String {
-    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    String::from_utf8_lossy(&line).replace('\0', " ")
-}
-
 #[async_trait]
 impl Adapter for LibvirtAdapter {
     fn backend(&self) -> Arc<dyn Backend> {
@@ -86,14 +72,7 @@ impl Adapter for LibvirtAdapter {
     }
 
     async fn traces(&self) -> Result<Vec<String>> {
-        let mut traces: Vec<String> = qemus_of(&self.store)
-            .into_iter()
-            .map(|pid| format!("process {pid}: {}", command_line(pid)))
-            .collect();
-        for directory in ["labs", "modules"] {
-            let entries = fs::read_dir(self.store.join(directory)).into_iter().flatten().flatten();
-            traces.extend(entries.map(|entry| entry.path().display().to_string()));
-        }
+        let mut traces = suite::traces(&self.store, qemus_of(&self.store));
         let domains = self.list(&["list", "--all", "--name"]);
         // The domains of a module exist for as long as the module.
         let of_module = |name: &str| {
@@ -111,34 +90,15 @@ impl Adapter for LibvirtAdapter {
     }
 
     async fn kill(&self, lab: &LabId, machine: &str) -> Result<()> {
-        let pid = self.process(lab, machine).and_then(Pid::from_raw).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("expected a process of {lab}/{machine}, but found none"))
-        })?;
-        kill_process(pid, Signal::KILL).map_err(|error| Error::io("kill QEMU", error.into()))
+        suite::kill(self.process(lab, machine), machine)
     }
 
     fn guest(&self) -> Option<GuestImage> {
-        let url = url::Url::from_file_path(&self.guest).ok()?;
-        let mut guest = GuestImage::new(PlannedUrl::new(url));
-        guest.echo = Some(Echo::new(ECHO, Some(format!("nc -ll -p {ECHO} -e cat >/dev/null 2>&1 &"))));
-        let command = [
-            "<waitText 'login:' 3m>tester<enter>",
-            "<waitText 'assword:' 1m>tester<enter>",
-            "<waitText '$' 1m>echo typed on the screen >/tmp/typed<enter>",
-        ];
-        guest.boot_command = Some(command.map(str::to_owned).to_vec());
-        // The guest is emulated.
-        guest.large = 4 << 20;
-        guest.serial_says = Some("login:".to_owned());
-        Some(guest)
+        Some(suite::tiny_guest(&self.guest))
     }
 
     fn bad_images(&self) -> Option<BadImages> {
-        let broken = self.store.join("broken.qcow2");
-        // The magic number of qcow2 (docs/interop/qcow2.txt), followed by nothing valid.
-        fs::write(&broken, [b"QFI\xfb".as_slice(), &[0xff; 4096]].concat()).unwrap();
-        let url = |path: &Path| url::Url::from_file_path(path).unwrap();
-        Some(BadImages::new(url(&self.store.join("missing.qcow2")), url(&broken)))
+        Some(suite::bad_images(&self.store))
     }
 
     fn owners(&self) -> Owners {
@@ -152,7 +112,7 @@ impl Adapter for LibvirtAdapter {
 /// Plays an owner, if this process was started for that.
 async fn owner(test: &'static str) {
     if let (Some(store), Ok(uri)) = (std::env::var_os(STORE), std::env::var(URI)) {
-        let adapter = LibvirtAdapter { test, store: store.into(), uri, guest: tiny() };
+        let adapter = LibvirtAdapter { test, store: store.into(), uri, guest: suite::tiny() };
         panic!("{:?}", testing::own(Arc::new(adapter)).await);
     }
 }
@@ -162,7 +122,7 @@ async fn keeps_the_contract(test: &'static str, scope: Scope, only: Option<&str>
     let daemon = Daemon::of(scope, &dir.path().join("libvirt"));
     let store = dir.path().join("store");
     fs::create_dir(&store).unwrap();
-    let adapter = LibvirtAdapter { test, store, uri: daemon.uri(), guest: tiny() };
+    let adapter = LibvirtAdapter { test, store, uri: daemon.uri(), guest: suite::tiny() };
     let mut options = Options::new();
     options.only = std::env::var("RUDDER_SUITE_ONLY").ok().or_else(|| only.map(str::to_owned));
     let report = testing::run(Arc::new(adapter), &options).await;

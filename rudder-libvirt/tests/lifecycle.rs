@@ -3,10 +3,10 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
-#[path = "../../rudder-qemu/tests/common/sector.rs"]
-mod sector;
 
-use common::{Fixture, backend, blank_machine, daemon::orphans, eventually, qemus_of, sector_machine};
+use common::{
+    Fixture, backend, blank_machine, daemon::orphans, eventually, qemus_of, sector, sector_machine,
+};
 use rudder_core::{
     ErrorKind,
     backend::{Backend, Death, Exit, LabSpec, LabState, Machine, ModuleDraft, Progress, Retention, Stop},

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
-#[path = "common/small_disk.rs"]
+#[path = "../../rudder-local/tests/common/small_disk.rs"]
 mod small_disk;
 
 use common::{Fixture, eventually, sector, sector_machine};

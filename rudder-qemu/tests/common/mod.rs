@@ -1,14 +1,16 @@
 //! Shared by tests with real QEMU processes: a store per test, and checks that nothing is left behind.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, unreachable_pub)]
 
-use rudder_core::{
-    backend::{Backend, ImportRequest, Lab, LabSpec, MachineDisk, MachineSpec, Progress},
-    hardware::{Bus, NicModel},
-    plan::{PlannedNetwork, PlannedNic, PlannedSource, PlannedSubnet, PlannedUrl, PlannedVpc},
-};
+#[path = "../../../rudder-local/tests/common/machines.rs"]
+mod machines;
+#[path = "../../../rudder-local/tests/common/sector.rs"]
+pub mod sector;
+
+pub use machines::*;
+use rudder_core::backend::{Backend, Lab, LabSpec};
 use rudder_local::store::Store;
 use rudder_qemu::{Accelerator, QemuBackend};
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{fs, path::Path, sync::Arc};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Limits the number of machines that run at once to the cores of a small host.
@@ -51,85 +53,9 @@ impl Fixture {
     }
 }
 
-/// Waits until a condition holds, for at most 30 s.
-pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-    while !condition() {
-        assert!(tokio::time::Instant::now() < deadline, "not within 30 s: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-/// Returns the processes, except zombies, whose working directory is below `directory` or was before it was removed.
-pub fn processes_below(directory: &Path) -> Vec<i32> {
-    let directory = directory.canonicalize().unwrap();
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(&directory)))
-        .collect()
-}
-
 /// Returns the only QEMU process of a lab.
 pub fn qemu_of(directory: &Path) -> i32 {
     let pids = processes_below(directory);
     assert_eq!(pids.len(), 1, "expected one QEMU");
     pids[0]
-}
-
-/// Returns the planned network of a manifest that declares none.
-pub fn network() -> PlannedNetwork {
-    PlannedNetwork {
-        declared: false,
-        vpcs: vec![PlannedVpc { name: "default".to_owned(), internet: true }],
-        subnets: vec![PlannedSubnet {
-            name: "default".to_owned(),
-            vpc: "default".to_owned(),
-            cidr: "10.0.2.0/24".parse().unwrap(),
-            dhcp: true,
-            dns: Vec::new(),
-            unmanaged: false,
-        }],
-    }
-}
-
-/// Returns a NIC in that network.
-pub fn nic(slot: u8, model: NicModel) -> PlannedNic {
-    PlannedNic {
-        name: format!("nic{slot}"),
-        subnet: "default".to_owned(),
-        slot,
-        slot_pinned: false,
-        ip: None,
-        mac: format!("52:54:00:12:34:{slot:02x}").parse().unwrap(),
-        model,
-    }
-}
-
-/// Returns a small machine with blank disks: it stays at the firmware's "No bootable device".
-pub async fn blank_machine(lab: &dyn Lab, name: &str, buses: &[Bus]) -> MachineSpec {
-    let mut spec = MachineSpec::new(name, 1, 64 << 20);
-    for (index, bus) in buses.iter().enumerate() {
-        let disk = format!("disk{index}");
-        let request = ImportRequest::new(name, &disk, PlannedSource::Blank, Some(64 << 20));
-        let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
-        spec.disks.push(MachineDisk::new(disk, *bus, volume));
-    }
-    spec.nics.push(nic(1, NicModel::E1000));
-    spec.ports = vec![22];
-    spec
-}
-
-pub mod sector;
-
-/// Returns a machine that boots this disk, of this size, on this bus.
-pub async fn sector_machine(lab: &dyn Lab, disk: &[u8], bus: Bus, size: u64) -> MachineSpec {
-    let file = tempfile::Builder::new().suffix(".img").tempfile().unwrap();
-    fs::write(file.path(), disk).unwrap();
-    let url = url::Url::from_file_path(file.path()).unwrap();
-    let source = PlannedSource::Url(PlannedUrl::new(url));
-    let request = ImportRequest::new("guest", "root", source, Some(size));
-    let volume = lab.import(&request, &Progress::none()).await.unwrap().volume;
-    let mut spec = MachineSpec::new("guest", 1, 64 << 20);
-    spec.disks.push(MachineDisk::new("root", bus, volume));
-    spec
 }
