@@ -1,17 +1,14 @@
 //! CD-ROMs, floppies and served files in whole builds on QEMU: what arrives in the guest, what is reported if it
 //! cannot, and that nothing is downloaded twice.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
-use rudder::digest::Digest;
-use serde_json::Value;
-use std::{fs, process::Command};
-use support::{
+use crate::support::{
     Bench, Ended, Running,
     http::{Answer, Server},
     one_vm, rescue, tiny,
 };
+use rudder::digest::Digest;
+use serde_json::Value;
+use std::{fs, process::Command};
 
 /// Returns bytes that do not occur by accident.
 fn noise(length: usize, seed: u64) -> Vec<u8> {
@@ -163,7 +160,7 @@ fn concurrent_builds_share_an_iso_that_stays_cached_for_its_ttl() {
     };
     let other = Bench::new();
     let first = Running::start(bench.command(&text("first", "", "1h")));
-    let mut command = Command::new(support::example("build"));
+    let mut command = Command::new(crate::support::example("build"));
     command.arg("--store").arg(bench.store()).args(["--events", "json"]);
     fs::write(other.path("other.iso"), &short_lived).unwrap();
     command

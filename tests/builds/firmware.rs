@@ -1,9 +1,7 @@
 //! Whole builds on QEMU with UEFI: Secure Boot enforced, a TPM, what both keep from layer to layer, and what a host
 //! must provide.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Bench, Ended, Running, debian, guest_path, one_vm, processes_naming, tiny_manifest};
 use rustix::process::Signal;
 use std::{
     fs,
@@ -12,7 +10,6 @@ use std::{
     process::Command,
     time::Duration,
 };
-use support::{Bench, Ended, Running, debian, guest_path, one_vm, processes_naming, tiny_manifest};
 
 /// Speaks the protocol of the TPM ("TCG TPM 2.0 Library", part 3: `NV_DefineSpace`, `NV_Write`, `NV_Read`), because the
 /// guest has no tools for it: writes a text to the non-volatile memory of the TPM, or reads it.

@@ -1,13 +1,10 @@
 //! Whole builds on QEMU whose machines fail: what is reported, and that nothing is left behind.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Bench, Running, one_vm, tiny, tiny_manifest};
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs, io, net::TcpListener, os::unix::fs::PermissionsExt, path::Path, process::Command, time::Duration,
 };
-use support::{Bench, Running, one_vm, tiny, tiny_manifest};
 
 #[test]
 fn a_missing_qemu_is_reported() {
@@ -64,7 +61,7 @@ fn a_qemu_killed_while_booting_is_reported() {
     let speaks = |file: &Path| {
         file.to_string_lossy().ends_with("serial.log") && file.metadata().is_ok_and(|log| log.len() > 0)
     };
-    while !support::walk(&bench.store().join("labs")).iter().any(|file| speaks(file)) {
+    while !crate::support::walk(&bench.store().join("labs")).iter().any(|file| speaks(file)) {
         std::thread::sleep(Duration::from_millis(20));
     }
     kill_the_machine(&bench);

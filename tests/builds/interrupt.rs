@@ -1,16 +1,13 @@
 //! Builds that are interrupted in every phase: by Ctrl-C, which cleans up, and by SIGKILL, after which the next start
 //! cleans up.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
-use rustix::process::Signal;
-use std::{fs, time::Duration};
-use support::{
+use crate::support::{
     Bench, Running, guest_path,
     http::{Answer, Server},
     one_vm, tiny_manifest,
 };
+use rustix::process::Signal;
+use std::{fs, time::Duration};
 
 const STEP: &str = "- {type: shell, name: work, shell: {inline: 'echo started; sleep 600'}}";
 

@@ -1,9 +1,6 @@
 //! Provisioning of real guests: what steps do, and how they fail.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
-use support::{Bench, tiny, tiny_manifest};
+use crate::support::{Bench, tiny, tiny_manifest};
 
 #[test]
 fn a_failed_step_reports_its_exit_code() {

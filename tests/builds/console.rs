@@ -1,9 +1,6 @@
 //! Typing into real programs on QEMU: no character is lost or duplicated, whatever reads the keyboard.
-#![allow(clippy::unwrap_used, clippy::print_stderr)]
 
-mod support;
-
-use support::typing::{self, Typed, printable};
+use crate::support::typing::{self, Typed, printable};
 
 /// Number of printable characters, of every kind.
 const MANY: usize = 2000;
@@ -25,5 +22,5 @@ async fn ipxe_gets_every_character() {
 
 #[tokio::test]
 async fn linux_gets_every_character() {
-    expect_all(&typing::linux(&printable(MANY), &support::guest_path("tiny.qcow2")).await);
+    expect_all(&typing::linux(&printable(MANY), &crate::support::guest_path("tiny.qcow2")).await);
 }

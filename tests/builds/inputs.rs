@@ -1,17 +1,18 @@
 //! Whole builds on QEMU whose inputs are wrong or break: what is reported, and that nothing is left behind.
-#![allow(clippy::unwrap_used)]
 
+<<<<<<< HEAD:tests/inputs.rs
 #[path = "../rudder-local/tests/common/small_disk.rs"]
+=======
+#[path = "../../rudder-local/tests/common/small_disk.rs"]
+>>>>>>> 2c6bc37 (Run whole builds from one test program):tests/builds/inputs.rs
 mod small_disk;
-mod support;
-
-use small_disk::{SmallDisk, may_mount};
-use std::{fs, process::Command, sync::Arc};
-use support::{
+use crate::support::{
     Bench, Running, guest_path,
     http::{Answer, Server},
     one_vm, tiny_manifest,
 };
+use small_disk::{SmallDisk, may_mount};
+use std::{fs, process::Command, sync::Arc};
 
 fn image() -> Arc<[u8]> {
     fs::read(guest_path("tiny.qcow2")).unwrap().into()
@@ -154,7 +155,7 @@ fn concurrent_builds_share_one_download() {
     let url = server.url("tiny.qcow2");
     let other = Bench::new();
     let first = Running::start(bench.command(&from_url(&url, "")));
-    let mut command = Command::new(support::example("build"));
+    let mut command = Command::new(crate::support::example("build"));
     let file = other.write("manifest.yaml", &from_url(&url, "").replace("name: input", "name: other"));
     command.arg("--store").arg(bench.store()).args(["--events", "json"]).arg(file).env("TMPDIR", other.tmp());
     let second = Running::start(command);

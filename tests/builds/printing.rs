@@ -1,9 +1,7 @@
 //! The examples with streams that are closed, full or gone, and with signals: they cancel first, clean up, never panic,
 //! and exit with a code that says what happened.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Bench, example, tiny_manifest};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::{
@@ -14,7 +12,6 @@ use std::{
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
-use support::{Bench, example, tiny_manifest};
 
 const QUICK: &str = "name: quick\nvms:\n  - name: vm\n    source: {url: 'https://images.example/a.qcow2', checksum: SUM}\n    \
                      resources: {cpu: 1, memory: 512Mi}\n    cloudInit: {}\n    provisioners:\n      \

@@ -1,12 +1,9 @@
 //! Boot commands that fail on real machines: what is reported of the screen, what was fetched, and that nothing is left
 //! behind.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Bench, Ended};
 use serde_json::{Value, json};
 use std::fs;
-use support::{Bench, Ended};
 
 /// CD-ROMs of Debian's packages `ipxe` and `grub-rescue-pc`, which `tools/setup` installs.
 const IPXE: &str = "/usr/lib/ipxe/ipxe.iso";

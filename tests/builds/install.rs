@@ -1,12 +1,9 @@
 //! Installs Debian with UEFI from an ISO onto a blank disk, by a boot command that waits for text on the screen: the manifest
 //! of `examples/`. Starts the captured disk afresh. Also covers installers that never finish. The same with BIOS is among
 //! the slow tests.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Bench, install};
 use std::fs;
-use support::{Bench, install};
 
 #[test]
 fn debian_installed_with_uefi_boots_from_its_variables() {

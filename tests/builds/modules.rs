@@ -1,11 +1,8 @@
 //! Modules of real guests: layers, all disks, locked builds, and what is kept of a failed build.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Bench, Running, debian, one_vm, tiny_manifest};
 use serde_json::Value;
 use std::{fs, process::Command};
-use support::{Bench, Running, debian, one_vm, tiny_manifest};
 
 #[test]
 fn a_layer_contains_its_own_changes_and_those_of_its_base() {
@@ -58,7 +55,7 @@ fn disk_path(bench: &Bench, module: &str, disk: &Value) -> String {
     let (code, shown, error) = bench.run("modules", &["show", module]);
     assert_eq!(code, 0, "{error}");
     let file = disk["file"].as_str().unwrap();
-    let found = support::walk(&bench.store().join("modules").join(module))
+    let found = crate::support::walk(&bench.store().join("modules").join(module))
         .into_iter()
         .find(|path| path.ends_with(file) && !path.to_string_lossy().contains("current"));
     found.unwrap_or_else(|| panic!("{file} of {shown}")).display().to_string()

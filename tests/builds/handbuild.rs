@@ -1,8 +1,6 @@
 //! Steps that wait for a person, on real machines: resumed by a program, and by a person with a VNC viewer.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Bench, Running, one_vm, tiny_manifest};
 use rudder::{
     backend::Backend,
     build::Build,
@@ -18,7 +16,6 @@ use std::{
     process::{Command, Stdio},
     sync::Arc,
 };
-use support::{Bench, Running, one_vm, tiny_manifest};
 use tokio::io::AsyncReadExt as _;
 
 const BY_HAND: &str = "- {type: handbuild, name: by hand, handbuild: {instructions: Type something.}}";

@@ -1,8 +1,6 @@
 //! What the examples report and do when the store was changed from outside. Needs no machine.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Bench, one_vm};
 use rudder::{
     backend::{LabId, ModuleDraft, Retention},
     content::Content,
@@ -13,7 +11,6 @@ use rudder::{
     store::Store,
 };
 use std::fs;
-use support::{Bench, one_vm};
 
 /// Publishes a module with one small disk.
 async fn publish(bench: &Bench, name: &str, content: &[u8]) -> Module {
