@@ -304,8 +304,8 @@ impl Backend for LibvirtBackend {
     }
 
     async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
-        let message = format!("cannot attach to lab {id} yet");
-        Err(rudder_core::Error::new(rudder_core::ErrorKind::Unsupported, message))
+        let host_capabilities = self.host_capabilities().await?;
+        Ok(Arc::new(LibvirtLab::attach(&self.store, &self.connection, &host_capabilities, id).await?))
     }
 
     async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {

@@ -1,5 +1,6 @@
 //! Translates the state of a domain into what it says about the machine. Performs no I/O.
 
+use rudder_core::backend::{Death, Exit};
 use rudder_local::lifecycle::{Observation, Shutdown};
 use virt::sys;
 
@@ -25,6 +26,32 @@ impl DomainState {
             _ => Observation::Running,
         })
     }
+}
+
+/// What became of a machine that does not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Past {
+    NeverStarted,
+    Ended(Exit),
+}
+
+/// Returns what became of a machine whose domain is shut off; `None` if it is not. Libvirt remembers why, as long as it runs itself.
+pub(crate) fn past(state: sys::virDomainState, reason: i32) -> Option<Past> {
+    if state != sys::VIR_DOMAIN_SHUTOFF {
+        return None;
+    }
+    Some(match u32::try_from(reason) {
+        Ok(sys::VIR_DOMAIN_SHUTOFF_UNKNOWN) => Past::NeverStarted,
+        Ok(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN) => Past::Ended(Exit::PoweredOff),
+        Ok(sys::VIR_DOMAIN_SHUTOFF_DESTROYED) => {
+            Past::Ended(Exit::Killed { why: "its domain was destroyed".to_owned() })
+        }
+        Ok(sys::VIR_DOMAIN_SHUTOFF_CRASHED | sys::VIR_DOMAIN_SHUTOFF_FAILED) => {
+            let detail = "QEMU ended, or was killed, while no process watched it".to_owned();
+            Past::Ended(Exit::Died { cause: Death::Hypervisor, detail })
+        }
+        _ => Past::Ended(Exit::Unobserved),
+    })
 }
 
 fn is(reason: i32, constant: u32) -> bool {
@@ -65,6 +92,16 @@ mod tests {
         assert!(!powered_off && detail.contains("somebody destroyed"), "{detail}");
         let (powered_off, detail) = off(sys::VIR_DOMAIN_SHUTOFF_CRASHED);
         assert!(!powered_off && detail.contains("was killed"), "{detail}");
+    }
+
+    #[test]
+    fn libvirt_remembers_how_a_machine_ended() {
+        let past = |reason: u32| past(sys::VIR_DOMAIN_SHUTOFF, i32::try_from(reason).unwrap_or(-1));
+        assert_eq!(past(sys::VIR_DOMAIN_SHUTOFF_UNKNOWN), Some(Past::NeverStarted));
+        assert_eq!(past(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN), Some(Past::Ended(Exit::PoweredOff)));
+        assert!(matches!(past(sys::VIR_DOMAIN_SHUTOFF_DESTROYED), Some(Past::Ended(Exit::Killed { .. }))));
+        assert_eq!(past(sys::VIR_DOMAIN_SHUTOFF_DAEMON), Some(Past::Ended(Exit::Unobserved)));
+        assert_eq!(super::past(sys::VIR_DOMAIN_RUNNING, 1), None);
     }
 
     #[test]

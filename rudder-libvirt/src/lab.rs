@@ -1,6 +1,7 @@
 //! The lab of one build or clone: a directory in the store, its volumes, and the domains that carry its label.
 
 use crate::{
+    backend::LibvirtBackend,
     connection::Connection,
     host_capabilities::HostCapabilities,
     lab_context::{LabContext, remove_all_of},
@@ -21,6 +22,7 @@ use rudder_core::{
 use rudder_local::{
     lab_storage::{LabStorage, blocking},
     lan::Lan,
+    machine_record::MachineRecord,
     store::Store,
 };
 use std::{
@@ -58,19 +60,46 @@ impl LibvirtLab {
         spec: &LabSpec,
     ) -> Result<Self> {
         let storage = LabStorage::open(store, Arc::clone(&host_capabilities.host), spec).await?;
-        let lan = Arc::new(Lan::new(spec));
+        let (lan, is_kept) = (Arc::new(Lan::new(spec)), storage.dir().is_kept());
+        if !host_capabilities.bridges {
+            lan.check(&storage)?;
+        }
         let context = LabContext::new(storage, lan, connection, host_capabilities, store);
         let lab = Self {
             context: Arc::new(context),
             store: store.clone(),
             machines: Machines::default(),
             begun: tokio::sync::Mutex::default(),
-            settled: AtomicBool::new(false),
+            settled: AtomicBool::new(is_kept),
         };
         if host_capabilities.bridges {
             Arc::clone(&lab.context).make_bridges().await?;
         }
         Ok(lab)
+    }
+
+    /// Attaches to a kept lab.
+    pub(crate) async fn attach(
+        store: &Store,
+        connection: &Arc<Connection>,
+        host_capabilities: &Arc<HostCapabilities>,
+        id: &LabId,
+    ) -> Result<Self> {
+        let storage = LabStorage::attach(store, Arc::clone(&host_capabilities.host), id).await?;
+        let records = MachineRecord::read_all(storage.dir(), LibvirtBackend::NAME)?;
+        let lan = Arc::new(Lan::attached());
+        let context = Arc::new(LabContext::attached(storage, lan, connection, host_capabilities, store));
+        let mut machines = Vec::new();
+        for (number, record) in &records {
+            machines.push(Arc::new(machine::attach(&context, record, *number).await?));
+        }
+        Ok(Self {
+            context,
+            store: store.clone(),
+            begun: tokio::sync::Mutex::new(machines.len()),
+            machines: Arc::new(Mutex::new(machines)),
+            settled: AtomicBool::new(true),
+        })
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<LibvirtMachine>>> {

@@ -49,6 +49,22 @@ impl LabContext {
         }
     }
 
+    /// Returns the context of a lab that was attached to. It makes no networks, and knows only whether libvirt made any.
+    pub(crate) fn attached(
+        storage: LabStorage,
+        lan: Arc<Lan>,
+        connection: &Arc<Connection>,
+        host_capabilities: &Arc<HostCapabilities>,
+        store: &Store,
+    ) -> Self {
+        let context = Self::new(storage, lan, connection, host_capabilities, store);
+        if host_capabilities.bridges {
+            // It is empty until here.
+            let _ = context.bridges.set(Vec::new());
+        }
+        context
+    }
+
     /// Closes the lab to new work, once no work is in progress any more.
     pub(crate) async fn close(&self) {
         *self.closed.write().await = true;

@@ -6,9 +6,11 @@ mod name;
 pub(crate) use self::bridged::has_address;
 use self::name::domain_name;
 use crate::{
+    backend::LibvirtBackend,
     connection::domain,
     devices::{self, Disk, Serial, Uefi, Variables},
     domain::{Cards, Domain},
+    domain_state::{Past, past},
     lab_context::LabContext,
     network, process,
     run::{DomainControl, LibvirtRun},
@@ -16,12 +18,13 @@ use crate::{
 use async_trait::async_trait;
 use rudder_core::{
     ErrorKind, Result,
-    backend::{BoxedStream, MachineSpec},
+    backend::{BoxedStream, Exit, MachineSpec},
 };
 use rudder_local::{
     lan::Lan,
     lifecycle::Run as _,
-    machine::{Definition, FLOPPY, Hypervisor, LocalMachine, SEED, SERIAL, Start},
+    machine::{Definition, FLOPPY, Found, Hypervisor, LocalMachine, SEED, SERIAL, Start},
+    machine_record::MachineRecord,
     nic_arguments::nic_arguments,
     pci_layout::{Chipset, cdrom_bus},
 };
@@ -70,6 +73,18 @@ pub(crate) async fn define(
     order.await?;
     // Last, so that a machine that could not be defined is not on the network.
     LocalMachine::new(definition, libvirt)
+}
+
+/// Attaches to a machine of a kept lab.
+pub(crate) async fn attach(
+    context: &Arc<LabContext>,
+    record: &MachineRecord,
+    number: usize,
+) -> Result<LibvirtMachine> {
+    let definition = Definition::attach(&context.storage, &context.lan, record, number)?;
+    let domain = domain_name(context.storage.id().as_str(), number, &definition.spec.name);
+    let libvirt = Libvirt { context: Arc::clone(context), domain, address: Mutex::default() };
+    LocalMachine::attach(definition, libvirt).await
 }
 
 impl Libvirt {
@@ -123,6 +138,8 @@ impl Libvirt {
 impl Hypervisor for Libvirt {
     type Run = LibvirtRun;
 
+    const BACKEND: &'static str = LibvirtBackend::NAME;
+
     async fn await_release(&self, machine: &Definition) -> Result<()> {
         let held = |what: &str| {
             let limit = REST_LIMIT.as_secs();
@@ -164,6 +181,24 @@ impl Hypervisor for Libvirt {
         started.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "start the domain"))?;
         let process = process::find(self.domain.clone(), machine.storage.id().clone()).await;
         Ok(LibvirtRun::new(self.control(), process))
+    }
+
+    async fn find(&self, machine: &Definition) -> Result<Found<LibvirtRun>> {
+        let name = self.domain.clone();
+        let ask = move |connect: &Connect| domain(connect, &name)?.get_state();
+        let (state, reason) = match self.context.connection.ask(ask).await {
+            Ok(found) => found,
+            Err(failure) if failure.is_no_domain() => return Ok(Found::Ended(Exit::Unobserved)),
+            Err(failure) => return Err(failure.into_error(ErrorKind::Protocol, "find the domain")),
+        };
+        Ok(match past(state, reason) {
+            Some(Past::NeverStarted) => Found::Defined,
+            Some(Past::Ended(exit)) => Found::Ended(exit),
+            None => {
+                let process = process::find(self.domain.clone(), machine.storage.id().clone()).await;
+                Found::Running(LibvirtRun::new(self.control(), process))
+            }
+        })
     }
 
     async fn discard(&self, run: LibvirtRun) {

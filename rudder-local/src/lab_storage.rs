@@ -120,12 +120,6 @@ impl LabStorage {
         })
     }
 
-    /// Returns whether it is kept from the start.
-    #[must_use]
-    pub fn is_kept(&self) -> bool {
-        self.network.is_none() || matches!(self.retention, Retention::UntilRemoved { .. })
-    }
-
     /// Returns the path of a file of the lab.
     #[must_use]
     pub fn path(&self, file: &str) -> PathBuf {
@@ -184,7 +178,7 @@ impl LabStorage {
     /// File errors.
     pub async fn record_process(&self, pid: Option<u32>, program: &str, machine: &str) -> Result<()> {
         let Some(pid) = pid else { return Ok(()) };
-        let (dir, role) = (Arc::clone(&self.dir), format!("{program} of {machine}"));
+        let (dir, role) = (Arc::clone(&self.dir), role(program, machine));
         match blocking(move || dir.record_process(pid, role)).await {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             other => other,
@@ -196,7 +190,13 @@ impl LabStorage {
     /// # Errors
     /// As [`adopt`].
     pub fn adopt(&self, program: &str, machine: &str) -> Result<Option<OwnedChild>> {
-        adopt(&self.dir, &format!("{program} of {machine}"))
+        adopt(&self.dir, &role(program, machine))
+    }
+
+    /// Returns whether a process of a machine was ever [recorded](Self::record_process).
+    #[must_use]
+    pub fn was_started(&self, program: &str, machine: &str) -> bool {
+        !self.dir.processes(&role(program, machine)).is_empty()
     }
 
     /// Returns the store that contains the lab.
@@ -285,6 +285,11 @@ impl LabStorage {
             .ok_or_else(|| missing(format!("expected a VM {:?} in the module, but found none", parent.vm)))?;
         Ok(Parent { machine, module, store: self.store.clone() })
     }
+}
+
+/// Returns the role of a machine's process in the ledger.
+fn role(program: &str, machine: &str) -> String {
+    format!("{program} of {machine}")
 }
 
 /// Adopts the process that was recorded last with this role in the ledger of a lab; `None` when it has ended. The process is left

@@ -111,6 +111,42 @@ impl MachineState {
         Ok(Self { storage: Arc::clone(storage), machine: spec.name.clone(), tpm: spec.tpm, files, flash })
     }
 
+    /// Returns the state of a machine that another process prepared. `variables` is the format of its firmware variables, if it has
+    /// any.
+    ///
+    /// # Errors
+    /// `HostMissing` when the host has no such firmware any more; file errors.
+    pub fn attach(
+        storage: &Arc<LabStorage>,
+        spec: &MachineSpec,
+        number: usize,
+        variables: Option<&str>,
+    ) -> Result<Self> {
+        let files = Files::new(number);
+        let flash = match variables {
+            None => None,
+            Some(format) => {
+                let path = storage.path(&files.variables);
+                let failed = |error| Error::io(format_args!("read {}", path.display()), error);
+                let size = fs::metadata(&path).map_err(failed)?.len();
+                choose(storage.host(), spec, Some((format, size)))?.map(Flash::from)
+            }
+        };
+        Ok(Self { storage: Arc::clone(storage), machine: spec.name.clone(), tpm: spec.tpm, files, flash })
+    }
+
+    /// Adopts the running TPM of a machine that another process started.
+    ///
+    /// # Errors
+    /// The process cannot be observed.
+    pub fn adopt_tpm(&self) -> Result<Option<Tpm>> {
+        if !self.tpm {
+            return Ok(None);
+        }
+        let process = self.storage.adopt("swtpm", &self.machine)?;
+        Ok(process.map(|process| Tpm::adopted(process, self.storage.path(&self.files.tpm_log))))
+    }
+
     /// Returns its flash memory, and the name of the file with its variables in the lab; `None` unless its firmware is UEFI.
     #[must_use]
     pub fn flash(&self) -> Option<(&Flash, &str)> {

@@ -115,6 +115,11 @@ pub struct Tpm {
 }
 
 impl Tpm {
+    /// Returns a running TPM that another process started; `log` is the file with its messages.
+    pub(crate) fn adopted(process: OwnedChild, log: PathBuf) -> Self {
+        Self { child: process, log }
+    }
+
     /// Returns its process ID while it runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {

@@ -227,8 +227,8 @@ impl Backend for QemuBackend {
     }
 
     async fn attach(&self, id: &LabId) -> Result<Arc<dyn Lab>> {
-        let message = format!("cannot attach to lab {id} yet");
-        Err(rudder_core::Error::new(rudder_core::ErrorKind::Unsupported, message))
+        let host = self.host().await?;
+        Ok(Arc::new(QemuLab::attach(&self.store, host, id).await?))
     }
 
     async fn lab_file(&self, id: &LabId, name: &str) -> Result<Option<Vec<u8>>> {

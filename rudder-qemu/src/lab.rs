@@ -1,6 +1,9 @@
 //! The lab of one build or clone: a directory in the store, its volumes and its machines.
 
-use crate::machine::{self, QemuMachine};
+use crate::{
+    backend::QemuBackend,
+    machine::{self, QemuMachine},
+};
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -14,6 +17,7 @@ use rudder_local::{
     host::Host,
     lab_storage::{LabStorage, blocking},
     lan::Lan,
+    machine_record::MachineRecord,
     store::Store,
 };
 use std::{
@@ -45,14 +49,30 @@ pub(crate) struct QemuLab {
 impl QemuLab {
     pub(crate) async fn open(store: &Store, host: Arc<Host>, spec: &LabSpec) -> Result<Self> {
         let storage = LabStorage::open(store, host, spec).await?;
+        let lan = Lan::new(spec);
+        lan.check(&storage)?;
+        let kept = AtomicBool::new(storage.dir().is_kept());
         Ok(Self {
             storage: Arc::new(storage),
-            lan: Arc::new(Lan::new(spec)),
+            lan: Arc::new(lan),
             store: store.clone(),
             machines: Machines::default(),
             begun: tokio::sync::Mutex::default(),
-            kept: AtomicBool::new(false),
+            kept,
         })
+    }
+
+    /// Attaches to a kept lab.
+    pub(crate) async fn attach(store: &Store, host: Arc<Host>, id: &LabId) -> Result<Self> {
+        let storage = Arc::new(LabStorage::attach(store, host, id).await?);
+        let lan = Arc::new(Lan::attached());
+        let mut machines = Vec::new();
+        for (number, record) in MachineRecord::read_all(storage.dir(), QemuBackend::NAME)? {
+            machines.push(Arc::new(machine::attach(&storage, &lan, record, number).await?));
+        }
+        let begun = tokio::sync::Mutex::new(machines.len());
+        let (machines, kept) = (Mutex::new(machines), AtomicBool::new(true));
+        Ok(Self { storage, lan, store: store.clone(), machines, begun, kept })
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<QemuMachine>>> {

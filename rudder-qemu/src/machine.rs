@@ -1,18 +1,23 @@
 //! A machine in a lab: a QEMU process while it runs, disks in the lab while it does not.
 
 use crate::{
+    backend::QemuBackend,
     command_line::{self, Extras, Files},
     qmp::Qmp,
     run::{QemuControl, QemuRun},
 };
 use async_trait::async_trait;
-use rudder_core::{Error, ErrorKind, Result, backend::MachineSpec};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{Exit, MachineSpec},
+};
 use rudder_local::{
     lab_storage::LabStorage,
     lan::Lan,
     lifecycle::Observation,
     log_tail::last_lines,
-    machine::{Definition, Hypervisor, LocalMachine},
+    machine::{Definition, Found, Hypervisor, LocalMachine},
+    machine_record::MachineRecord,
     process::{Invocation, OwnedChild, describe},
     store::LAB_VARIABLE,
 };
@@ -23,6 +28,9 @@ use tokio::sync::mpsc;
 const LAUNCH_LIMIT: Duration = Duration::from_secs(60);
 /// Interval between connection attempts.
 const LAUNCH_LOOK: Duration = Duration::from_millis(5);
+
+/// The name of QEMU's process in the ledger of a lab.
+const PROCESS: &str = "qemu";
 
 /// A machine on QEMU.
 pub(crate) type QemuMachine = LocalMachine<Qemu>;
@@ -65,9 +73,22 @@ pub(crate) async fn define(
     LocalMachine::new(definition, Qemu { arguments })
 }
 
+/// Attaches to a machine of a kept lab.
+pub(crate) async fn attach(
+    storage: &Arc<LabStorage>,
+    lan: &Arc<Lan>,
+    record: MachineRecord,
+    number: usize,
+) -> Result<QemuMachine> {
+    let definition = Definition::attach(storage, lan, &record, number)?;
+    LocalMachine::attach(definition, Qemu { arguments: record.arguments }).await
+}
+
 #[async_trait]
 impl Hypervisor for Qemu {
     type Run = QemuRun;
+
+    const BACKEND: &'static str = QemuBackend::NAME;
 
     const SOCKETS: &'static [&'static str] = &[command_line::QMP, command_line::DISPLAY];
 
@@ -82,7 +103,7 @@ impl Hypervisor for Qemu {
             .variable(LAB_VARIABLE, storage.id().as_str())
             .spawn(Stdio::null(), log.try_clone().map_err(failed)?.into(), log.into())
             .await?;
-        storage.record_process(child.pid(), "qemu", &machine.spec.name).await?;
+        storage.record_process(child.pid(), PROCESS, &machine.spec.name).await?;
         let connected = tokio::time::timeout(LAUNCH_LIMIT, connect(machine, &mut child)).await;
         let (qmp, reports) = connected.unwrap_or_else(|_| {
             let limit = LAUNCH_LIMIT.as_secs();
@@ -92,6 +113,30 @@ impl Hypervisor for Qemu {
         let control = QemuControl::new(qmp, machine);
         Ok(QemuRun::new(child, control, reports, log_path))
     }
+
+    async fn find(&self, machine: &Definition) -> Result<Found<QemuRun>> {
+        let name = &machine.spec.name;
+        let Some(mut child) = machine.storage.adopt(PROCESS, name)? else {
+            return Ok(match machine.storage.was_started(PROCESS, name) {
+                true => Found::Ended(Exit::Unobserved),
+                false => Found::Defined,
+            });
+        };
+        let connected = tokio::time::timeout(LAUNCH_LIMIT, connect_or_end(machine, &mut child)).await;
+        let connected = connected.map_err(|_| {
+            let limit = LAUNCH_LIMIT.as_secs();
+            let message = format!("expected QEMU to answer within {limit} s, but it did not");
+            Error::new(ErrorKind::Protocol, message)
+                .with_help("another program may hold its control socket: end that, or remove the lab")
+        })?;
+        let Ok((qmp, reports)) = connected else { return Ok(Found::Ended(Exit::Unobserved)) };
+        let log = machine.path(command_line::LOG);
+        Ok(Found::Running(QemuRun::new(child, QemuControl::new(qmp, machine), reports, log)))
+    }
+
+    fn arguments(&self) -> &[String] {
+        &self.arguments
+    }
 }
 
 /// Waits until QEMU accepts a connection or has ended.
@@ -99,6 +144,20 @@ async fn connect(
     machine: &Definition,
     child: &mut OwnedChild,
 ) -> Result<(Qmp, mpsc::UnboundedReceiver<Observation>)> {
+    let ended = match connect_or_end(machine, child).await {
+        Ok(connected) => return Ok(connected),
+        Err(ended) => ended,
+    };
+    let said = last_lines(&machine.path(command_line::LOG)).await;
+    let said = if said.is_empty() { ended } else { said };
+    Err(Error::new(ErrorKind::LaunchFailed, format!("QEMU refused to start: {said}")))
+}
+
+/// Waits until QEMU accepts a connection; or else returns how it has ended.
+async fn connect_or_end(
+    machine: &Definition,
+    child: &mut OwnedChild,
+) -> Result<(Qmp, mpsc::UnboundedReceiver<Observation>), String> {
     let socket = machine.socket(command_line::QMP);
     loop {
         let attempt = async {
@@ -111,12 +170,7 @@ async fn connect(
             }
         };
         tokio::select! {
-            status = child.wait() => {
-                let ended = status.map_or_else(|error| error.to_string(), describe);
-                let said = last_lines(&machine.path(command_line::LOG)).await;
-                let said = if said.is_empty() { ended } else { said };
-                return Err(Error::new(ErrorKind::LaunchFailed, format!("QEMU refused to start: {said}")));
-            }
+            status = child.wait() => return Err(status.map_or_else(|error| error.to_string(), describe)),
             connected = attempt => if let Some(connected) = connected {
                 return Ok(connected);
             }

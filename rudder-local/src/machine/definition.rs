@@ -1,6 +1,6 @@
 //! What a machine was defined as, and the names of its files in the lab's directory.
 
-use crate::{lab_storage::LabStorage, lan::Lan, machine_state::MachineState};
+use crate::{lab_storage::LabStorage, lan::Lan, machine_record::MachineRecord, machine_state::MachineState};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{MachineDisk, MachineSpec},
@@ -49,6 +49,32 @@ impl Definition {
             written.map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
         }
         Ok(definition)
+    }
+
+    /// Returns the definition of a machine of a lab that was attached to, from its record.
+    ///
+    /// # Errors
+    /// As [`MachineState::attach`].
+    pub fn attach(
+        storage: &Arc<LabStorage>,
+        lan: &Arc<Lan>,
+        record: &MachineRecord,
+        number: usize,
+    ) -> Result<Self> {
+        let spec = record.spec();
+        let state = MachineState::attach(storage, &spec, number, record.variables.as_deref())?;
+        for disk in &spec.disks {
+            storage.add_volume(&disk.volume.id, disk.volume.virtual_size);
+        }
+        Ok(Self { storage: Arc::clone(storage), lan: Arc::clone(lan), spec, number, state })
+    }
+
+    /// Records the machine for processes that attach to its lab.
+    pub(super) fn record(&self, backend: &str, arguments: &[String]) -> Result<()> {
+        let variables = self.state.flash().map(|(flash, _)| flash.variables.as_str());
+        let mut record = MachineRecord::new(backend, &self.spec, variables);
+        record.arguments = arguments.to_vec();
+        record.write(self.storage.dir(), self.number)
     }
 
     /// Returns the name of one of its files, relative to the directory of the lab. Short, because the path of a socket

@@ -4,17 +4,34 @@ use super::Definition;
 use crate::lifecycle::Run;
 use async_trait::async_trait;
 use futures::future::BoxFuture;
-use rudder_core::{Result, backend::BoxedStream};
+use rudder_core::{
+    Result,
+    backend::{BoxedStream, Exit},
+};
 use std::{fmt, net::IpAddr};
 
 /// The start of a machine.
 pub type Start = BoxFuture<'static, Result<()>>;
+
+/// A machine of a kept lab, as another process finds it.
+#[derive(Debug)]
+pub enum Found<R> {
+    /// It has never been started.
+    Defined,
+    /// It runs.
+    Running(R),
+    /// It has ended.
+    Ended(Exit),
+}
 
 /// How a hypervisor starts a machine, and what is particular to it.
 #[async_trait]
 pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     /// A machine that was powered on.
     type Run: Run;
+
+    /// The name of the backend.
+    const BACKEND: &'static str;
 
     /// The sockets that it creates for a machine, besides its NICs and its serial console. They are removed before the
     /// machine is powered on.
@@ -34,6 +51,17 @@ pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// `LaunchFailed`, with the reason that the hypervisor gives.
     async fn power_on(&self, machine: &Definition) -> Result<Self::Run>;
+
+    /// Finds a machine that another process started, or did not start, and takes control of it if it runs.
+    ///
+    /// # Errors
+    /// The machine runs and cannot be controlled.
+    async fn find(&self, machine: &Definition) -> Result<Found<Self::Run>>;
+
+    /// Returns the arguments to record for processes that find the machine.
+    fn arguments(&self) -> &[String] {
+        &[]
+    }
 
     /// Ends a machine whose guest has not run. Best effort: whatever is left is removed with the lab.
     async fn discard(&self, run: Self::Run) {

@@ -10,13 +10,13 @@ mod hypervisor;
 
 pub use self::{
     definition::{Definition, FLOPPY, SEED},
-    hypervisor::{Hypervisor, Start},
+    hypervisor::{Found, Hypervisor, Start},
 };
 use crate::{
     capture,
     lab_storage::blocking,
     lifecycle::{Control, Lifecycle, Run, Starting, Watcher},
-    serial::{SerialConsole, SerialPaths},
+    serial::{Attachment, SerialConsole, SerialPaths},
     tpm::Tpm,
 };
 use async_trait::async_trait;
@@ -84,14 +84,42 @@ impl<H: Hypervisor> LocalMachine<H> {
     /// Defines a machine, and adds it to the network of its lab.
     ///
     /// # Errors
-    /// As [`Lan::add`](crate::lan::Lan::add).
+    /// As [`Lan::add`](crate::lan::Lan::add); file errors.
     pub fn new(definition: Definition, hypervisor: H) -> Result<Self> {
+        definition.record(H::BACKEND, hypervisor.arguments())?;
         if hypervisor.uses_lan() {
             definition.lan.add(&definition.spec, definition.number)?;
         }
+        Ok(Self::at_rest(definition, hypervisor))
+    }
+
+    /// Attaches to a machine of a kept lab, whichever process defined and started it.
+    ///
+    /// # Errors
+    /// The machine runs and cannot be controlled.
+    pub async fn attach(definition: Definition, hypervisor: H) -> Result<Self> {
+        if hypervisor.uses_lan() {
+            definition.lan.adopt(&definition.spec, definition.number);
+        }
+        let machine = Self::at_rest(definition, hypervisor);
+        let this = &machine.0;
+        let found = this.hypervisor.find(&this.definition).await;
+        match found.map_err(|error| this.in_context(error))? {
+            Found::Defined => {}
+            Found::Ended(exit) => this.lifecycle.start()?.finish().end(exit),
+            Found::Running(run) => {
+                let tpm = this.definition.state.adopt_tpm()?;
+                let console = this.console_of(Attachment::Again).await?;
+                this.run(this.lifecycle.start()?, Launched { run, tpm, console });
+            }
+        }
+        Ok(machine)
+    }
+
+    fn at_rest(definition: Definition, hypervisor: H) -> Self {
         let lifecycle = Lifecycle::new(&definition.spec.name);
         let (running, console) = (Mutex::new(None), Mutex::new(None));
-        Ok(Self(Arc::new(Inner { definition, hypervisor, lifecycle, running, console })))
+        Self(Arc::new(Inner { definition, hypervisor, lifecycle, running, console }))
     }
 
     /// Returns what it was defined as.
@@ -181,7 +209,7 @@ impl<H: Hypervisor> Inner<H> {
         let control = run.control();
         let connected = async {
             // Before the guest runs, so that none of its output is lost.
-            let console = self.attach_console().await?;
+            let console = self.console_of(Attachment::First).await?;
             if self.hypervisor.uses_lan() {
                 machine.lan.connect(&machine.storage, &machine.spec.name, self.lifecycle.rest()).await?;
             }
@@ -197,15 +225,15 @@ impl<H: Hypervisor> Inner<H> {
         }
     }
 
-    /// Connects to the serial console of a machine whose guest is not running yet.
-    async fn attach_console(&self) -> Result<Arc<SerialConsole>> {
+    /// Connects to the serial console.
+    async fn console_of(&self, attachment: Attachment) -> Result<Arc<SerialConsole>> {
         let machine = &self.definition;
         let paths = SerialPaths {
             socket: machine.socket(SERIAL),
             people: machine.socket(CONSOLE),
             record: machine.path(SERIAL_LOG),
         };
-        let attached = SerialConsole::attach(paths).await;
+        let attached = SerialConsole::attach(paths, attachment).await;
         attached.map(Arc::new).map_err(|error| Error::io("connect to the serial console", error))
     }
 
@@ -213,8 +241,11 @@ impl<H: Hypervisor> Inner<H> {
     fn run(&self, starting: Starting, launched: Launched<H>) {
         let Launched { run, tpm, console } = launched;
         let control = run.control();
-        let released =
+        let released: Vec<Arc<AtomicBool>> =
             run.release_switch().into_iter().chain(tpm.as_ref().map(Tpm::release_switch)).collect();
+        if self.definition.storage.dir().is_kept() {
+            released.iter().for_each(|switch| switch.store(true, Ordering::Relaxed));
+        }
         let (orders, received) = mpsc::unbounded_channel();
         *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&console));
         // Locked until its watcher can be reached: whoever sees that it runs may want to stop it.

@@ -59,6 +59,15 @@ pub struct SerialPaths {
     pub record: PathBuf,
 }
 
+/// Whether a process has recorded the same run of the machine before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attachment {
+    /// No: the guest has not run yet.
+    First,
+    /// Yes, until it ended or let go: what it recorded comes before what is recorded from now on.
+    Again,
+}
+
 /// The serial console of one run of a machine. Dropping it closes everything.
 #[derive(Debug)]
 pub struct SerialConsole {
@@ -99,20 +108,29 @@ impl Shared {
 }
 
 impl SerialConsole {
-    /// Connects to the socket of a machine that has not run yet, and starts to record.
+    /// Connects to the socket of a machine, and starts to record.
     ///
     /// # Errors
     /// QEMU cannot be reached, or a file or socket cannot be created.
-    pub async fn attach(paths: SerialPaths) -> io::Result<Self> {
-        Self::with_limit(paths, KEPT).await
+    pub async fn attach(paths: SerialPaths, attachment: Attachment) -> io::Result<Self> {
+        Self::with_limit(paths, attachment, KEPT).await
     }
 
-    async fn with_limit(paths: SerialPaths, kept: usize) -> io::Result<Self> {
-        let record = Record::create(paths.record, kept as u64).await?;
+    async fn with_limit(paths: SerialPaths, attachment: Attachment, kept: usize) -> io::Result<Self> {
+        let earlier = match attachment {
+            Attachment::First => Vec::new(),
+            Attachment::Again => {
+                record::remove(&paths.people).await?;
+                Record::read(&paths.record).await?
+            }
+        };
+        let mut record = Record::create(paths.record, kept as u64).await?;
+        record.append(&earlier).await;
         let stream = UnixStream::connect(&paths.socket).await?;
         let listener = UnixListener::bind(&paths.people)?;
         let (input, keys) = mpsc::channel(16);
         let shared = Arc::new(Shared { output: SerialRecord::new(kept), input });
+        shared.output.write(&earlier);
         let (let_go, released) = watch::channel(false);
         // Created here, and not in the task: a task that is aborted before it starts would not close the record.
         let recording = Recording(Arc::clone(&shared));

@@ -23,12 +23,23 @@ pub(super) struct Record {
 impl Record {
     /// Creates a new record; existing ones are removed.
     pub(super) async fn create(path: PathBuf, kept: u64) -> io::Result<Self> {
-        let mut older = path.clone().into_os_string();
-        older.push(".0");
-        let older = PathBuf::from(older);
+        let older = older_of(&path);
         remove(&older).await?;
         let file = Some(new_file(&path).await?);
         Ok(Self { path, older, kept, size: 0, file })
+    }
+
+    /// Reads what an earlier record at this path has kept.
+    pub(super) async fn read(path: &Path) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for file in [&older_of(path), path] {
+            match fs::read(file).await {
+                Ok(read) => bytes.extend(read),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(bytes)
     }
 
     /// Appends output of the guest.
@@ -64,12 +75,18 @@ impl Record {
     }
 }
 
+fn older_of(path: &Path) -> PathBuf {
+    let mut older = path.as_os_str().to_owned();
+    older.push(".0");
+    older.into()
+}
+
 async fn new_file(path: &Path) -> io::Result<File> {
     remove(path).await?;
     fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).await
 }
 
-async fn remove(path: &Path) -> io::Result<()> {
+pub(super) async fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path).await {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

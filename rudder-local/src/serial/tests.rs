@@ -19,7 +19,8 @@ impl Bench {
         let path = |file: &str| dir.path().join(file);
         let listener = UnixListener::bind(path("serial")).unwrap();
         let paths = SerialPaths { socket: path("serial"), people: path("console"), record: path("log") };
-        let (console, accepted) = tokio::join!(SerialConsole::with_limit(paths, limit), listener.accept());
+        let (console, accepted) =
+            tokio::join!(SerialConsole::with_limit(paths, Attachment::First, limit), listener.accept());
         Self { console: console.unwrap(), listener, guest: accepted.unwrap().0, dir }
     }
 

@@ -176,6 +176,12 @@ impl LabDir {
         self.may_be_kept
     }
 
+    /// Returns whether the lab is kept.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        self.held().ledger.kept
+    }
+
     /// Checks that the lab is usable, that is, was not destroyed.
     ///
     /// # Errors
