@@ -18,6 +18,7 @@ use rudder_core::{
 };
 use rudder_local::{
     accelerator::Accelerator,
+    helper::HelperProgram,
     host::{self, Programs},
     lab_storage::blocking,
     store::{CollectPolicy, LabEntry, Store},
@@ -81,6 +82,15 @@ impl LibvirtBackendBuilder {
     #[must_use]
     pub fn qemu_img(mut self, path: impl Into<PathBuf>) -> Self {
         self.programs.qemu_img = Some(path.into());
+        self
+    }
+
+    /// Sets the program that runs the network of a kept lab in a session, so that its guests stay reachable after this process
+    /// has ended. Defaults to this program if it calls [`rudder_local::helper::run`], otherwise to `rudder-helper` beside it or in
+    /// `PATH`.
+    #[must_use]
+    pub fn helper(mut self, helper: HelperProgram) -> Self {
+        self.programs.helper = Some(helper);
         self
     }
 

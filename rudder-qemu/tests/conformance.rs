@@ -32,7 +32,8 @@ struct QemuAdapter {
 
 impl QemuAdapter {
     fn open(&self) -> Result<QemuBackend> {
-        Ok(QemuBackend::builder(Store::open(&self.store)?).accelerator(Accelerator::Tcg).build())
+        let builder = QemuBackend::builder(Store::open(&self.store)?).accelerator(Accelerator::Tcg);
+        Ok(builder.helper(suite::helper()).build())
     }
 
     /// Returns the QEMU process of a machine.

@@ -1,10 +1,6 @@
 //! Whole builds on QEMU whose inputs are wrong or break: what is reported, and that nothing is left behind.
 
-<<<<<<< HEAD:tests/inputs.rs
-#[path = "../rudder-local/tests/common/small_disk.rs"]
-=======
 #[path = "../../rudder-local/tests/common/small_disk.rs"]
->>>>>>> 2c6bc37 (Run whole builds from one test program):tests/builds/inputs.rs
 mod small_disk;
 use crate::support::{
     Bench, Running, guest_path,

@@ -8,6 +8,7 @@ use rudder_core::{
     plan::PlannedUrl,
     testing::{BadImages, Echo, GuestImage},
 };
+use rudder_local::helper::HelperProgram;
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs,
@@ -24,6 +25,19 @@ pub fn tiny() -> PathBuf {
     let path = std::env::var_os("RUDDER_GUESTS").map_or_else(made, PathBuf::from).join("tiny.qcow2");
     assert!(path.is_file(), "{} is missing: run `make guests`", path.display());
     path.canonicalize().unwrap()
+}
+
+/// Acts as the helper process, if this process was started as one; in a normal test run this does nothing.
+#[test]
+fn the_helper_process() {
+    if std::env::var_os(rudder_local::helper::VARIABLE).is_some() {
+        rudder_local::helper::run();
+    }
+}
+
+/// Returns this program as the one that runs the networks of labs that outlive their owners.
+pub fn helper() -> HelperProgram {
+    HelperProgram::new(std::env::current_exe().unwrap()).arguments(["--exact", "suite::the_helper_process"])
 }
 
 /// Returns what the suite needs to know about the tiny guest.
