@@ -145,6 +145,11 @@ async fn the_libvirt_backend_fulfils_the_contract_on_a_system_daemon() {
     const TEST: &str = "the_libvirt_backend_fulfils_the_contract_on_a_system_daemon";
     owner(TEST).await;
     if in_namespaces(TEST) {
-        keeps_the_contract(TEST, Scope::System, Some("labs: |owners: |kept: a lab that stays|streams: |served: ")).await;
+        keeps_the_contract(
+            TEST,
+            Scope::System,
+            Some("labs: |owners: |kept: a lab that stays|streams: |served: "),
+        )
+        .await;
     }
 }
