@@ -59,6 +59,7 @@ mod inventory;
 mod lab;
 mod machine;
 mod persist;
+mod registry;
 mod rules;
 mod script;
 mod sftp;
@@ -88,10 +89,11 @@ use download::MemoryFetcher;
 use inventory::Counted;
 use lab::{LabCore, MemoryLab};
 use persist::Kept;
+use registry::{LabRecord, Registry};
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicUsize},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
 };
 
 /// An in-memory backend. Clones share their state.
@@ -124,42 +126,6 @@ struct Script {
     root: Option<PathBuf>,
     /// Whether to behave like a backend that shares nothing with this host.
     remote: bool,
-}
-
-#[derive(Debug, Default)]
-struct Registry {
-    labs: BTreeMap<LabId, LabRecord>,
-    modules: BTreeMap<String, Kept>,
-    damaged: Vec<DamagedModule>,
-}
-
-#[derive(Debug)]
-enum LabRecord {
-    /// An owner holds the lab.
-    Owned(Weak<LabCore>),
-    /// The lab is kept.
-    Kept(Arc<LabCore>),
-    /// The owner dropped the lab of this name without destroying it.
-    Orphaned(String),
-}
-
-impl LabRecord {
-    fn core(&self) -> Option<Arc<LabCore>> {
-        match self {
-            Self::Owned(core) => core.upgrade(),
-            Self::Kept(core) => Some(core.clone()),
-            Self::Orphaned(_) => None,
-        }
-    }
-
-    fn info(&self, id: &LabId) -> LabInfo {
-        let name = || self.core().map_or_else(String::new, |core| core.name.clone());
-        match self {
-            Self::Owned(_) => LabInfo::new(id.clone(), name(), LabState::Owned),
-            Self::Kept(core) => LabInfo::new(id.clone(), name(), LabState::of_kept(core.expires())),
-            Self::Orphaned(name) => LabInfo::new(id.clone(), name, LabState::Abandoned),
-        }
-    }
 }
 
 impl Default for MemoryBackend {

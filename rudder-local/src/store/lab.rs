@@ -13,8 +13,9 @@
 use super::{
     Lease, Store, Use, durable, entries,
     identity::DirectoryIdentity,
+    lab_status::{LOCK, LabStatus, lab_status},
     ledger::{self, LEDGER, LabEntry, Ledger, RecordedProcess},
-    lock::{Availability, FileLock, Mode},
+    lock::{FileLock, Mode},
     process::{self, ExpectedLab, ProcessIdentity},
 };
 use rudder_core::{
@@ -30,9 +31,6 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
-
-/// The file that the owner of a lab keeps locked for as long as it lives.
-const LOCK: &str = "lock";
 
 /// The directory with the files that the core stores with the lab, in the directory of the lab.
 const FILES: &str = "files";
@@ -434,42 +432,6 @@ impl Store {
 /// Returns the error for a lab that does not exist.
 fn missing(id: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("there is no lab {id} in the store"))
-}
-
-/// What is known about a lab.
-struct LabStatus {
-    state: LabState,
-    /// Its ledger, or why that cannot be read.
-    ledger: Result<Ledger>,
-    /// Its lock, if no process held it.
-    lock: Option<FileLock>,
-}
-
-/// Determines whether a lab is alive; `None` when it no longer exists. The caller holds `locks/labs`.
-fn lab_status(path: &Path, id: &str) -> Result<Option<LabStatus>> {
-    let ledger = match ledger::read(path, id) {
-        Ok(None) => return Ok(None),
-        Ok(Some(ledger)) => Ok(ledger),
-        Err(error) => Err(error),
-    };
-    let availability = FileLock::try_exclusive(&path.join(LOCK))?;
-    let is_held = matches!(availability, Availability::Held);
-    let is_missing = matches!(availability, Availability::Missing);
-    let state = match &ledger {
-        Ok(ledger) if ledger.kept => LabState::of_kept(ledger.expires.map(SystemTime::from)),
-        _ if is_held => LabState::Owned,
-        Err(_) => LabState::Damaged,
-        // The lock of a living owner was removed.
-        Ok(ledger) if is_missing && is_of(ledger, path) && ledger.owner.is_running() => LabState::Owned,
-        Ok(_) => LabState::Abandoned,
-    };
-    let lock = if let Availability::Free(lock) = availability { Some(lock) } else { None };
-    Ok(Some(LabStatus { state, ledger, lock }))
-}
-
-/// Returns whether a ledger was written for the directory that contains it.
-fn is_of(ledger: &Ledger, path: &Path) -> bool {
-    ledger.directory.is_some() && DirectoryIdentity::of(path).ok() == ledger.directory
 }
 
 /// Removes the remains of a lab's directory.

@@ -32,6 +32,7 @@ mod http;
 mod identity;
 mod ingest;
 mod lab;
+mod lab_status;
 mod layout;
 mod ledger;
 mod local;
