@@ -18,8 +18,9 @@ impl LabStorage {
     /// name of its qcow2 file in the lab's directory; that of a CD-ROM is the path of the file in the store.
     ///
     /// # Errors
-    /// As `Lab::import`.
+    /// As `Lab::import`; `Unsupported` in a lab that was attached to.
     pub async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
+        self.network()?;
         self.tell_notice(progress);
         let imported = match &request.source {
             PlannedSource::Url(url) if request.kind == VolumeKind::Cdrom => {

@@ -231,11 +231,12 @@ impl LabStorage {
         })
     }
 
-    /// Checks that the disks and CD-ROMs of a machine are volumes of the lab.
+    /// Checks that the lab takes new machines, and that the disks and CD-ROMs of this one are volumes of the lab.
     ///
     /// # Errors
-    /// `InvalidInput` when one is not.
+    /// `Unsupported` in a lab that was attached to; `InvalidInput` when one is not a volume.
     pub fn check_volumes(&self, spec: &MachineSpec) -> Result<()> {
+        self.network()?;
         let mut volumes = spec.disks.iter().map(|disk| &disk.volume).chain(&spec.cdroms);
         volumes.try_for_each(|volume| self.volume_size(&volume.id).map(drop))
     }

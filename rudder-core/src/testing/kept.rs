@@ -6,15 +6,16 @@ use super::{
     consoles::until,
     guest::{Booted, Prepared},
     owners::{Owned, STAYS, STAYS_WITH_A_GUEST},
-    rig::{SSH, eventually, network},
+    rig::{BLANK, SSH, eventually, network},
     streams::greeted,
     test_result::{During as _, ensure, expect_equal, fail, refused},
 };
 use crate::{
     ErrorKind,
-    backend::{Exit, Lab, LabId, LabInfo, LabSpec, LabState, Machine, Retention, Stop},
+    backend::{Exit, ImportRequest, Lab, LabId, LabInfo, LabSpec, LabState, Machine, Progress, Retention, Stop},
     capability::Capability,
     guest::{BuildKey, Login},
+    plan::PlannedSource,
     secret::Secret,
 };
 use std::{
@@ -126,6 +127,12 @@ pub async fn a_lab_that_stays_is_attached_by_another_process(rig: &Rig) -> TestR
     let exit = machine.stop(Stop::Kill).await.during("stop the machine")?;
     ensure!(matches!(exit, Exit::Killed { .. }), "expected Killed, but found {exit:?}");
     expect_equal(&machine.wait().await.during("wait for the machine")?, &exit, "its exit")?;
+    // Whether the lab may grow or not, its machines stay as they are.
+    let request = ImportRequest::new("other", "root", PlannedSource::Blank, Some(BLANK));
+    match lab.import(&request, &Progress::none()).await {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {}
+        imported => drop(imported.during("import a disk into an attached lab")?),
+    }
     machine.start().await.during("start the machine again")?;
     runs_on(&*machine, "after it was started again").await?;
     machine.stop(Stop::Kill).await.during("stop the machine again")?;
