@@ -30,6 +30,7 @@
 //! | list, show and remove modules | [`backend::Backend`], [`module::Module`] |
 //! | use a guest, its screen and its keyboard | [`guest::Guest`], [`console::Console`] |
 //! | choose a hypervisor | `rudder::qemu`, `rudder::libvirt`, on a `rudder::store` |
+//! | keep the network of a kept lab running | `rudder::helper::run`, first in `main` |
 //! | test without a hypervisor | `rudder::memory` |
 //! | write a backend | [`backend`], [`backend_api`], `rudder::testing` |
 //!

@@ -1,5 +1,5 @@
 //! The core of Rudder: what a build *is* (manifest, diagnostics, plan), what a hypervisor must provide (the [`backend`] traits),
-//! and what a build *does* (engine, guest sessions, store).
+//! and what a build *does* (engine, guest sessions, the contract of backends).
 //!
 //! A backend provides streams and disks; the core does everything else. See `docs/design.md` for the layers of this crate and for
 //! the reasons behind its boundaries.

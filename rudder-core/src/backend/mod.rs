@@ -19,6 +19,8 @@
 //!   | `InvalidInput` | the operation can never succeed: the backend cannot represent a name, the machine was not created with a port, the lab ends with its owner |
 //!   | `Unsupported` | the backend does not declare the needed capability |
 //!   | `GuestUnreachable` | the guest cannot be reached yet; the caller tries again |
+//!
+//!   Other kinds are those that the methods name.
 //! - **Time.** Every end of a machine, whatever caused it, is reported within [`END_REPORTED_WITHIN`].
 //! - **Progress** of one call: the amount done of a task never decreases and never exceeds its total, the total never changes once
 //!   it is known, and the last report of each task says that all of it is done.
@@ -172,6 +174,9 @@ pub trait Lab: Debug + Send + Sync {
     /// [`Capability::HttpDirectory`](crate::capability::Capability::HttpDirectory).
     ///
     /// A backend whose machines can reach the host passes the site to the core's own server.
+    ///
+    /// # Errors
+    /// `Unsupported` in a lab that outlives this process, if the files would be served from this process.
     async fn serve(&self, site: Site) -> Result<Served>;
 
     /// Defines a machine with the processors, memory, disks and NICs of the specification. Does not start it. May be called for
@@ -179,7 +184,7 @@ pub trait Lab: Debug + Send + Sync {
     ///
     /// # Errors
     /// `Conflict` when the lab already has a machine of this name or was destroyed; `InvalidInput` when the machine cannot be
-    /// created.
+    /// created; `Unsupported` in a lab that was kept or attached to and takes no new machines.
     async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>>;
 
     /// Creates a module from captured disks, all or nothing: readers see either the old module of that name or the new one, never a
@@ -202,7 +207,8 @@ pub trait Lab: Debug + Send + Sync {
     async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>>;
 
     /// Stores a small file with the lab, readable only by the user who opened it, for [`Backend::lab_file`]; replaces an earlier one
-    /// of this name. The file lives as long as the lab does. [`check_lab_file`] says what is allowed. Returns where programs on this host find the file, if they do.
+    /// of this name. The file lives as long as the lab does. [`check_lab_file`] says what is allowed. Returns where programs on this
+    /// host find the file, if they do.
     ///
     /// # Errors
     /// `InvalidInput` for another name or a larger file; `Conflict` when the lab was destroyed.

@@ -248,7 +248,7 @@ impl MachineSpec {
 pub enum Exit {
     /// The guest powered off.
     PoweredOff,
-    /// [`Machine::stop`](super::Machine::stop) killed it, for this reason ("did not power off within 60 s", "on request").
+    /// [`Machine::stop`](super::Machine::stop) killed it, for this reason ("did not power off within 60s", "an immediate stop was requested").
     Killed {
         /// The reason.
         why: String,

@@ -84,8 +84,7 @@ async fn write_key(attempt: &Attempt) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Returns the labs that failed builds kept for inspection, sorted by id. A kept lab without a record of logins, such as a clone, is
-/// among them.
+/// Returns the kept labs, sorted by id: those that failed builds left for inspection, with their logins, and others, without.
 ///
 /// # Errors
 /// Those of [`Backend::labs`]; `Unsupported` and `InvalidInput` for a record that cannot be read.

@@ -101,7 +101,7 @@ pub enum FailurePolicy {
 pub enum PausedDeadline {
     /// The limit is suspended, for all VMs of the build.
     #[default]
-    StandsStill,
+    Suspended,
     /// The limit keeps running.
     Runs,
 }
@@ -173,8 +173,8 @@ impl Build {
     }
 
     /// Sets the directory for what belongs to the report of a failed build: screenshots (PNG) and, with [`FailurePolicy::Keep`],
-    /// the key to log in, where programs on this host do not find the files of the lab. Created when needed. The files are readable by their owner only,
-    /// and the caller is responsible for removing them.
+    /// the key to log in, where programs on this host do not find the files of the lab. Created when needed. The files are readable
+    /// by their owner only, and the caller is responsible for removing them.
     ///
     /// A relative path is resolved against the current working directory at the time of this call. Without a directory, no
     /// screenshots are taken.

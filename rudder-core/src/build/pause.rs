@@ -92,7 +92,7 @@ pub(super) fn pause(
     let attempt = &vm.attempt;
     let resumed = CancellationToken::new();
     let hold = match attempt.options.paused_deadline {
-        PausedDeadline::StandsStill => Some(attempt.guard.deadline.hold()),
+        PausedDeadline::Suspended => Some(attempt.guard.deadline.hold()),
         PausedDeadline::Runs => None,
     };
     let paused = PausedVm { machine: Arc::clone(machine), step, instructions: instructions.into() };
