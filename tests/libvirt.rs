@@ -207,7 +207,7 @@ fn libvirtd_is_killed(mut host: TestHost) {
     let uri = host.daemon.uri();
     for part in [
         "build victim: vm vm: step 1 (work): ",
-        &format!("libvirt is out of reach: uri {uri}: cannot connect to libvirt: "),
+        &format!("libvirt is unreachable: uri {uri}: cannot connect to libvirt: "),
         "help: start libvirtd (systemctl start libvirtd",
     ] {
         assert!(message.contains(part), "expected {part:?}, but found {message}");

@@ -4,7 +4,7 @@ use crate::{
     connection::Connection,
     host_capabilities::HostCapabilities,
     lab::LibvirtLab,
-    lab_context::{labelled, remove_all_of, tidying},
+    lab_context::{cleanup_error, labelled, remove_all_of},
     label::{Label, Owner},
     modules, network,
 };
@@ -145,25 +145,25 @@ impl LibvirtBackend {
 
     async fn host_capabilities(&self) -> Result<Arc<HostCapabilities>> {
         rudder_core::runtime::check()?;
-        let ask = async {
-            HostCapabilities::ask(&self.connection, &self.programs, self.accelerator).await.map(Arc::new)
+        let query = async {
+            HostCapabilities::query(&self.connection, &self.programs, self.accelerator).await.map(Arc::new)
         };
-        self.host_capabilities.get_or_try_init(|| ask).await.cloned()
+        self.host_capabilities.get_or_try_init(|| query).await.cloned()
     }
 
-    /// Ends and removes the domains and networks of labs whose owner is gone. This precedes the removal of their files,
+    /// Ends and removes the domains and networks of labs whose owner is dead. This precedes the removal of their files,
     /// because whatever runs on the files must end first.
     async fn reap_labelled(&self) -> Result<ReapReport> {
         let own = Owner::new(&self.store);
         // Labels are listed before labs: a lab exists before its first domain, so no new domain is mistaken for that of
         // a dead lab.
         let owner = own.clone();
-        let labelled = self.connection.ask(move |connect| {
+        let labelled = self.connection.query(move |connect| {
             let domains = labelled(connect)?.into_iter().map(|(_, label)| label);
             let networks = network::labelled(connect)?.into_iter().map(|(_, label)| label);
             Ok(domains.chain(networks).filter(|label| owner.owns(label)).collect::<Vec<_>>())
         });
-        let labelled = labelled.await.map_err(tidying)?;
+        let labelled = labelled.await.map_err(cleanup_error)?;
         let store = self.store.clone();
         let labs = blocking(move || store.labs()).await?;
         let lives = |id: &LabId| labs.iter().any(|lab| lab.id == *id && lab.state != LabState::Abandoned);
@@ -177,12 +177,12 @@ impl LibvirtBackend {
         let mut report = ReapReport::default();
         for lab in dead {
             let (own, id) = (own.clone(), lab.clone());
-            match self.connection.order(move |connect| remove_all_of(connect, &own, &id)).await {
+            match self.connection.command(move |connect| remove_all_of(connect, &own, &id)).await {
                 Ok(removed) => {
                     report.removed.extend(removed.into_iter().map(|what| format!("{what} of lab {lab}")));
                 }
                 Err(failure) => {
-                    report.failed.push(tidying(failure).with_context("lab", lab.as_str()).report());
+                    report.failed.push(cleanup_error(failure).with_context("lab", lab.as_str()).report());
                 }
             }
         }
@@ -237,7 +237,7 @@ impl Backend for LibvirtBackend {
         rudder_core::runtime::check()?;
         let mut report = HostReport::default();
         let host_capabilities =
-            HostCapabilities::ask(&self.connection, &self.programs, self.accelerator).await;
+            HostCapabilities::query(&self.connection, &self.programs, self.accelerator).await;
         let finding = match &host_capabilities {
             Ok(host_capabilities) => HostFinding::present(
                 "libvirt",
@@ -275,10 +275,10 @@ impl Backend for LibvirtBackend {
                     tracing::warn!(what, "cannot remove what a dead owner left");
                 }
                 for what in report.warnings {
-                    tracing::warn!(what, "left alone in the store");
+                    tracing::warn!(what, "left unchanged in the store");
                 }
             }
-            Err(error) => tracing::warn!(%error, "cannot look for what dead owners left"),
+            Err(error) => tracing::warn!(%error, "cannot check for what dead owners left"),
         }
         Ok(Arc::new(LibvirtLab::open(&self.store, &self.connection, &host_capabilities, spec).await?))
     }
@@ -298,13 +298,13 @@ impl Backend for LibvirtBackend {
         let (store, module) = (Owner::new(&self.store), name.to_owned());
         let removed = self
             .connection
-            .order(move |connect| modules::remove(connect, &store, |its, _| its == module))
+            .command(move |connect| modules::remove(connect, &store, |its, _| its == module))
             .await;
         removed.map(drop).map_err(|failure| {
             failure
                 .into_error(ErrorKind::Io, "remove the domains of a module that was removed")
                 .with_context("module", name)
-                .with_help("its files are gone; the next start or reap removes its domains")
+                .with_help("start a build or reap to remove its domains; its files have been removed")
         })
     }
 
@@ -328,12 +328,12 @@ impl Backend for LibvirtBackend {
         let state =
             blocking(move || Ok(store.labs()?.into_iter().find(|lab| lab.id == wanted).map(|lab| lab.state)));
         if !matches!(state.await?, Some(LabState::Abandoned | LabState::Kept { .. })) {
-            // The store's error says why it cannot be removed.
+            // The store's error explains why it cannot be removed.
             return self.store.remove_lab(id).await;
         }
         let (own, lab) = (Owner::new(&self.store), id.clone());
-        let removed = self.connection.order(move |connect| remove_all_of(connect, &own, &lab)).await;
-        removed.map_err(tidying)?;
+        let removed = self.connection.command(move |connect| remove_all_of(connect, &own, &lab)).await;
+        removed.map_err(cleanup_error)?;
         self.store.remove_lab(id).await
     }
 

@@ -47,11 +47,11 @@ impl Failure {
                     ErrorNumber::NoSupport | ErrorNumber::OperationUnsupported => ErrorKind::Unsupported,
                     _ => kind,
                 };
-                let said = without_advice(refusal.message());
-                let said = said.trim();
-                let full = said.contains("No space left on device");
+                let output = without_advice(refusal.message());
+                let output = output.trim();
+                let full = output.contains("No space left on device");
                 let kind = if full { ErrorKind::HostDiskFull } else { kind };
-                Error::new(kind, format!("cannot {what}: libvirt: {said}"))
+                Error::new(kind, format!("cannot {what}: libvirt: {output}"))
             }
         }
     }
@@ -106,55 +106,55 @@ impl Connection {
     }
 
     /// Runs a query, and repeats it once if the connection breaks.
-    pub(crate) async fn ask<T: Send + 'static>(
+    pub(crate) async fn query<T: Send + 'static>(
         self: &Arc<Self>,
-        question: impl Fn(&Connect) -> Result<T, Refusal> + Send + 'static,
+        query: impl Fn(&Connect) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Failure> {
         let this = Arc::clone(self);
-        this.clone().bounded(move || this.ask_blocking(question)).await
+        this.clone().bounded(move || this.query_blocking(query)).await
     }
 
     /// Runs a command, on a connection that was just verified to work.
-    pub(crate) async fn order<T: Send + 'static>(
+    pub(crate) async fn command<T: Send + 'static>(
         self: &Arc<Self>,
-        order: impl FnOnce(&Connect) -> Result<T, Refusal> + Send + 'static,
+        command: impl FnOnce(&Connect) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Failure> {
         let this = Arc::clone(self);
-        this.clone().bounded(move || this.order_blocking(order)).await
+        this.clone().bounded(move || this.command_blocking(command)).await
     }
 
-    /// A blocking [`ask`](Self::ask).
-    pub(crate) fn ask_blocking<T>(
+    /// A blocking [`query`](Self::query).
+    pub(crate) fn query_blocking<T>(
         &self,
-        question: impl Fn(&Connect) -> Result<T, Refusal>,
+        query: impl Fn(&Connect) -> Result<T, Refusal>,
     ) -> Result<T, Failure> {
-        match self.with_link(&question) {
-            Err(Failure::Lost(_)) => self.with_link(&question),
+        match self.with_link(&query) {
+            Err(Failure::Lost(_)) => self.with_link(&query),
             other => other,
         }
     }
 
-    /// A blocking [`order`](Self::order).
-    pub(crate) fn order_blocking<T>(
+    /// A blocking [`command`](Self::command).
+    pub(crate) fn command_blocking<T>(
         &self,
-        order: impl FnOnce(&Connect) -> Result<T, Refusal>,
+        command: impl FnOnce(&Connect) -> Result<T, Refusal>,
     ) -> Result<T, Failure> {
-        self.ask_blocking(Connect::get_lib_version)?;
-        self.with_link(order)
+        self.query_blocking(Connect::get_lib_version)?;
+        self.with_link(command)
     }
 
     async fn bounded<T: Send + 'static>(
         self: Arc<Self>,
         work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
-        let failed = |kind, message: String| Failure::Lost(self.about(Error::new(kind, message)));
+        let failed = |kind, message: String| Failure::Lost(self.with_uri(Error::new(kind, message)));
         match tokio::time::timeout(CALL_LIMIT, tokio::task::spawn_blocking(work)).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => {
-                Err(failed(ErrorKind::Internal, format!("a call of libvirt was cut short: {error}")))
+                Err(failed(ErrorKind::Internal, format!("a call to libvirt was interrupted: {error}")))
             }
             Err(_) => {
-                self.forget();
+                self.discard_link();
                 let limit = CALL_LIMIT.as_secs();
                 Err(failed(ErrorKind::TimedOut, format!("libvirt did not answer within {limit} s")))
             }
@@ -165,7 +165,7 @@ impl Connection {
         let link = self.open()?;
         let Some(connect) = &link.0 else {
             return Err(Failure::Lost(
-                self.about(Error::new(ErrorKind::Internal, "the connection was closed")),
+                self.with_uri(Error::new(ErrorKind::Internal, "the connection was closed")),
             ));
         };
         work(connect).map_err(|refusal| {
@@ -173,9 +173,9 @@ impl Connection {
             if connect.is_alive().unwrap_or(false) {
                 return Failure::Refused(refusal);
             }
-            self.forget();
+            self.discard_link();
             let message = format!("the connection to libvirt was lost: {}", refusal.message().trim());
-            Failure::Lost(self.about(Error::new(ErrorKind::Protocol, message)))
+            Failure::Lost(self.with_uri(Error::new(ErrorKind::Protocol, message)))
         })
     }
 
@@ -190,18 +190,18 @@ impl Connection {
                 "start libvirtd (systemctl start libvirtd, or apt-get install libvirt-daemon-system), add the user to the \
                  group libvirt, or use the URI qemu:///session",
             );
-            Failure::Lost(self.about(error))
+            Failure::Lost(self.with_uri(error))
         })?;
         let link = Arc::new(Link(Some(connect)));
         *current = Some(Arc::clone(&link));
         Ok(link)
     }
 
-    fn about(&self, error: Error) -> Error {
+    fn with_uri(&self, error: Error) -> Error {
         error.with_context("uri", &self.uri)
     }
 
-    fn forget(&self) {
+    fn discard_link(&self) {
         *self.link() = None;
     }
 
@@ -218,14 +218,14 @@ pub(crate) fn domain(connect: &Connect, name: &str) -> Result<Domain, Refusal> {
 /// Ends a domain if it runs, and removes it along with everything that libvirt keeps of it. A domain that does not
 /// exist is not an error.
 pub(crate) fn remove_domain(domain: &Domain) -> Result<(), Refusal> {
-    let gone = |result: Result<(), Refusal>, fine: ErrorNumber| match result {
-        Err(refusal) if refusal.code() == ErrorNumber::NoDomain || refusal.code() == fine => Ok(()),
+    let ignore_missing = |result: Result<(), Refusal>, ignored: ErrorNumber| match result {
+        Err(refusal) if refusal.code() == ErrorNumber::NoDomain || refusal.code() == ignored => Ok(()),
         other => other,
     };
     // The domain may end by itself in the meantime.
-    gone(domain.destroy(), ErrorNumber::OperationInvalid)?;
+    ignore_missing(domain.destroy(), ErrorNumber::OperationInvalid)?;
     let flags = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
         | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
         | sys::VIR_DOMAIN_UNDEFINE_NVRAM;
-    gone(domain.undefine_flags(flags), ErrorNumber::NoDomain)
+    ignore_missing(domain.undefine_flags(flags), ErrorNumber::NoDomain)
 }

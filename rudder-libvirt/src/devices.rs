@@ -1,8 +1,8 @@
 //! The devices of a domain, as XML: disks and media, firmware, the serial console, the TPM and NICs.
 
 use crate::{
-    network::Card,
-    pci_addresses::{Place, address, pci},
+    network::Nic,
+    pci_addresses::{DiskLocation, address, pci},
     xml::Xml,
 };
 use rudder_core::{Error, ErrorKind, Result, hardware::Bus};
@@ -43,7 +43,7 @@ pub(crate) struct Uefi {
 pub(crate) enum Variables {
     /// This file itself.
     Own(PathBuf),
-    /// A copy of this file, which libvirt makes and keeps.
+    /// A copy of this file, which libvirt creates and keeps.
     CopyOf(PathBuf),
 }
 
@@ -68,7 +68,7 @@ pub(crate) fn write_serial(xml: &mut Xml, serial: &Serial) {
     }
 }
 
-pub(crate) fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool) {
+pub(crate) fn write_disk(xml: &mut Xml, disk: &Disk, location: &DiskLocation, boots: bool) {
     xml.element("disk", &[("type", "file"), ("device", "disk")], |xml| {
         // The disks of a lab are discarded when the host crashes, so no flush has to reach the physical disk. An I/O
         // error pauses the machine instead of being reported to the guest, where a problem of the host would look like
@@ -86,7 +86,7 @@ pub(crate) fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool)
             ],
         );
         xml.empty("source", &[("file", &text(&disk.path))]);
-        xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
+        xml.empty("target", &[("dev", &location.target), ("bus", location.bus)]);
         if disk.transient {
             // With a shared backing file the image is opened read-only, but the disk is hot-plugged, which not every
             // bus supports.
@@ -96,21 +96,27 @@ pub(crate) fn write_disk(xml: &mut Xml, disk: &Disk, place: &Place, boots: bool)
         if boots {
             xml.empty("boot", &[("order", "1")]);
         }
-        address(xml, &place.address);
+        address(xml, &location.address);
     });
 }
 
 /// Writes a read-only medium.
-pub(crate) fn write_medium(xml: &mut Xml, device: &str, path: &Path, place: &Place, order: Option<usize>) {
+pub(crate) fn write_medium(
+    xml: &mut Xml,
+    device: &str,
+    path: &Path,
+    location: &DiskLocation,
+    order: Option<usize>,
+) {
     xml.element("disk", &[("type", "file"), ("device", device)], |xml| {
         xml.empty("driver", &[("name", "qemu"), ("type", "raw")]);
         xml.empty("source", &[("file", &text(path))]);
-        xml.empty("target", &[("dev", &place.target), ("bus", place.bus)]);
+        xml.empty("target", &[("dev", &location.target), ("bus", location.bus)]);
         xml.empty("readonly", &[]);
         if let Some(order) = order {
             xml.empty("boot", &[("order", &order.to_string())]);
         }
-        address(xml, &place.address);
+        address(xml, &location.address);
     });
 }
 
@@ -147,14 +153,14 @@ pub(crate) fn write_tpm(xml: &mut Xml, tpm: &Tpm) {
     });
 }
 
-pub(crate) fn write_card(xml: &mut Xml, card: &Card) {
+pub(crate) fn write_nic(xml: &mut Xml, nic: &Nic) {
     xml.element("interface", &[("type", "network")], |xml| {
-        xml.empty("mac", &[("address", &card.mac)]);
-        xml.empty("source", &[("network", &card.network)]);
-        xml.empty("model", &[("type", card.model)]);
+        xml.empty("mac", &[("address", &nic.mac)]);
+        xml.empty("source", &[("network", &nic.network)]);
+        xml.empty("model", &[("type", nic.model)]);
         // No boot ROM: nothing boots from the network, and loading the ROM takes time.
         xml.empty("rom", &[("enabled", "no")]);
-        address(xml, &pci(slot::NICS + card.slot, 0, false));
+        address(xml, &pci(slot::NICS + nic.slot, 0, false));
     });
 }
 

@@ -7,13 +7,13 @@
 
 use crate::{
     devices::{
-        Disk, Serial, Tpm, Uefi, check_socket, write_card, write_disk, write_firmware, write_floppy,
-        write_medium, write_serial, write_tpm,
+        Disk, Serial, Tpm, Uefi, check_socket, write_disk, write_firmware, write_floppy, write_medium,
+        write_nic, write_serial, write_tpm,
     },
     host_capabilities::HostCapabilities,
     label::Label,
-    network::Card,
-    pci_addresses::{Place, Places, address, pci},
+    network::Nic,
+    pci_addresses::{DiskLocation, DiskLocations, address, pci},
     xml::Xml,
 };
 use rudder_core::{Result, backend::LabId, hardware::Bus};
@@ -25,9 +25,9 @@ use std::path::PathBuf;
 
 /// The NICs of a domain.
 #[derive(Debug)]
-pub(crate) enum Cards {
+pub(crate) enum Nics {
     /// NICs on networks of libvirt.
-    Bridged(Vec<Card>),
+    Bridged(Vec<Nic>),
     /// NICs defined by these QEMU arguments.
     Arguments(Vec<String>),
 }
@@ -56,7 +56,7 @@ pub(crate) struct Domain<'a> {
     pub(crate) floppy: Option<PathBuf>,
     pub(crate) seed: Option<PathBuf>,
     pub(crate) serial: Serial,
-    pub(crate) cards: Cards,
+    pub(crate) nics: Nics,
     /// The user and group that the QEMU process runs as, where libvirt may choose; `None` leaves the choice to libvirt.
     pub(crate) owner: Option<(u32, u32)>,
     /// The lab whose removal also ends the process.
@@ -76,17 +76,18 @@ impl Domain<'_> {
         if let Some(Tpm::At(socket)) = &self.tpm {
             check_socket(socket)?;
         }
-        let mut places = Places::new(self.chipset);
-        let disks = self.disks.iter().map(|disk| places.take(disk.bus)).collect::<Result<Vec<_>>>()?;
-        let cdroms = self.cdroms.iter().map(|_| places.take(self.cdrom_bus)).collect::<Result<Vec<_>>>()?;
+        let mut locations = DiskLocations::new(self.chipset);
+        let disks = self.disks.iter().map(|disk| locations.take(disk.bus)).collect::<Result<Vec<_>>>()?;
+        let cdroms =
+            self.cdroms.iter().map(|_| locations.take(self.cdrom_bus)).collect::<Result<Vec<_>>>()?;
         let seed = match (&self.seed, self.disks.first().map_or(Bus::Virtio, |disk| disk.bus)) {
             (None, _) => None,
             // On the bus of the boot disk, for which the guest has a driver; last, so that no disk moves.
             (Some(_), Bus::Virtio) => {
                 let address = pci(slot::SEED, 0, false);
-                Some((Bus::Virtio, Place { target: places.name("virtio"), bus: "virtio", address }))
+                Some((Bus::Virtio, DiskLocation { target: locations.name("virtio"), bus: "virtio", address }))
             }
-            (Some(_), bus) => Some((bus, places.take(bus)?)),
+            (Some(_), bus) => Some((bus, locations.take(bus)?)),
         };
         let mut xml = Xml::new();
         let namespace = ("xmlns:qemu", "http://libvirt.org/schemas/domain/qemu/1.0");
@@ -94,26 +95,26 @@ impl Domain<'_> {
             self.machine(xml);
             xml.element("devices", &[], |xml| {
                 xml.text("emulator", &[], &self.host_capabilities.emulator);
-                for (index, (disk, place)) in self.disks.iter().zip(&disks).enumerate() {
-                    write_disk(xml, disk, place, index == 0);
+                for (index, (disk, location)) in self.disks.iter().zip(&disks).enumerate() {
+                    write_disk(xml, disk, location, index == 0);
                 }
-                for (index, (image, place)) in self.cdroms.iter().zip(&cdroms).enumerate() {
+                for (index, (image, location)) in self.cdroms.iter().zip(&cdroms).enumerate() {
                     // After the boot disk: firmware falls through to the CD-ROM if that disk is blank.
-                    write_medium(xml, "cdrom", image, place, Some(index + 2));
+                    write_medium(xml, "cdrom", image, location, Some(index + 2));
                 }
                 if let Some(image) = &self.floppy {
                     write_floppy(xml, image);
                 }
-                if let (Some(path), Some((bus, place))) = (&self.seed, &seed) {
+                if let (Some(path), Some((bus, location))) = (&self.seed, &seed) {
                     let device = if matches!(bus, Bus::Virtio | Bus::Usb) { "disk" } else { "cdrom" };
-                    write_medium(xml, device, path, place, None);
+                    write_medium(xml, device, path, location, None);
                 }
-                places.controllers(xml);
+                locations.controllers(xml);
                 self.devices(xml);
             });
-            let arguments = match &self.cards {
-                Cards::Arguments(arguments) => arguments.as_slice(),
-                Cards::Bridged(_) => &[],
+            let arguments = match &self.nics {
+                Nics::Arguments(arguments) => arguments.as_slice(),
+                Nics::Bridged(_) => &[],
             };
             if !arguments.is_empty() || self.lab.is_some() {
                 xml.element("qemu:commandline", &[], |xml| {
@@ -184,9 +185,9 @@ impl Domain<'_> {
 
     fn devices(&self, xml: &mut Xml) {
         write_serial(xml, &self.serial);
-        if let Cards::Bridged(cards) = &self.cards {
-            for card in cards {
-                write_card(xml, card);
+        if let Nics::Bridged(nics) = &self.nics {
+            for nic in nics {
+                write_nic(xml, nic);
             }
         }
         // The display is only reachable through libvirt: no port is opened.

@@ -1,4 +1,4 @@
-//! Translates the state of a domain into what it says about the machine. Performs no I/O.
+//! Translates the state of a domain into an observation of the machine. Performs no I/O.
 
 use rudder_core::backend::{Death, Exit};
 use rudder_local::lifecycle::{Observation, Shutdown};
@@ -9,7 +9,7 @@ use virt::sys;
 pub(crate) enum DomainState {
     /// Known completely.
     Observed(Observation),
-    /// A disk could not be read or written. Libvirt does not say whether the host's disk is full.
+    /// A disk could not be read or written. Libvirt does not report whether the host's disk is full.
     DiskFailed,
 }
 
@@ -28,29 +28,32 @@ impl DomainState {
     }
 }
 
-/// What became of a machine that does not run.
+/// A machine that does not run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Past {
+pub(crate) enum Inactive {
+    /// It has never been started.
     NeverStarted,
+    /// It has ended in this way.
     Ended(Exit),
 }
 
-/// Returns what became of a machine whose domain is shut off; `None` if it is not. Libvirt remembers why, as long as it runs itself.
-pub(crate) fn past(state: sys::virDomainState, reason: i32) -> Option<Past> {
+/// Returns whether a machine whose domain is shut off was ever started, and how it ended; `None` if the domain is not
+/// shut off. Libvirt remembers the reason until it is restarted.
+pub(crate) fn inactive(state: sys::virDomainState, reason: i32) -> Option<Inactive> {
     if state != sys::VIR_DOMAIN_SHUTOFF {
         return None;
     }
     Some(match u32::try_from(reason) {
-        Ok(sys::VIR_DOMAIN_SHUTOFF_UNKNOWN) => Past::NeverStarted,
-        Ok(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN) => Past::Ended(Exit::PoweredOff),
+        Ok(sys::VIR_DOMAIN_SHUTOFF_UNKNOWN) => Inactive::NeverStarted,
+        Ok(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN) => Inactive::Ended(Exit::PoweredOff),
         Ok(sys::VIR_DOMAIN_SHUTOFF_DESTROYED) => {
-            Past::Ended(Exit::Killed { why: "its domain was destroyed".to_owned() })
+            Inactive::Ended(Exit::Killed { why: "its domain was destroyed".to_owned() })
         }
         Ok(sys::VIR_DOMAIN_SHUTOFF_CRASHED | sys::VIR_DOMAIN_SHUTOFF_FAILED) => {
-            let detail = "QEMU ended, or was killed, while no process watched it".to_owned();
-            Past::Ended(Exit::Died { cause: Death::Hypervisor, detail })
+            let detail = "QEMU ended or was killed while no process watched it".to_owned();
+            Inactive::Ended(Exit::Died { cause: Death::Hypervisor, detail })
         }
-        _ => Past::Ended(Exit::Unobserved),
+        _ => Inactive::Ended(Exit::Unobserved),
     })
 }
 
@@ -58,17 +61,15 @@ fn is(reason: i32, constant: u32) -> bool {
     u32::try_from(reason) == Ok(constant)
 }
 
-/// Returns what libvirt says of a domain that is shut off.
+/// Returns what libvirt reports about a domain that is shut off.
 fn off(reason: i32) -> Observation {
     let detail = match u32::try_from(reason) {
-        Ok(sys::VIR_DOMAIN_SHUTOFF_DESTROYED) => "somebody destroyed the machine's domain",
-        Ok(sys::VIR_DOMAIN_SHUTOFF_CRASHED) => {
-            "QEMU ended, or was killed; libvirt's log of the domain says more"
-        }
+        Ok(sys::VIR_DOMAIN_SHUTOFF_DESTROYED) => "the machine's domain was destroyed from outside",
+        Ok(sys::VIR_DOMAIN_SHUTOFF_CRASHED) => "QEMU ended or was killed; see libvirt's log of the domain",
         Ok(sys::VIR_DOMAIN_SHUTOFF_DAEMON) => "QEMU ended while libvirt was not watching it",
-        Ok(sys::VIR_DOMAIN_SHUTOFF_SAVED) => "somebody saved the machine's domain",
-        Ok(sys::VIR_DOMAIN_SHUTOFF_MIGRATED) => "somebody moved the machine's domain to another host",
-        _ => "QEMU ended; libvirt does not say why",
+        Ok(sys::VIR_DOMAIN_SHUTOFF_SAVED) => "the machine's domain was saved from outside",
+        Ok(sys::VIR_DOMAIN_SHUTOFF_MIGRATED) => "the machine's domain was moved to another host",
+        _ => "QEMU ended; libvirt does not report why",
     };
     Observation::Off { powered_off: is(reason, sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN), detail: detail.to_owned() }
 }
@@ -89,19 +90,19 @@ mod tests {
         };
         assert!(off(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN).0);
         let (powered_off, detail) = off(sys::VIR_DOMAIN_SHUTOFF_DESTROYED);
-        assert!(!powered_off && detail.contains("somebody destroyed"), "{detail}");
+        assert!(!powered_off && detail.contains("was destroyed from outside"), "{detail}");
         let (powered_off, detail) = off(sys::VIR_DOMAIN_SHUTOFF_CRASHED);
         assert!(!powered_off && detail.contains("was killed"), "{detail}");
     }
 
     #[test]
     fn libvirt_remembers_how_a_machine_ended() {
-        let past = |reason: u32| past(sys::VIR_DOMAIN_SHUTOFF, i32::try_from(reason).unwrap_or(-1));
-        assert_eq!(past(sys::VIR_DOMAIN_SHUTOFF_UNKNOWN), Some(Past::NeverStarted));
-        assert_eq!(past(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN), Some(Past::Ended(Exit::PoweredOff)));
-        assert!(matches!(past(sys::VIR_DOMAIN_SHUTOFF_DESTROYED), Some(Past::Ended(Exit::Killed { .. }))));
-        assert_eq!(past(sys::VIR_DOMAIN_SHUTOFF_DAEMON), Some(Past::Ended(Exit::Unobserved)));
-        assert_eq!(super::past(sys::VIR_DOMAIN_RUNNING, 1), None);
+        let inactive = |reason: u32| inactive(sys::VIR_DOMAIN_SHUTOFF, i32::try_from(reason).unwrap_or(-1));
+        assert_eq!(inactive(sys::VIR_DOMAIN_SHUTOFF_UNKNOWN), Some(Inactive::NeverStarted));
+        assert_eq!(inactive(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN), Some(Inactive::Ended(Exit::PoweredOff)));
+        assert!(matches!(inactive(sys::VIR_DOMAIN_SHUTOFF_DESTROYED), Some(Inactive::Ended(Exit::Killed { .. }))));
+        assert_eq!(inactive(sys::VIR_DOMAIN_SHUTOFF_DAEMON), Some(Inactive::Ended(Exit::Unobserved)));
+        assert_eq!(super::inactive(sys::VIR_DOMAIN_RUNNING, 1), None);
     }
 
     #[test]

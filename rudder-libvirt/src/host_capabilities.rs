@@ -31,7 +31,7 @@ pub(crate) struct HostCapabilities {
     /// The QEMU that libvirt uses, and its accelerator.
     pub(crate) host: Arc<Host>,
     pub(crate) versions: BTreeMap<String, String>,
-    /// Whether networks are bridges made by libvirt, which requires the system's libvirt.
+    /// Whether networks are bridges created by libvirt, which requires the system's libvirt.
     pub(crate) bridges: bool,
 }
 
@@ -41,25 +41,27 @@ impl HostCapabilities {
     /// # Errors
     /// `HostMissing` if there is no libvirt or no QEMU, or if libvirt runs on another host: labs are in a store on this
     /// one.
-    pub(crate) async fn ask(
+    pub(crate) async fn query(
         connection: &Arc<Connection>,
         programs: &Programs,
-        wanted: Accelerator,
+        requested: Accelerator,
     ) -> Result<Self> {
         let (hostname, version) = connection
-            .ask(|connect| Ok((connect.get_hostname()?, connect.get_lib_version()?)))
+            .query(|connect| Ok((connect.get_hostname()?, connect.get_lib_version()?)))
             .await
-            .map_err(|failure| failure.into_error(ErrorKind::HostMissing, "ask libvirt for its host"))?;
+            .map_err(|failure| failure.into_error(ErrorKind::HostMissing, "query the host of libvirt"))?;
         let here = rustix::system::uname();
         let here = here.nodename().to_string_lossy();
         if short(&hostname) != short(&here) {
             let message = format!("expected libvirt on this host, {here}, but found one on {hostname}");
             return Err(Error::new(ErrorKind::HostMissing, message)
                 .with_context("uri", connection.uri())
-                .with_help("disks are in a store on this host: run the build where libvirt is"));
+                .with_help(
+                    "run the build on the host of libvirt: disks are in a store on the host of the build",
+                ));
         }
         let plain = capabilities(connection, "qemu").await.map_err(|failure| {
-            failure.into_error(ErrorKind::HostMissing, "ask libvirt for what its QEMU can do").with_help(
+            failure.into_error(ErrorKind::HostMissing, "query the capabilities of libvirt's QEMU").with_help(
                 "apt-get install --no-install-recommends libvirt-daemon-driver-qemu qemu-system-x86 qemu-utils",
             )
         })?;
@@ -70,26 +72,27 @@ impl HostCapabilities {
             )
         })?;
         let programs = Programs { qemu: Some(PathBuf::from(&emulator)), ..programs.clone() };
-        let host = Host::examine(&programs, wanted).await?;
-        let (kind, told) = match host.accelerator() {
+        let host = Host::examine(&programs, requested).await?;
+        let (kind, reported) = match host.accelerator() {
             Chosen::Tcg => ("qemu", plain),
             Chosen::Kvm => {
-                let told = capabilities(connection, "kvm").await.map_err(|failure| {
+                let reported = capabilities(connection, "kvm").await.map_err(|failure| {
                     failure
                         .into_error(ErrorKind::HostMissing, "use KVM through libvirt")
                         .with_help("use the accelerator tcg")
                 })?;
-                ("kvm", told)
+                ("kvm", reported)
             }
         };
-        let machine = text(&told, &["domainCapabilities", "machine"]).unwrap_or_else(|| MACHINE.to_owned());
+        let machine =
+            text(&reported, &["domainCapabilities", "machine"]).unwrap_or_else(|| MACHINE.to_owned());
         let mut versions = host.versions().clone();
         versions.insert("libvirt".to_owned(), dotted(version));
         Ok(Self {
             emulator,
             kind,
             machine,
-            cpu: cpu(&told, kind),
+            cpu: cpu(&reported, kind),
             host: Arc::new(host),
             versions,
             bridges: network::is_system(connection),
@@ -107,17 +110,17 @@ impl HostCapabilities {
 }
 
 async fn capabilities(connection: &Arc<Connection>, kind: &'static str) -> Result<Vec<Element>, Failure> {
-    let ask = move |connect: &virt::connect::Connect| {
+    let query = move |connect: &virt::connect::Connect| {
         connect.get_domain_capabilities(None, Some(ARCH), Some(MACHINE), Some(kind), 0)
     };
-    connection.ask(ask).await.map(|text| elements(&text))
+    connection.query(query).await.map(|text| elements(&text))
 }
 
 /// Returns the best CPU mode offered: the host's CPU under KVM, otherwise everything that QEMU can emulate.
-fn cpu(told: &[Element], kind: &str) -> Option<&'static str> {
-    let wanted: &[&str] = if kind == "kvm" { &["host-passthrough", "host-model"] } else { &["maximum"] };
-    wanted.iter().copied().find(|mode| {
-        told.iter().any(|element| {
+fn cpu(reported: &[Element], kind: &str) -> Option<&'static str> {
+    let requested: &[&str] = if kind == "kvm" { &["host-passthrough", "host-model"] } else { &["maximum"] };
+    requested.iter().copied().find(|mode| {
+        reported.iter().any(|element| {
             element.is(&["domainCapabilities", "cpu", "mode"])
                 && element.attribute("name") == Some(mode)
                 && element.attribute("supported") == Some("yes")
@@ -125,8 +128,8 @@ fn cpu(told: &[Element], kind: &str) -> Option<&'static str> {
     })
 }
 
-fn text(told: &[Element], path: &[&str]) -> Option<String> {
-    let element = told.iter().find(|element| element.is(path))?;
+fn text(reported: &[Element], path: &[&str]) -> Option<String> {
+    let element = reported.iter().find(|element| element.is(path))?;
     (!element.text.is_empty()).then(|| element.text.clone())
 }
 
@@ -143,16 +146,16 @@ fn dotted(version: u32) -> String {
 mod tests {
     use super::*;
 
-    const TOLD: &str = "<domainCapabilities><path>/usr/bin/qemu</path><machine>pc-i440fx-7.2</machine><cpu>\
+    const REPORTED: &str = "<domainCapabilities><path>/usr/bin/qemu</path><machine>pc-i440fx-7.2</machine><cpu>\
         <mode name='host-passthrough' supported='no'/><mode name='maximum' supported='yes'><enum name='x'/></mode>\
         <mode name='host-model' supported='yes'/></cpu></domainCapabilities>";
 
     #[test]
     fn offered_features_are_used() {
-        let told = elements(TOLD);
-        assert_eq!(text(&told, &["domainCapabilities", "path"]).as_deref(), Some("/usr/bin/qemu"));
-        assert_eq!(text(&told, &["domainCapabilities", "machine"]).as_deref(), Some("pc-i440fx-7.2"));
-        assert_eq!((cpu(&told, "qemu"), cpu(&told, "kvm")), (Some("maximum"), Some("host-model")));
+        let reported = elements(REPORTED);
+        assert_eq!(text(&reported, &["domainCapabilities", "path"]).as_deref(), Some("/usr/bin/qemu"));
+        assert_eq!(text(&reported, &["domainCapabilities", "machine"]).as_deref(), Some("pc-i440fx-7.2"));
+        assert_eq!((cpu(&reported, "qemu"), cpu(&reported, "kvm")), (Some("maximum"), Some("host-model")));
         assert_eq!(cpu(&[], "qemu"), None);
         assert_eq!((dotted(9_000_000), dotted(10_002_003)), ("9.0.0".to_owned(), "10.2.3".to_owned()));
         assert_eq!((short("web.example.org"), short("web")), ("web", "web"));

@@ -45,9 +45,9 @@ pub(crate) struct LibvirtLab {
     context: Arc<LabContext>,
     store: Store,
     machines: Machines,
-    /// Number of machines whose definition was started. Concurrent requests are served one by one, and each machine has
-    /// files of its own.
-    begun: tokio::sync::Mutex<usize>,
+    /// The number of the next machine, which names its files. Locked while a machine is defined, so that concurrent
+    /// requests are served one by one.
+    next_number: tokio::sync::Mutex<usize>,
     /// Whether the lab was kept or destroyed, so that nothing is left to do when it is dropped.
     settled: AtomicBool,
 }
@@ -69,11 +69,11 @@ impl LibvirtLab {
             context: Arc::new(context),
             store: store.clone(),
             machines: Machines::default(),
-            begun: tokio::sync::Mutex::default(),
+            next_number: tokio::sync::Mutex::default(),
             settled: AtomicBool::new(is_kept),
         };
         if host_capabilities.bridges {
-            Arc::clone(&lab.context).make_bridges().await?;
+            Arc::clone(&lab.context).create_bridges().await?;
         }
         Ok(lab)
     }
@@ -96,7 +96,7 @@ impl LibvirtLab {
         Ok(Self {
             context,
             store: store.clone(),
-            begun: tokio::sync::Mutex::new(machines.len()),
+            next_number: tokio::sync::Mutex::new(machines.len()),
             machines: Arc::new(Mutex::new(machines)),
             settled: AtomicBool::new(true),
         })
@@ -135,13 +135,14 @@ impl LibvirtLab {
 
     async fn remove_all(&self) -> Result<()> {
         let (store, id) = (self.context.store.clone(), self.context.storage.id().clone());
-        let removed = self.context.connection.order(move |connect| remove_all_of(connect, &store, &id)).await;
+        let removed =
+            self.context.connection.command(move |connect| remove_all_of(connect, &store, &id)).await;
         removed.map(drop).map_err(|failure| {
             failure
                 .into_error(ErrorKind::Io, "remove the domains and networks of the lab")
                 .with_context("lab", self.context.storage.id().as_str())
                 .with_help(
-                    "processes were ended; what libvirt still knows is removed by the next start or by reap",
+                    "start a build or reap to remove what libvirt still lists; its processes have ended",
                 )
         })
     }
@@ -178,14 +179,14 @@ impl Lab for LibvirtLab {
         let refuse = |error: Error| error.with_context("vm", &spec.name);
         self.context.storage.dir().check_open().map_err(refuse)?;
         self.context.storage.check_volumes(spec).map_err(refuse)?;
-        let mut begun = self.begun.lock().await;
+        let mut next_number = self.next_number.lock().await;
         if self.machines().iter().any(|machine| machine.name() == spec.name) {
             let lab = self.context.storage.id();
             let message = format!("expected a new name in lab {lab}, but found {:?} again", spec.name);
             return Err(refuse(Error::new(ErrorKind::Conflict, message)));
         }
-        let number = *begun;
-        *begun += 1;
+        let number = *next_number;
+        *next_number += 1;
         let machine = Arc::new(machine::define(&self.context, spec, number).await.map_err(refuse)?);
         self.machines().push(Arc::clone(&machine));
         Ok(machine)
@@ -194,7 +195,7 @@ impl Lab for LibvirtLab {
     async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
         let module = self.store.publish(self.context.storage.dir(), draft).await?;
         // The module is published and complete. Missing domains are defined by the next start or reap.
-        if let Err(error) = modules::show(&self.context, &module).await {
+        if let Err(error) = modules::define_published(&self.context, &module).await {
             tracing::warn!(
                 module = module.name,
                 error = error.report(),
@@ -245,17 +246,18 @@ impl Drop for LibvirtLab {
             machine.abandon();
         }
         let context = Arc::clone(&self.context);
-        let tidy = move || {
+        let clean_up = move || {
             context.close_blocking();
             let id = context.storage.id();
             let removed =
-                context.connection.ask_blocking(|connect| remove_all_of(connect, &context.store, id));
+                context.connection.query_blocking(|connect| remove_all_of(connect, &context.store, id));
             if let Err(failure) = removed {
                 let error = failure.into_error(ErrorKind::Io, "remove the domains and networks of the lab");
                 tracing::warn!(lab = %id, error = error.report(), "cannot end a lab; the next reap will");
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("rudder-libvirt-drop".to_owned()).spawn(tidy) {
+        if let Err(error) = std::thread::Builder::new().name("rudder-libvirt-drop".to_owned()).spawn(clean_up)
+        {
             tracing::warn!(%error, "cannot end a lab; the next reap will");
         }
     }

@@ -22,7 +22,7 @@ pub(crate) struct LabContext {
     pub(crate) host_capabilities: Arc<HostCapabilities>,
     /// The store that contains the lab, for labels.
     pub(crate) store: Owner,
-    /// The lab's networks, if libvirt makes them.
+    /// The lab's networks, if libvirt creates them.
     bridges: OnceLock<Vec<Bridge>>,
     /// Held for reading while libvirt creates something for the lab, whether or not the caller still waits. True once
     /// the lab is closing, after which nothing more is created.
@@ -49,7 +49,8 @@ impl LabContext {
         }
     }
 
-    /// Returns the context of a lab that was attached to. It makes no networks, and knows only whether libvirt made any.
+    /// Returns the context of a lab that was attached to. Creates no networks, and records only whether libvirt
+    /// created any.
     pub(crate) fn attached(
         storage: LabStorage,
         lan: Arc<Lan>,
@@ -59,7 +60,7 @@ impl LabContext {
     ) -> Self {
         let context = Self::new(storage, lan, connection, host_capabilities, store);
         if host_capabilities.bridges {
-            // It is empty until here.
+            // Not set before.
             let _ = context.bridges.set(Vec::new());
         }
         context
@@ -75,7 +76,7 @@ impl LabContext {
         *self.closed.blocking_write() = true;
     }
 
-    /// Returns the lab's networks if libvirt makes them; `None` if its machines are on the lab's own switches.
+    /// Returns the lab's networks if libvirt creates them; `None` if its machines are on the lab's own switches.
     pub(crate) fn bridges(&self) -> Option<&[Bridge]> {
         self.bridges.get().map(Vec::as_slice)
     }
@@ -87,22 +88,22 @@ impl LabContext {
     }
 
     /// Creates the lab's networks.
-    pub(crate) async fn make_bridges(self: Arc<Self>) -> Result<()> {
-        let made = self.detached(|context| async move {
+    pub(crate) async fn create_bridges(self: Arc<Self>) -> Result<()> {
+        let created = self.detached(|context| async move {
             let (label, id, network) =
                 (context.label(""), context.storage.id().clone(), context.storage.network()?.clone());
-            let order = move |connect: &Connect| network::create(connect, &id, &label, &network);
-            let made = context.connection.order(order).await.map_err(|failure| {
-                failure.into_error(ErrorKind::HostMissing, "make the networks of the lab").with_help(
+            let create = move |connect: &Connect| network::create(connect, &id, &label, &network);
+            let bridges = context.connection.command(create).await.map_err(|failure| {
+                failure.into_error(ErrorKind::HostMissing, "create the networks of the lab").with_help(
                     "libvirt needs dnsmasq and iptables: apt-get install --no-install-recommends dnsmasq-base iptables; \
                      qemu:///session needs neither",
                 )
             })?;
             // Set only here.
-            let _ = context.bridges.set(made);
+            let _ = context.bridges.set(bridges);
             Ok(())
         });
-        made.await
+        created.await
     }
 
     /// Runs work that continues if the caller is dropped, and that closing the lab waits for.
@@ -113,7 +114,7 @@ impl LabContext {
     {
         let closed = Arc::clone(&self.closed).read_owned().await;
         if *closed {
-            let message = format!("lab {} was destroyed already", self.storage.id());
+            let message = format!("lab {} has already been destroyed", self.storage.id());
             return Err(Error::new(ErrorKind::Conflict, message));
         }
         let work = work(self);
@@ -124,9 +125,11 @@ impl LabContext {
         });
         done.await.unwrap_or_else(|error| {
             if error.is_cancelled() {
-                return Err(Error::new(ErrorKind::Cancelled, "the program is ending").with_source(error));
+                return Err(
+                    Error::new(ErrorKind::Cancelled, "the async runtime is shutting down").with_source(error)
+                );
             }
-            Err(Error::new(ErrorKind::Internal, "work of libvirt's was cut short").with_source(error))
+            Err(Error::new(ErrorKind::Internal, "an operation of libvirt was interrupted").with_source(error))
         })
     }
 }
@@ -169,6 +172,6 @@ pub(crate) fn remove_all_of(connect: &Connect, store: &Owner, id: &LabId) -> Res
 }
 
 /// Converts a failure to reach or use libvirt during a clean-up.
-pub(crate) fn tidying(failure: Failure) -> Error {
-    failure.into_error(ErrorKind::Io, "look for domains that carry a label")
+pub(crate) fn cleanup_error(failure: Failure) -> Error {
+    failure.into_error(ErrorKind::Io, "list the labelled domains")
 }

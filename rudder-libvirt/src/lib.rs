@@ -29,9 +29,9 @@ mod machine;
 mod modules;
 mod network;
 mod pci_addresses;
-mod picture;
 mod process;
 mod run;
+mod screenshot;
 mod xml;
 
 pub use self::backend::{LibvirtBackend, LibvirtBackendBuilder};

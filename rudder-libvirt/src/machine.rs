@@ -9,8 +9,8 @@ use crate::{
     backend::LibvirtBackend,
     connection::domain,
     devices::{self, Disk, Serial, Uefi, Variables},
-    domain::{Cards, Domain},
-    domain_state::{Past, past},
+    domain::{Domain, Nics},
+    domain_state::{Inactive, inactive},
     lab_context::LabContext,
     network, process,
     run::{DomainControl, LibvirtRun},
@@ -37,9 +37,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use virt::{connect::Connect, sys};
 
 /// How long libvirt may take to release a machine that has ended before it is started again.
-const REST_LIMIT: Duration = Duration::from_secs(30);
-/// Interval between checks for that.
-const REST_LOOK: Duration = Duration::from_millis(20);
+const RELEASE_LIMIT: Duration = Duration::from_secs(30);
+/// Interval between checks whether it has.
+const RELEASE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A machine on libvirt.
 pub(crate) type LibvirtMachine = LocalMachine<Libvirt>;
@@ -66,11 +66,11 @@ pub(crate) async fn define(
     let xml = libvirt.xml(&definition)?;
     tracing::debug!(domain = libvirt.domain, xml, "defining a domain");
     let define = move |connect: &Connect| virt::domain::Domain::define_xml(connect, &xml).map(drop);
-    let order = Arc::clone(context).detached(|context| async move {
-        let defined = context.connection.order(define).await;
+    let defined = Arc::clone(context).detached(|context| async move {
+        let defined = context.connection.command(define).await;
         defined.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "define the domain"))
     });
-    order.await?;
+    defined.await?;
     // Last, so that a machine that could not be defined is not on the network.
     LocalMachine::new(definition, libvirt)
 }
@@ -90,14 +90,14 @@ pub(crate) async fn attach(
 impl Libvirt {
     fn xml(&self, machine: &Definition) -> Result<String> {
         let Definition { storage, spec, state, .. } = machine;
-        let cards = match self.context.bridges() {
-            Some(bridges) => Cards::Bridged(network::cards(spec, bridges)?),
+        let nics = match self.context.bridges() {
+            Some(bridges) => Nics::Bridged(network::nics(spec, bridges)?),
             None => {
                 let sockets = Lan::sockets(machine.number, spec).into_iter().map(|file| storage.path(&file));
                 // Absolute paths, because libvirt starts QEMU in another directory. They are shorter than the path of
                 // the serial console, whose length is checked.
                 let paths: Vec<String> = sockets.map(|socket| socket.display().to_string()).collect();
-                Cards::Arguments(nic_arguments(spec, storage.network()?, &paths)?)
+                Nics::Arguments(nic_arguments(spec, storage.network()?, &paths)?)
             }
         };
         let disks = spec.disks.iter();
@@ -122,7 +122,7 @@ impl Libvirt {
             floppy: spec.floppy.as_ref().map(|_| machine.path(FLOPPY)),
             seed: spec.seed.as_ref().map(|_| machine.path(SEED)),
             serial: Serial::Socket(machine.path(SERIAL)),
-            cards,
+            nics,
             owner: self.context.host_capabilities.owner(),
             lab: Some(storage.id()),
         }
@@ -142,29 +142,29 @@ impl Hypervisor for Libvirt {
 
     async fn await_release(&self, machine: &Definition) -> Result<()> {
         let held = |what: &str| {
-            let limit = REST_LIMIT.as_secs();
+            let limit = RELEASE_LIMIT.as_secs();
             let message = format!(
-                "expected libvirt to let go of the machine's last run within {limit} s, but it {what}"
+                "expected libvirt to release the machine's previous run within {limit} s, but it {what}"
             );
-            machine.error(ErrorKind::LaunchFailed, message).with_help(
-                "its process may be one that the host's init does not take note of: look with virsh and ps",
-            )
+            machine
+                .error(ErrorKind::LaunchFailed, message)
+                .with_help("check with virsh and ps whether the host's init has reaped the machine's process")
         };
-        let deadline = Instant::now() + REST_LIMIT;
+        let deadline = Instant::now() + RELEASE_LIMIT;
         loop {
             let name = self.domain.clone();
-            let ask = move |connect: &Connect| domain(connect, &name)?.is_active();
-            let told = timeout_at(deadline, self.context.connection.ask(ask)).await;
-            let told = told.map_err(|_| held("does not answer"))?;
+            let query = move |connect: &Connect| domain(connect, &name)?.is_active();
+            let state = timeout_at(deadline, self.context.connection.query(query)).await;
+            let state = state.map_err(|_| held("does not answer"))?;
             let active =
-                told.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "look at the domain"))?;
+                state.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "query the domain"))?;
             if !active {
                 return Ok(());
             }
             if Instant::now() >= deadline {
                 return Err(held("still runs"));
             }
-            sleep(REST_LOOK).await;
+            sleep(RELEASE_POLL_INTERVAL).await;
         }
     }
 
@@ -177,7 +177,7 @@ impl Hypervisor for Libvirt {
         let name = self.domain.clone();
         let flags = flags | sys::VIR_DOMAIN_START_PAUSED;
         let start = move |connect: &Connect| domain(connect, &name)?.create_with_flags(flags).map(drop);
-        let started = self.context.connection.order(start).await;
+        let started = self.context.connection.command(start).await;
         started.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "start the domain"))?;
         let process = process::find(self.domain.clone(), machine.storage.id().clone()).await;
         Ok(LibvirtRun::new(self.control(), process))
@@ -185,15 +185,15 @@ impl Hypervisor for Libvirt {
 
     async fn find(&self, machine: &Definition) -> Result<Found<LibvirtRun>> {
         let name = self.domain.clone();
-        let ask = move |connect: &Connect| domain(connect, &name)?.get_state();
-        let (state, reason) = match self.context.connection.ask(ask).await {
+        let query = move |connect: &Connect| domain(connect, &name)?.get_state();
+        let (state, reason) = match self.context.connection.query(query).await {
             Ok(found) => found,
             Err(failure) if failure.is_no_domain() => return Ok(Found::Ended(Exit::Unobserved)),
             Err(failure) => return Err(failure.into_error(ErrorKind::Protocol, "find the domain")),
         };
-        Ok(match past(state, reason) {
-            Some(Past::NeverStarted) => Found::Defined,
-            Some(Past::Ended(exit)) => Found::Ended(exit),
+        Ok(match inactive(state, reason) {
+            Some(Inactive::NeverStarted) => Found::Defined,
+            Some(Inactive::Ended(exit)) => Found::Ended(exit),
             None => {
                 let process = process::find(self.domain.clone(), machine.storage.id().clone()).await;
                 Found::Running(LibvirtRun::new(self.control(), process))

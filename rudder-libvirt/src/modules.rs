@@ -4,9 +4,9 @@
 use crate::{
     connection::{Connection, Refusal, remove_domain},
     devices::{Disk, Serial, Tpm, Uefi, Variables},
-    domain::{Cards, Domain},
+    domain::{Domain, Nics},
     host_capabilities::HostCapabilities,
-    lab_context::{LabContext, labelled, tidying},
+    lab_context::{LabContext, cleanup_error, labelled},
     label::{Label, Owner},
 };
 use rudder_core::{
@@ -26,7 +26,7 @@ use std::{path::Path, sync::Arc};
 use virt::connect::Connect;
 
 /// Defines the domains of a module that was just published from this lab, replacing those of its previous version.
-pub(crate) async fn show(context: &Arc<LabContext>, module: &Module) -> Result<()> {
+pub(crate) async fn define_published(context: &Arc<LabContext>, module: &Module) -> Result<()> {
     let (context, module) = (Arc::clone(context), module.clone());
     context
         .detached(|context| async move {
@@ -52,7 +52,7 @@ pub(crate) async fn define(
         remove(connect, &store, |its, _| its == name)?;
         texts.iter().try_for_each(|text| virt::domain::Domain::define_xml(connect, text).map(drop))
     };
-    let replaced = connection.order(replace).await;
+    let replaced = connection.command(replace).await;
     replaced.map_err(|failure| {
         failure
             .into_error(ErrorKind::Io, "define the domains of a module")
@@ -91,40 +91,41 @@ pub(crate) async fn reconcile(
     let owner = Owner::new(store);
     let own = owner.clone();
     // Domains are listed before modules: a module exists before its domains are defined.
-    let shown = connection.ask(move |connect| {
+    let defined = connection.query(move |connect| {
         let labels = labelled(connect)?.into_iter().map(|(_, label)| label);
         Ok(labels.filter(|label| own.owns(label)).collect::<Vec<_>>())
     });
-    let shown = shown.await.map_err(tidying)?;
+    let defined = defined.await.map_err(cleanup_error)?;
     let listing = store.clone();
     let listed = blocking(move || Ok((listing.modules()?, listing.damaged_modules()?)));
     let (modules, damaged) = listed.await?;
     // A module that cannot be read now may still exist, so its domains are kept.
-    let is_gone = move |name: &str, digest: &Digest, there: &[(String, Digest)]| {
-        !there.iter().any(|(its, one)| its == name && one == digest)
+    let is_removed = move |name: &str, digest: &Digest, existing: &[(String, Digest)]| {
+        !existing.iter().any(|(its, one)| its == name && one == digest)
             && !damaged.iter().any(|module| module.name == name)
     };
-    let is_shown = |module: &Module, machine: &TemplateMachine| {
-        shown.iter().any(|label| {
+    let is_defined = |module: &Module, machine: &TemplateMachine| {
+        defined.iter().any(|label| {
             matches!(label, Label::Module { name, digest, vm, .. }
                 if *name == module.name && *digest == module.digest && *vm == machine.name)
         })
     };
     let mut done = Vec::new();
-    let there: Vec<_> = modules.iter().map(|one| (one.name.clone(), one.digest)).collect();
-    let stale = shown
-        .iter()
-        .any(|label| matches!(label, Label::Module { name, digest, .. } if is_gone(name, digest, &there)));
+    let existing: Vec<_> = modules.iter().map(|one| (one.name.clone(), one.digest)).collect();
+    let stale = defined.iter().any(
+        |label| matches!(label, Label::Module { name, digest, .. } if is_removed(name, digest, &existing)),
+    );
     if stale {
         let own = owner.clone();
-        let removed = connection
-            .order(move |connect| remove(connect, &own, |name, digest| is_gone(name, digest, &there)));
-        let removed = removed.await.map_err(tidying)?;
-        done.extend(removed.into_iter().map(|domain| format!("domain {domain} of a module that is gone")));
+        let removed = connection.command(move |connect| {
+            remove(connect, &own, |name, digest| is_removed(name, digest, &existing))
+        });
+        let removed = removed.await.map_err(cleanup_error)?;
+        done.extend(removed.into_iter().map(|domain| format!("domain {domain} of a removed module")));
     }
     // Modules built by another backend have no domains.
     let ours = modules.iter().filter(|module| module.provenance.versions.contains_key("libvirt"));
-    for module in ours.filter(|module| module.machines.iter().any(|machine| !is_shown(module, machine))) {
+    for module in ours.filter(|module| module.machines.iter().any(|machine| !is_defined(module, machine))) {
         define(connection, host_capabilities, &owner, module).await?;
     }
     Ok(done)
@@ -178,7 +179,7 @@ fn xml(
         floppy: None,
         seed: None,
         serial: Serial::Terminal,
-        cards: Cards::Arguments(user_nic_arguments(&spec, &module.network.clone().into())?),
+        nics: Nics::Arguments(user_nic_arguments(&spec, &module.network.clone().into())?),
         owner: host_capabilities.owner(),
         lab: None,
     }

@@ -1,8 +1,8 @@
 //! The networks of a lab (<https://libvirt.org/formatnetwork.html>), through which its machines are reached.
 //!
-//! The system's libvirt makes bridges: each subnet of the lab is a network of its own, isolated or with NAT to the
+//! The system's libvirt creates bridges: each subnet of the lab is a network of its own, isolated or with NAT to the
 //! outside, and with DHCP if the subnet has it. The guest's address is in libvirt's leases, and every process on the
-//! host can reach it. The libvirt of a user's session may not make bridges: there, machines are on the lab's own
+//! host can reach it. The libvirt of a user's session may not create bridges: there, machines are on the lab's own
 //! network in user space.
 
 use crate::{
@@ -21,7 +21,7 @@ use std::{net::Ipv4Addr, sync::Arc};
 use virt::{connect::Connect, domain::Domain, error::ErrorNumber, network::Network, sys};
 
 /// Maximum number of address ranges to try, since some may be in use on the host.
-const RANGES: usize = 16;
+const RANGE_ATTEMPTS: usize = 16;
 
 /// A libvirt network for a subnet of a lab.
 #[derive(Debug, Clone)]
@@ -36,7 +36,7 @@ pub(crate) struct Bridge {
 
 /// A NIC of a domain.
 #[derive(Debug)]
-pub(crate) struct Card {
+pub(crate) struct Nic {
     pub(crate) mac: String,
     pub(crate) network: String,
     pub(crate) model: &'static str,
@@ -47,8 +47,8 @@ pub(crate) struct Card {
 ///
 /// # Errors
 /// `InvalidInput` for a NIC that is in no subnet, or whose slot does not exist.
-pub(crate) fn cards(spec: &MachineSpec, bridges: &[Bridge]) -> Result<Vec<Card>> {
-    let card = |nic: &PlannedNic| {
+pub(crate) fn nics(spec: &MachineSpec, bridges: &[Bridge]) -> Result<Vec<Nic>> {
+    let bridged = |nic: &PlannedNic| {
         let invalid = |message: String| {
             Error::new(ErrorKind::InvalidInput, message)
                 .with_context("nic", &nic.name)
@@ -60,14 +60,14 @@ pub(crate) fn cards(spec: &MachineSpec, bridges: &[Bridge]) -> Result<Vec<Card>>
         if !(1..=9).contains(&nic.slot) {
             return Err(invalid(format!("expected a slot from 1 to 9, but found {}", nic.slot)));
         }
-        Ok(Card {
+        Ok(Nic {
             mac: nic.mac.to_string(),
             network: bridge.network.clone(),
             model: model(nic.model),
             slot: nic.slot,
         })
     };
-    spec.nics.iter().map(card).collect()
+    spec.nics.iter().map(bridged).collect()
 }
 
 /// Returns libvirt's name of a NIC model: `virtio`, or the name of QEMU's device.
@@ -94,7 +94,7 @@ pub(crate) fn create(
         let network = format!("rudder.{lab}.{index}");
         let internet = planned.vpcs.iter().any(|vpc| vpc.name == subnet.vpc && vpc.internet);
         let mut refused = None;
-        for _ in 0..RANGES {
+        for _ in 0..RANGE_ATTEMPTS {
             let any = if planned.declared { None } else { any_range() };
             let addresses = any.unwrap_or(subnet.cidr);
             match Network::create_xml(connect, &xml(&network, label, subnet, addresses, internet)) {
@@ -195,9 +195,9 @@ pub(crate) fn address(domain: &Domain, mac: &str) -> Result<Option<Ipv4Addr>, Re
         sys::VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP,
     ];
     for source in sources {
-        for card in domain.interface_addresses(source, 0)? {
-            if card.hwaddr.eq_ignore_ascii_case(mac)
-                && let Some(address) = card.addrs.iter().find_map(|address| address.addr.parse().ok())
+        for interface in domain.interface_addresses(source, 0)? {
+            if interface.hwaddr.eq_ignore_ascii_case(mac)
+                && let Some(address) = interface.addrs.iter().find_map(|address| address.addr.parse().ok())
             {
                 return Ok(Some(address));
             }
@@ -206,7 +206,7 @@ pub(crate) fn address(domain: &Domain, mac: &str) -> Result<Option<Ipv4Addr>, Re
     Ok(None)
 }
 
-/// Returns whether this URI is that of the system's libvirt, which may make bridges
+/// Returns whether this URI is that of the system's libvirt, which may create bridges
 /// (<https://libvirt.org/drvqemu.html>).
 pub(crate) fn is_system(connection: &Arc<Connection>) -> bool {
     let path = connection.uri().split(['?', '#']).next().unwrap_or_default();

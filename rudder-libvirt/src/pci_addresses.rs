@@ -39,7 +39,7 @@ pub(crate) fn address(xml: &mut Xml, address: &Address) {
 
 /// The location of a disk.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct DiskLocation {
     /// The name that libvirt requires: `vda`, `sdb`. The guest may use another one.
     pub(crate) target: String,
     /// The bus, in libvirt's terms.
@@ -49,14 +49,14 @@ pub(crate) struct Place {
 
 /// Assigns a location to each disk.
 #[derive(Debug)]
-pub(crate) struct Places {
+pub(crate) struct DiskLocations {
     chipset: Chipset,
     locations: Locations,
     /// Number of names assigned per prefix; several buses share a prefix.
     names: [usize; 3],
 }
 
-impl Places {
+impl DiskLocations {
     /// Returns an allocator with all locations free.
     pub(crate) fn new(chipset: Chipset) -> Self {
         Self { chipset, locations: Locations::new(chipset), names: [0; 3] }
@@ -68,7 +68,7 @@ impl Places {
     }
 
     /// Takes the next location on a bus.
-    pub(crate) fn take(&mut self, bus: Bus) -> Result<Place> {
+    pub(crate) fn take(&mut self, bus: Bus) -> Result<DiskLocation> {
         let on_sata = bus == Bus::Ide && self.chipset == Chipset::Q35;
         let address = match self.locations.take(bus)? {
             Location::Virtio { slot, function } => pci(slot, function, true),
@@ -81,7 +81,7 @@ impl Places {
             Location::Chipset { unit } => drive(0, unit / 2, 0, unit % 2),
         };
         let bus = if on_sata { "sata" } else { bus_name(bus) };
-        Ok(Place { target: self.name(bus), bus, address })
+        Ok(DiskLocation { target: self.name(bus), bus, address })
     }
 
     /// Returns the next name of a disk: `vda` … `vdz`, `vdaa` …
@@ -141,12 +141,12 @@ mod tests {
 
     #[test]
     fn disk_names_continue_after_the_alphabet() {
-        let mut places = Places::new(Chipset::I440Fx);
-        let names: Vec<String> = (0..64).map(|_| places.take(Bus::Virtio).unwrap().target).collect();
+        let mut locations = DiskLocations::new(Chipset::I440Fx);
+        let names: Vec<String> = (0..64).map(|_| locations.take(Bus::Virtio).unwrap().target).collect();
         assert_eq!((names[0].as_str(), names[25].as_str(), names[26].as_str()), ("vda", "vdz", "vdaa"));
-        assert!(places.take(Bus::Virtio).unwrap_err().report().contains("at most 64 disks on virtio"));
-        assert_eq!(places.take(Bus::Scsi).unwrap().target, "sda");
-        assert_eq!(places.take(Bus::Sata).unwrap().target, "sdb");
-        assert_eq!(places.take(Bus::Ide).unwrap().target, "hda");
+        assert!(locations.take(Bus::Virtio).unwrap_err().report().contains("at most 64 disks on virtio"));
+        assert_eq!(locations.take(Bus::Scsi).unwrap().target, "sda");
+        assert_eq!(locations.take(Bus::Sata).unwrap().target, "sdb");
+        assert_eq!(locations.take(Bus::Ide).unwrap().target, "hda");
     }
 }

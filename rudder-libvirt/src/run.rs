@@ -6,7 +6,7 @@
 use crate::{
     connection::{Connection, Failure, Refusal, domain},
     domain_state::DomainState,
-    picture::picture,
+    screenshot::screenshot,
 };
 use async_trait::async_trait;
 use futures::{
@@ -31,19 +31,19 @@ use tokio::{
 use virt::{connect::Connect, domain::Domain, sys};
 
 /// Interval between checks of the domain's state.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// Interval between checks once the machine's process has ended: libvirt is about to report how.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A running domain.
 pub(crate) struct LibvirtRun {
     control: DomainControl,
     /// When to check its state next.
-    look: Instant,
+    next_poll: Instant,
     /// One check at a time: libvirt blocks queries about a domain that it is stopping.
-    looking: Fuse<BoxFuture<'static, Option<Observation>>>,
+    polling: Fuse<BoxFuture<'static, Option<Observation>>>,
     killing: Fuse<BoxFuture<'static, ()>>,
-    process_gone: Fuse<BoxFuture<'static, ProcessEnd>>,
+    process_ended: Fuse<BoxFuture<'static, ProcessEnd>>,
 }
 
 impl fmt::Debug for LibvirtRun {
@@ -57,10 +57,10 @@ impl LibvirtRun {
     pub(crate) fn new(control: DomainControl, process: Option<OwnedChild>) -> Self {
         Self {
             control,
-            look: Instant::now() + LOOK,
-            looking: Fuse::terminated(),
+            next_poll: Instant::now() + POLL_INTERVAL,
+            polling: Fuse::terminated(),
             killing: Fuse::terminated(),
-            process_gone: ended(process).boxed().fuse(),
+            process_ended: ended(process).boxed().fuse(),
         }
     }
 }
@@ -76,19 +76,19 @@ impl Run for LibvirtRun {
     async fn observe(&mut self) -> Observation {
         loop {
             tokio::select! {
-                end = &mut self.process_gone, if !self.process_gone.is_terminated() => {
-                    self.look = Instant::now();
+                end = &mut self.process_ended, if !self.process_ended.is_terminated() => {
+                    self.next_poll = Instant::now();
                     return Observation::ProcessEnded(end);
                 }
-                () = &mut self.killing, if !self.killing.is_terminated() => self.look = Instant::now(),
-                () = sleep_until(self.look), if self.looking.is_terminated() => {
-                    self.looking = self.control.clone().look().boxed().fuse();
+                () = &mut self.killing, if !self.killing.is_terminated() => self.next_poll = Instant::now(),
+                () = sleep_until(self.next_poll), if self.polling.is_terminated() => {
+                    self.polling = self.control.clone().poll_state().boxed().fuse();
                 }
-                seen = &mut self.looking, if !self.looking.is_terminated() => {
-                    let ended = self.process_gone.is_terminated();
-                    self.look = Instant::now() + if ended { LOOK_AGAIN } else { LOOK };
-                    if let Some(seen) = seen {
-                        return seen;
+                observation = &mut self.polling, if !self.polling.is_terminated() => {
+                    let ended = self.process_ended.is_terminated();
+                    self.next_poll = Instant::now() + if ended { RETRY_INTERVAL } else { POLL_INTERVAL };
+                    if let Some(observation) = observation {
+                        return observation;
                     }
                 }
             }
@@ -113,7 +113,7 @@ async fn ended(process: Option<OwnedChild>) -> ProcessEnd {
     let (outcome, detail) = match process.wait().await {
         Ok(status) if !status.success() => (Outcome::Failure, format!("QEMU {}", describe(status))),
         // Only libvirt knows whether its guest powered off.
-        _ => (Outcome::Unknown, "QEMU ended, and libvirt does not say why".to_owned()),
+        _ => (Outcome::Unknown, "QEMU ended, and libvirt does not report why".to_owned()),
     };
     ProcessEnd { outcome, detail, last_lines: String::new() }
 }
@@ -128,29 +128,29 @@ pub(crate) struct DomainControl {
 #[async_trait]
 impl Control for DomainControl {
     async fn resume(&self) -> Result<()> {
-        let resumed = self.order(|domain| domain.resume().map(drop)).await;
+        let resumed = self.command(|domain| domain.resume().map(drop)).await;
         resumed.map_err(|failure| failure.into_error(ErrorKind::LaunchFailed, "start the domain"))
     }
 
     async fn press_power_button(&self) -> Result<()> {
         let press =
             |domain: &Domain| domain.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN).map(drop);
-        let pressed = self.order(press).await;
+        let pressed = self.command(press).await;
         pressed.map_err(|failure| failure.into_error(ErrorKind::Protocol, "press the power button"))
     }
 
     async fn screenshot(&self) -> Result<Vec<u8>> {
-        picture(&self.connection, &self.name).await
+        screenshot(&self.connection, &self.name).await
     }
 
     async fn display(&self) -> Result<BoxedStream> {
-        let failed = |error| Error::io("make a pair of sockets", error);
+        let failed = |error| Error::io("create a pair of sockets", error);
         let (ours, theirs) = StdUnixStream::pair().map_err(failed)?;
         ours.set_nonblocking(true).map_err(failed)?;
         let hand_over = move |domain: &Domain| {
             domain.open_graphics(0, theirs.as_raw_fd(), sys::VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH).map(drop)
         };
-        let handed = self.order(hand_over).await;
+        let handed = self.command(hand_over).await;
         handed.map_err(|failure| failure.into_error(ErrorKind::Protocol, "connect to the display"))?;
         Ok(Box::new(UnixStream::from_std(ours).map_err(failed)?))
     }
@@ -166,42 +166,42 @@ impl DomainControl {
     }
 
     /// Runs a command on the domain.
-    async fn order<T: Send + 'static>(
+    async fn command<T: Send + 'static>(
         &self,
-        order: impl FnOnce(&Domain) -> Result<T, Refusal> + Send + 'static,
+        command: impl FnOnce(&Domain) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Failure> {
         let name = self.name.clone();
-        self.connection.order(move |connect| order(&domain(connect, &name)?)).await
+        self.connection.command(move |connect| command(&domain(connect, &name)?)).await
     }
 
     /// Checks the state of the domain; `None` if libvirt does not report it.
-    async fn look(self) -> Option<Observation> {
+    async fn poll_state(self) -> Option<Observation> {
         let name = self.name.clone();
-        let look = move |connect: &Connect| {
+        let poll = move |connect: &Connect| {
             domain(connect, &name)?.get_state().map(|(state, reason)| DomainState::of(state, reason))
         };
-        match self.connection.ask(look).await {
+        match self.connection.query(poll).await {
             Ok(DomainState::Observed(observation)) => Some(observation),
             Ok(DomainState::DiskFailed) => {
                 Some(Observation::DiskFailed { detail: None, full: self.is_disk_full().await })
             }
             Err(failure) if failure.is_no_domain() => Some(Observation::Off {
                 powered_off: false,
-                detail: "somebody removed the machine's domain from libvirt".to_owned(),
+                detail: "the machine's domain was removed from libvirt".to_owned(),
             }),
             Err(Failure::Refused(refusal)) => {
                 tracing::debug!(domain = self.name, refusal = refusal.message(), "cannot query a domain");
                 None
             }
             Err(Failure::Lost(error)) => {
-                Some(Observation::Unreachable(format!("libvirt is out of reach: {}", error.report())))
+                Some(Observation::Unreachable(format!("libvirt is unreachable: {}", error.report())))
             }
         }
     }
 
     /// Ends the domain. If it ended by itself or cannot be reached, the next check shows it.
     pub(crate) async fn destroy(self) {
-        if let Err(failure) = self.order(Domain::destroy).await {
+        if let Err(failure) = self.command(Domain::destroy).await {
             tracing::debug!(domain = self.name, ?failure, "cannot destroy a domain");
         }
     }
@@ -210,10 +210,10 @@ impl DomainControl {
     /// `nospace`).
     async fn is_disk_full(&self) -> bool {
         let name = self.name.clone();
-        let ask = move |connect: &Connect| {
+        let query = move |connect: &Connect| {
             domain(connect, &name)?.qemu_monitor_command(r#"{"execute": "query-block"}"#, 0)
         };
-        let answer = self.connection.ask(ask).await.unwrap_or_default();
+        let answer = self.connection.query(query).await.unwrap_or_default();
         let answer: serde_json::Value = serde_json::from_str(&answer).unwrap_or_default();
         let devices = answer["return"].as_array().into_iter().flatten();
         devices.into_iter().any(|device| device["io-status"] == "nospace")

@@ -146,7 +146,10 @@ async fn every_exit_reason_is_distinguished() {
     rest.start().await.unwrap();
     fixture.daemon.virsh(&["destroy", &format!("rudder.{}.guest3", lab.id())]);
     let exit = rest.wait().await.unwrap();
-    assert!(matches!(&exit, Exit::Died { detail, .. } if detail.contains("somebody destroyed")), "{exit:?}");
+    assert!(
+        matches!(&exit, Exit::Died { detail, .. } if detail.contains("was destroyed from outside")),
+        "{exit:?}"
+    );
 
     lab.destroy().await.unwrap();
     drop((machines, lab));
@@ -283,7 +286,7 @@ async fn dropped_labs_are_removed_and_foreign_domains_stay() {
     assert_eq!(other.reap().await.unwrap().removed, Vec::<String>::new());
     assert_eq!(fixture.daemon.domains().len(), 2);
     drop((machine, lab));
-    eventually("the domain is gone", || fixture.daemon.domains() == ["rudder-like"]).await;
+    eventually("the domain is removed", || fixture.daemon.domains() == ["rudder-like"]).await;
     other.reap().await.unwrap();
     assert_eq!(fixture.daemon.domains(), ["rudder-like"]);
     fixture.assert_clean().await;

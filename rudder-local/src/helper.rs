@@ -33,8 +33,8 @@ const PROGRAM: &str = "rudder-helper";
 /// Interval between checks whether the lab's directory still exists.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
-/// The socket, in the lab's directory, on which the helper process listens: whoever connects has written the record anew, and
-/// receives [`DONE`], or an error message, once the network runs as recorded.
+/// The socket, in the lab's directory, on which the helper process listens. A client connects after it has written a new record,
+/// and receives [`DONE`] once the network runs as recorded, or an error message.
 pub(crate) const CONTROL: &str = "network.ctl";
 const DONE: &str = "done\n";
 /// How long the helper process may take to answer.
@@ -93,7 +93,7 @@ impl HelperProgram {
     }
 }
 
-/// Runs a network until the process is killed, or the directory of its lab is gone.
+/// Runs a network until the process is killed, or the directory of its lab is removed.
 fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
     let first = read_record(record)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -123,14 +123,14 @@ fn read_record(path: &Path) -> io::Result<NetworkRecord> {
     NetworkRecord::from_json(path, &fs::read(path)?).map_err(io::Error::other)
 }
 
-/// Tells a process that wrote the record whether the network now runs as recorded.
+/// Reports to a process that wrote the record whether the network now runs as recorded.
 async fn answer(mut caller: UnixStream, added: io::Result<()>) -> io::Result<()> {
     let text = added.map_or_else(|error| error.to_string(), |()| DONE.to_owned());
     caller.write_all(text.as_bytes()).await?;
     caller.shutdown().await
 }
 
-/// The network, with what holds its cables and port forwards.
+/// The network, and the handles that keep its cables and port forwards open.
 struct Running {
     network: Arc<Network>,
     machines: BTreeMap<String, (Plugged, PortForwards)>,
@@ -159,14 +159,14 @@ impl Running {
     }
 }
 
-/// Asks the helper process, over its [control socket](CONTROL), to run the network as the record now says.
+/// Requests over the [control socket](CONTROL) that the helper process run the network as now recorded.
 ///
 /// # Errors
 /// `NotFound` and `ConnectionRefused` when there is no helper process; `TimedOut` when it does not answer; `Other` with its message
 /// when it cannot.
 pub(crate) async fn update(control: &Path) -> io::Result<()> {
     let mut text = String::new();
-    let ask = async { UnixStream::connect(control).await?.read_to_string(&mut text).await };
-    timeout(ANSWER_LIMIT, ask).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let request = async { UnixStream::connect(control).await?.read_to_string(&mut text).await };
+    timeout(ANSWER_LIMIT, request).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     if text == DONE { Ok(()) } else { Err(io::Error::other(text)) }
 }

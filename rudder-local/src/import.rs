@@ -21,7 +21,7 @@ impl LabStorage {
     /// As `Lab::import`; `Unsupported` in a lab that was attached to.
     pub async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
         self.network()?;
-        self.tell_notice(progress);
+        self.report_notice(progress);
         let imported = match &request.source {
             PlannedSource::Url(url) if request.kind == VolumeKind::Cdrom => {
                 self.import_cdrom(url, request, progress).await

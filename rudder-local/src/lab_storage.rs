@@ -112,10 +112,10 @@ impl LabStorage {
     /// Returns its networks.
     ///
     /// # Errors
-    /// `Unsupported` in a lab that was attached to: it takes no new machines.
+    /// `Unsupported` in a lab that was attached to: no machine can be added to it.
     pub fn network(&self) -> Result<&PlannedNetwork> {
         self.network.as_ref().ok_or_else(|| {
-            let message = "a lab that was attached to takes no new machines, volumes or sites";
+            let message = "cannot add machines, volumes or sites to a lab that was attached to";
             Error::new(ErrorKind::Unsupported, message).with_context("lab", self.id.as_str())
         })
     }
@@ -266,7 +266,7 @@ impl LabStorage {
     }
 
     /// Reports the notice about the host, once.
-    pub(crate) fn tell_notice(&self, progress: &Progress) {
+    pub(crate) fn report_notice(&self, progress: &Progress) {
         if let Some(notice) = &self.host.notice
             && !self.notice_told.swap(true, Ordering::Relaxed)
         {

@@ -1,5 +1,5 @@
 //! The network of a lab: its switches and routers, the cables to QEMU's NICs, the sockets through which a person connects to
-//! machines, and the process that runs all of it once the lab was kept.
+//! machines, and the process that runs all of it once the lab is kept.
 
 use crate::{
     helper::{self, CONTROL, HelperProgram},
@@ -32,7 +32,7 @@ const RECORD: &str = "network.json";
 const LOG: &str = "network.log";
 /// Time limit for the helper process to run the network, and the interval between checks whether it does.
 const HELPER_LIMIT: Duration = Duration::from_secs(30);
-const HELPER_LOOK: Duration = Duration::from_millis(5);
+const HELPER_POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Time limit for QEMU to listen for its NICs.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 
@@ -58,7 +58,7 @@ enum RunBy {
     /// This process.
     This(Arc<Network>),
     /// The helper process. Machines are added to a copy of its network, without cables, so that they get their addresses. There is
-    /// no copy of the network of a lab that was kept later, or attached to: it takes no new machines.
+    /// no copy of the network of a lab that was kept later, or attached to: no machine can be added to it.
     Helper(Option<Arc<Network>>),
 }
 
@@ -164,7 +164,7 @@ impl Lan {
         let Some(network) = running.network.plan() else {
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                "a lab that was kept or attached to takes no new machines",
+                "cannot add a machine to a lab that was kept or attached to",
             ));
         };
         network.add_machine(&spec.name, &spec.nics).map_err(|error| error.with_context("vm", &spec.name))?;
@@ -172,7 +172,7 @@ impl Lan {
         Ok(())
     }
 
-    /// Adds a machine of an [attached](Self::attached) lab, which the network has already.
+    /// Adds a machine of an [attached](Self::attached) lab, which the network already contains.
     pub fn adopt(&self, spec: &MachineSpec, number: usize) {
         self.running().machines.insert(spec.name.clone(), Machine::new(spec, number));
     }
@@ -186,7 +186,7 @@ impl Lan {
         }
     }
 
-    /// Removes the sockets of the last run of a machine, on which nothing listens any more.
+    /// Removes the sockets of the previous run of a machine, on which nothing listens any more.
     ///
     /// # Errors
     /// File errors.
@@ -214,7 +214,7 @@ impl Lan {
         name: &str,
         ended: impl Future<Output = ()> + Send + 'static,
     ) -> Result<()> {
-        let deaf = |_| {
+        let not_listening = |_| {
             let limit = CONNECT_LIMIT.as_secs();
             let message = format!("expected QEMU to listen for each NIC within {limit} s, but it does not");
             Error::new(ErrorKind::LaunchFailed, message)
@@ -222,10 +222,10 @@ impl Lan {
         let Some((mut plugged, port_forwards)) = self.plug(storage, name)? else {
             let sockets: Vec<_> =
                 self.running().machines.get(name).into_iter().flat_map(Machine::sockets).collect();
-            timeout(CONNECT_LIMIT, listening(storage, &sockets)).await.map_err(deaf)?;
+            timeout(CONNECT_LIMIT, listening(storage, &sockets)).await.map_err(not_listening)?;
             return self.update_helper(storage).await;
         };
-        timeout(CONNECT_LIMIT, plugged.connected()).await.map_err(deaf)?;
+        timeout(CONNECT_LIMIT, plugged.connected()).await.map_err(not_listening)?;
         let connected = async move {
             let _connected = (plugged, port_forwards);
             ended.await;
@@ -299,7 +299,7 @@ impl Lan {
         match self.running().network.this() {
             Some(network) => Ok(network.serve(site)),
             None => {
-                let message = "a lab that outlives this process cannot serve files from it";
+                let message = "cannot serve files in a lab that outlives this process";
                 Err(Error::new(ErrorKind::Unsupported, message))
             }
         }
@@ -345,8 +345,8 @@ impl Lan {
         if network.is_some() {
             let notice = match helper_of(storage) {
                 Err(_) => Some(
-                    "the network of the lab has ended, and its machines are reached over their consoles only: to keep it, call \
-                     rudder::helper::run() first in main, or install rudder-helper"
+                    "the network of the lab has ended, so its machines can be reached only over their consoles; to keep the \
+                     network, call rudder::helper::run() first in main, or install rudder-helper"
                         .to_owned(),
                 ),
                 Ok(_) => self.update_helper(storage).await.err().map(|error| {
@@ -361,7 +361,7 @@ impl Lan {
         Ok(self.running().notices.clone())
     }
 
-    /// Makes the helper process run the network with all machines: starts the process if it does not run.
+    /// Makes the helper process run the network with all machines. Starts the process if it does not run.
     async fn update_helper(&self, storage: &Arc<LabStorage>) -> Result<()> {
         let _alone = self.helper.lock().await;
         let record = {
@@ -397,7 +397,7 @@ impl Lan {
 async fn listening(storage: &LabStorage, sockets: &[String]) {
     for socket in sockets {
         while UnixStream::connect(storage.socket(socket)).await.is_err() {
-            tokio::time::sleep(HELPER_LOOK).await;
+            tokio::time::sleep(HELPER_POLL_INTERVAL).await;
         }
     }
 }
@@ -455,7 +455,7 @@ async fn answers(child: &mut OwnedChild, storage: &LabStorage) -> Result<()> {
             answer = helper::update(&control) => match answer {
                 Ok(()) => return Ok(()),
                 Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-                    tokio::time::sleep(HELPER_LOOK).await;
+                    tokio::time::sleep(HELPER_POLL_INTERVAL).await;
                 }
                 Err(error) => return Err(refused(error)),
             },
@@ -472,7 +472,7 @@ fn remove_file(path: &Path) -> Result<()> {
     }
 }
 
-/// Quotes a text as one word for a POSIX shell.
+/// Quotes a text as a single argument for a POSIX shell.
 fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
     if !text.is_empty() && text.chars().all(plain) {

@@ -123,7 +123,7 @@ impl MachineRecord {
             );
             Err(Error::new(ErrorKind::InvalidInput, message)
                 .with_context("lab", lab.id().as_str())
-                .with_help("attach to it with that backend"))
+                .with_help(format!("attach to it with the backend {}", record.backend)))
         };
         numbers.into_iter().map(read).collect()
     }
@@ -158,7 +158,7 @@ fn file(number: usize) -> String {
 
 fn number_in(file: &str) -> Option<usize> {
     let number = file.strip_prefix('m')?.strip_suffix(".json")?.parse().ok()?;
-    // Not a name that only looks like one, such as `m+1.json`.
+    // Rejects similar names, such as `m+1.json`.
     (self::file(number) == file).then_some(number)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! The kernel can kill a child when its parent dies (`PR_SET_PDEATHSIG`, prctl(2)), but it treats the *thread* that
 //! forked as the parent. So all children are started by one thread that lives as long as the library, never by a thread of
-//! a runtime, and through setpriv(1), which makes the system call without unsafe code of ours.
+//! a runtime, and through setpriv(1), which performs the system call without unsafe code of ours.
 
 use rudder_core::{Error, ErrorKind, Result};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -147,30 +147,30 @@ impl Invocation {
     pub async fn run_watched(
         self,
         input: Option<&[u8]>,
-        mut heard: impl FnMut(&[u8]) + Send,
+        mut visit: impl FnMut(&[u8]) + Send,
     ) -> Result<Finished> {
         let name = self.name();
-        let failed = |error| Error::io(format_args!("talk to {name}"), error);
+        let failed = |error| Error::io(format_args!("communicate with {name}"), error);
         let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
         let mut child = self.spawn(stdin, Stdio::piped(), Stdio::piped()).await?;
         let (stdin, stdout, stderr) = child.streams();
         let write = async {
             if let (Some(mut stdin), Some(input)) = (stdin, input) {
                 use tokio::io::AsyncWriteExt;
-                // A program that does not read all its input says why by its status.
+                // A program that does not read all its input reports why in its status.
                 let _ = stdin.write_all(input).await;
             }
             Ok(())
         };
         let ((), stdout, stderr) =
-            tokio::try_join!(write, read(stdout, &mut heard), read(stderr, |_| {})).map_err(failed)?;
+            tokio::try_join!(write, read(stdout, &mut visit), read(stderr, |_| {})).map_err(failed)?;
         let status = child.wait().await.map_err(failed)?;
         Ok(Finished { name, status, stdout, stderr })
     }
 }
 
 /// Reads to the end, keeping the first [`KEPT_OUTPUT`] bytes.
-async fn read(stream: Option<impl AsyncRead + Unpin>, mut heard: impl FnMut(&[u8])) -> io::Result<Vec<u8>> {
+async fn read(stream: Option<impl AsyncRead + Unpin>, mut visit: impl FnMut(&[u8])) -> io::Result<Vec<u8>> {
     let mut kept = Vec::new();
     let Some(mut stream) = stream else { return Ok(kept) };
     let mut buffer = [0; 4096];
@@ -179,7 +179,7 @@ async fn read(stream: Option<impl AsyncRead + Unpin>, mut heard: impl FnMut(&[u8
         if count == 0 {
             return Ok(kept);
         }
-        heard(&buffer[..count]);
+        visit(&buffer[..count]);
         if (kept.len() as u64) < KEPT_OUTPUT {
             kept.extend_from_slice(&buffer[..count]);
         }
@@ -206,15 +206,15 @@ impl Finished {
 
     /// Returns its standard error as an error.
     pub fn failure(&self, what: &str) -> Error {
-        let said = without_advice(&String::from_utf8_lossy(&self.stderr));
-        let said = said.trim();
+        let output = without_advice(&String::from_utf8_lossy(&self.stderr));
+        let output = output.trim();
         // strerror(3) in the C locale; qemu-img has no other way to report it.
-        let full = said.contains("No space left on device") || said.contains("Disk quota exceeded");
+        let full = output.contains("No space left on device") || output.contains("Disk quota exceeded");
         let kind = if full { ErrorKind::HostDiskFull } else { ErrorKind::Io };
-        let said = if said.is_empty() { describe(self.status) } else { said.to_owned() };
-        let error = Error::new(kind, format!("cannot {what}: {}: {said}", self.name));
+        let output = if output.is_empty() { describe(self.status) } else { output.to_owned() };
+        let error = Error::new(kind, format!("cannot {what}: {}: {output}", self.name));
         if full {
-            error.with_help("free some space where the store is, or use a store on a larger disk")
+            error.with_help("free some space on the disk of the store, or use a store on a larger disk")
         } else {
             error
         }
@@ -224,14 +224,14 @@ impl Finished {
 /// Removes advice from messages of QEMU's programs: they suggest repairing a file in place, but the files are
 /// those of the store, which must never change.
 #[must_use]
-pub fn without_advice(said: &str) -> String {
+pub fn without_advice(output: &str) -> String {
     let advice = |line: &&str| {
         let line = line.to_ascii_lowercase();
         ["qemu-img check", "qemu-img amend", "qemu-img rebase", "-r all", "-r leaks", "to replay the log"]
             .iter()
             .any(|part| line.contains(part))
     };
-    said.lines().filter(|line| !advice(line)).collect::<Vec<_>>().join("\n")
+    output.lines().filter(|line| !advice(line)).collect::<Vec<_>>().join("\n")
 }
 
 /// Describes how a process ended, for people.
@@ -285,7 +285,7 @@ impl OwnedChild {
     }
 
     /// Adopts a process that another process started and that is not killed when this is dropped; `None` if it has ended.
-    /// `is_same` says whether the process with this ID is still the expected one.
+    /// `is_same` returns whether the process with this ID is still the expected one.
     ///
     /// # Errors
     /// The process cannot be observed.
@@ -323,13 +323,13 @@ impl OwnedChild {
     /// Waits until it ends. May be repeated.
     ///
     /// # Errors
-    /// The status of an adopted process is known only until its parent has taken note of it.
+    /// The status of an adopted process is known only until its parent has reaped it.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         match &mut self.process {
             Process::Child(child) => child.wait().await,
             Process::Adopted { pid, end, .. } => {
                 end.readable().await?;
-                ended_status(*pid).ok_or_else(|| io::Error::other("it ended with an unknown status"))
+                ended_status(*pid).ok_or_else(|| io::Error::other("ended with an unknown status"))
             }
         }
     }
@@ -387,7 +387,7 @@ static STARTER: LazyLock<Result<mpsc::Sender<Job>, io::ErrorKind>> = LazyLock::n
             for Job { mut command, runtime, reply } in receiver {
                 let _context = runtime.enter();
                 let child = command.spawn().map(OwnedChild::new);
-                // The receiver is gone: dropping the child kills it.
+                // Without a receiver, the child is dropped, which kills it.
                 let _ = reply.send(child);
             }
         })
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn output_input_and_status_come_back() {
+    async fn input_output_and_status_are_passed() {
         let invocation = sh("cat; echo bad >&2; exit 3", Lifetime::Kept);
         let finished = invocation.run(Some(b"hello")).await.unwrap();
         assert_eq!(finished.stdout, b"hello");
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_disk_is_told_from_other_failures() {
+    async fn a_full_disk_is_distinguished_from_other_failures() {
         let finished = sh("echo 'error while writing: No space left on device' >&2; exit 1", Lifetime::Kept);
         let error = finished.run(None).await.unwrap().success("convert").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostDiskFull);
@@ -436,10 +436,10 @@ mod tests {
     }
 
     #[test]
-    fn advice_to_repair_files_of_the_store_is_not_passed_on() {
-        let said = "qemu-img: Could not open 'a.vhdx': VHDX image file 'a.vhdx' opened read-only, but contains a log that needs \
+    fn advice_to_repair_files_of_the_store_is_removed() {
+        let output = "qemu-img: Could not open 'a.vhdx': VHDX image file 'a.vhdx' opened read-only, but contains a log that needs \
                     to be replayed\nTo replay the log, run:\nqemu-img check -r all 'a.vhdx'\n";
-        let left = without_advice(said);
+        let left = without_advice(output);
         assert!(left.ends_with("needs to be replayed"), "{left}");
         assert_eq!(without_advice("one\ntwo\n"), "one\ntwo");
     }
@@ -463,7 +463,7 @@ mod tests {
     }
 
     /// Starts a process that is not a child of this one, and returns its ID.
-    async fn stranger(script: &str) -> u32 {
+    async fn spawn_unrelated(script: &str) -> u32 {
         let script = format!("({script}) </dev/null >/dev/null 2>&1 & echo $!");
         let finished = sh(&script, Lifetime::Kept).run(None).await.unwrap();
         String::from_utf8(finished.stdout).unwrap().trim().parse().unwrap()
@@ -471,7 +471,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_an_adopted_process_is_noticed_and_it_can_be_killed() {
-        let pid = stranger("exec sleep 1000").await;
+        let pid = spawn_unrelated("exec sleep 1000").await;
         let mut adopted = OwnedChild::adopt(pid, || true).unwrap().unwrap();
         assert_eq!(adopted.pid(), Some(pid));
         drop(OwnedChild::adopt(pid, || true).unwrap().unwrap());
@@ -492,7 +492,7 @@ mod tests {
         let (go, done) = (dir.path().join("go"), dir.path().join("done"));
         let script =
             format!("mkfifo {0}; read x <{0}; echo > {1}.new; mv {1}.new {1}", go.display(), done.display());
-        let pid = stranger(&script).await;
+        let pid = spawn_unrelated(&script).await;
         drop(OwnedChild::adopt(pid, || true).unwrap().unwrap());
         while !go.exists() {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
@@ -505,11 +505,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_missing_program_is_said_to_be_missing() {
+    async fn a_missing_program_is_reported_as_missing() {
         let error =
             Invocation::new(Path::new("/nonexistent/qemu"), Lifetime::Kept).run(None).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::HostMissing);
         assert_eq!(error.to_string(), "cannot start /nonexistent/qemu");
-        assert_eq!(find(None, "a-program-that-nobody-has"), None);
+        assert_eq!(find(None, "a-program-that-does-not-exist"), None);
     }
 }

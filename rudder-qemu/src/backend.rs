@@ -73,7 +73,7 @@ impl QemuBackendBuilder {
         self
     }
 
-    /// Sets the setpriv binary (util-linux), which makes processes end with their owner. Defaults to `setpriv` in
+    /// Sets the setpriv binary (util-linux), with which processes end with their owner. Defaults to `setpriv` in
     /// `PATH`. Optional: without it, machines of a killed process run until the next start removes them.
     #[must_use]
     pub fn setpriv(mut self, path: impl Into<PathBuf>) -> Self {
@@ -199,10 +199,10 @@ impl Backend for QemuBackend {
                     tracing::warn!(what, "cannot remove what a dead owner left");
                 }
                 for what in report.warnings {
-                    tracing::warn!(what, "left alone in the store");
+                    tracing::warn!(what, "left unchanged in the store");
                 }
             }
-            Err(error) => tracing::warn!(%error, "cannot look for what dead owners left"),
+            Err(error) => tracing::warn!(%error, "cannot check for what dead owners left"),
         }
         Ok(Arc::new(QemuLab::open(&self.store, host, spec).await?))
     }

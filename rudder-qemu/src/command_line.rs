@@ -53,13 +53,13 @@ impl Files {
             serial: file(SERIAL),
             seed: file(SEED),
             floppy: file(FLOPPY),
-            nics: (0..MOST_NICS).map(|index| nic_socket(number, index)).collect(),
+            nics: (0..MAX_NICS).map(|index| nic_socket(number, index)).collect(),
         }
     }
 }
 
 /// Maximum number of NICs of a machine: each has a slot of its own.
-const MOST_NICS: usize = 9;
+const MAX_NICS: usize = 9;
 
 /// Everything that the command line is built from.
 #[derive(Debug)]
@@ -124,7 +124,7 @@ pub(crate) struct Extras {
 pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<String>> {
     let Machine { mark, spec, files, .. } = machine;
     let chipset = Chipset::of(spec);
-    let mut line = Line { words: Vec::new(), chipset };
+    let mut line = Line { arguments: Vec::new(), chipset };
     let name = format!("{mark}/{}", spec.name);
     line.option("-name", format!("guest={0},process={1}", escape(&name), escape("rudder-vm")));
     line.flag("-nodefaults");
@@ -181,25 +181,25 @@ pub(crate) fn arguments(machine: &Machine<'_>, extras: Extras) -> Result<Vec<Str
         line.option("-device", format!("{TPM},tpmdev=tpm0"));
     }
     disks::attach(&mut line, spec, files)?;
-    line.words.extend(nic_arguments(spec, machine.network, &files.nics)?);
+    line.arguments.extend(nic_arguments(spec, machine.network, &files.nics)?);
     // The guest must not run before its events are received.
     line.flag("-S");
-    Ok(line.words)
+    Ok(line.arguments)
 }
 
 struct Line {
-    words: Vec<String>,
+    arguments: Vec<String>,
     chipset: Chipset,
 }
 
 impl Line {
     fn flag(&mut self, flag: &str) {
-        self.words.push(flag.to_owned());
+        self.arguments.push(flag.to_owned());
     }
 
     fn option(&mut self, option: &str, value: impl Into<String>) {
-        self.words.push(option.to_owned());
-        self.words.push(value.into());
+        self.arguments.push(option.to_owned());
+        self.arguments.push(value.into());
     }
 
     /// Adds a block device in QEMU's JSON form, which needs no escaping beyond that of JSON.
@@ -212,7 +212,7 @@ impl Line {
         self.chipset.device(driver, address, function)
     }
 
-    /// Returns the options of a controller that may have several functions, each of which must say so.
+    /// Returns the options of a controller that may have several functions, each of which must be declared `multifunction`.
     fn controller(&self, driver: &str, address: u8, function: usize) -> String {
         format!("{},multifunction=on", self.device(driver, address, function))
     }

@@ -40,9 +40,9 @@ pub(crate) struct QemuLab {
     lan: Arc<Lan>,
     store: Store,
     machines: Machines,
-    /// Number of machines whose definition was started. Concurrent requests are served one by one, and each machine has
-    /// files of its own.
-    begun: tokio::sync::Mutex<usize>,
+    /// The number of the next machine, which names its files. Locked while a machine is defined, so that concurrent
+    /// requests are served one by one.
+    next_number: tokio::sync::Mutex<usize>,
     kept: AtomicBool,
 }
 
@@ -57,7 +57,7 @@ impl QemuLab {
             lan: Arc::new(lan),
             store: store.clone(),
             machines: Machines::default(),
-            begun: tokio::sync::Mutex::default(),
+            next_number: tokio::sync::Mutex::default(),
             kept,
         })
     }
@@ -70,9 +70,9 @@ impl QemuLab {
         for (number, record) in MachineRecord::read_all(storage.dir(), QemuBackend::NAME)? {
             machines.push(Arc::new(machine::attach(&storage, &lan, record, number).await?));
         }
-        let begun = tokio::sync::Mutex::new(machines.len());
+        let next_number = tokio::sync::Mutex::new(machines.len());
         let (machines, kept) = (Mutex::new(machines), AtomicBool::new(true));
-        Ok(Self { storage, lan, store: store.clone(), machines, begun, kept })
+        Ok(Self { storage, lan, store: store.clone(), machines, next_number, kept })
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Arc<QemuMachine>>> {
@@ -106,14 +106,14 @@ impl Lab for QemuLab {
         let refuse = |error: Error| error.with_context("vm", &spec.name);
         self.storage.dir().check_open().map_err(refuse)?;
         self.storage.check_volumes(spec).map_err(refuse)?;
-        let mut begun = self.begun.lock().await;
+        let mut next_number = self.next_number.lock().await;
         if self.machines().iter().any(|machine| machine.name() == spec.name) {
             let message =
                 format!("expected a new name in lab {}, but found {:?} again", self.storage.id(), spec.name);
             return Err(refuse(Error::new(ErrorKind::Conflict, message)));
         }
-        let number = *begun;
-        *begun += 1;
+        let number = *next_number;
+        *next_number += 1;
         let machine = machine::define(&self.storage, &self.lan, spec, number).await;
         let machine = Arc::new(machine.map_err(refuse)?);
         self.machines().push(Arc::clone(&machine));

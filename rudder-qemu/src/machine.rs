@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 /// How long QEMU may take from its start until it accepts connections.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(60);
 /// Interval between connection attempts.
-const LAUNCH_LOOK: Duration = Duration::from_millis(5);
+const LAUNCH_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The name of QEMU's process in the ledger of a lab.
 const PROCESS: &str = "qemu";
@@ -127,7 +127,7 @@ impl Hypervisor for Qemu {
             let limit = LAUNCH_LIMIT.as_secs();
             let message = format!("expected QEMU to answer within {limit} s, but it did not");
             Error::new(ErrorKind::Protocol, message)
-                .with_help("another program may hold its control socket: end that, or remove the lab")
+                .with_help("end the program that holds its control socket, or remove the lab")
         })?;
         let Ok((qmp, reports)) = connected else { return Ok(Found::Ended(Exit::Unobserved)) };
         let log = machine.path(command_line::LOG);
@@ -148,12 +148,12 @@ async fn connect(
         Ok(connected) => return Ok(connected),
         Err(ended) => ended,
     };
-    let said = last_lines(&machine.path(command_line::LOG)).await;
-    let said = if said.is_empty() { ended } else { said };
-    Err(Error::new(ErrorKind::LaunchFailed, format!("QEMU refused to start: {said}")))
+    let output = last_lines(&machine.path(command_line::LOG)).await;
+    let output = if output.is_empty() { ended } else { output };
+    Err(Error::new(ErrorKind::LaunchFailed, format!("QEMU refused to start: {output}")))
 }
 
-/// Waits until QEMU accepts a connection; or else returns how it has ended.
+/// Waits until QEMU accepts a connection. If it ends first, returns how it ended.
 async fn connect_or_end(
     machine: &Definition,
     child: &mut OwnedChild,
@@ -164,7 +164,7 @@ async fn connect_or_end(
             match Qmp::connect(&socket).await {
                 Ok(connected) => Some(connected),
                 Err(_) => {
-                    tokio::time::sleep(LAUNCH_LOOK).await;
+                    tokio::time::sleep(LAUNCH_POLL_INTERVAL).await;
                     None
                 }
             }

@@ -57,7 +57,7 @@ impl Qmp {
                 match item {
                     // Without a receiver of events, replies must still be read.
                     Ok(event) => drop(observation(event).map(|observation| sender.send(observation))),
-                    Err(error) => tracing::debug!(%error, "QMP: answer to nobody, or not understood"),
+                    Err(error) => tracing::debug!(%error, "QMP: unexpected or malformed reply"),
                 }
             }
         }));
@@ -92,11 +92,13 @@ impl Qmp {
                 Err(failed(format!("QEMU refused to {what}: {}", error.desc)))
             }
             Ok(Ok(Err(ExecuteError::Io(error)))) => {
-                Err(failed(format!("QEMU hung up when asked to {what}")).with_source(error))
+                Err(failed(format!("QEMU closed the connection when asked to {what}")).with_source(error))
             }
-            Ok(Err(error)) => Err(failed(format!("asking QEMU to {what} was cut short")).with_source(error)),
+            Ok(Err(error)) => {
+                Err(failed(format!("the request to QEMU to {what} was interrupted")).with_source(error))
+            }
             Err(_) => Err(failed(format!(
-                "expected QEMU to {what} at once, but it did not answer within {} s",
+                "expected QEMU to {what}, but it did not answer within {} s",
                 ANSWER_LIMIT.as_secs()
             ))),
         }
@@ -125,7 +127,7 @@ impl Qmp {
             device: None,
             head: None,
         };
-        self.execute("write a picture of the screen as PNG", command).await.map(drop)
+        self.execute("write a screenshot as PNG", command).await.map(drop)
     }
 }
 
@@ -149,7 +151,7 @@ fn is_unknown_event(line: &[u8]) -> bool {
     serde_json::from_slice::<qmp::Event>(line).is_err() && is_event()
 }
 
-/// Returns what an event says about the machine, if that is relevant here.
+/// Converts an event into an observation of the machine, if it is relevant here.
 fn observation(event: qmp::Event) -> Option<Observation> {
     use qmp::Event;
     match event {

@@ -1,4 +1,4 @@
-//! What happens to machines when their owner is gone: nothing is left, unless the lab was kept.
+//! What happens to machines when their owner dies: nothing is left, unless the lab was kept.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -64,7 +64,7 @@ async fn the_kernel_ends_the_machines_of_a_killed_builder() {
     let fixture = Fixture::new().await;
     kill_a_builder("the_kernel_ends_the_machines_of_a_killed_builder", fixture.dir.path()).await;
     let killed = Instant::now();
-    eventually("QEMU is gone", || processes_below(fixture.dir.path()).is_empty()).await;
+    eventually("QEMU has ended", || processes_below(fixture.dir.path()).is_empty()).await;
     assert!(killed.elapsed() < LIMIT, "{:?}", killed.elapsed());
     let report = fixture.backend.reap().await.unwrap();
     assert!(report.removed.iter().any(|what| what.starts_with("lab killed-")), "{report:?}");
@@ -81,7 +81,7 @@ async fn a_lab_that_may_be_kept_but_was_not_is_reaped_by_the_next_start() {
     kill_a_builder("a_lab_that_may_be_kept_but_was_not_is_reaped_by_the_next_start", fixture.dir.path())
         .await;
     let lab = fixture.lab().await;
-    eventually("QEMU is gone", || processes_below(fixture.dir.path()).is_empty()).await;
+    eventually("QEMU has ended", || processes_below(fixture.dir.path()).is_empty()).await;
     lab.destroy().await.unwrap();
     drop(lab);
     fixture.assert_clean().await;

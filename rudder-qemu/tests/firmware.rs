@@ -112,7 +112,7 @@ async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_reported() {
     let Exit::Died { cause, detail } = machine.wait().await.unwrap() else { panic!() };
     assert_eq!(cause, Death::Hypervisor);
     assert!(
-        detail.starts_with("the TPM of the machine is gone: swtpm was ended by signal 9 (SIGKILL)"),
+        detail.starts_with("the TPM of the machine has ended: swtpm was ended by signal 9 (SIGKILL)"),
         "{detail}"
     );
 
@@ -120,7 +120,7 @@ async fn a_tpm_lives_as_long_as_its_machine_and_its_death_is_reported() {
     machine.start().await.unwrap();
     drop(lab);
     drop(machine);
-    eventually("the processes are gone", || processes_below(fixture.dir.path()).is_empty()).await;
+    eventually("the processes have ended", || processes_below(fixture.dir.path()).is_empty()).await;
     fixture.assert_clean().await;
 }
 

@@ -169,10 +169,10 @@ async fn written_data_is_captured_and_published() {
     machine.start().await.unwrap();
     assert_eq!(machine.capture("disk0", &Progress::none()).await.unwrap_err().kind(), ErrorKind::Conflict);
     machine.stop(Stop::Kill).await.unwrap();
-    let heard = Arc::new(Mutex::new(Vec::new()));
+    let received = Arc::new(Mutex::new(Vec::new()));
     let progress = Progress::new({
-        let heard = Arc::clone(&heard);
-        move |event| heard.lock().unwrap().push(event)
+        let received = Arc::clone(&received);
+        move |event| received.lock().unwrap().push(event)
     });
     let mut disks = Vec::new();
     for disk in ["disk0", "disk1"] {
@@ -180,7 +180,7 @@ async fn written_data_is_captured_and_published() {
     }
     assert_eq!(machine.capture("disk9", &progress).await.unwrap_err().kind(), ErrorKind::NotFound);
     let whole = ProgressEvent::Bytes { task: "verify disk1".to_owned(), done: 5 << 20, total: Some(5 << 20) };
-    assert_eq!(heard.lock().unwrap().last(), Some(&whole));
+    assert_eq!(received.lock().unwrap().last(), Some(&whole));
     assert!(disks.iter().all(|disk| disk.virtual_size == 64 << 20 && disk.content.size.unwrap() < 1 << 20));
 
     let mut template = TemplateMachine::new("web", 1, 64 << 20);
@@ -228,10 +228,10 @@ async fn a_dropped_lab_and_a_dropped_start_leave_nothing() {
     let machine = lab.create_machine(&blank_machine(&*lab, "web", &[Bus::Virtio]).await).await.unwrap();
     tokio::select! {
         biased;
-        () = eventually("QEMU is there", || !common::processes_below(fixture.dir.path()).is_empty()) => {}
+        () = eventually("QEMU runs", || !common::processes_below(fixture.dir.path()).is_empty()) => {}
         started = machine.start() => panic!("started before its process was seen: {started:?}"),
     }
-    eventually("QEMU is gone", || common::processes_below(fixture.dir.path()).is_empty()).await;
+    eventually("QEMU has ended", || common::processes_below(fixture.dir.path()).is_empty()).await;
     machine.start().await.unwrap();
     drop(lab);
     assert!(killed(&machine.wait().await.unwrap()));

@@ -1,5 +1,5 @@
 //! A guest that writes to its serial console without end: the host stores a bounded amount of it while the machine
-//! runs, when its lab was kept, and when its owner is gone.
+//! runs, when its lab was kept, and when its owner has died.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
@@ -56,7 +56,7 @@ async fn endless_output_of_a_guest_is_bounded() {
     assert!(recorded(&directory).0 <= RECORD);
     drop((idle, reader));
 
-    // Once the lab is kept and its owner is gone, the guest continues to write. Nothing is recorded, and any client may
+    // Once the lab is kept and its owner has died, the guest continues to write. Nothing is recorded, and any client may
     // connect to the console.
     machine.start().await.unwrap();
     let mut reader = machine.serial().await.unwrap();
@@ -67,12 +67,12 @@ async fn endless_output_of_a_guest_is_bounded() {
     let line = access.iter().find(|line| line.contains("serial console")).unwrap();
     let (_, socket) = line.rsplit_once("nc -U ").unwrap();
     drop((machine, lab));
-    let mut person = UnixStream::connect(socket).await.unwrap();
-    read(&mut person, 1000).await;
+    let mut client = UnixStream::connect(socket).await.unwrap();
+    read(&mut client, 1000).await;
     let before = recorded(&directory);
-    read(&mut person, FLOOD).await;
+    read(&mut client, FLOOD).await;
     assert_eq!(recorded(&directory), before);
-    drop(person);
+    drop(client);
     fixture.backend.remove_lab(&spec.id).await.unwrap();
     fixture.assert_clean().await;
 }

@@ -1,4 +1,4 @@
-//! Guests on bridges that libvirt makes: they are reached at the addresses that libvirt knows.
+//! Guests on bridges that libvirt creates: they are reached at the addresses that libvirt reports.
 
 use super::{Libvirt, LibvirtMachine};
 use crate::{connection::domain, network};
@@ -25,8 +25,8 @@ impl Libvirt {
     async fn find_address(&self, machine: &Definition) -> Result<Option<Ipv4Addr>> {
         let Some(mac) = machine.spec.nics.first().map(|nic| nic.mac.to_string()) else { return Ok(None) };
         let name = self.domain.clone();
-        let ask = move |connect: &Connect| network::address(&domain(connect, &name)?, &mac);
-        let found = self.context.connection.ask(ask).await;
+        let query = move |connect: &Connect| network::address(&domain(connect, &name)?, &mac);
+        let found = self.context.connection.query(query).await;
         let found = found.map_err(|failure| {
             let error = failure.into_error(ErrorKind::GuestUnreachable, "find the guest's address");
             error.with_context("vm", &machine.spec.name)
@@ -81,7 +81,7 @@ pub(crate) fn has_address(machine: &LibvirtMachine, subnet: &str, address: Ipv4A
     let (libvirt, spec) = (machine.hypervisor(), &machine.definition().spec);
     let nics = spec.nics.iter().filter(|nic| nic.subnet == subnet);
     let macs: Vec<String> = nics.map(|nic| nic.mac.to_string()).collect();
-    let found = libvirt.context.connection.ask_blocking(|connect| {
+    let found = libvirt.context.connection.query_blocking(|connect| {
         let domain = domain(connect, &libvirt.domain)?;
         macs.iter().map(|mac| network::address(&domain, mac)).collect::<Result<Vec<_>, _>>()
     });

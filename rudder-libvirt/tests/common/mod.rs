@@ -44,12 +44,12 @@ impl Fixture {
     /// Asserts that no domain, no process and no file of a lab exists any more.
     pub async fn assert_clean(self) {
         let labs = self.dir.path().join("store/labs");
-        eventually("the domains are gone", || {
+        eventually("the domains are removed", || {
             self.daemon.domains().iter().all(|name| !name.starts_with("rudder."))
         })
         .await;
-        eventually("the labs are gone", || fs::read_dir(&labs).unwrap().count() == 0).await;
-        eventually("the processes are gone", || qemus_of(self.dir.path()).is_empty()).await;
+        eventually("the labs are removed", || fs::read_dir(&labs).unwrap().count() == 0).await;
+        eventually("the processes have ended", || qemus_of(self.dir.path()).is_empty()).await;
     }
 }
 

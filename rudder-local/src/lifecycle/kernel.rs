@@ -2,19 +2,19 @@
 //!
 //! A pure state machine: [`Kernel::handle`] takes an [`Input`] and the time, and returns the [`Action`]s to carry out.
 //! Times are durations since the machine started to run. The caller calls it again at [`Kernel::deadline`] at the latest,
-//! until [`Kernel::exit`] says how the machine ended.
+//! until [`Kernel::exit`] returns how the machine ended.
 //!
 //! # What ends a machine
 //! | observed or requested | what happens | how the machine ended, unless a line above applies |
 //! |---|---|---|
 //! | a panic, or a disk error | a last screenshot, then it is killed | died: of the first of them |
 //! | the hypervisor is unreachable for [`LOST_LIMIT`] | nothing: it cannot be controlled | died with its hypervisor |
-//! | it is still there [`GIVE_UP_LIMIT`] after it was killed | nothing is left to do | died with its hypervisor |
-//! | its TPM ends, and it does not within [`TPM_LIMIT`] | it is killed | died with its hypervisor |
+//! | it still runs [`GIVE_UP_LIMIT`] after it was killed | nothing is left to do | died with its hypervisor |
+//! | its TPM ends, and the machine does not end within [`TPM_LIMIT`] | it is killed | died with its hypervisor |
 //! | its guest powers off | its process ends by itself | powered off |
 //! | [`Stop::Kill`], or the limit of [`Stop::Graceful`] | it is asked to quit, and killed after [`QUIT_LIMIT`] | killed, for the first reason |
 //! | its control connection closes, and it does not end within [`HANG_UP_LIMIT`] | it is killed | died with its hypervisor |
-//! | its process ends, or is said to be gone | – | died with its hypervisor |
+//! | its process ends, or is reported to have ended | – | died with its hypervisor |
 //!
 //! A guest that powers off while the machine is about to be killed for being slow has powered off.
 //!
@@ -22,7 +22,7 @@
 //! See [`Reporter`]. A process and what is reported about it are observed separately, in any order, so after the end of
 //! the process there is a limit for the rest of the report. A daemon is the best source of how a machine ended, but it
 //! can be slow: libvirt waits until the host's init has reaped the process, and answers nothing about the domain in the
-//! meantime. What it has not reported after [`DAEMON_GRACE`] is concluded from what is known. If only the daemon can
+//! meantime. Whatever it has not reported after [`DAEMON_GRACE`] is concluded from what is known. If only the daemon can
 //! know whether the guest powered off, it gets [`DAEMON_PATIENCE`].
 
 use rudder_core::backend::{Death, Exit, Stop};
@@ -59,7 +59,7 @@ pub enum Reporter {
     /// its guest powers off, so a guest has powered off only if the process did not fail.
     Process,
     /// A daemon, which may be slow or unreachable. It ends the process of a guest that powered off, so the exit status
-    /// of the process says nothing then.
+    /// of the process means nothing then.
     Daemon,
 }
 
@@ -68,7 +68,7 @@ pub enum Reporter {
 pub enum Shutdown {
     /// Its guest powered off.
     ByGuest,
-    /// For this other reason, in the hypervisor's words.
+    /// For this other reason, as the hypervisor reports it.
     Other(String),
 }
 
@@ -120,7 +120,7 @@ pub enum Observation {
     Off {
         /// Whether its guest powered off.
         powered_off: bool,
-        /// Why it is off, if its guest did not power off and nobody here ended it.
+        /// Why it is off, if its guest did not power off and it was not ended on request.
         detail: String,
     },
     /// The process has ended.
@@ -132,7 +132,7 @@ pub enum Observation {
 /// An input of the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
-    /// Somebody wants the machine to end.
+    /// A request to end the machine.
     Stop(Stop),
     /// Something was observed.
     Observed(Observation),
@@ -164,7 +164,7 @@ struct Facts {
     /// Why it was ended without a request.
     lost: Option<Lost>,
     process: Option<ProcessEnd>,
-    /// What a daemon said of a machine that is off: whether the guest powered off, and details.
+    /// What a daemon reported about a machine that is off: whether the guest powered off, and details.
     off: Option<(bool, String)>,
     /// Why nothing else will be known about it.
     abandoned: Option<String>,
@@ -278,7 +278,7 @@ impl Kernel {
         }
         match how {
             Stop::Kill => {
-                self.facts.killed.get_or_insert_with(|| "was told to end at once".to_owned());
+                self.facts.killed.get_or_insert_with(|| "an immediate stop was requested".to_owned());
                 self.quit(now, actions);
             }
             Stop::Graceful { limit } if !self.is_ending() => {
@@ -385,7 +385,7 @@ impl Kernel {
         }
     }
 
-    /// Returns when a machine is killed whose TPM has ended. A daemon has to say first that the machine still runs.
+    /// Returns when a machine is killed whose TPM has ended. A daemon has to report first that the machine still runs.
     fn tpm_at(&self) -> Option<Duration> {
         let waits = self.reporter == Reporter::Process
             && self.facts.shutdown.is_none()
@@ -470,7 +470,7 @@ impl Facts {
             return died(Death::Hypervisor, why.clone());
         }
         if let (Some(Lost::Tpm(how)), None, None) = (&self.lost, &self.shutdown, &self.killed) {
-            return died(Death::Hypervisor, format!("the TPM of the machine is gone: swtpm {how}"));
+            return died(Death::Hypervisor, format!("the TPM of the machine has ended: swtpm {how}"));
         }
         if self.has_powered_off(reporter) {
             return Exit::PoweredOff;
@@ -494,17 +494,18 @@ impl Facts {
         if let Some((_, detail)) = &self.off {
             return detail.clone();
         }
-        let (end, last_lines) = self.process.as_ref().map_or(("the machine's process is gone", ""), |end| {
-            (end.detail.as_str(), end.last_lines.as_str())
-        });
+        let (end, last_lines) =
+            self.process.as_ref().map_or(("the machine's process has ended", ""), |end| {
+                (end.detail.as_str(), end.last_lines.as_str())
+            });
         let mut detail = match (&self.lost, &self.shutdown) {
             (Some(Lost::Connection), _) => format!("{end} after it had closed its control connection"),
             (_, Some(Shutdown::ByGuest)) => format!("{end} while its guest was powering off"),
-            (_, Some(Shutdown::Other(reason))) => format!("{end} (it said: {reason})"),
+            (_, Some(Shutdown::Other(reason))) => format!("{end} (reported reason: {reason})"),
             (_, None) => end.to_owned(),
         };
         if !last_lines.is_empty() {
-            detail = format!("{detail}; its last words: {last_lines}");
+            detail = format!("{detail}; its last output: {last_lines}");
         }
         detail
     }

@@ -125,7 +125,7 @@ impl Lifecycle {
     pub fn rest(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut phase = self.phase.subscribe();
         async move {
-            // If the sender is gone, the machine has ended as well.
+            // If the sender has been dropped, the machine has ended as well.
             let _ = phase.wait_for(Phase::is_at_rest).await;
         }
     }

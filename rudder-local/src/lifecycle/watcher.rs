@@ -89,7 +89,7 @@ pub struct Watcher<R> {
     /// Its serial console.
     pub console: Arc<SerialConsole>,
     /// Requests to end it.
-    pub orders: mpsc::UnboundedReceiver<Stop>,
+    pub stop_requests: mpsc::UnboundedReceiver<Stop>,
     /// The file for a last screenshot.
     pub screenshot: PathBuf,
     /// Publishes how it ended. The last field, so that a dropped machine is killed before its end is published.
@@ -100,7 +100,7 @@ impl<R: Run> Watcher<R> {
     /// Watches until the machine has ended, and publishes how it ended.
     pub async fn run(self) {
         // Bound first, so that it is dropped last.
-        let Self { running, mut run, mut tpm, console, mut orders, screenshot: path } = self;
+        let Self { running, mut run, mut tpm, console, mut stop_requests, screenshot: path } = self;
         let (started, mut kernel) = (Instant::now(), Kernel::new(R::REPORTER));
         let mut tpm_watched = tpm.is_some();
         let mut screenshot: Fuse<BoxFuture<'static, ()>> = Fuse::terminated();
@@ -112,7 +112,7 @@ impl<R: Run> Watcher<R> {
             let remaining = deadline.unwrap_or_default().saturating_sub(started.elapsed());
             let input = tokio::select! {
                 observed = run.observe() => Input::Observed(observed),
-                Some(order) = orders.recv() => Input::Stop(order),
+                Some(how) = stop_requests.recv() => Input::Stop(how),
                 how = ended(&mut tpm), if tpm_watched => {
                     tpm_watched = false;
                     Input::Observed(Observation::TpmEnded(how))
@@ -156,7 +156,7 @@ async fn ended(tpm: &mut Option<Tpm>) -> String {
     }
 }
 
-/// Stores a screenshot. One that is cut short by the end of the machine is discarded.
+/// Stores a screenshot. An incomplete one, interrupted by the end of the machine, is discarded.
 async fn keep(control: impl Control, path: PathBuf) {
     let kept = match control.screenshot().await {
         Ok(bytes) => blocking(move || replace_file(&path, &bytes)).await,

@@ -37,7 +37,7 @@ pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     /// machine is powered on.
     const SOCKETS: &'static [&'static str] = &[];
 
-    /// Waits until the hypervisor has released the last run of a machine, whose end may have been reported earlier.
+    /// Waits until the hypervisor has released the previous run of a machine, whose end may have been reported earlier.
     ///
     /// # Errors
     /// `LaunchFailed`.
@@ -68,7 +68,7 @@ pub trait Hypervisor: fmt::Debug + Send + Sync + 'static {
         drop(run);
     }
 
-    /// Carries out the start of a machine. A hypervisor that completes what was requested even if the caller is gone
+    /// Carries out the start of a machine. A hypervisor that completes what was requested even if the caller is dropped
     /// continues the start in a task of its own; it is killed once it runs.
     ///
     /// # Errors

@@ -40,7 +40,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 /// The hypervisor's socket of the serial console, which serves one client at a time.
 pub const SERIAL: &str = "serial";
-/// The socket through which any number of people share the serial console.
+/// The socket through which any number of clients share the serial console.
 const CONSOLE: &str = "console";
 /// The record of the serial console.
 const SERIAL_LOG: &str = "serial.log";
@@ -57,7 +57,7 @@ struct Inner<H: Hypervisor> {
     hypervisor: H,
     lifecycle: Lifecycle,
     running: Mutex<Option<Running<H>>>,
-    /// The serial console of the last run.
+    /// The serial console of the most recent run.
     console: Mutex<Option<Arc<SerialConsole>>>,
 }
 
@@ -65,7 +65,7 @@ struct Inner<H: Hypervisor> {
 #[derive(Debug)]
 struct Running<H: Hypervisor> {
     control: ControlOf<H>,
-    orders: mpsc::UnboundedSender<Stop>,
+    stop_requests: mpsc::UnboundedSender<Stop>,
     /// The release switch of each of its processes.
     released: Vec<Arc<AtomicBool>>,
     _watcher: AbortOnDropHandle<()>,
@@ -73,7 +73,7 @@ struct Running<H: Hypervisor> {
 
 type ControlOf<H> = <<H as Hypervisor>::Run as Run>::Control;
 
-/// A machine whose guest has just begun to run.
+/// A machine whose guest has just started to run.
 struct Launched<H: Hypervisor> {
     run: H::Run,
     tpm: Option<Tpm>,
@@ -137,7 +137,7 @@ impl<H: Hypervisor> LocalMachine<H> {
     /// Ends the machine if it is running or starting.
     pub async fn end(&self) {
         self.0.lifecycle.started().await;
-        self.0.order(Stop::Kill);
+        self.0.request_stop(Stop::Kill);
         self.0.lifecycle.rest().await;
     }
 
@@ -149,7 +149,7 @@ impl<H: Hypervisor> LocalMachine<H> {
             }
         }
         if let Some(console) = self.0.console() {
-            console.let_go();
+            console.release();
         }
     }
 
@@ -179,10 +179,10 @@ impl<H: Hypervisor> Inner<H> {
         })
     }
 
-    fn order(&self, order: Stop) {
+    fn request_stop(&self, how: Stop) {
         if let Some(running) = &*self.running() {
             // The watcher does not receive it if the machine has just ended.
-            let _ = running.orders.send(order);
+            let _ = running.stop_requests.send(how);
         }
     }
 
@@ -198,7 +198,10 @@ impl<H: Hypervisor> Inner<H> {
             let path = machine.path(suffix);
             match tokio::fs::remove_file(&path).await {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::io(format_args!("remove {} of the last run", path.display()), error));
+                    return Err(Error::io(
+                        format_args!("remove {} of the previous run", path.display()),
+                        error,
+                    ));
                 }
                 _ => {}
             }
@@ -230,7 +233,7 @@ impl<H: Hypervisor> Inner<H> {
         let machine = &self.definition;
         let paths = SerialPaths {
             socket: machine.socket(SERIAL),
-            people: machine.socket(CONSOLE),
+            client_socket: machine.socket(CONSOLE),
             record: machine.path(SERIAL_LOG),
         };
         let attached = SerialConsole::attach(paths, attachment).await;
@@ -246,27 +249,27 @@ impl<H: Hypervisor> Inner<H> {
         if self.definition.storage.dir().is_kept() {
             released.iter().for_each(|switch| switch.store(true, Ordering::Relaxed));
         }
-        let (orders, received) = mpsc::unbounded_channel();
+        let (stop_requests, received) = mpsc::unbounded_channel();
         *self.console.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&console));
-        // Locked until its watcher can be reached: whoever sees that it runs may want to stop it.
+        // Locked until its watcher can be reached: a caller that observes that it runs may stop it.
         let mut running = self.running();
         let watcher = Watcher {
             run,
             tpm,
             console,
-            orders: received,
+            stop_requests: received,
             screenshot: self.definition.path(SCREENSHOT),
             running: starting.finish(),
         };
         let watcher = AbortOnDropHandle::new(tokio::spawn(watcher.run()));
-        *running = Some(Running { control, orders, released, _watcher: watcher });
+        *running = Some(Running { control, stop_requests, released, _watcher: watcher });
     }
 
     /// Describes how to access the machine.
     fn access(&self) -> Vec<String> {
         let Ok(control) = self.control() else { return Vec::new() };
         let (machine, name) = (&self.definition, &self.definition.spec.name);
-        let is_free = self.console().is_some_and(|console| console.is_let_go());
+        let is_free = self.console().is_some_and(|console| console.is_released());
         let console = if is_free { SERIAL } else { CONSOLE };
         let mut lines = self.hypervisor.port_access(machine);
         lines.push(format!("{name}: display: {}", control.display_command()));
@@ -289,7 +292,7 @@ impl<H: Hypervisor> Machine for LocalMachine<H> {
             let launched = inner.launch().await?;
             inner.run(starting, launched);
             if caller_gone.is_cancelled() {
-                inner.order(Stop::Kill);
+                inner.request_stop(Stop::Kill);
             }
             Ok(())
         });
@@ -305,7 +308,7 @@ impl<H: Hypervisor> Machine for LocalMachine<H> {
     async fn stop(&self, how: Stop) -> Result<Exit> {
         // A machine that is being started is stopped once it runs.
         self.0.lifecycle.started().await;
-        self.0.order(how);
+        self.0.request_stop(how);
         self.0.lifecycle.wait().await
     }
 

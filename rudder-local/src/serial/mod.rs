@@ -5,8 +5,8 @@
 //!
 //! ```text
 //! guest ──▶ QEMU ──mN.serial──▶ SerialConsole ──▶ the last KEPT bytes in memory, for tails and readers
-//!                                             ├─▶ mN.serial.log and mN.serial.log.0, for people and for after a crash
-//!                                             └─▶ mN.console: a socket on which any number of people may read and type
+//!                                             ├─▶ mN.serial.log and mN.serial.log.0, for reading by hand and after a crash
+//!                                             └─▶ mN.console: a socket on which any number of clients may read and type
 //! ```
 //!
 //! - **A guest that writes without end** costs [`KEPT`] bytes of memory and twice as much disk space.
@@ -42,7 +42,7 @@ use tokio_util::{
 pub const KEPT: usize = 256 << 10;
 /// Number of bytes that are copied at once.
 const CHUNK: usize = 16 << 10;
-/// Maximum number of people connected to the socket at a time.
+/// Maximum number of clients connected to the socket at a time.
 const MAX_CLIENTS: usize = 16;
 /// Pause after an error while accepting connections: the process may be out of file descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
@@ -52,19 +52,19 @@ const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 pub struct SerialPaths {
     /// QEMU's socket.
     pub socket: PathBuf,
-    /// The socket to create for people, which must not exist yet.
-    pub people: PathBuf,
+    /// The socket to create for clients on this host, which must not exist yet.
+    pub client_socket: PathBuf,
     /// The file that records what the guest writes. A second file has the same name with `.0` appended. Both are newly
     /// created.
     pub record: PathBuf,
 }
 
-/// Whether a process has recorded the same run of the machine before.
+/// Whether the same run of the machine has been recorded before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attachment {
     /// No: the guest has not run yet.
     First,
-    /// Yes, until it ended or let go: what it recorded comes before what is recorded from now on.
+    /// Yes, by a process that has ended or released the console. What it recorded precedes what is recorded from now on.
     Again,
 }
 
@@ -72,10 +72,10 @@ pub enum Attachment {
 #[derive(Debug)]
 pub struct SerialConsole {
     shared: Arc<Shared>,
-    let_go: watch::Sender<bool>,
+    release: watch::Sender<bool>,
     /// QEMU's socket.
     socket: PathBuf,
-    /// The socket for people.
+    /// The socket for clients on this host.
     client_socket: PathBuf,
     _recorder: AbortOnDropHandle<()>,
     clients: Mutex<Option<AbortOnDropHandle<()>>>,
@@ -99,7 +99,7 @@ impl Shared {
         tokio::spawn(async move {
             tokio::select! {
                 () = disconnected.cancelled() => {}
-                // A reader that has gone is not an error.
+                // A reader that disconnects is not an error.
                 _ = copy_both(shared, far, log) => {}
             }
         });
@@ -120,27 +120,27 @@ impl SerialConsole {
         let earlier = match attachment {
             Attachment::First => Vec::new(),
             Attachment::Again => {
-                record::remove(&paths.people).await?;
+                record::remove(&paths.client_socket).await?;
                 Record::read(&paths.record).await?
             }
         };
         let mut record = Record::create(paths.record, kept as u64).await?;
         record.append(&earlier).await;
         let stream = UnixStream::connect(&paths.socket).await?;
-        let listener = UnixListener::bind(&paths.people)?;
+        let listener = UnixListener::bind(&paths.client_socket)?;
         let (input, keys) = mpsc::channel(16);
         let shared = Arc::new(Shared { output: SerialRecord::new(kept), input });
         shared.output.write(&earlier);
-        let (let_go, released) = watch::channel(false);
+        let (release, released) = watch::channel(false);
         // Created here, and not in the task: a task that is aborted before it starts would not close the record.
         let recording = Recording(Arc::clone(&shared));
         let recorder = tokio::spawn(run(recording, stream, record, keys, released));
         let clients = tokio::spawn(serve_clients(Arc::clone(&shared), listener));
         Ok(Self {
             shared,
-            let_go,
+            release,
             socket: paths.socket,
-            client_socket: paths.people,
+            client_socket: paths.client_socket,
             _recorder: AbortOnDropHandle::new(recorder),
             clients: Mutex::new(Some(AbortOnDropHandle::new(clients))),
         })
@@ -150,9 +150,9 @@ impl SerialConsole {
     /// the machine.
     ///
     /// # Errors
-    /// This process has let go of the console and QEMU cannot be reached.
+    /// This process has released the console and QEMU cannot be reached.
     pub async fn connect(&self) -> io::Result<BoxedStream> {
-        if self.is_let_go() && self.shared.output.is_closed() {
+        if self.is_released() && self.shared.output.is_closed() {
             return Ok(Box::new(UnixStream::connect(&self.socket).await?));
         }
         Ok(Box::new(self.shared.connect()))
@@ -176,20 +176,20 @@ impl SerialConsole {
         self.shared.output.closed().await;
     }
 
-    /// Returns whether [`let_go`](Self::let_go) was called.
+    /// Returns whether [`release`](Self::release) was called.
     #[must_use]
-    pub fn is_let_go(&self) -> bool {
-        *self.let_go.borrow()
+    pub fn is_released(&self) -> bool {
+        *self.release.borrow()
     }
 
     /// Frees QEMU's socket for others as soon as this process has no readers.
-    pub fn let_go(&self) {
+    pub fn release(&self) {
         if let Some(clients) = self.clients.lock().unwrap_or_else(PoisonError::into_inner).take() {
             drop(clients);
-            // Nothing listens there any more; the lab may be gone with it.
+            // Nothing listens there any more; the lab may already be removed.
             let _ = std::fs::remove_file(&self.client_socket);
         }
-        self.let_go.send_replace(true);
+        self.release.send_replace(true);
     }
 }
 
@@ -202,7 +202,7 @@ impl Drop for Recording {
     }
 }
 
-/// Records until QEMU disconnects, or the console was let go and has no readers.
+/// Records until QEMU disconnects, or the console was released and has no readers.
 async fn run(
     recording: Recording,
     stream: UnixStream,
@@ -229,7 +229,7 @@ async fn run(
         std::future::pending::<()>().await;
     };
     let released = async {
-        // The value does not change any more once the sender is gone.
+        // The value does not change any more once the sender is dropped.
         if released.wait_for(|released| *released).await.is_err() {
             std::future::pending::<()>().await;
         }
@@ -265,7 +265,7 @@ async fn copy_both(shared: Arc<Shared>, far: DuplexStream, mut log: SerialLog) -
     }
 }
 
-/// Lets people on the host read and write, for example with `nc -U`.
+/// Lets clients on this host read and write, for example with `nc -U`.
 async fn serve_clients(shared: Arc<Shared>, listener: UnixListener) {
     let mut clients = JoinSet::new();
     loop {
@@ -277,7 +277,7 @@ async fn serve_clients(shared: Arc<Shared>, listener: UnixListener) {
                 Ok((mut client, _)) => {
                     let mut console = shared.connect();
                     clients.spawn(async move {
-                        // A person who disconnects is not an error.
+                        // A client that disconnects is not an error.
                         let _ = tokio::io::copy_bidirectional(&mut client, &mut console).await;
                     });
                 }

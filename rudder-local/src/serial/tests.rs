@@ -18,7 +18,8 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let path = |file: &str| dir.path().join(file);
         let listener = UnixListener::bind(path("serial")).unwrap();
-        let paths = SerialPaths { socket: path("serial"), people: path("console"), record: path("log") };
+        let paths =
+            SerialPaths { socket: path("serial"), client_socket: path("console"), record: path("log") };
         let (console, accepted) =
             tokio::join!(SerialConsole::with_limit(paths, Attachment::First, limit), listener.accept());
         Self { console: console.unwrap(), listener, guest: accepted.unwrap().0, dir }
@@ -43,11 +44,11 @@ fn recorded(dir: &Path) -> Vec<u8> {
 }
 
 async fn until(stream: &mut BoxedStream, text: &str) -> Vec<u8> {
-    let mut seen = Vec::new();
-    while !seen.ends_with(text.as_bytes()) {
-        seen.push(stream.read_u8().await.unwrap());
+    let mut received = Vec::new();
+    while !received.ends_with(text.as_bytes()) {
+        received.push(stream.read_u8().await.unwrap());
     }
-    seen
+    received
 }
 
 proptest! {
@@ -78,7 +79,7 @@ proptest! {
 async fn a_reader_that_does_not_read_does_not_block_the_guest() {
     let mut bench = Bench::new(LIMIT).await;
     let mut idle = bench.console.connect().await.unwrap();
-    let person = UnixStream::connect(bench.dir.path().join("console")).await.unwrap();
+    let client = UnixStream::connect(bench.dir.path().join("console")).await.unwrap();
     // Far more than all buffers together hold.
     let flood = vec![b'x'; 4 << 20];
     bench.say(&flood).await;
@@ -86,10 +87,10 @@ async fn a_reader_that_does_not_read_does_not_block_the_guest() {
     let (_dir, console) = bench.end().await;
     assert!(console.tail(100).ends_with(b"the end"));
     // It missed the middle, but receives the end.
-    let mut heard = Vec::new();
-    idle.read_to_end(&mut heard).await.unwrap();
-    assert!(heard.ends_with(b"the end") && heard.len() < flood.len());
-    drop(person);
+    let mut received = Vec::new();
+    idle.read_to_end(&mut received).await.unwrap();
+    assert!(received.ends_with(b"the end") && received.len() < flood.len());
+    drop(client);
 }
 
 #[tokio::test]
@@ -106,9 +107,9 @@ async fn several_clients_can_type_and_each_reads_everything() {
     bench.say(b"to the rest.").await;
     assert_eq!(until(&mut two, ".").await, b"to the rest.");
     assert_eq!(until(&mut three, ".").await, b"to the rest.");
-    let mut person: BoxedStream =
+    let mut client: BoxedStream =
         Box::new(UnixStream::connect(bench.dir.path().join("console")).await.unwrap());
-    for (stream, text) in [(&mut two, "by two"), (&mut three, "by three"), (&mut person, "by a person")] {
+    for (stream, text) in [(&mut two, "by two"), (&mut three, "by three"), (&mut client, "by a client")] {
         stream.write_all(text.as_bytes()).await.unwrap();
         let mut typed = vec![0; text.len()];
         bench.guest.read_exact(&mut typed).await.unwrap();
@@ -116,7 +117,7 @@ async fn several_clients_can_type_and_each_reads_everything() {
     }
     // They are connected by now.
     bench.say(b"bye.").await;
-    assert_eq!(until(&mut person, ".").await, b"bye.");
+    assert_eq!(until(&mut client, ".").await, b"bye.");
     let (_dir, _console) = bench.end().await;
     let mut rest = Vec::new();
     two.read_to_end(&mut rest).await.unwrap();
@@ -131,9 +132,9 @@ async fn a_guest_that_takes_no_input_blocks_no_reader() {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let typing = tokio::spawn(async move { writer.write_all(&flood).await });
     bench.say(b"still here").await;
-    let mut heard = [0; 10];
-    reader.read_exact(&mut heard).await.unwrap();
-    assert_eq!(&heard, b"still here");
+    let mut received = [0; 10];
+    reader.read_exact(&mut received).await.unwrap();
+    assert_eq!(&received, b"still here");
     typing.abort();
     stream = bench.console.connect().await.unwrap();
     bench.say(b"!").await;
@@ -146,7 +147,7 @@ async fn a_released_console_is_free_for_any_client() {
     let mut reader = bench.console.connect().await.unwrap();
     bench.say(b"before.").await;
     assert_eq!(until(&mut reader, ".").await, b"before.");
-    bench.console.let_go();
+    bench.console.release();
     assert!(!bench.dir.path().join("console").exists());
     // Existing readers continue to read.
     bench.say(b"after.").await;
@@ -157,9 +158,9 @@ async fn a_released_console_is_free_for_any_client() {
     bench.console.finished().await;
     let (next, accepted) = tokio::join!(bench.console.connect(), bench.listener.accept());
     accepted.unwrap().0.write_all(b"hello").await.unwrap();
-    let mut heard = Vec::new();
-    next.unwrap().read_to_end(&mut heard).await.unwrap();
-    assert_eq!(heard, b"hello");
+    let mut received = Vec::new();
+    next.unwrap().read_to_end(&mut received).await.unwrap();
+    assert_eq!(received, b"hello");
     assert_eq!(bench.console.tail(100), b"before.after.");
 }
 

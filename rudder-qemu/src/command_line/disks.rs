@@ -27,7 +27,7 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             "discard": "unmap",
             "detect-zeroes": "unmap",
         }));
-        let place = take(line, disk.bus)?;
+        let location = take(line, disk.bus)?;
         let driver = match disk.bus {
             Bus::Virtio => "virtio-blk-pci",
             Bus::Scsi => "scsi-hd",
@@ -39,7 +39,7 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
         // look like a broken disk.
         line.option(
             "-device",
-            format!("{driver},{place},id={node}-device,drive={node},werror=stop,rerror=stop{boot}"),
+            format!("{driver},{location},id={node}-device,drive={node},werror=stop,rerror=stop{boot}"),
         );
     }
     for (index, cdrom) in spec.cdroms.iter().enumerate() {
@@ -50,10 +50,10 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             "read-only": true,
             "file": {"driver": "file", "filename": cdrom.id, "read-only": true},
         }));
-        let place = take(line, cdrom_bus(spec))?;
+        let location = take(line, cdrom_bus(spec))?;
         // After the boot disk, which has index 0: firmware falls through to the CD-ROM if that disk is blank.
         let boot = index + 1;
-        line.option("-device", format!("ide-cd,{place},id={node}-device,drive={node},bootindex={boot}"));
+        line.option("-device", format!("ide-cd,{location},id={node}-device,drive={node},bootindex={boot}"));
     }
     if spec.floppy.is_some() {
         line.blockdev(&json!({
@@ -82,11 +82,11 @@ pub(super) fn attach(line: &mut Line, spec: &MachineSpec, files: &Files) -> Resu
             Bus::Usb => Some("usb-storage"),
         };
         // If the bus is full, the seed gets a slot reserved for it.
-        let place = match driver.and_then(|driver| Some((driver, take(line, bus).ok()?))) {
+        let location = match driver.and_then(|driver| Some((driver, take(line, bus).ok()?))) {
             None => line.device("virtio-blk-pci", slot::SEED, 0),
-            Some((driver, place)) => format!("{driver},{place}"),
+            Some((driver, location)) => format!("{driver},{location}"),
         };
-        line.option("-device", format!("{place},id=seed-device,drive=seed"));
+        line.option("-device", format!("{location},id=seed-device,drive=seed"));
     }
     Ok(())
 }

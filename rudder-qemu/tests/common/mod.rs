@@ -48,8 +48,8 @@ impl Fixture {
     /// Asserts that no process and no file of a lab exists any more.
     pub async fn assert_clean(self) {
         let labs = self.dir.path().join("labs");
-        eventually("the labs are gone", || fs::read_dir(&labs).unwrap().count() == 0).await;
-        eventually("the processes are gone", || processes_below(self.dir.path()).is_empty()).await;
+        eventually("the labs are removed", || fs::read_dir(&labs).unwrap().count() == 0).await;
+        eventually("the processes have ended", || processes_below(self.dir.path()).is_empty()).await;
     }
 }
 

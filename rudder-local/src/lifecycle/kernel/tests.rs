@@ -13,14 +13,14 @@ fn observed(observation: Observation) -> Input {
 }
 
 fn process_ended(outcome: Outcome) -> Input {
-    ended_saying(outcome, "")
+    ended_with_output(outcome, "")
 }
 
-fn ended_saying(outcome: Outcome, last_lines: &str) -> Input {
+fn ended_with_output(outcome: Outcome, last_lines: &str) -> Input {
     let detail = match outcome {
         Outcome::Success => "QEMU exited with code 0",
         Outcome::Failure => "QEMU was ended by signal 9",
-        Outcome::Unknown => "QEMU ended, and libvirt does not say why",
+        Outcome::Unknown => "QEMU ended, and libvirt does not report why",
     };
     observed(Observation::ProcessEnded(ProcessEnd {
         outcome,
@@ -49,7 +49,10 @@ fn tpm_ended() -> Input {
 }
 
 fn off(powered_off: bool) -> Input {
-    observed(Observation::Off { powered_off, detail: "somebody destroyed the machine's domain".to_owned() })
+    observed(Observation::Off {
+        powered_off,
+        detail: "the machine's domain was destroyed from outside".to_owned(),
+    })
 }
 
 fn graceful(limit: Duration) -> Input {
@@ -88,12 +91,14 @@ fn only_the_guest_powers_off() {
     // Even if it was about to be killed for being slow.
     let late = [graceful(START), POWERED_OFF, process_ended(Outcome::Success)];
     assert_eq!(exit_of_process(late), Exit::PoweredOff);
-    let told = [Input::Stop(Stop::Kill), shutdown_for("host-qmp-quit"), process_ended(Outcome::Success)];
-    assert_eq!(exit_of_process(told), killed("was told to end at once"));
-    let signal = [shutdown_for("host-signal"), ended_saying(Outcome::Success, "terminating on signal 15")];
+    let requested = [Input::Stop(Stop::Kill), shutdown_for("host-qmp-quit"), process_ended(Outcome::Success)];
+    assert_eq!(exit_of_process(requested), killed("an immediate stop was requested"));
+    let signal = [shutdown_for("host-signal"), ended_with_output(Outcome::Success, "terminating on signal 15")];
     assert_eq!(
         exit_of_process(signal),
-        died("QEMU exited with code 0 (it said: host-signal); its last words: terminating on signal 15")
+        died(
+            "QEMU exited with code 0 (reported reason: host-signal); its last output: terminating on signal 15"
+        )
     );
     let crashed = [POWERED_OFF, process_ended(Outcome::Failure)];
     assert_eq!(exit_of_process(crashed), died("QEMU was ended by signal 9 while its guest was powering off"));
@@ -111,8 +116,8 @@ fn the_first_failure_explains_the_end() {
     let inputs = [Input::Stop(Stop::Kill), PANICKED, disk_full(), process_ended(Outcome::Failure)];
     let Exit::Died { cause, .. } = exit_of_process(inputs) else { panic!() };
     assert_eq!(cause, Death::GuestPanic);
-    let inputs = [ended_saying(Outcome::Failure, "x | y")];
-    assert_eq!(exit_of_process(inputs), died("QEMU was ended by signal 9; its last words: x | y"));
+    let inputs = [ended_with_output(Outcome::Failure, "x | y")];
+    assert_eq!(exit_of_process(inputs), died("QEMU was ended by signal 9; its last output: x | y"));
 }
 
 #[test]
@@ -128,41 +133,41 @@ fn a_failed_machine_is_killed_after_its_last_screenshot() {
 
 #[test]
 fn the_end_of_a_tpm_is_reported_unless_there_is_another_reason() {
-    let gone = "the TPM of the machine is gone: swtpm was ended by signal 9 (SIGKILL)";
+    let detail = "the TPM of the machine has ended: swtpm was ended by signal 9 (SIGKILL)";
     let mut kernel = Kernel::new(Reporter::Process);
     assert_eq!(kernel.handle(START, tpm_ended()), []);
     assert_eq!(kernel.handle(TPM_LIMIT, Input::Time), [Action::Kill]);
     let _ = kernel.handle(TPM_LIMIT, process_ended(Outcome::Failure));
     let _ = kernel.handle(TPM_LIMIT, DISCONNECTED);
-    assert_eq!(kernel.exit(), Some(&died(gone)));
+    assert_eq!(kernel.exit(), Some(&died(detail)));
 
-    let told = [Input::Stop(Stop::Kill), tpm_ended(), process_ended(Outcome::Failure)];
-    assert_eq!(exit_of_process(told), killed("was told to end at once"));
+    let requested = [Input::Stop(Stop::Kill), tpm_ended(), process_ended(Outcome::Failure)];
+    assert_eq!(exit_of_process(requested), killed("an immediate stop was requested"));
     let powered_off = [POWERED_OFF, tpm_ended(), process_ended(Outcome::Success)];
     assert_eq!(exit_of_process(powered_off), Exit::PoweredOff);
     // A TPM also ends because its machine does.
     let crashed = [tpm_ended(), process_ended(Outcome::Failure)];
     assert_eq!(exit_of_process(crashed), died("QEMU was ended by signal 9"));
 
-    // A daemon has to say that the machine still runs.
+    // A daemon has to report that the machine still runs.
     let mut kernel = Kernel::new(Reporter::Daemon);
     assert_eq!(kernel.handle(START, tpm_ended()), []);
     assert_eq!(kernel.deadline(), None);
     assert_eq!(kernel.handle(START, observed(Observation::Running)), []);
     assert_eq!(kernel.handle(TPM_LIMIT, observed(Observation::Running)), [Action::Kill]);
     let _ = kernel.handle(TPM_LIMIT, off(false));
-    assert_eq!(kernel.exit(), Some(&died(gone)));
+    assert_eq!(kernel.exit(), Some(&died(detail)));
 }
 
 #[test]
-fn a_process_that_hangs_up_is_killed() {
+fn a_process_that_closes_its_control_connection_is_killed() {
     let mut kernel = Kernel::new(Reporter::Process);
     assert_eq!(kernel.handle(START, DISCONNECTED), []);
     assert_eq!(kernel.handle(HANG_UP_LIMIT, Input::Time), [Action::Kill]);
     let _ = kernel.handle(HANG_UP_LIMIT, process_ended(Outcome::Failure));
     let detail = "QEMU was ended by signal 9 after it had closed its control connection";
     assert_eq!(kernel.exit(), Some(&died(detail)));
-    // One that is about to end hangs up as well.
+    // One that is about to end closes it as well.
     assert_eq!(
         exit_of_process([DISCONNECTED, process_ended(Outcome::Failure)]),
         died("QEMU was ended by signal 9")
@@ -187,24 +192,24 @@ fn the_power_button_is_pressed_until_the_limit() {
 }
 
 #[test]
-fn a_daemon_that_stays_silent_is_given_its_grace() {
+fn a_daemon_that_reports_nothing_is_waited_for_within_a_limit() {
     let mut kernel = Kernel::new(Reporter::Daemon);
     let _ = kernel.handle(START, process_ended(Outcome::Failure));
     assert_eq!((kernel.exit(), kernel.deadline()), (None, Some(DAEMON_GRACE)));
     let _ = kernel.handle(DAEMON_GRACE, Input::Time);
     assert_eq!(kernel.exit(), Some(&died("QEMU was ended by signal 9")));
-    // It says more than the exit status.
+    // Its report is more precise than the exit status.
     let inputs = [process_ended(Outcome::Failure), off(false)];
-    assert_eq!(exit(Reporter::Daemon, inputs), died("somebody destroyed the machine's domain"));
+    assert_eq!(exit(Reporter::Daemon, inputs), died("the machine's domain was destroyed from outside"));
 }
 
 #[test]
-fn a_requested_end_needs_no_daemon() {
+fn a_requested_end_does_not_wait_for_the_daemon() {
     for outcome in [Outcome::Success, Outcome::Failure, Outcome::Unknown] {
         let mut kernel = Kernel::new(Reporter::Daemon);
         let _ = kernel.handle(START, Input::Stop(Stop::Kill));
         let _ = kernel.handle(START, process_ended(outcome));
-        assert_eq!(kernel.exit(), Some(&killed("was told to end at once")));
+        assert_eq!(kernel.exit(), Some(&killed("an immediate stop was requested")));
     }
     // A request after the end of the process did not end it.
     let inputs = [process_ended(Outcome::Failure), Input::Stop(Stop::Kill)];
@@ -212,7 +217,7 @@ fn a_requested_end_needs_no_daemon() {
 }
 
 #[test]
-fn a_guest_that_powers_off_is_never_called_dead() {
+fn a_guest_that_powers_off_has_not_died() {
     for outcome in [Outcome::Success, Outcome::Failure, Outcome::Unknown] {
         for first in [None, Some(graceful(START))] {
             let mut kernel = Kernel::new(Reporter::Daemon);
@@ -235,18 +240,18 @@ fn a_guest_that_powers_off_is_never_called_dead() {
 }
 
 #[test]
-fn the_word_of_a_daemon_decides() {
+fn the_report_of_a_daemon_decides() {
     assert_eq!(exit(Reporter::Daemon, [graceful(START), off(true)]), Exit::PoweredOff);
     let inputs = [Input::Stop(Stop::Kill), off(false)];
-    assert_eq!(exit(Reporter::Daemon, inputs), killed("was told to end at once"));
-    assert_eq!(exit(Reporter::Daemon, [off(false)]), died("somebody destroyed the machine's domain"));
+    assert_eq!(exit(Reporter::Daemon, inputs), killed("an immediate stop was requested"));
+    assert_eq!(exit(Reporter::Daemon, [off(false)]), died("the machine's domain was destroyed from outside"));
     let Exit::Died { cause, .. } = exit(Reporter::Daemon, [PANICKED, off(false)]) else { panic!() };
     assert_eq!(cause, Death::GuestPanic);
 }
 
 #[test]
 fn a_daemon_may_be_unreachable_for_a_moment() {
-    let unreachable = || observed(Observation::Unreachable("libvirt is out of reach".to_owned()));
+    let unreachable = || observed(Observation::Unreachable("libvirt is unreachable".to_owned()));
     let mut kernel = Kernel::new(Reporter::Daemon);
     let _ = kernel.handle(START, unreachable());
     let _ = kernel.handle(secs(2), observed(Observation::Running));
@@ -254,11 +259,11 @@ fn a_daemon_may_be_unreachable_for_a_moment() {
     let _ = kernel.handle(secs(5), unreachable());
     assert_eq!(kernel.exit(), None);
     let _ = kernel.handle(secs(6), unreachable());
-    assert_eq!(kernel.exit(), Some(&died("libvirt is out of reach")));
+    assert_eq!(kernel.exit(), Some(&died("libvirt is unreachable")));
 }
 
 #[test]
-fn a_machine_that_cannot_be_killed_is_given_up() {
+fn a_machine_that_cannot_be_killed_is_abandoned() {
     let mut kernel = Kernel::new(Reporter::Process);
     let _ = kernel.handle(START, Input::Stop(Stop::Kill));
     assert_eq!(kernel.handle(QUIT_LIMIT, Input::Time), [Action::Kill]);
@@ -290,7 +295,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => outcome.prop_map(process_ended),
         1 => Just(DISCONNECTED),
         2 => Just(observed(Observation::Running)),
-        1 => Just(observed(Observation::Unreachable("out of reach".to_owned()))),
+        1 => Just(observed(Observation::Unreachable("libvirt is unreachable".to_owned()))),
         1 => any::<bool>().prop_map(off),
     ]
 }
@@ -362,12 +367,12 @@ proptest! {
         if kernel.exit() != Some(&Exit::PoweredOff) {
             return Ok(());
         }
-        let first = |wanted: fn(&Input) -> bool| log.iter().map(|(_, input, _)| input).find(|input| wanted(input));
-        let said = first(|input| matches!(input, Input::Observed(Observation::Shutdown(_)))) == Some(&POWERED_OFF);
+        let first = |matches: fn(&Input) -> bool| log.iter().map(|(_, input, _)| input).find(|input| matches(input));
+        let reported = first(|input| matches!(input, Input::Observed(Observation::Shutdown(_)))) == Some(&POWERED_OFF);
         let end = first(|input| matches!(input, Input::Observed(Observation::ProcessEnded(_))));
         let failed = end == Some(&process_ended(Outcome::Failure));
         let off = log.iter().any(|(_, input, _)| *input == off(true));
-        prop_assert!(off || said && (reporter == Reporter::Daemon || !failed));
+        prop_assert!(off || reported && (reporter == Reporter::Daemon || !failed));
     }
 
     #[test]
@@ -413,7 +418,7 @@ proptest! {
     }
 
     #[test]
-    fn a_machine_that_is_told_to_end_is_killed_within_the_limit((reporter, history) in any_history()) {
+    fn a_machine_that_is_requested_to_end_is_killed_within_the_limit((reporter, history) in any_history()) {
         let mut kernel = Kernel::new(reporter);
         let mut now = START;
         for (pause, input) in history {
@@ -423,7 +428,7 @@ proptest! {
                 let _ = kernel.handle(now, input);
             }
         }
-        let (told, mut killed) = (now, false);
+        let (requested, mut killed) = (now, false);
         let mut actions = kernel.handle(now, Input::Stop(Stop::Kill));
         while kernel.exit().is_none() && !killed {
             killed = actions.contains(&Action::Kill);
@@ -432,7 +437,7 @@ proptest! {
                 actions = kernel.handle(now, Input::Time);
             }
         }
-        prop_assert!(now <= told + QUIT_LIMIT.max(KILL_AGAIN), "killed {:?} later", now - told);
+        prop_assert!(now <= requested + QUIT_LIMIT.max(KILL_AGAIN), "killed {:?} later", now - requested);
     }
 }
 

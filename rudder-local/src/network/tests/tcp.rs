@@ -291,7 +291,7 @@ async fn a_forwarded_port_is_accessible_only_to_its_owner() {
     let _echo = echo(join(&network, "web", &nic("default", 1, None)), 1);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("door");
-    std::fs::write(&path, "of the last run").unwrap();
+    std::fs::write(&path, "of the previous run").unwrap();
     let doors = network.forward_ports("web", [(ECHO, path.clone())]).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();

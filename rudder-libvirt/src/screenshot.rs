@@ -6,7 +6,7 @@ use std::sync::Arc;
 use virt::{connect::Connect, stream::Stream};
 
 /// Takes a screenshot of a running domain, as PNG.
-pub(crate) async fn picture(connection: &Arc<Connection>, name: &str) -> Result<Vec<u8>> {
+pub(crate) async fn screenshot(connection: &Arc<Connection>, name: &str) -> Result<Vec<u8>> {
     let name = name.to_owned();
     let take = move |connect: &Connect| {
         let stream = Stream::new(connect, 0)?;
@@ -21,11 +21,11 @@ pub(crate) async fn picture(connection: &Arc<Connection>, name: &str) -> Result<
         stream.finish()?;
         Ok((kind, bytes))
     };
-    let taken = connection.ask(take).await;
+    let taken = connection.query(take).await;
     let (kind, bytes) =
         taken.map_err(|failure| failure.into_error(ErrorKind::Protocol, "take a screenshot"))?;
     if kind != "image/png" {
-        let message = format!("expected a picture in image/png from libvirt, but found {kind}");
+        let message = format!("expected a screenshot in image/png from libvirt, but found {kind}");
         return Err(
             Error::new(ErrorKind::Unsupported, message).with_help("use QEMU 7.1 and libvirt 8.9, or later")
         );
