@@ -100,7 +100,10 @@ mod tests {
         let inactive = |reason: u32| inactive(sys::VIR_DOMAIN_SHUTOFF, i32::try_from(reason).unwrap_or(-1));
         assert_eq!(inactive(sys::VIR_DOMAIN_SHUTOFF_UNKNOWN), Some(Inactive::NeverStarted));
         assert_eq!(inactive(sys::VIR_DOMAIN_SHUTOFF_SHUTDOWN), Some(Inactive::Ended(Exit::PoweredOff)));
-        assert!(matches!(inactive(sys::VIR_DOMAIN_SHUTOFF_DESTROYED), Some(Inactive::Ended(Exit::Killed { .. }))));
+        assert!(matches!(
+            inactive(sys::VIR_DOMAIN_SHUTOFF_DESTROYED),
+            Some(Inactive::Ended(Exit::Killed { .. }))
+        ));
         assert_eq!(inactive(sys::VIR_DOMAIN_SHUTOFF_DAEMON), Some(Inactive::Ended(Exit::Unobserved)));
         assert_eq!(super::inactive(sys::VIR_DOMAIN_RUNNING, 1), None);
     }

@@ -151,7 +151,8 @@ async fn a_full_disk_of_the_host_is_reported_as_the_cause() {
     assert_eq!(error.kind(), ErrorKind::HostDiskFull, "{}", error.report());
     lab.destroy().await.unwrap();
     drop((machine, lab));
-    eventually("the lab is removed", || std::fs::read_dir(root.join("store/labs")).unwrap().count() == 0).await;
+    eventually("the lab is removed", || std::fs::read_dir(root.join("store/labs")).unwrap().count() == 0)
+        .await;
     drop(small);
     fixture.assert_clean().await;
 }

@@ -12,7 +12,9 @@ use super::{
 };
 use crate::{
     ErrorKind,
-    backend::{Exit, ImportRequest, Lab, LabId, LabInfo, LabSpec, LabState, Machine, Progress, Retention, Stop},
+    backend::{
+        Exit, ImportRequest, Lab, LabId, LabInfo, LabSpec, LabState, Machine, Progress, Retention, Stop,
+    },
     capability::Capability,
     guest::{BuildKey, Login},
     plan::PlannedSource,

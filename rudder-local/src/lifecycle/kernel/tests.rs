@@ -93,7 +93,8 @@ fn only_the_guest_powers_off() {
     assert_eq!(exit_of_process(late), Exit::PoweredOff);
     let requested = [Input::Stop(Stop::Kill), shutdown_for("host-qmp-quit"), process_ended(Outcome::Success)];
     assert_eq!(exit_of_process(requested), killed("an immediate stop was requested"));
-    let signal = [shutdown_for("host-signal"), ended_with_output(Outcome::Success, "terminating on signal 15")];
+    let signal =
+        [shutdown_for("host-signal"), ended_with_output(Outcome::Success, "terminating on signal 15")];
     assert_eq!(
         exit_of_process(signal),
         died(
