@@ -167,7 +167,7 @@ async fn a_damaged_record_is_an_error_and_other_modules_stay_usable() {
                 json!({"kind": "tpm", "file": "a/b", "format": "swtpm", "size": 1, "sha256": r["digest"]});
             r["machines"][0]["state"] = json!([state]);
         }),
-        ("the format", ErrorKind::InvalidInput, |r| {
+        ("the invalid format name", ErrorKind::InvalidInput, |r| {
             r["machines"][0]["disks"][0]["format"] = json!("raw,file.filename=/etc/shadow");
         }),
         ("module other", ErrorKind::InvalidInput, |r| r["name"] = json!("other")),
