@@ -118,7 +118,7 @@ fn default_uri() -> String {
 
 impl LibvirtBackend {
     /// The name of this backend.
-    pub const NAME: &'static str = "libvirt";
+    pub const NAME: &'static str = crate::NAME;
 
     /// Returns a builder of a backend on this store.
     #[must_use]

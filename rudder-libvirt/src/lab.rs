@@ -1,7 +1,6 @@
 //! The lab of one build or clone: a directory in the store, its volumes, and the domains that carry its label.
 
 use crate::{
-    backend::LibvirtBackend,
     connection::Connection,
     host_capabilities::HostCapabilities,
     lab_context::{LabContext, remove_all_of},
@@ -86,7 +85,7 @@ impl LibvirtLab {
         id: &LabId,
     ) -> Result<Self> {
         let storage = LabStorage::attach(store, Arc::clone(&host_capabilities.host), id).await?;
-        let records = MachineRecord::read_all(storage.dir(), LibvirtBackend::NAME)?;
+        let records = MachineRecord::read_all(storage.dir(), crate::NAME)?;
         let lan = Arc::new(Lan::attached());
         let context = Arc::new(LabContext::attached(storage, lan, connection, host_capabilities, store));
         let mut machines = Vec::new();

@@ -36,3 +36,6 @@ mod xml;
 
 pub use self::backend::{LibvirtBackend, LibvirtBackendBuilder};
 pub use rudder_local::accelerator::Accelerator;
+
+/// The name of the backend, which records in the store contain.
+pub(crate) const NAME: &str = "libvirt";

@@ -6,7 +6,6 @@ mod name;
 pub(crate) use self::bridged::has_address;
 use self::name::domain_name;
 use crate::{
-    backend::LibvirtBackend,
     connection::domain,
     devices::{self, Disk, Serial, Uefi, Variables},
     domain::{Domain, Nics},
@@ -138,7 +137,7 @@ impl Libvirt {
 impl Hypervisor for Libvirt {
     type Run = LibvirtRun;
 
-    const BACKEND: &'static str = LibvirtBackend::NAME;
+    const BACKEND: &'static str = crate::NAME;
 
     async fn await_release(&self, machine: &Definition) -> Result<()> {
         let held = |what: &str| {

@@ -120,7 +120,7 @@ impl QemuBackendBuilder {
 
 impl QemuBackend {
     /// The name of this backend.
-    pub const NAME: &'static str = "qemu";
+    pub const NAME: &'static str = crate::NAME;
 
     /// Returns a builder of a backend on this store.
     #[must_use]

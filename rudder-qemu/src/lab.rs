@@ -1,9 +1,6 @@
 //! The lab of one build or clone: a directory in the store, its volumes and its machines.
 
-use crate::{
-    backend::QemuBackend,
-    machine::{self, QemuMachine},
-};
+use crate::machine::{self, QemuMachine};
 use async_trait::async_trait;
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -67,7 +64,7 @@ impl QemuLab {
         let storage = Arc::new(LabStorage::attach(store, host, id).await?);
         let lan = Arc::new(Lan::attached());
         let mut machines = Vec::new();
-        for (number, record) in MachineRecord::read_all(storage.dir(), QemuBackend::NAME)? {
+        for (number, record) in MachineRecord::read_all(storage.dir(), crate::NAME)? {
             machines.push(Arc::new(machine::attach(&storage, &lan, record, number).await?));
         }
         let next_number = tokio::sync::Mutex::new(machines.len());

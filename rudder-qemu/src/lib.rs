@@ -23,3 +23,6 @@ mod run;
 
 pub use self::backend::{QemuBackend, QemuBackendBuilder};
 pub use rudder_local::accelerator::Accelerator;
+
+/// The name of the backend, which records in the store contain.
+pub(crate) const NAME: &str = "qemu";

@@ -1,7 +1,6 @@
 //! A machine in a lab: a QEMU process while it runs, disks in the lab while it does not.
 
 use crate::{
-    backend::QemuBackend,
     command_line::{self, Extras, Files},
     qmp::Qmp,
     run::{QemuControl, QemuRun},
@@ -88,7 +87,7 @@ pub(crate) async fn attach(
 impl Hypervisor for Qemu {
     type Run = QemuRun;
 
-    const BACKEND: &'static str = QemuBackend::NAME;
+    const BACKEND: &'static str = crate::NAME;
 
     const SOCKETS: &'static [&'static str] = &[command_line::QMP, command_line::DISPLAY];
 

@@ -1,5 +1,5 @@
-//! An in-memory backend: machines scripted by a test, with a real SSH server on the other end of [`Machine::dial`], so
-//! that whole builds run in milliseconds.
+//! An in-memory backend: machines scripted by a test, with a real SSH server on the other end of
+//! [`Machine::dial`](crate::backend::Machine::dial), so that whole builds run in milliseconds.
 //!
 //! A machine has a file system on its boot disk. It survives reboots, is captured, and is inherited by what is built on
 //! the module. Files are uploaded to it over SFTP. There is no shell: [rules](Guest::on) answer scripts, `reboot` and
