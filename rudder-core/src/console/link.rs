@@ -22,8 +22,8 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a server may take for the handshake, and for its first update.
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a server may take for the handshake, and for its first update. Long enough for an emulated machine on a busy host.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a server may leave what is sent unread.
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 /// How long releasing keys may delay the end of a connection.
@@ -111,7 +111,10 @@ impl Link {
         preferred: DisplayEncoding,
         number: u64,
     ) -> Result<Self> {
-        let late = |_| Error::new(ErrorKind::TimedOut, "the display did not answer within 10 s");
+        let late = |_| {
+            let limit = HANDSHAKE_LIMIT.as_secs();
+            Error::new(ErrorKind::TimedOut, format!("the display did not answer within {limit} s"))
+        };
         let size = timeout(HANDSHAKE_LIMIT, rfb::shake_hands(&mut stream)).await.map_err(late)??;
         let shared = Arc::new(Shared {
             progress: watch::Sender::default(),

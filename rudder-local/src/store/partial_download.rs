@@ -7,7 +7,7 @@
 use super::{
     Store, durable,
     durable::io_error,
-    lock::FileLock,
+    lock::{FileLock, Mode},
     process, record,
     unpack::{CHUNK, SparseWriter},
 };
@@ -56,6 +56,8 @@ pub(super) struct PartialDownload {
     damaged: bool,
     origin: Option<Origin>,
     growth: Growth,
+    /// The lock under which temporary files are created here.
+    scan_lock: PathBuf,
     /// Held by the writer, including a thread that still writes after its caller stopped waiting.
     _lock: Arc<FileLock>,
 }
@@ -79,6 +81,7 @@ impl PartialDownload {
             damaged: false,
             origin,
             growth: Growth::default(),
+            scan_lock: store.lock_path("temporary"),
             _lock: lock,
         };
         if part.origin.is_some() {
@@ -144,6 +147,8 @@ impl PartialDownload {
         self.hasher = Digester::default();
         self.len = 0;
         if let Some(origin) = &origin {
+            // What is written under another name first must not look abandoned to a process that reaps.
+            let _scan_lock = FileLock::wait(&self.scan_lock, Mode::Shared)?;
             record::write(&self.path.with_extension("json"), origin)?;
         }
         self.origin = origin;

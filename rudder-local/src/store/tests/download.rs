@@ -5,6 +5,10 @@ use super::{
     server::{Reply, Server},
     *,
 };
+use crate::store::{
+    lock::{FileLock, Mode},
+    partial_download::{Origin, PartialDownload},
+};
 use std::os::unix::fs::PermissionsExt;
 
 const ETAG: &str = "\"one\"";
@@ -426,4 +430,35 @@ async fn the_download_of_a_killed_process_is_resumed_by_another() {
     assert_eq!(server.requests()[1].header("range"), Some("bytes=50000-"));
     assert_eq!(server.count(), 2);
     fixture.assert_no_leftovers();
+}
+
+/// The record of a download's origin is written under a temporary name first.
+#[tokio::test(flavor = "multi_thread")]
+async fn reaping_does_not_disturb_a_process_that_records_a_download() {
+    let fixture = Fixture::new();
+    let (store, done) =
+        (fixture.store.clone(), std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)));
+    let (reaped, ended) = (store.clone(), done.clone());
+    let reaping = tokio::spawn(async move {
+        while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+            assert_eq!(reaped.reap().await.unwrap().removed, Vec::<String>::new());
+        }
+    });
+    let writing = tokio::task::spawn_blocking(move || {
+        let lock = FileLock::wait(&store.lock_path("download-key"), Mode::Exclusive).unwrap();
+        let mut part = PartialDownload::open(&store, "key", false, std::sync::Arc::new(lock)).unwrap();
+        let origin = Origin {
+            url: "http://example/".to_owned(),
+            etag: None,
+            last_modified: None,
+            if_range: Some("\"1\"".to_owned()),
+            total: Some(1),
+            boot_id: String::new(),
+        };
+        (0..300).try_for_each(|_| part.restart(Some(origin.clone())))
+    });
+    let written = writing.await.unwrap();
+    done.store(true, std::sync::atomic::Ordering::Relaxed);
+    reaping.await.unwrap();
+    written.unwrap();
 }
