@@ -99,10 +99,8 @@ fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut running = Running::new(&first);
-        running.add(first)?;
-        let _ = fs::remove_file(CONTROL);
-        let control = UnixListener::bind(CONTROL)?;
-        fs::set_permissions(CONTROL, fs::Permissions::from_mode(0o600))?;
+        let control = running.add(first).and_then(|()| listen());
+        let control = control.or_else(|error| expect_directory().and(Err(error)))?;
         loop {
             tokio::select! {
                 caller = control.accept() => if let Ok((caller, _)) = caller {
@@ -111,12 +109,26 @@ fn run_network(record: &Path) -> io::Result<std::convert::Infallible> {
                 },
                 () = sleep(CHECK_INTERVAL) => {}
             }
-            // A directory without a name has no links (stat(2)): the lab was removed by hand.
-            if fs::metadata(".")?.nlink() == 0 {
-                return Err(io::Error::new(io::ErrorKind::NotFound, "the directory of the lab was removed"));
-            }
+            expect_directory()?;
         }
     })
+}
+
+/// Listens on the control socket.
+fn listen() -> io::Result<UnixListener> {
+    let _ = fs::remove_file(CONTROL);
+    let control = UnixListener::bind(CONTROL)?;
+    fs::set_permissions(CONTROL, fs::Permissions::from_mode(0o600))?;
+    Ok(control)
+}
+
+/// Checks that the directory of the lab was not removed by hand.
+fn expect_directory() -> io::Result<()> {
+    // A directory without a name has no links (stat(2)).
+    if fs::metadata(".")?.nlink() == 0 {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the directory of the lab was removed"));
+    }
+    Ok(())
 }
 
 fn read_record(path: &Path) -> io::Result<NetworkRecord> {
