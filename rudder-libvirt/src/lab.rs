@@ -59,7 +59,7 @@ impl LibvirtLab {
         spec: &LabSpec,
     ) -> Result<Self> {
         let storage = LabStorage::open(store, Arc::clone(&host_capabilities.host), spec).await?;
-        let (lan, is_kept) = (Arc::new(Lan::new(spec)), storage.dir().is_kept());
+        let lan = Arc::new(Lan::new(spec));
         if !host_capabilities.bridges {
             lan.check(&storage)?;
         }
@@ -69,11 +69,13 @@ impl LibvirtLab {
             store: store.clone(),
             machines: Machines::default(),
             next_number: tokio::sync::Mutex::default(),
-            settled: AtomicBool::new(is_kept),
+            settled: AtomicBool::new(false),
         };
         if host_capabilities.bridges {
             Arc::clone(&lab.context).create_bridges().await?;
         }
+        lab.context.storage.complete().await?;
+        lab.settled.store(lab.context.storage.dir().is_kept(), Ordering::Relaxed);
         Ok(lab)
     }
 

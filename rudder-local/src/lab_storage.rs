@@ -57,6 +57,15 @@ impl LabStorage {
         Self::new(store, host, dir, Some(spec.network.clone()), retention)
     }
 
+    /// Completes the opening of the lab, as [`LabDir::complete`] does.
+    ///
+    /// # Errors
+    /// File errors.
+    pub async fn complete(&self) -> Result<()> {
+        let dir = Arc::clone(&self.dir);
+        blocking(move || dir.complete()).await
+    }
+
     /// Attaches to a kept lab, as [`Store::attach_lab`] does.
     ///
     /// # Errors

@@ -48,6 +48,7 @@ impl QemuLab {
         let storage = LabStorage::open(store, host, spec).await?;
         let lan = Lan::new(spec);
         lan.check(&storage)?;
+        storage.complete().await?;
         let kept = AtomicBool::new(storage.dir().is_kept());
         Ok(Self {
             storage: Arc::new(storage),

@@ -167,3 +167,15 @@ async fn a_lab_that_ends_with_its_owner_cannot_be_kept() {
     drop(lab);
     fixture.assert_clean().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lab_that_stays_is_refused_without_a_helper_and_leaves_nothing_behind() {
+    let fixture = Fixture::new().await;
+    let mut spec = LabSpec::new("stays", network());
+    spec.retention = Retention::UntilRemoved { expires: None };
+    let error = fixture.backend.open_lab(&spec).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::HostMissing, "{error:?}");
+    assert!(error.to_string().contains("rudder-helper"), "{error}");
+    assert_eq!(fixture.backend.labs().await.unwrap(), []);
+    fixture.assert_clean().await;
+}

@@ -99,6 +99,39 @@ pub async fn opening_a_lab_may_be_dropped(rig: &Rig) -> TestResult {
     Ok(())
 }
 
+/// Opening a lab that stays may be dropped: the lab is then listed and can be removed, or nothing of it is left.
+pub async fn opening_a_lab_that_stays_may_be_dropped(rig: &Rig) -> TestResult {
+    for polls in POLL_COUNTS {
+        let mut spec = LabSpec::new("cut", network());
+        spec.retention = Retention::UntilRemoved { expires: None };
+        let is_over = ended(cut(rig.backend().open_lab(&spec), polls).await, "open a lab that stays")?;
+        remove_kept_labs(rig).await?;
+        let left = rig.expect_nothing_left("after opening a lab that stays was dropped").await;
+        left.map_err(|problem| problem.at("opening a lab that stays", polls))?;
+        if is_over {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Removes kept labs, and reaps others, until nothing is left.
+async fn remove_kept_labs(rig: &Rig) -> TestResult {
+    eventually(rig.options().settle, || async {
+        for lab in kept_labs(rig).await? {
+            match rig.backend().remove_lab(&lab.id).await {
+                // Its removal had already begun.
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {}
+                removed => removed.during("remove a kept lab")?,
+            }
+        }
+        rig.backend().reap().await.during("reap")?;
+        Ok(rig.left().await?.is_empty())
+    })
+    .await?;
+    Ok(())
+}
+
 /// Importing, fetching and serving may be dropped; repeating them works.
 pub async fn importing_and_serving_may_be_dropped(rig: &Rig) -> TestResult {
     let mut sources = Vec::new();
@@ -341,18 +374,7 @@ pub async fn keeping_may_be_dropped(rig: &Rig) -> TestResult {
         for lab in kept_labs(rig).await? {
             removed = ended(cut(rig.backend().remove_lab(&lab.id), polls).await, "remove a kept lab")?;
         }
-        eventually(rig.options().settle, || async {
-            for lab in kept_labs(rig).await? {
-                match rig.backend().remove_lab(&lab.id).await {
-                    // Its removal had already begun.
-                    Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {}
-                    removed => removed.during("remove a kept lab")?,
-                }
-            }
-            rig.backend().reap().await.during("reap")?;
-            Ok(rig.left().await?.is_empty())
-        })
-        .await?;
+        remove_kept_labs(rig).await?;
         let left = rig.expect_nothing_left("after keeping and removing were dropped").await;
         left.map_err(|problem| problem.at("keeping", polls))?;
         if kept && removed {

@@ -156,6 +156,7 @@ pub fn tests() -> &'static [Test] {
         }
         dropped {
             opening_a_lab_may_be_dropped,
+            opening_a_lab_that_stays_may_be_dropped,
             importing_and_serving_may_be_dropped,
             starting_a_machine_may_be_dropped,
             waiting_and_stopping_may_be_dropped,

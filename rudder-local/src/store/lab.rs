@@ -47,14 +47,14 @@ pub const LAB_VARIABLE: &str = "RUDDER_LAB";
 pub struct LabDir {
     store: Store,
     path: PathBuf,
-    may_be_kept: bool,
+    retention: Retention,
     state: Mutex<Held>,
 }
 
 #[derive(Debug)]
 struct Held {
     ledger: Ledger,
-    /// `None` once the lab was kept or destroyed.
+    /// `None` once the lab was destroyed.
     lock: Option<FileLock>,
     leases: Vec<Lease>,
 }
@@ -89,11 +89,8 @@ impl LabDir {
             purpose: purpose.to_owned(),
             owner: ProcessIdentity::current()?,
             created: Timestamp::now(),
-            kept: matches!(retention, Retention::UntilRemoved { .. }),
-            expires: match retention {
-                Retention::UntilRemoved { expires } => expires.map(Timestamp::try_from).transpose()?,
-                _ => None,
-            },
+            kept: false,
+            expires: None,
             processes: Vec::new(),
             uses: Vec::new(),
             directory: Some(DirectoryIdentity::of(new.path())?),
@@ -105,7 +102,7 @@ impl LabDir {
         Ok(Self {
             store: store.clone(),
             path,
-            may_be_kept: retention != Retention::EndWithOwner,
+            retention,
             state: Mutex::new(Held { ledger, lock: Some(lock), leases: Vec::new() }),
         })
     }
@@ -126,7 +123,7 @@ impl LabDir {
         match (state, lock) {
             (LabState::Kept { .. }, Some(lock)) => {
                 let state = Mutex::new(Held { ledger, lock: Some(lock), leases: Vec::new() });
-                Ok(Self { store: store.clone(), path, may_be_kept: true, state })
+                Ok(Self { store: store.clone(), path, retention: Retention::MayBeKept, state })
             }
             (LabState::Kept { .. }, None) => refuse("another process uses it"),
             (LabState::Owned, _) => refuse("it belongs to a running process"),
@@ -171,7 +168,19 @@ impl LabDir {
     /// Returns whether the lab may outlive this process.
     #[must_use]
     pub fn may_be_kept(&self) -> bool {
-        self.may_be_kept
+        self.retention != Retention::EndWithOwner
+    }
+
+    /// Completes the opening of the lab: from now on, a lab that was opened to stay is kept. Until then it is removed when this is
+    /// dropped, so that a lab that could not be opened leaves nothing behind.
+    ///
+    /// # Errors
+    /// File errors.
+    pub fn complete(&self) -> Result<()> {
+        match self.retention {
+            Retention::UntilRemoved { expires } => self.mark_kept(expires),
+            _ => Ok(()),
+        }
     }
 
     /// Returns whether the lab is kept.
@@ -226,7 +235,7 @@ impl LabDir {
     /// # Errors
     /// `InvalidInput` when it was opened with [`Retention::EndWithOwner`]; file errors.
     pub fn mark_kept(&self, expires: Option<SystemTime>) -> Result<()> {
-        if !self.may_be_kept {
+        if !self.may_be_kept() {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!("lab {} ends with its owner, since it was not opened to be kept", self.id()),
@@ -282,7 +291,8 @@ impl Drop for LabDir {
 }
 
 impl Store {
-    /// Creates the directory of a lab, held by this process.
+    /// Creates the directory of a lab, held by this process. A lab that is opened to stay is kept only once it is
+    /// [complete](LabDir::complete).
     ///
     /// # Errors
     /// `Conflict` when a lab with this id exists; file errors.

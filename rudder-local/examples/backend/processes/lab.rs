@@ -41,7 +41,12 @@ impl ProcessesLab {
     pub(super) async fn open(store: Store, spec: &LabSpec) -> Result<Self> {
         let (id, name, retention) = (spec.id.clone(), spec.name.clone(), spec.retention);
         let owned = store.clone();
-        let dir = blocking(move || owned.create_lab(&id, &name, retention)).await?;
+        let dir = blocking(move || {
+            let dir = owned.create_lab(&id, &name, retention)?;
+            dir.complete()?;
+            Ok(dir)
+        })
+        .await?;
         let kept = AtomicBool::new(matches!(spec.retention, Retention::UntilRemoved { .. }));
         Ok(Self { id: spec.id.clone(), store, dir: Arc::new(dir), machines: Mutex::default(), kept })
     }

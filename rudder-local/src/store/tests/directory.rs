@@ -393,3 +393,16 @@ fn the_record_of_a_lab_that_an_earlier_version_kept_is_found() {
     lab.store_file(KeptLab::FILE, b"now").unwrap();
     assert_eq!(read(KeptLab::FILE).as_deref(), Some(b"now".as_slice()));
 }
+
+#[test]
+fn a_lab_that_stays_is_kept_once_it_is_complete() {
+    let fixture = Fixture::new();
+    let id = LabId::new("web");
+    let open = || fixture.store.create_lab(&id, "web", Retention::UntilRemoved { expires: None }).unwrap();
+    drop(open());
+    assert_eq!(fixture.store.labs().unwrap(), [], "it could not be opened");
+    let lab = open();
+    lab.complete().unwrap();
+    drop(lab);
+    assert_eq!(fixture.store.labs().unwrap()[0].state, LabState::Kept { expires: None });
+}
