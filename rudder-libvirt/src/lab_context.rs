@@ -49,21 +49,10 @@ impl LabContext {
         }
     }
 
-    /// Returns the context of a lab that was attached to. Creates no networks, and records only whether libvirt
-    /// created any.
-    pub(crate) fn attached(
-        storage: LabStorage,
-        lan: Arc<Lan>,
-        connection: &Arc<Connection>,
-        host_capabilities: &Arc<HostCapabilities>,
-        store: &Store,
-    ) -> Self {
-        let context = Self::new(storage, lan, connection, host_capabilities, store);
-        if host_capabilities.bridges {
-            // Not set before.
-            let _ = context.bridges.set(Vec::new());
-        }
-        context
+    /// Records that libvirt created networks for the lab, which was attached to. What they are is not known any more.
+    pub(crate) fn adopt_bridges(&self) {
+        // Not set before.
+        let _ = self.bridges.set(Vec::new());
     }
 
     /// Closes the lab to new work, once no work is in progress any more.

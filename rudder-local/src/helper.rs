@@ -38,7 +38,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 pub(crate) const CONTROL: &str = "network.ctl";
 const DONE: &str = "done\n";
 /// How long the helper process may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Whether this program calls [`run`].
 static IS_HELPER: AtomicBool = AtomicBool::new(false);

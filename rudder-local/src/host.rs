@@ -448,7 +448,7 @@ mod tests {
         };
         let (here, programs) = (std::env::current_dir().unwrap(), programs.rooted());
         assert_eq!(programs.qemu, Some(here.join("bin/qemu")));
-        assert_eq!(programs.qemu_img.as_deref(), Some(Path::new("qemu-img")), "it is looked for in PATH");
+        assert_eq!(programs.qemu_img.as_deref(), Some(Path::new("qemu-img")), "it is found through PATH");
         assert_eq!(programs.swtpm, Some(here.join("swtpm")));
         assert_eq!(programs.firmware, Some(vec![here.join("firmware")]));
     }

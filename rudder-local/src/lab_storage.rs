@@ -181,7 +181,7 @@ impl LabStorage {
     }
 
     /// Records a process of a machine in the ledger of the lab, so that it can be found after this process is gone. A process that
-    /// has already ended is not recorded: whoever communicates with it notices.
+    /// has already ended is not recorded: the caller notices when it communicates with it.
     ///
     /// # Errors
     /// File errors.

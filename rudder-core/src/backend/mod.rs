@@ -29,6 +29,7 @@
 //!   `InvalidInput`; it is never changed.
 
 mod kept;
+mod lab_file;
 mod lab_id;
 mod retention;
 mod serial_log;
@@ -38,8 +39,9 @@ mod types;
 
 pub use crate::progress::{Progress, ProgressEvent};
 pub use kept::{KeptLab, KeptLogin};
+pub use lab_file::check_lab_file;
 pub use lab_id::LabId;
-pub use retention::{LabInfo, LabState, Retention, check_lab_file};
+pub use retention::{LabInfo, LabState, Retention};
 pub use serial_log::{SerialLog, SerialRecord};
 pub use serial_ring::SerialRing;
 pub use site::{FileSource, Served, Site, SiteFile, SiteRequest};
@@ -101,10 +103,10 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// Nothing is left behind on failure.
     async fn open_lab(&self, spec: &LabSpec) -> Result<Arc<dyn Lab>>;
 
-    /// Returns all labs, whoever opened them, sorted by id. May be repeated.
+    /// Returns the labs of all processes, sorted by id. May be repeated.
     async fn labs(&self) -> Result<Vec<LabInfo>>;
 
-    /// Attaches to a kept lab, whoever opened it: its machines can be reached, watched and stopped. The caller does not become its
+    /// Attaches to a kept lab of any process: its machines can be reached, watched and stopped. The caller does not become its
     /// owner. Dropping the lab, or the end of this process, changes nothing: the machines run on. A backend may let one process at
     /// a time attach, and need not let an attached lab grow: [`Lab::import`], [`Lab::create_machine`] and [`Lab::serve`] may be
     /// `Unsupported`.

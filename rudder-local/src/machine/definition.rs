@@ -1,6 +1,7 @@
 //! What a machine was defined as, and the names of its files in the lab's directory.
 
-use crate::{lab_storage::LabStorage, lan::Lan, machine_record::MachineRecord, machine_state::MachineState};
+use super::MachineRecord;
+use crate::{lab_storage::LabStorage, lan::Lan, machine_state::MachineState};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{MachineDisk, MachineSpec},

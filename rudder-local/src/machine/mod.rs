@@ -7,10 +7,12 @@
 
 mod definition;
 mod hypervisor;
+mod record;
 
 pub use self::{
     definition::{Definition, FLOPPY, SEED},
     hypervisor::{Found, Hypervisor, Start},
+    record::MachineRecord,
 };
 use crate::{
     capture,
@@ -93,7 +95,7 @@ impl<H: Hypervisor> LocalMachine<H> {
         Ok(Self::at_rest(definition, hypervisor))
     }
 
-    /// Attaches to a machine of a kept lab, whichever process defined and started it.
+    /// Attaches to a machine of a kept lab, which another process may have defined and started.
     ///
     /// # Errors
     /// The machine runs and cannot be controlled.

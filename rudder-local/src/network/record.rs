@@ -1,7 +1,8 @@
 //! The record of a network, for the process that runs it after its lab was kept.
 
+use crate::lab_record;
 use rudder_core::{
-    Error, ErrorKind, Result,
+    Result,
     hardware::NicModel,
     plan::{PlannedNetwork, PlannedNic, PlannedSubnet, PlannedVpc},
     units::{Cidr, MacAddress},
@@ -37,24 +38,8 @@ impl NetworkRecord {
     /// # Errors
     /// `Unsupported` for a later format; `InvalidInput` for what is not a record.
     pub fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
-        let no_record = |error| {
-            let message =
-                format!("expected a network record in {}, but found something else", path.display());
-            Error::new(ErrorKind::InvalidInput, message).with_source(error)
-        };
-        let value: serde_json::Value = serde_json::from_slice(text).map_err(no_record)?;
-        // The number first: this version cannot judge what else a later version writes.
-        match value.get("format").and_then(serde_json::Value::as_u64) {
-            Some(format) if format > u64::from(FORMAT) => {
-                let path = path.display();
-                let message = format!(
-                    "expected a network record of format {FORMAT} or earlier in {path}, but found format {format}"
-                );
-                Err(Error::new(ErrorKind::Unsupported, message)
-                    .with_help("install the rudder-helper of the version that kept the lab"))
-            }
-            _ => serde_json::from_value(value).map_err(no_record),
-        }
+        let help = "install the rudder-helper of the version that kept the lab";
+        lab_record::parse("network record", path, text, FORMAT, help)
     }
 }
 
@@ -155,6 +140,7 @@ lists! {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use rudder_core::ErrorKind;
 
     /// A record as written by version 0.1.0. Never changed.
     const FORMAT_1: &str = r#"{

@@ -300,7 +300,7 @@ impl Store {
         LabDir::create(self, id, purpose, retention)
     }
 
-    /// Attaches to a kept lab, whoever opened it. It stays when the result is dropped.
+    /// Attaches to a kept lab of any process. It stays when the result is dropped.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` when it is not kept, has expired, or another process has attached to it or opened it and still lives;

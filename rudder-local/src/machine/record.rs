@@ -1,6 +1,6 @@
 //! The record of a machine in its lab's directory, with which another process attaches to it.
 
-use crate::{network::record_of_nics, store::LabDir};
+use crate::{lab_record, network::record_of_nics, store::LabDir};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{MachineDisk, MachineSpec, Volume},
@@ -132,23 +132,8 @@ impl MachineRecord {
         let path = lab.path().join(file(number));
         let text =
             fs::read(&path).map_err(|error| Error::io(format_args!("read {}", path.display()), error))?;
-        let damaged = |error| {
-            let message =
-                format!("expected a machine record in {}, but found something else", path.display());
-            Error::new(ErrorKind::InvalidInput, message).with_source(error)
-        };
-        let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
-        match value.get("format").and_then(serde_json::Value::as_u64) {
-            Some(format) if format > u64::from(FORMAT) => {
-                let path = path.display();
-                let message = format!(
-                    "expected a machine record of format {FORMAT} or earlier in {path}, but found format {format}"
-                );
-                Err(Error::new(ErrorKind::Unsupported, message)
-                    .with_help("use the version of rudder that opened the lab, or a later one"))
-            }
-            _ => serde_json::from_value(value).map_err(damaged),
-        }
+        let help = "use the version of rudder that opened the lab, or a later one";
+        lab_record::parse("machine record", &path, &text, FORMAT, help)
     }
 }
 
