@@ -21,7 +21,7 @@ use rudder_core::{
 use rudder_local::{
     lab_storage::{LabStorage, blocking},
     lan::Lan,
-    machine_record::MachineRecord,
+    machine::MachineRecord,
     store::Store,
 };
 use std::{
@@ -89,7 +89,10 @@ impl LibvirtLab {
         let storage = LabStorage::attach(store, Arc::clone(&host_capabilities.host), id).await?;
         let records = MachineRecord::read_all(storage.dir(), crate::NAME)?;
         let lan = Arc::new(Lan::attached());
-        let context = Arc::new(LabContext::attached(storage, lan, connection, host_capabilities, store));
+        let context = Arc::new(LabContext::new(storage, lan, connection, host_capabilities, store));
+        if host_capabilities.bridges {
+            context.adopt_bridges();
+        }
         let mut machines = Vec::new();
         for (number, record) in &records {
             machines.push(Arc::new(machine::attach(&context, record, *number).await?));

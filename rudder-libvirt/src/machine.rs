@@ -22,8 +22,7 @@ use rudder_core::{
 use rudder_local::{
     lan::Lan,
     lifecycle::Run as _,
-    machine::{Definition, FLOPPY, Found, Hypervisor, LocalMachine, SEED, SERIAL, Start},
-    machine_record::MachineRecord,
+    machine::{Definition, FLOPPY, Found, Hypervisor, LocalMachine, MachineRecord, SEED, SERIAL, Start},
     nic_arguments::nic_arguments,
     pci_layout::{Chipset, cdrom_bus},
 };

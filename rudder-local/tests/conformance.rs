@@ -13,7 +13,8 @@ async fn the_example_backend_fulfils_the_contract() {
     let mut owner = Command::new(std::env::current_exe().expect("this program has a path"));
     owner.args(["--exact", "the_example_backend_fulfils_the_contract", "--nocapture"]);
     if std::env::var_os(OWNER_VARIABLE).is_some() {
-        let adapter = ProcessesAdapter::another(owner).expect("whoever starts an owner gives it a store");
+        let adapter =
+            ProcessesAdapter::another(owner).expect("the process that starts an owner names its store");
         panic!("{:?}", own(Arc::new(adapter)).await);
     }
     let adapter = ProcessesAdapter::new(owner).expect("a store can be made");

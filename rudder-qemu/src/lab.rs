@@ -14,7 +14,7 @@ use rudder_local::{
     host::Host,
     lab_storage::{LabStorage, blocking},
     lan::Lan,
-    machine_record::MachineRecord,
+    machine::MachineRecord,
     store::Store,
 };
 use std::{

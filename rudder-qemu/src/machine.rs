@@ -15,8 +15,7 @@ use rudder_local::{
     lan::Lan,
     lifecycle::Observation,
     log_tail::last_lines,
-    machine::{Definition, Found, Hypervisor, LocalMachine},
-    machine_record::MachineRecord,
+    machine::{Definition, Found, Hypervisor, LocalMachine, MachineRecord},
     process::{Invocation, OwnedChild, describe},
     store::LAB_VARIABLE,
 };

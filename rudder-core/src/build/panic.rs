@@ -57,7 +57,7 @@ async fn panic_in(mut console: impl AsyncRead + Unpin) -> Option<String> {
     }
 }
 
-/// The panics in the output of a console, read line by line: each byte is looked at once, however small the pieces are.
+/// The panics in the output of a console, read line by line: each byte is examined once, however small the pieces are.
 #[derive(Debug, Default)]
 struct Panics {
     /// The beginning of a line that has not ended yet.

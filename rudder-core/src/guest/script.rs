@@ -88,7 +88,7 @@ impl Script {
         }
         let (dir, inner, marker) = (&directory.dir, directory.inner(), &directory.marker);
         let (script, pid) = (format!("{inner}/script"), format!("{dir}/pid"));
-        // Whatever the script's environment must not affect (through PATH, for instance) is looked up before the
+        // Whatever the script's environment must not affect (through PATH, for instance) is resolved before the
         // environment is exported.
         let shell = "if command -v bash >/dev/null 2>&1; then s=bash; else s=sh; fi\n";
         let run = match shebang(&text) {

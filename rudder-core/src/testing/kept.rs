@@ -30,6 +30,8 @@ use tokio::io::AsyncReadExt as _;
 const NAME: &str = "stays";
 /// The file of the lab with the key to its guest.
 const KEY: &str = "login.key";
+/// How long a display may take to send its greeting, on a slow host.
+const GREETED_WITHIN: Duration = Duration::from_secs(60);
 /// How long a machine that must run on is watched.
 const WATCHED: Duration = Duration::from_millis(200);
 
@@ -111,7 +113,7 @@ pub async fn a_lab_that_stays_is_attached_by_another_process(rig: &Rig) -> TestR
     if has(Capability::Display) {
         let mut display = machine.display().await.during("connect to the display")?;
         let mut greeting = [0; 4];
-        let read = tokio::time::timeout(Duration::from_secs(10), display.read_exact(&mut greeting)).await;
+        let read = tokio::time::timeout(GREETED_WITHIN, display.read_exact(&mut greeting)).await;
         ensure!(
             matches!(read, Ok(Ok(_))) && greeting == *b"RFB ",
             "expected RFB, but found {greeting:?} ({read:?})"

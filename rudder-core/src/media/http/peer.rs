@@ -56,7 +56,7 @@ mod tests {
     fn accepted(listener: &TcpListener) -> Caller {
         let (stream, peer) = listener.accept().unwrap();
         let local = stream.local_addr().unwrap();
-        // Kept open, since the caller is looked up during its call.
+        // Kept open, since the caller is identified during its call.
         std::mem::forget(stream);
         Caller { peer, local }
     }

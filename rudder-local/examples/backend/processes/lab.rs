@@ -12,7 +12,7 @@ use rudder_core::{
     plan::{PlannedBuildRef, PlannedSource},
 };
 use rudder_local::{
-    machine_record::MachineRecord,
+    machine::MachineRecord,
     store::{LabDir, Store},
 };
 use std::{

@@ -249,7 +249,7 @@ impl Machine for ProcessMachine {
         if !self.spec.ports.contains(&port) {
             return Err(self.error(ErrorKind::InvalidInput, "expected one of the machine's ports"));
         }
-        Err(self.error(ErrorKind::GuestUnreachable, "expected somebody to listen, but a sleeper does not"))
+        Err(self.error(ErrorKind::GuestUnreachable, "expected a listener, but a sleeping process has none"))
     }
 
     async fn display(&self) -> Result<BoxedStream> {
