@@ -127,7 +127,9 @@ fn any_range() -> Option<Cidr> {
 
 fn xml(name: &str, label: &Label, subnet: &PlannedSubnet, addresses: Cidr, internet: bool) -> String {
     let mut xml = Xml::new();
-    xml.element("network", &[], |xml| {
+    // https://libvirt.org/formatnetwork.html#network-namespaces
+    let dnsmasq = ("xmlns:dnsmasq", "http://libvirt.org/schemas/network/dnsmasq/1.0");
+    xml.element("network", &[dnsmasq], |xml| {
         xml.text("name", &[], name);
         label.write(xml);
         if internet {
@@ -154,6 +156,11 @@ fn xml(name: &str, label: &Label, subnet: &PlannedSubnet, addresses: Cidr, inter
                 });
             }
         });
+        if subnet.dhcp {
+            // Before it offers an address, dnsmasq pings it for three seconds, one address after the other. On a bridge of
+            // the lab's own, no address is in use that it does not know of.
+            xml.element("dnsmasq:options", &[], |xml| xml.empty("dnsmasq:option", &[("value", "no-ping")]));
+        }
     });
     xml.finish()
 }
@@ -247,6 +254,7 @@ mod tests {
             (Some("10.1.2.2"), Some("10.1.2.254"))
         );
         assert!(found.iter().any(|element| element.attribute("mode") == Some("nat")));
+        assert!(found.iter().any(|element| element.attribute("value") == Some("no-ping")));
         let text = xml("n", &label, &subnet(false), "10.1.2.0/24".parse().unwrap(), false);
         assert!(!text.contains("nat") && !text.contains("range") && text.contains("9.9.9.9"), "{text}");
     }
