@@ -1,0 +1,1 @@
+//! The KubeVirt backend of Rudder.
