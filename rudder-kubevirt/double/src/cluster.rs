@@ -1,10 +1,10 @@
-//! A real Kubernetes control plane for tests: etcd, kube-apiserver (RBAC, aggregation, an audit log) and kube-controller-manager,
-//! unmodified, on free ports of 127.0.0.1, with all of its files in a temporary directory. It ends with the value, or with the process
-//! that started it.
+//! A real Kubernetes control plane for tests: etcd, kube-apiserver (RBAC, aggregation, an audit log) and
+//! kube-controller-manager, unmodified, on free ports of 127.0.0.1, with all of its files in a temporary directory.
+//! It ends with the value, or with the process that started it.
 //!
-//! There is no node: pods are objects that nothing runs, volume claims are not bound, and no garbage of pods is collected. What a
-//! double writes stays as it is. Garbage collection by owner references, the removal of namespaces, service accounts with tokens, and
-//! quotas work.
+//! There is no node: pods are objects that nothing runs, volume claims are not bound, and no garbage of pods is
+//! collected. What a double writes stays as it is. Garbage collection by owner references, the removal of
+//! namespaces, service accounts with tokens, and quotas work.
 //!
 //! `make test-kubevirt` builds the program with the three components, and names it in `RUDDER_KUBE`.
 
@@ -188,7 +188,8 @@ impl Cluster {
         Ok(path)
     }
 
-    /// Creates a client of the administrator. It belongs to the current Tokio runtime, and stops working when that ends.
+    /// Creates a client of the administrator. It belongs to the current Tokio runtime, and stops working when
+    /// that ends.
     ///
     /// # Errors
     ///
@@ -202,13 +203,14 @@ impl Cluster {
         server(self.ports)
     }
 
-    /// The certificate of the authority that has signed the API server's certificate and [`serving`](Self::serving), as PEM.
+    /// The certificate of the authority that has signed the API server's certificate and
+    /// [`serving`](Self::serving), as PEM.
     pub fn ca(&self) -> &str {
         &self.pki.ca
     }
 
-    /// The certificate of the authority that has signed the certificate with which the API server identifies itself to aggregated
-    /// API servers, as PEM.
+    /// The certificate of the authority that has signed the certificate with which the API server identifies
+    /// itself to aggregated API servers, as PEM.
     pub fn front_proxy_ca(&self) -> &str {
         &self.pki.front_proxy_ca
     }
@@ -218,7 +220,8 @@ impl Cluster {
         &self.pki.serving
     }
 
-    /// Kills the API server, as a crash would. Nothing else is affected, and what clients send fails until it is started again.
+    /// Kills the API server, as a crash would. Nothing else is affected, and what clients send fails until it
+    /// is started again.
     pub fn stop_api_server(&self) {
         self.components().api_server = None;
     }

@@ -19,8 +19,9 @@ use std::path::PathBuf;
 const TOKEN_LIFETIME: i64 = 24 * 60 * 60;
 
 impl Cluster {
-    /// Creates a service account that may do what `rules` grant in its namespace, and returns the path of a kubeconfig with a token for
-    /// it. The namespace must exist. For an account that exists, the rules are replaced.
+    /// Creates a service account that may do what `rules` grant in its namespace, and returns the path of a
+    /// kubeconfig with a token for it. The namespace must exist. For an account that exists, the rules are
+    /// replaced.
     ///
     /// # Errors
     ///
@@ -69,8 +70,8 @@ impl Cluster {
         apply(&Api::all(client), &role_name, &binding).await
     }
 
-    /// Returns the path of a new kubeconfig for a service account that exists, with its namespace as the default and a token that
-    /// is valid for a day.
+    /// Returns the path of a new kubeconfig for a service account that exists, with its namespace as the
+    /// default and a token that is valid for a day.
     ///
     /// # Errors
     ///

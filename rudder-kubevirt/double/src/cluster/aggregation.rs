@@ -21,11 +21,12 @@ const NAMESPACE: &str = "kubevirt";
 const SERVICE: &str = "virt-api";
 
 impl Cluster {
-    /// Registers an API server that listens on `port` of 127.0.0.1, and waits until requests for its group reach it. It has to serve
-    /// the discovery documents `/apis/GROUP/VERSION` already, with a certificate that `ca` (PEM) has signed for
-    /// `virt-api.kubevirt.svc`, such as [`serving`](Self::serving).
+    /// Registers an API server that listens on `port` of 127.0.0.1, and waits until requests for its group
+    /// reach it. It has to serve the discovery documents `/apis/GROUP/VERSION` already, with a certificate that
+    /// `ca` (PEM) has signed for `virt-api.kubevirt.svc`, such as [`serving`](Self::serving).
     ///
-    /// While a registered API server does not answer, namespaces are not removed: [`remove_api_service`](Self::remove_api_service).
+    /// While a registered API server does not answer, namespaces are not removed:
+    /// [`remove_api_service`](Self::remove_api_service).
     ///
     /// # Errors
     ///
@@ -34,7 +35,8 @@ impl Cluster {
         let client = self.client()?;
         let namespace = Namespace { metadata: named(NAMESPACE, None), ..Namespace::default() };
         apply(&Api::all(client.clone()), NAMESPACE, &namespace).await?;
-        // The API server resolves the name of an external service itself, so that neither a network of pods nor a proxy is needed.
+        // The API server resolves the name of an external service itself, so that neither a network of pods
+        // nor a proxy is needed.
         let spec = ServiceSpec {
             type_: Some("ExternalName".to_owned()),
             external_name: Some("localhost".to_owned()),

@@ -26,7 +26,8 @@ pub(super) const POLICY: &str = r#"{
 pub struct AuditEntry {
     /// The name of the user, such as `system:serviceaccount:default:builder`.
     pub user: String,
-    /// The verb of the API (`get`, `list`, `watch`, `create`, `patch`, …), or the HTTP method of a request for another URL.
+    /// The verb of the API (`get`, `list`, `watch`, `create`, `patch`, …), or the HTTP method of a request for
+    /// another URL.
     pub verb: String,
     /// The API group: empty for the core group, and for a URL that is no resource.
     pub group: String,
@@ -163,30 +164,36 @@ impl Cluster {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn a_request_is_one_entry_with_its_last_stage() {
-        let stage = |id: &str, name: &str, code: u16| {
-            format!(
-                r#"{{"kind":"Event","apiVersion":"audit.k8s.io/v1","level":"Metadata","auditID":"{id}","stage":"{name}","requestURI":"/api/v1/namespaces/a/pods/{id}/log?follow=true","verb":"get","user":{{"username":"u","groups":["g"]}},"sourceIPs":["127.0.0.1"],"userAgent":"test/1","objectRef":{{"resource":"pods","namespace":"a","name":"{id}","apiVersion":"v1","subresource":"log"}},"responseStatus":{{"metadata":{{}},"code":{code}}}}}"#
-            )
+        let line = |id: &str, stage: &str, code: u16| {
+            let event = json!({
+                "kind": "Event",
+                "apiVersion": "audit.k8s.io/v1",
+                "level": "Metadata",
+                "auditID": id,
+                "stage": stage,
+                "requestURI": format!("/api/v1/namespaces/a/pods/{id}/log?follow=true"),
+                "verb": "get",
+                "user": { "username": "u", "groups": ["g"] },
+                "sourceIPs": ["127.0.0.1"],
+                "userAgent": "test/1",
+                "objectRef": {
+                    "resource": "pods", "namespace": "a", "name": id, "apiVersion": "v1", "subresource": "log"
+                },
+                "responseStatus": { "metadata": {}, "code": code },
+            });
+            format!("{event}\n")
         };
-        let lines = [
-            stage("1", "ResponseStarted", 200),
-            stage("2", "ResponseComplete", 403),
-            stage("1", "ResponseComplete", 500),
-        ];
+        let mut text = line("1", "ResponseStarted", 200);
+        text += &line("2", "ResponseComplete", 403);
+        text += &line("1", "ResponseComplete", 500);
+        // A line that is being written.
+        text += r#"{"auditID":"3","verb":"ge"#;
         let log = tempfile::NamedTempFile::new().expect("a temporary file");
-        fs::write(
-            log.path(),
-            format!(
-                "{}\n{}",
-                lines.join("\n"),
-                r#"
-{"auditID":"3","verb":"ge"#
-            ),
-        )
-        .expect("a log");
+        fs::write(log.path(), text).expect("a log");
         let entries = read(log.path()).expect("entries");
         let found: Vec<_> = entries.iter().map(|entry| (entry.name.as_str(), entry.code)).collect();
         assert_eq!(found, [("1", 500), ("2", 403)]);

@@ -15,8 +15,8 @@ const FILES: [(&str, &[u8]); 2] = [
     ("cdi.yaml.zst", include_bytes!("../../crds/cdi.yaml.zst")),
 ];
 
-/// The CRDs that a machine needs: its definition, its instance and its volumes. Installing all would cost each start of a cluster
-/// several seconds.
+/// The CRDs that a machine needs: its definition, its instance and its volumes. Installing all would cost each
+/// start of a cluster several seconds.
 pub const MACHINES: [&str; 3] =
     ["virtualmachines.kubevirt.io", "virtualmachineinstances.kubevirt.io", "datavolumes.cdi.kubevirt.io"];
 
@@ -41,8 +41,8 @@ fn documents() -> Result<Vec<Document>> {
         let bytes = zstd::decode_all(compressed).context(|| format!("cannot unpack {file}"))?;
         let text = String::from_utf8(bytes).context(|| format!("cannot read {file}"))?;
         for text in text.split("---\n").filter(|text| !text.trim().is_empty()) {
-            // The schemas take most of a file, and only the server has to parse them: the first name that is indented like this is
-            // the name of the object.
+            // The schemas take most of a file, and only the server has to parse them: the first name
+            // that is indented like this is the name of the object.
             let name = text.lines().find_map(|line| line.strip_prefix("  name: "));
             let name =
                 name.ok_or_else(|| Error::new(format!("expected a name in each document of {file}")))?;
@@ -139,8 +139,8 @@ fn get(path: &str) -> Result<Request<Vec<u8>>, kube::Error> {
 impl Cluster {
     /// Installs CRDs of KubeVirt and CDI ([`MACHINES`], or some of [`names`]) and waits until they are served.
     ///
-    /// [`Options::crds`](super::Options) installs them before the controllers start. Afterwards, the controllers are started again,
-    /// because they look for new kinds of objects only twice a minute.
+    /// [`Options::crds`](super::Options) installs them before the controllers start. Afterwards, the
+    /// controllers are started again, because they look for new kinds of objects only twice a minute.
     ///
     /// # Errors
     ///

@@ -6,7 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long anything may take before a wait for it fails. A start takes seconds; this is for hosts that run other tests at once.
+/// How long anything may take before a wait for it fails. A start takes seconds; this is for hosts that run other
+/// tests at once.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Interval between attempts.

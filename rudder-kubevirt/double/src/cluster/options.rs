@@ -10,12 +10,12 @@ use std::{
     path::Path,
 };
 
-/// Ports below those that the kernel gives to outgoing connections, which could otherwise take a port between its choice and its use,
-/// or while the API server is stopped.
+/// Ports below those that the kernel gives to outgoing connections, which could otherwise take a port between its
+/// choice and its use, or while the API server is stopped.
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
-/// The controllers that run: those that remove what is deleted, that complete namespaces, and that count quotas. The others, such as
-/// the one that removes the pods of missing nodes, would disturb what a double stands for.
+/// The controllers that run: those that remove what is deleted, that complete namespaces, and that count quotas.
+/// The others, such as the one that removes the pods of missing nodes, would disturb what a double stands for.
 const CONTROLLERS: [&str; 9] = [
     "clusterrole-aggregation-controller",
     "garbage-collector-controller",
@@ -111,8 +111,8 @@ pub(super) fn api_server(ports: Ports, pki: &Pki, audit_policy: &Path, audit_log
     ]
 }
 
-/// Options of the controller manager. Without a port, a leader election, and the default limits of requests, which would delay the
-/// garbage collection of many objects.
+/// Options of the controller manager. Without a port, a leader election, and the default limits of requests, which
+/// would delay the garbage collection of many objects.
 pub(super) fn controller_manager(pki: &Pki, kubeconfig: &Path) -> Vec<String> {
     vec![
         format!("--kubeconfig={}", kubeconfig.display()),

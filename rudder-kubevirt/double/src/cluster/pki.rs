@@ -118,7 +118,8 @@ impl Authority {
         self.sign(&params)
     }
 
-    /// A client's certificate: Kubernetes takes the name of the user from the common name, and groups from organisations.
+    /// A client's certificate: Kubernetes takes the name of the user from the common name, and groups from
+    /// organisations.
     fn client(&self, user: &str, group: Option<&str>) -> Result<Identity, rcgen::Error> {
         let mut params = params(user, &[])?;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];

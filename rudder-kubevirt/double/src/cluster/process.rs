@@ -76,8 +76,9 @@ impl Drop for Component {
     }
 }
 
-/// Starts a process from a thread of its own, which lives until the returned sender is dropped: the kernel sends the signal of
-/// `--pdeathsig` when the thread that started the process ends, and threads of tests and of thread pools end early.
+/// Starts a process from a thread of its own, which lives until the returned sender is dropped: the kernel sends
+/// the signal of `--pdeathsig` when the thread that started the process ends, and threads of tests and of thread
+/// pools end early.
 fn spawn(mut command: Command) -> io::Result<(Child, mpsc::Sender<()>)> {
     let (started, child) = mpsc::channel();
     let (parent, dropped) = mpsc::channel::<()>();
