@@ -1,0 +1,337 @@
+//! A lab: the lease that owns it, its volumes, and its machines.
+
+use crate::{
+    cluster::{Cluster, annotation, metadata},
+    data_volume::{Filling, data_volume, filled},
+    errors::{is_conflict, request_failed},
+    import,
+    lease::{self, Listed, Ownership},
+    machine::KubevirtMachine,
+    modules,
+    names::{Kind, MACHINE, NAME, VM, lab_labels, lab_selector, label_value, object_name},
+    objects::{DataVolume, VirtualMachine, VirtualMachineInstance},
+    specification::{DiskRecord, MachineRecord, machine_name, seed_data, virtual_machine},
+};
+use async_trait::async_trait;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Secret};
+use kube::{ResourceExt as _, api::PostParams};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{
+        ImportRequest, Imported, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, Retention, Served,
+        Site, check_lab_file,
+    },
+    content::{Content, ContentId},
+    module::{CapturedDisk, Module},
+};
+use serde_json::json;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+/// What the parts of a lab share.
+#[derive(Debug)]
+pub(crate) struct LabContext {
+    pub(crate) cluster: Cluster,
+    pub(crate) id: LabId,
+    pub(crate) name: String,
+    pub(crate) ownership: Arc<Ownership>,
+    /// The storage class of volumes; `None` for the cluster's default.
+    pub(crate) storage_class: Option<String>,
+    /// How long a machine may take from power-on until it runs.
+    pub(crate) start_limit: Duration,
+    destroyed: AtomicBool,
+    counter: AtomicU32,
+    /// The disks that were captured, by claim.
+    captured: Mutex<BTreeMap<String, CapturedDisk>>,
+}
+
+impl LabContext {
+    /// Returns a number that no other object of the lab has.
+    pub(crate) fn next(&self) -> u32 {
+        self.counter.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// # Errors
+    /// `Conflict` when the lab was destroyed.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        if self.destroyed.load(Ordering::Acquire) {
+            let message = format!("expected lab {} to be open, but it was destroyed", self.id);
+            return Err(Error::new(ErrorKind::Conflict, message));
+        }
+        Ok(())
+    }
+
+    fn captured(&self) -> MutexGuard<'_, BTreeMap<String, CapturedDisk>> {
+        self.captured.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Copies a disk of a machine that is not running to a volume of its own.
+    pub(crate) async fn capture(&self, machine: &str, disk: &DiskRecord, progress: &Progress) -> Result<CapturedDisk> {
+        self.check_open()?;
+        let name = object_name(&[self.id.as_str(), "captured", machine, &disk.name, &self.next().to_string()]);
+        let mut labels = lab_labels(Kind::Captured, &self.id, &self.name);
+        labels.insert(VM.to_owned(), label_value(machine));
+        let annotations = [(NAME, format!("{machine}/{}", disk.name))];
+        let filling = Filling::Volume { namespace: self.cluster.namespace().to_owned(), name: disk.claim.clone() };
+        let metadata = metadata(&name, labels, annotations, Some(self.ownership.owner()));
+        let wanted = data_volume(metadata, &filling, disk.virtual_size, self.storage_class.as_deref());
+        let what = format!("a copy of disk {} of VM {machine}", disk.name);
+        self.cluster.create(&wanted, &what).await?;
+        let task = format!("capture {}", disk.name);
+        let volume = filled(&self.cluster, &name, &what, progress, Some((&task, disk.virtual_size))).await?;
+        let content = Content::identified(ContentId::Cluster(format!("datavolume/{}", volume.uid().unwrap_or_default())));
+        let captured = CapturedDisk::new(&disk.name, disk.bus, &name, "raw", disk.virtual_size, content);
+        let mut all = self.captured();
+        all.insert(name, captured.clone());
+        Ok(captured)
+    }
+}
+
+/// A lab on a cluster.
+#[derive(Debug)]
+pub(crate) struct KubevirtLab {
+    context: Arc<LabContext>,
+    machines: tokio::sync::Mutex<Vec<Arc<KubevirtMachine>>>,
+    /// Whether this process opened the lab.
+    opened: bool,
+    versions: BTreeMap<String, String>,
+}
+
+/// How labs are made.
+#[derive(Debug, Clone)]
+pub(crate) struct LabOptions {
+    pub(crate) storage_class: Option<String>,
+    pub(crate) lease_duration: Duration,
+    pub(crate) start_limit: Duration,
+}
+
+impl KubevirtLab {
+    /// Opens a new lab.
+    pub(crate) async fn open(
+        cluster: &Cluster,
+        spec: &LabSpec,
+        options: &LabOptions,
+        versions: BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let ownership = Ownership::take(cluster, spec, options.lease_duration).await?;
+        let lab = Self::new(cluster, spec.id.clone(), spec.name.clone(), ownership, options, versions, true);
+        if let Retention::UntilRemoved { expires } = spec.retention {
+            // The last step: a lab that stays exists as a whole or not at all.
+            lab.context.ownership.keep(expires).await?;
+        }
+        Ok(lab)
+    }
+
+    /// Attaches to a kept lab.
+    pub(crate) async fn attach(
+        cluster: &Cluster,
+        listed: Listed,
+        options: &LabOptions,
+        versions: BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let ownership = Ownership::of_kept(cluster, listed.lease)?;
+        let id = listed.info.id;
+        let lab = Self::new(cluster, id.clone(), listed.info.name, ownership, options, versions, false);
+        let selector = lab_selector(&id);
+        let found = cluster.list::<VirtualMachine>(&selector, "the machines of a lab").await?;
+        let instances = cluster.list::<VirtualMachineInstance>(&selector, "the machines of a lab").await?;
+        let mut machines = Vec::new();
+        for machine in found {
+            let record = annotation(&machine.metadata, MACHINE).and_then(|text| serde_json::from_str(text).ok());
+            let Some(record): Option<MachineRecord> = record else {
+                let message = format!("expected the record of a machine, but that of {} cannot be read", machine.name_any());
+                return Err(Error::new(ErrorKind::InvalidInput, message).with_help("remove the lab"));
+            };
+            let instance = instances.iter().find(|instance| instance.name_any() == machine.name_any());
+            machines.push((record.index, KubevirtMachine::attached(&lab.context, record, instance)));
+        }
+        machines.sort_by_key(|(index, _)| *index);
+        *lab.machines.lock().await = machines.into_iter().map(|(_, machine)| machine).collect();
+        Ok(lab)
+    }
+
+    fn new(
+        cluster: &Cluster,
+        id: LabId,
+        name: String,
+        ownership: Arc<Ownership>,
+        options: &LabOptions,
+        versions: BTreeMap<String, String>,
+        opened: bool,
+    ) -> Self {
+        let context = LabContext {
+            cluster: cluster.clone(),
+            id,
+            name,
+            ownership,
+            storage_class: options.storage_class.clone(),
+            start_limit: options.start_limit,
+            destroyed: AtomicBool::new(false),
+            counter: AtomicU32::new(0),
+            captured: Mutex::default(),
+        };
+        Self { context: Arc::new(context), machines: tokio::sync::Mutex::default(), opened, versions }
+    }
+
+    fn check_opened(&self, what: &str) -> Result<()> {
+        self.context.check_open()?;
+        if self.opened {
+            return Ok(());
+        }
+        let message = format!("cannot {what} in lab {}: this process only attached to it", self.context.id);
+        Err(Error::new(ErrorKind::Unsupported, message))
+    }
+}
+
+#[async_trait]
+impl Lab for KubevirtLab {
+    fn id(&self) -> &LabId {
+        &self.context.id
+    }
+
+    fn versions(&self) -> BTreeMap<String, String> {
+        self.versions.clone()
+    }
+
+    async fn import(&self, request: &ImportRequest, progress: &Progress) -> Result<Imported> {
+        self.check_opened("import a source")?;
+        import::import(&self.context, request, progress).await
+    }
+
+    async fn serve(&self, _: Site) -> Result<Served> {
+        self.context.check_open()?;
+        Err(Error::new(ErrorKind::Unsupported, "the KubeVirt backend does not serve files to machines"))
+    }
+
+    async fn create_machine(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
+        self.check_opened("create a machine")?;
+        let context = &self.context;
+        let name = machine_name(&context.id, &spec.name);
+        let record = MachineRecord::of(spec, context.next());
+        let specification = virtual_machine(spec, &name, &context.id, &context.name)
+            .map_err(|error| error.with_context("vm", &spec.name))?;
+        let mut labels = lab_labels(Kind::Machine, &context.id, &context.name);
+        labels.insert(VM.to_owned(), label_value(&spec.name));
+        let text = serde_json::to_string(&record)
+            .map_err(|error| Error::new(ErrorKind::Internal, "cannot encode the record of a machine").with_source(error))?;
+        let annotations = [(NAME, spec.name.clone()), (MACHINE, text)];
+        let owner = Some(context.ownership.owner());
+        let metadata = metadata(&name, labels, annotations, owner);
+        let machine = VirtualMachine::new(metadata.clone(), specification);
+        // The machine comes first, because its name decides whether this call creates anything.
+        match context.cluster.api::<VirtualMachine>().create(&PostParams::default(), &machine).await {
+            Ok(_) => {}
+            Err(error) if is_conflict(&error) => {
+                let message = format!("expected no machine {} in the lab, but there is one", spec.name);
+                return Err(Error::new(ErrorKind::Conflict, message).with_context("vm", &spec.name));
+            }
+            Err(error) => return Err(request_failed(error, &format!("create VM {}", spec.name))),
+        }
+        if let Some(data) = seed_data(spec) {
+            let data = serde_json::from_value(data).unwrap_or_default();
+            let mut metadata = metadata;
+            if let Some(annotations) = &mut metadata.annotations {
+                annotations.remove(MACHINE);
+            }
+            let secret = Secret { metadata, string_data: data, ..Secret::default() };
+            context.cluster.create(&secret, &format!("the seed of VM {}", spec.name)).await?;
+        }
+        let machine = KubevirtMachine::new(context, record);
+        self.machines.lock().await.push(Arc::clone(&machine));
+        Ok(machine)
+    }
+
+    async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
+        self.check_opened("publish a module")?;
+        let captured = self.context.captured().clone();
+        for (machine, disk) in draft.machines.iter().flat_map(|machine| machine.disks.iter().map(move |disk| (machine, disk))) {
+            if captured.get(&disk.file).is_none_or(|known| known.content != disk.content) {
+                let message = format!("expected disk {} of VM {} to have been captured, but it was not", disk.name, machine.name);
+                return Err(Error::new(ErrorKind::InvalidInput, message));
+            }
+        }
+        let module = modules::publish(&self.context, draft).await?;
+        let used: BTreeSet<&str> = module.files().map(|(file, _)| file).collect();
+        self.context.captured().retain(|file, _| !used.contains(file.as_str()));
+        Ok(module)
+    }
+
+    async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
+        let machines = self.machines.lock().await;
+        Ok(machines.iter().map(|machine| Arc::clone(machine) as Arc<dyn Machine>).collect())
+    }
+
+    async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
+        self.context.check_open()?;
+        if !self.context.ownership.lifetime().keepable {
+            let message = format!("lab {} ends with its owner, since it was not opened to be kept", self.context.id);
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        self.context.ownership.keep(expires).await?;
+        Ok(Vec::new())
+    }
+
+    async fn store_file(&self, name: &str, content: &[u8]) -> Result<Option<PathBuf>> {
+        check_lab_file(name, content)?;
+        self.context.check_open()?;
+        let context = &self.context;
+        let secret = files_name(&context.id);
+        let data = json!({name: k8s_openapi::ByteString(content.to_owned())});
+        let what = "a file of the lab";
+        let labels = lab_labels(Kind::File, &context.id, &context.name);
+        let metadata = metadata(&secret, labels, [], Some(context.ownership.owner()));
+        let new = Secret { metadata, data: serde_json::from_value(data.clone()).unwrap_or_default(), ..Secret::default() };
+        match context.cluster.api::<Secret>().create(&PostParams::default(), &new).await {
+            Ok(_) => {}
+            Err(error) if is_conflict(&error) => {
+                context.cluster.patch::<Secret>(&secret, &json!({"data": data}), what).await?;
+            }
+            Err(error) => return Err(request_failed(error, "store a file of the lab")),
+        }
+        Ok(None)
+    }
+
+    async fn ownership_lost(&self) -> Error {
+        let reason = self.context.ownership.lost().await;
+        let message = format!("this process has lost lab {}: {reason}", self.context.id);
+        Error::new(ErrorKind::Conflict, message).with_help("check that the cluster can be reached from here, and build again")
+    }
+
+    async fn destroy(&self) -> Result<()> {
+        self.context.destroyed.store(true, Ordering::Release);
+        for machine in self.machines.lock().await.iter() {
+            machine.lab_destroyed();
+        }
+        remove(&self.context.cluster, &self.context.id).await?;
+        self.context.ownership.give_up().await
+    }
+}
+
+/// Returns the name of the Secret with the files of a lab.
+pub(crate) fn files_name(lab: &LabId) -> String {
+    object_name(&["files", lab.as_str()])
+}
+
+/// Removes the objects of a lab, except its lease, and waits until they are gone.
+pub(crate) async fn remove(cluster: &Cluster, lab: &LabId) -> Result<()> {
+    let selector = lab_selector(lab);
+    // Machines first: a volume stays as long as a machine uses it.
+    cluster.delete_all::<VirtualMachine>(&selector, "the machines of the lab").await?;
+    cluster.gone::<VirtualMachineInstance>(&selector, "the machines of the lab").await?;
+    cluster.delete_all::<DataVolume>(&selector, "the volumes of the lab").await?;
+    cluster.delete_all::<PersistentVolumeClaim>(&selector, "the volumes of the lab").await?;
+    cluster.delete_all::<Secret>(&selector, "the secrets of the lab").await
+}
+
+/// Removes a lab, whoever opened it.
+pub(crate) async fn remove_with_lease(cluster: &Cluster, lab: &LabId) -> Result<()> {
+    remove(cluster, lab).await?;
+    cluster.delete::<k8s_openapi::api::coordination::v1::Lease>(&lease::lease_name(lab), "the lease of the lab").await.map(drop)
+}
