@@ -185,3 +185,34 @@ fn missing(what: &str, error: &Error) -> HostFinding {
         None => finding,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde::Deserialize as _;
+
+    #[test]
+    fn the_documented_role_has_exactly_the_rights_that_are_checked() {
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/kubevirt-role.yaml")).unwrap();
+        let documents = serde_yaml::Deserializer::from_str(&text).map(|document| Value::deserialize(document).unwrap());
+        let role = documents.into_iter().find(|document| document["kind"] == "Role").unwrap();
+        let texts = |value: &Value| -> Vec<String> {
+            value.as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()
+        };
+        let documented: Vec<_> = role["rules"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|rule| (texts(&rule["apiGroups"]).concat(), texts(&rule["resources"]).concat(), texts(&rule["verbs"])))
+            .collect();
+        let checked: Vec<_> = RIGHTS
+            .iter()
+            .map(|(group, resource, verbs)| {
+                let verbs = verbs.iter().map(|&verb| verb.to_owned()).collect::<Vec<_>>();
+                ((*group).to_owned(), (*resource).to_owned(), verbs)
+            })
+            .collect();
+        assert_eq!(documented, checked);
+    }
+}
