@@ -46,7 +46,12 @@ pub(crate) struct DisplayHub {
 impl DisplayHub {
     /// Returns a display that is not connected yet.
     pub(crate) fn new(connect: Connect) -> Self {
-        Self { connect, session: Mutex::default(), last: std::sync::Mutex::default(), ended: CancellationToken::new() }
+        Self {
+            connect,
+            session: Mutex::default(),
+            last: std::sync::Mutex::default(),
+            ended: CancellationToken::new(),
+        }
     }
 
     /// Connects a viewer, which speaks RFB (RFC 6143) without authentication.
@@ -75,7 +80,8 @@ impl DisplayHub {
             let mut state = session.shared().state();
             let drawn = state.wait_for(|state| state.drawn || state.ended);
             if timeout(DRAW_LIMIT, drawn).await.is_err() {
-                let message = format!("expected the display to draw its screen within {} s", DRAW_LIMIT.as_secs());
+                let message =
+                    format!("expected the display to draw its screen within {} s", DRAW_LIMIT.as_secs());
                 return Err(Error::new(ErrorKind::TimedOut, message));
             }
         }
@@ -88,7 +94,10 @@ impl DisplayHub {
                 frame.to_png()
             }
             (Err(error), _) => Err(error),
-            (Ok(_), _) => Err(Error::new(ErrorKind::Protocol, "the connection to the display broke before its screen was drawn")),
+            (Ok(_), _) => Err(Error::new(
+                ErrorKind::Protocol,
+                "the connection to the display broke before its screen was drawn",
+            )),
         }
     }
 

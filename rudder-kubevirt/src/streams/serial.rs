@@ -99,7 +99,8 @@ impl SerialHub {
         match timeout(CONNECT_LIMIT, settled).await.map(|settled| settled.map(|link| link.clone())) {
             Ok(Ok(Link::Open)) => Ok(Box::new(self.shared.attach())),
             Ok(Ok(Link::Over(Some(error)))) => {
-                let lost = Error::new(ErrorKind::GuestUnreachable, "the connection to the serial console was lost");
+                let lost =
+                    Error::new(ErrorKind::GuestUnreachable, "the connection to the serial console was lost");
                 Err(lost.with_source(error))
             }
             Ok(Ok(Link::Over(None))) | Ok(Err(_)) => {
@@ -107,7 +108,8 @@ impl SerialHub {
             }
             Ok(Ok(Link::Opening)) | Err(_) => {
                 let limit = CONNECT_LIMIT.as_secs();
-                let message = format!("expected a connection to the serial console within {limit} s, but found none");
+                let message =
+                    format!("expected a connection to the serial console within {limit} s, but found none");
                 Err(Error::new(ErrorKind::GuestUnreachable, message))
             }
         }

@@ -141,9 +141,9 @@ fn check_upgrade(headers: &HeaderMap, key: &str) -> Result<(), OpenError> {
     }
     // A proxy may leave the subprotocol out; another one has another framing.
     match headers.get(header::SEC_WEBSOCKET_PROTOCOL) {
-        Some(found) if found.as_bytes() != PROTOCOL.as_bytes() => Err(OpenError::NotAStream(format!(
-            "expected the subprotocol {PROTOCOL:?}, but found {found:?}"
-        ))),
+        Some(found) if found.as_bytes() != PROTOCOL.as_bytes() => {
+            Err(OpenError::NotAStream(format!("expected the subprotocol {PROTOCOL:?}, but found {found:?}")))
+        }
         _ => Ok(()),
     }
 }

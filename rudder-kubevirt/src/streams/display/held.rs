@@ -33,7 +33,9 @@ impl Held {
     pub(super) fn releases(self) -> Vec<Input> {
         let released = |input| match input {
             Input::Key { keysym, .. } => Input::Key { down: false, keysym },
-            Input::ExtendedKey { keysym, scancode, .. } => Input::ExtendedKey { down: false, keysym, scancode },
+            Input::ExtendedKey { keysym, scancode, .. } => {
+                Input::ExtendedKey { down: false, keysym, scancode }
+            }
             pointer @ Input::Pointer { .. } => pointer,
         };
         let pointer = self.pointer.map(|(x, y)| Input::Pointer { buttons: 0, x, y });
@@ -62,7 +64,8 @@ mod tests {
         ] {
             held.note(input);
         }
-        let released = [extended(false, 0xffe3, 0x1d), key(false, 0x62), Input::Pointer { buttons: 0, x: 7, y: 8 }];
+        let released =
+            [extended(false, 0xffe3, 0x1d), key(false, 0x62), Input::Pointer { buttons: 0, x: 7, y: 8 }];
         assert_eq!(held.releases(), released);
 
         let mut held = Held::default();

@@ -26,7 +26,8 @@ impl PixelFormat {
     /// # Errors
     /// `InvalidData` when it is invalid or has a colour map.
     pub(super) fn parse(bytes: [u8; 16]) -> io::Result<Self> {
-        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "expected true colours of 8, 16 or 32 bits");
+        let invalid =
+            || io::Error::new(io::ErrorKind::InvalidData, "expected true colours of 8, 16 or 32 bits");
         let [bits, depth, big_endian, true_colour, ..] = bytes;
         let max = [4, 6, 8].map(|at| u16::from_be_bytes([bytes[at], bytes[at + 1]]));
         let shift = [bytes[10], bytes[11], bytes[12]];
@@ -84,7 +85,8 @@ impl PixelFormat {
         let mut order = [0; 3];
         for (place, entry) in order.iter_mut().enumerate() {
             let place = if self.big_endian { 2 - place } else { place };
-            *entry = self.shift.iter().position(|shift| usize::from(*shift) == usize::from(lowest) + 8 * place)?;
+            *entry =
+                self.shift.iter().position(|shift| usize::from(*shift) == usize::from(lowest) + 8 * place)?;
         }
         [0, 8].contains(&lowest).then_some(order)
     }
@@ -107,7 +109,12 @@ pub(super) struct Encoder {
 
 impl Encoder {
     /// Returns pixels as the encoding and the data of a rectangle, compressed if the viewer wants that and its format allows it.
-    pub(super) fn encode(&mut self, pixels: &Framebuffer, format: PixelFormat, compress: bool) -> (i32, Vec<u8>) {
+    pub(super) fn encode(
+        &mut self,
+        pixels: &Framebuffer,
+        format: PixelFormat,
+        compress: bool,
+    ) -> (i32, Vec<u8>) {
         let size = (pixels.width(), pixels.height());
         match format.compressed_order().filter(|_| compress) {
             Some(order) => (encoding::ZRLE, self.zrle.encode(&ordered(pixels, order), (0, 0), size)),

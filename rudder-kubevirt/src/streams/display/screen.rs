@@ -150,8 +150,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn area() -> impl Strategy<Value = Area> {
-        (0..200usize, 0..200usize, 0..200usize, 0..200usize)
-            .prop_map(|(x, y, width, height)| Area { x, y, width, height })
+        (0..200usize, 0..200usize, 0..200usize, 0..200usize).prop_map(|(x, y, width, height)| Area {
+            x,
+            y,
+            width,
+            height,
+        })
     }
 
     fn covers(area: Area, (x, y): (usize, usize)) -> bool {

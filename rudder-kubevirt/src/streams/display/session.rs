@@ -101,10 +101,8 @@ impl Session {
     /// Those of `connect`; `Protocol` when the other side is no RFB server; `TimedOut` when it does not answer.
     pub(super) async fn open(connect: Connect, ended: CancellationToken) -> Result<Arc<Self>> {
         let (stream, size) = dial(&connect).await?;
-        let shared = Arc::new(Shared {
-            screen: Mutex::new(Screen::new(size)),
-            state: watch::Sender::default(),
-        });
+        let shared =
+            Arc::new(Shared { screen: Mutex::new(Screen::new(size)), state: watch::Sender::default() });
         let (input, inputs) = mpsc::channel(INPUTS);
         let unused = CancellationToken::new();
         let guard = unused.clone().drop_guard();
@@ -228,7 +226,8 @@ async fn read(
     let mut stream = BufReader::with_capacity(64 << 10, stream);
     // After a reconnection, what is shown stays until it is drawn again.
     let shown = shared.screen().frame().clone();
-    let mut frame = if (shown.width(), shown.height()) == size { shown } else { Framebuffer::new(size.0, size.1) };
+    let mut frame =
+        if (shown.width(), shown.height()) == size { shown } else { Framebuffer::new(size.0, size.1) };
     let mut zrle = rfb::ZrleDecoder::default();
     let mut whole = false;
     loop {

@@ -347,7 +347,8 @@ async fn every_version_of_viewers_is_let_in() {
         stream.write_all(&[version, said].concat()).await.unwrap();
         let mut heard = vec![0; 12 + answer.len() + 24 + 6];
         stream.read_exact(&mut heard).await.unwrap();
-        let init = [&[0, 200, 0, 150], PixelFormat::DEFAULT.to_bytes().as_slice(), b"\0\0\0\x06rudder"].concat();
+        let init =
+            [&[0, 200, 0, 150], PixelFormat::DEFAULT.to_bytes().as_slice(), b"\0\0\0\x06rudder"].concat();
         assert_eq!(heard, [b"RFB 003.008\n", answer, &init].concat());
     }
     for bad in [b"GET / HTTP/1".as_slice(), b"RFB 003.008\n\x02", b"RFB 003.008\n\x01\x01\x63"] {
@@ -365,7 +366,12 @@ proptest! {
     #[test]
     fn viewers_converge(
         steps in prop::collection::vec(
-            ((any::<prop::sample::Index>(), any::<prop::sample::Index>()), (1..90usize, 1..90usize), any::<[u8; 3]>(), any::<[bool; 2]>()),
+            (
+                any::<[prop::sample::Index; 2]>(),
+                (1..90usize, 1..90usize),
+                any::<[u8; 3]>(),
+                any::<[bool; 2]>(),
+            ),
             1..12,
         ),
     ) {
@@ -377,7 +383,7 @@ proptest! {
             let mut viewers = [one, Viewer::open(&hub).await.unwrap()];
             viewers[0].set_up(Raw).await;
             viewers[1].set_up(Compressed).await;
-            for ((x, y), (width, height), colour, asks) in steps {
+            for ([x, y], (width, height), colour, asks) in steps {
                 let (x, y) = (x.index(SIZE.0), y.index(SIZE.1));
                 let area = Area { x, y, width, height }.intersection(Area::of_size(SIZE));
                 for y in area.y..area.y + area.height {

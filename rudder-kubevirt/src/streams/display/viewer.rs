@@ -1,7 +1,7 @@
 //! The RFB server (RFC 6143) that one viewer talks to.
 //!
-//! A viewer that reads slowly is sent fewer updates, each with the latest pixels, and holds up nobody else. Keys and buttons that it
-//! holds are released when it leaves.
+//! A viewer that reads slowly is sent fewer updates, each with the latest pixels, and holds up nobody else. Keys and buttons that
+//! it holds are released when it leaves.
 
 use super::{
     held::Held,
@@ -77,7 +77,8 @@ async fn handshake(
         // Other versions mean 3.3 (7.1.1).
         version if version.starts_with(b"RFB 003.") => stream.write_u32(1).await?,
         other => {
-            let message = format!("expected the version of a viewer, but found {:?}", other.escape_ascii().to_string());
+            let message =
+                format!("expected the version of a viewer, but found {:?}", other.escape_ascii().to_string());
             return Err(io::Error::new(io::ErrorKind::InvalidData, message));
         }
     }
@@ -243,7 +244,9 @@ impl Sent {
         }
         // An area that is sent as a whole is not sent a second time.
         let whole = wish.whole.map(|area| area.intersection(Area::of_size(self.size)));
-        update.areas.extend(changed.into_iter().filter(|area| whole.is_none_or(|whole| area.intersection(whole) != *area)));
+        update.areas.extend(
+            changed.into_iter().filter(|area| whole.is_none_or(|whole| area.intersection(whole) != *area)),
+        );
         (update.extended_keys || !update.areas.is_empty()).then_some(update)
     }
 
@@ -262,7 +265,8 @@ impl Sent {
         let (columns, rows) = grid(self.size);
         let mut areas = Vec::new();
         for row in 0..rows {
-            let is_new = |column: &usize| screen.tile_change((*column, row)) > self.tiles[row * columns + column];
+            let is_new =
+                |column: &usize| screen.tile_change((*column, row)) > self.tiles[row * columns + column];
             let tiles: Vec<_> = (0..columns).collect();
             for run in tiles.chunk_by(|one, two| is_new(one) == is_new(two)).filter(|run| is_new(&run[0])) {
                 areas.push(self.merge(run.iter().map(|column| (*column, row)), area));
@@ -285,7 +289,8 @@ impl Sent {
         shared: &Shared,
         update: &Update,
     ) -> io::Result<()> {
-        let count = update.areas.len() + usize::from(update.extended_keys) + usize::from(update.resized.is_some());
+        let count =
+            update.areas.len() + usize::from(update.extended_keys) + usize::from(update.resized.is_some());
         writer.write_all(&[[0, 0], short(count)].concat()).await?;
         if update.extended_keys {
             self.extended_keys = true;

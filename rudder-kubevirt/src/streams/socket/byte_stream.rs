@@ -30,7 +30,10 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf, WriteHalf},
+    io::{
+        AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf,
+        WriteHalf,
+    },
     sync::watch,
     time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until},
 };
@@ -322,7 +325,9 @@ impl Waiting {
 /// Returns what a close of the server means: the end, or an error that says why.
 fn close_reason(frame: Option<CloseFrame>) -> Result<(), Failure> {
     match frame {
-        Some(CloseFrame { code, reason }) if !matches!(code, CloseCode::Normal | CloseCode::Away | CloseCode::Status) => {
+        Some(CloseFrame { code, reason })
+            if !matches!(code, CloseCode::Normal | CloseCode::Away | CloseCode::Status) =>
+        {
             let message = format!("the server closed the web socket with code {code}: {reason}");
             Err(Failure(io::ErrorKind::ConnectionAborted, message))
         }
@@ -338,7 +343,9 @@ fn end_reason(error: WsError) -> Result<(), Failure> {
         | WsError::AlreadyClosed
         | WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => Ok(()),
         WsError::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
-        WsError::Io(error) => Err(Failure(error.kind(), format!("the connection to the cluster broke: {error}"))),
+        WsError::Io(error) => {
+            Err(Failure(error.kind(), format!("the connection to the cluster broke: {error}")))
+        }
         error => Err(Failure(io::ErrorKind::InvalidData, format!("the web socket is invalid: {error}"))),
     }
 }

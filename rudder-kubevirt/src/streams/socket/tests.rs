@@ -98,15 +98,45 @@ async fn a_refusal_says_what_it_means() {
     use ErrorKind::{Conflict, GuestUnreachable, HostMissing};
     use Refusal::{NotRunning, Permanent, Unreachable};
     let cases = [
-        ("500 Internal Server Error", status(500, "InternalError", dialling), Unreachable, GuestUnreachable, "connection refused"),
-        ("503 Service Unavailable", "no endpoints\n".to_owned(), Unreachable, GuestUnreachable, "no endpoints"),
+        (
+            "500 Internal Server Error",
+            status(500, "InternalError", dialling),
+            Unreachable,
+            GuestUnreachable,
+            "connection refused",
+        ),
+        (
+            "503 Service Unavailable",
+            "no endpoints\n".to_owned(),
+            Unreachable,
+            GuestUnreachable,
+            "no endpoints",
+        ),
         ("409 Conflict", status(409, "Conflict", paused), NotRunning, Conflict, "paused"),
         ("404 Not Found", status(404, "NotFound", absent), NotRunning, Conflict, absent),
         ("404 Not Found", status(404, "NotFound", missing), Permanent, HostMissing, "KubeVirt"),
-        ("400 Bad Request", status(400, "BadRequest", "VMI is not running"), NotRunning, Conflict, "not running"),
-        ("400 Bad Request", status(400, "BadRequest", "no network interfaces are present"), Unreachable, GuestUnreachable, "interfaces"),
+        (
+            "400 Bad Request",
+            status(400, "BadRequest", "VMI is not running"),
+            NotRunning,
+            Conflict,
+            "not running",
+        ),
+        (
+            "400 Bad Request",
+            status(400, "BadRequest", "no network interfaces are present"),
+            Unreachable,
+            GuestUnreachable,
+            "interfaces",
+        ),
         ("403 Forbidden", status(403, "Forbidden", forbidden), Permanent, HostMissing, rule),
-        ("401 Unauthorized", status(401, "Unauthorized", "Unauthorized"), Permanent, HostMissing, "log in again"),
+        (
+            "401 Unauthorized",
+            status(401, "Unauthorized", "Unauthorized"),
+            Permanent,
+            HostMissing,
+            "log in again",
+        ),
         ("502 Bad Gateway", String::new(), Unreachable, GuestUnreachable, "502"),
     ];
     for (code, body, refusal, kind, text) in cases {
@@ -132,7 +162,10 @@ async fn an_answer_that_is_no_web_socket_is_refused() {
     let error = opened(&format!("{upgrade}\r\n")).await.unwrap_err();
     assert!(matches!(&error, OpenError::NotAStream(found) if found.contains("accept key")), "{error:?}");
     let error = opened(&format!("{upgrade}Sec-WebSocket-Accept: x\r\n\r\n")).await.unwrap_err();
-    assert_eq!((error.refusal(), error.into_error("dial").kind()), (Refusal::Unreachable, ErrorKind::Protocol));
+    assert_eq!(
+        (error.refusal(), error.into_error("dial").kind()),
+        (Refusal::Unreachable, ErrorKind::Protocol)
+    );
 
     let mut headers = HeaderMap::new();
     let accept = handshake::derive_accept_key(b"key");

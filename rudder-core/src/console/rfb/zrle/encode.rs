@@ -41,12 +41,7 @@ impl Encoder {
     /// # Panics
     /// When the rectangle, of this position and size in pixels, is not inside of the frame.
     #[must_use]
-    pub fn encode(
-        &mut self,
-        frame: &Framebuffer,
-        position: (usize, usize),
-        size: (usize, usize),
-    ) -> Vec<u8> {
+    pub fn encode(&mut self, frame: &Framebuffer, position: (usize, usize), size: (usize, usize)) -> Vec<u8> {
         self.encode_as(frame, position, size, |pixels, width| {
             let forms = Form::ALL.into_iter().filter_map(|form| tile(pixels, width, form));
             forms.min_by_key(Vec::len).unwrap_or_default()

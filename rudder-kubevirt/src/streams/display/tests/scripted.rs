@@ -176,7 +176,11 @@ impl Viewer {
 }
 
 /// Connects a viewer, which opens the session, and shows it a screen.
-pub(super) async fn first(hub: &DisplayHub, display: &mut Display, frame: &Framebuffer) -> (Viewer, Connection) {
+pub(super) async fn first(
+    hub: &DisplayHub,
+    display: &mut Display,
+    frame: &Framebuffer,
+) -> (Viewer, Connection) {
     let size = (frame.width() as u16, frame.height() as u16);
     let (viewer, mut connection) = tokio::join!(Viewer::open(hub), display.accept(size));
     connection.show(frame).await;

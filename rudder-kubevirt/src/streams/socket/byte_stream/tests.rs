@@ -35,7 +35,9 @@ async fn received(server: &mut Server) -> Option<Message> {
 async fn send_in_frames(server: &mut Server, bytes: &[u8], size: usize) {
     let count = bytes.len().div_ceil(size).max(1);
     for number in 0..count {
-        let piece = Bytes::copy_from_slice(&bytes[(number * size).min(bytes.len())..((number + 1) * size).min(bytes.len())]);
+        let piece = Bytes::copy_from_slice(
+            &bytes[(number * size).min(bytes.len())..((number + 1) * size).min(bytes.len())],
+        );
         let kind = if number == 0 { Data::Binary } else { Data::Continue };
         let frame = Frame::message(piece, OpCode::Data(kind), number + 1 == count);
         server.send(Message::Frame(frame)).await.unwrap();
@@ -110,7 +112,9 @@ proptest! {
 #[tokio::test(start_paused = true)]
 async fn only_binary_messages_are_data() {
     let (mut stream, mut server) = pair().await;
-    for message in [Message::text("no"), Message::binary(Bytes::new()), Message::Ping(Bytes::from_static(b"keep alive"))] {
+    for message in
+        [Message::text("no"), Message::binary(Bytes::new()), Message::Ping(Bytes::from_static(b"keep alive"))]
+    {
         server.send(message).await.unwrap();
     }
     send_in_frames(&mut server, b"yes", 2).await;
@@ -164,7 +168,10 @@ async fn a_reader_that_pauses_delays_no_write_of_the_server_for_a_minute() {
     // Long after the limit: what waits in memory stays bounded.
     sleep(Duration::from_secs(6 * 60 * 60)).await;
     let taken = sent.load(std::sync::atomic::Ordering::Relaxed) * MESSAGE;
-    assert!((STALLED_LIMIT / 2..STALLED_LIMIT + BUFFER + CONNECTION + 2 * MESSAGE).contains(&taken), "{taken}");
+    assert!(
+        (STALLED_LIMIT / 2..STALLED_LIMIT + BUFFER + CONNECTION + 2 * MESSAGE).contains(&taken),
+        "{taken}"
+    );
     // A reader that goes on finds everything, and the server goes on.
     let mut rest = taken + (1 << 20);
     let mut piece = vec![0; 1 << 16];
