@@ -24,6 +24,7 @@
 //! Texts and states follow KubeVirt's and CDI's documentation and API, as far as clients depend on them. That a client works with
 //! the double says that it uses the API as written down here; only a real cluster proves that it works with KubeVirt.
 
+mod answers;
 mod claims;
 mod conditions;
 mod control;
@@ -131,7 +132,13 @@ impl Double {
 
     /// Ends all faults that last until then, and forgets those that have not happened yet.
     pub fn relieve(&self) {
-        self.shared.faults.relieve();
+        self.shared.faults.relieve(|_| true);
+        self.shared.retry_all();
+    }
+
+    /// Does the same with the faults that were ordered [in one namespace](Self::order_in).
+    pub fn relieve_in(&self, namespace: &str) {
+        self.shared.faults.relieve(|scope| scope == Some(namespace));
         self.shared.retry_all();
     }
 

@@ -1,18 +1,13 @@
-//! Watches PersistentVolumeClaims: forgets the volumes of those that are gone, and lets go of deleted ones that no machine uses.
+//! Watches PersistentVolumeClaims: forgets the volumes of those that are gone, and tells the DataVolumes of those that changed.
+//! Claims in use are protected by Kubernetes itself: the pods of instances list them.
 
 use super::{
     objects::{self, Key, uid},
-    shared::{Shared, failed},
-    texts::CLAIM_FINALIZER,
+    shared::Shared,
 };
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
-use kube::{
-    Resource as _,
-    api::{Patch, PatchParams},
-    runtime::{controller::Action, reflector::ObjectRef, watcher::Event},
-};
+use kube::runtime::{controller::Action, reflector::ObjectRef, watcher::Event};
 use rudder_core::Result;
-use serde_json::json;
 use std::sync::Arc;
 
 pub(super) fn noticed(shared: &Shared, event: &Event<PersistentVolumeClaim>) {
@@ -32,23 +27,7 @@ pub(super) fn noticed(shared: &Shared, event: &Event<PersistentVolumeClaim>) {
     }
 }
 
-/// Removes the finalizer of a deleted claim that nothing uses, as the controller for the protection of claims does. The pods of the
-/// double have no node, so that this controller might not count them.
-pub(super) async fn reconcile(claim: Arc<PersistentVolumeClaim>, shared: Arc<Shared>) -> Result<Action> {
-    let finalizers = claim.meta().finalizers.clone().unwrap_or_default();
-    let protected = finalizers.iter().any(|finalizer| finalizer == CLAIM_FINALIZER);
-    let key = Key::of(&*claim);
-    let in_use = shared.volumes.get(&key).is_some_and(|volume| volume.user().is_some());
-    if !objects::is_deleted(&*claim) || !protected || in_use {
-        return Ok(Action::await_change());
-    }
-    let left: Vec<_> = finalizers.into_iter().filter(|finalizer| finalizer != CLAIM_FINALIZER).collect();
-    let patch = json!({"metadata": {"finalizers": left, "resourceVersion": claim.meta().resource_version}});
-    let api = shared.claims_in(&key.namespace);
-    match api.patch_metadata(&key.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
-        Err(error) if super::shared::code(&error) != Some(404) => {
-            Err(failed("release a claim")(error))
-        }
-        _ => Ok(Action::await_change()),
-    }
+/// Does nothing: the controllers of DataVolumes and instances write to claims.
+pub(super) async fn reconcile(_: Arc<PersistentVolumeClaim>, _: Arc<Shared>) -> Result<Action> {
+    Ok(Action::await_change())
 }

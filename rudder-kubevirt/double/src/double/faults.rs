@@ -82,9 +82,9 @@ impl Faults {
         }
     }
 
-    /// Removes all faults.
-    pub(super) fn relieve(&self) {
-        self.orders().clear();
+    /// Removes the faults whose namespaces `which` selects.
+    pub(super) fn relieve(&self, which: impl Fn(Option<&str>) -> bool) {
+        self.orders().retain(|(scope, _)| !which(scope.as_deref()));
         self.relieved.send_replace(());
     }
 }

@@ -3,7 +3,7 @@
 use super::{objects::Key, shared::Shared, volumes::StoredVolume};
 use rudder_core::backend::{Exit, Machine, Stop};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -17,6 +17,8 @@ use tokio_util::sync::CancellationToken;
 pub(super) struct Runs {
     by_uid: Mutex<HashMap<String, Arc<Run>>>,
     definitions: Mutex<HashMap<String, Definition>>,
+    /// Instances that wait for the content of a claim.
+    waiting: Mutex<HashSet<Key>>,
 }
 
 /// A machine that was defined on the node, and for what.
@@ -61,6 +63,16 @@ impl Runs {
 
     pub(super) fn define(&self, owner: &str, definition: Definition) {
         self.definitions().insert(owner.to_owned(), definition);
+    }
+
+    /// Returns whether an instance begins to wait for the content of a claim.
+    pub(super) fn waits(&self, instance: &Key) -> bool {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(instance.clone())
+    }
+
+    /// Records that an instance waits no more.
+    pub(super) fn waited(&self, instance: &Key) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(instance);
     }
 
     /// Forgets the machine of an owner that does not exist any more. The node keeps it until its lab is destroyed.
@@ -122,7 +134,6 @@ impl Run {
         self.ended.cancel();
         for volume in &self.volumes {
             volume.released_by(&self.pod);
-            shared.claims.retry(volume.claim.clone());
         }
         shared.instances.retry(self.key.clone());
     }

@@ -150,7 +150,6 @@ impl Shared {
     /// Reconciles everything again.
     pub(super) fn retry_all(&self) {
         self.data_volumes.retry_all();
-        self.claims.retry_all();
         self.machines.retry_all();
         self.instances.retry_all();
     }

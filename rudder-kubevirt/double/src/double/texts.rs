@@ -9,8 +9,6 @@ pub(super) const NODE: &str = "double";
 pub(super) const INSTANCE_FINALIZER: &str = "foregroundDeleteVirtualMachine";
 /// The finalizer of a VirtualMachine whose instance may exist.
 pub(super) const MACHINE_FINALIZER: &str = "kubevirt.io/virtualMachineControllerFinalize";
-/// The finalizer that protects a claim in use (Kubernetes documentation, "Storage Object in Use Protection").
-pub(super) const CLAIM_FINALIZER: &str = "kubernetes.io/pvc-protection";
 /// The label of the claim with the TPM and firmware state of a VirtualMachine; its value is the name of that machine.
 pub(super) const STATE_LABEL: &str = "persistent-state-for";
 
