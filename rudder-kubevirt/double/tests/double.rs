@@ -105,7 +105,8 @@ impl Tester {
         name: &str,
         is_wanted: impl Fn(&Value) -> bool + Send + 'static,
     ) -> Value {
-        let wanted = move |object: Option<&DynamicObject>| object.is_some_and(|object| is_wanted(&object.data));
+        let wanted =
+            move |object: Option<&DynamicObject>| object.is_some_and(|object| is_wanted(&object.data));
         let waiting = timeout(LIMIT, await_condition(self.dynamic(kind), name, wanted)).await;
         if let Ok(object) = waiting {
             return object.unwrap().unwrap().data;
@@ -126,8 +127,7 @@ impl Tester {
 
     /// Creates a DataVolume of 3 GiB.
     async fn create_volume(&self, name: &str, source: Value) {
-        let claim =
-            json!({"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "3Gi"}}});
+        let claim = json!({"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "3Gi"}}});
         self.create(&volumes(), name, json!({"source": source, "pvc": claim})).await;
     }
 
@@ -151,9 +151,18 @@ impl Tester {
     }
 
     async fn put(&self, name: &str, verb: &str, body: Value) -> Result<(), kube::Error> {
-        let request = Request::put(self.path("virtualmachines", name, verb));
-        let request = request.header(header::CONTENT_TYPE, "application/json");
-        self.client.request_text(request.body(body.to_string().into_bytes()).unwrap()).await.map(drop)
+        loop {
+            let request = Request::put(self.path("virtualmachines", name, verb));
+            let request = request.header(header::CONTENT_TYPE, "application/json");
+            let request = request.body(body.to_string().into_bytes()).unwrap();
+            match self.client.request_text(request).await {
+                // The API server has restarted, and does not know yet that the double answers.
+                Err(kube::Error::Api(status)) if status.code == 503 => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                answer => return answer.map(drop),
+            }
+        }
     }
 
     /// Starts a machine.
@@ -192,7 +201,8 @@ impl Tester {
         let events: Api<Event> = self.api();
         for _ in 0..200 {
             let list = events.list(&ListParams::default()).await.unwrap();
-            if let Some(event) = list.items.into_iter().find(|event| event.reason.as_deref() == Some(reason)) {
+            if let Some(event) = list.items.into_iter().find(|event| event.reason.as_deref() == Some(reason))
+            {
                 return event.message.unwrap();
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -423,7 +433,9 @@ async fn quotas_hold_up_volumes_and_machines(test: Tester) {
     let instance = test
         .wait(&instances(), "idle", |instance| has_condition(instance, "Synchronized", "FailedCreate"))
         .await;
-    assert!(condition(&instance, "Synchronized")["message"].as_str().unwrap().contains("exceeded quota: small"));
+    assert!(
+        condition(&instance, "Synchronized")["message"].as_str().unwrap().contains("exceeded quota: small")
+    );
 }
 
 async fn a_lost_node_fails_its_machines(test: Tester, double: &Double) {

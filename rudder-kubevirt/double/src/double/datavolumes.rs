@@ -17,7 +17,7 @@ use kube::{
 };
 use rudder_core::{Error, ErrorKind, Result};
 use serde_json::{Value, from_value, json};
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 /// Time until a claim is requested again that a quota did not allow.
 const QUOTA_RETRY: Duration = Duration::from_secs(3);
@@ -37,6 +37,12 @@ pub(super) fn noticed(shared: &Shared, event: &Event<DynamicObject>) {
         Event::Apply(object) | Event::InitApply(object) if is_deleted(object) => {
             shared.imports.cancel(uid(object));
         }
+        // Deletions may have been missed before the list was made.
+        Event::InitDone => {
+            let known = shared.data_volumes.known.state();
+            let uids: HashSet<&str> = known.iter().map(|object| uid(&**object)).collect();
+            shared.imports.retain(|of| uids.contains(of));
+        }
         _ => {}
     }
 }
@@ -47,6 +53,9 @@ pub(super) async fn reconcile(object: Arc<DynamicObject>, shared: Arc<Shared>) -
         return wait;
     }
     let (key, uid) = (Key::of(&*object), uid(&*object).to_owned());
+    if shared.imports.runs(&uid) {
+        return wait;
+    }
     let volume = DataVolume { spec: objects::read(&object, "/spec")?, object, key, uid };
     let Some(claim) = claim_of(&shared, &volume).await? else { return Ok(Action::requeue(QUOTA_RETRY)) };
     let Some(claim) = bound(&shared, &volume, claim).await? else { return wait };
@@ -161,7 +170,8 @@ pub(super) async fn bind(
 ) -> Result<Option<PersistentVolumeClaim>> {
     let spec = claim.spec.clone().unwrap_or_default();
     let capacity = spec.resources.and_then(|resources| resources.requests);
-    let status = json!({"status": {"phase": "Bound", "accessModes": spec.access_modes, "capacity": capacity}});
+    let status =
+        json!({"status": {"phase": "Bound", "accessModes": spec.access_modes, "capacity": capacity}});
     let key = Key::of(claim);
     let api = shared.claims_in(&key.namespace);
     let parameters = PatchParams::default();
@@ -178,12 +188,7 @@ pub(super) fn capacity(claim: &PersistentVolumeClaim) -> Result<u64> {
 }
 
 /// Writes that a DataVolume waits, for this reason. Publishes an event when the reason is new.
-pub(super) async fn pending(
-    shared: &Shared,
-    volume: &DataVolume,
-    reason: &str,
-    message: &str,
-) -> Result<()> {
+pub(super) async fn pending(shared: &Shared, volume: &DataVolume, reason: &str, message: &str) -> Result<()> {
     let mut conditions = Conditions::of(&volume.object);
     let known = conditions.get("Bound").is_some_and(|bound| bound["message"] == message);
     conditions.set("Bound", "False", reason, message);

@@ -75,6 +75,16 @@ impl Imports {
         });
     }
 
+    /// Returns whether an import runs.
+    pub(super) fn runs(&self, uid: &str) -> bool {
+        self.running().contains_key(uid)
+    }
+
+    /// Cancels the imports of DataVolumes that do not exist any more.
+    pub(super) fn retain(&self, exists: impl Fn(&str) -> bool) {
+        self.running().iter().filter(|(uid, _)| !exists(uid)).for_each(|(_, cancelled)| cancelled.cancel());
+    }
+
     /// Cancels an import, because its DataVolume was deleted.
     pub(super) fn cancel(&self, uid: &str) {
         if let Some(cancelled) = self.running().get(uid) {
@@ -123,7 +133,13 @@ struct Report<'a> {
 }
 
 impl Report<'_> {
-    async fn write(&mut self, phase: &str, progress: &str, running: (&str, &str, &str), ready: &str) -> Result<()> {
+    async fn write(
+        &mut self,
+        phase: &str,
+        progress: &str,
+        running: (&str, &str, &str),
+        ready: &str,
+    ) -> Result<()> {
         let name = &self.volume.key.name;
         self.conditions.set("Bound", "True", "Bound", &format!("PVC {name} Bound"));
         self.conditions.set("Running", running.0, running.1, running.2);
@@ -190,12 +206,7 @@ fn with_heartbeats(mut conditions: Value) -> Value {
 }
 
 /// Fills the claim of a DataVolume, and tries again as often as it fails.
-pub(super) async fn run(
-    shared: Arc<Shared>,
-    volume: DataVolume,
-    claim_uid: String,
-    size: u64,
-) -> Result<()> {
+pub(super) async fn run(shared: Arc<Shared>, volume: DataVolume, claim_uid: String, size: u64) -> Result<()> {
     let source = &volume.spec.source;
     let transfer = if source.pvc.is_some() { Transfer::Clone } else { Transfer::Import };
     let conditions = Conditions::of(&volume.object);
@@ -363,14 +374,14 @@ fn planned(http: &HttpSource) -> Result<PlannedUrl> {
     })?;
     let sha256 = match &http.checksum {
         None => None,
-        Some(checksum) => Some(checksum.strip_prefix("sha256:").and_then(|hex| hex.parse().ok()).ok_or_else(
-            || {
+        Some(checksum) => {
+            Some(checksum.strip_prefix("sha256:").and_then(|hex| hex.parse().ok()).ok_or_else(|| {
                 Error::new(
                     ErrorKind::InvalidInput,
                     format!("expected a checksum sha256:HEX, but found {checksum:?}"),
                 )
-            },
-        )?),
+            })?)
+        }
     };
     Ok(PlannedUrl::new(url).sha256(sha256))
 }

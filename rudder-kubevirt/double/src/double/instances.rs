@@ -46,12 +46,6 @@ pub(super) fn noticed(shared: &Shared, event: &Event<DynamicObject>) {
             if let Some(owner) = controller(instance, "VirtualMachine") {
                 shared.machines.retry(Key::new(Key::of(instance).namespace, owner));
             }
-            if matches!(event, Event::Delete(_)) {
-                shared.runs.forget(uid(instance));
-                if controller(instance, "VirtualMachine").is_none() {
-                    shared.runs.undefine(uid(instance));
-                }
-            }
         }
         // Deletions may have been missed before the list was made.
         Event::InitDone => shared.machines.retry_all(),
@@ -67,9 +61,12 @@ pub(super) async fn reconcile(instance: Arc<DynamicObject>, shared: Arc<Shared>)
         ("Succeeded" | "Failed", _) => {}
         (_, Some(run)) if run.exit.get().is_some() => finish(&shared, &instance, &run).await?,
         ("Running", Some(_)) => {}
+        // What is known of the instance may be older than its run, or the status could not be written.
+        (_, Some(run)) => write_running(&shared, &Key::of(&*instance), &run).await?,
         ("Running", None) => {
             let conditions = Conditions::of(&instance);
-            write_phase(&shared, &instance, "Failed", conditions, json!({"reason": "NodeUnresponsive"})).await?;
+            write_phase(&shared, &instance, "Failed", conditions, json!({"reason": "NodeUnresponsive"}))
+                .await?;
         }
         _ => return start(&shared, instance).await,
     }
@@ -241,18 +238,30 @@ async fn run(
         }
     };
     launchers::running(shared, pod, &run.address).await?;
-    for (reason, message) in [
-        ("Created", "VirtualMachineInstance defined."),
-        ("Started", "VirtualMachineInstance started."),
-    ] {
+    for (reason, message) in
+        [("Created", "VirtualMachineInstance defined."), ("Started", "VirtualMachineInstance started.")]
+    {
         let event = (Severity::Normal, reason, message);
         events::publish(shared, instance, &kind, Reporter::VirtHandler, event).await;
     }
+    write_running(shared, &run.key, &run).await?;
+    Ok(Action::await_change())
+}
+
+/// Writes that the machine of an instance runs, unless that was written before.
+async fn write_running(shared: &Shared, key: &Key, run: &Run) -> Result<()> {
+    let api = shared.api(&objects::instances(), &key.namespace);
+    let current = api.get_opt(&key.name).await.map_err(failed("read an instance"))?;
+    let Some(instance) = current.filter(|instance| uid(instance) == run.uid) else { return Ok(()) };
+    if matches!(phase(&instance), "Running" | "Succeeded" | "Failed") {
+        return Ok(());
+    }
+    let spec: InstanceSpec = objects::read(&instance, "/spec")?;
+    let mut conditions = Conditions::of(&instance);
     conditions.set("Ready", "True", "", "");
     conditions.set("Synchronized", "True", "", "");
-    let more = json!({"interfaces": interfaces(instance, spec, &run.address)});
-    write_phase(shared, &scheduled, "Running", conditions, more).await?;
-    Ok(Action::await_change())
+    let more = json!({"interfaces": interfaces(&instance, &spec, &run.address)});
+    write_phase(shared, &instance, "Running", conditions, more).await.map(drop)
 }
 
 /// Returns the interfaces for the status: the first has the address of the pod.
@@ -263,7 +272,8 @@ fn interfaces(instance: &DynamicObject, spec: &InstanceSpec, address: &str) -> V
         .map(|(index, interface)| {
             let derived = || derived_mac(&key, &interface.name).to_string();
             let mac = interface.mac_address.clone().unwrap_or_else(derived);
-            let mut value = json!({"name": interface.name, "mac": mac, "infoSource": "domain", "queueCount": 1});
+            let mut value =
+                json!({"name": interface.name, "mac": mac, "infoSource": "domain", "queueCount": 1});
             if index == 0 {
                 value["ipAddress"] = address.into();
                 value["ipAddresses"] = json!([address]);
@@ -337,8 +347,13 @@ async fn delete(shared: &Arc<Shared>, instance: &DynamicObject) -> Result<Action
         let api = shared.api(&objects::instances(), &key.namespace);
         let current = api.get_opt(&key.name).await.map_err(failed("read an instance"))?;
         if let Some(current) = current.filter(|current| uid(current) == uid(instance)) {
-            status::finalizers(&api, &current, |names| names.retain(|name| name != INSTANCE_FINALIZER)).await?;
+            status::finalizers(&api, &current, |names| names.retain(|name| name != INSTANCE_FINALIZER))
+                .await?;
         }
+    }
+    shared.runs.forget(uid(instance));
+    if controller(instance, "VirtualMachine").is_none() {
+        shared.runs.undefine(uid(instance));
     }
     Ok(Action::await_change())
 }

@@ -83,7 +83,9 @@ pub(super) async fn create(
     match api.create(&PostParams::default(), &pod).await {
         Ok(pod) => Ok(Created::Pod(Box::new(pod))),
         // Until a new namespace has its service account, pods are refused, and soon allowed.
-        Err(kube::Error::Api(refusal)) if refusal.code == 403 && !refusal.message.contains("service account") => {
+        Err(kube::Error::Api(refusal))
+            if refusal.code == 403 && !refusal.message.contains("service account") =>
+        {
             Ok(Created::Refused(refusal.message.clone()))
         }
         Err(error) => Err(failed("create a pod")(error)),
@@ -106,7 +108,8 @@ pub(super) async fn image_missing(shared: &Shared, pod: &Pod, message: &str) -> 
     let event = (Severity::Warning, "Failed", message);
     events::publish(shared, pod, &(), Reporter::Kubelet, event).await;
     let waiting = json!({"waiting": {"reason": "ErrImagePull", "message": message}});
-    write_status(shared, pod, json!({"phase": "Pending", "containerStatuses": [container(&waiting, false)]})).await
+    write_status(shared, pod, json!({"phase": "Pending", "containerStatuses": [container(&waiting, false)]}))
+        .await
 }
 
 /// Schedules a pod on the node.

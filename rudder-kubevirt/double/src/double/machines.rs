@@ -36,11 +36,8 @@ pub(super) enum StateAction {
     Stop,
 }
 
-pub(super) fn noticed(shared: &Shared, event: &Event<DynamicObject>) {
-    if let Event::Delete(machine) = event {
-        shared.runs.undefine(uid(machine));
-    }
-}
+/// Does nothing: all that changes with a machine is done when it is reconciled.
+pub(super) fn noticed(_: &Shared, _: &Event<DynamicObject>) {}
 
 /// Returns the run strategy of a VirtualMachine, also of one that only has the older field `running`.
 pub(super) fn strategy(machine: &DynamicObject) -> &str {
@@ -68,7 +65,9 @@ pub(super) async fn reconcile(machine: Arc<DynamicObject>, shared: Arc<Shared>) 
         match &instance {
             Some(instance) => delete(&shared, &machine, instance).await?,
             None if has_finalizer => {
-                status::finalizers(&api, &machine, |names| names.retain(|name| name != MACHINE_FINALIZER)).await?;
+                shared.runs.undefine(uid(&*machine));
+                status::finalizers(&api, &machine, |names| names.retain(|name| name != MACHINE_FINALIZER))
+                    .await?;
                 return Ok(Action::await_change());
             }
             None => return Ok(Action::await_change()),
@@ -108,6 +107,10 @@ async fn follow_requests(
 ) -> Result<()> {
     let requests: Vec<StateChange> = objects::read(machine, "/status/stateChangeRequests")?;
     let Some(first) = requests.first() else { return Ok(()) };
+    let namespace = Key::of(machine).namespace;
+    let is_ignored = |fault: &Fault| (*fault == Fault::StartIgnored).then_some(());
+    let ignored =
+        first.action == StateAction::Start && shared.faults.standing(&namespace, is_ignored).is_some();
     match (first.action, instance) {
         (StateAction::Stop, Some(instance))
             if first.uid.as_deref().is_none_or(|wanted| wanted == uid(instance)) =>
@@ -115,21 +118,16 @@ async fn follow_requests(
             // The request stays until the instance is gone.
             return delete(shared, machine, instance).await;
         }
-        (StateAction::Start, None) => {
-            let namespace = Key::of(machine).namespace;
-            let ignored = shared.faults.take(&namespace, |fault| (*fault == Fault::StartIgnored).then_some(()));
-            if ignored.is_none() {
-                create(shared, machine).await?;
-            }
-        }
+        (StateAction::Start, None) if !ignored => create(shared, machine).await?,
         _ => {}
     }
     // Requests that arrive meanwhile must not be lost: this version has exactly these.
-    let api = shared.api(&objects::virtual_machines(), &Key::of(machine).namespace);
-    requests::set_state_changes(&api, machine, &requests[1..])
-        .await
-        .map(drop)
-        .map_err(failed("complete a request"))
+    let api = shared.api(&objects::virtual_machines(), &namespace);
+    requests::set_state_changes(&api, machine, &requests[1..]).await.map_err(failed("complete a request"))?;
+    if ignored {
+        shared.faults.take(&namespace, is_ignored);
+    }
+    Ok(())
 }
 
 /// Creates the instance of a VirtualMachine from its template.
@@ -182,10 +180,8 @@ async fn delete(shared: &Shared, machine: &DynamicObject, instance: &DynamicObje
     let key = Key::of(instance);
     let api = shared.api(&objects::instances(), &key.namespace);
     let mut parameters = DeleteParams::default();
-    parameters.preconditions = Some(kube::api::Preconditions {
-        uid: instance.metadata.uid.clone(),
-        resource_version: None,
-    });
+    parameters.preconditions =
+        Some(kube::api::Preconditions { uid: instance.metadata.uid.clone(), resource_version: None });
     match api.delete(&key.name, &parameters).await {
         Err(error) if !matches!(code(&error), Some(404 | 409)) => {
             return Err(failed("delete an instance")(error));
@@ -212,7 +208,8 @@ async fn create_data_volumes(shared: &Shared, machine: &DynamicObject) -> Result
         }
         let mut volume = DynamicObject::new(name, &kind).within(&key.namespace);
         volume.metadata.labels = serde_json::from_value(template["metadata"]["labels"].clone()).ok();
-        volume.metadata.annotations = serde_json::from_value(template["metadata"]["annotations"].clone()).ok();
+        volume.metadata.annotations =
+            serde_json::from_value(template["metadata"]["annotations"].clone()).ok();
         volume.metadata.owner_references =
             machine.controller_owner_ref(&objects::virtual_machines()).map(|owner| vec![owner]);
         volume.data = json!({"spec": template["spec"]});

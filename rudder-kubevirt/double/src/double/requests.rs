@@ -148,8 +148,9 @@ async fn stop(
     if let (Some(instance), Some(seconds)) = (running, options.grace_period) {
         let patch = json!({"spec": {"terminationGracePeriodSeconds": seconds}});
         let name = Key::of(instance).name;
-        let patched =
-            status::persist(|| async { instances.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await });
+        let patched = status::persist(|| async {
+            instances.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await
+        });
         patched.await.map_err(Refusal::internal)?;
     }
     Ok(match (strategy(machine), running) {

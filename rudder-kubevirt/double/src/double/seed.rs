@@ -61,12 +61,7 @@ pub(super) async fn seed(
 }
 
 /// Returns the value of a secret under the first of these names that it has.
-async fn value(
-    shared: &Shared,
-    key: &Key,
-    secret: &Reference,
-    names: [&str; 2],
-) -> Result<Vec<u8>> {
+async fn value(shared: &Shared, key: &Key, secret: &Reference, names: [&str; 2]) -> Result<Vec<u8>> {
     let mut data = data(shared, key, &secret.name).await?;
     names.into_iter().find_map(|name| data.remove(name)).map(|bytes| bytes.0).ok_or_else(|| {
         let message = format!("expected secret {} to have the key {}, but it has not", secret.name, names[0]);

@@ -93,7 +93,10 @@ impl Sessions {
 
     /// Cuts the sessions of all namespaces that `which` selects.
     pub(super) fn cut(&self, which: impl Fn(&str) -> bool) {
-        self.locked().values().filter(|session| which(&session.namespace)).for_each(|session| session.cut.cancel());
+        self.locked()
+            .values()
+            .filter(|session| which(&session.namespace))
+            .for_each(|session| session.cut.cancel());
     }
 
     /// Begins a session; evicts an earlier one from the same exclusive channel. Returns `None` if that one is to be preserved.
@@ -174,7 +177,9 @@ fn check(
             if instance.data.pointer("/status/interfaces/0").is_none() {
                 return Err(Refusal::bad_request("no network interfaces are present"));
             }
-            run.ok_or_else(|| Refusal::internal(format!("dialing VM: dial tcp: port {port}: connect: no route to host")))
+            run.ok_or_else(|| {
+                Refusal::internal(format!("dialing VM: dial tcp: port {port}: connect: no route to host"))
+            })
         }
         Channel::Console if phase(instance) == "Failed" => {
             Err(Refusal::conflict(INSTANCE, name, "VMI is in failed status"))
@@ -214,9 +219,8 @@ fn accept(headers: &HeaderMap) -> Result<Response<Body>, Refusal> {
     };
     let key = headers.get(header::SEC_WEBSOCKET_KEY);
     let key = key.filter(|_| has(header::UPGRADE, "websocket") && has(header::CONNECTION, "upgrade"));
-    let key = key.ok_or_else(|| {
-        Refusal::bad_request("websocket: the client is not using the websocket protocol")
-    })?;
+    let key =
+        key.ok_or_else(|| Refusal::bad_request("websocket: the client is not using the websocket protocol"))?;
     let mut response = empty(StatusCode::SWITCHING_PROTOCOLS);
     let answer = response.headers_mut();
     answer.insert(header::UPGRADE, HeaderValue::from_static("websocket"));

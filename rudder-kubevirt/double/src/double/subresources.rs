@@ -122,9 +122,7 @@ async fn subresource(
         // The instance of a machine has its name.
         ("virtualmachineinstances" | "virtualmachines", ["portforward", port, protocol @ ..]) if is_get => {
             match (port.parse(), protocol) {
-                (Ok(port), [] | ["tcp"]) => {
-                    streams::connect(shared, key, Channel::Port(port), request).await
-                }
+                (Ok(port), [] | ["tcp"]) => streams::connect(shared, key, Channel::Port(port), request).await,
                 _ => Err(Refusal::bad_request(format!("the double forwards TCP ports only, not {port}"))),
             }
         }
@@ -146,7 +144,8 @@ async fn subresource(
 async fn screenshot(shared: &Shared, key: &Key) -> Result<Response<Body>, Refusal> {
     let instance = requests::instance(shared, key).await?;
     let not_running = || Refusal::bad_request("VMI is not running");
-    let run = shared.runs.get(uid(&instance)).filter(|run| run.exit.get().is_none()).ok_or_else(not_running)?;
+    let run =
+        shared.runs.get(uid(&instance)).filter(|run| run.exit.get().is_none()).ok_or_else(not_running)?;
     let png = run.machine.screenshot().await.map_err(Refusal::internal)?;
     let mut response = Response::new(Body::from(png));
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("image/png"));

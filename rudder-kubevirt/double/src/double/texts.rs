@@ -35,9 +35,7 @@ pub(super) fn import_failure(error: &Error, url: &str, size: u64) -> String {
 /// Describes that a server answered with this status code and reason.
 pub(super) fn wrong_status(status: &str) -> String {
     let code = status.split(' ').next().unwrap_or_default();
-    format!(
-        "Unable to connect to http data source: expected status code 200, got {code}. Status: {status}"
-    )
+    format!("Unable to connect to http data source: expected status code 200, got {code}. Status: {status}")
 }
 
 /// Returns the message of an error with that of its last cause.
@@ -57,7 +55,8 @@ mod tests {
 
     #[test]
     fn a_failed_import_is_described_as_cdi_does() {
-        let missing = Error::new(ErrorKind::NotFound, "expected the file, but the server answered 404 Not Found");
+        let missing =
+            Error::new(ErrorKind::NotFound, "expected the file, but the server answered 404 Not Found");
         let busy = Error::new(
             ErrorKind::Download,
             "expected the file, but the server answered 503 Service Unavailable",

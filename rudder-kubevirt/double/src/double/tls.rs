@@ -54,8 +54,7 @@ impl ServingTls {
         for authority in certificates(&self.client_authority)? {
             authorities.add(authority).map_err(|error| invalid(&error))?;
         }
-        let key =
-            PrivateKeyDer::from_pem_slice(self.key.as_bytes()).map_err(|error| invalid(&error))?;
+        let key = PrivateKeyDer::from_pem_slice(self.key.as_bytes()).map_err(|error| invalid(&error))?;
         let provider = Arc::new(ring::default_provider());
         let verifier = WebPkiClientVerifier::builder_with_provider(authorities.into(), provider.clone())
             .build()
