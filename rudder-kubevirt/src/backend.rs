@@ -130,6 +130,12 @@ impl KubevirtBackend {
         KubevirtBackendBuilder { access: Access::default(), options, fetcher: None }
     }
 
+    /// Returns the name of the VirtualMachine, and of its VirtualMachineInstance, of a machine in a lab: for kubectl and virtctl.
+    #[must_use]
+    pub fn virtual_machine_name(lab: &LabId, machine: &str) -> String {
+        crate::specification::machine_name(lab, machine)
+    }
+
     async fn cluster(&self) -> Result<&Cluster> {
         rudder_core::runtime::check()?;
         self.cluster.get_or_try_init(|| Cluster::connect(&self.access)).await

@@ -182,3 +182,65 @@ pub(super) fn derived_mac(key: &Key, interface: &str) -> MacAddress {
 fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidInput, message.into())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::{from_value, json};
+
+    fn spec() -> InstanceSpec {
+        from_value(json!({
+            "domain": {
+                "memory": {"guest": "64Mi"},
+                "devices": {
+                    "disks": [
+                        {"name": "iso", "bootOrder": 2, "cdrom": {"bus": "sata"}},
+                        {"name": "data", "disk": {"bus": "usb"}},
+                        {"name": "root", "bootOrder": 1, "disk": {"bus": "virtio"}},
+                        {"name": "seed", "disk": {}},
+                    ],
+                },
+            },
+            "volumes": [
+                {"name": "data", "emptyDisk": {"capacity": "1Gi"}},
+                {"name": "root", "emptyDisk": {"capacity": "2Gi"}},
+                {"name": "iso", "emptyDisk": {"capacity": "1Mi"}},
+                {"name": "seed", "cloudInitNoCloud": {"userData": "#cloud-config"}},
+            ],
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn disks_are_attached_in_boot_order() {
+        let spec = spec();
+        let attachments = attachments(&spec, &HashMap::new()).unwrap();
+        let names: Vec<_> = attachments.disks.iter().map(|(disk, _)| disk.name.as_str()).collect();
+        assert_eq!(names, ["root", "data"]);
+        assert_eq!(bus(attachments.disks[1].0).unwrap(), Bus::Usb);
+        assert_eq!(attachments.cdroms.len(), 1);
+        assert!(attachments.seed.is_some());
+    }
+
+    #[test]
+    fn a_volume_of_an_unknown_kind_is_refused() {
+        let mut spec = spec();
+        spec.volumes[0].empty_disk = None;
+        let error = attachments(&spec, &HashMap::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        spec.volumes.clear();
+        assert!(attachments(&spec, &HashMap::new()).is_err());
+    }
+
+    #[test]
+    fn an_interface_without_an_address_always_gets_the_same() {
+        let key = Key::new("ns", "web");
+        let interface = Interface { name: "default".to_owned(), ..Interface::default() };
+        let nic = |interface: &Interface| nic(&key, 0, interface);
+        assert_eq!(nic(&interface).unwrap().mac, derived_mac(&key, "default"));
+        assert_eq!(nic(&interface).unwrap().model, NicModel::Virtio);
+        let unknown = Interface { model: Some("token-ring".to_owned()), ..interface };
+        assert!(nic(&unknown).is_err());
+    }
+}
