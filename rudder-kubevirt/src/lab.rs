@@ -1,7 +1,7 @@
 //! A lab: the lease that owns it, its volumes, and its machines.
 
 use crate::{
-    cluster::{Cluster, annotation, metadata},
+    cluster::{Cluster, Selector, annotation, metadata},
     data_volume::{Filling, data_volume, filled},
     errors::{is_conflict, request_failed},
     import,
@@ -98,7 +98,7 @@ impl LabContext {
 #[derive(Debug)]
 pub(crate) struct KubevirtLab {
     context: Arc<LabContext>,
-    machines: tokio::sync::Mutex<Vec<Arc<KubevirtMachine>>>,
+    machines: Mutex<Vec<Arc<KubevirtMachine>>>,
     /// Whether this process opened the lab.
     opened: bool,
     versions: BTreeMap<String, String>,
@@ -153,7 +153,7 @@ impl KubevirtLab {
             machines.push((record.index, KubevirtMachine::attached(&lab.context, record, instance)));
         }
         machines.sort_by_key(|(index, _)| *index);
-        *lab.machines.lock().await = machines.into_iter().map(|(_, machine)| machine).collect();
+        *lab.all_machines() = machines.into_iter().map(|(_, machine)| machine).collect();
         Ok(lab)
     }
 
@@ -177,7 +177,19 @@ impl KubevirtLab {
             counter: AtomicU32::new(0),
             captured: Mutex::default(),
         };
-        Self { context: Arc::new(context), machines: tokio::sync::Mutex::default(), opened, versions }
+        Self { context: Arc::new(context), machines: Mutex::default(), opened, versions }
+    }
+
+    fn all_machines(&self) -> MutexGuard<'_, Vec<Arc<KubevirtMachine>>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses further work, and ends the machines for whoever waits for them.
+    fn end_machines(&self, why: &str) {
+        self.context.destroyed.store(true, Ordering::Release);
+        for machine in self.all_machines().iter() {
+            machine.lab_ended(why);
+        }
     }
 
     fn check_opened(&self, what: &str) -> Result<()> {
@@ -244,7 +256,7 @@ impl Lab for KubevirtLab {
             context.cluster.create(&secret, &format!("the seed of VM {}", spec.name)).await?;
         }
         let machine = KubevirtMachine::new(context, record);
-        self.machines.lock().await.push(Arc::clone(&machine));
+        self.all_machines().push(Arc::clone(&machine));
         Ok(machine)
     }
 
@@ -264,8 +276,7 @@ impl Lab for KubevirtLab {
     }
 
     async fn machines(&self) -> Result<Vec<Arc<dyn Machine>>> {
-        let machines = self.machines.lock().await;
-        Ok(machines.iter().map(|machine| Arc::clone(machine) as Arc<dyn Machine>).collect())
+        Ok(self.all_machines().iter().map(|machine| Arc::clone(machine) as Arc<dyn Machine>).collect())
     }
 
     async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
@@ -305,12 +316,29 @@ impl Lab for KubevirtLab {
     }
 
     async fn destroy(&self) -> Result<()> {
-        self.context.destroyed.store(true, Ordering::Release);
-        for machine in self.machines.lock().await.iter() {
-            machine.lab_destroyed();
-        }
+        self.end_machines("the lab was destroyed");
         remove(&self.context.cluster, &self.context.id).await?;
         self.context.ownership.give_up().await
+    }
+}
+
+/// A lab that its owner forgets ends as if the owner had died. Its objects are removed at once if that is possible, otherwise by
+/// whoever reaps once its lease has expired.
+impl Drop for KubevirtLab {
+    fn drop(&mut self) {
+        let context = Arc::clone(&self.context);
+        if !self.opened || context.ownership.lifetime().kept || context.destroyed.load(Ordering::Acquire) {
+            return;
+        }
+        self.end_machines("its lab was dropped");
+        context.ownership.stop_renewing();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                if let Err(error) = remove_with_lease(&context.cluster, &context.id).await {
+                    tracing::debug!(error = %error.report(), lab = %context.id, "cannot remove a lab that was dropped");
+                }
+            });
+        }
     }
 }
 
@@ -324,7 +352,7 @@ pub(crate) async fn remove(cluster: &Cluster, lab: &LabId) -> Result<()> {
     let selector = lab_selector(lab);
     // Machines first: a volume stays as long as a machine uses it.
     cluster.delete_all::<VirtualMachine>(&selector, "the machines of the lab").await?;
-    cluster.gone::<VirtualMachineInstance>(&selector, "the machines of the lab").await?;
+    cluster.gone::<VirtualMachineInstance>(Selector::Labels(&selector), "the machines of the lab").await?;
     cluster.delete_all::<DataVolume>(&selector, "the volumes of the lab").await?;
     cluster.delete_all::<PersistentVolumeClaim>(&selector, "the volumes of the lab").await?;
     cluster.delete_all::<Secret>(&selector, "the secrets of the lab").await

@@ -171,7 +171,7 @@ impl Ownership {
         self.annotate(RETENTION, &encode(&kept)?).await?;
         *self.lifetime.lock().unwrap_or_else(PoisonError::into_inner) = kept;
         // A kept lab lives without a renewed lease.
-        drop(self.renewal.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.stop_renewing();
         Ok(())
     }
 
@@ -190,9 +190,13 @@ impl Ownership {
         }
     }
 
+    pub(crate) fn stop_renewing(&self) {
+        drop(self.renewal.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
     /// Stops renewing, and deletes the lease and with it what it owns.
     pub(crate) async fn give_up(&self) -> Result<()> {
-        drop(self.renewal.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.stop_renewing();
         self.cluster.delete::<Lease>(&self.name, "the lease of the lab").await.map(drop)
     }
 }

@@ -1,7 +1,7 @@
 //! A machine of a lab: a VirtualMachine, and its VirtualMachineInstance while it is powered on.
 
 use crate::{
-    cluster::Cluster,
+    cluster::{Cluster, Selector},
     errors::{is_conflict, is_not_found, request_failed},
     lab::LabContext,
     life::{Life, Phase, Stopping},
@@ -94,10 +94,10 @@ impl KubevirtMachine {
         *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(cancel.drop_guard());
     }
 
-    /// Ends the machine for its handles, because its lab is being destroyed.
-    pub(crate) fn lab_destroyed(&self) {
+    /// Ends the machine for its handles, because its lab is at its end.
+    pub(crate) fn lab_ended(&self, why: &str) {
         self.core.life.send_modify(|life| {
-            life.stop(Stopping::Kill("the lab was destroyed".to_owned()));
+            life.stop(Stopping::Kill(why.to_owned()));
             life.gone();
         });
         self.core.ended();
@@ -190,6 +190,20 @@ impl Core {
             }
         }
         self.ended();
+    }
+
+    /// Requests that the machine runs. Its instance of the last power-on may not be gone yet, and is waited for.
+    async fn power_on(&self) -> Result<(), kube::Error> {
+        let conflict = match self.cluster().put(&self.path("start"), &json!({})).await {
+            Err(error) if is_conflict(&error) => error,
+            other => return other,
+        };
+        let fields = format!("metadata.name={}", self.object);
+        let gone = self.cluster().gone::<VirtualMachineInstance>(Selector::Fields(&fields), "the last run of the machine");
+        match tokio::time::timeout(self.lab.start_limit, gone).await {
+            Ok(Ok(())) => self.cluster().put(&self.path("start"), &json!({})).await,
+            _ => Err(conflict),
+        }
     }
 
     fn modify(&self, change: impl FnOnce(&mut Life)) {
@@ -320,7 +334,7 @@ impl Machine for KubevirtMachine {
         *core.serial.lock().unwrap_or_else(PoisonError::into_inner) = None;
         *core.display.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(new_display(&core.lab, &core.object));
         self.watch();
-        if let Err(error) = core.cluster().put(&core.path("start"), &json!({})).await {
+        if let Err(error) = core.power_on().await {
             core.life.send_replace(before);
             let error = request_failed(error, "start the machine");
             return Err(self.error(ErrorKind::LaunchFailed, error.to_string()).with_source(error));

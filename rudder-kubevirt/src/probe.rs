@@ -8,6 +8,8 @@ use url::Url;
 
 /// Bytes read from the beginning of an image: the header of every format that is recognised.
 const HEAD: usize = 4096;
+/// The largest disk in bytes: what a Quantity of Kubernetes can express with room to spare.
+const LARGEST: u64 = 1 << 60;
 /// How long the server of an image may take to answer.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -57,12 +59,19 @@ fn recognise(head: &[u8], served: Option<u64>, url: &Url) -> Result<Probed> {
         Err(Error::new(ErrorKind::Unsupported, message)
             .with_help("use qcow2, raw, vmdk, vdi, vhd or vhdx, or a raw image in gz or xz"))
     };
+    let broken = |found: &str| {
+        Error::new(ErrorKind::InvalidImage, format!("expected an image at {}, but found {found}", public_url(url)))
+    };
     let virtual_size = match head {
         // Zstandard (RFC 8878, 3.1.1) and bzip2.
         [0x28, 0xb5, 0x2f, 0xfd, ..] => return refused("zstd"),
         [b'B', b'Z', b'h', ..] => return refused("bzip2"),
-        // qcow2 (QEMU, docs/interop/qcow2.txt): the size is at byte 24.
-        [b'Q', b'F', b'I', 0xfb, ..] => number(24),
+        // qcow2 (QEMU, docs/interop/qcow2.txt): the version is at byte 4, the size at byte 24.
+        [b'Q', b'F', b'I', 0xfb, 0, 0, 0, 2 | 3, ..] => match number(24) {
+            Some(1..=LARGEST) => number(24),
+            _ => return Err(broken("a qcow2 image without a size")),
+        },
+        [b'Q', b'F', b'I', 0xfb, ..] => return Err(broken("a qcow2 image of an unknown version")),
         // Formats whose size is not in their first bytes: vmdk, gzip, xz, vdi, vhdx, vhd.
         [b'K', b'D', b'M', b'V', ..] | [0x1f, 0x8b, ..] | [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => None,
         [b'v', b'h', b'd', b'x', b'f', b'i', b'l', b'e', ..] | [b'c', b'o', b'n', b'e', b'c', b't', b'i', b'x', ..] => None,
@@ -85,11 +94,14 @@ mod tests {
     fn the_size_of_a_disk_is_read_from_its_header() {
         let mut qcow2 = vec![0; 64];
         qcow2[..4].copy_from_slice(b"QFI\xfb");
+        qcow2[7] = 3;
         qcow2[24..32].copy_from_slice(&(20_u64 << 30).to_be_bytes());
         assert_eq!(recognised(&qcow2, Some(5)).unwrap(), Some(20 << 30));
         assert_eq!(recognised(&[0; 512], Some(1 << 20)).unwrap(), Some(1 << 20));
         assert_eq!(recognised(b"\x1f\x8b\x08", Some(5)).unwrap(), None);
-        assert_eq!(recognised(b"QFI\xfb", Some(5)).unwrap(), None);
+        assert_eq!(recognised(b"QFI\xfb", Some(5)).unwrap_err().kind(), ErrorKind::InvalidImage);
+        qcow2[24..32].fill(0xff);
+        assert_eq!(recognised(&qcow2, Some(5)).unwrap_err().kind(), ErrorKind::InvalidImage);
     }
 
     #[test]
