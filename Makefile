@@ -1,4 +1,4 @@
-# The commands of this project. Each installs what it needs, reports what it installs, and is quick if there is nothing to do.
+# The commands of this project. Each installs and reports missing tools, and returns quickly if there is nothing to do.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 GUESTS := target/guests
 STORE := target/demo-store
-# Where the demo builds its first layer, and its second if that is elsewhere: "libvirt", "libvirt qemu", "qemu libvirt".
+# The backend of the demo's first layer, optionally followed by that of the second: "libvirt", "libvirt qemu", "qemu libvirt".
 BACKENDS ?= qemu
 
 # The control plane that the tests of the KubeVirt backend start.
@@ -38,12 +38,12 @@ test-kubevirt: guests ## Run the tests of the KubeVirt backend, on a Kubernetes 
 	@$(call timed,test-kubevirt: compiling,cargo test $(KUBEVIRT) --no-run --quiet)
 	@$(call timed,test-kubevirt: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" RUDDER_KUBE="$(CURDIR)/$(KUBE)" cargo test $(KUBEVIRT) --no-fail-fast)
 
-test-slow: guests ## Run the slow tests: installations on a slowed-down machine, where fixed waits fail, and Debian on libvirt (about 45 minutes without hardware acceleration)
+test-slow: guests ## Run the slow tests: installations on a slowed-down machine, where fixed delays fail, and Debian on libvirt (about 45 minutes without hardware acceleration)
 	@tools/setup build headers qemu libvirt test
 	@$(call timed,test-slow: compiling,cargo build --quiet --examples --features libvirt && cargo test --quiet --no-run --features libvirt $(SLOW))
 	@$(call timed,test-slow: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --features libvirt --no-fail-fast $(SLOW) -- --nocapture --test-threads 1)
 
-check: ## Check format, structure, lints, other targets, documentation, licences and sources of dependencies, packages, and the oldest supported Rust; must pass before a change lands
+check: ## Check format, structure, lints, other targets, documentation, dependency licences and sources, packages, and the oldest supported Rust; must pass before a change lands
 	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
 	@$(call timed,check: structure,tools/structure --check)

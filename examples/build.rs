@@ -167,8 +167,8 @@ async fn run(args: Args) -> Result<(), End> {
         let Some(plan) = planned.plan else {
             return Err(End::refused(render(&planned.diagnostics, &file.name, &file.text())));
         };
-        if let Some(nobody) = by_hand::nobody_for(&plan) {
-            return Err(End::refused(nobody));
+        if let Some(message) = by_hand::missing_input(&plan) {
+            return Err(End::refused(message));
         }
         let earlier = if args.locked { Some(earlier(&context, &plan.name)?) } else { None };
         let mut build = Build::new(plan, Arc::clone(&backend)).report_dir(store.join("reports"));

@@ -36,10 +36,10 @@ pub(crate) enum Input {
     Show(String),
 }
 
-/// Returns why no person could finish a step of this plan; `None` if one can, or if there is no such step.
-pub(crate) fn nobody_for(plan: &Plan) -> Option<String> {
+/// Returns an error message if a step of this plan waits for Enter but standard input cannot provide it.
+pub(crate) fn missing_input(plan: &Plan) -> Option<String> {
     let steps = plan.machines.iter().flat_map(|vm| vm.steps.iter().enumerate().map(move |step| (vm, step)));
-    let (vm, (place, step)) =
+    let (vm, (index, step)) =
         steps.into_iter().find(|(_, (_, step))| matches!(step.action, StepAction::Handbuild { .. }))?;
     // A terminal, a pipe or a file can provide the line. Other devices cannot; the usual one is /dev/null.
     let stat = rustix::fs::fstat(stdin());
@@ -49,7 +49,7 @@ pub(crate) fn nobody_for(plan: &Plan) -> Option<String> {
         format!(
             "error: step {} ({}) of VM {} waits for a person to press Enter, but standard input is neither a terminal \
              nor a pipe",
-            place + 1,
+            index + 1,
             step.name,
             vm.name
         )

@@ -83,9 +83,9 @@ impl Screen {
             }
             _ => {
                 let tenth = total.map_or(0, |total| done.saturating_mul(10) / total.max(1));
-                let told = self.tenths.entry(key).or_insert(0);
-                if complete || tenth > *told {
-                    *told = tenth;
+                let reported = self.tenths.entry(key).or_insert(0);
+                if complete || tenth > *reported {
+                    *reported = tenth;
                     report(event);
                 }
             }

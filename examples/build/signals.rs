@@ -34,11 +34,11 @@ impl Signals {
     pub(crate) fn listen() -> io::Result<Self> {
         let ignored = ignored();
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-        let heard = kinds.into_iter().filter(|kind| ignored & (1 << (kind.as_raw_value() - 1)) == 0);
-        let heard: Vec<_> = heard.map(signal).collect::<io::Result<_>>()?;
-        let heard = heard.into_iter().map(|mut signal| stream::poll_fn(move |cx| signal.poll_recv(cx)));
+        let handled = kinds.into_iter().filter(|kind| ignored & (1 << (kind.as_raw_value() - 1)) == 0);
+        let handled: Vec<_> = handled.map(signal).collect::<io::Result<_>>()?;
+        let handled = handled.into_iter().map(|mut signal| stream::poll_fn(move |cx| signal.poll_recv(cx)));
         let building = Arc::default();
-        tokio::spawn(handle_signals(stream::select_all(heard), Arc::clone(&building)));
+        tokio::spawn(handle_signals(stream::select_all(handled), Arc::clone(&building)));
         Ok(Self(building))
     }
 

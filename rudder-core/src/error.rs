@@ -26,7 +26,7 @@ pub enum ErrorKind {
     HostMissing,
     /// A file system of the host is full.
     HostDiskFull,
-    /// A named thing (a URL, a module, a file) does not exist.
+    /// A URL, a module, a file or another named resource does not exist.
     NotFound,
     /// Something already exists, or is in use by another process.
     Conflict,

@@ -89,11 +89,11 @@ fn the_table_of_backends_matches_the_memory_backend() {
     let memory = MemoryBackend::new();
     let (memory, engine) = (memory.capabilities(), Capabilities::engine());
     // The engine uses these on a display.
-    let seen = |capability: &Capability| {
+    let usable = |capability: &Capability| {
         memory.has(Capability::Display)
             || !matches!(capability, Capability::BootCommand | Capability::HandbuildStep)
     };
-    let able = memory.iter().chain(engine.iter().filter(seen));
+    let able = memory.iter().chain(engine.iter().filter(usable));
     let able: BTreeSet<String> = able.map(|capability| capability.to_string()).collect();
     for (name, yes) in &table {
         assert_eq!(*yes, able.contains(name), "docs/backends.md is wrong about {name}");

@@ -91,7 +91,10 @@ fn debug_output_of_manifests_and_plans_shows_no_secret() {
     let plan = &prepared.plans[0];
     assert_none(&format!("{plan:?}"));
     assert_none(&format!("{:?} {:?} {:?}", plan.machines[0], plan.files, plan.secrets));
-    assert!(format!("{plan:?}").contains("images.example.org/disk.qcow2"), "what is done is still told");
+    assert!(
+        format!("{plan:?}").contains("images.example.org/disk.qcow2"),
+        "values that are not secret are shown"
+    );
     let parsed = parse(MANIFEST.as_bytes());
     assert_none(&format!("{parsed:?}"));
     let spec = parsed.documents[0].manifest().build_spec().unwrap();

@@ -175,7 +175,7 @@ fn missing_firmware_and_a_missing_tpm_are_refused_at_once() {
             fs::write(hidden.join(entry.file_name()), "").unwrap();
         }
     }
-    for (firmware, told) in [
+    for (firmware, expected) in [
         ("efiFirmware: {}", "expected UEFI firmware for"),
         ("efiFirmware: {secureBoot: true}", "expected UEFI firmware that enforces Secure Boot"),
     ] {
@@ -184,7 +184,7 @@ fn missing_firmware_and_a_missing_tpm_are_refused_at_once() {
         let ended = refused(&bench, &manifest, |command| {
             command.env("XDG_CONFIG_HOME", bench.path("config"));
         });
-        ended.expect_text(&[told, "apt-get install --no-install-recommends ovmf"]);
+        ended.expect_text(&[expected, "apt-get install --no-install-recommends ovmf"]);
     }
 
     // A host that has everything except swtpm.

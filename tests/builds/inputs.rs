@@ -96,8 +96,8 @@ fn an_image_larger_than_its_disk_is_refused() {
 #[test]
 fn an_unknown_parent_is_reported() {
     let bench = Bench::new();
-    let ended = bench.build(&one_vm("child", "{buildRef: {name: nobody}}", ""));
-    ended.expect_code(2).expect_text(&["manifest.yaml:4:", "nobody", "help"]);
+    let ended = bench.build(&one_vm("child", "{buildRef: {name: unknown-module}}", ""));
+    ended.expect_code(2).expect_text(&["manifest.yaml:4:", "unknown-module", "help"]);
     bench.expect_clean();
 }
 

@@ -151,7 +151,7 @@ fn guests_and_other_users_of_the_host_cannot_reach_each_other() {
     // The gateway, and the address at which QEMU's user network would expose the host's loopback.
     let script = format!(
         "for address in 10.0.2.1 10.0.2.2; do if nc -w 20 $address {port} </dev/null; then echo reached $address; exit 1; fi; done; \
-         echo nobody is reached"
+         echo no address is reachable"
     );
     let manifest = tiny_manifest("alone", &format!("- {{type: shell, shell: {{inline: '{script}'}}}}"));
     let mut running = Running::start(bench.command(&manifest));
@@ -167,8 +167,9 @@ fn guests_and_other_users_of_the_host_cannot_reach_each_other() {
     }
     let ended = running.end();
     ended.expect_code(0);
-    let said =
-        |event: &&serde_json::Value| event["event"] == "step_output" && event["line"] == "nobody is reached";
+    let said = |event: &&serde_json::Value| {
+        event["event"] == "step_output" && event["line"] == "no address is reachable"
+    };
     assert!(ended.events.iter().any(|event| said(&event)), "{:?}", ended.events);
     assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock, "a guest reached the host");
     bench.expect_clean();

@@ -60,9 +60,9 @@ fn signal(child: &Child, signal: Signal) {
 /// Reads standard error up to a line that contains a text.
 fn until(child: &mut Child, text: &str) {
     let mut lines = BufReader::new(child.stderr.as_mut().unwrap());
-    let mut seen = String::new();
-    while !seen.contains(text) {
-        assert!(lines.read_line(&mut seen).unwrap() > 0, "ended before {text:?}:\n{seen}");
+    let mut output = String::new();
+    while !output.contains(text) {
+        assert!(lines.read_line(&mut output).unwrap() > 0, "ended before {text:?}:\n{output}");
     }
 }
 
@@ -274,25 +274,25 @@ fn a_terminal_that_is_closed_cancels_the_build() {
     for events in ["", "--events json"] {
         let bench = Bench::new();
         let inner = build(&bench, &pausing());
-        let words: Vec<_> = inner.get_args().map(|word| word.to_str().unwrap()).collect();
+        let arguments: Vec<_> = inner.get_args().map(|word| word.to_str().unwrap()).collect();
         let program = inner.get_program().to_str().unwrap();
-        let (code, told) = (bench.path("code"), bench.path("told"));
-        let stdout = if events.is_empty() { String::new() } else { format!(" >{}", told.display()) };
+        let (code, events_path) = (bench.path("code"), bench.path("events"));
+        let stdout = if events.is_empty() { String::new() } else { format!(" >{}", events_path.display()) };
         // The shell survives the signal and records the exit code of the build.
         let code_path = code.display();
         let line = format!(
             "trap : HUP; {program} {events} {}{stdout}; echo $? >{code_path}.new; mv {code_path}.new {code_path}",
-            words.join(" "),
+            arguments.join(" "),
         );
         let mut command = Command::new("script");
         command.args(["-qefc", &line, "/dev/null"]).env("TMPDIR", bench.tmp()).env("SHELL", "/bin/sh");
         let mut terminal = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut screen = BufReader::new(terminal.stdout.take().unwrap());
-        let mut seen = Vec::new();
-        while !String::from_utf8_lossy(&seen).contains("press Enter") {
+        let mut output = Vec::new();
+        while !String::from_utf8_lossy(&output).contains("press Enter") {
             let some = screen.fill_buf().unwrap();
-            assert!(!some.is_empty(), "{}", String::from_utf8_lossy(&seen));
-            seen.extend_from_slice(some);
+            assert!(!some.is_empty(), "{}", String::from_utf8_lossy(&output));
+            output.extend_from_slice(some);
             let length = some.len();
             screen.consume(length);
         }
@@ -301,7 +301,7 @@ fn a_terminal_that_is_closed_cancels_the_build() {
         bench.expect_no_process_within(Duration::from_secs(60));
         assert_eq!(fs::read_to_string(&code).unwrap().trim(), "130");
         if !events.is_empty() {
-            let last = last_event(&fs::read_to_string(told).unwrap());
+            let last = last_event(&fs::read_to_string(events_path).unwrap());
             assert_eq!(last["outcome"]["result"], "cancelled");
         }
     }
@@ -341,10 +341,10 @@ fn the_program_of_the_readme_cleans_up() {
         let bench = Bench::new();
         let mut child = embed(&bench, &hangs).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::with_capacity(1, child.stdout.take().unwrap());
-        let mut seen = String::new();
+        let mut output = String::new();
         let wanted = if kind.is_some() { "| started" } else { "vm: Booting" };
-        while !seen.contains(wanted) {
-            assert!(lines.read_line(&mut seen).unwrap() > 0, "{seen}");
+        while !output.contains(wanted) {
+            assert!(lines.read_line(&mut output).unwrap() > 0, "{output}");
         }
         match kind {
             Some(kind) => {

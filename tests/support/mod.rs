@@ -285,12 +285,12 @@ impl Running {
         let (send, events) = mpsc::channel();
         thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
         let said = Arc::new(Mutex::new(String::new()));
-        let heard = Arc::clone(&said);
+        let text = Arc::clone(&said);
         let stderr = Some(thread::spawn(move || {
             for line in errors.split(b'\n').map_while(Result::ok) {
-                let mut heard = heard.lock().unwrap();
-                heard.push_str(&String::from_utf8_lossy(&line));
-                heard.push('\n');
+                let mut text = text.lock().unwrap();
+                text.push_str(&String::from_utf8_lossy(&line));
+                text.push('\n');
             }
         }));
         Self { child, events, stderr, said, seen: Vec::new() }

@@ -1,5 +1,5 @@
-# A Debian 12 cloud image: what Debian's own is in the things that matter here (cloud-init, OpenSSH, sudo, systemd-networkd,
-# BIOS and UEFI), without what costs time at every boot and serves nobody in a test. Sourced by make.
+# A Debian 12 cloud image. It has the parts of Debian's own image that the tests need (cloud-init, OpenSSH, sudo,
+# systemd-networkd, BIOS and UEFI), without those that only slow down every boot. Sourced by make.
 
 root=$work/root
 uuid=5d0f2c1e-7a64-4a55-9d3c-2f1d2b6a8e12
@@ -9,7 +9,7 @@ packages=$packages,cloud-init,cloud-guest-utils,fdisk,e2fsprogs,openssh-server,o
 packages=$packages,initramfs-tools,lz4,linux-image-amd64,grub-pc-bin,grub-efi-amd64-signed,shim-signed,grub2-common
 packages=$packages,less,vim-tiny,wget
 
-# The manual, translations, and drivers for hardware that no virtual machine has stay out, also when apt upgrades.
+# Manual pages, translations, and drivers for hardware that virtual machines do not have are excluded, also from upgrades.
 modules='/lib/modules/*/kernel'
 excludes=()
 for path in '/usr/share/man/*' '/usr/share/locale/*' '/usr/share/doc/*' '/usr/share/info/*' \
@@ -31,7 +31,8 @@ deb $mirror/debian $suite-updates main
 deb $mirror/debian-security $suite-security main
 LIST
 
-# Only what can hold the root file system goes into the initramfs; udev loads what has hardware; and it unpacks fast.
+# The initramfs contains only drivers for devices that can hold the root file system; udev loads those for present devices.
+# LZ4, because it decompresses fast.
 mkdir "$files/initramfs"
 printf 'MODULES=list\nCOMPRESS=lz4\nFSTYPE=ext4\n' >"$files/initramfs/rudder"
 cat >"$files/hook" <<'HOOK'
@@ -50,7 +51,7 @@ mmdebstrap --mode=root --variant=minbase --include="$packages" "${excludes[@]}" 
     --setup-hook="mkdir -p \"\$1/etc/initramfs-tools/hooks\"; cp '$files/hook' \"\$1/etc/initramfs-tools/hooks/rudder\"" \
     "$suite" "$root" "$files/sources"
 
-write() { # write PATH: the text on standard input becomes that file of the guest.
+write() { # write PATH: writes standard input to this file of the guest.
     mkdir -p "$(dirname "$root$1")"
     cat >"$root$1"
 }
@@ -66,14 +67,14 @@ rm -f "$root"/etc/apt/sources.list.d/*
 cp "$files/sources" "$root/etc/apt/sources.list"
 printf 'LANG=C.UTF-8\n' | write /etc/default/locale
 
-# Without hardware acceleration, separate page tables for kernel and user cost a flush of QEMU's translations at every system
-# call, and there is nobody to protect from anybody in a test.
+# Mitigations are off: without hardware acceleration, separate page tables for kernel and user space make QEMU flush its TLB
+# at every system call, and test guests need no isolation between users.
 kernel_line="root=UUID=$uuid ro console=tty0 console=ttyS0,115200 loglevel=4 systemd.show_status=true random.trust_cpu=on no_timer_check"
 kernel_line="$kernel_line mitigations=off cryptomgr.notests fsck.mode=skip"
 write /etc/fstab <<FSTAB
 UUID=$uuid / ext4 defaults,errors=remount-ro 0 0
 FSTAB
-# Without a menu, and through the links that Debian's kernel packages keep: it stays right when the kernel is upgraded.
+# No menu. The kernel is loaded through the links that Debian's kernel packages maintain, so upgrades need no change here.
 write /boot/grub/grub.cfg <<CFG
 set timeout=0
 insmod part_gpt
@@ -92,8 +93,8 @@ GRUB_TERMINAL="console serial"
 CFG
 mkdir -p "$root/boot/efi"
 
-# The seed is the only source of truth here: no probing of clouds. One kind of host key: making RSA keys takes seconds
-# without hardware acceleration.
+# cloud-init uses only the NoCloud seed and does not probe for clouds. Only an Ed25519 host key is generated, because
+# generating an RSA key takes seconds without hardware acceleration.
 write /etc/cloud/cloud.cfg.d/90_rudder.cfg <<CFG
 datasource_list: [NoCloud, None]
 ssh_genkeytypes: [ed25519]
@@ -103,7 +104,7 @@ system_info:
     renderers: [networkd]
     activators: [networkd]
 CFG
-# The cards that cloud-init was not told about, and every card once the seed is gone (a template, a clone).
+# For NICs that the seed does not configure, and for all NICs once there is no seed (in a template or a clone).
 write /etc/systemd/network/99-any.network <<CFG
 [Match]
 Type=ether
@@ -123,7 +124,7 @@ write /etc/modules-load.d/pvpanic.conf <<CFG
 pvpanic-mmio
 pvpanic-pci
 CFG
-# Hardware that QEMU always has and that nobody uses, and fast ciphers that are slow without hardware acceleration.
+# Drivers for devices that QEMU always has but no test uses, and optimised ciphers that are slow without hardware acceleration.
 printf 'blacklist %s\n' pcspkr i2c_piix4 i2c_i801 psmouse serio_raw joydev iTCO_wdt lpc_ich aesni_intel ghash_clmulni_intel \
     crct10dif_pclmul crc32_pclmul sha512_ssse3 sha256_ssse3 sha1_ssse3 parport_pc ppdev bochs | write /etc/modprobe.d/rudder.conf
 echo 'policy: enabled' | write /etc/cloud/ds-identify.cfg

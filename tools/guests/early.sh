@@ -1,16 +1,16 @@
-# Builds an initramfs of busybox and kernel modules. Sourced by the recipes that have `# Uses: early.sh`.
+# Functions that build an initramfs from busybox and kernel modules. Sourced by the recipes that declare `Uses: early.sh`.
 
-# early_programs ALL EARLY APPLET...: busybox of the tree ALL, and links for these of its programs, in EARLY.
+# early_programs ALL EARLY APPLET...: copies busybox from the tree ALL to EARLY, and links the given applets to it.
 early_programs() {
     local all=$1 early=$2 applet
     shift 2
     mkdir -p "$early/bin" "$early/sbin" "$early/dev" "$early/proc" "$early/sys"
     cp "$all/bin/busybox" "$early/bin/busybox"
     for applet in "$@"; do ln -s busybox "$early/bin/$applet"; done
-    ln -s ../bin/busybox "$early/sbin/modprobe" # where the kernel looks for it
+    ln -s ../bin/busybox "$early/sbin/modprobe" # where the kernel expects it
 }
 
-# early_modules ALL EARLY KERNEL MODULE...: these modules of the tree ALL, and those that they need, in EARLY.
+# early_modules ALL EARLY KERNEL MODULE...: copies these modules and their dependencies from the tree ALL to EARLY.
 early_modules() {
     local all=$1 early=$2 kernel=$3 name file
     shift 3
@@ -21,7 +21,7 @@ early_modules() {
     done | awk '$1 == "insmod" {print $2}' | sort -u >"$work/modules"
     while read -r file; do
         mkdir -p "$early$(dirname "$file")"
-        # Without their signatures, which take longer to verify than the modules to load.
+        # Removes the signatures too, because verifying them takes longer than loading the modules.
         strip --strip-debug -o "$early$file" "$all$file"
     done <"$work/modules"
     cp "$all/lib/modules/$kernel/modules.builtin" "$all/lib/modules/$kernel/modules.order" "$early/lib/modules/$kernel/"
@@ -31,12 +31,12 @@ early_modules() {
     rm -f "$early/lib/modules/$kernel"/*.bin
 }
 
-# pack_early EARLY FILE: the initramfs as the kernel reads it.
+# pack_early EARLY FILE: packs the tree EARLY into FILE, an initramfs that the kernel can load.
 pack_early() {
     (cd "$1" && find . -print0 | LC_ALL=C sort -z | cpio --null --quiet -o -H newc) | lz4 -q -l -9 >"$2"
 }
 
-# copy_programs ALL ROOT FILE...: programs of the tree ALL into ROOT, each with the libraries it is linked with.
+# copy_programs ALL ROOT FILE...: copies programs from the tree ALL to ROOT, with the libraries that they are linked with.
 copy_programs() {
     local all=$1 root=$2 file library
     shift 2

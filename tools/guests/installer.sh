@@ -1,15 +1,15 @@
-# An installer of Debian 12 for unattended runs, driven by a file of answers: what an author's httpDirectory holds to install
-# a machine over the network. It becomes a directory:
+# An unattended installer of Debian 12, controlled by an answer file: the content of an httpDirectory from which a machine is
+# installed over the network. The result is a directory:
 #
 #   linux, initrd    Debian's kernel, and the installer: an initramfs of busybox, sfdisk and mke2fs (installer/init, install)
-#   debian.tar.zst   the system that it installs: systemd, OpenSSH, sudo, GRUB for BIOS and UEFI
-#   ipxe.iso         of Debian's package ipxe, unchanged: boots with BIOS and UEFI, and has a prompt
+#   debian.tar.zst   the system to install: systemd, OpenSSH, sudo, GRUB for BIOS and UEFI
+#   ipxe.iso         from Debian's package ipxe, unchanged: boots with BIOS and UEFI, and has a prompt
 #
 # Sourced by make. Uses: early.sh
 
 . "$here/early.sh"
-root=$work/root   # what is installed
-tools=$work/tools # the packages of the installer's own programs, unpacked and not configured
+root=$work/root   # the system to install
+tools=$work/tools # the packages of the installer's own programs, unpacked but not configured
 early=$work/early # the initramfs
 files=$work/files
 guest=$work/guest
@@ -24,8 +24,8 @@ deb $mirror/debian $suite-updates main
 deb $mirror/debian-security $suite-security main
 LIST
 
-# What no machine of ours has a use for stays out, so that the archive is fetched and unpacked in little time: documentation, the
-# names of all the world's hardware, and most of the kernel's modules.
+# Documentation, the hardware database and most kernel modules are excluded, because no test needs them, and a small archive is
+# fetched and unpacked quickly.
 modules='/lib/modules/*/kernel'
 options=()
 for path in '/usr/share/man/*' '/usr/share/locale/*' '/usr/share/doc/*' '/usr/share/info/*' '/lib/udev/hwdb.d/*' '/usr/lib/udev/hwdb.d/*' \
@@ -80,8 +80,8 @@ early_modules "$root" "$early" "$kernel" ext4 crc32c_generic crc32c_intel vfat n
 rm -rf "$root/trimmed"
 pack_early "$early" "$guest/initrd"
 
-# What it installs. Everything that differs from machine to machine is the installer's to write.
-write() { # write PATH: the text on standard input becomes that file of the system.
+# The system to install. The installer writes everything that differs between machines.
+write() { # write PATH: writes standard input to this file of the system.
     mkdir -p "$(dirname "$root$1")"
     cat >"$root$1"
 }

@@ -1,10 +1,10 @@
 # A tiny guest: Debian's kernel, busybox, dropbear and sudo. It answers SSH within seconds without hardware acceleration,
-# understands the part of a NoCloud seed that Rudder writes, keeps its disk, and has no bash, no cloud-init and no systemd.
+# reads the part of a NoCloud seed that Rudder writes, has a persistent disk, and has no bash, no cloud-init and no systemd.
 # Password logins are allowed, and there is one user with a fixed password for tests: tester, password tester.
 # Sourced by make. Uses: early.sh
 
 uuid=7c2b9a34-05d1-4b7e-8c1f-90ab3d6e4f21
-all=$work/all # Debian's packages, unpacked and not configured
+all=$work/all # Debian's packages, unpacked but not configured
 root=$work/root
 early=$work/early # the initramfs
 
@@ -18,7 +18,7 @@ kernel=$(basename "$all"/lib/modules/*)
 . "$here/early.sh"
 copy() { copy_programs "$all" "$root" "$@"; }
 
-# The tree is laid out as Debian's is: /bin and its neighbours are links into /usr.
+# The same layout as Debian's: /bin, /sbin, /lib and /lib64 are links into /usr.
 mkdir -p "$root"/usr/bin "$root"/usr/sbin "$root"/usr/lib "$root"/usr/lib64
 mkdir -p "$root"/dev "$root"/proc "$root"/sys "$root"/run "$root"/root "$root"/home "$root"/tmp "$root"/boot \
     "$root"/var/log "$root"/var/tmp "$root"/mnt "$root"/srv "$root"/opt "$root"/etc/dropbear "$root"/etc/sudoers.d "$root"/etc/acpi
@@ -42,7 +42,7 @@ copy /usr/sbin/dropbear /usr/bin/dropbearkey /usr/lib/openssh/sftp-server /usr/b
 copy /usr/libexec/sudo/libsudo_util.so.0
 chmod 4755 "$root/usr/bin/sudo"
 ln -s openssh/sftp-server "$root/usr/lib/sftp-server"
-# sudo asks PAM; this guest has no other use for it.
+# PAM is needed only by sudo.
 copy /lib/x86_64-linux-gnu/security/pam_permit.so
 mkdir -p "$root/etc/pam.d"
 printf 'auth sufficient pam_permit.so\naccount sufficient pam_permit.so\nsession optional pam_permit.so\n' >"$root/etc/pam.d/sudo"
@@ -73,7 +73,7 @@ mkdir -p "$root/etc/acpi/PWRF"
 printf '#!/bin/sh\nexec /sbin/poweroff\n' >"$root/etc/acpi/PWRF/00000080"
 chmod 755 "$root/etc/acpi/PWRF/00000080"
 
-# The initramfs carries every driver that a guest of any manifest needs, and loads those whose hardware is there.
+# The initramfs contains the drivers for all hardware that a manifest can request, and loads those for the devices it finds.
 early_programs "$all" "$early" sh grep mount modprobe cat sort xargs findfs sleep poweroff cp echo switch_root
 mkdir "$early/root"
 sed "s/@UUID@/$uuid/" "$here/tiny/init" >"$early/init"

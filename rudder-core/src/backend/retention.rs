@@ -7,7 +7,7 @@ use std::time::SystemTime;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Retention {
-    /// As long as its owner: when the owner dies, in whatever way, the backend ends the machines as soon as it can.
+    /// As long as its owner: when the owner ends for any reason, the backend ends the machines as soon as it can.
     #[default]
     EndWithOwner,
     /// As long as its owner, unless the owner [keeps](super::Lab::keep) it.

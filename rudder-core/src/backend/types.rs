@@ -329,7 +329,7 @@ impl HostReport {
     }
 }
 
-/// A single thing that a backend needs or can use.
+/// A single prerequisite of a backend, required or optional.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct HostFinding {

@@ -310,12 +310,12 @@ where
     F: Future<Output = Result<T, Failure>>,
 {
     let mut running: FuturesUnordered<_> =
-        work.enumerate().map(|(place, work)| async move { (place, work.await) }).collect();
+        work.enumerate().map(|(index, work)| async move { (index, work.await) }).collect();
     let mut done = Vec::new();
     let mut first: Option<Failure> = None;
-    while let Some((place, result)) = running.next().await {
+    while let Some((index, result)) = running.next().await {
         match result {
-            Ok(value) => done.push((place, value)),
+            Ok(value) => done.push((index, value)),
             Err(failure) => {
                 halt.cancel();
                 first = Some(match first {
@@ -325,7 +325,7 @@ where
             }
         }
     }
-    done.sort_by_key(|(place, _)| *place);
+    done.sort_by_key(|(index, _)| *index);
     first.map_or_else(|| Ok(done.into_iter().map(|(_, value)| value).collect()), Err)
 }
 
@@ -346,14 +346,14 @@ fn first_of<T, U>(one: Result<T, Failure>, other: Result<U, Failure>) -> Result<
 
 /// Waits for an operation that should not be interrupted: it may continue for a moment after a cancellation or the deadline, and if
 /// it succeeds in that time, its result counts.
-async fn atomically<T>(guard: &Guard, thing: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::pin!(thing);
-    match guard.wait(async { Ok(thing.as_mut().await) }).await {
+async fn atomically<T>(guard: &Guard, operation: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::pin!(operation);
+    match guard.wait(async { Ok(operation.as_mut().await) }).await {
         Ok(result) => result,
         Err(stopped) => {
             let grace =
                 if stopped.kind() == ErrorKind::TimedOut { ATOMIC_LIMIT_AT_DEADLINE } else { ATOMIC_LIMIT };
-            match timeout(grace, thing).await {
+            match timeout(grace, operation).await {
                 Ok(Ok(value)) => Ok(value),
                 _ => Err(stopped),
             }

@@ -33,11 +33,11 @@ impl Guard {
     }
 
     /// Waits for an operation that needs no machine. Its future is dropped on cancellation or at the deadline.
-    pub(super) async fn wait<T>(&self, thing: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(super) async fn wait<T>(&self, operation: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             biased;
             () = self.halt.cancelled() => Err(cancelled()),
-            result = thing => result,
+            result = operation => result,
             () = self.deadline.passed() => Err(self.deadline.error()),
         }
     }
@@ -48,13 +48,13 @@ impl Guard {
         machine: &Arc<dyn Machine>,
         doing: &str,
         limit: &Limit,
-        thing: impl Future<Output = Result<T>>,
+        operation: impl Future<Output = Result<T>>,
     ) -> Result<T> {
         tokio::select! {
             biased;
             () = self.halt.cancelled() => Err(cancelled()),
             exit = machine.wait() => Err(ended(&exit?, doing)),
-            result = thing => match result {
+            result = operation => match result {
                 Ok(value) => Ok(value),
                 Err(error) => Err(self.explain(machine, doing, limit, error).await),
             },

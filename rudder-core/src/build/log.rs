@@ -145,12 +145,12 @@ mod tests {
     }
 
     fn drain(log: &Log, mut seq: u64) -> Vec<Event> {
-        let mut seen = Vec::new();
+        let mut events = Vec::new();
         while let Read::Event(event) = log.read(seq) {
             seq = event.seq + 1;
-            seen.push((*event).clone());
+            events.push((*event).clone());
         }
-        seen
+        events
     }
 
     proptest! {
@@ -167,9 +167,9 @@ mod tests {
                 log.push(Timestamp::UNIX_EPOCH, None, kind);
             }
             prop_assert!(log.passing.len() <= capacity);
-            let seen = drain(&log, from);
+            let events = drain(&log, from);
             let mut next = from;
-            for event in &seen {
+            for event in &events {
                 match event.kind {
                     EventKind::Lagged { missed } => {
                         for seq in next..next + missed {
@@ -185,17 +185,17 @@ mod tests {
                 }
             }
             let wanted = lasting.iter().enumerate().filter(|(n, l)| **l && *n as u64 >= from).count();
-            prop_assert_eq!(seen.iter().filter(|e| matches!(e.kind, EventKind::BuildPhase { .. })).count(), wanted);
+            prop_assert_eq!(events.iter().filter(|e| matches!(e.kind, EventKind::BuildPhase { .. })).count(), wanted);
         }
     }
 
     #[tokio::test]
     async fn a_stream_ends_with_the_last_event_or_with_its_engine() {
         let log = Arc::new(Mutex::new(Log::new(BuildId::random(), 4)));
-        let (pulse, seen) = watch::channel(());
+        let (pulse, receiver) = watch::channel(());
         lock(&log).push(Timestamp::UNIX_EPOCH, None, passing(0));
-        let mut first = Events::new(Arc::clone(&log), seen.clone());
-        let mut second = Events::new(Arc::clone(&log), seen);
+        let mut first = Events::new(Arc::clone(&log), receiver.clone());
+        let mut second = Events::new(Arc::clone(&log), receiver);
         assert_eq!(first.next().await.unwrap().seq, 0);
         let outcome = crate::event::Outcome::Cancelled;
         lock(&log).push(Timestamp::UNIX_EPOCH, None, EventKind::Finished { outcome, timings: vec![] });

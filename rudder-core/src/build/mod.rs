@@ -218,18 +218,18 @@ impl Build {
         let masker = Masker::new(&self.plan.secrets);
         let (sink, log, pulse) = Sink::new(id.clone(), masker, self.options.event_capacity);
         let canceller = Canceller::default();
-        let (tell, outcome) = oneshot::channel();
+        let (sender, outcome) = oneshot::channel();
         let shared = Arc::new(Shared { id, pauses: Arc::default(), machines: Arc::default() });
         let ended = canceller.ended.clone().drop_guard();
         if let Err(error) = crate::runtime::check() {
-            let _ = tell.send(Err(engine::cannot_start(&self, &shared, &sink, error)));
+            let _ = sender.send(Err(engine::cannot_start(&self, &shared, &sink, error)));
             return BuildHandle { log, pulse, canceller, shared, outcome };
         }
         let span = tracing::info_span!("build", id = %shared.id, name = %self.plan.name, backend = self.backend.name());
-        let (token, told) = (canceller.cancel.clone(), Arc::clone(&shared));
+        let (token, state) = (canceller.cancel.clone(), Arc::clone(&shared));
         let work = async move {
             // The receiver may be gone: the build was cancelled by dropping its handle.
-            let _ = tell.send(engine::run(self, sink, token, &told).await);
+            let _ = sender.send(engine::run(self, sink, token, &state).await);
             // Also when the runtime drops this task, since nothing of the build is left then either.
             drop(ended);
         };

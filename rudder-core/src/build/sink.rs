@@ -47,7 +47,7 @@ struct State {
 
 /// The reported progress of a task.
 struct Task {
-    told: Instant,
+    reported: Instant,
     /// Progress held back since.
     held: Option<(u64, Option<u64>)>,
     complete: bool,
@@ -60,9 +60,9 @@ impl Sink {
         capacity: usize,
     ) -> (Self, Arc<Mutex<Log>>, watch::Receiver<()>) {
         let log = Arc::new(Mutex::new(Log::new(build_id, capacity)));
-        let (pulse, seen) = watch::channel(());
+        let (pulse, receiver) = watch::channel(());
         let inner = Inner { log: Arc::clone(&log), pulse, masker, state: Mutex::default() };
-        (Self(Arc::new(inner)), log, seen)
+        (Self(Arc::new(inner)), log, receiver)
     }
 
     /// Masks the secrets in a text.
@@ -187,13 +187,13 @@ impl Sink {
             let key = (vm.map(str::to_owned), task.clone());
             match state.tasks.get_mut(&key) {
                 Some(known) if known.complete && complete => return,
-                Some(known) if !complete && now.duration_since(known.told) < PROGRESS_INTERVAL => {
+                Some(known) if !complete && now.duration_since(known.reported) < PROGRESS_INTERVAL => {
                     known.held = Some((done, total));
                     return;
                 }
-                Some(known) => *known = Task { told: now, held: None, complete },
+                Some(known) => *known = Task { reported: now, held: None, complete },
                 None => {
-                    state.tasks.insert(key, Task { told: now, held: None, complete });
+                    state.tasks.insert(key, Task { reported: now, held: None, complete });
                 }
             }
         }

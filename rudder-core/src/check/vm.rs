@@ -1,4 +1,4 @@
-//! Checks of a VM: its source, resources, disks, and whatever is not a subject of its own.
+//! Checks of a VM: its source, resources, disks, and everything that has no module of its own.
 
 use super::{
     access, boot, codes,

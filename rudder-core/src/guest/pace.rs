@@ -229,7 +229,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens, and in whatever order.
+        /// Holds for any sequence of results.
         #[test]
         fn a_guest_never_has_many_unauthenticated_connections(
             steps in prop::collection::vec((0u64..4000, 0usize..8, 0u8..6), 1..400),

@@ -259,7 +259,7 @@ fn find<'s>(site: &'s Site, request: &Request<Incoming>) -> Result<&'s SiteFile,
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return Err(Box::new(response));
     }
-    // A query string is meant for programs that answer; a file is the same whatever it says.
+    // A query string has no effect on a static file, so it is ignored.
     let Some(name) = decoded(request.uri().path()) else {
         let why = "the path has a % without two hexadecimal digits\n";
         return Err(Box::new(refusal(StatusCode::BAD_REQUEST, why)));

@@ -55,7 +55,7 @@ impl PlanContext {
         self
     }
 
-    /// Adds modules that cannot be used, so that a manifest that builds on one is told why; see
+    /// Adds modules that cannot be used, so that a manifest that builds on one is refused with the reason; see
     /// [`Backend::damaged_modules`](crate::backend::Backend::damaged_modules).
     #[must_use]
     pub fn damaged_modules(mut self, modules: impl IntoIterator<Item = DamagedModule>) -> Self {

@@ -252,17 +252,17 @@ fn short_secrets_do_not_mask_similar_text() {
 #[test]
 fn only_a_line_that_may_begin_a_secret_is_held_back() {
     let masker = masker(&["hunter2"]);
-    let mut seen = Vec::new();
+    let mut output = Vec::new();
     let mut pieces = masker.pieces();
     for line in ["one", "two hun", "ter2 three", "go hunt", "", "hu", "end hunte"] {
-        pieces.push(line, false, &mut |line| seen.push(line.to_owned()));
+        pieces.push(line, false, &mut |line| output.push(line.to_owned()));
         if line == "two hun" {
-            assert_eq!(seen, ["one"]);
-            seen.push("|".to_owned());
+            assert_eq!(output, ["one"]);
+            output.push("|".to_owned());
         }
     }
-    pieces.finish(&mut |line| seen.push(line.to_owned()));
-    assert_eq!(seen, ["one", "|", "two ***", "*** three", "go hunt", "", "hu", "end hunte"]);
+    pieces.finish(&mut |line| output.push(line.to_owned()));
+    assert_eq!(output, ["one", "|", "two ***", "*** three", "go hunt", "", "hu", "end hunte"]);
 }
 
 #[test]

@@ -101,11 +101,11 @@ async fn a_cancelled_step_ends_its_processes_before_it_returns() {
     let server = server().await;
     let pid = server.dir.path().join("pid");
     let script = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 1000", pid.display());
-    let (cancel, seen) = (CancellationToken::new(), pid.clone());
+    let (cancel, pid_file) = (CancellationToken::new(), pid.clone());
     let canceller = tokio::spawn({
         let cancel = cancel.clone();
         async move {
-            while !seen.exists() {
+            while !pid_file.exists() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             cancel.cancel();

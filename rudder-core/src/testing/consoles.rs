@@ -27,14 +27,14 @@ fn broken(what: &str) -> impl FnOnce(io::Error) -> NotPassed {
 
 /// Reads until a text has arrived, and returns everything read; fails when the stream ends before.
 pub(super) async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> TestResult<String> {
-    let mut seen = Vec::new();
+    let mut received = Vec::new();
     let mut buffer = [0; 4096];
     let reading = async {
         loop {
             let read = stream.read(&mut buffer).await.map_err(broken("read the serial console"))?;
             ensure!(read > 0, "{who}: expected {text:?} on the serial console, but the stream ended");
-            seen.extend_from_slice(&buffer[..read]);
-            let said = String::from_utf8_lossy(&seen);
+            received.extend_from_slice(&buffer[..read]);
+            let said = String::from_utf8_lossy(&received);
             if said.contains(text) {
                 return Ok(said.into_owned());
             }
@@ -44,7 +44,7 @@ pub(super) async fn until(stream: &mut BoxedStream, text: &str, who: &str) -> Te
         Ok(read) => read,
         Err(_) => fail!(
             "{who}: expected {text:?} on the serial console within {CONSOLE_LIMIT:?}, but found {:?}",
-            String::from_utf8_lossy(&seen)
+            String::from_utf8_lossy(&received)
         ),
     }
 }

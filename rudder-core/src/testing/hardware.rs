@@ -51,7 +51,7 @@ pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> T
     }
     if capabilities.has(Capability::NicModels) {
         for (slot, model) in (2..).zip(MODELS) {
-            let mut nic_spec = nic(lab, &format!("card {slot}"), model);
+            let mut nic_spec = nic(lab, &format!("nic {slot}"), model);
             nic_spec.name = format!("nic{slot}");
             nic_spec.slot = slot;
             nic_spec.slot_pinned = capabilities.has(Capability::NicSlots);
@@ -141,7 +141,7 @@ async fn wanted(rig: &Rig) -> TestResult<Vec<String>> {
     let booted = rig.shared().await?;
     let lab = &*booted.lab;
     let mut wanted = vec![nic(lab, booted.machine.name(), NicModel::Virtio).mac.to_string()];
-    wanted.extend((2..8).map(|slot| nic(lab, &format!("card {slot}"), NicModel::Virtio).mac.to_string()));
+    wanted.extend((2..8).map(|slot| nic(lab, &format!("nic {slot}"), NicModel::Virtio).mac.to_string()));
     Ok(wanted)
 }
 

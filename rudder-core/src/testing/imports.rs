@@ -201,7 +201,7 @@ pub async fn a_fetched_file_is_not_changed(rig: &Rig) -> TestResult {
     let before = written(&open)?;
     let mut read = vec![0; content.len() / 2];
     open.read_exact(&mut read).map_err(io("read a fetched file"))?;
-    // Each reads as soon as it has the path, whatever the others are doing.
+    // Each reads as soon as it has the path, without waiting for the others.
     let readers = (0..8).map(|_| async {
         for _ in 0..4 {
             let fetched = fetcher.fetch(&request, &progress).await.during("fetch a file that others read")?;

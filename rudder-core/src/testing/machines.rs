@@ -192,10 +192,10 @@ pub async fn a_death_is_reported_in_time(rig: &Rig) -> TestResult {
             killed
         );
         let killed = killed.during("kill a machine from outside")?;
-        let (Ok(exit), seen) = waited else {
+        let (Ok(exit), reported_at) = waited else {
             fail!("expected the death of a machine to be reported within {patience:?}, but it was not")
         };
-        let took = seen.saturating_duration_since(killed);
+        let took = reported_at.saturating_duration_since(killed);
         ensure!(
             took <= rig.options().reaction,
             "expected the death of a machine to be reported within {:?}, but it took {took:?}",

@@ -284,7 +284,7 @@ impl Rig {
         Ok(now.difference(&before).cloned().collect())
     }
 
-    /// Fails when more exists than before the test, even after a while in which things may end by themselves.
+    /// Fails when more exists than before the test, even after the time in which resources may still be released.
     pub(super) async fn expect_nothing_left(&self, when: &str) -> TestResult {
         let deadline = Instant::now() + self.options.settle;
         loop {

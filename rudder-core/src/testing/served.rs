@@ -90,7 +90,7 @@ pub async fn files_are_served_only_to_machines_of_the_lab_while_it_exists(rig: &
     // Only addresses of the host can be reached from it.
     let is_of_host = |address: &&Ipv4Addr| std::net::TcpListener::bind((**address, 0)).is_ok();
     addresses.extend(served.addresses.values().filter(is_of_host));
-    let hears = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
+    let has_secret = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
     for address in &addresses {
         let reported = match rig.adapter().owners() {
             // This process is not one of the lab's machines.
@@ -99,13 +99,16 @@ pub async fn files_are_served_only_to_machines_of_the_lab_while_it_exists(rig: &
             }
             Owners::Handle => ask_as_another_process(*address, served.port).await?,
         };
-        ensure!(!hears(&reported), "{address}: expected only machines to be answered, but this process was");
+        ensure!(
+            !has_secret(&reported),
+            "{address}: expected only machines to be answered, but this process was"
+        );
     }
     lab.destroy().await.during("destroy the lab")?;
     for address in &addresses {
         let reported = fetch(&format!("http://{address}:{}/file", served.port)).await?.unwrap_or_default();
         ensure!(
-            !hears(&reported),
+            !has_secret(&reported),
             "{address}: expected no answers after the lab was destroyed, but found one"
         );
     }

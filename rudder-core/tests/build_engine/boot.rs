@@ -129,15 +129,15 @@ async fn a_text_that_never_appears_fails_with_the_screen() {
     let report = &failure.report;
     assert_eq!(report.phase, Some(V::BootCommand));
     assert_eq!(report.screen, ["error: no *** on this disk", "> linux", "not found", ">"]);
-    let told = report.to_string();
+    let rendered = report.to_string();
     for text in [
         "boot command action 3 of 4: wait up to 1m30s for \"login:\" on the screen",
         "expected \"login:\" on the screen within 90 s, but it shows:\n",
     ] {
-        assert!(told.contains(text), "{told}");
+        assert!(rendered.contains(text), "{rendered}");
     }
-    assert_eq!(told.matches("not found").count(), 1, "the screen is shown once: {told}");
-    assert!(!told.contains("hunter2"), "{told}");
+    assert_eq!(rendered.matches("not found").count(), 1, "the screen is shown once: {rendered}");
+    assert!(!rendered.contains("hunter2"), "{rendered}");
     assert!(std::fs::read(report.screenshot.as_ref().unwrap()).unwrap().starts_with(b"\x89PNG"));
     assert_eq!(display.typed(), ["linux", ""]);
 }
@@ -237,8 +237,8 @@ async fn a_failed_boot_reports_which_files_the_guest_requested() {
     let ended = reacting(&display, &MemoryBackend::new(), plan, |build| build, react).await;
     let report = &ended.failure().report;
     assert_eq!(report.served, [ServedFile::new("answers.cfg", 0), ServedFile::new("tool", 2)]);
-    let told = "\n  served files:\n    | answers.cfg: never requested\n    | tool: 2 times";
-    assert!(report.to_string().contains(told), "{report}");
+    let section = "\n  served files:\n    | answers.cfg: never requested\n    | tool: 2 times";
+    assert!(report.to_string().contains(section), "{report}");
 }
 
 #[tokio::test(start_paused = true)]

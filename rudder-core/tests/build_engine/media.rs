@@ -62,12 +62,12 @@ async fn files_are_served_to_the_machines_while_they_provision() {
     let mut served_at = None;
     let mut guest = None;
     let mut answered = 0;
-    let mut told = Vec::new();
+    let mut lines = Vec::new();
     let steps = vec![shell("first", "fetch the answers")];
     let ended = run(&backend, serving(steps), |build| build, &[], |event, handle| match &event.kind {
         EventKind::Notice { .. } => served_at = served_at.or(port(event)),
         EventKind::StepOutput { line, .. } => {
-            told.push(line.clone());
+            lines.push(line.clone());
             let port = served_at.unwrap();
             guest = Some(std::thread::spawn(move || {
                 // A process that is not a machine of the lab.
@@ -85,7 +85,7 @@ async fn files_are_served_to_the_machines_while_they_provision() {
         _ => {}
     })
     .await;
-    assert_eq!(told, [format!("at 127.0.0.1:{}", served_at.unwrap())]);
+    assert_eq!(lines, [format!("at 127.0.0.1:{}", served_at.unwrap())]);
     let (stranger, [answers, tool, private]) = guest.unwrap().join().unwrap();
     assert_eq!(stranger, b"");
     assert!(answers.starts_with("HTTP/1.1 200") && answers.ends_with("\r\n\r\nlang=en\n"), "{answers}");

@@ -87,8 +87,8 @@ async fn the_limit_of_a_build_is_suspended_while_a_vm_is_paused() {
             ended.place(|event| of(event) && matches!(event.kind, EventKind::StepStarted { step: 2, .. }));
         assert!(paused < resumed && resumed < after);
     }
-    let told = ended.events.iter().map(Event::to_json).collect::<Vec<_>>().join("\n");
-    assert!(!told.contains("hunter2"), "{told}");
+    let lines = ended.events.iter().map(Event::to_json).collect::<Vec<_>>().join("\n");
+    assert!(!lines.contains("hunter2"), "{lines}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -100,8 +100,8 @@ async fn every_exceeded_limit_is_reported_within_a_second() {
     let work = || shell("work", "work");
     let none = || plan(vec![vm("a", vec![])]);
     let cases: Vec<(&str, Hooked, Value, u64, Since)> = vec![
-        ("nobody listens", of(&silent(Silence::Refuses)), logs_in_within(3000, vec![]), 3, start),
-        ("nobody speaks", of(&silent(Silence::Accepts)), logs_in_within(3000, vec![]), 3, start),
+        ("a refused connection", of(&silent(Silence::Refuses)), logs_in_within(3000, vec![]), 3, start),
+        ("a silent server", of(&silent(Silence::Accepts)), logs_in_within(3000, vec![]), 3, start),
         ("refused", of(&rejects), logs_in_within(3000, vec![]), 3, start),
         ("a step", of(&hangs), plan(vec![vm("a", vec![limited(4000, work()["action"].clone())])]), 4, step),
         (
@@ -134,10 +134,10 @@ async fn every_exceeded_limit_is_reported_within_a_second() {
         ("the build, publishing", stuck(Operation::Publish), quick(none(), 5000), 5, start),
     ];
     for (name, hooked, plan, limit, since) in cases {
-        let told = time(hooked, plan, FailurePolicy::Destroy, since).await;
+        let report = time(hooked, plan, FailurePolicy::Destroy, since).await;
         let limit = Duration::from_secs(limit);
-        assert!(told.outcome >= limit && told.outcome <= limit + SECOND, "{name}: {told:?}");
-        assert!(told.failed.is_none_or(|failed| failed <= limit + SECOND), "{name}: {told:?}");
+        assert!(report.outcome >= limit && report.outcome <= limit + SECOND, "{name}: {report:?}");
+        assert!(report.failed.is_none_or(|failed| failed <= limit + SECOND), "{name}: {report:?}");
     }
 }
 
@@ -152,10 +152,10 @@ async fn the_login_after_manual_work_has_a_limit() {
         faults.deaf.fetch_or(paused, SeqCst);
         paused
     };
-    let told = time(hooked, logs_in_within(3000, vec![by_hand]), FailurePolicy::Destroy, since).await;
-    assert_eq!(told.kind, ErrorKind::TimedOut, "{told:?}");
-    assert!(told.report.contains("after the person has finished"), "{told:?}");
-    assert!(told.outcome >= 3 * SECOND && told.outcome <= 4 * SECOND, "{told:?}");
+    let report = time(hooked, logs_in_within(3000, vec![by_hand]), FailurePolicy::Destroy, since).await;
+    assert_eq!(report.kind, ErrorKind::TimedOut, "{report:?}");
+    assert!(report.report.contains("after the person has finished"), "{report:?}");
+    assert!(report.outcome >= 3 * SECOND && report.outcome <= 4 * SECOND, "{report:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -166,9 +166,12 @@ async fn a_failure_does_not_wait_for_missing_evidence() {
     for (backend, plan, limit, since) in
         [(&silent, logs_in_within(3000, vec![]), 3, start as Since), (&hangs, limited, 4, step)]
     {
-        let told = time(Hooked::new(backend, &[]).mute(), plan, FailurePolicy::Destroy, since).await;
+        let report = time(Hooked::new(backend, &[]).mute(), plan, FailurePolicy::Destroy, since).await;
         let limit = Duration::from_secs(limit);
-        assert!(told.failed.is_some_and(|failed| failed >= limit && failed <= limit + SECOND), "{told:?}");
-        assert!(told.outcome <= limit + 6 * SECOND, "{told:?}");
+        assert!(
+            report.failed.is_some_and(|failed| failed >= limit && failed <= limit + SECOND),
+            "{report:?}"
+        );
+        assert!(report.outcome <= limit + 6 * SECOND, "{report:?}");
     }
 }

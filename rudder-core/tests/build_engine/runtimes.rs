@@ -48,17 +48,17 @@ fn a_build_reports_what_its_runtime_lacks() {
         says(&error, missing);
         let failure = error.build_failure().unwrap();
         assert!(failure.report.message.contains("`enable_all`"), "{}", failure.report);
-        let told =
+        let is_failure =
             |event: &&Event| matches!(&event.kind, EventKind::Finished { outcome: Outcome::Failed(_), .. });
-        assert_eq!(events.iter().filter(told).count(), 1);
-        assert!(told(&events.last().unwrap()));
+        assert_eq!(events.iter().filter(is_failure).count(), 1);
+        assert!(is_failure(&events.last().unwrap()));
     });
 }
 
 #[test]
 fn logins_and_labs_report_what_their_runtime_lacks() {
     let login = || async {
-        let endpoint = Endpoint::new(|| unreachable!("nobody dials"));
+        let endpoint = Endpoint::new(|| unreachable!("the endpoint is not dialled"));
         let login = Login::new("root", BuildKey::generate());
         Session::open(endpoint, login, Duration::from_secs(1)).await.unwrap_err()
     };

@@ -199,7 +199,7 @@ async fn a_truncated_image_is_refused() {
         ("vdi", &[]),
         ("vpc", &["-o", "subformat=dynamic,force_size=on"]),
     ];
-    // A fixed VHD without its end cannot be told from a raw disk.
+    // A fixed VHD without its end cannot be distinguished from a raw disk.
     // For VHDX, whole blocks of 8 MiB extend beyond the end of the disk.
     let vhdx = (fixture.convert("vhdx", &[]), "vhdx", vec![9 << 20]);
     let cut = formats.into_iter().map(|(format, options)| {

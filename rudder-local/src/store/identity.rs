@@ -45,7 +45,7 @@ impl Store {
         &self.0.opened.id
     }
 
-    /// Returns a mark for things outside the store, such as the domains of a hypervisor, that belong to this very store: it
+    /// Returns a mark for objects outside the store, such as the domains of a hypervisor, that belong to this store: it
     /// contains the store's [name](Self::name) and, valid until the host restarts, the identity of its directory.
     #[must_use]
     pub fn mark(&self) -> String {

@@ -282,7 +282,7 @@ mod tests {
         assert!(!earlier.kill(&lab("lab-b2")).unwrap());
         let other_boot = ProcessIdentity { boot_id: "another".into(), ..identity.clone() };
         assert!(!other_boot.kill(&lab("lab-b2")).unwrap());
-        assert_eq!(identity.kill(&lab("lab-nobody-has-this")).unwrap_err().kind(), ErrorKind::Conflict);
+        assert_eq!(identity.kill(&lab("lab-of-no-process")).unwrap_err().kind(), ErrorKind::Conflict);
         assert!(identity.is_running());
     }
 
@@ -316,7 +316,7 @@ mod tests {
             {
                 std::thread::yield_now();
             }
-            let lab = ExpectedLab { id: "lab-e5-which-nobody-names", directory, recorded: false };
+            let lab = ExpectedLab { id: "lab-e5-in-no-command-line", directory, recorded: false };
             assert!(identity.kill(&lab).unwrap(), "inside: {inside}");
             child.0.wait().unwrap();
         }

@@ -33,7 +33,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 pub(super) const CHUNK: usize = 256 * 1024;
 /// Memory limit for unpacking xz, in bytes: `xz -9` needs 65 MiB; the file says how much, and may ask for gigabytes.
 const XZ_MEMORY: u64 = 128 << 20;
-/// The largest window of a zstd file, as a power of two in bytes: what `zstd` itself accepts unless told otherwise.
+/// The largest window of a zstd file, as a power of two in bytes: what `zstd` itself accepts by default.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// The compression format of an image.

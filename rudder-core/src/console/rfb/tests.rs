@@ -97,12 +97,12 @@ async fn updates_are_drawn() {
     let mut frame = Framebuffer::new(4, 3);
     // Two pixels: blue, green, red, padding.
     let raw = update(&[(1, 1, 2, 1, 0, &[3, 2, 1, 0, 6, 5, 4, 0])]);
-    let told = drawn(&raw, &mut frame).await.unwrap();
-    assert_eq!(told, Update { rows: 1..2, ..Update::default() });
+    let changes = drawn(&raw, &mut frame).await.unwrap();
+    assert_eq!(changes, Update { rows: 1..2, ..Update::default() });
     assert_eq!(frame.row(1), [[0; 3], [1, 2, 3], [4, 5, 6], [0; 3]]);
 
-    let told = drawn(&update(&[(0, 1, 4, 2, 1, &[0, 0, 0, 0])]), &mut frame).await.unwrap();
-    assert_eq!(told.rows, 1..3);
+    let changes = drawn(&update(&[(0, 1, 4, 2, 1, &[0, 0, 0, 0])]), &mut frame).await.unwrap();
+    assert_eq!(changes.rows, 1..3);
     assert_eq!(frame.row(2), [[0; 3], [1, 2, 3], [4, 5, 6], [0; 3]], "a copy that overlaps is not smeared");
     assert_eq!(frame.row(1), [[0; 3]; 4]);
     drawn(&update(&[(0, 0, 3, 3, 1, &[0, 1, 0, 0])]), &mut frame).await.unwrap();
@@ -110,20 +110,21 @@ async fn updates_are_drawn() {
 }
 
 #[tokio::test]
-async fn sizes_and_offers_are_heard() {
+async fn sizes_and_extensions_are_recognised() {
     let mut frame = Framebuffer::new(4, 3);
     frame.row_mut(0)[0] = [9; 3];
     assert!(drawn(&update(&[(0, 0, 0, 0, -258, &[])]), &mut frame).await.unwrap().extended_keys);
     // The current size, and a refused request of another client: neither changes anything.
     let layout = [[1, 0, 0, 0].as_slice(), &[0; 16]].concat();
-    let told = drawn(&update(&[(0, 0, 4, 3, -308, &layout), (1, 1, 9, 9, -308, &layout)]), &mut frame).await;
-    assert_eq!(told.unwrap(), Update::default());
+    let changes =
+        drawn(&update(&[(0, 0, 4, 3, -308, &layout), (1, 1, 9, 9, -308, &layout)]), &mut frame).await;
+    assert_eq!(changes.unwrap(), Update::default());
     assert_eq!(frame.row(0)[0], [9; 3]);
     for encoding in [-308, -223] {
         let data = if encoding == -308 { layout.as_slice() } else { &[] };
         let (width, height) = if encoding == -308 { (2, 1) } else { (5, 6) };
-        let told = drawn(&update(&[(0, 0, width, height, encoding, data)]), &mut frame).await.unwrap();
-        assert!(told.resized);
+        let changes = drawn(&update(&[(0, 0, width, height, encoding, data)]), &mut frame).await.unwrap();
+        assert!(changes.resized);
         assert_eq!((frame.width(), frame.height()), (usize::from(width), usize::from(height)));
     }
 }

@@ -73,13 +73,13 @@ pub(super) fn foreground<'a>(
     if inks.is_empty() {
         return Foreground::Unknown;
     }
-    let mut seen = false;
+    let mut has_ink = false;
     for ink in inks {
         let (bitmap, pixels) = grid.ink(screen, cell, *ink);
         if pixels == 0 {
             continue;
         }
-        seen = true;
+        has_ink = true;
         // Block characters are not drawn in front of an image, but images have edges that look like them.
         let is_block = |reading: &&Reading| ('▀'..='▟').contains(&reading.char);
         let readings: Vec<_> = grid.shapes.drawn(bitmap).filter(|reading| !is_block(reading)).collect();
@@ -87,5 +87,5 @@ pub(super) fn foreground<'a>(
             return Foreground::Character(readings);
         }
     }
-    if seen { Foreground::Unknown } else { Foreground::Nothing }
+    if has_ink { Foreground::Unknown } else { Foreground::Nothing }
 }

@@ -137,8 +137,8 @@ impl Backgrounds {
     /// Whether the pixel at the top left belongs to the character, judged by its colour and the other colour of its
     /// cell.
     fn inverted(&self, corner: [u8; 3], other: [u8; 3]) -> Option<bool> {
-        let pairs = seen(&self.pairs, [corner, other]).cmp(&seen(&self.pairs, [other, corner]));
-        match pairs.then(seen(&self.blank_cells, corner).cmp(&seen(&self.blank_cells, other))) {
+        let pairs = count_of(&self.pairs, [corner, other]).cmp(&count_of(&self.pairs, [other, corner]));
+        match pairs.then(count_of(&self.blank_cells, corner).cmp(&count_of(&self.blank_cells, other))) {
             Ordering::Greater => Some(false),
             Ordering::Less => Some(true),
             Ordering::Equal => None,
@@ -154,7 +154,7 @@ fn count<T: PartialEq>(counts: &mut Vec<(T, usize)>, value: T) {
     }
 }
 
-fn seen<T: PartialEq>(counts: &[(T, usize)], value: T) -> usize {
+fn count_of<T: PartialEq>(counts: &[(T, usize)], value: T) -> usize {
     counts.iter().find(|(known, _)| *known == value).map_or(0, |(_, count)| *count)
 }
 
@@ -202,9 +202,14 @@ fn under_cursor(screen: &Framebuffer, grid: &Grid, index: usize, votes: Option<&
 
 /// Returns the character that has these pixels outside of the hidden rows: the one without pixels in those, else the
 /// only candidate.
-fn covered(shapes: &Shapes, seen: &Bitmap, hidden: std::ops::Range<usize>, votes: &[usize]) -> Option<char> {
+fn covered(
+    shapes: &Shapes,
+    visible: &Bitmap,
+    hidden: std::ops::Range<usize>,
+    votes: &[usize],
+) -> Option<char> {
     let same = |bitmap: &Bitmap| {
-        (0..shapes.size.height).all(|row| hidden.contains(&row) || bitmap[row] == seen[row])
+        (0..shapes.size.height).all(|row| hidden.contains(&row) || bitmap[row] == visible[row])
     };
     let mut candidates: Vec<_> = shapes.all().filter(|(bitmap, _)| same(bitmap)).collect();
     let readings = candidates.iter().flat_map(|(_, readings)| *readings);

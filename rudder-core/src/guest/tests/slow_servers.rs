@@ -166,7 +166,7 @@ async fn a_silent_server_gets_few_connections() {
     assert!(server.most.load(SeqCst) <= 6, "fewer than `MaxStartups` at once");
 }
 
-/// A guest that listens after a minute, with a processor that does one thing at a time, in order. Starting a connection
+/// A guest that listens after a minute, with a processor that executes one operation at a time, in order. Starting a connection
 /// and handling a message take time, and a client that has hung up is noticed only when its turn comes.
 #[tokio::test(start_paused = true)]
 async fn a_guest_under_load_is_logged_in_to_without_adding_to_the_load() {

@@ -90,8 +90,8 @@ fn an_invalid_wait_for_text_is_reported_with_its_range() {
     ] {
         let (_, mistakes) = parse_boot_command([written]);
         let found = (start..start + found.len(), kind, found.to_owned());
-        let seen: Vec<_> = mistakes.into_iter().map(|m| (m.range, m.kind, m.found)).collect();
-        assert_eq!(seen, [found], "{written}");
+        let reported: Vec<_> = mistakes.into_iter().map(|m| (m.range, m.kind, m.found)).collect();
+        assert_eq!(reported, [found], "{written}");
     }
     // Parsing continues after a mistake.
     assert_eq!(mistakes(&["<waitText><entr>"]), [(0, 0, K::MissingText), (0, 10, K::UnknownToken)]);

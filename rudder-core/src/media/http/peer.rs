@@ -68,9 +68,9 @@ mod tests {
         let caller = accepted(&listener);
         assert!(is_of_process(caller, std::process::id()));
         // With the addresses exchanged, it is the listener's end, which also belongs to this process; another pair
-        // belongs to none.
-        let nobody = Caller { peer: "127.0.0.1:1".parse().unwrap(), ..caller };
-        assert!(!is_of_process(nobody, std::process::id()));
+        // belongs to no process.
+        let unconnected = Caller { peer: "127.0.0.1:1".parse().unwrap(), ..caller };
+        assert!(!is_of_process(unconnected, std::process::id()));
         assert!(!is_of_process(caller, 1) || std::process::id() == 1);
         drop(own);
     }

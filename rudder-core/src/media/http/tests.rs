@@ -7,7 +7,7 @@ use tokio::io::{AsyncWriteExt as _, DuplexStream};
 /// A server of `a b.txt` (10 digits, in memory) and `big.img` (a file), and the requests that it reports.
 struct Bench {
     site: Arc<Site>,
-    told: Arc<Mutex<Vec<SiteRequest>>>,
+    requests: Arc<Mutex<Vec<SiteRequest>>>,
     big: Vec<u8>,
     _directory: tempfile::TempDir,
 }
@@ -18,7 +18,7 @@ impl Bench {
         let big: Vec<u8> = (0..300_000u32).flat_map(u32::to_le_bytes).collect();
         let path = directory.path().join("stored");
         std::fs::write(&path, &big).unwrap();
-        let told = Arc::new(Mutex::new(Vec::new()));
+        let requests = Arc::new(Mutex::new(Vec::new()));
         let files = BTreeMap::from([
             ("a b.txt".to_owned(), SiteFile::bytes(b"0123456789".as_slice())),
             ("big.img".to_owned(), SiteFile::path(path)),
@@ -26,10 +26,10 @@ impl Bench {
             ("empty".to_owned(), SiteFile::bytes(b"".as_slice())),
         ]);
         let site = Site::new(files, {
-            let told = Arc::clone(&told);
-            move |request| told.lock().unwrap().push(request)
+            let requests = Arc::clone(&requests);
+            move |request| requests.lock().unwrap().push(request)
         });
-        Self { site: Arc::new(site), told, big, _directory: directory }
+        Self { site: Arc::new(site), requests, big, _directory: directory }
     }
 
     fn connect(&self) -> (DuplexStream, tokio::task::JoinHandle<()>) {
@@ -57,10 +57,10 @@ impl Bench {
         (status, head.to_ascii_lowercase(), answer[end + 4..].to_vec())
     }
 
-    fn told(&self) -> Vec<(String, String, u16, u64)> {
-        let told = std::mem::take(&mut *self.told.lock().unwrap());
-        assert!(told.iter().all(|request| request.machine.as_deref() == Some("web")));
-        told.into_iter().map(|r| (r.method, r.path, r.status, r.bytes)).collect()
+    fn requests(&self) -> Vec<(String, String, u16, u64)> {
+        let requests = std::mem::take(&mut *self.requests.lock().unwrap());
+        assert!(requests.iter().all(|request| request.machine.as_deref() == Some("web")));
+        requests.into_iter().map(|r| (r.method, r.path, r.status, r.bytes)).collect()
     }
 }
 
@@ -139,7 +139,7 @@ async fn a_connection_carries_many_requests() {
     }
     drop(client);
     server.await.unwrap();
-    assert_eq!(bench.told(), vec![("GET".into(), "/a%20b.txt".into(), 200, 10); 3]);
+    assert_eq!(bench.requests(), vec![("GET".into(), "/a%20b.txt".into(), 200, 10); 3]);
 }
 
 #[tokio::test]
@@ -150,7 +150,7 @@ async fn requests_are_reported_after_they_are_answered() {
     bench.ask("GET", &format!("/{}", "x".repeat(1000)), "").await;
     let long = format!("/{}", "x".repeat(MAX_REPORTED - 1));
     assert_eq!(
-        bench.told(),
+        bench.requests(),
         [
             ("GET".into(), "/a%20b.txt".into(), 206, 3),
             ("HEAD".into(), "/big.img".into(), 200, 0),
@@ -164,9 +164,9 @@ async fn requests_are_reported_after_they_are_answered() {
     client.read_exact(&mut some).await.unwrap();
     drop(client);
     server.await.unwrap();
-    let told = bench.told();
-    assert_eq!((told.len(), told[0].2), (1, 200));
-    assert!((10_000 - 512..bench.big.len() as u64).contains(&told[0].3), "{told:?}");
+    let requests = bench.requests();
+    assert_eq!((requests.len(), requests[0].2), (1, 200));
+    assert!((10_000 - 512..bench.big.len() as u64).contains(&requests[0].3), "{requests:?}");
 }
 
 #[tokio::test]
@@ -183,7 +183,7 @@ async fn a_connection_without_a_valid_request_is_closed() {
     client.read_to_end(&mut answer).await.unwrap();
     server.await.unwrap();
     assert!(answer.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&answer));
-    assert_eq!(bench.told(), []);
+    assert_eq!(bench.requests(), []);
 }
 
 #[tokio::test(start_paused = true)]
@@ -219,10 +219,10 @@ async fn only_admitted_callers_are_answered() {
         answer
     };
     assert!(get().await.is_empty());
-    assert_eq!(bench.told(), []);
+    assert_eq!(bench.requests(), []);
     *open.lock().unwrap() = Admission::Machine("web".into());
     assert!(get().await.ends_with(b"0123456789"));
-    assert_eq!(bench.told(), [("GET".into(), "/a%20b.txt".into(), 200, 10)]);
+    assert_eq!(bench.requests(), [("GET".into(), "/a%20b.txt".into(), 200, 10)]);
     let port = server.port();
     drop(server);
     // Its task ends at its next wait.

@@ -136,7 +136,7 @@ impl Machine for BrokenMachine {
         let stream = self.inner.dial(port).await.map_err(|found| match self.shared.defect {
             Defect::ReportsRefusedAsUnknown if port == 9 => error(ErrorKind::Internal, "it did not work"),
             Defect::ReportsOffAsRetryable if found.kind() == ErrorKind::Conflict => {
-                error(ErrorKind::GuestUnreachable, "nobody answers")
+                error(ErrorKind::GuestUnreachable, "there was no answer")
             }
             _ => found,
         })?;
@@ -160,7 +160,7 @@ impl Machine for BrokenMachine {
 
     async fn serial(&self) -> Result<BoxedStream> {
         if self.is(Defect::HasOneReader) && Arc::strong_count(&self.readers) > 1 {
-            return Err(error(ErrorKind::Conflict, "somebody reads the serial console"));
+            return Err(error(ErrorKind::Conflict, "the serial console has a reader already"));
         }
         let hold = Some(Arc::clone(&self.readers));
         let stream = self.shown(Defect::MixesSerials).serial().await?;

@@ -1,4 +1,4 @@
-//! One machine: a process, from its start to its end, whatever ends it.
+//! One machine: a process, from its start to its end, for any reason.
 //!
 //! ```text
 //! Defined ──start──▶ Running ──stop · killed · died──▶ Ended ──start──▶ Running …

@@ -46,7 +46,7 @@ fn machines_are_found_by_short_name_full_name_and_address() {
 
 #[test]
 fn unknown_names_in_the_domain_do_not_exist() {
-    for name in ["nobody", "nobody.lab.internal", "a.web.lab.internal"] {
+    for name in ["unknown", "unknown.lab.internal", "a.web.lab.internal"] {
         assert_eq!(ask(name, A), Some((NO_SUCH_NAME, vec![])), "{name}");
     }
 }

@@ -93,7 +93,7 @@ async fn icmp_reports_why_a_packet_was_refused() {
         ("an unknown protocol", packet((web.ip(), web.gateway), 99, &[0; 8]), (3, 2)),
         ("the last hop", with_ttl(udp(from, (Ipv4Addr::new(10, 0, 3, 15), 9), b"x"), 1), (11, 0)),
         ("too big", big, (3, 4)),
-        ("nobody there", udp(from, (Ipv4Addr::new(10, 0, 3, 99), 9), b"x"), (3, 1)),
+        ("an unused address", udp(from, (Ipv4Addr::new(10, 0, 3, 99), 9), b"x"), (3, 1)),
     ];
     for (what, sent, expected) in cases {
         web.send_packet(&sent).await;

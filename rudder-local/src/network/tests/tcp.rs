@@ -112,7 +112,7 @@ async fn a_guest_without_an_address_or_that_does_not_answer_is_unreachable() {
     let _deaf = join(&network, "web", &nic("default", 1, None));
     let error = network.dial("web", 22).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::HostUnreachable);
-    assert_eq!(network.dial("nobody", 22).await.unwrap_err().kind(), io::ErrorKind::NotConnected);
+    assert_eq!(network.dial("unknown", 22).await.unwrap_err().kind(), io::ErrorKind::NotConnected);
 }
 
 #[tokio::test]
