@@ -83,6 +83,10 @@ impl OpenError {
                 Refusal::Unreachable => failed(ErrorKind::GuestUnreachable, what, &status.message),
                 Refusal::Permanent => errors::refused(&status, what),
             },
+            // The API server may be restarting: the caller tries again, as it does when the guest is.
+            Self::Request(error) if refusal == Refusal::Unreachable => {
+                failed(ErrorKind::GuestUnreachable, what, "the cluster does not answer").with_source(error)
+            }
             Self::Request(error) => errors::request_failed(error, what),
             Self::NotAStream(found) => failed(ErrorKind::Protocol, what, &found),
             Self::Late => {
