@@ -3,11 +3,11 @@
 //! Its "node" is any [backend](Backend) of Rudder: with `QemuBackend`, VirtualMachines are real machines and DataVolumes real disks;
 //! with `MemoryBackend`, they are light enough for hundreds of labs. The double opens one lab on the node, and
 //!
-//! - creates the PersistentVolumeClaim of each DataVolume and fills it ([`datavolumes`]): `http`, `blank` and `pvc` sources; the
+//! - creates the PersistentVolumeClaim of each DataVolume and fills it (`datavolumes`): `http`, `blank` and `pvc` sources; the
 //!   content is a volume of the node's lab;
-//! - runs VirtualMachines ([`machines`]) and VirtualMachineInstances ([`instances`]), each with a virt-launcher Pod that only has a
-//!   status ([`launchers`]), so that quotas, events and pod conditions are those of a cluster;
-//! - serves `subresources.kubevirt.io/v1` behind the API server's aggregation layer ([`subresources`], [`streams`]): console, VNC,
+//! - runs VirtualMachines (`machines`) and VirtualMachineInstances (`instances`), each with a virt-launcher Pod that only has a
+//!   status (`launchers`), so that quotas, events and pod conditions are those of a cluster;
+//! - serves `subresources.kubevirt.io/v1` behind the API server's aggregation layer (`subresources`, `streams`): console, VNC,
 //!   port forwarding, start, stop, restart, pause;
 //! - fails on request ([`Fault`]).
 //!
@@ -76,6 +76,22 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self { storage_class: Some("double".to_owned()), ports: vec![22] }
+    }
+}
+
+impl Options {
+    /// Sets [`storage_class`](Self::storage_class).
+    #[must_use]
+    pub fn with_storage_class(mut self, name: Option<&str>) -> Self {
+        self.storage_class = name.map(str::to_owned);
+        self
+    }
+
+    /// Sets [`ports`](Self::ports).
+    #[must_use]
+    pub fn with_ports(mut self, ports: impl IntoIterator<Item = u16>) -> Self {
+        self.ports = ports.into_iter().collect();
+        self
     }
 }
 
