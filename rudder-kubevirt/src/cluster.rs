@@ -176,7 +176,7 @@ impl Cluster {
                 return Ok(());
             }
             let version = listed.metadata.resource_version.unwrap_or_default();
-            let mut left: Vec<String> = listed.items.iter().map(ResourceExt::name_any).collect();
+            let mut left: Vec<String> = listed.items.iter().map(kube::ResourceExt::name_any).collect();
             let watch = watch.timeout(60);
             let api = self.api::<K>();
             let events = api.watch(&watch, &version).await;

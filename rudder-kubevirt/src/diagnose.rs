@@ -109,8 +109,11 @@ async fn cdi(cluster: &Cluster) -> HostFinding {
 /// Asks for every right that the backend needs; those that are missing are one finding each.
 async fn rights(cluster: &Cluster) -> Vec<HostFinding> {
     let reviews: Api<SelfSubjectAccessReview> = Api::all(cluster.client().clone());
-    let wanted = RIGHTS.iter().flat_map(|(group, resource, verbs)| verbs.iter().map(move |verb| (*group, *resource, *verb)));
-    let asked = wanted.map(|(group, resource, verb)| {
+    let mut wanted = Vec::new();
+    for (group, resource, verbs) in RIGHTS {
+        wanted.extend(verbs.iter().map(|verb| (*group, *resource, *verb)));
+    }
+    let asked = wanted.iter().map(|&(group, resource, verb)| {
         let reviews = reviews.clone();
         async move {
             let (resource, subresource) = match resource.split_once('/') {
@@ -130,13 +133,9 @@ async fn rights(cluster: &Cluster) -> Vec<HostFinding> {
             reviews.create(&PostParams::default(), &review).await
         }
     });
-    let rights: Vec<_> = RIGHTS
-        .iter()
-        .flat_map(|(group, resource, verbs)| verbs.iter().map(move |verb| (*group, *resource, *verb)))
-        .zip(join_all(asked).await)
-        .collect();
+    let answers = join_all(asked.collect::<Vec<_>>()).await;
     let mut findings = Vec::new();
-    for ((group, resource, verb), answer) in rights {
+    for ((group, resource, verb), answer) in wanted.into_iter().zip(answers) {
         match answer {
             Ok(review) if review.status.as_ref().is_some_and(|status| status.allowed) => {}
             Ok(_) => {

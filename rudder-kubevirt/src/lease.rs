@@ -184,9 +184,10 @@ impl Ownership {
     /// Waits until the lab was lost, and returns why. Never completes for a lab that cannot be lost.
     pub(crate) async fn lost(&self) -> String {
         let mut lost = self.lost.clone();
-        match lost.wait_for(Option::is_some).await {
-            Ok(reason) => reason.clone().unwrap_or_default(),
-            Err(_) => std::future::pending().await,
+        let reason = lost.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
+        match reason {
+            Some(reason) => reason,
+            None => std::future::pending().await,
         }
     }
 

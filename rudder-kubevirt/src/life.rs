@@ -62,11 +62,6 @@ impl Life {
         &self.phase
     }
 
-    /// Returns the UID of the instance of this power-on, if it exists.
-    pub(crate) fn instance(&self) -> Option<&str> {
-        self.instance.as_deref()
-    }
-
     pub(crate) fn is_up(&self) -> bool {
         matches!(self.phase, Phase::Starting(_) | Phase::Running)
     }
@@ -75,11 +70,6 @@ impl Life {
     pub(crate) fn start(&mut self) {
         self.earlier.extend(self.instance.take());
         (self.phase, self.stopping, self.panicked) = (Phase::Starting(None), None, None);
-    }
-
-    /// Takes a power-on back that the cluster refused.
-    pub(crate) fn not_started(&mut self, before: Phase) {
-        self.phase = before;
     }
 
     /// Records that the machine is being stopped. A kill counts more than the power button.

@@ -15,7 +15,7 @@ use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Event;
 use kube::{
     Api,
-    api::{ListParams, WatchEvent, WatchParams},
+    api::ListParams,
     runtime::{WatchStreamExt as _, watcher},
 };
 use rudder_core::{
@@ -24,10 +24,7 @@ use rudder_core::{
     module::{CapturedDisk, CapturedState},
 };
 use serde_json::json;
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 

@@ -30,7 +30,7 @@ use error::Context;
 use http::Request;
 use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::{
-    Api, Client, Config,
+    Api, Client, Config, Resource,
     api::{Patch, PatchParams},
 };
 use kubeconfig::User;
@@ -329,6 +329,6 @@ async fn apply<K: Clone + Debug + DeserializeOwned + Serialize>(
 ) -> Result<()> {
     let params = PatchParams::apply("rudder-kubevirt-double").force();
     let applied = api.patch(name, &params, &Patch::Apply(object)).await;
-    applied.context(|| format!("cannot apply {}/{name}", api.resource_url()))?;
+    applied.context(|| format!("cannot apply the {} {name}", K::kind(&())))?;
     Ok(())
 }
