@@ -322,11 +322,10 @@ fn server(ports: Ports) -> String {
 }
 
 /// Creates or replaces an object.
-async fn apply<K: Clone + Debug + DeserializeOwned + Serialize>(
-    api: &Api<K>,
-    name: &str,
-    object: &K,
-) -> Result<()> {
+async fn apply<K>(api: &Api<K>, name: &str, object: &K) -> Result<()>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize,
+{
     let params = PatchParams::apply("rudder-kubevirt-double").force();
     let applied = api.patch(name, &params, &Patch::Apply(object)).await;
     applied.context(|| format!("cannot apply the {} {name}", K::kind(&())))?;

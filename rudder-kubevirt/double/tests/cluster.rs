@@ -103,7 +103,8 @@ async fn owner_takes_its_config_map_along(
     let owned = maps.create(&PostParams::default(), &owned).await.unwrap();
     owners.delete(&owner.name_any(), &DeleteParams::default()).await.unwrap();
     let started = Instant::now();
-    let gone = await_condition(maps, &name, conditions::is_deleted(&owned.uid().unwrap()));
+    let uid = owned.uid().unwrap();
+    let gone = await_condition(maps, &name, conditions::is_deleted(&uid));
     tokio::time::timeout(LIMIT, gone).await.expect("the owned object is removed").unwrap();
     eprintln!("{name} was removed after {:.1} s", started.elapsed().as_secs_f64());
 }
