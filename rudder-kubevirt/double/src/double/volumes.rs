@@ -147,11 +147,6 @@ impl StoredVolume {
         Ok(volume)
     }
 
-    /// Returns the machine that has the state in this volume.
-    pub(super) async fn writer(&self) -> Option<Arc<dyn Machine>> {
-        self.content.lock().await.writer.as_ref().map(|(machine, _)| machine.clone())
-    }
-
     /// Records that a pod uses the volume, and which machine may write to it as the disk with which name.
     pub(super) async fn used_by(&self, pod: &str, writer: Option<(&Arc<dyn Machine>, &str)>) {
         let mut content = self.content.lock().await;
