@@ -12,7 +12,7 @@ use super::{
 };
 use kube::{
     Resource as _,
-    api::{DeleteParams, PostParams},
+    api::{DeleteParams, PostParams, Preconditions},
     core::DynamicObject,
     runtime::{controller::Action, watcher::Event},
 };
@@ -179,9 +179,8 @@ async fn delete(shared: &Shared, machine: &DynamicObject, instance: &DynamicObje
     }
     let key = Key::of(instance);
     let api = shared.api(&objects::instances(), &key.namespace);
-    let mut parameters = DeleteParams::default();
-    parameters.preconditions =
-        Some(kube::api::Preconditions { uid: instance.metadata.uid.clone(), resource_version: None });
+    let this_one = Preconditions { uid: instance.metadata.uid.clone(), resource_version: None };
+    let parameters = DeleteParams::default().preconditions(this_one);
     match api.delete(&key.name, &parameters).await {
         Err(error) if !matches!(code(&error), Some(404 | 409)) => {
             return Err(failed("delete an instance")(error));

@@ -261,7 +261,11 @@ async fn relay(upgraded: Upgraded, stream: BoxedStream, cut: &CancellationToken,
         while let Some(Ok(message)) = source.next().await {
             match message {
                 Message::Binary(bytes) => {
-                    if to_guest.write_all(&bytes).await.is_err() || to_guest.flush().await.is_err() {
+                    let written = match to_guest.write_all(&bytes).await {
+                        Ok(()) => to_guest.flush().await,
+                        failed => failed,
+                    };
+                    if written.is_err() {
                         return;
                     }
                 }
