@@ -173,10 +173,8 @@ impl Upstream {
             let Some(error) = broken else { return };
             tracing::debug!(%error, "the connection to a display broke");
             let delay = backoff.after_connection(began.elapsed());
-            (stream, size) = match self.reopen(&mut backoff, delay).await {
-                Some(opened) => opened,
-                None => return,
-            };
+            let Some(opened) = self.reopen(&mut backoff, delay).await else { return };
+            (stream, size) = opened;
         }
     }
 
