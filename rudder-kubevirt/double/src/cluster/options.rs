@@ -97,7 +97,7 @@ pub(super) fn api_server(ports: Ports, pki: &Pki, audit_policy: &Path, audit_log
         format!("--tls-private-key-file={}", file("api-server.key")),
         format!("--client-ca-file={}", file("ca.crt")),
         format!("--service-account-issuer=https://127.0.0.1:{}", ports.api_server),
-        format!("--service-account-key-file={}", file("service-accounts.key")),
+        format!("--service-account-key-file={}", file("service-accounts.pub")),
         format!("--service-account-signing-key-file={}", file("service-accounts.key")),
         format!("--requestheader-client-ca-file={}", file("front-proxy-ca.crt")),
         "--requestheader-allowed-names=front-proxy-client".into(),

@@ -77,7 +77,9 @@ impl Pki {
         }
         pki.write("ca.crt", &pki.ca)?;
         pki.write("front-proxy-ca.crt", &pki.front_proxy_ca)?;
-        pki.write("service-accounts.key", &KeyPair::generate().context(failed)?.serialize_pem())?;
+        let tokens = KeyPair::generate().context(failed)?;
+        pki.write("service-accounts.key", &tokens.serialize_pem())?;
+        pki.write("service-accounts.pub", &tokens.public_key_pem())?;
         Ok(pki)
     }
 
