@@ -127,7 +127,8 @@ impl SerialHub {
     }
 
     /// Waits until everything that will be recorded is recorded.
-    pub(crate) async fn finished(&self) {
+    #[cfg(test)]
+    async fn finished(&self) {
         self.shared.output.closed().await;
     }
 }
