@@ -1,5 +1,5 @@
 //! The control plane does what the tests of the KubeVirt backend, and the double of KubeVirt, rely on.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::print_stderr, clippy::unwrap_used, missing_docs)]
 
 use futures::{StreamExt, pin_mut};
 use k8s_openapi::{
