@@ -2,8 +2,9 @@
 
 use crate::{
     cluster::{Access, Cluster},
-    diagnose, import,
+    diagnose,
     fetcher::TemporaryFetcher,
+    import,
     lab::{self, KubevirtLab, LabOptions, files_name},
     lease::{self, remove_unrenewed},
     modules,
@@ -150,7 +151,9 @@ impl KubevirtBackend {
             match found.info.state {
                 LabState::Abandoned => {}
                 LabState::Damaged => {
-                    report.warnings.push(format!("the lease of lab {id} cannot be read: delete it if nobody needs the lab"));
+                    report.warnings.push(format!(
+                        "the lease of lab {id} cannot be read: delete it if nobody needs the lab"
+                    ));
                     left.push(found.info);
                     continue;
                 }
@@ -231,7 +234,8 @@ impl Backend for KubevirtBackend {
         let cluster = self.cluster().await?;
         let found = lease::lab(cluster, id).await?;
         if !found.info.is_kept() {
-            let message = format!("expected lab {id} to be kept, but it belongs to the process that opened it");
+            let message =
+                format!("expected lab {id} to be kept, but it belongs to the process that opened it");
             return Err(Error::new(ErrorKind::Conflict, message));
         }
         let lab = KubevirtLab::attach(cluster, found, &self.options, BTreeMap::new()).await?;
@@ -270,7 +274,8 @@ impl Backend for KubevirtBackend {
     async fn reap(&self) -> Result<ReapReport> {
         let cluster = self.cluster().await?;
         let (mut report, left) = Self::reap_labs(cluster).await?;
-        let is_alive = |lab: &str| left.iter().any(|info| info.id.as_str() == lab && info.state != LabState::Abandoned);
+        let is_alive =
+            |lab: &str| left.iter().any(|info| info.id.as_str() == lab && info.state != LabState::Abandoned);
         report.merge(modules::reap(cluster, is_alive).await?);
         Ok(report)
     }

@@ -11,7 +11,10 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Config, ResourceExt as _,
-    api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, PropagationPolicy, WatchEvent, WatchParams},
+    api::{
+        DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, PropagationPolicy, WatchEvent,
+        WatchParams,
+    },
     config::{KubeConfigOptions, Kubeconfig},
     core::{NamespaceResourceScope, Resource},
 };
@@ -78,6 +81,8 @@ impl Cluster {
         };
         config.connect_timeout = Some(CONNECT_LIMIT);
         config.read_timeout = Some(READ_LIMIT);
+        // A busy or restarting API server is reported, or waited for where that makes sense, instead of requests that hang.
+        config.default_retry = false;
         let namespace = access.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
         let client = Client::try_from(config).map_err(|error| unusable(error.into()))?;
         Ok(Self { client, namespace: namespace.into() })
@@ -102,7 +107,11 @@ impl Cluster {
     /// Creates an object. `what` names it in an error: "a volume".
     pub(crate) async fn create<K>(&self, object: &K, what: &str) -> Result<K>
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + fmt::Debug + Serialize + DeserializeOwned,
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + fmt::Debug
+            + Serialize
+            + DeserializeOwned,
     {
         let created = self.api().create(&post(), object).await;
         created.map_err(|error| request_failed(error, &format!("create {what}")))
@@ -167,8 +176,12 @@ impl Cluster {
         let doing = || format!("wait for the end of {what}");
         loop {
             let (list, watch) = match selector {
-                Selector::Labels(labels) => (ListParams::default().labels(labels), WatchParams::default().labels(labels)),
-                Selector::Fields(fields) => (ListParams::default().fields(fields), WatchParams::default().fields(fields)),
+                Selector::Labels(labels) => {
+                    (ListParams::default().labels(labels), WatchParams::default().labels(labels))
+                }
+                Selector::Fields(fields) => {
+                    (ListParams::default().fields(fields), WatchParams::default().fields(fields))
+                }
             };
             let listed = self.api::<K>().list(&list).await;
             let listed = listed.map_err(|error| request_failed(error, &doing()))?;
@@ -199,7 +212,9 @@ impl Cluster {
     /// Sends a request without an answer to a subresource of KubeVirt's own API, such as `virtualmachines/NAME/start`.
     pub(crate) async fn put(&self, path: &str, body: &Value) -> Result<(), kube::Error> {
         let url = self.subresource(path);
-        let request = Request::put(url).header(http::header::CONTENT_TYPE, "application/json").body(body.to_string().into_bytes());
+        let request = Request::put(url)
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(body.to_string().into_bytes());
         let request = request.map_err(kube::Error::HttpError)?;
         self.client.request_text(request).await.map(drop)
     }
@@ -226,7 +241,9 @@ impl Cluster {
 /// Returns when an object was created, as the API server says.
 pub(crate) fn created_at(metadata: &ObjectMeta) -> Result<Timestamp> {
     let created = metadata.creation_timestamp.as_ref().map(|time| time.0);
-    created.ok_or_else(|| Error::new(ErrorKind::Protocol, "the cluster returned an object without the time of its creation"))
+    created.ok_or_else(|| {
+        Error::new(ErrorKind::Protocol, "the cluster returned an object without the time of its creation")
+    })
 }
 
 /// Returns the metadata of a new object.

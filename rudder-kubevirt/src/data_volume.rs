@@ -36,10 +36,7 @@ pub(crate) enum Filling {
         url: String,
     },
     /// A copy of another volume.
-    Volume {
-        namespace: String,
-        name: String,
-    },
+    Volume { namespace: String, name: String },
 }
 
 /// Returns a volume to create. `size` is in bytes.
@@ -53,7 +50,9 @@ pub(crate) fn data_volume(
     let source = match filling {
         Filling::Blank => json!({"blank": {}}),
         Filling::Http { url, checksum: None } => json!({"http": {"url": url}}),
-        Filling::Http { url, checksum: Some(checksum) } => json!({"http": {"url": url, "checksum": checksum}}),
+        Filling::Http { url, checksum: Some(checksum) } => {
+            json!({"http": {"url": url, "checksum": checksum}})
+        }
         Filling::Registry { url } => json!({"registry": {"url": url}}),
         Filling::Volume { namespace, name } => json!({"pvc": {"namespace": namespace, "name": name}}),
     };
@@ -99,12 +98,18 @@ pub(crate) async fn filled(
             Some(watcher::Event::Init) => continue,
             Some(watcher::Event::InitDone) if seen.is_some() => continue,
             Some(watcher::Event::InitDone | watcher::Event::Delete(_)) | None => {
-                return Err(Error::new(ErrorKind::NotFound, format!("expected {what} to be filled, but it was deleted")));
+                return Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!("expected {what} to be filled, but it was deleted"),
+                ));
             }
         };
         seen = Some(volume.name_any());
         if volume.metadata.deletion_timestamp.is_some() {
-            return Err(Error::new(ErrorKind::NotFound, format!("expected {what} to be filled, but it was deleted")));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("expected {what} to be filled, but it was deleted"),
+            ));
         }
         if let Some(error) = failure(&volume, what) {
             return Err(error);
@@ -145,12 +150,22 @@ fn failure(volume: &DataVolume, what: &str) -> Option<Error> {
     {
         let message = bound.message.to_lowercase();
         if message.contains("exceeded quota") {
-            return said(ErrorKind::HostMissing, &bound.message, "free resources of the namespace, or raise its quota: kubectl describe resourcequota");
+            return said(
+                ErrorKind::HostMissing,
+                &bound.message,
+                "free resources of the namespace, or raise its quota: kubectl describe resourcequota",
+            );
         }
         if bound.reason == "ClaimLost" {
-            return said(ErrorKind::Io, &bound.message, "check the storage of the cluster: kubectl get pvc,pv");
+            return said(
+                ErrorKind::Io,
+                &bound.message,
+                "check the storage of the cluster: kubectl get pvc,pv",
+            );
         }
-        if message.contains("no accessmode defined") || message.contains("storageprofile") && message.contains("missing") {
+        if message.contains("no accessmode defined")
+            || message.contains("storageprofile") && message.contains("missing")
+        {
             return said(
                 ErrorKind::HostMissing,
                 &bound.message,
@@ -158,15 +173,20 @@ fn failure(volume: &DataVolume, what: &str) -> Option<Error> {
             );
         }
     }
-    let message = running.filter(|running| running.status == "False").map_or("", |running| running.message.as_str());
+    let message =
+        running.filter(|running| running.status == "False").map_or("", |running| running.message.as_str());
     let text = message.to_lowercase();
     let failed = status.phase == "Failed";
     let permanent = running.is_some_and(|running| running.reason == "Error");
     if !failed && !permanent {
         return None;
     }
-    if text.contains("checksum") || text.contains("digest mismatch") {
-        return said(ErrorKind::ChecksumMismatch, message, "check the checksum in the manifest against the publisher's");
+    if ["checksum", "sha256", "digest mismatch"].iter().any(|words| text.contains(words)) {
+        return said(
+            ErrorKind::ChecksumMismatch,
+            message,
+            "check the checksum in the manifest against the publisher's",
+        );
     }
     if text.contains("404") || text.contains("not found") {
         return said(ErrorKind::NotFound, message, "check the URL: the cluster, not this host, requests it");
@@ -174,12 +194,24 @@ fn failure(volume: &DataVolume, what: &str) -> Option<Error> {
     if text.contains("no space left") || text.contains("larger than the reported available") {
         return said(ErrorKind::InvalidInput, message, "raise the size of the disk in the manifest");
     }
-    if text.contains("invalid image") || text.contains("unable to process data") || text.contains("image validation") || text.contains("not a valid") {
-        return said(ErrorKind::InvalidImage, message, "CDI reads qcow2, raw, vmdk, vdi, vhd and vhdx, and raw images in gz and xz");
+    if text.contains("invalid image")
+        || text.contains("unable to process data")
+        || text.contains("image validation")
+        || text.contains("not a valid")
+    {
+        return said(
+            ErrorKind::InvalidImage,
+            message,
+            "CDI reads qcow2, raw, vmdk, vdi, vhd and vhdx, and raw images in gz and xz",
+        );
     }
     if failed || status.restart_count >= ATTEMPTS {
         let message = if message.is_empty() { "it failed without a message" } else { message };
-        return said(ErrorKind::Download, message, "look at the pod that imports it: kubectl get pods, kubectl logs");
+        return said(
+            ErrorKind::Download,
+            message,
+            "look at the pod that imports it: kubectl get pods, kubectl logs",
+        );
     }
     None
 }
@@ -198,8 +230,12 @@ mod tests {
             message: message.to_owned(),
         }];
         let mut volume = data_volume(ObjectMeta::default(), &Filling::Blank, 1, None);
-        volume.status =
-            Some(DataVolumeStatus { phase: "ImportInProgress".to_owned(), conditions, restart_count, ..Default::default() });
+        volume.status = Some(DataVolumeStatus {
+            phase: "ImportInProgress".to_owned(),
+            conditions,
+            restart_count,
+            ..Default::default()
+        });
         volume
     }
 
@@ -207,9 +243,15 @@ mod tests {
     fn a_failed_import_is_told_apart_by_its_message() {
         let kind = |volume: &DataVolume| failure(volume, "the disk").map(|error| error.kind());
         for (message, expected) in [
-            ("Unable to connect to http data source: expected status code 200, got 404. Status: 404 Not Found", ErrorKind::NotFound),
+            (
+                "Unable to connect to http data source: expected status code 200, got 404. Status: 404 Not Found",
+                ErrorKind::NotFound,
+            ),
             ("Unable to process data: checksum mismatch: expected a, got b", ErrorKind::ChecksumMismatch),
-            ("Unable to process data: Virtual image size 2 is larger than the reported available storage 1. A larger PVC is required.", ErrorKind::InvalidInput),
+            (
+                "Unable to process data: Virtual image size 2 is larger than the reported available storage 1. A larger PVC is required.",
+                ErrorKind::InvalidInput,
+            ),
             ("Unable to process data: qemu-img: not a valid image", ErrorKind::InvalidImage),
         ] {
             assert_eq!(kind(&running("Error", message, 1)), Some(expected), "{message}");

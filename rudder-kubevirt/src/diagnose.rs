@@ -1,16 +1,16 @@
 //! What a cluster has, what it lacks, and what this user may do there.
 
-use crate::{
-    cluster::Cluster,
-    errors::{request_failed},
-};
+use crate::{cluster::Cluster, errors::request_failed};
 use futures::future::join_all;
 use http::Request;
 use k8s_openapi::api::{
     authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec},
     storage::v1::StorageClass,
 };
-use kube::{Api, ResourceExt as _, api::{ListParams, PostParams}};
+use kube::{
+    Api, ResourceExt as _,
+    api::{ListParams, PostParams},
+};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{HostFinding, HostReport},
@@ -28,7 +28,11 @@ pub(crate) const RIGHTS: &[(&str, &str, &[&str])] = &[
     ("subresources.kubevirt.io", "virtualmachineinstances/portforward", &["get"]),
     ("subresources.kubevirt.io", "virtualmachineinstances/console", &["get"]),
     ("subresources.kubevirt.io", "virtualmachineinstances/vnc", &["get"]),
-    ("cdi.kubevirt.io", "datavolumes", &["create", "get", "list", "watch", "patch", "delete", "deletecollection"]),
+    (
+        "cdi.kubevirt.io",
+        "datavolumes",
+        &["create", "get", "list", "watch", "patch", "delete", "deletecollection"],
+    ),
     ("", "persistentvolumeclaims", &["get", "list", "watch", "delete", "deletecollection"]),
     ("", "secrets", &["create", "get", "list", "watch", "patch", "delete", "deletecollection"]),
     ("", "configmaps", &["create", "list", "patch", "delete"]),
@@ -36,7 +40,8 @@ pub(crate) const RIGHTS: &[(&str, &str, &[&str])] = &[
 ];
 
 /// The annotations that mark a default storage class: for virtual machines, and for everything.
-const DEFAULTS: [&str; 2] = ["storageclass.kubevirt.io/is-default-virt-class", "storageclass.kubernetes.io/is-default-class"];
+const DEFAULTS: [&str; 2] =
+    ["storageclass.kubevirt.io/is-default-virt-class", "storageclass.kubernetes.io/is-default-class"];
 
 /// Reports what the cluster has.
 pub(crate) async fn diagnose(cluster: Result<&Cluster>) -> HostReport {
@@ -67,7 +72,11 @@ pub(crate) async fn diagnose(cluster: Result<&Cluster>) -> HostReport {
 
 /// Returns the versions to record in the provenance.
 pub(crate) async fn versions(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
-    let version = cluster.client().apiserver_version().await.map_err(|error| request_failed(error, "reach the cluster"))?;
+    let version = cluster
+        .client()
+        .apiserver_version()
+        .await
+        .map_err(|error| request_failed(error, "reach the cluster"))?;
     let mut versions = BTreeMap::from([("kubernetes".to_owned(), version.git_version)]);
     let kubevirt = kubevirt_version(cluster).await?;
     versions.insert("kubevirt".to_owned(), kubevirt);
@@ -77,7 +86,8 @@ pub(crate) async fn versions(cluster: &Cluster) -> Result<BTreeMap<String, Strin
 /// Asks KubeVirt's own API for its version.
 async fn kubevirt_version(cluster: &Cluster) -> Result<String> {
     let request = Request::get("/apis/subresources.kubevirt.io/v1/version").body(Vec::new());
-    let request = request.map_err(|error| Error::new(ErrorKind::Internal, "cannot form a request").with_source(error))?;
+    let request = request
+        .map_err(|error| Error::new(ErrorKind::Internal, "cannot form a request").with_source(error))?;
     match cluster.client().request::<Value>(request).await {
         Ok(answer) => Ok(answer["gitVersion"].as_str().unwrap_or("unknown").to_owned()),
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 503) => {
@@ -128,7 +138,8 @@ async fn rights(cluster: &Cluster) -> Vec<HostFinding> {
                 namespace: Some(cluster.namespace().to_owned()),
                 ..ResourceAttributes::default()
             };
-            let spec = SelfSubjectAccessReviewSpec { resource_attributes: Some(attributes), ..Default::default() };
+            let spec =
+                SelfSubjectAccessReviewSpec { resource_attributes: Some(attributes), ..Default::default() };
             let review = SelfSubjectAccessReview { spec, ..Default::default() };
             reviews.create(&PostParams::default(), &review).await
         }
@@ -139,10 +150,14 @@ async fn rights(cluster: &Cluster) -> Vec<HostFinding> {
         match answer {
             Ok(review) if review.status.as_ref().is_some_and(|status| status.allowed) => {}
             Ok(_) => {
-                let rule = format!("{{apiGroups: [{group:?}], resources: [{resource:?}], verbs: [{verb:?}]}}");
+                let rule =
+                    format!("{{apiGroups: [{group:?}], resources: [{resource:?}], verbs: [{verb:?}]}}");
                 findings.push(
-                    HostFinding::missing("rights", format!("may not {verb} {resource} in namespace {}", cluster.namespace()))
-                        .help(format!("add this rule to a Role of the user: {rule}")),
+                    HostFinding::missing(
+                        "rights",
+                        format!("may not {verb} {resource} in namespace {}", cluster.namespace()),
+                    )
+                    .help(format!("add this rule to a Role of the user: {rule}")),
                 );
             }
             Err(error) => {
@@ -152,7 +167,10 @@ async fn rights(cluster: &Cluster) -> Vec<HostFinding> {
         }
     }
     if findings.is_empty() {
-        findings.push(HostFinding::present("rights", format!("all that a build needs in namespace {}", cluster.namespace())));
+        findings.push(HostFinding::present(
+            "rights",
+            format!("all that a build needs in namespace {}", cluster.namespace()),
+        ));
     }
     findings
 }
@@ -162,11 +180,15 @@ async fn storage(cluster: &Cluster) -> HostFinding {
     let help = "set a default storage class, or that of the backend: kubectl get storageclass".to_owned();
     match classes.list(&ListParams::default()).await {
         Ok(list) => {
-            let marked = |class: &StorageClass, key: &str| class.annotations().get(key).is_some_and(|value| value == "true");
+            let marked = |class: &StorageClass, key: &str| {
+                class.annotations().get(key).is_some_and(|value| value == "true")
+            };
             let default = DEFAULTS.iter().find_map(|key| list.items.iter().find(|class| marked(class, key)));
             match default {
                 Some(class) => HostFinding::present("storage class", class.name_any()).optional(),
-                None => HostFinding::missing("storage class", "the cluster has no default one").optional().help(help),
+                None => HostFinding::missing("storage class", "the cluster has no default one")
+                    .optional()
+                    .help(help),
             }
         }
         // Storage classes belong to no namespace, and many users may not list them.
@@ -193,8 +215,11 @@ mod tests {
 
     #[test]
     fn the_documented_role_has_exactly_the_rights_that_are_checked() {
-        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/kubevirt-role.yaml")).unwrap();
-        let documents = serde_yaml::Deserializer::from_str(&text).map(|document| Value::deserialize(document).unwrap());
+        let text =
+            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/kubevirt-role.yaml"))
+                .unwrap();
+        let documents =
+            serde_yaml::Deserializer::from_str(&text).map(|document| Value::deserialize(document).unwrap());
         let role = documents.into_iter().find(|document| document["kind"] == "Role").unwrap();
         let texts = |value: &Value| -> Vec<String> {
             value.as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()
@@ -203,7 +228,13 @@ mod tests {
             .as_array()
             .unwrap()
             .iter()
-            .map(|rule| (texts(&rule["apiGroups"]).concat(), texts(&rule["resources"]).concat(), texts(&rule["verbs"])))
+            .map(|rule| {
+                (
+                    texts(&rule["apiGroups"]).concat(),
+                    texts(&rule["resources"]).concat(),
+                    texts(&rule["verbs"]),
+                )
+            })
             .collect();
         let checked: Vec<_> = RIGHTS
             .iter()

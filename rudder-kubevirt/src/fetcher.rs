@@ -46,19 +46,27 @@ async fn download(url: &Url, expected: Option<Digest>, progress: &Progress) -> R
     let directory = tempfile::Builder::new().prefix("rudder-").tempdir();
     let directory = directory.map_err(|error| Error::io("make a temporary directory", error))?;
     let path = directory.path().join("file");
-    let mut file = tokio::fs::File::create(&path).await.map_err(|error| Error::io("create a temporary file", error))?;
+    let mut file =
+        tokio::fs::File::create(&path).await.map_err(|error| Error::io("create a temporary file", error))?;
     let (mut digest, mut size) = (Digester::default(), 0_u64);
     let task = format!("download {}", public_url(url));
     if url.scheme() == "file" {
-        let source = url.to_file_path().map_err(|()| Error::new(ErrorKind::InvalidInput, "expected the path of a file on this host"))?;
-        let bytes = tokio::fs::read(&source).await.map_err(|error| Error::io(format!("read {}", source.display()), error))?;
+        let source = url
+            .to_file_path()
+            .map_err(|()| Error::new(ErrorKind::InvalidInput, "expected the path of a file on this host"))?;
+        let bytes = tokio::fs::read(&source)
+            .await
+            .map_err(|error| Error::io(format!("read {}", source.display()), error))?;
         digest.update(&bytes);
         size = bytes.len() as u64;
         file.write_all(&bytes).await.map_err(|error| Error::io("write a temporary file", error))?;
     } else {
         let response = http_client()?.get(url.clone()).send().await.map_err(broken)?;
         if response.status() == reqwest::StatusCode::NOT_FOUND {
-            return Err(Error::new(ErrorKind::NotFound, "the server answered 404: there is nothing at this URL"));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                "the server answered 404: there is nothing at this URL",
+            ));
         }
         let response = response.error_for_status().map_err(broken)?;
         let total = response.content_length();
@@ -75,7 +83,10 @@ async fn download(url: &Url, expected: Option<Digest>, progress: &Progress) -> R
     progress.bytes(&task, size, Some(size));
     let found = digest.finish();
     if let Some(expected) = expected.filter(|expected| *expected != found) {
-        return Err(Error::new(ErrorKind::ChecksumMismatch, format!("expected sha256 {expected}, but found {found}")));
+        return Err(Error::new(
+            ErrorKind::ChecksumMismatch,
+            format!("expected sha256 {expected}, but found {found}"),
+        ));
     }
     let input = InputRecord::new(InputRole::File, public_url(url), Content::of_bytes(size, found));
     Ok(Fetched::new(path, input, directory))

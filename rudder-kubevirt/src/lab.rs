@@ -10,7 +10,7 @@ use crate::{
     modules,
     names::{Kind, MACHINE, NAME, VM, lab_labels, lab_selector, label_value, object_name},
     objects::{DataVolume, VirtualMachine, VirtualMachineInstance},
-    specification::{DiskRecord, MachineRecord, machine_name, seed_data, virtual_machine},
+    specification::{DiskRecord, MachineRecord, machine_name, seed_files, virtual_machine},
 };
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Secret};
@@ -18,8 +18,8 @@ use kube::{ResourceExt as _, api::PostParams};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{
-        ImportRequest, Imported, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, Retention, Served,
-        Site, check_lab_file,
+        ImportRequest, Imported, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, Retention,
+        Served, Site, check_lab_file,
     },
     content::{Content, ContentId},
     module::{CapturedDisk, Module},
@@ -73,20 +73,30 @@ impl LabContext {
     }
 
     /// Copies a disk of a machine that is not running to a volume of its own.
-    pub(crate) async fn capture(&self, machine: &str, disk: &DiskRecord, progress: &Progress) -> Result<CapturedDisk> {
+    pub(crate) async fn capture(
+        &self,
+        machine: &str,
+        disk: &DiskRecord,
+        progress: &Progress,
+    ) -> Result<CapturedDisk> {
         self.check_open()?;
-        let name = object_name(&[self.id.as_str(), "captured", machine, &disk.name, &self.next().to_string()]);
+        let name =
+            object_name(&[self.id.as_str(), "captured", machine, &disk.name, &self.next().to_string()]);
         let mut labels = lab_labels(Kind::Captured, &self.id, &self.name);
         labels.insert(VM.to_owned(), label_value(machine));
         let annotations = [(NAME, format!("{machine}/{}", disk.name))];
-        let filling = Filling::Volume { namespace: self.cluster.namespace().to_owned(), name: disk.claim.clone() };
+        let filling =
+            Filling::Volume { namespace: self.cluster.namespace().to_owned(), name: disk.claim.clone() };
         let metadata = metadata(&name, labels, annotations, Some(self.ownership.owner()));
         let wanted = data_volume(metadata, &filling, disk.virtual_size, self.storage_class.as_deref());
         let what = format!("a copy of disk {} of VM {machine}", disk.name);
         self.cluster.create(&wanted, &what).await?;
         let task = format!("capture {}", disk.name);
         let volume = filled(&self.cluster, &name, &what, progress, Some((&task, disk.virtual_size))).await?;
-        let content = Content::identified(ContentId::Cluster(format!("datavolume/{}", volume.uid().unwrap_or_default())));
+        let content = Content::identified(ContentId::Cluster(format!(
+            "datavolume/{}",
+            volume.uid().unwrap_or_default()
+        )));
         let captured = CapturedDisk::new(&disk.name, disk.bus, &name, "raw", disk.virtual_size, content);
         let mut all = self.captured();
         all.insert(name, captured.clone());
@@ -144,9 +154,13 @@ impl KubevirtLab {
         let instances = cluster.list::<VirtualMachineInstance>(&selector, "the machines of a lab").await?;
         let mut machines = Vec::new();
         for machine in found {
-            let record = annotation(&machine.metadata, MACHINE).and_then(|text| serde_json::from_str(text).ok());
+            let record =
+                annotation(&machine.metadata, MACHINE).and_then(|text| serde_json::from_str(text).ok());
             let Some(record): Option<MachineRecord> = record else {
-                let message = format!("expected the record of a machine, but that of {} cannot be read", machine.name_any());
+                let message = format!(
+                    "expected the record of a machine, but that of {} cannot be read",
+                    machine.name_any()
+                );
                 return Err(Error::new(ErrorKind::InvalidInput, message).with_help("remove the lab"));
             };
             let instance = instances.iter().find(|instance| instance.name_any() == machine.name_any());
@@ -231,8 +245,9 @@ impl Lab for KubevirtLab {
             .map_err(|error| error.with_context("vm", &spec.name))?;
         let mut labels = lab_labels(Kind::Machine, &context.id, &context.name);
         labels.insert(VM.to_owned(), label_value(&spec.name));
-        let text = serde_json::to_string(&record)
-            .map_err(|error| Error::new(ErrorKind::Internal, "cannot encode the record of a machine").with_source(error))?;
+        let text = serde_json::to_string(&record).map_err(|error| {
+            Error::new(ErrorKind::Internal, "cannot encode the record of a machine").with_source(error)
+        })?;
         let annotations = [(NAME, spec.name.clone()), (MACHINE, text)];
         let owner = Some(context.ownership.owner());
         let metadata = metadata(&name, labels, annotations, owner);
@@ -246,13 +261,12 @@ impl Lab for KubevirtLab {
             }
             Err(error) => return Err(request_failed(error, &format!("create VM {}", spec.name))),
         }
-        if let Some(data) = seed_data(spec) {
-            let data = serde_json::from_value(data).unwrap_or_default();
+        if let Some(files) = seed_files(spec) {
             let mut metadata = metadata;
             if let Some(annotations) = &mut metadata.annotations {
                 annotations.remove(MACHINE);
             }
-            let secret = Secret { metadata, string_data: data, ..Secret::default() };
+            let secret = Secret { metadata, data: Some(files), ..Secret::default() };
             context.cluster.create(&secret, &format!("the seed of VM {}", spec.name)).await?;
         }
         let machine = KubevirtMachine::new(context, record);
@@ -263,9 +277,14 @@ impl Lab for KubevirtLab {
     async fn publish(&self, draft: ModuleDraft) -> Result<Module> {
         self.check_opened("publish a module")?;
         let captured = self.context.captured().clone();
-        for (machine, disk) in draft.machines.iter().flat_map(|machine| machine.disks.iter().map(move |disk| (machine, disk))) {
+        for (machine, disk) in
+            draft.machines.iter().flat_map(|machine| machine.disks.iter().map(move |disk| (machine, disk)))
+        {
             if captured.get(&disk.file).is_none_or(|known| known.content != disk.content) {
-                let message = format!("expected disk {} of VM {} to have been captured, but it was not", disk.name, machine.name);
+                let message = format!(
+                    "expected disk {} of VM {} to have been captured, but it was not",
+                    disk.name, machine.name
+                );
                 return Err(Error::new(ErrorKind::InvalidInput, message));
             }
         }
@@ -282,7 +301,8 @@ impl Lab for KubevirtLab {
     async fn keep(&self, expires: Option<SystemTime>) -> Result<Vec<String>> {
         self.context.check_open()?;
         if !self.context.ownership.lifetime().keepable {
-            let message = format!("lab {} ends with its owner, since it was not opened to be kept", self.context.id);
+            let message =
+                format!("lab {} ends with its owner, since it was not opened to be kept", self.context.id);
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
         self.context.ownership.keep(expires).await?;
@@ -298,7 +318,11 @@ impl Lab for KubevirtLab {
         let what = "a file of the lab";
         let labels = lab_labels(Kind::File, &context.id, &context.name);
         let metadata = metadata(&secret, labels, [], Some(context.ownership.owner()));
-        let new = Secret { metadata, data: serde_json::from_value(data.clone()).unwrap_or_default(), ..Secret::default() };
+        let new = Secret {
+            metadata,
+            data: serde_json::from_value(data.clone()).unwrap_or_default(),
+            ..Secret::default()
+        };
         match context.cluster.api::<Secret>().create(&PostParams::default(), &new).await {
             Ok(_) => {}
             Err(error) if is_conflict(&error) => {
@@ -312,7 +336,8 @@ impl Lab for KubevirtLab {
     async fn ownership_lost(&self) -> Error {
         let reason = self.context.ownership.lost().await;
         let message = format!("this process has lost lab {}: {reason}", self.context.id);
-        Error::new(ErrorKind::Conflict, message).with_help("check that the cluster can be reached from here, and build again")
+        Error::new(ErrorKind::Conflict, message)
+            .with_help("check that the cluster can be reached from here, and build again")
     }
 
     async fn destroy(&self) -> Result<()> {
@@ -361,5 +386,8 @@ pub(crate) async fn remove(cluster: &Cluster, lab: &LabId) -> Result<()> {
 /// Removes a lab, whoever opened it.
 pub(crate) async fn remove_with_lease(cluster: &Cluster, lab: &LabId) -> Result<()> {
     remove(cluster, lab).await?;
-    cluster.delete::<k8s_openapi::api::coordination::v1::Lease>(&lease::lease_name(lab), "the lease of the lab").await.map(drop)
+    cluster
+        .delete::<k8s_openapi::api::coordination::v1::Lease>(&lease::lease_name(lab), "the lease of the lab")
+        .await
+        .map(drop)
 }

@@ -13,7 +13,11 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{MicroTime, OwnerReference},
     jiff::{SignedDuration, Timestamp},
 };
-use kube::{ResourceExt as _, api::{DeleteParams, Patch, PatchParams, Preconditions}, core::Resource as _};
+use kube::{
+    ResourceExt as _,
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
+    core::Resource as _,
+};
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{LabId, LabInfo, LabSpec, LabState, Retention},
@@ -75,7 +79,8 @@ impl Ownership {
     pub(crate) async fn take(cluster: &Cluster, spec: &LabSpec, duration: Duration) -> Result<Arc<Self>> {
         let lifetime = Lifetime::of(spec.retention);
         let name = lease_name(&spec.id);
-        let annotations = [(NAME, spec.name.clone()), (RETENTION, encode(&lifetime)?), (PARENTS, "[]".to_owned())];
+        let annotations =
+            [(NAME, spec.name.clone()), (RETENTION, encode(&lifetime)?), (PARENTS, "[]".to_owned())];
         let seconds = i32::try_from(duration.as_secs().max(1)).unwrap_or(i32::MAX);
         let lease = Lease {
             metadata: metadata(&name, lab_labels(Kind::Lab, &spec.id, &spec.name), annotations, None),
@@ -88,7 +93,10 @@ impl Ownership {
         let began = Instant::now();
         let created = cluster.api::<Lease>().create(&Default::default(), &lease).await;
         let created = created.map_err(|error| match is_conflict(&error) {
-            true => Error::new(ErrorKind::Conflict, format!("expected the lab id {} to be free, but a lab has it", spec.id)),
+            true => Error::new(
+                ErrorKind::Conflict,
+                format!("expected the lab id {} to be free, but a lab has it", spec.id),
+            ),
             false => request_failed(error, "open a lab"),
         })?;
         let clock = Clock { server: created_at(&created.metadata)?, local: began };
@@ -96,7 +104,14 @@ impl Ownership {
         let cancel = CancellationToken::new();
         let guard = cancel.clone().drop_guard();
         let ownership = Self::new(cluster, created, lifetime, lost, Some((clock, guard)))?;
-        let renewal = Renewal { cluster: cluster.clone(), name, uid: ownership.owner.uid.clone(), duration, clock, reason };
+        let renewal = Renewal {
+            cluster: cluster.clone(),
+            name,
+            uid: ownership.owner.uid.clone(),
+            duration,
+            clock,
+            reason,
+        };
         tokio::spawn(async move {
             tokio::select! {
                 () = cancel.cancelled() => {}
@@ -257,7 +272,8 @@ impl Renewal {
     }
 
     async fn renew(&self) -> Result<(), kube::Error> {
-        let patch = json!({"metadata": {"uid": self.uid}, "spec": {"renewTime": MicroTime(self.clock.now())}});
+        let patch =
+            json!({"metadata": {"uid": self.uid}, "spec": {"renewTime": MicroTime(self.clock.now())}});
         let api = self.cluster.api::<Lease>();
         api.patch(&self.name, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop)
     }
@@ -295,8 +311,10 @@ pub(crate) async fn lab(cluster: &Cluster, id: &LabId) -> Result<Listed> {
 /// Deletes the lease of an abandoned lab, and with it what it owns, unless its owner has renewed it meanwhile. Returns whether it
 /// was deleted.
 pub(crate) async fn remove_unrenewed(cluster: &Cluster, lease: &Lease) -> Result<bool> {
-    let preconditions =
-        Preconditions { uid: lease.metadata.uid.clone(), resource_version: lease.metadata.resource_version.clone() };
+    let preconditions = Preconditions {
+        uid: lease.metadata.uid.clone(),
+        resource_version: lease.metadata.resource_version.clone(),
+    };
     let parameters = DeleteParams { preconditions: Some(preconditions), ..crate::cluster::background() };
     match cluster.api::<Lease>().delete(&lease.name_any(), &parameters).await {
         Ok(_) => Ok(true),
@@ -326,7 +344,8 @@ fn state(lease: &Lease, now: Timestamp) -> LabState {
     let renewed = spec.renew_time.as_ref().map(|time| time.0).or(created);
     match (renewed, spec.lease_duration_seconds) {
         (Some(renewed), Some(seconds)) => {
-            let valid = renewed.checked_add(SignedDuration::from_secs(seconds.into())).unwrap_or(Timestamp::MAX);
+            let valid =
+                renewed.checked_add(SignedDuration::from_secs(seconds.into())).unwrap_or(Timestamp::MAX);
             if valid < now { LabState::Abandoned } else { LabState::Owned }
         }
         _ => LabState::Damaged,
@@ -338,19 +357,22 @@ fn lifetime(lease: &Lease) -> Option<Lifetime> {
 }
 
 fn encode(value: &impl Serialize) -> Result<String> {
-    serde_json::to_string(value)
-        .map_err(|error| Error::new(ErrorKind::Internal, "cannot encode the record of a lab").with_source(error))
+    serde_json::to_string(value).map_err(|error| {
+        Error::new(ErrorKind::Internal, "cannot encode the record of a lab").with_source(error)
+    })
 }
 
 fn damaged(lease: &Lease) -> Error {
     let message = format!("expected the lease of a lab, but {} cannot be read", lease.name_any());
-    Error::new(ErrorKind::InvalidInput, message).with_help("delete it: the volumes and machines that it owns go with it")
+    Error::new(ErrorKind::InvalidInput, message)
+        .with_help("delete it: the volumes and machines that it owns go with it")
 }
 
 /// Says who owns a lab, for people: the host and the process.
 fn holder() -> String {
     let host = std::env::var("HOSTNAME").ok().filter(|name| !name.is_empty());
-    let host = host.or_else(|| std::fs::read_to_string("/etc/hostname").ok().map(|name| name.trim().to_owned()));
+    let host =
+        host.or_else(|| std::fs::read_to_string("/etc/hostname").ok().map(|name| name.trim().to_owned()));
     format!("{}/{}", host.unwrap_or_else(|| "unknown".to_owned()), std::process::id())
 }
 

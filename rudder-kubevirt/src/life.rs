@@ -102,7 +102,11 @@ impl Life {
             "Failed" => Phase::Ended(self.failed(&status.reason)),
             "Running" => match paused {
                 Some(paused) if paused.reason == "PausedIOError" => Phase::Ended(Exit::Died {
-                    cause: if paused.message.to_lowercase().contains("space") { Death::HostDiskFull } else { Death::IoError },
+                    cause: if paused.message.to_lowercase().contains("space") {
+                        Death::HostDiskFull
+                    } else {
+                        Death::IoError
+                    },
                     detail: paused.message.clone(),
                 }),
                 _ => Phase::Running,
@@ -113,7 +117,8 @@ impl Life {
             _ => {
                 let waiting = ["PodScheduled", "Synchronized", "Ready"].into_iter();
                 let waiting = waiting.filter_map(|kind| condition(&status.conditions, kind));
-                let waiting = waiting.filter(|condition| condition.status == "False" && !condition.message.is_empty());
+                let waiting =
+                    waiting.filter(|condition| condition.status == "False" && !condition.message.is_empty());
                 Phase::Starting(waiting.map(|condition| condition.message.clone()).next())
             }
         };

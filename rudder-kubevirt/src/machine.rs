@@ -20,7 +20,7 @@ use kube::{
 };
 use rudder_core::{
     Error, ErrorKind, Result,
-    backend::{BoxedStream, DisplayEncoding, Exit, Machine, Progress, SerialLog, Stop},
+    backend::{BoxedStream, Exit, Machine, Progress, SerialLog, Stop},
     module::{CapturedDisk, CapturedState},
 };
 use serde_json::json;
@@ -108,16 +108,24 @@ impl KubevirtMachine {
         self.core.lab.check_open()?;
         match self.core.life.borrow().phase() {
             Phase::Running => Ok(()),
-            Phase::Starting(_) => Err(self.error(ErrorKind::Conflict, "expected the machine to run, but it is still starting")),
-            Phase::New => Err(self.error(ErrorKind::Conflict, "expected the machine to run, but it was never started")),
-            Phase::Ended(_) => Err(self.error(ErrorKind::Conflict, "expected the machine to run, but it has ended")),
+            Phase::Starting(_) => {
+                Err(self.error(ErrorKind::Conflict, "expected the machine to run, but it is still starting"))
+            }
+            Phase::New => {
+                Err(self.error(ErrorKind::Conflict, "expected the machine to run, but it was never started"))
+            }
+            Phase::Ended(_) => {
+                Err(self.error(ErrorKind::Conflict, "expected the machine to run, but it has ended"))
+            }
         }
     }
 
     fn check_ended(&self) -> Result<()> {
         self.core.lab.check_open()?;
         if self.core.life.borrow().is_up() {
-            return Err(self.error(ErrorKind::Conflict, "expected the machine to have ended, but it is running"));
+            return Err(
+                self.error(ErrorKind::Conflict, "expected the machine to have ended, but it is running")
+            );
         }
         Ok(())
     }
@@ -149,7 +157,12 @@ impl KubevirtMachine {
 }
 
 fn new_display(lab: &LabContext, object: &str) -> DisplayHub {
-    DisplayHub::new(connector(lab.cluster.client().clone(), lab.cluster.namespace(), object, Subresource::Vnc))
+    DisplayHub::new(connector(
+        lab.cluster.client().clone(),
+        lab.cluster.namespace(),
+        object,
+        Subresource::Vnc,
+    ))
 }
 
 impl Core {
@@ -196,7 +209,9 @@ impl Core {
             other => return other,
         };
         let fields = format!("metadata.name={}", self.object);
-        let gone = self.cluster().gone::<VirtualMachineInstance>(Selector::Fields(&fields), "the last run of the machine");
+        let gone = self
+            .cluster()
+            .gone::<VirtualMachineInstance>(Selector::Fields(&fields), "the last run of the machine");
         match tokio::time::timeout(self.lab.start_limit, gone).await {
             Ok(Ok(())) => self.cluster().put(&self.path("start"), &json!({})).await,
             _ => Err(conflict),
@@ -243,7 +258,8 @@ impl Core {
     /// Connects to the serial console of this power-on, if that has not happened yet.
     fn attach_serial(&self) {
         let cluster = self.cluster();
-        let connect = || connector(cluster.client().clone(), cluster.namespace(), &self.object, Subresource::Console);
+        let connect =
+            || connector(cluster.client().clone(), cluster.namespace(), &self.object, Subresource::Console);
         let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
         serial.get_or_insert_with(|| Arc::new(SerialHub::start(connect())));
     }
@@ -262,7 +278,8 @@ impl Core {
         let fields = format!("involvedObject.name={},type=Warning", self.object);
         let events: Api<Event> = self.cluster().api();
         let found = events.list(&ListParams::default().fields(&fields)).await.ok()?;
-        let latest = found.items.into_iter().max_by_key(|event| event.last_timestamp.as_ref().map(|time| time.0));
+        let latest =
+            found.items.into_iter().max_by_key(|event| event.last_timestamp.as_ref().map(|time| time.0));
         latest.and_then(|event| event.message)
     }
 
@@ -322,14 +339,16 @@ impl Machine for KubevirtMachine {
             let record = MachineRecord { started: true, ..core.record.clone() };
             let text = serde_json::to_string(&record).unwrap_or_default();
             let patch = json!({"metadata": {"annotations": {MACHINE: text}}});
-            let recorded = core.cluster().patch::<VirtualMachine>(&core.object, &patch, "the record of a machine").await;
+            let recorded =
+                core.cluster().patch::<VirtualMachine>(&core.object, &patch, "the record of a machine").await;
             if let Err(error) = recorded {
                 core.life.send_replace(before);
                 return Err(error.with_context("vm", &core.record.name));
             }
         }
         *core.serial.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        *core.display.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(new_display(&core.lab, &core.object));
+        *core.display.lock().unwrap_or_else(PoisonError::into_inner) =
+            Arc::new(new_display(&core.lab, &core.object));
         self.watch();
         if let Err(error) = core.power_on().await {
             core.life.send_replace(before);
@@ -341,7 +360,9 @@ impl Machine for KubevirtMachine {
 
     async fn wait(&self) -> Result<Exit> {
         if self.core.life.borrow().phase() == &Phase::New {
-            return Err(self.error(ErrorKind::Conflict, "expected the machine to have been started, but it was not"));
+            return Err(
+                self.error(ErrorKind::Conflict, "expected the machine to have been started, but it was not")
+            );
         }
         Ok(self.core.wait().await)
     }
@@ -350,7 +371,10 @@ impl Machine for KubevirtMachine {
         let core = &self.core;
         match core.life.borrow().phase() {
             Phase::New => {
-                return Err(self.error(ErrorKind::Conflict, "expected the machine to have been started, but it was not"));
+                return Err(self.error(
+                    ErrorKind::Conflict,
+                    "expected the machine to have been started, but it was not",
+                ));
             }
             Phase::Ended(exit) => return Ok(exit.clone()),
             _ => {}
@@ -369,7 +393,9 @@ impl Machine for KubevirtMachine {
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
         if !self.core.record.ports.contains(&port) {
             let message = format!("expected one of the machine's ports, but found {port}");
-            return Err(self.error(ErrorKind::InvalidInput, message).with_help("add the port to MachineSpec::ports"));
+            return Err(self
+                .error(ErrorKind::InvalidInput, message)
+                .with_help("add the port to MachineSpec::ports"));
         }
         self.check_running()?;
         let core = &self.core;
@@ -386,13 +412,12 @@ impl Machine for KubevirtMachine {
         self.core.display().connect().await.map_err(|error| error.with_context("vm", &self.core.record.name))
     }
 
-    fn display_encoding(&self) -> DisplayEncoding {
-        DisplayEncoding::Compressed
-    }
-
     async fn serial(&self) -> Result<BoxedStream> {
         self.check_running()?;
-        let serial = self.core.serial().ok_or_else(|| self.error(ErrorKind::Conflict, "expected the machine to run, but it does not"))?;
+        let serial = self
+            .core
+            .serial()
+            .ok_or_else(|| self.error(ErrorKind::Conflict, "expected the machine to run, but it does not"))?;
         serial.connect().await.map_err(|error| error.with_context("vm", &self.core.record.name))
     }
 
@@ -416,7 +441,10 @@ impl Machine for KubevirtMachine {
             format!("{name}: display: virtctl vnc -n {namespace} {}", core.object),
         ];
         lines.extend(core.record.ports.iter().map(|port| {
-            format!("{name}: port {port} of the guest: virtctl port-forward -n {namespace} vmi/{} {port}", core.object)
+            format!(
+                "{name}: port {port} of the guest: virtctl port-forward -n {namespace} vmi/{} {port}",
+                core.object
+            )
         }));
         lines
     }
@@ -425,8 +453,13 @@ impl Machine for KubevirtMachine {
         self.check_ended()?;
         let core = &self.core;
         let found = core.record.disks.iter().find(|found| found.name == disk);
-        let found = found.ok_or_else(|| self.error(ErrorKind::NotFound, format!("expected a disk {disk}, but the machine has none")))?;
-        core.lab.capture(&core.record.name, found, progress).await.map_err(|error| error.with_context("vm", &core.record.name))
+        let found = found.ok_or_else(|| {
+            self.error(ErrorKind::NotFound, format!("expected a disk {disk}, but the machine has none"))
+        })?;
+        core.lab
+            .capture(&core.record.name, found, progress)
+            .await
+            .map_err(|error| error.with_context("vm", &core.record.name))
     }
 
     async fn capture_state(&self) -> Result<Vec<CapturedState>> {

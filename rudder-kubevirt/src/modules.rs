@@ -39,7 +39,8 @@ pub(crate) async fn publish(lab: &LabContext, draft: ModuleDraft) -> Result<Modu
     let cluster = &lab.cluster;
     let digest = Module::content_digest(&draft.name, &draft.machines, &draft.network)?;
     let module = draft.into_module(digest);
-    let version = object_name(&["module", &module.name, lab.id.as_str(), &lab.next().to_string(), &digest.to_string()]);
+    let version =
+        object_name(&["module", &module.name, lab.id.as_str(), &lab.next().to_string(), &digest.to_string()]);
     let mut marks = labels(Kind::Module);
     marks.insert(BUILD.to_owned(), label_value(&module.name));
     let mut of_version = marks.clone();
@@ -50,7 +51,9 @@ pub(crate) async fn publish(lab: &LabContext, draft: ModuleDraft) -> Result<Modu
         ..ConfigMap::default()
     };
     let created = cluster.create(&record, &format!("module {}", module.name)).await?;
-    let owner = created.owner_ref(&()).ok_or_else(|| Error::new(ErrorKind::Protocol, "the cluster returned an object without a UID"))?;
+    let owner = created
+        .owner_ref(&())
+        .ok_or_else(|| Error::new(ErrorKind::Protocol, "the cluster returned an object without a UID"))?;
     for machine in &module.machines {
         for disk in &machine.disks {
             // The volume changes its owner: it no longer goes with the lab.
@@ -76,7 +79,12 @@ pub(crate) async fn publish(lab: &LabContext, draft: ModuleDraft) -> Result<Modu
 }
 
 /// Makes a version the one that counts.
-async fn point(cluster: &Cluster, module: &str, version: &str, marks: &BTreeMap<String, String>) -> Result<()> {
+async fn point(
+    cluster: &Cluster,
+    module: &str,
+    version: &str,
+    marks: &BTreeMap<String, String>,
+) -> Result<()> {
     let name = pointer_name(module);
     let data = [(VERSION.to_owned(), version.to_owned())];
     let pointer = ConfigMap {
@@ -86,9 +94,10 @@ async fn point(cluster: &Cluster, module: &str, version: &str, marks: &BTreeMap<
     };
     match cluster.api::<ConfigMap>().create(&PostParams::default(), &pointer).await {
         Ok(_) => Ok(()),
-        Err(error) if is_conflict(&error) => {
-            cluster.patch::<ConfigMap>(&name, &json!({"data": {VERSION: version}}), "the version of a module").await.map(drop)
-        }
+        Err(error) if is_conflict(&error) => cluster
+            .patch::<ConfigMap>(&name, &json!({"data": {VERSION: version}}), "the version of a module")
+            .await
+            .map(drop),
         Err(error) => Err(request_failed(error, &format!("publish module {module}"))),
     }
 }
@@ -154,11 +163,19 @@ pub(crate) async fn modules(cluster: &Cluster) -> Result<(Vec<Module>, Vec<Damag
     let Listing { pointers, versions } = listing(cluster).await?;
     let (mut usable, mut damaged) = (Vec::new(), Vec::new());
     for (name, version) in pointers {
-        let read = versions.get(&version).map(|map| (map, map.data.as_ref().and_then(|data| data.get(RECORD))));
+        let read =
+            versions.get(&version).map(|map| (map, map.data.as_ref().and_then(|data| data.get(RECORD))));
         let module = match read {
-            Some((_, Some(record))) => Module::from_record(Path::new(&version), record.as_bytes()).map_err(|error| error.report()),
-            Some((map, None)) => Err(format!("expected the record of a module in the ConfigMap {}, but it has none", map.name_any())),
-            None => Err(format!("expected the ConfigMap {version} of module {name}, but it does not exist; build the module again")),
+            Some((_, Some(record))) => {
+                Module::from_record(Path::new(&version), record.as_bytes()).map_err(|error| error.report())
+            }
+            Some((map, None)) => Err(format!(
+                "expected the record of a module in the ConfigMap {}, but it has none",
+                map.name_any()
+            )),
+            None => Err(format!(
+                "expected the ConfigMap {version} of module {name}, but it does not exist; build the module again"
+            )),
         };
         match module {
             Ok(module) => usable.push(module),
@@ -184,7 +201,8 @@ pub(crate) async fn exactly(cluster: &Cluster, parent: &PlannedBuildRef) -> Resu
 pub(crate) async fn remove(cluster: &Cluster, name: &str) -> Result<()> {
     for lab in lease::labs(cluster).await? {
         if lab.parents.contains(name) && lab.info.state != LabState::Abandoned {
-            let message = format!("expected module {name} not to be in use, but lab {} builds on it", lab.info.id);
+            let message =
+                format!("expected module {name} not to be in use, but lab {} builds on it", lab.info.id);
             return Err(Error::new(ErrorKind::Conflict, message).with_context("module", name));
         }
     }

@@ -67,7 +67,9 @@ impl Kind {
 
 /// Returns the labels of an object of this kind.
 pub(crate) fn labels(kind: Kind) -> BTreeMap<String, String> {
-    [(MANAGED_BY, MANAGER), (KIND, kind.label())].map(|(key, value)| (key.to_owned(), value.to_owned())).into()
+    [(MANAGED_BY, MANAGER), (KIND, kind.label())]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into()
 }
 
 /// Returns the labels of an object of a lab.

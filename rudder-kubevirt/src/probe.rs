@@ -24,7 +24,8 @@ pub(crate) struct Probed {
 
 /// Reads the beginning of an image. A server that this host does not reach is not an error: the cluster may reach it.
 pub(crate) async fn probe(url: &Url) -> Result<Option<Probed>> {
-    let request = http_client()?.get(url.clone()).header(reqwest::header::RANGE, format!("bytes=0-{}", HEAD - 1));
+    let request =
+        http_client()?.get(url.clone()).header(reqwest::header::RANGE, format!("bytes=0-{}", HEAD - 1));
     let Ok(Ok(response)) = tokio::time::timeout(LIMIT, request.send()).await else { return Ok(None) };
     if response.status() == reqwest::StatusCode::NOT_FOUND {
         let message = format!("{} does not exist: the server answered 404", public_url(url));
@@ -53,14 +54,21 @@ pub(crate) async fn probe(url: &Url) -> Result<Option<Probed>> {
 
 /// Recognises the format by its first bytes, and refuses those that CDI cannot read.
 fn recognise(head: &[u8], served: Option<u64>, url: &Url) -> Result<Probed> {
-    let number = |at: usize| head.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_be_bytes);
+    let number =
+        |at: usize| head.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_be_bytes);
     let refused = |format: &str| {
-        let message = format!("expected an image that CDI can read at {}, but found one compressed with {format}", public_url(url));
+        let message = format!(
+            "expected an image that CDI can read at {}, but found one compressed with {format}",
+            public_url(url)
+        );
         Err(Error::new(ErrorKind::Unsupported, message)
             .with_help("use qcow2, raw, vmdk, vdi, vhd or vhdx, or a raw image in gz or xz"))
     };
     let broken = |found: &str| {
-        Error::new(ErrorKind::InvalidImage, format!("expected an image at {}, but found {found}", public_url(url)))
+        Error::new(
+            ErrorKind::InvalidImage,
+            format!("expected an image at {}, but found {found}", public_url(url)),
+        )
     };
     let virtual_size = match head {
         // Zstandard (RFC 8878, 3.1.1) and bzip2.
@@ -74,7 +82,8 @@ fn recognise(head: &[u8], served: Option<u64>, url: &Url) -> Result<Probed> {
         [b'Q', b'F', b'I', 0xfb, ..] => return Err(broken("a qcow2 image of an unknown version")),
         // Formats whose size is not in their first bytes: vmdk, gzip, xz, vdi, vhdx, vhd.
         [b'K', b'D', b'M', b'V', ..] | [0x1f, 0x8b, ..] | [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => None,
-        [b'v', b'h', b'd', b'x', b'f', b'i', b'l', b'e', ..] | [b'c', b'o', b'n', b'e', b'c', b't', b'i', b'x', ..] => None,
+        [b'v', b'h', b'd', b'x', b'f', b'i', b'l', b'e', ..]
+        | [b'c', b'o', b'n', b'e', b'c', b't', b'i', b'x', ..] => None,
         _ if head.get(0x40..0x44) == Some(&[0x7f, 0x10, 0xda, 0xbe]) => None,
         _ => served,
     };

@@ -1,13 +1,15 @@
 //! A machine as a VirtualMachine: its hardware in the words of KubeVirt's API, and its seed as a Secret.
 
 use crate::names::{Kind, VM, lab_labels, label_value, object_name};
+use k8s_openapi::ByteString;
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{LabId, MachineDisk, MachineSpec},
     hardware::{Bus, Firmware, NicModel},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// What a process that attaches to the lab of a machine needs to know about it: the content of an annotation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,15 +66,17 @@ pub(crate) fn machine_name(lab: &LabId, machine: &str) -> String {
     object_name(&[lab.as_str(), machine])
 }
 
-/// Returns the keys of the Secret with a seed, as KubeVirt reads them.
-pub(crate) fn seed_data(spec: &MachineSpec) -> Option<Value> {
+/// Returns the files of a seed, as the keys of a Secret.
+pub(crate) fn seed_files(spec: &MachineSpec) -> Option<BTreeMap<String, ByteString>> {
     let seed = spec.seed.as_ref()?;
-    let mut data = Map::new();
-    data.insert("userdata".to_owned(), String::from_utf8_lossy(&seed.user_data).into());
+    let mut files = BTreeMap::new();
+    let mut add = |name: &str, content: &[u8]| files.insert(name.to_owned(), ByteString(content.to_owned()));
+    add("meta-data", seed.meta_data.as_bytes());
+    add("user-data", &seed.user_data);
     if let Some(network) = &seed.network_config {
-        data.insert("networkData".to_owned(), network.as_str().into());
+        add("network-config", network.as_bytes());
     }
-    Some(Value::Object(data))
+    Some(files)
 }
 
 /// Returns the specification of a VirtualMachine. `name` is that of its objects.
@@ -100,15 +104,17 @@ pub(crate) fn virtual_machine(spec: &MachineSpec, name: &str, lab: &LabId, build
             json!({"name": id, "persistentVolumeClaim": {"claimName": cdrom.id, "readOnly": true}}),
         );
     }
-    if let Some(seed) = &spec.seed {
-        let mut source = json!({"secretRef": {"name": name}});
-        if seed.network_config.is_some() {
-            source["networkDataSecretRef"] = json!({"name": name});
-        }
-        attach(json!({"name": "seed", "disk": {"bus": "virtio"}}), json!({"name": "seed", "cloudInitNoCloud": source}));
+    if spec.seed.is_some() {
+        // The files of the seed as they are, on a disk with the label that cloud-init looks for. `cloudInitNoCloud` would write its
+        // own meta-data, with another instance id.
+        let secret = json!({"secretName": name, "volumeLabel": "cidata"});
+        attach(json!({"name": "seed", "disk": {"bus": "virtio"}}), json!({"name": "seed", "secret": secret}));
     }
     if spec.floppy.is_some() {
-        return Err(unsupported("a floppy disk", "KubeVirt has none: serve its files as a CD-ROM or from httpDirectory"));
+        return Err(unsupported(
+            "a floppy disk",
+            "KubeVirt has none: serve its files as a CD-ROM or from httpDirectory",
+        ));
     }
     let (interfaces, networks) = match spec.nics.as_slice() {
         [] => (json!([]), json!([])),
@@ -143,7 +149,8 @@ pub(crate) fn virtual_machine(spec: &MachineSpec, name: &str, lab: &LabId, build
         Firmware::Bios => domain["firmware"] = json!({"bootloader": {"bios": {}}}),
         firmware => {
             let secure_boot = firmware == Firmware::UefiSecureBoot;
-            domain["firmware"] = json!({"bootloader": {"efi": {"secureBoot": secure_boot, "persistent": true}}});
+            domain["firmware"] =
+                json!({"bootloader": {"efi": {"secureBoot": secure_boot, "persistent": true}}});
             domain["features"] = json!({"smm": {"enabled": secure_boot}});
         }
     }
@@ -187,7 +194,8 @@ fn model(model: NicModel) -> &'static str {
 }
 
 fn unsupported(what: &str, help: &'static str) -> Error {
-    Error::new(ErrorKind::InvalidInput, format!("expected hardware that KubeVirt has, but found {what}")).with_help(help)
+    Error::new(ErrorKind::InvalidInput, format!("expected hardware that KubeVirt has, but found {what}"))
+        .with_help(help)
 }
 
 #[cfg(test)]
@@ -213,7 +221,9 @@ mod tests {
         let machine = virtual_machine(&spec(), "web-1", &lab(), "web").unwrap();
         assert_eq!(machine["runStrategy"], "Manual");
         let devices = &machine["template"]["spec"]["domain"]["devices"];
-        let order = |index: usize| (devices["disks"][index]["name"].clone(), devices["disks"][index]["bootOrder"].clone());
+        let order = |index: usize| {
+            (devices["disks"][index]["name"].clone(), devices["disks"][index]["bootOrder"].clone())
+        };
         assert_eq!((order(0), order(2)), ((json!("disk0"), json!(1)), (json!("cdrom0"), json!(3))));
         assert_eq!(devices["disks"][1]["disk"]["bus"], "usb");
         assert_eq!(machine["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"], "claim");
@@ -226,7 +236,10 @@ mod tests {
         let mut floppy = spec();
         floppy.floppy = Some([0; 4].into());
         for spec in [ide, floppy] {
-            assert_eq!(virtual_machine(&spec, "web-1", &lab(), "web").unwrap_err().kind(), ErrorKind::InvalidInput);
+            assert_eq!(
+                virtual_machine(&spec, "web-1", &lab(), "web").unwrap_err().kind(),
+                ErrorKind::InvalidInput
+            );
         }
     }
 

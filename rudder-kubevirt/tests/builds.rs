@@ -54,7 +54,10 @@ impl Bench {
     async fn namespace(&self, name: &str) {
         let namespaces: Api<Namespace> = Api::all(self.cluster.client().unwrap());
         let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
-        namespaces.create(&PostParams::default(), &Namespace { metadata, ..Namespace::default() }).await.unwrap();
+        namespaces
+            .create(&PostParams::default(), &Namespace { metadata, ..Namespace::default() })
+            .await
+            .unwrap();
     }
 
     /// Returns a backend in a new namespace, as the administrator of the cluster.
@@ -138,7 +141,9 @@ async fn a_module_is_built_upon_another(bench: &Bench) {
 
 /// Returns the rules of the documented Role.
 fn documented_rules() -> Vec<PolicyRule> {
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/kubevirt-role.yaml")).unwrap();
+    let text =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/kubevirt-role.yaml"))
+            .unwrap();
     let documents = serde_yaml::Deserializer::from_str(&text);
     let mut documents = documents.map(|document| serde::Deserialize::deserialize(document).unwrap());
     let role: Value = documents.find(|document: &Value| document["kind"] == "Role").unwrap();
@@ -162,7 +167,9 @@ async fn a_build_needs_the_documented_rights_and_no_others(bench: &Bench) {
         .iter()
         .flat_map(|rule| {
             let resources = rule.resources.clone().unwrap_or_default();
-            resources.into_iter().flat_map(|resource| rule.verbs.iter().map(move |verb| (resource.clone(), verb.clone())))
+            resources
+                .into_iter()
+                .flat_map(|resource| rule.verbs.iter().map(move |verb| (resource.clone(), verb.clone())))
         })
         .collect();
     let mut used = BTreeSet::new();
@@ -176,7 +183,8 @@ async fn a_build_needs_the_documented_rights_and_no_others(bench: &Bench) {
             continue;
         }
         let subresource = entry.subresource.split('/').next().filter(|subresource| !subresource.is_empty());
-        let resource = subresource.map_or(entry.resource.clone(), |subresource| format!("{}/{subresource}", entry.resource));
+        let resource = subresource
+            .map_or(entry.resource.clone(), |subresource| format!("{}/{subresource}", entry.resource));
         used.insert((resource, entry.verb));
     }
     let beyond: Vec<_> = used.difference(&allowed).collect();
@@ -186,14 +194,24 @@ async fn a_build_needs_the_documented_rights_and_no_others(bench: &Bench) {
 async fn a_missing_right_is_named(bench: &Bench) {
     bench.namespace("forbidden").await;
     let rules = documented_rules();
-    let rules = rules.into_iter().filter(|rule| rule.resources.as_deref() != Some(&["datavolumes".to_owned()]));
+    let rules =
+        rules.into_iter().filter(|rule| rule.resources.as_deref() != Some(&["datavolumes".to_owned()]));
     let kubeconfig = bench.cluster.service_account("builder", "forbidden", rules.collect()).await.unwrap();
     let backend = Arc::new(backend(&kubeconfig, "forbidden").build());
     let report = failure(&backend, &bench.from_image("base")).await;
-    says(&report, &["add this rule to a Role", "{apiGroups: [\"cdi.kubevirt.io\"], resources: [\"datavolumes\"], verbs: [\"create\"]}"]);
+    says(
+        &report,
+        &[
+            "add this rule to a Role",
+            "{apiGroups: [\"cdi.kubevirt.io\"], resources: [\"datavolumes\"], verbs: [\"create\"]}",
+        ],
+    );
     let found = backend.diagnose().await.unwrap();
     assert!(!found.is_ready());
-    assert!(found.findings.iter().any(|finding| finding.detail.contains("may not create datavolumes")), "{found:?}");
+    assert!(
+        found.findings.iter().any(|finding| finding.detail.contains("may not create datavolumes")),
+        "{found:?}"
+    );
 }
 
 async fn an_expired_token_is_reported(bench: &Bench) {

@@ -6,9 +6,12 @@ mod common;
 
 use async_trait::async_trait;
 use common::{TestCluster, backend, images::Images};
-use k8s_openapi::api::{coordination::v1::Lease, core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Secret}};
+use k8s_openapi::api::{
+    coordination::v1::Lease,
+    core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Secret},
+};
 use kube::{
-    Api, Client, Resource, ResourceExt as _,
+    Api, Client, Resource,
     api::{ApiResource, DynamicObject, ListParams},
     core::NamespaceResourceScope,
 };
@@ -71,7 +74,14 @@ impl KubevirtAdapter {
         Ok(())
     }
 
-    async fn list_custom(&self, group: &str, version: &str, kind: &str, plural: &str, lines: &mut Vec<String>) -> Result<()> {
+    async fn list_custom(
+        &self,
+        group: &str,
+        version: &str,
+        kind: &str,
+        plural: &str,
+        lines: &mut Vec<String>,
+    ) -> Result<()> {
         let resource = ApiResource {
             group: group.to_owned(),
             version: version.to_owned(),
@@ -79,7 +89,8 @@ impl KubevirtAdapter {
             kind: kind.to_owned(),
             plural: plural.to_owned(),
         };
-        let api: Api<DynamicObject> = Api::namespaced_with(self.outside().client.clone(), NAMESPACE, &resource);
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.outside().client.clone(), NAMESPACE, &resource);
         let listed = api.list(&ListParams::default()).await.map_err(failed)?;
         lines.extend(listed.items.iter().filter_map(|object| line(kind, &object.metadata)));
         Ok(())
@@ -89,7 +100,10 @@ impl KubevirtAdapter {
 /// Describes an object, with the id of its lab; `None` for what belongs to the namespace, and for cached imports.
 fn line(kind: &str, metadata: &kube::api::ObjectMeta) -> Option<String> {
     let name = metadata.name.as_deref().unwrap_or_default();
-    if matches!(name, "kube-root-ca.crt") || name.starts_with("rudder-cache-") || name.starts_with("importer-rudder-cache-") {
+    if matches!(name, "kube-root-ca.crt")
+        || name.starts_with("rudder-cache-")
+        || name.starts_with("importer-rudder-cache-")
+    {
         return None;
     }
     let lab = metadata.labels.as_ref().and_then(|labels| labels.get("rudder-vm.github.io/lab"));
@@ -118,7 +132,14 @@ impl Adapter for KubevirtAdapter {
         self.list::<PersistentVolumeClaim>("PersistentVolumeClaim", &mut lines).await?;
         self.list::<Pod>("Pod", &mut lines).await?;
         self.list_custom("kubevirt.io", "v1", "VirtualMachine", "virtualmachines", &mut lines).await?;
-        self.list_custom("kubevirt.io", "v1", "VirtualMachineInstance", "virtualmachineinstances", &mut lines).await?;
+        self.list_custom(
+            "kubevirt.io",
+            "v1",
+            "VirtualMachineInstance",
+            "virtualmachineinstances",
+            &mut lines,
+        )
+        .await?;
         self.list_custom("cdi.kubevirt.io", "v1beta1", "DataVolume", "datavolumes", &mut lines).await?;
         lines.sort();
         Ok(lines)
@@ -163,7 +184,8 @@ impl Adapter for KubevirtAdapter {
 /// Plays an owner, if this process was started for that.
 async fn owner() {
     if let (Some(kubeconfig), Ok(image)) = (std::env::var_os(KUBECONFIG), std::env::var(IMAGE)) {
-        let adapter = KubevirtAdapter { kubeconfig: kubeconfig.into(), image: image.parse().unwrap(), outside: None };
+        let adapter =
+            KubevirtAdapter { kubeconfig: kubeconfig.into(), image: image.parse().unwrap(), outside: None };
         panic!("{:?}", testing::own(Arc::new(adapter)).await);
     }
 }

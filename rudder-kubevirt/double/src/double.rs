@@ -58,7 +58,10 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
-use rudder_core::{Error, Result, backend::Backend};
+use rudder_core::{
+    Error, ErrorKind, Result,
+    backend::{Backend, Stop},
+};
 use serde_json::json;
 use shared::{Shared, failed};
 use std::sync::Arc;
@@ -156,6 +159,31 @@ impl Double {
     pub fn relieve_in(&self, namespace: &str) {
         self.shared.faults.relieve(|scope| scope == Some(namespace));
         self.shared.retry_all();
+    }
+
+    /// Kills what runs an instance, as the death of its QEMU process would.
+    ///
+    /// # Errors
+    /// `NotFound` when the instance does not run.
+    pub async fn kill(&self, namespace: &str, instance: &str) -> Result<()> {
+        let run = self.running(namespace, instance).ok_or_else(|| {
+            let message = format!("expected instance {namespace}/{instance} to run, but it does not");
+            Error::new(ErrorKind::NotFound, message)
+        })?;
+        run.machine.stop(Stop::Kill).await.map(drop)
+    }
+
+    /// Returns whether the machine of an instance runs on the node.
+    #[must_use]
+    pub fn is_running(&self, namespace: &str, instance: &str) -> bool {
+        self.running(namespace, instance).is_some()
+    }
+
+    fn running(&self, namespace: &str, instance: &str) -> Option<Arc<runs::Run>> {
+        let is_it = |run: &Arc<runs::Run>| {
+            run.key.namespace == namespace && run.key.name == instance && run.exit.get().is_none()
+        };
+        self.shared.runs.all().into_iter().find(is_it)
     }
 
     /// Returns the number of open web sockets.

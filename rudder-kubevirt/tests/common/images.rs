@@ -1,7 +1,12 @@
 //! A web server for images, as a cluster imports them: on loopback, with `Range` requests.
 
 use http_body_util::Full;
-use hyper::{Request, Response, StatusCode, body::{Bytes, Incoming}, header, service::service_fn};
+use hyper::{
+    Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    header,
+    service::service_fn,
+};
 use hyper_util::rt::TokioIo;
 use std::{collections::BTreeMap, convert::Infallible, net::Ipv4Addr, sync::Arc};
 use tokio::net::TcpListener;
@@ -15,7 +20,8 @@ pub struct Images {
 
 impl Images {
     pub async fn serve(files: impl IntoIterator<Item = (&'static str, Vec<u8>)>) -> Self {
-        let files: BTreeMap<_, _> = files.into_iter().map(|(name, bytes)| (format!("/{name}"), Bytes::from(bytes))).collect();
+        let files: BTreeMap<_, _> =
+            files.into_iter().map(|(name, bytes)| (format!("/{name}"), Bytes::from(bytes))).collect();
         let files = Arc::new(files);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -27,7 +33,9 @@ impl Images {
                         let answer = answer(&files, &request);
                         async move { Ok::<_, Infallible>(answer) }
                     });
-                    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+                    let _ = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(TokioIo::new(stream), service)
+                        .await;
                 });
             }
         });

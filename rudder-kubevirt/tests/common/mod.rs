@@ -5,7 +5,10 @@
 pub mod images;
 
 use k8s_openapi::api::core::v1::Namespace;
-use kube::{Api, api::{ObjectMeta, PostParams}};
+use kube::{
+    Api,
+    api::{ObjectMeta, PostParams},
+};
 use rudder_core::backend::Backend;
 use rudder_kubevirt::{KubevirtBackend, KubevirtBackendBuilder};
 use rudder_kubevirt_double::{
@@ -35,8 +38,7 @@ impl TestCluster {
         let store = tempfile::Builder::new().prefix("rudder-node-").tempdir().unwrap();
         let node = QemuBackend::builder(Store::open(store.path()).unwrap()).build();
         let cluster = Cluster::start(Options::default()).await.unwrap();
-        let mut options = double::Options::default();
-        options.ports = vec![22, 7, 9];
+        let options = double::Options::default().with_ports([22, 7, 9]);
         let double = start_double(&cluster, Arc::new(node), options).await;
         Self { cluster, double: Arc::new(double), _store: store }
     }
@@ -45,7 +47,10 @@ impl TestCluster {
     pub async fn namespace(&self, name: &str) -> String {
         let namespaces: Api<Namespace> = Api::all(self.cluster.client().unwrap());
         let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
-        namespaces.create(&PostParams::default(), &Namespace { metadata, ..Namespace::default() }).await.unwrap();
+        namespaces
+            .create(&PostParams::default(), &Namespace { metadata, ..Namespace::default() })
+            .await
+            .unwrap();
         name.to_owned()
     }
 }
@@ -53,9 +58,12 @@ impl TestCluster {
 /// Starts the double on a node, and registers its API.
 pub async fn start_double(cluster: &Cluster, node: Arc<dyn Backend>, options: double::Options) -> Double {
     let serving = cluster.serving();
-    let tls = ServingTls::new(&serving.certificate, &serving.key, cluster.front_proxy_ca()).unwrap();
+    let tls = ServingTls::new(&serving.certificate, &serving.key, cluster.front_proxy_ca());
     let double = Double::start(cluster.client().unwrap(), tls, node, options).await.unwrap();
-    cluster.register_api_service("subresources.kubevirt.io", "v1", double.port(), cluster.ca()).await.unwrap();
+    cluster
+        .register_api_service("subresources.kubevirt.io", "v1", double.port(), cluster.ca())
+        .await
+        .unwrap();
     double
 }
 

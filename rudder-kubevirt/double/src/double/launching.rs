@@ -54,8 +54,8 @@ pub(super) async fn launch(
     let attachments = translate::attachments(spec, claims)?;
     let ports = &shared.options.ports;
     let mut machine = translate::machine_spec(&shared.node, &key, spec, &attachments, ports).await?;
-    if let Some(cloud_init) = attachments.seed {
-        machine.seed = Some(seed::seed(shared, &key, spec, cloud_init).await?);
+    if let Some(source) = attachments.seed {
+        machine.seed = Some(seed::seed(shared, &key, spec, source).await?);
     }
     let state = if keeps_state(spec) { Some(state_claim(shared, instance).await?) } else { None };
     let owner = match controller(instance, "VirtualMachine") {

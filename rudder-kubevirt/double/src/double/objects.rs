@@ -268,6 +268,15 @@ pub(super) struct InstanceVolume {
     pub(super) data_volume: Option<DataVolumeVolume>,
     pub(super) empty_disk: Option<EmptyDisk>,
     pub(super) cloud_init_no_cloud: Option<CloudInit>,
+    pub(super) secret: Option<SecretVolume>,
+}
+
+/// A Secret as a disk: an ISO 9660 file system with its keys as files.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct SecretVolume {
+    pub(super) secret_name: String,
+    pub(super) volume_label: String,
 }
 
 impl InstanceVolume {

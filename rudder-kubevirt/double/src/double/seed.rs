@@ -1,15 +1,17 @@
-//! The NoCloud seed of an instance: `cloudInitNoCloud` of its volumes (KubeVirt API reference, CloudInitNoCloudSource), and the
-//! keys of `accessCredentials` that are to be put there.
+//! The NoCloud seed of an instance: `cloudInitNoCloud` of its volumes (KubeVirt API reference, CloudInitNoCloudSource) with the keys of
+//! `accessCredentials`, or a Secret that is attached as a disk labelled `cidata`.
 
 use super::{
-    objects::{CloudInit, InstanceSpec, Key, Reference},
+    objects::{InstanceSpec, Key, Reference},
     shared::{Shared, failed},
+    translate::SeedSource,
 };
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::{ByteString, api::core::v1::Secret};
 use kube::Api;
 use rudder_core::{Error, ErrorKind, Result, backend::Seed};
 use serde_json::{Map, Value, json};
 use std::{
+    collections::BTreeMap,
     io::{self, Cursor, Write as _},
     sync::Arc,
 };
@@ -19,8 +21,12 @@ pub(super) async fn seed(
     shared: &Shared,
     key: &Key,
     spec: &InstanceSpec,
-    cloud_init: &CloudInit,
+    source: SeedSource<'_>,
 ) -> Result<Seed> {
+    let cloud_init = match source {
+        SeedSource::CloudInit(cloud_init) => cloud_init,
+        SeedSource::Secret(name) => return from_secret(data(shared, key, name).await?),
+    };
     let user_data = match &cloud_init.secret_ref {
         Some(secret) => Some(value(shared, key, secret, ["userdata", "userData"]).await?),
         None => cloud_init.user_data.clone().map(String::into_bytes),
@@ -60,6 +66,17 @@ pub(super) async fn seed(
     Ok(Seed::new(meta_data, user_data, network, image))
 }
 
+/// Makes the seed whose files are these.
+fn from_secret(mut files: BTreeMap<String, ByteString>) -> Result<Seed> {
+    let contents: Vec<_> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.0.as_slice())).collect();
+    let image = medium(&contents).map_err(|error| Error::io("make the medium of a seed", error))?;
+    let mut text =
+        |name: &str| files.remove(name).map(|bytes| String::from_utf8_lossy(&bytes.0).into_owned());
+    let (meta_data, network) = (text("meta-data").unwrap_or_default(), text("network-config"));
+    let user_data = files.remove("user-data").map(|bytes| bytes.0).unwrap_or_default();
+    Ok(Seed::new(meta_data, user_data, network, image))
+}
+
 /// Returns the value of a secret under the first of these names that it has.
 async fn value(shared: &Shared, key: &Key, secret: &Reference, names: [&str; 2]) -> Result<Vec<u8>> {
     let mut data = data(shared, key, &secret.name).await?;
@@ -69,11 +86,7 @@ async fn value(shared: &Shared, key: &Key, secret: &Reference, names: [&str; 2])
     })
 }
 
-async fn data(
-    shared: &Shared,
-    key: &Key,
-    secret: &str,
-) -> Result<std::collections::BTreeMap<String, k8s_openapi::ByteString>> {
+async fn data(shared: &Shared, key: &Key, secret: &str) -> Result<BTreeMap<String, ByteString>> {
     let api: Api<Secret> = Api::namespaced(shared.client.clone(), &key.namespace);
     let secret = api.get(secret).await.map_err(failed("read a secret of an instance"))?;
     Ok(secret.data.unwrap_or_default())

@@ -21,6 +21,8 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Maximum size of the body of a request.
 const BODY_LIMIT: usize = 64 << 10;
 
+/// The version that the double reports, which is none of KubeVirt's.
+const VERSION: &str = "v0.0.0-double";
 /// The subresources, with the verbs that RBAC knows them by.
 const RESOURCES: [(&str, &str); 12] = [
     ("virtualmachineinstances/console", "get"),
@@ -90,6 +92,9 @@ async fn route(
     match (method, rest) {
         (Method::GET, []) => Ok(json_response(StatusCode::OK, &group_document())),
         (Method::GET, ["v1"]) => Ok(json_response(StatusCode::OK, &resource_documents())),
+        (Method::GET, ["v1", "version"]) => {
+            Ok(json_response(StatusCode::OK, &json!({"gitVersion": VERSION})))
+        }
         (method, ["v1", "namespaces", namespace, kind, name, sub @ ..]) => {
             let key = Key::new(*namespace, *name);
             subresource(shared, &key, (&method, kind, sub), request)

@@ -24,7 +24,16 @@ pub(super) struct Attachments<'s> {
     /// CD-ROMs in boot order.
     pub(super) cdroms: Vec<(&'s Disk, Attached<'s>)>,
     /// The cloud-init seed.
-    pub(super) seed: Option<&'s CloudInit>,
+    pub(super) seed: Option<SeedSource<'s>>,
+}
+
+/// Where a seed comes from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum SeedSource<'s> {
+    /// KubeVirt makes it.
+    CloudInit(&'s CloudInit),
+    /// The files in the Secret of this name, which is attached with the label `cidata`.
+    Secret(&'s str),
 }
 
 /// What is attached as a disk or a CD-ROM.
@@ -50,7 +59,11 @@ pub(super) fn attachments<'s>(
         let volume = spec.volumes.iter().find(|volume| volume.name == disk.name);
         let volume = volume.ok_or_else(|| invalid(format!("there is no volume for disk {}", disk.name)))?;
         if let Some(cloud_init) = &volume.cloud_init_no_cloud {
-            attachments.seed = Some(cloud_init);
+            attachments.seed = Some(SeedSource::CloudInit(cloud_init));
+            continue;
+        }
+        if let Some(secret) = volume.secret.as_ref().filter(|secret| secret.volume_label == "cidata") {
+            attachments.seed = Some(SeedSource::Secret(&secret.secret_name));
             continue;
         }
         let attached = attached(volume, claims)?;
