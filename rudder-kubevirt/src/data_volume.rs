@@ -86,7 +86,10 @@ pub(crate) async fn filled(
             Ok(event) => event,
             // The watcher repeats what failed for a while; what will not change is reported.
             Err(watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error)) => {
-                if let kube::Error::Api(_) = &error {
+                if let kube::Error::Api(status) = &error
+                    && (400..500).contains(&status.code)
+                    && status.code != 429
+                {
                     return Err(request_failed(error, &format!("watch {what}")));
                 }
                 continue;

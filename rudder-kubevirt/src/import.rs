@@ -236,9 +236,11 @@ async fn cached(
     let task = format!("download {}", shared.public);
     let filled =
         filled(cluster, &name, what, progress, Some((&task, shared.served.unwrap_or(shared.size)))).await;
-    if filled.is_err() {
-        // The next request begins anew.
-        forget(cluster, &found).await?;
+    if filled.is_err()
+        && let Err(error) = forget(cluster, &found).await
+    {
+        // The next request finds the failed import, and fails the same way until it can be removed.
+        tracing::debug!(error = %error.report(), name, "cannot remove a failed import");
     }
     filled
 }

@@ -53,7 +53,10 @@ mod volumes;
 pub use faults::Fault;
 pub use tls::ServingTls;
 
-use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::api::{
+    rbac::v1::{ClusterRole, ClusterRoleBinding},
+    storage::v1::StorageClass,
+};
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
@@ -122,6 +125,7 @@ impl Double {
         if let Some(name) = &options.storage_class {
             create_storage_class(&client, name).await?;
         }
+        grant_to_everyone(&client).await?;
         let node = node::Node::open(node).await?;
         let (shared, queues) = Shared::new(client, node, options);
         let listener = tokio::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))
@@ -227,4 +231,28 @@ async fn create_storage_class(client: &Client, name: &str) -> Result<()> {
         .await
         .map(drop)
         .map_err(failed("create the default storage class"))
+}
+
+/// Grants every user what KubeVirt's operator grants: to ask for its version.
+async fn grant_to_everyone(client: &Client) -> Result<()> {
+    const NAME: &str = "kubevirt.io:default";
+    let role = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": {"name": NAME},
+        "rules": [{"apiGroups": [objects::SUBRESOURCES], "resources": ["version"], "verbs": ["get", "list"]}],
+    });
+    let binding = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": NAME},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": NAME},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": "system:authenticated"}],
+    });
+    let apply = PatchParams::apply("kubevirt-double").force();
+    let roles: Api<ClusterRole> = Api::all(client.clone());
+    roles.patch(NAME, &apply, &Patch::Apply(role)).await.map_err(failed("create a role"))?;
+    let bindings: Api<ClusterRoleBinding> = Api::all(client.clone());
+    bindings.patch(NAME, &apply, &Patch::Apply(binding)).await.map_err(failed("bind a role"))?;
+    Ok(())
 }
