@@ -33,7 +33,7 @@ pub(crate) const RIGHTS: &[(&str, &str, &[&str])] = &[
         "datavolumes",
         &["create", "get", "list", "watch", "patch", "delete", "deletecollection"],
     ),
-    ("", "persistentvolumeclaims", &["get", "list", "watch", "delete", "deletecollection"]),
+    ("", "persistentvolumeclaims", &["get"]),
     ("", "secrets", &["create", "get", "list", "watch", "patch", "delete", "deletecollection"]),
     ("", "configmaps", &["create", "list", "patch", "delete"]),
     ("", "events", &["list"]),

@@ -13,7 +13,7 @@ use crate::{
     specification::{DiskRecord, MachineRecord, machine_name, seed_files, virtual_machine},
 };
 use async_trait::async_trait;
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Secret};
+use k8s_openapi::api::core::v1::Secret;
 use kube::{ResourceExt as _, api::PostParams};
 use rudder_core::{
     Error, ErrorKind, Result,
@@ -378,8 +378,8 @@ pub(crate) async fn remove(cluster: &Cluster, lab: &LabId) -> Result<()> {
     // Machines first: a volume stays as long as a machine uses it.
     cluster.delete_all::<VirtualMachine>(&selector, "the machines of the lab").await?;
     cluster.gone::<VirtualMachineInstance>(Selector::Labels(&selector), "the machines of the lab").await?;
+    // The claims go with their DataVolumes. They are not selected by label: CDI gave those of a published module the lab's.
     cluster.delete_all::<DataVolume>(&selector, "the volumes of the lab").await?;
-    cluster.delete_all::<PersistentVolumeClaim>(&selector, "the volumes of the lab").await?;
     cluster.delete_all::<Secret>(&selector, "the secrets of the lab").await
 }
 
