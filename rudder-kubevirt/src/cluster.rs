@@ -39,13 +39,6 @@ pub(crate) struct Access {
     pub(crate) namespace: Option<String>,
 }
 
-/// Selects objects of a kind.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Selector<'a> {
-    Labels(&'a str),
-    Fields(&'a str),
-}
-
 /// A namespace of a cluster. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Cluster {
@@ -165,24 +158,18 @@ impl Cluster {
         let matching = ListParams::default().labels(selector);
         let deleted = self.api::<K>().delete_collection(&background(), &matching).await;
         deleted.map_err(|error| request_failed(error, &format!("delete {what}")))?;
-        self.gone::<K>(Selector::Labels(selector), what).await
+        self.gone::<K>(selector, what).await
     }
 
-    /// Waits until no object matches a selector.
-    pub(crate) async fn gone<K>(&self, selector: Selector<'_>, what: &str) -> Result<()>
+    /// Waits until no object matches a label selector.
+    pub(crate) async fn gone<K>(&self, selector: &str, what: &str) -> Result<()>
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + fmt::Debug + DeserializeOwned,
     {
         let doing = || format!("wait for the end of {what}");
         loop {
-            let (list, watch) = match selector {
-                Selector::Labels(labels) => {
-                    (ListParams::default().labels(labels), WatchParams::default().labels(labels))
-                }
-                Selector::Fields(fields) => {
-                    (ListParams::default().fields(fields), WatchParams::default().fields(fields))
-                }
-            };
+            let list = ListParams::default().labels(selector);
+            let watch = WatchParams::default().labels(selector);
             let listed = self.api::<K>().list(&list).await;
             let listed = listed.map_err(|error| request_failed(error, &doing()))?;
             if listed.items.is_empty() {

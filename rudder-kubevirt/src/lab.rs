@@ -1,7 +1,7 @@
 //! A lab: the lease that owns it, its volumes, and its machines.
 
 use crate::{
-    cluster::{Cluster, Selector, annotation, metadata},
+    cluster::{Cluster, annotation, metadata},
     data_volume::{Filling, data_volume, filled},
     errors::{is_conflict, request_failed},
     import,
@@ -377,7 +377,7 @@ pub(crate) async fn remove(cluster: &Cluster, lab: &LabId) -> Result<()> {
     let selector = lab_selector(lab);
     // Machines first: a volume stays as long as a machine uses it.
     cluster.delete_all::<VirtualMachine>(&selector, "the machines of the lab").await?;
-    cluster.gone::<VirtualMachineInstance>(Selector::Labels(&selector), "the machines of the lab").await?;
+    cluster.gone::<VirtualMachineInstance>(&selector, "the machines of the lab").await?;
     // The claims go with their DataVolumes. They are not selected by label: CDI gave those of a published module the lab's.
     cluster.delete_all::<DataVolume>(&selector, "the volumes of the lab").await?;
     cluster.delete_all::<Secret>(&selector, "the secrets of the lab").await

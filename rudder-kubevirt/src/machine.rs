@@ -1,7 +1,7 @@
 //! A machine of a lab: a VirtualMachine, and its VirtualMachineInstance while it is powered on.
 
 use crate::{
-    cluster::{Cluster, Selector},
+    cluster::Cluster,
     errors::{is_conflict, is_not_found, request_failed},
     lab::LabContext,
     life::{Life, Phase, Stopping},
@@ -202,19 +202,21 @@ impl Core {
         self.ended();
     }
 
-    /// Requests that the machine runs. Its instance of the last power-on may not be gone yet, and is waited for.
+    /// Requests that the machine runs. While the last run is still being ended, KubeVirt refuses; the request is repeated whenever the
+    /// machine has changed.
     async fn power_on(&self) -> Result<(), kube::Error> {
-        let conflict = match self.cluster().put(&self.path("start"), &json!({})).await {
-            Err(error) if is_conflict(&error) => error,
-            other => return other,
-        };
-        let fields = format!("metadata.name={}", self.object);
-        let gone = self
-            .cluster()
-            .gone::<VirtualMachineInstance>(Selector::Fields(&fields), "the last run of the machine");
-        match tokio::time::timeout(self.lab.start_limit, gone).await {
-            Ok(Ok(())) => self.cluster().put(&self.path("start"), &json!({})).await,
-            _ => Err(conflict),
+        let config = watcher::Config::default().fields(&format!("metadata.name={}", self.object));
+        let changes = watcher(self.cluster().api::<VirtualMachine>(), config).default_backoff();
+        let mut changes = std::pin::pin!(changes);
+        let deadline = tokio::time::Instant::now() + self.lab.start_limit;
+        loop {
+            let refused = match self.cluster().put(&self.path("start"), &json!({})).await {
+                Err(error) if is_conflict(&error) || is_underway(&error) => error,
+                other => return other,
+            };
+            if tokio::time::timeout_at(deadline, changes.next()).await.is_err() {
+                return Err(refused);
+            }
         }
     }
 
@@ -314,6 +316,11 @@ impl Core {
             _ => Exit::Unobserved,
         }
     }
+}
+
+/// Returns whether KubeVirt refused a request because an earlier one is not carried out yet.
+fn is_underway(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.message.contains("already underway"))
 }
 
 #[async_trait]

@@ -213,7 +213,10 @@ async fn a_build_needs_the_documented_rights_and_no_others(bench: &Bench) {
     let mut used = BTreeSet::new();
     for entry in bench.cluster.audit().unwrap().into_iter().filter(|entry| entry.user == USER) {
         // What every user may ask: the version of KubeVirt, the resources of the API, and what it may do.
-        if entry.resource.is_empty() || entry.resource.starts_with("selfsubject") || entry.resource == "version" {
+        if entry.resource.is_empty()
+            || entry.resource.starts_with("selfsubject")
+            || entry.resource == "version"
+        {
             continue;
         }
         if entry.resource == "storageclasses" {

@@ -18,6 +18,7 @@ use kube::{
 use rudder_core::{
     Error, ErrorKind, Result,
     backend::{Backend, LabId},
+    digest::Digest,
     plan::PlannedUrl,
     testing::{self, Adapter, BadImages, Echo, GuestImage, Options, Owners},
 };
@@ -171,6 +172,11 @@ impl Adapter for KubevirtAdapter {
     fn bad_images(&self) -> Option<BadImages> {
         let images = &self.outside.as_ref()?.images;
         Some(BadImages::new(images.url("missing.qcow2"), images.url("broken.qcow2")))
+    }
+
+    fn published(&self, bytes: &[u8]) -> Option<Url> {
+        let images = &self.outside.as_ref()?.images;
+        Some(images.add(&format!("published-{}", Digest::of(bytes)), bytes.to_owned()))
     }
 
     fn owners(&self) -> Owners {

@@ -8,29 +8,37 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use std::{collections::BTreeMap, convert::Infallible, net::Ipv4Addr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    net::Ipv4Addr,
+    sync::{Arc, Mutex},
+};
 use tokio::net::TcpListener;
 use url::Url;
+
+type Files = Arc<Mutex<BTreeMap<String, Bytes>>>;
 
 /// A web server with a few files.
 pub struct Images {
     address: std::net::SocketAddr,
+    files: Files,
     server: tokio::task::JoinHandle<()>,
 }
 
 impl Images {
     pub async fn serve(files: impl IntoIterator<Item = (&'static str, Vec<u8>)>) -> Self {
-        let files: BTreeMap<_, _> =
-            files.into_iter().map(|(name, bytes)| (format!("/{name}"), Bytes::from(bytes))).collect();
-        let files = Arc::new(files);
+        let files = files.into_iter().map(|(name, bytes)| (format!("/{name}"), Bytes::from(bytes)));
+        let files: Files = Arc::new(Mutex::new(files.collect()));
+        let served = Arc::clone(&files);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let server = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let files = Arc::clone(&files);
+                let files = Arc::clone(&served);
                 tokio::spawn(async move {
                     let service = service_fn(move |request| {
-                        let answer = answer(&files, &request);
+                        let answer = answer(&files.lock().unwrap(), &request);
                         async move { Ok::<_, Infallible>(answer) }
                     });
                     let _ = hyper::server::conn::http1::Builder::new()
@@ -39,7 +47,13 @@ impl Images {
                 });
             }
         });
-        Self { address, server }
+        Self { address, files, server }
+    }
+
+    /// Serves one more file, and returns its URL.
+    pub fn add(&self, name: &str, bytes: Vec<u8>) -> Url {
+        self.files.lock().unwrap().insert(format!("/{name}"), Bytes::from(bytes));
+        self.url(name)
     }
 
     pub fn url(&self, name: &str) -> Url {
