@@ -23,7 +23,7 @@ use rudder_core::{
     backend::{BoxedStream, Exit, Machine, Progress, SerialLog, Stop},
     module::{CapturedDisk, CapturedState},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -43,6 +43,8 @@ struct Core {
     /// The name of its objects.
     object: String,
     life: watch::Sender<Life>,
+    /// Held while the cluster is requested to power the machine on or off: one request after the other.
+    requests: tokio::sync::Mutex<()>,
     /// The serial console of this power-on, or of the last.
     serial: Mutex<Option<Arc<SerialHub>>>,
     /// The display of this power-on, or of the last: its last screen stays.
@@ -73,7 +75,8 @@ impl KubevirtMachine {
         let object = machine_name(&lab.id, &record.name);
         let display = Mutex::new(Arc::new(new_display(lab, &object)));
         let (life, serial) = (watch::Sender::new(life), Mutex::default());
-        let core = Core { lab: Arc::clone(lab), record, object, life, serial, display };
+        let requests = tokio::sync::Mutex::default();
+        let core = Core { lab: Arc::clone(lab), record, object, life, requests, serial, display };
         Arc::new(Self { core: Arc::new(core), watcher: Mutex::default() })
     }
 
@@ -102,6 +105,10 @@ impl KubevirtMachine {
 
     fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
         Error::new(kind, message.into()).with_context("vm", &self.core.record.name)
+    }
+
+    fn never_started(&self) -> Error {
+        self.error(ErrorKind::Conflict, "expected the machine to have been started, but it was not")
     }
 
     fn check_running(&self) -> Result<()> {
@@ -202,22 +209,55 @@ impl Core {
         self.ended();
     }
 
-    /// Requests that the machine runs. While the last run is still being ended, KubeVirt refuses; the request is repeated whenever the
-    /// machine has changed.
-    async fn power_on(&self) -> Result<(), kube::Error> {
+    /// Requests that the machine is powered on or off. While an earlier request is carried out, KubeVirt refuses; the request is then
+    /// repeated whenever the machine has changed, as long as `is_wanted`.
+    async fn request(
+        &self,
+        verb: &str,
+        body: &Value,
+        is_wanted: impl Fn(&kube::Error) -> bool,
+    ) -> Result<(), kube::Error> {
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.object));
         let changes = watcher(self.cluster().api::<VirtualMachine>(), config).default_backoff();
         let mut changes = std::pin::pin!(changes);
         let deadline = tokio::time::Instant::now() + self.lab.start_limit;
         loop {
-            let refused = match self.cluster().put(&self.path("start"), &json!({})).await {
-                Err(error) if is_conflict(&error) || is_underway(&error) => error,
+            let refused = match self.cluster().put(&self.path(verb), body).await {
+                Err(error) if is_wanted(&error) => error,
                 other => return other,
             };
             if tokio::time::timeout_at(deadline, changes.next()).await.is_err() {
                 return Err(refused);
             }
         }
+    }
+
+    /// Powers the machine on, from the state `before`. Runs to its end even if the caller does not: whether the cluster starts the
+    /// machine must be known.
+    async fn launch(self: Arc<Self>, before: Life) -> Result<()> {
+        let _alone = self.requests.lock().await;
+        let launched = async {
+            if before.phase() == &Phase::New {
+                let record = MachineRecord { started: true, ..self.record.clone() };
+                let text = serde_json::to_string(&record).unwrap_or_default();
+                let patch = json!({"metadata": {"annotations": {MACHINE: text}}});
+                let what = "the record of a machine";
+                self.cluster().patch::<VirtualMachine>(&self.object, &patch, what).await?;
+            }
+            let repeat = |error: &kube::Error| is_conflict(error) || is_underway(error);
+            let started = self.request("start", &json!({}), repeat).await;
+            started.map_err(|error| request_failed(error, "start the machine"))
+        };
+        let launched = launched.await;
+        if launched.is_err() {
+            self.life.send_replace(before);
+        }
+        launched.map_err(|error| {
+            let message = error.to_string();
+            Error::new(ErrorKind::LaunchFailed, message)
+                .with_source(error)
+                .with_context("vm", &self.record.name)
+        })
     }
 
     fn modify(&self, change: impl FnOnce(&mut Life)) {
@@ -258,12 +298,12 @@ impl Core {
     }
 
     /// Connects to the serial console of this power-on, if that has not happened yet.
-    fn attach_serial(&self) {
+    fn attach_serial(&self) -> Arc<SerialHub> {
         let cluster = self.cluster();
         let connect =
             || connector(cluster.client().clone(), cluster.namespace(), &self.object, Subresource::Console);
         let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
-        serial.get_or_insert_with(|| Arc::new(SerialHub::start(connect())));
+        Arc::clone(serial.get_or_insert_with(|| Arc::new(SerialHub::start(connect()))))
     }
 
     /// Returns the message of an event of the instance.
@@ -291,11 +331,14 @@ impl Core {
         self.stop(0).await
     }
 
+    /// Requests that the machine ends within a number of seconds. One that does not run is not an error.
     async fn stop(&self, grace: u64) -> Result<()> {
-        let body = json!({"gracePeriod": grace});
-        match self.cluster().put(&self.path("stop"), &body).await {
+        let _alone = self.requests.lock().await;
+        // A machine whose start was accepted will have an instance.
+        let starts = || matches!(self.life.borrow().phase(), Phase::Starting(_));
+        let repeat = |error: &kube::Error| is_underway(error) || is_conflict(error) && starts();
+        match self.request("stop", &json!({"gracePeriod": grace}), repeat).await {
             Ok(()) => Ok(()),
-            // It does not run.
             Err(error) if is_conflict(&error) || is_not_found(&error) => Ok(()),
             Err(error) => Err(request_failed(error, "stop a machine").with_context("vm", &self.record.name)),
         }
@@ -308,12 +351,14 @@ impl Core {
         self.display().end();
     }
 
-    async fn wait(&self) -> Exit {
+    /// Waits until the machine has ended. `None` if it turns out that it was never started.
+    async fn wait(&self) -> Option<Exit> {
         let mut life = self.life.subscribe();
-        let ended = life.wait_for(|life| matches!(life.phase(), Phase::Ended(_))).await;
-        match ended.map(|life| life.phase().clone()) {
-            Ok(Phase::Ended(exit)) => exit,
-            _ => Exit::Unobserved,
+        let over = life.wait_for(|life| !life.is_up()).await;
+        match over.map(|life| life.phase().clone()) {
+            Ok(Phase::Ended(exit)) => Some(exit),
+            Ok(_) => None,
+            Err(_) => Some(Exit::Unobserved),
         }
     }
 }
@@ -342,47 +387,27 @@ impl Machine for KubevirtMachine {
         let Some(before) = before else {
             return Err(self.error(ErrorKind::Conflict, "expected the machine not to run, but it runs"));
         };
-        if before.phase() == &Phase::New {
-            let record = MachineRecord { started: true, ..core.record.clone() };
-            let text = serde_json::to_string(&record).unwrap_or_default();
-            let patch = json!({"metadata": {"annotations": {MACHINE: text}}});
-            let recorded =
-                core.cluster().patch::<VirtualMachine>(&core.object, &patch, "the record of a machine").await;
-            if let Err(error) = recorded {
-                core.life.send_replace(before);
-                return Err(error.with_context("vm", &core.record.name));
-            }
-        }
         *core.serial.lock().unwrap_or_else(PoisonError::into_inner) = None;
         *core.display.lock().unwrap_or_else(PoisonError::into_inner) =
             Arc::new(new_display(&core.lab, &core.object));
         self.watch();
-        if let Err(error) = core.power_on().await {
-            core.life.send_replace(before);
-            let error = request_failed(error, "start the machine");
-            return Err(self.error(ErrorKind::LaunchFailed, error.to_string()).with_source(error));
-        }
+        let launched = tokio::spawn(Arc::clone(core).launch(before)).await;
+        launched
+            .map_err(|error| self.error(ErrorKind::Internal, "the start ended early").with_source(error))??;
         self.runs().await
     }
 
     async fn wait(&self) -> Result<Exit> {
         if self.core.life.borrow().phase() == &Phase::New {
-            return Err(
-                self.error(ErrorKind::Conflict, "expected the machine to have been started, but it was not")
-            );
+            return Err(self.never_started());
         }
-        Ok(self.core.wait().await)
+        self.core.wait().await.ok_or_else(|| self.never_started())
     }
 
     async fn stop(&self, how: Stop) -> Result<Exit> {
         let core = &self.core;
         match core.life.borrow().phase() {
-            Phase::New => {
-                return Err(self.error(
-                    ErrorKind::Conflict,
-                    "expected the machine to have been started, but it was not",
-                ));
-            }
+            Phase::New => return Err(self.never_started()),
             Phase::Ended(exit) => return Ok(exit.clone()),
             _ => {}
         }
@@ -394,7 +419,7 @@ impl Machine for KubevirtMachine {
                 core.stop(limit.as_secs().max(1)).await?;
             }
         }
-        Ok(core.wait().await)
+        core.wait().await.ok_or_else(|| self.never_started())
     }
 
     async fn dial(&self, port: u16) -> Result<BoxedStream> {
