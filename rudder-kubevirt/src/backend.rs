@@ -5,7 +5,8 @@ use crate::{
     diagnose,
     fetcher::TemporaryFetcher,
     import,
-    lab::{self, KubevirtLab, LabOptions, files_name},
+    lab::{self, KubevirtLab, files_name},
+    lab_context::LabOptions,
     lease::{self, remove_unrenewed},
     modules,
 };

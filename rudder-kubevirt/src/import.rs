@@ -5,7 +5,7 @@ use crate::{
     cluster::{Cluster, annotation, metadata},
     data_volume::{Filling, checks_content, data_volume, filled},
     errors::{is_conflict, request_failed},
-    lab::LabContext,
+    lab_context::LabContext,
     modules,
     names::{KEEP_UNTIL, Kind, NAME, SOURCE, VM, lab_labels, label_value, labels, object_name, selector},
     objects::DataVolume,

@@ -2,15 +2,15 @@
 
 use crate::{
     cluster::{Cluster, annotation, metadata},
-    data_volume::{Filling, data_volume, filled},
     errors::{is_conflict, request_failed},
     import,
+    lab_context::{LabContext, LabOptions},
     lease::{self, Listed, Ownership},
     machine::KubevirtMachine,
     modules,
     names::{Kind, MACHINE, NAME, VM, lab_labels, lab_selector, label_value, object_name},
     objects::{DataVolume, VirtualMachine, VirtualMachineInstance},
-    specification::{DiskRecord, MachineRecord, machine_name, seed_files, virtual_machine},
+    specification::{MachineRecord, machine_name, seed_files, virtual_machine},
 };
 use async_trait::async_trait;
 use k8s_openapi::api::core::v1::Secret;
@@ -21,88 +21,15 @@ use rudder_core::{
         ImportRequest, Imported, Lab, LabId, LabSpec, Machine, MachineSpec, ModuleDraft, Progress, Retention,
         Served, Site, check_lab_file,
     },
-    content::{Content, ContentId},
-    module::{CapturedDisk, Module},
+    module::Module,
 };
 use serde_json::json;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
 };
-
-/// What the parts of a lab share.
-#[derive(Debug)]
-pub(crate) struct LabContext {
-    pub(crate) cluster: Cluster,
-    pub(crate) id: LabId,
-    pub(crate) name: String,
-    pub(crate) ownership: Arc<Ownership>,
-    /// The storage class of volumes; `None` for the cluster's default.
-    pub(crate) storage_class: Option<String>,
-    /// How long a machine may take from power-on until it runs.
-    pub(crate) start_limit: Duration,
-    destroyed: AtomicBool,
-    counter: AtomicU32,
-    /// The disks that were captured, by claim.
-    captured: Mutex<BTreeMap<String, CapturedDisk>>,
-}
-
-impl LabContext {
-    /// Returns a number that no other object of the lab has.
-    pub(crate) fn next(&self) -> u32 {
-        self.counter.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// # Errors
-    /// `Conflict` when the lab was destroyed.
-    pub(crate) fn check_open(&self) -> Result<()> {
-        if self.destroyed.load(Ordering::Acquire) {
-            let message = format!("expected lab {} to be open, but it was destroyed", self.id);
-            return Err(Error::new(ErrorKind::Conflict, message));
-        }
-        Ok(())
-    }
-
-    fn captured(&self) -> MutexGuard<'_, BTreeMap<String, CapturedDisk>> {
-        self.captured.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Copies a disk of a machine that is not running to a volume of its own.
-    pub(crate) async fn capture(
-        &self,
-        machine: &str,
-        disk: &DiskRecord,
-        progress: &Progress,
-    ) -> Result<CapturedDisk> {
-        self.check_open()?;
-        let name =
-            object_name(&[self.id.as_str(), "captured", machine, &disk.name, &self.next().to_string()]);
-        let mut labels = lab_labels(Kind::Captured, &self.id, &self.name);
-        labels.insert(VM.to_owned(), label_value(machine));
-        let annotations = [(NAME, format!("{machine}/{}", disk.name))];
-        let filling =
-            Filling::Volume { namespace: self.cluster.namespace().to_owned(), name: disk.claim.clone() };
-        let metadata = metadata(&name, labels, annotations, Some(self.ownership.owner()));
-        let wanted = data_volume(metadata, &filling, disk.virtual_size, self.storage_class.as_deref());
-        let what = format!("a copy of disk {} of VM {machine}", disk.name);
-        self.cluster.create(&wanted, &what).await?;
-        let task = format!("capture {}", disk.name);
-        let volume = filled(&self.cluster, &name, &what, progress, Some((&task, disk.virtual_size))).await?;
-        let content = Content::identified(ContentId::Cluster(format!(
-            "datavolume/{}",
-            volume.uid().unwrap_or_default()
-        )));
-        let captured = CapturedDisk::new(&disk.name, disk.bus, &name, "raw", disk.virtual_size, content);
-        let mut all = self.captured();
-        all.insert(name, captured.clone());
-        Ok(captured)
-    }
-}
 
 /// A lab on a cluster.
 #[derive(Debug)]
@@ -112,14 +39,6 @@ pub(crate) struct KubevirtLab {
     /// Whether this process opened the lab.
     opened: bool,
     versions: BTreeMap<String, String>,
-}
-
-/// How labs are made.
-#[derive(Debug, Clone)]
-pub(crate) struct LabOptions {
-    pub(crate) storage_class: Option<String>,
-    pub(crate) lease_duration: Duration,
-    pub(crate) start_limit: Duration,
 }
 
 impl KubevirtLab {
@@ -180,17 +99,7 @@ impl KubevirtLab {
         versions: BTreeMap<String, String>,
         opened: bool,
     ) -> Self {
-        let context = LabContext {
-            cluster: cluster.clone(),
-            id,
-            name,
-            ownership,
-            storage_class: options.storage_class.clone(),
-            start_limit: options.start_limit,
-            destroyed: AtomicBool::new(false),
-            counter: AtomicU32::new(0),
-            captured: Mutex::default(),
-        };
+        let context = LabContext::new(cluster, id, name, ownership, options);
         Self { context: Arc::new(context), machines: Mutex::default(), opened, versions }
     }
 
@@ -200,7 +109,7 @@ impl KubevirtLab {
 
     /// Refuses further work, and ends the machines for whoever waits for them.
     fn end_machines(&self, why: &str) {
-        self.context.destroyed.store(true, Ordering::Release);
+        self.context.close();
         for machine in self.all_machines().iter() {
             machine.lab_ended(why);
         }
@@ -352,7 +261,7 @@ impl Lab for KubevirtLab {
 impl Drop for KubevirtLab {
     fn drop(&mut self) {
         let context = Arc::clone(&self.context);
-        if !self.opened || context.ownership.lifetime().kept || context.destroyed.load(Ordering::Acquire) {
+        if !self.opened || context.ownership.lifetime().kept || context.is_closed() {
             return;
         }
         self.end_machines("its lab was dropped");

@@ -13,6 +13,7 @@ mod fetcher;
 mod http_client;
 mod import;
 mod lab;
+mod lab_context;
 mod lease;
 mod life;
 mod machine;

@@ -3,7 +3,7 @@
 use crate::{
     cluster::Cluster,
     errors::{is_conflict, is_not_found, request_failed},
-    lab::LabContext,
+    lab_context::LabContext,
     life::{Life, Phase, Stopping},
     names::MACHINE,
     objects::{VirtualMachine, VirtualMachineInstance},

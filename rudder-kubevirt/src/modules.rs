@@ -7,7 +7,7 @@
 use crate::{
     cluster::{Cluster, annotation, metadata},
     errors::{is_conflict, request_failed},
-    lab::LabContext,
+    lab_context::LabContext,
     lease,
     names::{BUILD, Kind, LAB, NAME, VM, label_value, labels, object_name, selector},
     objects::{DataVolume, VirtualMachine},
