@@ -80,7 +80,7 @@ impl Bench {
         )
     }
 
-    fn from_image(&self, module: &str) -> String {
+    fn image_manifest(&self, module: &str) -> String {
         self.manifest(module, "web", "{url: 'IMAGE'}")
     }
 }
@@ -166,7 +166,7 @@ async fn run<const COUNT: usize>(tests: [(&'static str, BoxFuture<'_, ()>); COUN
 
 async fn a_module_is_built_upon_another(bench: &Bench) {
     let backend = bench.backend("layers").await;
-    let base = build(&backend, &bench.from_image("base")).await.unwrap();
+    let base = build(&backend, &bench.image_manifest("base")).await.unwrap();
     assert_eq!(base.machines[0].disks[0].format, "raw");
     let top = build(&backend, &bench.manifest("top", "web", "{buildRef: {name: base}}")).await.unwrap();
     let names: Vec<String> = backend.modules().await.unwrap().into_iter().map(|module| module.name).collect();
@@ -195,7 +195,7 @@ async fn a_build_needs_the_documented_rights_and_no_others(bench: &Bench) {
     let kubeconfig = bench.cluster.service_account("builder", "rights", rules.clone()).await.unwrap();
     let backend = Arc::new(backend(&kubeconfig, "rights").build());
     assert!(backend.diagnose().await.unwrap().is_ready());
-    build(&backend, &bench.from_image("base")).await.unwrap();
+    build(&backend, &bench.image_manifest("base")).await.unwrap();
     build(&backend, &bench.manifest("top", "web", "{buildRef: {name: base}}")).await.unwrap();
     backend.reap().await.unwrap();
     backend.collect().await.unwrap();
@@ -239,7 +239,7 @@ async fn a_missing_right_is_named(bench: &Bench) {
         rules.into_iter().filter(|rule| rule.resources.as_deref() != Some(&["datavolumes".to_owned()]));
     let kubeconfig = bench.cluster.service_account("builder", "forbidden", rules.collect()).await.unwrap();
     let backend = Arc::new(backend(&kubeconfig, "forbidden").build());
-    let report = failure(&backend, &bench.from_image("base")).await;
+    let report = failure(&backend, &bench.image_manifest("base")).await;
     says(
         &report,
         &[
@@ -259,13 +259,13 @@ async fn an_expired_token_is_reported(bench: &Bench) {
     bench.namespace("expired").await;
     let kubeconfig = bench.cluster.kubeconfig_for_token("no-such-token", "expired").unwrap();
     let backend = Arc::new(backend(&kubeconfig, "expired").build());
-    let report = failure(&backend, &bench.from_image("base")).await;
+    let report = failure(&backend, &bench.image_manifest("base")).await;
     says(&report, &["the cluster does not accept the credentials", "log in again"]);
 }
 
 async fn an_image_that_does_not_exist_is_reported(bench: &Bench) {
     let backend = bench.backend("missing-image").await;
-    let manifest = bench.from_image("base").replace("debian.qcow2", "absent.qcow2");
+    let manifest = bench.image_manifest("base").replace("debian.qcow2", "absent.qcow2");
     says(&failure(&backend, &manifest).await, &["404", "absent.qcow2", "check the URL"]);
 }
 
@@ -275,7 +275,7 @@ async fn a_machine_that_no_node_can_run_is_reported(bench: &Bench) {
     bench.double.order_in("full", Fault::Unschedulable { message: WHY.to_owned() });
     let limit = Duration::from_secs(5);
     let backend = Arc::new(backend(&bench.cluster.kubeconfig(), "full").start_limit(limit).build());
-    says(&failure(&backend, &bench.from_image("base")).await, &["does not run after 5s", WHY]);
+    says(&failure(&backend, &bench.image_manifest("base")).await, &["does not run after 5s", WHY]);
     bench.double.relieve_in("full");
 }
 
@@ -284,19 +284,20 @@ async fn a_quota_is_reported(bench: &Bench) {
     let quotas: Api<ResourceQuota> = Api::namespaced(bench.cluster.client().unwrap(), "quota");
     let quota = json!({"metadata": {"name": "small"}, "spec": {"hard": {"persistentvolumeclaims": "0"}}});
     quotas.create(&PostParams::default(), &from_value(quota).unwrap()).await.unwrap();
-    says(&failure(&backend, &bench.from_image("base")).await, &["exceeded quota", "raise its quota"]);
+    says(&failure(&backend, &bench.image_manifest("base")).await, &["exceeded quota", "raise its quota"]);
 }
 
 async fn a_machine_that_panics_is_reported(bench: &Bench) {
     let backend = bench.backend("panic").await;
-    let report = failure(&backend, &bench.from_image("base").replace("echo from base", "crash now")).await;
+    let report =
+        failure(&backend, &bench.image_manifest("base").replace("echo from base", "crash now")).await;
     says(&report, &["panic"]);
 }
 
 async fn a_namespace_that_is_deleted_ends_the_build(bench: &Bench) {
     let backend = bench.backend("deleted").await;
     bench.double.order_in("deleted", Fault::SlowStorage);
-    let manifest = bench.from_image("base");
+    let manifest = bench.image_manifest("base");
     let building = failure(&backend, &manifest);
     let namespaces: Api<Namespace> = Api::all(bench.cluster.client().unwrap());
     let deleting = async {
@@ -314,7 +315,7 @@ async fn a_namespace_that_is_deleted_ends_the_build(bench: &Bench) {
 async fn what_a_killed_builder_leaves_is_reaped(bench: &Bench) {
     let backend = bench.backend("killed").await;
     bench.double.order_in("killed", Fault::SlowStorage);
-    let manifest = bench.from_image("base");
+    let manifest = bench.image_manifest("base");
     // A builder that is dropped in the middle renews its lease no longer, as one that was killed.
     let cut = tokio::time::timeout(Duration::from_secs(2), build(&backend, &manifest));
     assert!(cut.await.is_err(), "expected the build to wait for its storage");
@@ -333,7 +334,7 @@ async fn what_a_killed_builder_leaves_is_reaped(bench: &Bench) {
 async fn a_build_goes_on_when_the_api_server_restarts(bench: &Bench) {
     let backend = bench.backend("restart").await;
     bench.double.order_in("restart", Fault::SlowStorage);
-    let manifest = bench.from_image("base");
+    let manifest = bench.image_manifest("base");
     let restarting = async {
         while backend.labs().await.unwrap_or_default().is_empty() {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -354,7 +355,7 @@ async fn a_build_goes_on_when_the_api_server_restarts(bench: &Bench) {
 
 async fn a_cluster_that_does_not_answer_is_reported(bench: &Bench) {
     let backend = bench.backend("unreachable").await;
-    let manifest = bench.from_image("base");
+    let manifest = bench.image_manifest("base");
     backend.labs().await.unwrap();
     bench.cluster.stop_api_server();
     says(&failure(&backend, &manifest).await, &["the cluster does not answer", "kubectl cluster-info"]);

@@ -3,7 +3,7 @@
 use super::{
     NotPassed, Rig, TestResult,
     rig::{BLANK, nic},
-    test_result::{During as _, ensure, fail},
+    test_result::{During as _, ensure},
 };
 use crate::{
     Error,
