@@ -186,8 +186,6 @@ fn capabilities() -> Capabilities {
             C::SourceUrl,
             C::SourceBlank,
             C::SourceBuildRef,
-            C::SourceContainerDisk,
-            C::SourcePvc,
             C::DiskVirtio,
             C::DiskScsi,
             C::DiskSata,
