@@ -47,10 +47,10 @@ check: ## Check format, structure, lints, other targets, documentation, dependen
 	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
 	@$(call timed,check: structure,tools/structure --check)
-	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt,kubevirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --features libvirt $(SLOW) -- -D warnings)
+	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --features kubevirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --features libvirt $(SLOW) -- -D warnings)
 	@$(call timed,check: no optional features,cargo clippy --package rudder --package rudder-core --quiet -- -D warnings)
 	@$(call timed,check: other targets,tools/targets)
-	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt,kubevirt,testing --no-deps --quiet)
+	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt --features kubevirt --features testing --no-deps --quiet)
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
 	@$(call timed,check: packages,tools/package)
 	@$(call timed,check: oldest Rust,tools/msrv)
