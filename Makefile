@@ -3,12 +3,16 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench guests
+.PHONY: help demo test test-kubevirt test-slow check bench guests
 
 GUESTS := target/guests
 STORE := target/demo-store
 # The backend of the demo's first layer, optionally followed by that of the second: "libvirt", "libvirt qemu", "qemu libvirt".
 BACKENDS ?= qemu
+
+# The control plane that the tests of the KubeVirt backend start.
+KUBE := target/kube/kube
+KUBEVIRT := --package rudder-kubevirt --package rudder-kubevirt-double
 
 # Tests that are too slow for `make test`.
 SLOW := --test install_slowed --test libvirt_debian
@@ -17,16 +21,22 @@ SLOW := --test install_slowed --test libvirt_debian
 timed = s=$$SECONDS; $(2); echo "$(1): $$((SECONDS - s)) s"
 
 help: ## Show this help
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: guests ## Build a module from a real Debian guest, then a second one on top of it; BACKENDS="libvirt qemu"
 	@tools/setup build $(if $(findstring libvirt,$(BACKENDS)),headers libvirt)
 	@tools/demo "$(STORE)" $(BACKENDS)
 
-test: guests ## Run all tests, including those with real guests
+test: guests ## Run all tests, including those with real guests, except for those of the KubeVirt backend
 	@tools/setup build headers qemu libvirt isos test
-	@$(call timed,test: compiling,cargo test --workspace --features libvirt --no-run --quiet)
-	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace --features libvirt --no-fail-fast)
+	@$(call timed,test: compiling,cargo test --workspace $(KUBEVIRT:--package=--exclude) --features libvirt --no-run --quiet)
+	@$(call timed,test: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" cargo test --workspace $(KUBEVIRT:--package=--exclude) --features libvirt --no-fail-fast)
+
+test-kubevirt: guests ## Run the tests of the KubeVirt backend, on a Kubernetes control plane of their own
+	@tools/setup build qemu kube
+	@$(call timed,test-kubevirt: control plane,tools/kube/build "$(KUBE)")
+	@$(call timed,test-kubevirt: compiling,cargo test $(KUBEVIRT) --no-run --quiet)
+	@$(call timed,test-kubevirt: running,RUDDER_GUESTS="$(CURDIR)/$(GUESTS)" RUDDER_KUBE="$(CURDIR)/$(KUBE)" cargo test $(KUBEVIRT) --no-fail-fast)
 
 test-slow: guests ## Run the slow tests: installations on a slowed-down machine, where fixed delays fail, and Debian on libvirt (about 45 minutes without hardware acceleration)
 	@tools/setup build headers qemu libvirt test
@@ -37,10 +47,10 @@ check: ## Check format, structure, lints, other targets, documentation, dependen
 	@tools/setup build headers deny
 	@$(call timed,check: format,cargo fmt --all --check)
 	@$(call timed,check: structure,tools/structure --check)
-	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --features libvirt $(SLOW) -- -D warnings)
+	@$(call timed,check: clippy,cargo clippy --workspace --features libvirt --features kubevirt --all-targets --quiet -- -D warnings && cargo clippy --quiet --features libvirt $(SLOW) -- -D warnings)
 	@$(call timed,check: no optional features,cargo clippy --package rudder --package rudder-core --quiet -- -D warnings)
 	@$(call timed,check: other targets,tools/targets)
-	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt --features testing --no-deps --quiet)
+	@$(call timed,check: rustdoc,RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --features libvirt --features kubevirt --features testing --no-deps --quiet)
 	@$(call timed,check: dependencies,target/tools/bin/cargo-deny --log-level warn check licenses bans sources)
 	@$(call timed,check: packages,tools/package)
 	@$(call timed,check: oldest Rust,tools/msrv)

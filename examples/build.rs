@@ -1,11 +1,12 @@
 //! Builds the modules of a manifest file.
 //!
 //! ```text
-//! cargo run --example build -- [--backend qemu|libvirt|memory] [--store DIR] [--events json]
+//! cargo run --example build -- [--backend qemu|libvirt|kubevirt|memory] [--store DIR] [--events json]
 //!                              [--on-failure destroy|keep] [--locked] [--strict] FILE
 //! ```
 //!
-//! The backend `libvirt` needs `--features libvirt`; `LIBVIRT_DEFAULT_URI` selects the libvirt to use.
+//! The backend `libvirt` needs `--features libvirt`; `LIBVIRT_DEFAULT_URI` selects the libvirt to use. The backend `kubevirt` needs
+//! `--features kubevirt`, and uses the cluster, the namespace and the rights that kubectl would use; it has no store here.
 //!
 //! Standard output is for programs: every event as a line of JSON (with `--events json`), and the path of each
 //! `module.json` once its module is built. Everything for people goes to standard error: progress bars and the output

@@ -29,7 +29,7 @@
 //! | learn why something failed | [`Error`]: `kind`, `report`, `diagnostics`, `build_failure` |
 //! | list, show and remove modules | [`backend::Backend`], [`module::Module`] |
 //! | use a guest, its screen and its keyboard | [`guest::Guest`], [`console::Console`] |
-//! | choose a hypervisor | `rudder::qemu`, `rudder::libvirt`, on a `rudder::store` |
+//! | choose a hypervisor | `rudder::qemu`, `rudder::libvirt`, on a `rudder::store`; `rudder::kubevirt` |
 //! | keep the network of a kept lab running | `rudder::helper::run`, first in `main` |
 //! | test without a hypervisor | `rudder::memory` |
 //! | write a backend | [`backend`], [`backend_api`], `rudder::testing` |
@@ -39,6 +39,7 @@
 //! | `engine` (default) | builds, and the contract of backends. Without it: manifests, diagnostics, plans, events and records, also on `wasm32-unknown-unknown` |
 //! | `qemu` (default) | builds on raw QEMU processes |
 //! | `libvirt` | builds on libvirt; needs its headers (`libvirt-dev`) |
+//! | `kubevirt` | builds on a Kubernetes cluster with KubeVirt |
 //! | `memory` | a backend in memory, for tests |
 //! | `testing` | the conformance suite for authors of backends; outside semantic versioning |
 //!
@@ -81,6 +82,9 @@ pub use rudder_core::{serde_json, url};
 #[doc(inline)]
 pub use rudder_local::store;
 
+#[cfg(feature = "kubevirt")]
+#[doc(inline)]
+pub use rudder_kubevirt as kubevirt;
 #[cfg(feature = "libvirt")]
 #[doc(inline)]
 pub use rudder_libvirt as libvirt;

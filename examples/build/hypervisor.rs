@@ -9,6 +9,8 @@ pub(crate) enum Hypervisor {
     Qemu,
     #[cfg(feature = "libvirt")]
     Libvirt,
+    #[cfg(feature = "kubevirt")]
+    Kubevirt,
     Memory,
 }
 
@@ -19,6 +21,8 @@ impl Hypervisor {
             Self::Qemu => Arc::new(QemuBackend::builder(Store::open(store)?).build()),
             #[cfg(feature = "libvirt")]
             Self::Libvirt => Arc::new(rudder::libvirt::LibvirtBackend::builder(Store::open(store)?).build()),
+            #[cfg(feature = "kubevirt")]
+            Self::Kubevirt => Arc::new(rudder::kubevirt::KubevirtBackend::builder().build()),
             Self::Memory => Arc::new(MemoryBackend::new().store(Store::open(store)?.root())?),
         })
     }

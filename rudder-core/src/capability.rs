@@ -70,6 +70,9 @@ pub enum Capability {
     Serial,
     /// Screenshots ([`Machine::screenshot`](crate::backend::Machine::screenshot)).
     Screenshot,
+    /// Streams to ports of a guest that can be closed one half at a time
+    /// ([`Machine::dial`](crate::backend::Machine::dial)).
+    HalfClose,
     /// Running clones of modules.
     Clone,
 }

@@ -215,6 +215,7 @@ fn capabilities() -> Capabilities {
             C::Display,
             C::Serial,
             C::Screenshot,
+            C::HalfClose,
         ],
     )
 }

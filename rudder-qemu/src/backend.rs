@@ -166,6 +166,7 @@ fn capabilities() -> Capabilities {
             C::Display,
             C::Serial,
             C::Screenshot,
+            C::HalfClose,
         ],
     )
 }

@@ -70,8 +70,9 @@ pub const END_REPORTED_WITHIN: Duration = Duration::from_secs(2);
 /// however much and however fast the guest writes.
 pub const SERIAL_KEPT: usize = 64 << 10;
 
-/// A stream of bytes in both directions. Either side may shut down its sending half and continue reading; what the other side sends
-/// after that still arrives.
+/// A stream of bytes in both directions. With [`Capability::HalfClose`](crate::capability::Capability::HalfClose), either side may shut
+/// down its sending half and continue reading; what the other side sends after that still arrives. Without it, a shutdown ends both
+/// directions once what was written before has been sent.
 pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> ByteStream for T {}

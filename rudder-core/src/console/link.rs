@@ -115,7 +115,7 @@ impl Link {
             let limit = HANDSHAKE_LIMIT.as_secs();
             Error::new(ErrorKind::TimedOut, format!("the display did not answer within {limit} s"))
         };
-        let size = timeout(HANDSHAKE_LIMIT, rfb::shake_hands(&mut stream)).await.map_err(late)??;
+        let size = timeout(HANDSHAKE_LIMIT, rfb::handshake(&mut stream)).await.map_err(late)??;
         let shared = Arc::new(Shared {
             progress: watch::Sender::default(),
             frame: Mutex::new(Framebuffer::new(size.0, size.1)),
@@ -208,7 +208,7 @@ async fn read(
 ) -> Error {
     let mut stream = BufReader::with_capacity(64 << 10, stream);
     let mut frame = shared.frame().clone();
-    let mut zrle = rfb::zrle::Decoder::default();
+    let mut zrle = rfb::ZrleDecoder::default();
     let mut whole = false;
     loop {
         // Incremental requests return what has changed; after a change of size, that is everything.
@@ -259,7 +259,7 @@ async fn write(
     mut requests: mpsc::UnboundedReceiver<[u8; 10]>,
 ) -> Error {
     let mut pressed = Vec::new();
-    if let Err(error) = put(&mut stream, &rfb::introduction(preferred)).await {
+    if let Err(error) = put(&mut stream, &rfb::client_setup(preferred)).await {
         return error;
     }
     loop {

@@ -20,7 +20,7 @@ mod echo;
 mod framebuffer;
 mod keyboard;
 mod link;
-mod rfb;
+pub mod rfb;
 mod scancode;
 mod screenshot;
 mod serial;
@@ -28,8 +28,6 @@ pub mod text;
 mod viewer;
 
 pub use framebuffer::Framebuffer;
-#[cfg(feature = "memory")]
-pub(crate) use rfb::zrle::encode::Encoder as ZrleEncoder;
 pub use viewer::Viewer;
 
 use crate::{

@@ -1,10 +1,31 @@
 //! The client side of RFB (RFC 6143): the handshake, the messages of the client, and updates, which are decoded into a
 //! framebuffer.
 //!
+//! [`Console`](super::Console) is built on it. It is public for backends whose hypervisor allows one client per display: they
+//! are that client, and serve its screen to any number of viewers.
+//!
 //! The server is not trusted: every length is checked, pixels are read a row at a time, and skipped data is never
 //! buffered.
+//!
+//! ```
+//! use rudder_core::{backend::DisplayEncoding, console::{Framebuffer, rfb}};
+//! use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+//!
+//! async fn screen(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> rudder_core::Result<Framebuffer> {
+//!     let (width, height) = rfb::handshake(&mut stream).await?;
+//!     let mut frame = Framebuffer::new(width, height);
+//!     let mut request = rfb::client_setup(DisplayEncoding::Compressed);
+//!     request.extend(rfb::update_request(false, width, height));
+//!     stream.write_all(&request).await.map_err(|error| rudder_core::Error::io("request the screen", error))?;
+//!     let mut zrle = rfb::ZrleDecoder::default();
+//!     while rfb::read_update(&mut stream, &mut frame, &mut zrle).await?.rows.is_empty() {}
+//!     Ok(frame)
+//! }
+//! ```
 
-pub(super) mod zrle;
+mod zrle;
+
+pub use zrle::{Decoder as ZrleDecoder, encode::Encoder as ZrleEncoder};
 
 use super::Framebuffer;
 use crate::{Error, ErrorKind, Result, backend::DisplayEncoding};
@@ -36,12 +57,12 @@ pub(super) fn broken(error: std::io::Error) -> Error {
     mistake("the connection to the display broke").with_source(error)
 }
 
-/// Performs the handshake. Returns the size of the screen.
+/// Performs the handshake, without authentication. Returns the width and the height of the screen, in pixels.
 ///
 /// # Errors
 /// `Protocol` when the other side is not an RFB server or violates the protocol, `Authentication` when it requires a
 /// password.
-pub(super) async fn shake_hands<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<(usize, usize)> {
+pub async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<(usize, usize)> {
     let mut greeting = [0; 12];
     stream.read_exact(&mut greeting).await.map_err(broken)?;
     let minor = minor_version(&greeting)?;
@@ -145,7 +166,8 @@ async fn skip<R: AsyncRead + Unpin>(stream: &mut R, bytes: u64) -> Result<()> {
 
 /// Returns the first messages of a client: pixels of 32 bits, blue in the lowest byte, and the requested encodings, the
 /// preferred ones first.
-pub(super) fn introduction(preferred: DisplayEncoding) -> Vec<u8> {
+#[must_use]
+pub fn client_setup(preferred: DisplayEncoding) -> Vec<u8> {
     // SetPixelFormat (7.5.1): bits per pixel, depth, big-endian, true colour, three maxima, three shifts, padding.
     let mut bytes = vec![0, 0, 0, 0, 32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0];
     let pixels: &[i32] = match preferred {
@@ -160,8 +182,10 @@ pub(super) fn introduction(preferred: DisplayEncoding) -> Vec<u8> {
     bytes
 }
 
-/// Returns a `FramebufferUpdateRequest` (7.5.3) for the area of this size at the upper left of the screen.
-pub(super) fn update_request(incremental: bool, width: usize, height: usize) -> [u8; 10] {
+/// Returns a `FramebufferUpdateRequest` (7.5.3) for the area of this size at the upper left of the screen. An incremental one is
+/// answered once something has changed.
+#[must_use]
+pub fn update_request(incremental: bool, width: usize, height: usize) -> [u8; 10] {
     let [w, h] = [width, height].map(|size| u16::try_from(size).unwrap_or(u16::MAX).to_be_bytes());
     [3, u8::from(incremental), 0, 0, 0, 0, w[0], w[1], h[0], h[1]]
 }
@@ -181,13 +205,14 @@ pub(super) fn extended_key_event(down: bool, keysym: u32, scancode: u8) -> [u8; 
 
 /// The content of an update.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(super) struct Update {
-    /// Whether the size of the screen has changed.
-    pub(super) resized: bool,
-    /// Whether the server understands [`extended_key_event`].
-    pub(super) extended_keys: bool,
+#[non_exhaustive]
+pub struct Update {
+    /// Whether the size of the screen has changed. The new screen is black until it is drawn.
+    pub resized: bool,
+    /// Whether the server announced that it understands QEMU's Extended Key Event.
+    pub extended_keys: bool,
     /// The rows that were drawn.
-    pub(super) rows: Range<usize>,
+    pub rows: Range<usize>,
 }
 
 impl Update {
@@ -200,11 +225,14 @@ impl Update {
     }
 }
 
-/// Reads messages until the end of an update, and draws it.
+/// Reads messages until the end of an update, and draws it. The pixels must be those that [`client_setup`] requests, and the
+/// decoder the same for the whole connection.
+///
+/// Not cancel safe: a dropped future may have read a part of a message.
 ///
 /// # Errors
 /// `Protocol` when the server violates the protocol or hangs up. The framebuffer may then be partly drawn.
-pub(super) async fn read_update<R: AsyncRead + Unpin>(
+pub async fn read_update<R: AsyncRead + Unpin>(
     stream: &mut R,
     frame: &mut Framebuffer,
     zrle: &mut zrle::Decoder,

@@ -2,7 +2,7 @@
 //! and records what was typed.
 
 use super::{Counted, script::Guest, streams};
-use crate::console::{Framebuffer, ZrleEncoder, text};
+use crate::console::{Framebuffer, rfb::ZrleEncoder, text};
 use std::{
     collections::VecDeque,
     io,

@@ -149,6 +149,7 @@ impl Default for MemoryBackend {
                 C::Floppy,
                 C::HttpDirectory,
                 C::Serial,
+                C::HalfClose,
                 C::Display,
             ],
         );

@@ -49,6 +49,13 @@ pub trait Adapter: Debug + Send + Sync + 'static {
         None
     }
 
+    /// Returns a URL at which the backend can import these bytes, as long as the suite runs. With `None`, the default, the suite
+    /// writes them to a file of this host.
+    fn published(&self, bytes: &[u8]) -> Option<url::Url> {
+        let _ = bytes;
+        None
+    }
+
     /// Returns how another owner of labs is created and killed.
     fn owners(&self) -> Owners;
 

@@ -10,6 +10,7 @@ use crate::{
     build::{Build, BuildHandle},
     capability::{Capabilities, Capability},
     event::{Event, EventKind, VmPhase},
+    hardware::NicModel,
     module::Module,
     plan::{PlanContext, PlannedUrl, prepare},
 };
@@ -23,6 +24,8 @@ const UNUSUAL_TEXT: &str = "it's \"quoted\", a,b=c; $HOME `id` $(id) \\ %s Ã© ðŸ
 /// Returns a manifest of one VM with the adapter's guest, and these steps.
 fn manifest(rig: &Rig, source: &PlannedUrl, steps: &Value) -> TestResult<Value> {
     let image = rig.image()?;
+    // The default, which needs no capability.
+    let nics = if image.nic == NicModel::Virtio { json!([]) } else { json!([{"model": image.nic}]) };
     Ok(json!({
         "name": NAME,
         "files": [{"name": "odd.txt", "inline": format!("{UNUSUAL_TEXT}\n")}],
@@ -30,7 +33,7 @@ fn manifest(rig: &Rig, source: &PlannedUrl, steps: &Value) -> TestResult<Value> 
             "name": "web",
             "source": {"url": source.url},
             "disks": [{"name": "root", "bus": image.bus}],
-            "nics": [{"model": image.nic}],
+            "nics": nics,
             "resources": {"cpu": image.cpus, "memory": format!("{}Mi", image.memory >> 20)},
             "cloudInit": {},
             "communicator": {"sshTimeout": format!("{}s", image.boots_within.as_secs())},

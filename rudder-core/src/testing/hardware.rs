@@ -1,9 +1,9 @@
 //! The hardware that a guest sees: disks on every bus, NICs of every model in their slots, media.
 
 use super::{
-    Rig, TestResult,
+    NotPassed, Rig, TestResult,
     rig::{BLANK, nic},
-    test_result::{During as _, ensure, fail},
+    test_result::{During as _, ensure},
 };
 use crate::{
     Error,
@@ -59,7 +59,7 @@ pub(super) async fn equip(rig: &Rig, lab: &dyn Lab, spec: &mut MachineSpec) -> T
         }
     }
     if capabilities.has(Capability::Isos) {
-        spec.cdroms.push(cd_rom(lab, &spec.name).await?);
+        spec.cdroms.push(cd_rom(rig, lab, &spec.name).await?);
     }
     if capabilities.has(Capability::Floppy) {
         spec.floppy = Some(Arc::from(medium(FLOPPY_CONTENT, 1440 << 10)));
@@ -74,12 +74,17 @@ fn medium(line: &str, size: usize) -> Vec<u8> {
     bytes
 }
 
-async fn cd_rom(lab: &dyn Lab, machine: &str) -> TestResult<Volume> {
+async fn cd_rom(rig: &Rig, lab: &dyn Lab, machine: &str) -> TestResult<Volume> {
+    let bytes = medium(CD_ROM_CONTENT, 1 << 20);
     let made = |error| Error::io("create a CD-ROM image", error);
     let file = tempfile::NamedTempFile::new().map_err(made)?;
-    std::fs::write(file.path(), medium(CD_ROM_CONTENT, 1 << 20)).map_err(made)?;
-    let Ok(url) = url::Url::from_file_path(file.path()) else {
-        fail!("expected a path that a URL can express")
+    let url = match rig.adapter().published(&bytes) {
+        Some(url) => url,
+        None => {
+            std::fs::write(file.path(), bytes).map_err(made)?;
+            let url = url::Url::from_file_path(file.path());
+            url.map_err(|()| NotPassed::Failed("expected a path that a URL can express".to_owned()))?
+        }
     };
     let request = ImportRequest::cdrom(machine, "iso", PlannedUrl { url, sha256: None });
     Ok(lab.import(&request, &Progress::none()).await.during("import a CD-ROM")?.volume)

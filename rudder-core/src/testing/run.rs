@@ -90,7 +90,7 @@ pub fn tests() -> &'static [Test] {
             dialling_does_not_reach_ports_of_the_host [SourceUrl, CloudInit],
             many_concurrent_connections_work [SourceUrl, CloudInit],
             large_transfers_arrive_complete [SourceUrl, CloudInit],
-            one_half_of_a_connection_can_be_closed [SourceUrl, CloudInit],
+            one_half_of_a_connection_can_be_closed [SourceUrl, CloudInit, HalfClose],
             a_broken_connection_does_not_affect_others [SourceUrl, CloudInit],
         }
         consoles {

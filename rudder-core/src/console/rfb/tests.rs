@@ -10,7 +10,7 @@ async fn greeted(said: &[u8]) -> (Result<(usize, usize)>, Vec<u8>) {
     let (mut near, mut far) = duplex(1 << 16);
     far.write_all(said).await.unwrap();
     far.shutdown().await.unwrap();
-    let size = shake_hands(&mut near).await;
+    let size = handshake(&mut near).await;
     drop(near);
     let mut heard = Vec::new();
     far.read_to_end(&mut heard).await.unwrap();
@@ -181,7 +181,7 @@ fn messages_have_their_fields() {
     // Nothing but raw pixels is requested of a display on this host: a server chooses from all that it is offered.
     let cases = [(DisplayEncoding::Raw, [1, 0].as_slice()), (DisplayEncoding::Compressed, &[1, 16, 0])];
     for (preferred, pixels) in cases {
-        let introduction = introduction(preferred);
+        let introduction = client_setup(preferred);
         let encodings = [pixels, &[-223, -308, -258]].concat();
         assert_eq!(introduction[20..24], [2, 0, 0, encodings.len() as u8]);
         let bytes: Vec<u8> = encodings.iter().flat_map(|encoding| i32::to_be_bytes(*encoding)).collect();

@@ -3,8 +3,7 @@
 //! Memory is bounded by constants, whatever a server sends: compressed data is read in pieces, and unpacked into a
 //! buffer that holds the largest valid tile.
 
-#[cfg(any(test, feature = "memory"))]
-pub(crate) mod encode;
+pub(super) mod encode;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -22,9 +21,9 @@ const PIECE: u64 = 16 << 10;
 /// a run of three bytes and a length for each pixel.
 const UNPACKED: usize = 2 * (1 + 4 * TILE * TILE);
 
-/// The state of the decoder, which lasts as long as the connection.
+/// The decoder of ZRLE, whose state lasts as long as the connection.
 #[derive(Debug)]
-pub(in crate::console) struct Decoder {
+pub struct Decoder {
     inflate: Decompress,
     /// Compressed data that was read, and how much of it was unpacked.
     packed: Vec<u8>,

@@ -1,11 +1,11 @@
-//! The other side, for the displays of the memory backend and for tests.
+//! The encoder, for servers: backends that serve a screen to viewers, the displays of the memory backend, and tests.
 
 use super::{Framebuffer, TILE};
 use flate2::{Compress, Compression, FlushCompress};
 
 /// How a tile is encoded (RFC 6143, 7.7.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Form {
+pub(super) enum Form {
     /// All pixels.
     Raw,
     /// One colour.
@@ -19,12 +19,12 @@ pub(crate) enum Form {
 }
 
 impl Form {
-    pub(crate) const ALL: [Self; 5] = [Self::Raw, Self::Solid, Self::Packed, Self::Runs, Self::PaletteRuns];
+    pub(super) const ALL: [Self; 5] = [Self::Raw, Self::Solid, Self::Packed, Self::Runs, Self::PaletteRuns];
 }
 
-/// The state of the encoder, which lasts as long as the connection.
+/// The encoder of ZRLE (RFC 6143, 7.7.6), whose state lasts as long as the connection.
 #[derive(Debug)]
-pub(crate) struct Encoder {
+pub struct Encoder {
     deflate: Compress,
 }
 
@@ -35,21 +35,21 @@ impl Default for Encoder {
 }
 
 impl Encoder {
-    /// Returns the data of a rectangle of the frame, each tile in its shortest form.
-    pub(crate) fn encode(
-        &mut self,
-        frame: &Framebuffer,
-        position: (usize, usize),
-        size: (usize, usize),
-    ) -> Vec<u8> {
+    /// Returns the data of a rectangle of the frame, with its length before it. Each pixel is three bytes: blue, green and red,
+    /// as of the format that [`client_setup`](super::super::client_setup) requests.
+    ///
+    /// # Panics
+    /// When the rectangle, of this position and size in pixels, is not inside of the frame.
+    #[must_use]
+    pub fn encode(&mut self, frame: &Framebuffer, position: (usize, usize), size: (usize, usize)) -> Vec<u8> {
         self.encode_as(frame, position, size, |pixels, width| {
             let forms = Form::ALL.into_iter().filter_map(|form| tile(pixels, width, form));
             forms.min_by_key(Vec::len).unwrap_or_default()
         })
     }
 
-    /// Returns the data of a rectangle of the frame. The function encodes a tile, given its pixels and its width.
-    pub(crate) fn encode_as(
+    /// As [`encode`](Self::encode), each tile as the function encodes it, given its pixels and its width.
+    pub(super) fn encode_as(
         &mut self,
         frame: &Framebuffer,
         (x, y): (usize, usize),
@@ -69,7 +69,7 @@ impl Encoder {
     }
 
     /// Returns data, compressed and with its length before it.
-    pub(crate) fn pack(&mut self, plain: &[u8]) -> Vec<u8> {
+    pub(super) fn pack(&mut self, plain: &[u8]) -> Vec<u8> {
         let mut packed = Vec::with_capacity(64 + plain.len() / 4);
         let start = self.deflate.total_in();
         loop {
@@ -88,7 +88,7 @@ impl Encoder {
 }
 
 /// Encodes a tile in this form; `None` if it has too many colours.
-pub(crate) fn tile(pixels: &[[u8; 3]], width: usize, form: Form) -> Option<Vec<u8>> {
+pub(super) fn tile(pixels: &[[u8; 3]], width: usize, form: Form) -> Option<Vec<u8>> {
     let most = match form {
         Form::Raw | Form::Runs => 0,
         Form::Solid => 1,
