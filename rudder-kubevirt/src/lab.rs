@@ -107,7 +107,7 @@ impl KubevirtLab {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses further work, and ends the machines for whoever waits for them.
+    /// Refuses further work, and reports the end of the machines to all callers that wait for one.
     fn end_machines(&self, why: &str) {
         self.context.close();
         for machine in self.all_machines().iter() {
@@ -256,8 +256,8 @@ impl Lab for KubevirtLab {
     }
 }
 
-/// A lab that its owner forgets ends as if the owner had died. Its objects are removed at once if that is possible, otherwise by
-/// whoever reaps once its lease has expired.
+/// A lab whose owner drops it without destroying it ends as if the owner had died. Its objects are removed at once if a runtime is
+/// available, otherwise by the first `reap` after its lease has expired.
 impl Drop for KubevirtLab {
     fn drop(&mut self) {
         let context = Arc::clone(&self.context);
@@ -292,7 +292,7 @@ pub(crate) async fn remove(cluster: &Cluster, lab: &LabId) -> Result<()> {
     cluster.delete_all::<Secret>(&selector, "the secrets of the lab").await
 }
 
-/// Removes a lab, whoever opened it.
+/// Removes a lab and its lease, no matter which process opened it.
 pub(crate) async fn remove_with_lease(cluster: &Cluster, lab: &LabId) -> Result<()> {
     remove(cluster, lab).await?;
     cluster
