@@ -35,7 +35,7 @@ pub(crate) const RIGHTS: &[(&str, &str, &[&str])] = &[
     ),
     ("", "persistentvolumeclaims", &["get"]),
     ("", "secrets", &["create", "get", "list", "watch", "patch", "delete", "deletecollection"]),
-    ("", "configmaps", &["create", "list", "patch", "delete"]),
+    ("", "configmaps", &["create", "get", "list", "patch", "delete"]),
     ("", "events", &["list"]),
 ];
 

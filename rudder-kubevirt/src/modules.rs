@@ -68,24 +68,26 @@ pub(crate) async fn publish(lab: &LabContext, draft: ModuleDraft) -> Result<Modu
             }});
             cluster.patch::<DataVolume>(&disk.file, &patch, "a volume of the module").await?;
         }
-        let template = template(&module, machine, &marks, &version)?;
-        let mut template = template;
+        let mut template = template(&module, machine, &marks, &version)?;
         template.metadata.owner_references = Some(vec![owner.clone()]);
         cluster.create(&template, &format!("template {} of module {}", machine.name, module.name)).await?;
     }
-    point(cluster, &module.name, &version, &marks).await?;
-    remove_replaced(cluster, &module.name, &version).await?;
+    if let Some(replaced) = point(cluster, &module.name, &version, &marks).await? {
+        remove_version(cluster, &replaced).await?;
+    }
     Ok(module)
 }
 
-/// Makes a version the one that counts.
+/// Makes a version the one that counts. Returns the name of the version that counted before, if there was one. Others are not touched:
+/// another lab may be publishing one.
 async fn point(
     cluster: &Cluster,
     module: &str,
     version: &str,
     marks: &BTreeMap<String, String>,
-) -> Result<()> {
+) -> Result<Option<String>> {
     let name = pointer_name(module);
+    let what = "the version of a module";
     let data = [(VERSION.to_owned(), version.to_owned())];
     let pointer = ConfigMap {
         metadata: metadata(&name, marks.clone(), [(NAME, module.to_owned())], None),
@@ -93,11 +95,12 @@ async fn point(
         ..ConfigMap::default()
     };
     match cluster.api::<ConfigMap>().create(&PostParams::default(), &pointer).await {
-        Ok(_) => Ok(()),
-        Err(error) if is_conflict(&error) => cluster
-            .patch::<ConfigMap>(&name, &json!({"data": {VERSION: version}}), "the version of a module")
-            .await
-            .map(drop),
+        Ok(_) => Ok(None),
+        Err(error) if is_conflict(&error) => {
+            let before = cluster.find::<ConfigMap>(&name, what).await?;
+            cluster.patch::<ConfigMap>(&name, &json!({"data": {VERSION: version}}), what).await?;
+            Ok(before.and_then(|pointer| pointer.data?.remove(VERSION)))
+        }
         Err(error) => Err(request_failed(error, &format!("publish module {module}"))),
     }
 }
@@ -206,37 +209,21 @@ pub(crate) async fn remove(cluster: &Cluster, name: &str) -> Result<()> {
             return Err(Error::new(ErrorKind::Conflict, message).with_context("module", name));
         }
     }
+    let pointer = cluster.find::<ConfigMap>(&pointer_name(name), "a module").await?;
+    let missing = || Error::new(ErrorKind::NotFound, format!("expected a module {name}, but there is none"));
+    let version = pointer.ok_or_else(missing)?.data.and_then(|mut data| data.remove(VERSION));
     if !cluster.delete::<ConfigMap>(&pointer_name(name), "a module").await? {
-        return Err(Error::new(ErrorKind::NotFound, format!("expected a module {name}, but there is none")));
+        return Err(missing());
     }
-    remove_replaced(cluster, name, "").await
+    match version {
+        Some(version) => remove_version(cluster, &version).await,
+        None => Ok(()),
+    }
 }
 
-/// Removes the versions of a module except one, and waits until their volumes are gone.
-async fn remove_replaced(cluster: &Cluster, module: &str, current: &str) -> Result<()> {
-    let selector = format!("{},{BUILD}={}", selector(Kind::Module), label_value(module));
-    for map in cluster.list::<ConfigMap>(&selector, "versions of a module").await? {
-        let exact = annotation(&map.metadata, NAME) == Some(module);
-        let is_version = map.data.as_ref().is_some_and(|data| data.contains_key(RECORD));
-        if exact && is_version && map.name_any() != current {
-            remove_version(cluster, &map).await?;
-        }
-    }
-    Ok(())
-}
-
-/// Deletes a version; the cluster deletes what it owns.
-async fn remove_version(cluster: &Cluster, version: &ConfigMap) -> Result<()> {
-    let record = version.data.as_ref().and_then(|data| data.get(RECORD));
-    let module = record.and_then(|record| Module::from_record(Path::new(RECORD), record.as_bytes()).ok());
-    for machine in module.iter().flat_map(|module| &module.machines) {
-        let template = object_name(&[&version.name_any(), &machine.name]);
-        cluster.delete::<VirtualMachine>(&template, "a template").await?;
-        for disk in &machine.disks {
-            cluster.delete::<DataVolume>(&disk.file, "a volume of a module").await?;
-        }
-    }
-    cluster.delete::<ConfigMap>(&version.name_any(), "a version of a module").await.map(drop)
+/// Deletes a version; the cluster deletes what it owns: templates, and DataVolumes with their claims.
+async fn remove_version(cluster: &Cluster, version: &str) -> Result<()> {
+    cluster.delete::<ConfigMap>(version, "a version of a module").await.map(drop)
 }
 
 /// Removes versions that no pointer names and no living lab is publishing.
@@ -250,7 +237,7 @@ pub(crate) async fn reap(cluster: &Cluster, is_alive: impl Fn(&str) -> bool) -> 
             continue;
         }
         let module = annotation(&map.metadata, NAME).unwrap_or_default();
-        match remove_version(cluster, &map).await {
+        match remove_version(cluster, &name).await {
             Ok(()) => report.removed.push(format!("an incomplete or replaced version of module {module}")),
             Err(error) => report.failed.push(error.report()),
         }
