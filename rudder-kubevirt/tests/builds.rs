@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{LEASE, backend, images::Images, start_double};
+use common::{LEASE, backend, create_namespace, images::Images, start_double};
 use futures::{
     FutureExt as _,
     future::{BoxFuture, join_all},
@@ -15,7 +15,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api,
-    api::{DeleteParams, ObjectMeta, PostParams},
+    api::{DeleteParams, PostParams},
 };
 use rudder_core::{
     ErrorKind, Result,
@@ -54,12 +54,7 @@ impl Bench {
     }
 
     async fn namespace(&self, name: &str) {
-        let namespaces: Api<Namespace> = Api::all(self.cluster.client().unwrap());
-        let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
-        namespaces
-            .create(&PostParams::default(), &Namespace { metadata, ..Namespace::default() })
-            .await
-            .unwrap();
+        create_namespace(&self.cluster, name).await;
     }
 
     /// Returns a backend in a new namespace, as the administrator of the cluster.
@@ -108,6 +103,13 @@ async fn build(backend: &Arc<KubevirtBackend>, manifest: &str) -> Result<Module>
     match tokio::time::timeout(LIMIT, ended).await {
         Ok(outcome) => outcome,
         Err(_) => panic!("the build did not end within {LIMIT:?}; its events: {last:#?}"),
+    }
+}
+
+/// Waits until a build has opened its lab.
+async fn lab_exists(backend: &KubevirtBackend) {
+    while backend.labs().await.unwrap_or_default().is_empty() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
@@ -301,10 +303,7 @@ async fn a_namespace_that_is_deleted_ends_the_build(bench: &Bench) {
     let building = failure(&backend, &manifest);
     let namespaces: Api<Namespace> = Api::all(bench.cluster.client().unwrap());
     let deleting = async {
-        // The lab exists as soon as its lease does.
-        while backend.labs().await.unwrap_or_default().is_empty() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        lab_exists(&backend).await;
         namespaces.delete("deleted", &DeleteParams::default()).await.unwrap();
     };
     let (report, ()) = tokio::join!(building, deleting);
@@ -317,8 +316,10 @@ async fn what_a_killed_builder_leaves_is_reaped(bench: &Bench) {
     bench.double.order_in("killed", Fault::SlowStorage);
     let manifest = bench.image_manifest("base");
     // A builder that is dropped in the middle renews its lease no longer, as one that was killed.
-    let cut = tokio::time::timeout(Duration::from_secs(2), build(&backend, &manifest));
-    assert!(cut.await.is_err(), "expected the build to wait for its storage");
+    tokio::select! {
+        built = build(&backend, &manifest) => panic!("expected the build to wait for its storage, but found {built:?}"),
+        () = lab_exists(&backend) => {}
+    }
     bench.double.relieve_in("killed");
     let gone = async {
         while !backend.labs().await.unwrap().is_empty() {
@@ -336,9 +337,7 @@ async fn a_build_goes_on_when_the_api_server_restarts(bench: &Bench) {
     bench.double.order_in("restart", Fault::SlowStorage);
     let manifest = bench.image_manifest("base");
     let restarting = async {
-        while backend.labs().await.unwrap_or_default().is_empty() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        lab_exists(&backend).await;
         bench.cluster.restart_api_server().await.unwrap();
         bench.double.relieve_in("restart");
     };

@@ -5,14 +5,14 @@
 mod common;
 
 use async_trait::async_trait;
-use common::{TestCluster, backend, images::Images};
+use common::{LEASE, TestCluster, backend, create_namespace, images::Images};
 use k8s_openapi::api::{
     coordination::v1::Lease,
     core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Secret},
 };
 use kube::{
     Api, Client, Resource,
-    api::{ApiResource, DynamicObject, ListParams},
+    api::{ApiResource, DynamicObject, ListParams, ObjectMeta},
     core::NamespaceResourceScope,
 };
 use rudder_core::{
@@ -26,6 +26,7 @@ use rudder_kubevirt::KubevirtBackend;
 use rudder_kubevirt_double::{cluster::client_of, double::Double};
 use serde::de::DeserializeOwned;
 use std::{
+    collections::BTreeSet,
     fmt, fs,
     path::{Path, PathBuf},
     process::Command,
@@ -65,13 +66,13 @@ impl KubevirtAdapter {
         self.outside.as_ref().unwrap()
     }
 
-    async fn list<K>(&self, kind: &str, lines: &mut Vec<String>) -> Result<()>
+    async fn list<K>(&self, kind: &'static str, found: &mut Vec<(&'static str, ObjectMeta)>) -> Result<()>
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + fmt::Debug + DeserializeOwned,
     {
         let api: Api<K> = Api::namespaced(self.outside().client.clone(), NAMESPACE);
         let listed = api.list_metadata(&ListParams::default()).await.map_err(failed)?;
-        lines.extend(listed.items.iter().filter_map(|object| line(kind, &object.metadata)));
+        found.extend(listed.items.into_iter().map(|object| (kind, object.metadata)));
         Ok(())
     }
 
@@ -79,9 +80,9 @@ impl KubevirtAdapter {
         &self,
         group: &str,
         version: &str,
-        kind: &str,
+        kind: &'static str,
         plural: &str,
-        lines: &mut Vec<String>,
+        found: &mut Vec<(&'static str, ObjectMeta)>,
     ) -> Result<()> {
         let resource = ApiResource {
             group: group.to_owned(),
@@ -93,13 +94,14 @@ impl KubevirtAdapter {
         let api: Api<DynamicObject> =
             Api::namespaced_with(self.outside().client.clone(), NAMESPACE, &resource);
         let listed = api.list(&ListParams::default()).await.map_err(failed)?;
-        lines.extend(listed.items.iter().filter_map(|object| line(kind, &object.metadata)));
+        found.extend(listed.items.into_iter().map(|object| (kind, object.metadata)));
         Ok(())
     }
 }
 
-/// Describes an object, with the id of its lab; `None` for what belongs to the namespace, and for cached imports.
-fn line(kind: &str, metadata: &kube::api::ObjectMeta) -> Option<String> {
+/// Describes an object, with the id of its lab; `None` for what belongs to the namespace, and for cached imports. An object of the
+/// version of a module that counts is described by the module alone, so that the line stays when the module is published again.
+fn line(kind: &str, metadata: &ObjectMeta, current: &BTreeSet<String>) -> Option<String> {
     let name = metadata.name.as_deref().unwrap_or_default();
     if matches!(name, "kube-root-ca.crt")
         || name.starts_with("rudder-cache-")
@@ -107,8 +109,16 @@ fn line(kind: &str, metadata: &kube::api::ObjectMeta) -> Option<String> {
     {
         return None;
     }
+    if owner_or_self(metadata).any(|name| current.contains(name)) {
+        return Some(format!("{kind} of a module"));
+    }
     let lab = metadata.labels.as_ref().and_then(|labels| labels.get("rudder-vm.github.io/lab"));
     Some(format!("{kind} {name} {}", lab.map(String::as_str).unwrap_or_default()).trim_end().to_owned())
+}
+
+/// Returns the name of an object, and those of its owners.
+fn owner_or_self(metadata: &ObjectMeta) -> impl Iterator<Item = &String> {
+    metadata.name.iter().chain(metadata.owner_references.iter().flatten().map(|owner| &owner.name))
 }
 
 fn failed(error: kube::Error) -> Error {
@@ -126,22 +136,35 @@ impl Adapter for KubevirtAdapter {
     }
 
     async fn traces(&self) -> Result<Vec<String>> {
-        let mut lines = Vec::new();
-        self.list::<Lease>("Lease", &mut lines).await?;
-        self.list::<Secret>("Secret", &mut lines).await?;
-        self.list::<ConfigMap>("ConfigMap", &mut lines).await?;
-        self.list::<PersistentVolumeClaim>("PersistentVolumeClaim", &mut lines).await?;
-        self.list::<Pod>("Pod", &mut lines).await?;
-        self.list_custom("kubevirt.io", "v1", "VirtualMachine", "virtualmachines", &mut lines).await?;
+        let mut found = Vec::new();
+        let configs: Api<ConfigMap> = Api::namespaced(self.outside().client.clone(), NAMESPACE);
+        let configs = configs.list(&ListParams::default()).await.map_err(failed)?.items;
+        let mut current: BTreeSet<String> =
+            configs.into_iter().filter_map(|config| config.data?.remove("version")).collect();
+        self.list::<Lease>("Lease", &mut found).await?;
+        self.list::<Secret>("Secret", &mut found).await?;
+        self.list::<ConfigMap>("ConfigMap", &mut found).await?;
+        self.list::<PersistentVolumeClaim>("PersistentVolumeClaim", &mut found).await?;
+        self.list::<Pod>("Pod", &mut found).await?;
+        self.list_custom("kubevirt.io", "v1", "VirtualMachine", "virtualmachines", &mut found).await?;
         self.list_custom(
             "kubevirt.io",
             "v1",
             "VirtualMachineInstance",
             "virtualmachineinstances",
-            &mut lines,
+            &mut found,
         )
         .await?;
-        self.list_custom("cdi.kubevirt.io", "v1beta1", "DataVolume", "datavolumes", &mut lines).await?;
+        self.list_custom("cdi.kubevirt.io", "v1beta1", "DataVolume", "datavolumes", &mut found).await?;
+        // What a version owns, and the claims that its DataVolumes own.
+        let owned: Vec<String> = found
+            .iter()
+            .filter(|(_, metadata)| owner_or_self(metadata).any(|name| current.contains(name)))
+            .filter_map(|(_, metadata)| metadata.name.clone())
+            .collect();
+        current.extend(owned);
+        let lines = found.iter().filter_map(|(kind, metadata)| line(kind, metadata, &current));
+        let mut lines: Vec<String> = lines.collect();
         lines.sort();
         Ok(lines)
     }
@@ -204,13 +227,15 @@ async fn the_kubevirt_backend_fulfils_the_contract() {
     let broken = [b"QFI\xfb".as_slice(), &[0xff; 4096]].concat();
     let images = Images::serve([("tiny.qcow2", tiny), ("broken.qcow2", broken)]).await;
     let cluster = TestCluster::start().await;
-    cluster.namespace(NAMESPACE).await;
+    create_namespace(&cluster.cluster, NAMESPACE).await;
     let kubeconfig = cluster.cluster.kubeconfig();
     let client = client_of(&kubeconfig).await.unwrap();
     let image = images.url("tiny.qcow2");
     let outside = Outside { client, double: Arc::clone(&cluster.double), images };
     let adapter = KubevirtAdapter { kubeconfig, image, outside: Some(outside) };
     let mut options = Options::new();
+    // A dead owner is noticed when its lease has expired.
+    options.settle = 4 * LEASE;
     options.only = std::env::var("RUDDER_SUITE_ONLY").ok();
     let report = testing::run(Arc::new(adapter), &options).await;
     println!("{report}");

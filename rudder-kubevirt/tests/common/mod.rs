@@ -23,8 +23,8 @@ use std::{
     time::Duration,
 };
 
-/// How long the lab of a dead owner stays in tests.
-pub const LEASE: Duration = Duration::from_secs(4);
+/// How long the lab of a dead owner stays in tests: a living owner on a busy host renews its lease in time.
+pub const LEASE: Duration = Duration::from_secs(10);
 
 /// A cluster with KubeVirt's double, whose machines run on QEMU.
 pub struct TestCluster {
@@ -42,17 +42,14 @@ impl TestCluster {
         let double = start_double(&cluster, Arc::new(node), options).await;
         Self { cluster, double: Arc::new(double), _store: store }
     }
+}
 
-    /// Creates a namespace for a test.
-    pub async fn namespace(&self, name: &str) -> String {
-        let namespaces: Api<Namespace> = Api::all(self.cluster.client().unwrap());
-        let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
-        namespaces
-            .create(&PostParams::default(), &Namespace { metadata, ..Namespace::default() })
-            .await
-            .unwrap();
-        name.to_owned()
-    }
+/// Creates a namespace for a test.
+pub async fn create_namespace(cluster: &Cluster, name: &str) {
+    let namespaces: Api<Namespace> = Api::all(cluster.client().unwrap());
+    let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
+    let namespace = Namespace { metadata, ..Namespace::default() };
+    namespaces.create(&PostParams::default(), &namespace).await.unwrap();
 }
 
 /// Starts the double on a node, and registers its API.
